@@ -1,0 +1,47 @@
+"""Distributed batch screening of chest radiographs for lung opacity. Research use only.
+
+The commands are functions, too: they return results and print nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lungopacity.errors import UserError
+    from lungopacity.evaluation.evaluate import EvaluationResult, evaluate
+    from lungopacity.results.query import query, runs
+    from lungopacity.screening.screen import ScreeningResult, screen
+    from lungopacity.training.train import TrainingResult, train
+
+__all__ = [
+    "EvaluationResult",
+    "ScreeningResult",
+    "TrainingResult",
+    "UserError",
+    "evaluate",
+    "query",
+    "runs",
+    "screen",
+    "train",
+]
+
+# Imported when first used: `lungopacity --help` must not wait for torch and ray.
+_HOME = {
+    "EvaluationResult": "evaluation.evaluate",
+    "ScreeningResult": "screening.screen",
+    "TrainingResult": "training.train",
+    "UserError": "errors",
+    "evaluate": "evaluation.evaluate",
+    "query": "results.query",
+    "runs": "results.query",
+    "screen": "screening.screen",
+    "train": "training.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lungopacity' has no attribute {name!r}")
+    return getattr(import_module(f"lungopacity.{_HOME[name]}"), name)

@@ -1,0 +1,216 @@
+"""The `lungopacity` command. The jobs of `jobs/` are the same commands, run on a Ray cluster.
+
+Only click is imported here: torch and ray come with the command that needs them, so that `--help`
+answers at once.
+
+Exit codes: 0 done; 1 done, with images that could not be read; 2 nothing done, and one line says
+why; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from lungopacity.errors import NOTICE, UserError
+
+_EPILOG = f"{NOTICE} A URI is a path, file:// or s3://bucket/prefix; S3 takes the AWS variables."
+_DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
+
+images_option = click.option(
+    "--images",
+    "images",
+    metavar="URI",
+    multiple=True,
+    required=True,
+    help="Prefix of loose images and tar shards, or one shard. May be given more than once.",
+)
+labels_option = click.option(
+    "--labels", metavar="FILE", required=True, help="CSV or Parquet: image, label, split, …"
+)
+model_option = click.option("--model", metavar="URI", required=True, help="Model folder.")
+gpu_option = click.option(
+    "--use-gpu/--no-gpu", default=None, help="Default: GPUs where the Ray cluster has any."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.version_option(package_name="lungopacity")
+def cli() -> None:
+    """Distributed screening of chest radiographs for lung opacity."""
+
+
+@cli.command(epilog=_EPILOG)
+@images_option
+@labels_option
+@click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
+@click.option("--model", "network", default="classical-cnn", show_default=True, help="Network.")
+@click.option(
+    "--classes",
+    default="Normal,Lung_Opacity",
+    show_default=True,
+    help="Class names in the order of the scores; images of other labels are left out.",
+)
+@click.option(
+    "--positive-class",
+    default=None,
+    help="The class that decisions are about. Default: Lung_Opacity, else the last of --classes.",
+)
+@click.option("--image-size", type=int, default=None, help="Side of the model's input, pixels.")
+@click.option("--epochs", type=int, default=None)
+@click.option("--batch-size", type=int, default=None, help="Over all workers together.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Ray Train workers.")
+@gpu_option
+@click.option("--seed", type=int, default=0, show_default=True)
+def train(classes: str, **options: Any) -> int:
+    """Fit a network to labelled radiographs; write a model folder.
+
+    The same command goes on where a crashed one stopped.
+    """
+    from lungopacity.training.train import train as run
+
+    names = tuple(name.strip() for name in classes.split(",") if name.strip())
+    result = run(classes=names, **options)
+    click.echo(
+        f"model {result.model_id} in {result.model}: epoch {result.best_epoch} of {result.epochs} "
+        f"kept, validation loss {result.validation_loss:.4f}, "
+        f"accuracy {result.validation_accuracy:.4f}; {result.seconds:.0f} s"
+        + (", synthetic" if result.synthetic else "")
+    )
+    click.echo(NOTICE)
+    return 0
+
+
+@cli.command(epilog=_EPILOG)
+@model_option
+@images_option
+@labels_option
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test", "all"]),
+    default="test",
+    show_default=True,
+)
+@click.option("--output", metavar="URI", required=True, help="Where the report goes.")
+@gpu_option
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
+def evaluate(as_json: bool, **options: Any) -> int:
+    """Measure a model against labels: metrics, curves, and the paper's Table 1 beside them."""
+    from lungopacity.evaluation.evaluate import evaluate as run
+
+    result = run(**options)
+    click.echo(result.to_json() if as_json else result.summary())
+    return result.exit_code
+
+
+@cli.command(epilog=_EPILOG)
+@click.option("--archive", metavar="URI", required=True, help="What to screen.")
+@model_option
+@click.option(
+    "--output", metavar="URI", required=True, help="Results folder; runs are added to it."
+)
+@click.option("--run-id", default=None, help="Default: a new one. Give a killed run's to go on.")
+@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--limit", type=int, default=None, help="Only the first so many objects, by key.")
+@click.option("--labels", metavar="FILE", default=None, help="Labels to measure against.")
+@gpu_option
+def screen(**options: Any) -> int:
+    """Score every image of an archive; publish predictions and metrics as Parquet."""
+    from lungopacity.screening.report import summary
+    from lungopacity.screening.screen import screen as run
+
+    result = run(**options)
+    click.echo(summary(result))
+    return result.exit_code
+
+
+@cli.command(epilog=_EPILOG)
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "csv", "json", "parquet"]),
+    default="table",
+    show_default=True,
+)
+@click.argument("sql")
+def query(results: str, output_format: str, sql: str) -> int:
+    """Ask SQL of the published runs; the tables are predictions, metrics and runs."""
+    from lungopacity.results.query import query as run
+    from lungopacity.results.render import rendered
+
+    data = rendered(run(results, sql), output_format)
+    click.get_binary_stream("stdout").write(data)
+    return 0
+
+
+@cli.command(epilog=_EPILOG)
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+def runs(results: str) -> int:
+    """List the published runs."""
+    from lungopacity.results.query import runs as run
+    from lungopacity.results.render import rendered
+
+    click.get_binary_stream("stdout").write(rendered(run(results).drop_columns("record"), "table"))
+    return 0
+
+
+@cli.command(epilog=_EPILOG)
+@click.option("--storage", metavar="URI", default=None, help="Also try to list this place.")
+def doctor(storage: str | None) -> int:
+    """What this machine has, what is missing, and the mend."""
+    from lungopacity.doctor import diagnose, report
+
+    findings = diagnose(storage)
+    click.echo(report(findings))
+    return 2 if any(finding.state == "missing" for finding in findings) else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    from lungopacity.progress import show_on_terminal
+
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    logging.getLogger("lungopacity").setLevel(logging.INFO)
+    show_on_terminal()
+    try:
+        return int(cli.main(arguments, prog_name="lungopacity", standalone_mode=False) or 0)
+    except click.exceptions.Abort:
+        click.echo("stopped", err=True)
+        return 130
+    except KeyboardInterrupt:
+        click.echo("stopped", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except Exception as error:
+        if os.environ.get(_DEBUG_VARIABLE):
+            raise
+        click.echo(f"error: {_one_line(error)}", err=True)
+        return 2
+
+
+def _one_line(error: BaseException) -> str:
+    """What to tell the user. Ray wraps what a worker raised, sometimes more than once."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause) is UserError:
+            return str(cause)
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    message = (str(error).strip().splitlines() or [""])[-1]
+    return (
+        f"unforeseen {type(error).__name__}: {message} "
+        f"(a defect; please report it with the traceback that {_DEBUG_VARIABLE}=1 shows)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

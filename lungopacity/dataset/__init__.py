@@ -1,0 +1,1 @@
+"""Labelled images: the manifest, its splits and leak checks, and the decoded pixels."""

@@ -1,0 +1,154 @@
+"""The labels: which images, of which class, in which split. Checked before any pixel is read."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+
+import pandas as pd
+
+from lungopacity.errors import ImageError, UserError
+from lungopacity.storage import open_store, split_uri
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+FACT_COLUMNS = ("view_position", "patient_sex", "patient_age_years")
+"""Optional columns that evaluation forms subgroups of."""
+
+
+def read_labels(uri: str) -> pd.DataFrame:
+    """The labels file, CSV or Parquet: columns `image`, `label`, and the optional ones or nulls.
+
+    Raises `UserError` where the file is absent, lacks a column, names one image twice, or has a
+    split that is none of train, validation, test.
+    """
+    parent, name = split_uri(uri)
+    try:
+        data = open_store(parent).read(name)
+        frame = (
+            pd.read_parquet(io.BytesIO(data))
+            if data[:4] == b"PAR1"
+            else pd.read_csv(
+                io.BytesIO(data), dtype={"image": str, "label": str, "patient_id": str}
+            )
+        )
+    except ImageError as error:
+        raise UserError(f"{uri}: labels cannot be read: {error.message}") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
+    for column in ("image", "label"):
+        if column not in frame:
+            raise UserError(
+                f"{uri}: has no column '{column}' (it has: {', '.join(map(str, frame.columns))})"
+            )
+    if frame.empty or frame[["image", "label"]].isna().any().any():
+        raise UserError(f"{uri}: no rows, or rows without image or label; fill or remove them")
+    if frame["image"].duplicated().any():
+        twice = frame.loc[frame["image"].duplicated(), "image"]
+        raise UserError(
+            f"{uri}: {len(twice)} images have more than one row, as {twice.iloc[0]}; "
+            "keep one of each"
+        )
+    for column in ("split", "patient_id", *FACT_COLUMNS):
+        if column not in frame:
+            frame[column] = None
+    splits = set(frame["split"].dropna())
+    if not splits <= set(SPLITS):
+        wrong = ", ".join(sorted(map(str, splits - set(SPLITS))))
+        raise UserError(f"{uri}: unknown split {wrong}; the splits are {', '.join(SPLITS)}")
+    return frame[["image", "label", "split", "patient_id", *FACT_COLUMNS]]
+
+
+def select_classes(labels: pd.DataFrame, class_names: Sequence[str], uri: str) -> pd.DataFrame:
+    """The rows of these classes alone. Raises `UserError` for a class without an image."""
+    counts = labels["label"].value_counts()
+    for name in class_names:
+        if name not in counts:
+            raise UserError(
+                f"{uri}: no image of class '{name}'; the labels have "
+                + ", ".join(f"{label} ({count})" for label, count in counts.items())
+                + " (choose with --classes)"
+            )
+    chosen = labels[labels["label"].isin(list(class_names))].reset_index(drop=True)
+    if len(chosen) < len(labels):
+        others = ", ".join(f"{k} ({v})" for k, v in counts.items() if k not in class_names)
+        log.info("left out, not among --classes: %s", others)
+    return chosen
+
+
+def assign_splits(labels: pd.DataFrame, uri: str, seed: int) -> pd.DataFrame:
+    """A split for every row: the labels' own where they have one, otherwise 60/20/20 by patient.
+
+    A patient's films never part. Labels with train and no validation give a fifth of the train
+    patients to validation. Raises `UserError` where some rows have a split and others have none.
+    """
+    given = labels["split"].notna()
+    if given.any() and not given.all():
+        raise UserError(
+            f"{uri}: {int((~given).sum())} of {len(labels)} rows have no split; fill all or none"
+        )
+    if not given.any():
+        fold = _patient_folds(labels, uri, seed)
+        names = pd.Series(fold).map({0: "test", 1: "validation"}).fillna("train")
+        return labels.assign(split=names.to_numpy())
+    if "validation" not in set(labels["split"]):
+        train = (labels["split"] == "train").to_numpy()
+        fold = _patient_folds(labels[train], uri, seed)
+        split = labels["split"].to_numpy(copy=True)
+        split[train] = pd.Series(fold).map({0: "validation"}).fillna("train").to_numpy()
+        log.info("the labels have no validation split: a fifth of the train patients became it")
+        return labels.assign(split=split)
+    return labels
+
+
+def _patient_folds(labels: pd.DataFrame, uri: str, seed: int) -> list[int]:
+    """Fold 0 … 4 of each row, stratified by class, patients kept together."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    patients = labels["patient_id"].fillna("image " + labels["image"])
+    if labels["patient_id"].isna().any():
+        log.warning(
+            "%s: rows without patient_id are split as patients of their own; "
+            "films of one patient may then lie on both sides",
+            uri,
+        )
+    fewest = int(patients.groupby(labels["label"]).nunique().min())
+    if fewest < 5:
+        raise UserError(
+            f"{uri}: {fewest} patients in the smallest class are too few to split; "
+            "give a split column, or label more patients"
+        )
+    fold = pd.Series(0, index=range(len(labels)))
+    folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=seed)
+    for number, (_, rows) in enumerate(folds.split(labels, labels["label"], patients)):
+        fold.iloc[rows] = number
+    return fold.tolist()
+
+
+def check_patients(labels: pd.DataFrame, uri: str) -> None:
+    """Raises `UserError` where one patient is in two splits."""
+    known = labels.dropna(subset=["patient_id"])
+    splits = known.groupby("patient_id")["split"].nunique()
+    torn = int((splits > 1).sum())
+    if torn:
+        raise UserError(
+            f"{uri}: {torn} patients are in more than one split, which flatters every figure; "
+            "give all films of a patient one split, or remove the split column"
+        )
+
+
+def check_contents(images: pd.DataFrame, uri: str) -> None:
+    """Raises `UserError` where one file's bytes are in two splits.
+
+    images: columns `image`, `split`, `content_sha256`.
+    """
+    splits = images.groupby("content_sha256")["split"].nunique()
+    torn = splits[splits > 1].index
+    if len(torn):
+        example = images.loc[images["content_sha256"] == torn[0], "image"].tolist()[:2]
+        raise UserError(
+            f"{uri}: {len(torn)} files are in more than one split, as {' = '.join(example)}; "
+            "remove the copies"
+        )

@@ -1,0 +1,160 @@
+"""Labelled images to one array of pixels: each file is fetched and decoded once, by Ray tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from lungopacity.archive.inventory import Archive, take_inventory
+from lungopacity.archive.reading import ReadSettings
+from lungopacity.archive.stream import read_tasks, stream_images
+from lungopacity.dataset.manifest import FACT_COLUMNS
+from lungopacity.errors import Status, UserError
+from lungopacity.progress import Progress
+from lungopacity.radiograph import Preprocessing
+
+log = logging.getLogger(__name__)
+
+MAX_UNREADABLE_FRACTION = 0.05
+"""Above it, training on what is left would hide a broken archive."""
+
+
+@dataclass(frozen=True)
+class LabelledPixels:
+    """Decoded, labelled images; row i of every field is the same image."""
+
+    pixels_NHW: npt.NDArray[np.uint8]
+    """(n, image_size, image_size) uint8."""
+    labels_N: npt.NDArray[np.int64]
+    """(n,) index into `class_names`."""
+    split_N: npt.NDArray[np.str_]
+    """(n,) train, validation or test."""
+    class_names: tuple[str, ...]
+    images: pd.DataFrame
+    """The labels' columns, and those that were read: content_sha256, view_position, …"""
+    unreadable: pd.DataFrame
+    """Labelled images that gave no pixels: image, error_code, error_message."""
+    synthetic: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what is learned from: each file's digest with its label and split."""
+        digest = hashlib.sha256()
+        columns = ["content_sha256", "label", "split"]
+        for row in sorted(self.images[columns].itertuples(index=False, name=None)):
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
+
+
+def load_pixels(
+    image_uris: Sequence[str],
+    labels: pd.DataFrame,
+    class_names: Sequence[str],
+    preprocessing: Preprocessing,
+    labels_uri: str,
+) -> LabelledPixels:
+    """Find every labelled image in the archives and decode it.
+
+    labels: as `read_labels` gives them, of these classes, every row with a split. Needs a running
+    Ray. Raises `UserError` where labels name images that no archive has, where one name is in the
+    archives twice, or where more than `MAX_UNREADABLE_FRACTION` cannot be read.
+    """
+    names = frozenset(labels["image"])
+    tables: list[pa.Table] = []
+    with Progress("Reading images", total=len(names)) as progress:
+        for uri in image_uris:
+            for table in _decoded(take_inventory(uri), names, preprocessing):
+                found = table.filter(pa.compute.is_null(table["shard_members"]))
+                tables.append(found)
+                progress.advance(found.num_rows)
+    read = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame()
+    return _joined(read, labels, class_names, preprocessing, image_uris, labels_uri)
+
+
+def _decoded(
+    archive: Archive, names: frozenset[str], preprocessing: Preprocessing
+) -> Iterator[pa.Table]:
+    """Rows of `READ_SCHEMA` for the images of these names, read by Ray tasks."""
+    objects = archive.objects
+    named = pa.compute.is_in(objects["image"], value_set=pa.array(sorted(names)))
+    objects = objects.filter(pa.compute.or_(objects["is_shard"], named))
+    if objects.num_rows:
+        images = stream_images(
+            archive.uri, read_tasks(objects), ReadSettings(preprocessing), wanted=names
+        )
+        yield from images.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _joined(
+    read: pd.DataFrame,
+    labels: pd.DataFrame,
+    class_names: Sequence[str],
+    preprocessing: Preprocessing,
+    image_uris: Sequence[str],
+    labels_uri: str,
+) -> LabelledPixels:
+    where = ", ".join(image_uris)
+    if not read.empty:
+        broken = read["member"].isna() & ~read["image"].isin(labels["image"])
+        for shard in read.loc[broken].itertuples():
+            raise UserError(
+                f"{shard.image}: shard cannot be read ({shard.error_code}: {shard.error_message}); "
+                "mend or remove it"
+            )
+        read = read.assign(name=read["member"].fillna(read["image"]))
+    found = set() if read.empty else set(read["name"])
+    absent = labels.loc[~labels["image"].isin(found), "image"]
+    if len(absent):
+        raise UserError(
+            f"{labels_uri}: {len(absent)} of {len(labels)} labelled images are not in {where}, as "
+            f"{absent.iloc[0]}; `image` must be the key under --images, "
+            "or the member's name in a shard"
+        )
+    if read["name"].duplicated().any():
+        twice = read.loc[read["name"].duplicated(), "name"]
+        raise UserError(
+            f"{where}: {len(twice)} labelled names occur more than once, as {twice.iloc[0]}; "
+            "the label could belong to either"
+        )
+    facts = list(FACT_COLUMNS)
+    # What the labels say of a film goes before what its header says.
+    frame = labels.merge(
+        read.rename(columns={"image": "source"}),
+        left_on="image",
+        right_on="name",
+        suffixes=("", "_read"),
+    )
+    for fact in facts:
+        frame[fact] = frame[fact].astype(object).where(frame[fact].notna(), frame[f"{fact}_read"])
+    failed = frame["status"] != Status.OK.value
+    unreadable = frame.loc[failed, ["image", "error_code", "error_message"]]
+    if len(unreadable) > MAX_UNREADABLE_FRACTION * len(frame):
+        codes = ", ".join(f"{k}: {v}" for k, v in unreadable["error_code"].value_counts().items())
+        raise UserError(
+            f"{where}: {len(unreadable)} of {len(frame)} labelled images cannot be read ({codes}); "
+            "mend the archive, or remove them from the labels"
+        )
+    for row in unreadable.itertuples():
+        log.warning("left out: %s cannot be read (%s)", row.image, row.error_code)
+    frame = frame.loc[~failed].reset_index(drop=True)
+    size = preprocessing.image_size
+    pixels_NHW = np.frombuffer(b"".join(frame.pop("pixels")), np.uint8).reshape(-1, size, size)
+    index_of = {name: index for index, name in enumerate(class_names)}
+    return LabelledPixels(
+        pixels_NHW=pixels_NHW,
+        labels_N=frame["label"].map(index_of).to_numpy().astype(np.int64),
+        split_N=frame["split"].to_numpy(str),
+        class_names=tuple(class_names),
+        images=frame[
+            ["image", "label", "split", "patient_id", *facts, "source", "content_sha256", "format"]
+        ],
+        unreadable=unreadable.reset_index(drop=True),
+        synthetic=bool(frame["synthetic"].astype(bool).any()),
+    )

@@ -1,0 +1,188 @@
+"""What this machine has for the job, what is missing, and the mend."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lungopacity.errors import NOTICE, UserError
+
+_MIN_TORCH = (2, 11)
+_MIN_FREE_BYTES = 5 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    state: str
+    """ok, note (works, with a limit) or missing."""
+    what: str
+    detail: str
+    mend: str = ""
+
+
+def diagnose(storage: str | None = None) -> list[Finding]:
+    """Look at everything that the job needs. `storage`: a URI to try as well."""
+    findings: list[Finding] = []
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        _python, _torch, _ray, _decoders, _disk, _s3,
+    ]  # fmt: skip
+    for check in checks:
+        try:
+            findings += check()
+        except Exception as error:
+            name = check.__name__.strip("_")
+            findings.append(
+                Finding(
+                    "missing",
+                    name,
+                    f"cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}",
+                    "install from requirements.lock again",
+                )
+            )
+    if storage is not None:
+        findings += _place(storage)
+    return findings
+
+
+def report(findings: list[Finding]) -> str:
+    """The findings as aligned text; what is missing carries its mend on the next line."""
+    width = max(len(finding.what) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.state:8}{finding.what:{width}}  {finding.detail}")
+        if finding.mend:
+            lines.append(f"{'':8}{'':{width}}  → {finding.mend}")
+    return "\n".join([*lines, NOTICE])
+
+
+def _python() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    cpus = len(os.sched_getaffinity(0))
+    yield Finding("ok", "python", f"{version}, {cpus} CPU cores")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+    import torchvision  # type: ignore[import-untyped]
+
+    numbers = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    yield Finding(
+        "ok" if numbers >= _MIN_TORCH else "missing",
+        "torch",
+        f"{torch.__version__}, torchvision {torchvision.__version__}",
+        "" if numbers >= _MIN_TORCH else "needs torch 2.11 or newer",
+    )
+    if not torch.cuda.is_available():
+        yield Finding("note", "gpu", "none that torch can use: everything runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        yield Finding("ok", "gpu", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+
+
+def _ray() -> Iterator[Finding]:
+    import ray
+    import ray.data
+    import ray.train
+
+    address = os.environ.get("RAY_ADDRESS")
+    where = f"will join {address} (RAY_ADDRESS)" if address else "will run on this machine alone"
+    yield Finding("ok", "ray", f"{ray.__version__}, {where}")
+
+
+def _decoders() -> Iterator[Finding]:
+    from PIL import features
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import (
+        JPEG2000,
+        DeflatedExplicitVRLittleEndian,
+        ExplicitVRLittleEndian,
+        JPEG2000Lossless,
+        JPEGBaseline8Bit,
+        JPEGLosslessSV1,
+        JPEGLSLossless,
+        RLELossless,
+    )
+
+    formats = {"png": "zlib", "jpeg": "jpg", "jpeg 2000": "jpg_2000", "tiff": "libtiff"}
+    for name, feature in formats.items():
+        has = features.check(feature)
+        yield Finding(
+            "ok" if has else "missing",
+            name,
+            "Pillow" if has else "Pillow was built without it",
+            "" if has else "install Pillow from requirements.lock",
+        )
+    syntaxes = (
+        ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, RLELossless, JPEGBaseline8Bit,
+        JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, JPEG2000,
+    )  # fmt: skip
+    lacking = [uid.name for uid in syntaxes if not _has_decoder(get_decoder, uid)]
+    yield Finding(
+        "missing" if lacking else "ok",
+        "dicom",
+        f"no decoder for {', '.join(lacking)}"
+        if lacking
+        else f"pydicom {importlib.metadata.version('pydicom')}, {len(syntaxes)} transfer syntaxes",
+        "install python-gdcm and pylibjpeg-openjpeg from requirements.lock" if lacking else "",
+    )
+
+
+def _has_decoder(get_decoder: Callable[[object], object], uid: object) -> bool:
+    try:
+        return bool(getattr(get_decoder(uid), "is_available", True))
+    except NotImplementedError:
+        return uid.is_transfer_syntax and not uid.is_encapsulated  # type: ignore[attr-defined]
+
+
+def _disk() -> Iterator[Finding]:
+    for what, folder in (("temporary files", tempfile.gettempdir()), ("object store", "/dev/shm")):
+        if not os.path.isdir(folder):
+            continue
+        free = shutil.disk_usage(folder).free
+        enough = free >= _MIN_FREE_BYTES
+        yield Finding(
+            "ok" if enough else "note",
+            what,
+            f"{free / 2**30:.0f} GiB free in {folder}",
+            "" if enough else "Ray spills here; give it 5 GiB or more",
+        )
+
+
+def _s3() -> Iterator[Finding]:
+    import boto3
+
+    session = boto3.session.Session()
+    credentials = session.get_credentials()
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "Amazon's own endpoints")
+    if credentials is None:
+        yield Finding(
+            "note",
+            "s3",
+            "no credentials: only local paths can be used",
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        )
+        return
+    yield Finding("ok", "s3", f"credentials from {credentials.method}, {endpoint}")
+
+
+def _place(uri: str) -> Iterator[Finding]:
+    from lungopacity.storage import open_store
+
+    try:
+        first = next(iter(open_store(uri).list()), None)
+    except UserError as error:
+        detail, _, mend = str(error).rpartition("; ")
+        yield Finding("missing", "storage", detail or str(error), mend if detail else "")
+        return
+    if first is None:
+        yield Finding("note", "storage", f"{uri} can be listed, and is empty")
+    else:
+        yield Finding("ok", "storage", f"{uri} can be listed")

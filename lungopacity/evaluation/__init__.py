@@ -1,0 +1,1 @@
+"""Metrics with intervals, the paper's table beside ours, figures, and the evaluation journey."""

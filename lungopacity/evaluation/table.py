@@ -1,0 +1,42 @@
+"""Metrics as the tidy table that evaluation and screening both write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+
+from lungopacity.evaluation.metrics import Metric
+from lungopacity.results.schema import METRICS_SCHEMA
+
+
+def metrics_table(
+    metrics: Iterable[Metric], run_id: str, model_id: str, *, synthetic: bool
+) -> pa.Table:
+    """Metrics as rows of `METRICS_SCHEMA`."""
+    rows = [
+        {
+            "run_id": run_id,
+            "model_id": model_id,
+            "synthetic": synthetic,
+            "group": metric.group,
+            "metric": metric.metric,
+            "class": metric.class_name,
+            "value": metric.value,
+            "ci_low": metric.ci_low,
+            "ci_high": metric.ci_high,
+            "n": metric.n,
+        }
+        for metric in metrics
+    ]
+    return pa.Table.from_pylist(rows, schema=METRICS_SCHEMA)
+
+
+def metric_value(
+    metrics: Sequence[Metric], name: str, class_name: str | None = None
+) -> float | None:
+    """The value over all images of one metric, or None where it was not measured."""
+    for metric in metrics:
+        if (metric.group, metric.metric, metric.class_name) == ("all", name, class_name):
+            return metric.value
+    return None

@@ -1,0 +1,98 @@
+"""The classical CNN: blocks of convolution, ReLU and max pooling, then a dense softmax head.
+
+After LeCun et al. 1998 (Gradient-Based Learning Applied to Document Recognition), with what became
+usual since: batch normalisation (Ioffe & Szegedy 2015), more than one 3 x 3 convolution a block
+(Simonyan & Zisserman 2015), and global pooling before the dense layers (Lin et al. 2014), so that
+any input size fits. It returns logits; the softmax belongs to the loss in training, and to
+`Scorer.probabilities` afterwards.
+
+Tensor names carry their shape: B batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ClassicalCNNSettings:
+    """Shape of the network; stored in the model folder as `architecture_settings`."""
+
+    channels: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Feature maps of each block; every block halves height and width."""
+    convolutions: tuple[int, ...] = (1, 1, 1, 1, 1)
+    """3 x 3 convolutions of each block."""
+    batch_norm: bool = True
+    """Normalise over the batch before each ReLU."""
+    hidden_units: int = 0
+    """Width of a dense layer between the pooled features and the softmax layer; 0: none."""
+    dropout: float = 0.3
+    """Share of the features that the head does not see, in training."""
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples: settings read from a model folder bring lists.
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "convolutions", tuple(self.convolutions))
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"channels must be one or more widths above 0, not {self.channels}")
+        if len(self.convolutions) != len(self.channels) or min(self.convolutions) < 1:
+            raise ValueError(
+                f"convolutions must be a number above 0 for each of the {len(self.channels)} "
+                f"blocks, not {self.convolutions}"
+            )
+        if self.hidden_units < 0:
+            raise ValueError(f"hidden_units must be 0 or more, not {self.hidden_units}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be from 0 to below 1, not {self.dropout}")
+
+
+class ClassicalCNN(nn.Module):
+    """x_B1HW float32, normalised, any height and width, to logits_BK."""
+
+    def __init__(self, classes: int, settings: ClassicalCNNSettings | None = None) -> None:
+        super().__init__()
+        self.settings = settings = settings or ClassicalCNNSettings()
+        widths_in = (1, *settings.channels[:-1])
+        self.features = nn.Sequential(
+            *(
+                _block(width_in, width, convolutions, settings.batch_norm)
+                for width_in, width, convolutions in zip(
+                    widths_in, settings.channels, settings.convolutions, strict=True
+                )
+            )
+        )
+        features = 2 * settings.channels[-1]
+        head: list[nn.Module] = []
+        if settings.hidden_units:
+            head += [nn.Linear(features, settings.hidden_units), nn.ReLU(inplace=True)]
+            features = settings.hidden_units
+        self.head = nn.Sequential(*head, nn.Dropout(settings.dropout), nn.Linear(features, classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x_B1HW: torch.Tensor) -> torch.Tensor:
+        maps_BCHW = self.features(x_B1HW)
+        # The mean says how much of the lung is opaque, the maximum whether any spot is.
+        pooled_BF = torch.cat([maps_BCHW.mean(dim=(2, 3)), maps_BCHW.amax(dim=(2, 3))], dim=1)
+        logits_BK: torch.Tensor = self.head(pooled_BF)
+        return logits_BK
+
+
+def _block(width_in: int, width: int, convolutions: int, batch_norm: bool) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for number in range(1, convolutions + 1):
+        # A bias before batch normalisation would be subtracted again.
+        layers.append(nn.Conv2d(width_in, width, 3, padding=1, bias=not batch_norm))
+        if number == convolutions:
+            # Pooling and ReLU commute; pooled first, a quarter of the values is normalised: 1.3
+            # times as fast. ceil_mode: a map of one pixel stays one, so no input is too small.
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        if batch_norm:
+            layers.append(nn.BatchNorm2d(width))
+        layers.append(nn.ReLU(inplace=True))
+        width_in = width
+    return nn.Sequential(*layers)

@@ -1,0 +1,231 @@
+"""The model folder: what training writes, and evaluation and screening read.
+
+model.safetensors   the weights, no pickle
+model.json          everything else that decides a score, and what the model earned
+history.parquet     loss and accuracy by epoch
+SHA256SUMS          of the files above, written last: a folder without it is unfinished.
+                    `sha256sum -c SHA256SUMS` checks it, and so does every load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lungopacity.errors import NOTICE, ImageError, UserError
+from lungopacity.radiograph import Preprocessing
+from lungopacity.storage import Store, open_store
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS_FILE = "model.safetensors"
+SPEC_FILE = "model.json"
+HISTORY_FILE = "history.parquet"
+SUMS_FILE = "SHA256SUMS"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Where a score becomes a decision. Probabilities are of the positive class, 0 … 1."""
+
+    threshold: float
+    """At or above: `positive`."""
+    review_from: float | None = None
+    """At or above, and below `threshold`: `review`. None: no review band."""
+    chosen_by: str = ""
+    """The rule, as in 'Youden J on validation'."""
+    sensitivity: float | None = None
+    """At `threshold`, on the images it was chosen on."""
+    specificity: float | None = None
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold must be from 0 to 1, not {self.threshold}")
+        if self.review_from is not None and not 0.0 <= self.review_from <= self.threshold:
+            raise ValueError(f"review_from must be from 0 to the threshold, not {self.review_from}")
+
+    def decide(self, probability: float) -> str:
+        """negative, review or positive."""
+        if probability >= self.threshold:
+            return "positive"
+        if self.review_from is not None and probability >= self.review_from:
+            return "review"
+        return "negative"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All of `model.json` but the hashes."""
+
+    architecture: str
+    """A name that `lungopacity.models.build_network` knows."""
+    architecture_settings: Mapping[str, Any]
+    class_names: tuple[str, ...]
+    """In the order of the logits."""
+    positive_class: str
+    """The class whose probability the operating point judges."""
+    preprocessing: Preprocessing
+    operating_point: OperatingPoint
+    temperature: float = 1.0
+    """Logits are divided by it before the softmax (Guo et al. 2017)."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """On validation, at the kept epoch."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Settings, data fingerprint and versions."""
+    synthetic: bool = False
+    """Trained on phantoms: every output of the model says so."""
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
+            raise ValueError(f"class_names must be two or more different names: {self.class_names}")
+        if self.positive_class not in self.class_names:
+            raise ValueError(f"positive_class {self.positive_class!r} is none of the class names")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+
+    @property
+    def positive_index(self) -> int:
+        return self.class_names.index(self.positive_class)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A spec with its weights, as they lie in a folder. Ray carries it to the workers by pickle."""
+
+    spec: ModelSpec
+    weights: bytes
+    """The safetensors file."""
+
+    @property
+    def model_id(self) -> str:
+        """16 hex digits over everything that can change a score."""
+        decides = {
+            "architecture": self.spec.architecture,
+            "architecture_settings": dict(self.spec.architecture_settings),
+            "class_names": self.spec.class_names,
+            "preprocessing": asdict(self.spec.preprocessing),
+            "temperature": self.spec.temperature,
+            "weights_sha256": _sha256(self.weights),
+        }
+        return _sha256(json.dumps(decides, sort_keys=True).encode())[:16]
+
+    def network(self) -> torch.nn.Module:
+        """The network with its weights, in evaluation mode, on the CPU."""
+        import safetensors.torch
+
+        from lungopacity.models.networks import build_network
+
+        network = build_network(
+            self.spec.architecture, len(self.spec.class_names), self.spec.architecture_settings
+        )
+        network.load_state_dict(safetensors.torch.load(self.weights))
+        return network.eval()
+
+
+def weights_of(network: torch.nn.Module) -> bytes:
+    """The network's parameters and buffers as a safetensors file."""
+    import safetensors.torch
+
+    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
+
+
+def save_model(uri: str, model: TrainedModel, history_parquet: bytes) -> None:
+    """Write a model folder; `SHA256SUMS` last, so that an interrupted write is no model."""
+    store = open_store(uri)
+    document = {
+        "format_version": FORMAT_VERSION,
+        "notice": NOTICE,
+        "model_id": model.model_id,
+        **asdict(model.spec),
+    }
+    files = {
+        WEIGHTS_FILE: model.weights,
+        SPEC_FILE: json.dumps(document, indent=2, sort_keys=True).encode() + b"\n",
+        HISTORY_FILE: history_parquet,
+    }
+    for name, data in files.items():
+        store.write(name, data)
+    sums = "".join(f"{_sha256(data)}  {name}\n" for name, data in files.items())
+    store.write(SUMS_FILE, sums.encode())
+
+
+def is_model(uri: str) -> bool:
+    """Whether a finished model folder lies there."""
+    return open_store(uri).head(SUMS_FILE) is not None
+
+
+def load_model(uri: str) -> TrainedModel:
+    """Read and verify a model folder.
+
+    Raises `UserError` where it is absent, unfinished, altered, or of a newer format.
+    """
+    store = open_store(uri)
+    files = _verified_files(store, uri)
+    document = json.loads(files[SPEC_FILE])
+    if document["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{uri}: model format {document['format_version']} is newer than {FORMAT_VERSION}, "
+            "the newest that this lungopacity reads; upgrade it"
+        )
+    known = {name: document[name] for name in ModelSpec.__dataclass_fields__}
+    spec = ModelSpec(
+        **{
+            **known,
+            "class_names": tuple(known["class_names"]),
+            "preprocessing": Preprocessing(**known["preprocessing"]),
+            "operating_point": OperatingPoint(**known["operating_point"]),
+        }
+    )
+    model = TrainedModel(spec=spec, weights=files[WEIGHTS_FILE])
+    if model.model_id != document["model_id"]:
+        raise UserError(
+            f"{uri}: model.json says model {document['model_id']}, its contents are "
+            f"{model.model_id}; restore the folder or train again"
+        )
+    return model
+
+
+def read_history(uri: str) -> bytes:
+    """The folder's `history.parquet`, verified."""
+    return _verified_files(open_store(uri), uri)[HISTORY_FILE]
+
+
+def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
+    if store.head(SUMS_FILE) is None:
+        unfinished = store.head(WEIGHTS_FILE) is not None
+        raise UserError(
+            f"{uri}: the model folder is unfinished (no {SUMS_FILE}); "
+            "run the same train command again"
+            if unfinished
+            else f"{uri}: no model folder there; give the --output of `lungopacity train`"
+        )
+    try:
+        lines = store.read(SUMS_FILE).decode("ascii").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        files = {
+            name: store.read(name) for name in (WEIGHTS_FILE, SPEC_FILE, HISTORY_FILE) if sums[name]
+        }
+    except ImageError as error:
+        raise UserError(f"{uri}: cannot be read whole ({error.message}); restore it") from error
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{uri}: {SUMS_FILE} is damaged; restore the folder or train again"
+        ) from error
+    for name, data in files.items():
+        if _sha256(data) != sums[name]:
+            raise UserError(
+                f"{uri}: {name} was altered after training (SHA-256 differs); "
+                "restore the folder or train again"
+            )
+    return files
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

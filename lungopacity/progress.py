@@ -1,0 +1,109 @@
+"""Progress of anything that takes longer than about two seconds.
+
+A live line on a terminal, plain log lines elsewhere. Silent unless the command line asked for it:
+from Python, functions return results and print nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+log = logging.getLogger(__name__)
+
+_LINE_EVERY_S = 10.0
+_live = False
+
+
+def show_on_terminal() -> None:
+    """Let `Progress` draw its live line, where standard error is a terminal."""
+    global _live
+    _live = sys.stderr.isatty()
+
+
+class Progress:
+    """Counts up to a total: `with Progress("Screening", total=n) as progress: progress.advance(8)`.
+
+    Thread-unsafe, one at a time.
+    """
+
+    def __init__(self, title: str, total: int | None = None, unit: str = "images") -> None:
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self.note = ""
+        self._started = self._last_line = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        if _live:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import (
+                Progress as RichProgress,
+            )
+
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn(self.unit),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, note="", rate="")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self._line()
+
+    @property
+    def per_second(self) -> float:
+        return self.done / max(1e-9, time.monotonic() - self._started)
+
+    def advance(self, count: int, note: str = "", total: int | None = None) -> None:
+        """`count` more are done. `note` ends the line; `total` corrects the total."""
+        self.done += count
+        self.note = note or self.note
+        self.total = total if total is not None else self.total
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=self.done,
+                total=self.total,
+                note=self.note,
+                rate=f"{self.per_second:.0f}/s",
+            )
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            self._line()
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        of = f" of {self.total}" if self.total is not None else ""
+        note = f", {self.note}" if self.note else ""
+        log.info(
+            "%s: %d%s %s, %.1f/s%s", self.title, self.done, of, self.unit, self.per_second, note
+        )

@@ -1,0 +1,51 @@
+"""Grey pixels of any size to the square that a network takes. Stored in the model folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a radiograph becomes a model's input; part of what `model_id` hashes."""
+
+    image_size: int = 160
+    """Side of the square, in pixels."""
+    mean: float = 0.5
+    """Subtracted from grey values scaled to 0 … 1."""
+    std: float = 0.25
+    """The rest is divided by this."""
+
+    def __post_init__(self) -> None:
+        if not 32 <= self.image_size <= 2048:
+            raise ValueError(f"image_size must be from 32 to 2048, not {self.image_size}")
+        if not self.std > 0:
+            raise ValueError(f"std must be above 0, not {self.std}")
+
+    def square(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Shrink (area-weighted) or enlarge to fit, and pad with black to a centred square.
+
+        pixels: (height, width) uint8. Returns (image_size, image_size) uint8. The aspect ratio is
+        kept: stretching a film changes the shape of a heart.
+        """
+        from PIL import Image
+
+        size = self.image_size
+        height, width = pixels.shape
+        if (height, width) == (size, size):
+            return np.ascontiguousarray(pixels)
+        scale = size / max(height, width)
+        target = (max(1, round(width * scale)), max(1, round(height * scale)))
+        # Pillow's BILINEAR widens its kernel when shrinking, so nothing aliases.
+        resized = np.asarray(
+            Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR), dtype=np.uint8
+        )
+        if target == (size, size):
+            return resized
+        square = np.zeros((size, size), np.uint8)
+        top, left = (size - target[1]) // 2, (size - target[0]) // 2
+        square[top : top + target[1], left : left + target[0]] = resized
+        return square

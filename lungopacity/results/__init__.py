@@ -1,0 +1,1 @@
+"""What screening leaves behind: the schemas, the folder and its commit records, SQL."""

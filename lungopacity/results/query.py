@@ -1,0 +1,119 @@
+"""SQL over committed runs: three views, `predictions`, `metrics` and `runs`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+
+from lungopacity.errors import UserError
+from lungopacity.results.folder import read_runs
+from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
+from lungopacity.storage import Store, open_store
+
+_RUNS_SCHEMA = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("model_id", pa.string()),
+        ("synthetic", pa.bool_()),
+        ("archive", pa.string()),
+        ("started_at", pa.timestamp("us", tz="UTC")),
+        ("finished_at", pa.timestamp("us", tz="UTC")),
+        ("images", pa.int64()),
+        ("ok", pa.int64()),
+        ("rejected", pa.int64()),
+        ("failed", pa.int64()),
+        ("positive", pa.int64()),
+        ("images_per_s", pa.float64()),
+        ("record", pa.string()),
+    ]
+)
+"""`record` is the whole commit record as JSON."""
+
+
+def query(results_uri: str, sql: str) -> pa.Table:
+    """The answer of DuckDB to `sql`. No other file or network is within its reach.
+
+    Raises `UserError` for SQL that DuckDB refuses, and for a results folder that cannot be read.
+    """
+    import duckdb
+
+    store = open_store(results_uri)
+    records = _committed(store)
+    with duckdb.connect() as connection:
+        connection.register("predictions", _predictions(store, records))
+        connection.register("metrics", _metrics(store, records))
+        connection.register("runs", _runs_table(records))
+        connection.execute("SET TimeZone = 'UTC'")
+        connection.execute("SET enable_external_access = false")
+        try:
+            answer = connection.sql(sql)
+            if answer is None:
+                raise UserError("SQL: only questions are answered; begin with SELECT")
+            return answer.to_arrow_table()
+        except duckdb.Error as error:
+            raise UserError(f"SQL: {_first_lines(str(error))}") from error
+
+
+def runs(results_uri: str) -> pa.Table:
+    """The published runs, oldest first. Raises `UserError` where there is none."""
+    return _runs_table(_committed(open_store(results_uri)))
+
+
+def _committed(store: Store) -> list[dict[str, Any]]:
+    records = read_runs(store)
+    if not records:
+        raise UserError(
+            f"{store.uri}: no finished run lies there; give the --output of `lungopacity screen`"
+        )
+    return records
+
+
+def _runs_table(runs: Iterable[dict[str, Any]]) -> pa.Table:
+    """Commit records as a table, one row a run."""
+    rows = []
+    for run in runs:
+        row = {name: run.get(name) for name in _RUNS_SCHEMA.names}
+        row |= {name: run["counts"].get(name, 0) for name in ("ok", "rejected", "failed")}
+        row |= {name: datetime.fromisoformat(run[name]) for name in ("started_at", "finished_at")}
+        rows.append({**row, "record": json.dumps(run, sort_keys=True)})
+    return pa.Table.from_pylist(rows, schema=_RUNS_SCHEMA)
+
+
+def _predictions(store: Store, runs: list[dict[str, Any]]) -> pa.dataset.Dataset:
+    # Models with other classes have other columns; a row has nulls in those of the others.
+    schema = pa.unify_schemas([predictions_schema(run["class_names"]) for run in runs])
+    files = [file["key"] for run in runs for file in run["files"]]
+    partition = pa.field("screened_on", pa.date32())
+    return _dataset(store, files, schema.append(partition), partitioned_by=pa.schema([partition]))
+
+
+def _metrics(store: Store, runs: list[dict[str, Any]]) -> pa.dataset.Dataset:
+    return _dataset(store, [run["metrics_file"]["key"] for run in runs], METRICS_SCHEMA)
+
+
+def _dataset(
+    store: Store, keys: list[str], schema: pa.Schema, partitioned_by: pa.Schema | None = None
+) -> pa.dataset.Dataset:
+    filesystem, root = store.arrow_filesystem()
+    if not keys:
+        return pa.dataset.dataset(schema.empty_table())
+    partitioning = (
+        pa.dataset.HivePartitioning(partitioned_by) if partitioned_by is not None else None
+    )
+    return pa.dataset.dataset(
+        [f"{root}/{key}" for key in keys],
+        schema=schema,
+        format="parquet",
+        filesystem=filesystem,
+        partitioning=partitioning,
+        partition_base_dir=root,
+    )
+
+
+def _first_lines(message: str) -> str:
+    return " ".join(message.split("\n\n")[0].split())

@@ -1,0 +1,129 @@
+"""The Arrow schemas of every table that is written. Every writer takes them from here.
+
+No column is ever null-typed: a night without a failure must not change the type of `error_code`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from lungopacity.errors import NOTICE
+
+SCHEMA_VERSION = 1
+"""Raised when a column changes its name, type or meaning."""
+
+_TIME = pa.timestamp("us", tz="UTC")
+
+SOURCE_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("image", pa.string(), nullable=False),
+    pa.field("member", pa.string()),
+    pa.field("member_index", pa.int32()),
+    pa.field("source_etag", pa.string(), nullable=False),
+    pa.field("source_size_bytes", pa.int64(), nullable=False),
+    pa.field("source_modified_at", _TIME, nullable=False),
+)
+"""Which image: the object of the archive (its key), and inside a shard the member and its place."""
+
+CONTENT_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("content_sha256", pa.string()),
+    pa.field("format", pa.string()),
+    pa.field("rows", pa.int32()),
+    pa.field("columns", pa.int32()),
+    pa.field("photometric_interpretation", pa.string()),
+    pa.field("view_position", pa.string()),
+    pa.field("patient_sex", pa.string()),
+    pa.field("patient_age_years", pa.int16()),
+    pa.field("synthetic", pa.bool_()),
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("error_code", pa.string()),
+    pa.field("error_stage", pa.string()),
+    pa.field("error_message", pa.string()),
+)
+"""What was found in its bytes, or why not."""
+
+READ_SCHEMA = pa.schema(
+    [
+        *SOURCE_FIELDS,
+        *CONTENT_FIELDS,
+        pa.field("pixels", pa.binary()),
+        pa.field("shard_members", pa.int32()),
+    ]
+)
+"""Between reading and scoring. `pixels`: image_size² bytes, row by row, null without an image.
+
+`shard_members` is null but for the one row that closes a shard: it counts the members that were
+met, so that publishing can tell a whole shard from a part of one. That row is no image.
+"""
+
+PLAN_SCHEMA = pa.schema([*SOURCE_FIELDS[:1], *SOURCE_FIELDS[3:], pa.field("is_shard", pa.bool_())])
+"""The inventory, and the plan made of it: one row an object."""
+
+METRICS_SCHEMA = pa.schema(
+    [
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("synthetic", pa.bool_(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("class", pa.string()),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("ci_low", pa.float64()),
+        pa.field("ci_high", pa.float64()),
+        pa.field("n", pa.int64()),
+    ],
+    metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
+)
+
+
+def class_column(prefix: str, class_name: str) -> str:
+    """`p_Lung_Opacity`: a column that SQL takes without quotes, for any class name."""
+    return f"{prefix}_{re.sub(r'[^0-9A-Za-z_]', '_', class_name)}"
+
+
+def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
+    """Probabilities, logits, label and decision of a model with these classes.
+
+    Raises `ValueError` where two class names give the same column.
+    """
+    columns = [class_column("p", name) for name in class_names]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"class names {list(class_names)} do not give different column names")
+    return [
+        *(pa.field(column, pa.float32()) for column in columns),
+        *(pa.field(class_column("logit", name), pa.float32()) for name in class_names),
+        pa.field("predicted_label", pa.string()),
+        pa.field("decision", pa.string()),
+    ]
+
+
+def predictions_schema(class_names: Sequence[str]) -> pa.Schema:
+    """One row an image of the plan, readable or not."""
+    return pa.schema(
+        [
+            pa.field("run_id", pa.string(), nullable=False),
+            pa.field("model_id", pa.string(), nullable=False),
+            pa.field("screened_at", _TIME, nullable=False),
+            pa.field("archive", pa.string(), nullable=False),
+            *SOURCE_FIELDS,
+            *CONTENT_FIELDS,
+            *score_fields(class_names),
+            pa.field("label", pa.string()),
+        ],
+        metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
+    )
+
+
+def part_schema(class_names: Sequence[str]) -> pa.Schema:
+    """Part files under `_work/`: what the model stage gives; publishing adds the run's columns."""
+    return pa.schema(
+        [
+            pa.field("screened_at", _TIME, nullable=False),
+            *SOURCE_FIELDS,
+            *CONTENT_FIELDS,
+            *score_fields(class_names),
+            pa.field("shard_members", pa.int32()),
+        ]
+    )

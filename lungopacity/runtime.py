@@ -1,0 +1,98 @@
+"""The Ray that a command runs on: the cluster it was submitted to, or one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lungopacity.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Read by Ray when it is imported or started, in this process and in its workers.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray warns, on every run, that a restarted actor may not find its arguments. Ours are the
+    # driver's, and an actor does not outlive it.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """A running Ray for the block.
+
+    In this order: one that this process has joined already; the cluster that `RAY_ADDRESS` names
+    (set by `ray job submit`); a private one on this machine, ended with the block. A cluster that
+    merely happens to run here is never joined. Raises `UserError` where none can be had.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        if address == "local":
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"Ray at '{address}' cannot be joined: {str(error).splitlines()[0]}; "
+            "check RAY_ADDRESS, or unset it to run on this machine alone"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet_ray_data() -> None:
+    """Our own progress and errors stand in for Ray Data's bars and per-operator chatter."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def require_resources(cpus: float, gpus: float, what: str) -> None:
+    """Refuse what the cluster can never give: Ray itself would wait for it without a word.
+
+    Raises `UserError`.
+    """
+    import ray
+
+    has = ray.cluster_resources()
+    for name, wanted, mend in (
+        ("CPU", cpus, "use fewer --workers or a larger cluster"),
+        ("GPU", gpus, "use --no-gpu, fewer --workers or a larger cluster"),
+    ):
+        if wanted > has.get(name, 0.0):
+            raise UserError(
+                f"{what} needs {wanted:g} {name}s, the Ray cluster has {has.get(name, 0.0):g}; "
+                f"{mend}"
+            )
+
+
+def resolve_gpu(use_gpu: bool | None) -> bool:
+    """None means: if the cluster has any."""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0.0) > 0 if use_gpu is None else use_gpu

@@ -1,0 +1,1 @@
+"""Archive to predictions: plan, stream through the model, publish."""

@@ -1,0 +1,168 @@
+"""The Ray Data pipeline: read ▶ score ▶ part files. Nothing else moves images.
+
+Attempts write freely under `_work/`; `publish` makes the truth of what they wrote. So a task that
+Ray runs twice does no harm, and the driver holds no image and no row: a few numbers a part file.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lungopacity.archive.reading import ReadSettings
+from lungopacity.archive.stream import read_tasks, stream_images
+from lungopacity.errors import Status
+from lungopacity.models import TrainedModel
+from lungopacity.results.schema import class_column, part_schema
+from lungopacity.runtime import require_resources
+from lungopacity.screening.plan import parquet_bytes
+from lungopacity.storage import Store
+
+_ROWS_PER_PART = 512
+"""What a killed job loses of finished work at most; publishing merges the small files."""
+_RETRIES = 3
+"""Of a task or actor whose process dies. Ray's own default for actors is for ever."""
+
+
+@dataclass(frozen=True)
+class ScoringResources:
+    """What the model stage takes of the cluster."""
+
+    use_gpu: bool
+    min_actors: int
+    max_actors: int
+    threads: int | None
+    """CPU threads of one actor's forward pass; None on a GPU."""
+
+    @staticmethod
+    def of_cluster(use_gpu: bool) -> ScoringResources:
+        """Fit the cluster: one actor a GPU; without GPUs as many as leave one CPU to reading.
+
+        Raises `UserError` where the cluster has too little to begin at all.
+        """
+        import ray
+
+        require_resources(cpus=1, gpus=1 if use_gpu else 0, what="screening")
+        cluster = ray.cluster_resources()
+        if use_gpu:
+            gpus = int(cluster["GPU"])
+            return ScoringResources(True, min_actors=1, max_actors=gpus, threads=None)
+        cpus = int(cluster["CPU"])
+        largest_node = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
+        # A small machine gives its one actor every core: while it computes, reading waits for it.
+        threads = largest_node if cpus <= 2 else 1
+        return ScoringResources(False, 1, max_actors=max(1, cpus - 1), threads=threads)
+
+    @property
+    def actor_cpus(self) -> float:
+        import ray
+
+        # On one CPU the actor must take none, or no image would ever be read.
+        return 1.0 if not self.use_gpu and ray.cluster_resources()["CPU"] >= 2 else 0.0
+
+
+class _ScoreImages:
+    """The model stage: tables of `READ_SCHEMA` to tables of `part_schema`. One per actor."""
+
+    def __init__(self, model: Any, resources: ScoringResources) -> None:
+        import ray
+
+        from lungopacity.models.scorer import Scorer
+
+        self.model: TrainedModel = ray.get(model)
+        self.scorer = Scorer(self.model, use_gpu=resources.use_gpu, threads=resources.threads)
+        self.schema = part_schema(self.model.spec.class_names)
+
+    def __call__(self, read: pa.Table) -> pa.Table:
+        size = self.model.spec.preprocessing.image_size
+        has_pixels = pa.compute.is_valid(read["pixels"])
+        images = read["pixels"].filter(has_pixels)
+        pixels_NHW = np.frombuffer(b"".join(images.to_pylist()), np.uint8).reshape(-1, size, size)
+        logits_NK = self.scorer.logits(pixels_NHW, batch_size=max(1, len(pixels_NHW)))
+        scores = self._score_columns(logits_NK)
+        rows = np.flatnonzero(np.asarray(has_pixels))
+        place = np.full(read.num_rows, -1)
+        place[rows] = np.arange(len(rows))
+        take = pa.array(place, mask=place < 0)
+        columns = {name: read[name] for name in read.column_names if name in self.schema.names}
+        columns |= {name: column.take(take) for name, column in scores.items()}
+        columns["screened_at"] = pa.array([datetime.now(UTC)] * read.num_rows)
+        return pa.table({name: columns[name] for name in self.schema.names}).cast(self.schema)
+
+    def _score_columns(self, logits_NK: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
+        spec = self.model.spec
+        probabilities_NK = self.scorer.probabilities(logits_NK)
+        columns: dict[str, pa.Array] = {}
+        for index, name in enumerate(spec.class_names):
+            columns[class_column("p", name)] = pa.array(probabilities_NK[:, index])
+            columns[class_column("logit", name)] = pa.array(logits_NK[:, index])
+        predicted = probabilities_NK.argmax(axis=1)
+        columns["predicted_label"] = pa.array(
+            [spec.class_names[index] for index in predicted], pa.string()
+        )
+        columns["decision"] = pa.array(
+            [
+                spec.operating_point.decide(float(probability))
+                for probability in probabilities_NK[:, spec.positive_index]
+            ],
+            pa.string(),
+        )
+        return columns
+
+
+def screen_objects(
+    archive_uri: str,
+    objects: pa.Table,
+    model: TrainedModel,
+    results: Store,
+    work: str,
+    resources: ScoringResources,
+    batch_size: int,
+) -> Iterator[Counter[str]]:
+    """Screen the objects of `PLAN_SCHEMA`; yields, for each part file that has landed, its counts
+    (`ok`, `rejected`, `failed`)."""
+    import ray
+
+    settings = ReadSettings(model.spec.preprocessing)
+    attempt = f"{work}attempt={uuid.uuid4().hex}/"
+
+    def write_part(rows: pa.Table) -> pa.Table:
+        results.write(f"{attempt}{uuid.uuid4().hex}.parquet", parquet_bytes(rows))
+        images = rows.filter(pa.compute.is_null(rows["shard_members"]))
+        counts = Counter(images["status"].to_pylist())
+        return pa.table({status.value: [counts[status.value]] for status in Status})
+
+    parts = (
+        stream_images(archive_uri, read_tasks(objects), settings)
+        .map_batches(
+            _ScoreImages,
+            fn_constructor_args=(ray.put(model), resources),
+            batch_size=batch_size,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            num_cpus=resources.actor_cpus,
+            num_gpus=1 if resources.use_gpu else 0,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=resources.min_actors, max_size=resources.max_actors
+            ),
+            max_restarts=_RETRIES,
+            max_task_retries=_RETRIES,
+        )
+        # No CPU of its own: it waits on storage, and must run however busy the others are.
+        .map_batches(
+            write_part,
+            batch_size=_ROWS_PER_PART,
+            batch_format="pyarrow",
+            num_cpus=0,
+        )
+    )
+    for part in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in part.to_pylist():
+            yield Counter(row)

@@ -1,0 +1,28 @@
+"""A finished run, told on a terminal."""
+
+from __future__ import annotations
+
+from lungopacity.errors import NOTICE
+from lungopacity.evaluation.table import metric_value
+from lungopacity.screening.screen import ScreeningResult
+
+
+def summary(result: ScreeningResult) -> str:
+    """A few lines: what was read, what was found, how fast, where it lies."""
+    lines = [
+        f"run {result.run_id} published in {result.results}"
+        + (" (synthetic)" if result.synthetic else ""),
+        f"  images    {result.images}: {result.ok} scored, {result.rejected} rejected, "
+        f"{result.failed} could not be read",
+        f"  positive  {result.positive} at the model's operating point",
+        f"  time      {result.seconds:.1f} s, {result.images / result.seconds:.1f} images/s",
+    ]
+    lines += [
+        f"  {metric.class_name}: {metric.value:.0f}"
+        for metric in result.metrics
+        if metric.metric == "error_code"
+    ]
+    accuracy = metric_value(result.metrics, "accuracy")
+    if accuracy is not None:
+        lines.append(f"  accuracy  {accuracy:.4f} against the labels")
+    return "\n".join([*lines, NOTICE])

@@ -1,0 +1,49 @@
+"""Random changes to training films that do not change their class.
+
+Tensor names carry their shape: B batch, H height, W width. Whole batches are changed at once, on the
+device that holds them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from lungopacity.training.settings import AugmentationSettings
+
+
+def augment(
+    pixels_BHW: torch.Tensor, settings: AugmentationSettings, generator: torch.Generator
+) -> torch.Tensor:
+    """(batch, height, width) uint8 to the same, each film changed by its own random amounts.
+
+    `generator`: on the CPU, so that the same seed draws the same amounts for every device.
+    """
+    batch, device = len(pixels_BHW), pixels_BHW.device
+
+    def amounts(limit: float) -> torch.Tensor:
+        return (torch.rand(batch, generator=generator) * 2 - 1) * limit
+
+    angle_B = amounts(math.radians(settings.rotation_degrees))
+    shrink_B = 1 / (1 + amounts(settings.scale))
+    mirror_B = 1.0 - 2.0 * (torch.rand(batch, generator=generator) < settings.flip_probability)
+    # affine_grid wants where each output pixel comes from, in units of half a side.
+    source_B23 = torch.zeros(batch, 2, 3)
+    source_B23[:, 0, 0] = shrink_B * angle_B.cos() * mirror_B
+    source_B23[:, 0, 1] = -shrink_B * angle_B.sin()
+    source_B23[:, 1, 0] = shrink_B * angle_B.sin() * mirror_B
+    source_B23[:, 1, 1] = shrink_B * angle_B.cos()
+    source_B23[:, 0, 2] = 2 * amounts(settings.shift)
+    source_B23[:, 1, 2] = 2 * amounts(settings.shift)
+    gain_B = 1 + amounts(settings.gain)
+    gamma_B = amounts(settings.gamma).exp()
+
+    x_B1HW = pixels_BHW.unsqueeze(1).float().div_(255.0)
+    grid_BHW2 = F.affine_grid(source_B23.to(device), list(x_B1HW.shape), align_corners=False)
+    # What comes in from outside the film is black, as the padding of `Preprocessing.square` is.
+    x_B1HW = F.grid_sample(x_B1HW, grid_BHW2, padding_mode="zeros", align_corners=False)
+    x_B1HW = x_B1HW.clamp_(0, 1).pow_(gamma_B.to(device)[:, None, None, None])
+    x_B1HW = x_B1HW.mul_(gain_B.to(device)[:, None, None, None])
+    return x_B1HW.mul_(255.0).round_().clamp_(0, 255).to(torch.uint8).squeeze(1)

@@ -1,0 +1,87 @@
+"""From validation logits: the temperature, and the operating point.
+
+Array names carry their shape: V validation films, K classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from lungopacity.models import OperatingPoint
+
+_LOG_TEMPERATURE_LIMIT = np.log(20.0)
+
+
+def softmax(
+    logits_VK: npt.NDArray[np.floating], temperature: float = 1.0
+) -> npt.NDArray[np.float64]:
+    """Class probabilities, float64 in the shape of the logits; rows sum to 1."""
+    scaled = logits_VK.astype(np.float64) / temperature
+    exponent = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    probabilities: npt.NDArray[np.float64] = exponent / exponent.sum(axis=1, keepdims=True)
+    return probabilities
+
+
+def negative_log_likelihood(
+    logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64], temperature: float = 1.0
+) -> float:
+    """Mean over the films of -ln p(true class), in nats."""
+    true_V = softmax(logits_VK, temperature)[np.arange(len(labels_V)), labels_V]
+    return float(-np.log(np.maximum(true_V, np.finfo(np.float64).tiny)).mean())
+
+
+def fit_temperature(logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64]) -> float:
+    """The temperature that minimises the negative log-likelihood (Guo et al. 2017, section 4.2).
+
+    It is convex in 1 / temperature, so golden-section search finds the one minimum; searched from 1/20
+    to 20. Where every film is classified rightly there is none (the smaller the better), which says
+    nothing of confidence: 1 is returned.
+    """
+    if (logits_VK.argmax(axis=1) == labels_V).all():
+        return 1.0
+    golden = (np.sqrt(5.0) - 1) / 2
+    low, high = -_LOG_TEMPERATURE_LIMIT, _LOG_TEMPERATURE_LIMIT
+
+    def loss(log_temperature: float) -> float:
+        return negative_log_likelihood(logits_VK, labels_V, float(np.exp(log_temperature)))
+
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    loss_left, loss_right = loss(left), loss(right)
+    while high - low > 1e-4:
+        if loss_left <= loss_right:
+            high, right, loss_right = right, left, loss_left
+            left = high - golden * (high - low)
+            loss_left = loss(left)
+        else:
+            low, left, loss_left = left, right, loss_right
+            right = low + golden * (high - low)
+            loss_right = loss(right)
+    return float(np.exp((low + high) / 2))
+
+
+def youden_point(
+    probabilities_V: npt.NDArray[np.floating], positive_V: npt.NDArray[np.bool_]
+) -> OperatingPoint:
+    """The threshold with the highest sensitivity + specificity - 1 (Youden 1950).
+
+    probabilities_V: of the positive class, calibrated. positive_V: whether it is the true one; both
+    kinds must occur. Of thresholds that do equally well, the most sensitive. It lies midway to the next
+    lower score, so that no score stands on it and rounding decides nothing.
+    """
+    assert positive_V.any() and not positive_V.all()
+    scores, which = np.unique(probabilities_V.astype(np.float64), return_inverse=True)
+    positives = np.bincount(which, positive_V, len(scores))
+    negatives = np.bincount(which, ~positive_V, len(scores))
+    # Entry i: the decision is positive from score i upwards.
+    sensitivity = positives[::-1].cumsum()[::-1] / positives.sum()
+    specificity = 1 - negatives[::-1].cumsum()[::-1] / negatives.sum()
+    best = int(np.argmax(np.round(sensitivity + specificity, 9)))
+    below = scores[best - 1] if best else 0.0
+    return OperatingPoint(
+        threshold=float((below + scores[best]) / 2),
+        chosen_by="Youden J on validation",
+        sensitivity=float(sensitivity[best]),
+        specificity=float(specificity[best]),
+        images=len(positive_V),
+    )

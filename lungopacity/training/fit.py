@@ -1,0 +1,365 @@
+"""The driver's side of training: checks, the Ray Train run, calibration, the model folder.
+
+A run is named by the hash of its settings and data, and its checkpoints lie under `_training/<name>` in
+the output: the same command goes on where a crash left it, and another command starts afresh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import safetensors.numpy
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from sklearn.metrics import roc_auc_score
+
+from lungopacity.errors import UserError
+from lungopacity.models import (
+    ModelSpec,
+    TrainedModel,
+    build_network,
+    check_network,
+    is_model,
+    save_model,
+)
+from lungopacity.runtime import require_resources
+from lungopacity.storage import join_uri, open_store
+from lungopacity.training.calibrate import (
+    fit_temperature,
+    negative_log_likelihood,
+    softmax,
+    youden_point,
+)
+from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
+from lungopacity.training.loop import Films, train_loop
+from lungopacity.training.settings import TrainingSettings
+
+MAX_RESTARTS = 3
+"""Of a run's workers, before the run is given up."""
+
+HISTORY_SCHEMA = pa.schema(
+    [
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("train_loss", pa.float64(), nullable=False),
+        pa.field("train_accuracy", pa.float64(), nullable=False),
+        pa.field("validation_loss", pa.float64(), nullable=False),
+        pa.field("validation_accuracy", pa.float64(), nullable=False),
+        pa.field("learning_rate", pa.float64(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("images_per_s", pa.float64(), nullable=False),
+    ]
+)
+"""Of `history.parquet`; losses in nats, accuracies 0 … 1."""
+
+_POLL_S = 0.25
+
+
+class LabelledFilms(Protocol):
+    """What training needs of `lungopacity.dataset.pixels.LabelledPixels`."""
+
+    @property
+    def pixels_NHW(self) -> npt.NDArray[np.uint8]: ...
+    @property
+    def labels_N(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def split_N(self) -> npt.NDArray[np.str_]: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def synthetic(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished run. The model lies in the output folder too."""
+
+    model: TrainedModel
+    history: list[dict[str, Any]]
+    """Rows of `HISTORY_SCHEMA`, those of before a crash included."""
+    best_epoch: int
+    """The epoch whose weights were kept: that of the lowest validation loss."""
+
+
+def fit(
+    data: LabelledFilms,
+    settings: TrainingSettings,
+    output: str,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainingResult:
+    """Train on `data`, and write the model folder `output`. Needs a running Ray.
+
+    provenance: JSON-able facts for the model folder, as the label file's name. on_epoch: called with
+    each history row while training runs, from another thread; a resumed run begins with its first new
+    epoch. Raises `UserError` where the output has a model, a class lacks films, the cluster is too small
+    or the training fails.
+    """
+    check_network(settings.model)
+    if is_model(output):
+        raise UserError(f"{output}: a trained model is there already; give another --output")
+    counts = _count_films(data, settings)
+    require_resources(settings.workers, settings.workers * settings.use_gpu, "training")
+    network = build_network(settings.model, len(data.class_names), settings.model_settings)
+
+    run = _run_name(data, settings)
+    work_uri = join_uri(output, "_training")
+    films = Films(
+        pixels_NHW=data.pixels_NHW,
+        labels_N=data.labels_N,
+        train=np.flatnonzero(data.split_N == "train"),
+        validation=np.flatnonzero(data.split_N == "validation"),
+        classes=len(data.class_names),
+    )
+    result = _run_ray_train(films, settings, work_uri, run, on_epoch)
+    if result.return_value and result.return_value["diverged_in_epoch"]:
+        raise UserError(
+            f"training diverged in epoch {result.return_value['diverged_in_epoch']}: the loss is not a "
+            "number; lower --learning-rate"
+        )
+    best, best_metrics = min(
+        result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
+    )
+    work = open_store(work_uri)
+    kept, latest = (f"{run}/{point.path.rsplit('/', 1)[1]}" for point in (best, result.checkpoint))
+    history = json.loads(work.read(f"{latest}/{HISTORY_FILE}"))
+    logits_VK = safetensors.numpy.load(work.read(f"{kept}/{LOGITS_FILE}"))["logits_VK"]
+    spec = _spec(data, settings, asdict(network.settings), logits_VK, films.validation)  # type: ignore[call-overload]
+    training = {
+        "settings": settings.as_json(),
+        "data": {"fingerprint": data.fingerprint, "images": counts},
+        "versions": _versions(),
+        "best_epoch": int(best_metrics["epoch"]),
+        "seconds": round(sum(row["seconds"] for row in history), 1),
+        "provenance": dict(provenance or {}),
+    }
+    model = TrainedModel(
+        spec=ModelSpec(**spec, training=training), weights=work.read(f"{kept}/{NETWORK_FILE}")
+    )
+    save_model(output, model, _history_parquet(history))
+    filesystem, root = work.arrow_filesystem()
+    filesystem.delete_dir(root)
+    return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])
+
+
+def _count_films(data: LabelledFilms, settings: TrainingSettings) -> dict[str, dict[str, int]]:
+    """Films by split and class. Raises `UserError` where one lacks that training cannot do without."""
+    names = data.class_names
+    if settings.positive_class not in names:
+        raise UserError(
+            f"positive class '{settings.positive_class}' is none of the labels ({', '.join(names)}); "
+            "give one of them as --positive-class"
+        )
+    counts = {
+        split: {
+            name: int(((data.split_N == split) & (data.labels_N == index)).sum())
+            for index, name in enumerate(names)
+        }
+        for split in ("train", "validation", "test")
+    }
+    for split in ("train", "validation"):
+        if not any(counts[split].values()):
+            raise UserError(f"no film is in the {split} split; add films or change the split")
+        for name, count in counts[split].items():
+            if not count:
+                raise UserError(
+                    f"no film of class '{name}' is in the {split} split; add films of it, or leave "
+                    "the class out"
+                )
+    return counts
+
+
+def _run_name(data: LabelledFilms, settings: TrainingSettings) -> str:
+    facts = [settings.as_json(), data.class_names, data.fingerprint, _versions()["lungopacity"]]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _run_ray_train(
+    films: Films,
+    settings: TrainingSettings,
+    work_uri: str,
+    run: str,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+) -> ray.train.Result:
+    filesystem, root = open_store(work_uri).arrow_filesystem()
+    with _relayed_rows(on_epoch) as callbacks, _own_interrupt_handler():
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"settings": settings, "films": ray.put(films)},
+            scaling_config=ScalingConfig(
+                num_workers=settings.workers,
+                use_gpu=settings.use_gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": 1} if settings.use_gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=run,
+                storage_path=root,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                # Ray keeps the latest besides the best one.
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=1,
+                    checkpoint_score_attribute="validation_loss",
+                    checkpoint_score_order="min",
+                ),
+                callbacks=callbacks,
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            return trainer.fit()
+        except TrainingFailedError as error:
+            raise UserError(
+                f"training was given up after {MAX_RESTARTS} restarts: {_cause(error)}; its finished "
+                "epochs are kept, and the same command goes on from there"
+            ) from error
+
+
+def _cause(error: TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", None)
+    cause = next(iter(failures.values())) if failures else error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[-1]}" if lines else type(cause).__name__
+
+
+class _Rows:
+    """An actor between the controller, where Ray calls back, and the driver, where people look."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def since(self, count: int) -> list[dict[str, Any]]:
+        return self.rows[count:]
+
+
+class _SendRows(UserCallback):
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        self.rows.add.remote(metrics[0])
+
+
+@contextlib.contextmanager
+def _relayed_rows(
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+) -> Iterator[list[UserCallback]]:
+    """Callbacks for the controller; while the block runs, their rows come to `on_epoch`."""
+    if on_epoch is None:
+        yield []
+        return
+    rows = ray.remote(num_cpus=0)(_Rows).remote()
+    finished = threading.Event()
+
+    def pass_on() -> None:
+        count = 0
+        while True:
+            last = finished.wait(_POLL_S)
+            try:
+                new = ray.get(rows.since.remote(count))
+            except ray.exceptions.RayError:
+                return
+            for row in new:
+                on_epoch(row)
+            count += len(new)
+            if last:
+                return
+
+    thread = threading.Thread(target=pass_on, name="training-progress", daemon=True)
+    thread.start()
+    try:
+        yield [_SendRows(rows)]
+    finally:
+        finished.set()
+        thread.join()
+        ray.kill(rows)
+
+
+@contextlib.contextmanager
+def _own_interrupt_handler() -> Iterator[None]:
+    """Ray Train takes Ctrl-C for itself and never gives it back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _spec(
+    data: LabelledFilms,
+    settings: TrainingSettings,
+    architecture_settings: dict[str, Any],
+    logits_VK: npt.NDArray[np.float32],
+    validation: npt.NDArray[np.int64],
+) -> dict[str, Any]:
+    """The fields of `ModelSpec` but `training`, with what validation says of the kept weights."""
+    labels_V = data.labels_N[validation]
+    positive = data.class_names.index(settings.positive_class)
+    temperature = fit_temperature(logits_VK, labels_V)
+    probabilities_V = softmax(logits_VK, temperature)[:, positive]
+    point = youden_point(probabilities_V, labels_V == positive)
+    return {
+        "architecture": settings.model,
+        "architecture_settings": architecture_settings,
+        "class_names": tuple(data.class_names),
+        "positive_class": settings.positive_class,
+        "preprocessing": settings.preprocessing,
+        "operating_point": point,
+        "temperature": temperature,
+        "synthetic": data.synthetic,
+        "metrics": {
+            "loss": negative_log_likelihood(logits_VK, labels_V, temperature),
+            "loss_before_temperature": negative_log_likelihood(logits_VK, labels_V),
+            "accuracy": float((logits_VK.argmax(axis=1) == labels_V).mean()),
+            "auc": float(roc_auc_score(labels_V == positive, probabilities_V)),
+            "sensitivity": point.sensitivity,
+            "specificity": point.specificity,
+        },
+    }
+
+
+def _history_parquet(history: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(history, schema=HISTORY_SCHEMA), sink)
+    return sink.getvalue()
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = importlib.metadata.version("lungopacity")
+    except importlib.metadata.PackageNotFoundError:
+        own = "source"
+    return {
+        "lungopacity": own,
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,238 @@
+"""The training loop that Ray Train runs in every worker.
+
+Every draw is seeded by (seed, epoch, rank) and the learning rate is a function of the step, so an
+epoch depends on nothing but the weights and the moments before it: a run resumed from a checkpoint
+goes on as if it had never stopped.
+
+Tensor names carry their shape: V validation films, B films of one worker's batch, H height, W width,
+K classes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from ray.train import Checkpoint, CheckpointUploadMode
+from torch.nn import functional as F
+
+from lungopacity.models import build_network
+from lungopacity.models.normalise import normalise
+from lungopacity.training.augment import augment
+from lungopacity.training.checkpoint import read_checkpoint, write_checkpoint
+from lungopacity.training.settings import TrainingSettings
+
+_EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Films:
+    """What the workers learn from; lies in Ray's object store once, and every worker reads it there."""
+
+    pixels_NHW: npt.NDArray[np.uint8]
+    labels_N: npt.NDArray[np.int64]
+    train: npt.NDArray[np.int64]
+    """Indices of the training films."""
+    validation: npt.NDArray[np.int64]
+    """Indices of the validation films."""
+    classes: int
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """This process among those that train together."""
+
+    settings: TrainingSettings
+    films: Films
+    rank: int
+    workers: int
+    device: torch.device
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replace it by its sum over the workers."""
+        if self.workers > 1:
+            torch.distributed.all_reduce(tensor)
+
+    def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """This rank's part of the epoch's order: as many batches, of the same sizes, as every rank's.
+
+        As torch's DistributedSampler does, the order is filled up from its start until it divides;
+        unlike there, batches are of even size, so that none is too small for batch normalisation.
+        """
+        order = np.random.default_rng([self.settings.seed, epoch]).permutation(self.films.train)
+        share = math.ceil(len(order) / self.workers)
+        mine = np.resize(order, share * self.workers)[self.rank :: self.workers]
+        return np.array_split(mine, math.ceil(share / (self.settings.batch_size // self.workers)))
+
+
+def train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """One worker. config: `settings` (`TrainingSettings`) and `films`, a reference to `Films`.
+
+    Reports a history row and a checkpoint after each epoch. Returns `diverged_in_epoch`: the epoch
+    whose loss was not a number, or None.
+    """
+    context = ray.train.get_context()
+    settings: TrainingSettings = config["settings"]
+    worker = _Worker(
+        settings=settings,
+        films=ray.get(config["films"]),
+        rank=context.get_world_rank(),
+        workers=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+    )
+    if worker.device.type == "cpu":
+        # Ray allows as many threads as CPUs are reserved: one. Training has the machine to itself.
+        cpus = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cpus // context.get_local_world_size()))
+    torch.backends.cudnn.deterministic = True
+    # DDP says that a 3 x 3 kernel of one channel has two memory layouts. Both are right.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+    torch.manual_seed(_seed(settings.seed))
+    network = build_network(settings.model, worker.films.classes, settings.model_settings)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    distributed = ray.train.torch.prepare_model(network)
+    network = getattr(distributed, "module", distributed)
+    optimizer = torch.optim.Adam(
+        network.parameters(),
+        betas=(0.9, 0.99),
+        weight_decay=settings.weight_decay,
+        decoupled_weight_decay=True,
+    )
+    history: list[dict[str, Any]] = []
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            history = read_checkpoint(folder, network, optimizer)
+
+    labels_V = torch.from_numpy(worker.films.labels_N[worker.films.validation])
+    for epoch in range(len(history) + 1, settings.epochs + 1):
+        if _patience_spent(history, settings.patience):
+            break
+        started = time.monotonic()
+        trained = _train_epoch(worker, distributed, optimizer, epoch)
+        logits_VK = _validation_logits(worker, network)
+        validation_loss = F.cross_entropy(logits_VK, labels_V).item()
+        if not math.isfinite(trained["train_loss"] + validation_loss):
+            return {"diverged_in_epoch": epoch}
+        row = {
+            "epoch": epoch,
+            **trained,
+            "validation_loss": validation_loss,
+            "validation_accuracy": (logits_VK.argmax(1) == labels_V).double().mean().item(),
+            "seconds": time.monotonic() - started,
+        }
+        history.append(row)
+        with tempfile.TemporaryDirectory() as folder:
+            saved = None
+            if worker.rank == 0:
+                write_checkpoint(folder, network, optimizer, history, logits_VK)
+                saved = Checkpoint.from_directory(folder)
+            # SYNC: uploaded in the background, a checkpoint is lost with the worker that made it.
+            ray.train.report(row, saved, checkpoint_upload_mode=CheckpointUploadMode.SYNC)
+    return {"diverged_in_epoch": None}
+
+
+def learning_rate_at(progress: float, settings: TrainingSettings) -> float:
+    """Linear warm-up to the peak, then half a cosine to zero (Loshchilov & Hutter 2017).
+
+    progress: share of the steps that are done, 0 … 1.
+    """
+    if progress < settings.warmup_fraction:
+        return settings.learning_rate * progress / settings.warmup_fraction
+    fallen = (progress - settings.warmup_fraction) / (1 - settings.warmup_fraction)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
+
+
+def _train_epoch(
+    worker: _Worker, distributed: torch.nn.Module, optimizer: torch.optim.Optimizer, epoch: int
+) -> dict[str, float]:
+    """Once over the training films. Returns loss, accuracy, last learning rate and images a second."""
+    settings, films, device = worker.settings, worker.films, worker.device
+    started = time.monotonic()
+    torch.manual_seed(_seed(settings.seed, epoch, worker.rank))
+    amounts = torch.Generator().manual_seed(_seed(settings.seed, epoch, worker.rank, 1))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bfloat16(settings, device))
+    batches = worker.batches(epoch)
+    sums = torch.zeros(2, device=device)
+    distributed.train()
+    for number, index_B in enumerate(batches, start=1):
+        # Counted to the end of the step, so that the first step moves and the last does too.
+        progress = (epoch - 1 + (number - 0.5) / len(batches)) / settings.epochs
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(progress, settings)
+        pixels_BHW = torch.from_numpy(films.pixels_NHW[index_B]).to(device)
+        labels_B = torch.from_numpy(films.labels_N[index_B]).to(device)
+        pixels_BHW = augment(pixels_BHW, settings.augmentation, amounts)
+        with autocast:
+            logits_BK = distributed(normalise(pixels_BHW, settings.preprocessing))
+        logits_BK = logits_BK.float()
+        loss = F.cross_entropy(logits_BK, labels_B, label_smoothing=settings.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        right = (logits_BK.argmax(1) == labels_B).sum()
+        sums += torch.stack([loss.detach() * len(labels_B), right])
+    worker.add_up(sums)
+    seen = worker.workers * sum(map(len, batches))
+    return {
+        "train_loss": sums[0].item() / seen,
+        "train_accuracy": sums[1].item() / seen,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "images_per_s": seen / (time.monotonic() - started),
+    }
+
+
+def _validation_logits(worker: _Worker, network: torch.nn.Module) -> torch.Tensor:
+    """(validation films, classes) float32 on the CPU, the same in every rank.
+
+    Each rank runs its share and leaves the rest zero, so the sum counts every film once.
+    """
+    films = worker.films
+    if worker.workers > 1:
+        # Between steps each rank's batch norm has statistics of its own; rank 0's go into the model.
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+    network.eval()
+    logits_VK = torch.zeros(len(films.validation), films.classes, device=worker.device)
+    mine = np.arange(worker.rank, len(films.validation), worker.workers)
+    with torch.no_grad():
+        for start in range(0, len(mine), _EVALUATION_BATCH):
+            rows = mine[start : start + _EVALUATION_BATCH]
+            pixels_BHW = torch.from_numpy(films.pixels_NHW[films.validation[rows]])
+            # float32 whatever the precision of training: that is how `Scorer` will run it.
+            x_B1HW = normalise(pixels_BHW.to(worker.device), worker.settings.preprocessing)
+            logits_VK[torch.from_numpy(rows)] = network(x_B1HW).float()
+    worker.add_up(logits_VK)
+    return logits_VK.cpu()
+
+
+def _use_bfloat16(settings: TrainingSettings, device: torch.device) -> bool:
+    if settings.precision != "auto":
+        return settings.precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _patience_spent(history: list[dict[str, Any]], patience: int) -> bool:
+    losses = [row["validation_loss"] for row in history]
+    return bool(patience and losses) and len(losses) - 1 - int(np.argmin(losses)) >= patience
+
+
+def _seed(*numbers: int) -> int:
+    """An independent seed for each tuple of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
