@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lungopacity.evaluation.evaluate import EvaluationResult, evaluate
     from lungopacity.results.query import query, runs
     from lungopacity.screening.screen import ScreeningResult, screen
-    from lungopacity.training.train import TrainingResult, train
+    from lungopacity.training.fit import TrainingResult
+    from lungopacity.training.train import train
 
 __all__ = [
     "EvaluationResult",
@@ -31,7 +32,7 @@ __all__ = [
 _HOME = {
     "EvaluationResult": "evaluation.evaluate",
     "ScreeningResult": "screening.screen",
-    "TrainingResult": "training.train",
+    "TrainingResult": "training.fit",
     "UserError": "errors",
     "evaluate": "evaluation.evaluate",
     "query": "results.query",

@@ -49,7 +49,7 @@ def cli() -> None:
 @images_option
 @labels_option
 @click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
-@click.option("--model", "network", default="classical-cnn", show_default=True, help="Network.")
+@click.option("--model", default="classical-cnn", show_default=True, help="Network.")
 @click.option(
     "--classes",
     default="Normal,Lung_Opacity",
@@ -76,11 +76,12 @@ def train(classes: str, **options: Any) -> int:
 
     names = tuple(name.strip() for name in classes.split(",") if name.strip())
     result = run(classes=names, **options)
+    kept = result.history[result.best_epoch - 1]
     click.echo(
-        f"model {result.model_id} in {result.model}: epoch {result.best_epoch} of {result.epochs} "
-        f"kept, validation loss {result.validation_loss:.4f}, "
-        f"accuracy {result.validation_accuracy:.4f}; {result.seconds:.0f} s"
-        + (", synthetic" if result.synthetic else "")
+        f"model {result.model.model_id} in {options['output']}"
+        + (" (synthetic)" if result.model.spec.synthetic else "")
+        + f": epoch {result.best_epoch} of {len(result.history)} kept, validation loss "
+        f"{kept['validation_loss']:.4f}, accuracy {kept['validation_accuracy']:.4f}"
     )
     click.echo(NOTICE)
     return 0

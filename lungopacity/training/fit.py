@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import ray
 import safetensors.numpy
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -50,6 +50,7 @@ from lungopacity.training.calibrate import (
 )
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
 from lungopacity.training.loop import Films, train_loop
+from lungopacity.training.relay import relayed_rows
 from lungopacity.training.settings import TrainingSettings
 
 MAX_RESTARTS = 3
@@ -68,8 +69,6 @@ HISTORY_SCHEMA = pa.schema(
     ]
 )
 """Of `history.parquet`; losses in nats, accuracies 0 … 1."""
-
-_POLL_S = 0.25
 
 
 class LabelledFilms(Protocol):
@@ -202,7 +201,7 @@ def _run_ray_train(
     on_epoch: Callable[[dict[str, Any]], None] | None,
 ) -> ray.train.Result:
     filesystem, root = open_store(work_uri).arrow_filesystem()
-    with _relayed_rows(on_epoch) as callbacks, _own_interrupt_handler():
+    with relayed_rows(on_epoch) as callbacks, _own_interrupt_handler():
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"settings": settings, "films": ray.put(films)},
@@ -240,64 +239,6 @@ def _cause(error: TrainingFailedError) -> str:
     cause = next(iter(failures.values())) if failures else error
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[-1]}" if lines else type(cause).__name__
-
-
-class _Rows:
-    """An actor between the controller, where Ray calls back, and the driver, where people look."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def since(self, count: int) -> list[dict[str, Any]]:
-        return self.rows[count:]
-
-
-class _SendRows(UserCallback):
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
-    ) -> None:
-        self.rows.add.remote(metrics[0])
-
-
-@contextlib.contextmanager
-def _relayed_rows(
-    on_epoch: Callable[[dict[str, Any]], None] | None,
-) -> Iterator[list[UserCallback]]:
-    """Callbacks for the controller; while the block runs, their rows come to `on_epoch`."""
-    if on_epoch is None:
-        yield []
-        return
-    rows = ray.remote(num_cpus=0)(_Rows).remote()
-    finished = threading.Event()
-
-    def pass_on() -> None:
-        count = 0
-        while True:
-            last = finished.wait(_POLL_S)
-            try:
-                new = ray.get(rows.since.remote(count))
-            except ray.exceptions.RayError:
-                return
-            for row in new:
-                on_epoch(row)
-            count += len(new)
-            if last:
-                return
-
-    thread = threading.Thread(target=pass_on, name="training-progress", daemon=True)
-    thread.start()
-    try:
-        yield [_SendRows(rows)]
-    finally:
-        finished.set()
-        thread.join()
-        ray.kill(rows)
 
 
 @contextlib.contextmanager

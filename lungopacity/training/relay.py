@@ -1,0 +1,73 @@
+"""Epochs as they finish, from Ray Train's controller process to the driver.
+
+Apart from `fit` so that the processes between, which import this module, need not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray.train import UserCallback
+
+_POLL_S = 0.25
+
+
+class _Rows:
+    """An actor that both can reach: the controller calls back in its own process."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def since(self, count: int) -> list[dict[str, Any]]:
+        return self.rows[count:]
+
+
+class _SendRows(UserCallback):
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self.rows.add.remote(metrics[0])
+
+
+@contextlib.contextmanager
+def relayed_rows(on_epoch: Callable[[dict[str, Any]], None] | None) -> Iterator[list[UserCallback]]:
+    """Callbacks for `RunConfig`. While the block runs, rank 0's reports reach `on_epoch`.
+
+    `on_epoch` is called from another thread; all calls are done when the block ends.
+    """
+    if on_epoch is None:
+        yield []
+        return
+    rows = ray.remote(num_cpus=0)(_Rows).remote()
+    finished = threading.Event()
+
+    def pass_on() -> None:
+        count = 0
+        while True:
+            last = finished.wait(_POLL_S)
+            try:
+                new = ray.get(rows.since.remote(count))
+            except ray.exceptions.RayError:
+                return
+            for row in new:
+                on_epoch(row)
+            count += len(new)
+            if last:
+                return
+
+    thread = threading.Thread(target=pass_on, name="training-progress", daemon=True)
+    thread.start()
+    try:
+        yield [_SendRows(rows)]
+    finally:
+        finished.set()
+        thread.join()
+        ray.kill(rows)

@@ -1,0 +1,161 @@
+import hashlib
+import os
+
+import numpy as np
+import pytest
+
+from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.reading import ReadSettings, read_images
+from lungopacity.errors import UserError
+from lungopacity.radiograph import DecodeLimits, Preprocessing
+from lungopacity.results.schema import READ_SCHEMA
+from lungopacity.storage import open_store
+from tests.films import dicom, encoded, grey_film, tar
+
+SETTINGS = ReadSettings(Preprocessing(image_size=32))
+
+
+def read(uri: str, settings: ReadSettings = SETTINGS, **options) -> list[dict]:
+    archive = take_inventory(uri)
+    tables = list(read_images(archive.store, archive.objects, settings, **options))
+    assert all(table.schema == READ_SCHEMA for table in tables)
+    assert all(table.num_rows <= settings.rows_per_table for table in tables)
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def images(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["shard_members"] is None]
+
+
+def test_every_object_has_a_row_with_its_facts(store_uri):
+    film = grey_film()
+    data = encoded(film)
+    store = open_store(store_uri)
+    store.write("deep/a.png", data)
+    store.write("b.dcm", dicom(film.astype(np.uint16) * 16, ViewPosition="PA", PatientAge="041Y"))
+    store.write("c.jpg", b"no image at all")
+    store.write("d.png", b"")
+    dcm, junk, empty, png = read(store_uri)
+    assert [row["image"] for row in (dcm, junk, empty, png)] == [
+        "b.dcm",
+        "c.jpg",
+        "d.png",
+        "deep/a.png",
+    ]
+    assert png["status"] == "ok"
+    assert png["content_sha256"] == hashlib.sha256(data).hexdigest()
+    assert (png["rows"], png["columns"], png["format"]) == (*film.shape, "png")
+    np.testing.assert_array_equal(
+        np.frombuffer(png["pixels"], np.uint8).reshape(32, 32),
+        SETTINGS.preprocessing.square(film),
+    )
+    assert (dcm["view_position"], dcm["patient_age_years"]) == ("PA", 41)
+    assert (junk["status"], junk["error_code"], junk["pixels"]) == ("failed", "not_an_image", None)
+    assert (empty["status"], empty["error_code"]) == ("failed", "empty")
+
+
+def test_sheets_beside_films_are_rejected_and_not_failures(tmp_path):
+    open_store(str(tmp_path)).write("labels.csv", b"image,label\n")
+    (row,) = read(str(tmp_path))
+    assert (row["status"], row["error_code"]) == ("rejected", "not_an_image")
+
+
+def test_members_of_a_shard_are_images_and_the_shard_is_closed(store_uri):
+    films = {f"Some Label/ü.{number}.png": encoded(grey_film(number)) for number in range(5)}
+    store = open_store(store_uri)
+    store.write("x.tar", tar({**films, "../../evil.png": b"junk"}))
+    *members, end = read(store_uri)
+    assert [row["member"] for row in members] == [*films, "../../evil.png"]
+    assert [row["member_index"] for row in members] == list(range(6))
+    assert [row["status"] for row in members] == ["ok"] * 5 + ["failed"]
+    assert (end["image"], end["member"], end["shard_members"]) == ("x.tar", None, 6)
+
+
+def test_a_shard_can_be_the_archive(store_uri):
+    open_store(store_uri).write("sub/x.tar", tar({"a.png": encoded(grey_film())}))
+    row, _ = read(f"{store_uri}/sub/x.tar")
+    assert (row["image"], row["member"]) == ("x.tar", "a.png")
+
+
+def whole_tar() -> bytes:
+    return tar({f"{n}.png": encoded(grey_film(n, 90, 90)) for n in range(6)})
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_cut_shard_gives_its_readable_members_and_one_error_row(tmp_path, share):
+    data = whole_tar()
+    open_store(str(tmp_path)).write("x.tar", data[: int(len(data) * share)])
+    rows = images(read(str(tmp_path)))
+    assert [row["status"] for row in rows[:-1]] == ["ok"] * (len(rows) - 1)
+    assert 1 <= len(rows) - 1 < 6
+    assert (rows[-1]["member"], rows[-1]["error_code"]) == (None, "corrupt_archive")
+
+
+def test_a_shard_cut_between_two_members_is_noticed(tmp_path):
+    data = whole_tar()
+    third = data.index(b"3.png\0")
+    open_store(str(tmp_path)).write("x.tar", data[:third])
+    rows = images(read(str(tmp_path)))
+    assert [row["status"] for row in rows] == ["ok"] * 3 + ["failed"]
+    assert rows[-1]["error_code"] == "corrupt_archive"
+
+
+def test_a_broken_header_in_the_middle_is_noticed(tmp_path):
+    data = bytearray(whole_tar())
+    data[data.index(b"3.png\0") + 150] ^= 0x55  # in the header's checksum
+    open_store(str(tmp_path)).write("x.tar", bytes(data))
+    rows = images(read(str(tmp_path)))
+    assert [row["status"] for row in rows] == ["ok"] * 3 + ["failed"]
+
+
+def test_only_wanted_images_are_read_where_names_are_given(tmp_path):
+    store = open_store(str(tmp_path))
+    store.write("a.png", encoded(grey_film()))
+    store.write("b.png", encoded(grey_film()))
+    store.write("x.tar", tar({"c.png": encoded(grey_film()), "d.png": encoded(grey_film())}))
+    rows = read(str(tmp_path), wanted=frozenset({"b.png", "d.png"}))
+    assert [row["member"] or row["image"] for row in images(rows)] == ["b.png", "d.png"]
+
+
+def test_an_object_that_is_gone_or_changed_is_a_row(store_uri):
+    store = open_store(store_uri)
+    for name in ("a.png", "b.png", "c.tar"):
+        store.write(name, encoded(grey_film()))
+    archive = take_inventory(store_uri)
+    store.delete("a.png")
+    store.write("b.png", encoded(grey_film(9)))
+    store.write("c.tar", tar({}))
+    tables = read_images(archive.store, archive.objects, SETTINGS)
+    rows = images([row for table in tables for row in table.to_pylist()])
+    assert [row["error_code"] for row in rows] == ["missing", "changed", "changed"]
+    assert {row["error_stage"] for row in rows} == {"fetch"}
+
+
+def test_what_is_too_large_is_refused_by_its_listed_size(tmp_path):
+    store = open_store(str(tmp_path))
+    store.write("a.png", encoded(grey_film()))
+    store.write("x.tar", tar({"b.png": encoded(grey_film())}))
+    settings = ReadSettings(Preprocessing(image_size=32), DecodeLimits(max_size_bytes=50))
+    assert [row["error_code"] for row in images(read(str(tmp_path), settings))] == ["too_large"] * 2
+
+
+def test_unreadable_files_are_forbidden(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    open_store(str(tmp_path)).write("a.png", encoded(grey_film()))
+    (tmp_path / "a.png").chmod(0)
+    (row,) = read(str(tmp_path))
+    assert row["error_code"] == "forbidden"
+
+
+def test_many_loose_objects_keep_their_order(tmp_path):
+    store = open_store(str(tmp_path))
+    names = [f"{number:03d}.png" for number in range(150)]
+    for number, name in enumerate(names):
+        store.write(name, encoded(grey_film(number)))
+    assert [row["image"] for row in read(str(tmp_path))] == names
+
+
+def test_a_place_that_holds_nothing_is_refused(store_uri):
+    with pytest.raises(UserError, match="nothing lies there"):
+        take_inventory(store_uri)

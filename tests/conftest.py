@@ -1,0 +1,55 @@
+"""What tests share: a real S3 server, and a real Ray."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local_s3 import LocalS3
+
+# Before anything imports ray: see lungopacity.runtime.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+_BUCKET = "tests"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+    """One server for the whole run, with its AWS variables set for the whole run: processes that Ray
+    starts later inherit them."""
+    with LocalS3(tmp_path_factory.mktemp("s3")) as server:
+        server.create_bucket(_BUCKET)
+        before = {name: os.environ.get(name) for name in server.environment}
+        os.environ.update(server.environment)
+        try:
+            yield server
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture()
+def s3_uri(s3_server: LocalS3) -> str:
+    """A prefix of this test's own."""
+    return f"s3://{_BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A root to write to: the same test runs on disk and on S3."""
+    if request.param == "disk":
+        return str(tmp_path / "store")
+    return request.getfixturevalue("s3_uri")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: LocalS3) -> Iterator[None]:
+    """One Ray of two CPUs for the whole run, started after S3 so that its workers can reach it."""
+    from lungopacity.runtime import ray_session
+
+    with ray_session():
+        yield

@@ -1,0 +1,217 @@
+import os
+import socket
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+
+from lungopacity.errors import ErrorCode, ImageError, UserError
+from lungopacity.storage import AlreadyExistsError, open_store, split_uri
+
+ODD_KEYS = [
+    "a.png",
+    "deep/er/b.dcm",
+    "with space/ü é.png",
+    "per%20cent#and?mark.png",
+    "dots.in.name.tar.gz",
+]
+
+
+def code_of(act) -> ErrorCode:
+    with pytest.raises(ImageError) as caught:
+        act()
+    return caught.value.code
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_what_is_written_is_listed_and_read_back(store_uri, key):
+    store = open_store(store_uri)
+    store.write(key, b"content")
+    (found,) = store.list()
+    assert found.key == key
+    assert found.size_bytes == 7
+    assert abs(found.modified_at - datetime.now(UTC)) < timedelta(minutes=5)
+    assert store.read(key, etag=found.etag) == b"content"
+    assert store.head(key) == found or store.head(key).etag == found.etag
+
+
+def test_a_prefix_narrows_the_listing(store_uri):
+    store = open_store(store_uri)
+    for key in ("runs/a.json", "runs/b.json", "runs-old/c.json", "_work/d"):
+        store.write(key, b"x")
+    assert sorted(item.key for item in store.list("runs/")) == ["runs/a.json", "runs/b.json"]
+
+
+def test_every_object_of_a_long_listing_comes_once(s3_uri):
+    store = open_store(s3_uri)
+    keys = {f"{number:05d}" for number in range(1100)}  # over one page of 1,000
+    for key in keys:
+        store.write(key, b"x")
+    listed = [item.key for item in store.list()]
+    assert len(listed) == 1100
+    assert set(listed) == keys
+
+
+def test_an_empty_place_lists_nothing(store_uri):
+    assert list(open_store(store_uri).list()) == []
+
+
+def test_a_missing_object_has_its_code(store_uri):
+    store = open_store(store_uri)
+    assert store.head("none") is None
+    assert code_of(lambda: store.read("none")) is ErrorCode.MISSING
+
+
+def test_a_replaced_object_is_not_taken_for_the_planned_one(store_uri):
+    store = open_store(store_uri)
+    store.write("a", b"first")
+    planned = store.head("a").etag
+    store.write("a", b"second")
+    assert code_of(lambda: store.read("a", etag=planned)) is ErrorCode.CHANGED
+
+    def open_it():
+        with store.open_local("a", etag=planned):
+            pass
+
+    assert code_of(open_it) is ErrorCode.CHANGED
+
+
+def test_if_absent_lets_one_of_many_writers_win(store_uri):
+    store = open_store(store_uri)
+    won = []
+
+    def write(number: int) -> None:
+        try:
+            open_store(store_uri).write("lock", str(number).encode(), if_absent=True)
+            won.append(number)
+        except AlreadyExistsError:
+            pass
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.read("lock") == str(won[0]).encode()
+
+
+def test_open_local_gives_a_seekable_file(store_uri):
+    store = open_store(store_uri)
+    store.write("a", b"0123456789")
+    with store.open_local("a") as file:
+        file.seek(5)
+        assert file.read() == b"56789"
+        file.seek(0)
+        assert file.read(2) == b"01"
+
+
+def test_delete_is_quiet_about_what_is_gone(store_uri):
+    store = open_store(store_uri)
+    store.write("x/y", b"1")
+    store.delete("x/y")
+    store.delete("x/y")
+    assert list(store.list()) == []
+
+
+def test_arrow_sees_the_same_objects(store_uri):
+    store = open_store(store_uri)
+    store.write("x/y.bin", b"arrow")
+    filesystem, root = store.arrow_filesystem()
+    assert isinstance(filesystem, pyarrow.fs.FileSystem)
+    with filesystem.open_input_file(f"{root}/x/y.bin") as file:
+        assert file.read() == b"arrow"
+
+
+def test_a_key_cannot_lead_out_of_a_folder(tmp_path):
+    store = open_store(str(tmp_path / "root"))
+    with pytest.raises(UserError, match="leads out"):
+        store.write("../outside", b"x")
+
+
+def test_a_write_leaves_no_temporary_file_and_honours_the_umask(tmp_path):
+    old = os.umask(0o022)
+    try:
+        open_store(str(tmp_path)).write("a", b"x")
+    finally:
+        os.umask(old)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_file_uris_are_paths(tmp_path):
+    folder = tmp_path / "with space"
+    open_store(str(folder)).write("a", b"x")
+    assert open_store(folder.as_uri()).read("a") == b"x"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("gs://bucket/x", "not supported"),
+        ("s3://", "no bucket"),
+        ("file://host/x", "three slashes"),
+    ],
+)
+def test_an_unusable_uri_is_refused_with_the_mend(uri, message):
+    with pytest.raises(UserError, match=message):
+        open_store(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("s3://b/p/labels.csv", ("s3://b/p", "labels.csv")),
+        ("s3://b/labels.csv", ("s3://b", "labels.csv")),
+        ("/data/labels.csv", ("/data", "labels.csv")),
+    ],
+)
+def test_a_uri_splits_into_folder_and_name(uri, parts):
+    assert split_uri(uri) == parts
+
+
+def failing_list(uri: str) -> str:
+    with pytest.raises(UserError) as caught:
+        list(open_store(uri).list())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_missing_bucket_is_named_with_the_mend(s3_server):
+    assert "no bucket 'nowhere'" in failing_list("s3://nowhere/x")
+
+
+def test_a_wrong_secret_is_named_with_the_mend(s3_server, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    message = failing_list("s3://tests/x")
+    assert "does not accept these credentials" in message
+    assert "AWS_SECRET_ACCESS_KEY" in message
+
+
+def test_no_server_at_the_endpoint_is_said(monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    assert "no server answers" in failing_list("s3://tests/x")
+
+
+def test_no_credentials_is_said(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    assert "no AWS credentials" in failing_list("s3://tests/x")
+
+
+def test_a_file_name_in_no_encoding_is_listed_and_not_lost(tmp_path: Path):
+    (Path(os.fsencode(tmp_path).decode()) / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
+    (found,) = open_store(str(tmp_path)).list()
+    found.key.encode("utf-8")
+    assert code_of(lambda: open_store(str(tmp_path)).read(found.key)) is ErrorCode.MISSING

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lungopacity.training.augment import augment
+from lungopacity.training.settings import AugmentationSettings
+
+NOTHING = AugmentationSettings(
+    rotation_degrees=0, scale=0, shift=0, gain=0, gamma=0, flip_probability=0
+)
+
+
+def films(count: int = 6, height: int = 40, width: int = 40) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, height, width), generator=generator, dtype=torch.uint8)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_changes_nothing_at_zero_strength() -> None:
+    assert torch.equal(augment(films(), NOTHING, generator()), films())
+
+
+@pytest.mark.parametrize("height, width", [(40, 40), (33, 48)])
+def test_keeps_type_and_shape_and_uses_the_range(height: int, width: int) -> None:
+    strong = AugmentationSettings(90, 0.5, 0.3, 0.9, 1.0, 0.5)
+    changed_BHW = augment(films(height=height, width=width), strong, generator())
+    assert changed_BHW.dtype == torch.uint8
+    assert changed_BHW.shape == (6, height, width)
+    assert changed_BHW.max() > 200
+
+
+def test_leaves_its_input_alone() -> None:
+    original_BHW = films()
+    augment(original_BHW, AugmentationSettings(), generator())
+    assert torch.equal(original_BHW, films())
+
+
+def test_the_same_seed_draws_the_same_and_each_film_its_own() -> None:
+    twins_BHW = films(1).expand(2, -1, -1)
+    first = augment(twins_BHW, AugmentationSettings(), generator(3))
+    assert torch.equal(first, augment(twins_BHW, AugmentationSettings(), generator(3)))
+    assert not torch.equal(first, augment(twins_BHW, AugmentationSettings(), generator(4)))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_mirrors_every_film_at_flip_probability_one() -> None:
+    flip = AugmentationSettings(0, 0, 0, 0, 0, flip_probability=1)
+    assert torch.equal(augment(films(), flip, generator()), films().flip(2))
+
+
+def test_brightness_and_contrast_leave_black_black() -> None:
+    only_grey = AugmentationSettings(0, 0, 0, gain=0.5, gamma=0.5)
+    black_BHW = torch.zeros(4, 32, 32, dtype=torch.uint8)
+    assert torch.equal(augment(black_BHW, only_grey, generator()), black_BHW)
+
+
+def test_a_shift_moves_by_at_most_its_share_of_the_side() -> None:
+    film_BHW = torch.zeros(64, 41, 41, dtype=torch.uint8)
+    film_BHW[:, 20, 20] = 255
+    moved_BHW = augment(film_BHW, AugmentationSettings(0, 0, 0.1, 0, 0), generator())
+    brightest = moved_BHW.flatten(1).argmax(1)
+    rows, columns = brightest // 41 - 20, brightest % 41 - 20
+    assert 3 <= rows.abs().max() <= 5
+    assert 3 <= columns.abs().max() <= 5
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("rotation_degrees", -1), ("gamma", -0.1), ("scale", 1), ("shift", -1), ("gain", 1)]
+    + [("flip_probability", 1.1)],
+)
+def test_refuses_strengths_without_meaning(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        AugmentationSettings(**{name: value})
