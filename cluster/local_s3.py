@@ -192,7 +192,7 @@ class LocalS3:
         ):
             client.create_bucket(Bucket=name)
 
-    def client(self) -> Any:
+    def client(self, read_timeout_s: float = 10.0, attempts: int = 2) -> Any:
         """A boto3 S3 client of this server, whatever the caller's own AWS variables say."""
         import boto3
         from botocore.config import Config
@@ -205,8 +205,8 @@ class LocalS3:
             region_name=_REGION,
             config=Config(
                 connect_timeout=2,
-                read_timeout=10,
-                retries={"mode": "standard", "total_max_attempts": 2},
+                read_timeout=read_timeout_s,
+                retries={"mode": "standard", "total_max_attempts": attempts},
                 s3={"addressing_style": "path"},
             ),
         )
@@ -255,7 +255,8 @@ class LocalS3:
 
     def _wait_until_ready(self) -> None:
         assert self._keeper is not None
-        client = self.client()
+        # Short: where the port was lost to another process, that one may never answer.
+        client = self.client(read_timeout_s=3, attempts=1)
         deadline = time.monotonic() + _READY_TIMEOUT_S
         while time.monotonic() < deadline:
             if self._keeper.poll() is not None:

@@ -11,6 +11,17 @@ import numpy.typing as npt
 import pytest
 import ray
 
+from lungopacity.radiograph import Preprocessing
+from lungopacity.training import TrainingSettings
+
+SMALL_RUN = TrainingSettings(
+    model_settings={"channels": (8, 16, 32), "convolutions": (1, 1, 1)},
+    preprocessing=Preprocessing(image_size=32),
+    epochs=6,
+    batch_size=16,
+    learning_rate=4e-3,
+)
+
 
 @dataclass(frozen=True)
 class BlobFilms:

@@ -1,0 +1,137 @@
+import io
+
+import pandas as pd
+import pytest
+
+from lungopacity.dataset.manifest import (
+    assign_splits,
+    check_contents,
+    check_patients,
+    read_labels,
+    select_classes,
+)
+from lungopacity.errors import UserError
+from lungopacity.storage import open_store
+
+URI = "labels.csv"
+
+
+def labels(patients: int = 40, films: int = 3) -> pd.DataFrame:
+    rows = [
+        {
+            "image": f"{patient}-{film}.png",
+            "label": "Lung_Opacity" if patient % 3 == 0 else "Normal",
+            "split": None,
+            "patient_id": f"p{patient}",
+        }
+        for patient in range(patients)
+        for film in range(films)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_csv_and_parquet_are_read_alike(store_uri):
+    store = open_store(store_uri)
+    frame = labels().drop(columns="split")
+    parquet = io.BytesIO()
+    frame.to_parquet(parquet)
+    store.write("a.csv", frame.to_csv(index=False).encode())
+    store.write("a.parquet", parquet.getvalue())
+    from_csv, from_parquet = (
+        read_labels(f"{store_uri}/{name}") for name in ("a.csv", "a.parquet")
+    )
+    pd.testing.assert_frame_equal(from_csv, from_parquet)
+    assert from_csv["split"].isna().all()
+
+
+def test_numbers_stay_names(tmp_path):
+    (tmp_path / "a.csv").write_text("image,label,patient_id\n007,Normal,0012\n")
+    frame = read_labels(str(tmp_path / "a.csv"))
+    assert frame.loc[0, ["image", "patient_id"]].tolist() == ["007", "0012"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\na,Normal\n", "no column 'image' .it has: file, label"),
+        ("image,label\n", "no rows"),
+        ("image,label\na,\n", "without image or label"),
+        ("image,label\na,Normal\na,Normal\n", "more than one row, as a"),
+        ("image,label,split\na,Normal,dev\n", "unknown split dev"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_mend(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_labels(str(tmp_path / "a.csv"))
+
+
+def test_an_absent_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: no such file"):
+        read_labels(str(tmp_path / "none.csv"))
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    with pytest.raises(UserError, match=r"neither CSV nor Parquet|no column"):
+        read_labels(str(tmp_path / "a.csv"))
+
+
+def test_other_classes_are_left_out_and_a_missing_one_refused():
+    frame = labels()
+    chosen = select_classes(frame, ["Normal"], URI)
+    assert set(chosen["label"]) == {"Normal"}
+    with pytest.raises(UserError, match=r"no image of class 'COVID'; the labels have Normal \(78\)"):
+        select_classes(frame, ["Normal", "COVID"], URI)
+
+
+def test_splits_never_part_a_patient_and_hold_every_class():
+    frame = assign_splits(labels(), URI, seed=1)
+    assert frame.groupby("patient_id")["split"].nunique().max() == 1
+    shares = frame["split"].value_counts(normalize=True)
+    assert shares["train"] == pytest.approx(0.6, abs=0.06)
+    assert shares["test"] == pytest.approx(0.2, abs=0.06)
+    assert frame.groupby("split")["label"].nunique().eq(2).all()
+    check_patients(frame, URI)
+
+
+def test_the_seed_decides_the_split():
+    first, again, other = (assign_splits(labels(), URI, seed=s)["split"] for s in (1, 1, 2))
+    assert first.equals(again)
+    assert not first.equals(other)
+
+
+def test_given_splits_are_kept_and_a_validation_split_is_cut_from_train():
+    frame = labels()
+    frame["split"] = ["test" if name.startswith("1") else "train" for name in frame["image"]]
+    split = assign_splits(frame, URI, seed=0)["split"]
+    assert (split == "test").equals(frame["split"] == "test")
+    assert 0.1 < (split == "validation").sum() / (frame["split"] == "train").sum() < 0.3
+
+
+def test_half_filled_splits_are_refused():
+    frame = labels()
+    frame.loc[:5, "split"] = "train"
+    with pytest.raises(UserError, match="6 of 120|114 of 120"):
+        assign_splits(frame, URI, seed=0)
+
+
+def test_too_few_patients_to_split_are_refused():
+    with pytest.raises(UserError, match="too few to split"):
+        assign_splits(labels(patients=6), URI, seed=0)
+
+
+def test_a_patient_in_two_splits_is_refused():
+    frame = labels().assign(split="train")
+    frame.loc[0, "split"] = "test"
+    with pytest.raises(UserError, match="1 patients are in more than one split"):
+        check_patients(frame, URI)
+
+
+def test_one_files_bytes_in_two_splits_are_refused():
+    frame = labels().assign(split="train")
+    frame["content_sha256"] = frame["image"]
+    check_contents(frame, URI)
+    frame.loc[0, ["content_sha256", "split"]] = ["1-0.png", "test"]
+    with pytest.raises(UserError, match=r"1 files are in more than one split, as 0-0\.png"):
+        check_contents(frame, URI)

@@ -1,0 +1,117 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from lungopacity.dataset.manifest import read_labels
+from lungopacity.dataset.pixels import load_pixels
+from lungopacity.errors import UserError
+from lungopacity.radiograph import Preprocessing
+from lungopacity.storage import open_store
+from tests.films import encoded, grey_film, tar
+
+PREPROCESSING = Preprocessing(image_size=32)
+CLASSES = ("Normal", "Lung_Opacity")
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def write_archive(uri: str, shift: int = 0) -> list[str]:
+    """Three loose films, and three in a shard; the names of all."""
+    store = open_store(uri)
+    names = [f"{'loose/' if n < 3 else ''}{n + shift}.png" for n in range(6)]
+    for number, name in enumerate(names[:3]):
+        store.write(name, encoded(grey_film(number + shift)))
+    shard = {name: encoded(grey_film(n + 3 + shift)) for n, name in enumerate(names[3:])}
+    store.write("x.tar", tar(shard))
+    return names
+
+
+def labels_of(tmp_path, names: list[str], **columns) -> pd.DataFrame:
+    frame = pd.DataFrame(
+        {
+            "image": names,
+            "label": [CLASSES[n % 2] for n in range(len(names))],
+            "split": ["train", "validation"] * (len(names) // 2),
+            **columns,
+        }
+    )
+    frame.to_csv(tmp_path / "labels.csv", index=False)
+    return read_labels(str(tmp_path / "labels.csv"))
+
+
+def load(uris, frame):
+    return load_pixels(uris, frame, CLASSES, PREPROCESSING, "labels.csv")
+
+
+def test_each_labelled_film_is_found_loose_and_in_shards(store_uri, tmp_path):
+    names = write_archive(store_uri)
+    frame = labels_of(tmp_path, names[::-1])
+    data = load([store_uri], frame)
+    assert data.images["image"].tolist() == names[::-1]
+    for row, name in enumerate(data.images["image"]):
+        film = grey_film(names.index(name))
+        np.testing.assert_array_equal(data.pixels_NHW[row], PREPROCESSING.square(film))
+        assert CLASSES[data.labels_N[row]] == frame.loc[row, "label"]
+    assert data.split_N.tolist() == frame["split"].tolist()
+    assert not data.synthetic
+
+
+def test_several_archives_are_read_together(tmp_path):
+    uris = [str(tmp_path / "a"), str(tmp_path / "b")]
+    names = write_archive(uris[0]) + write_archive(uris[1], shift=10)
+    data = load(uris, labels_of(tmp_path, names))
+    assert len(data.labels_N) == 12
+
+
+def test_the_fingerprint_follows_content_label_and_split(tmp_path):
+    names = write_archive(str(tmp_path / "a"))
+    frame = labels_of(tmp_path, names)
+    first = load([str(tmp_path / "a")], frame).fingerprint
+    assert load([str(tmp_path / "a")], frame.iloc[::-1].reset_index(drop=True)).fingerprint == first
+    other = frame.assign(split=frame["split"].iloc[::-1].to_numpy())
+    assert load([str(tmp_path / "a")], other).fingerprint != first
+
+
+def test_labels_that_name_absent_files_are_refused(tmp_path):
+    names = write_archive(str(tmp_path / "a"))
+    frame = labels_of(tmp_path, [*names, "gone.png", "too.png"])
+    with pytest.raises(UserError, match=r"2 of 8 labelled images are not in .*, as gone\.png"):
+        load([str(tmp_path / "a")], frame)
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path):
+    for folder in ("a", "b"):
+        write_archive(str(tmp_path / folder))
+    frame = labels_of(tmp_path, [f"loose/{n}.png" for n in range(2)])
+    with pytest.raises(UserError, match="occur more than once"):
+        load([str(tmp_path / "a"), str(tmp_path / "b")], frame)
+
+
+def test_a_few_unreadable_films_are_left_out_by_name_and_many_are_refused(tmp_path):
+    store = open_store(str(tmp_path / "a"))
+    names = [f"{n}.png" for n in range(30)]
+    for number, name in enumerate(names):
+        store.write(name, encoded(grey_film(number)))
+    store.write("7.png", b"broken")
+    frame = labels_of(tmp_path, names)
+    data = load([str(tmp_path / "a")], frame)
+    assert data.unreadable["image"].tolist() == ["7.png"]
+    assert "7.png" not in set(data.images["image"])
+    assert len(data.pixels_NHW) == len(data.labels_N) == 29
+    store.write("8.png", b"broken")
+    with pytest.raises(UserError, match=r"2 of 30 labelled images cannot be read \(not_an_image: 2\)"):
+        load([str(tmp_path / "a")], frame)
+
+
+def test_a_broken_shard_is_named(tmp_path):
+    names = write_archive(str(tmp_path / "a"))
+    data = open_store(str(tmp_path / "a")).read("x.tar")
+    open_store(str(tmp_path / "a")).write("x.tar", data[:1500])
+    with pytest.raises(UserError, match=r"x\.tar: shard cannot be read \(corrupt_archive"):
+        load([str(tmp_path / "a")], labels_of(tmp_path, names))
+
+
+def test_what_the_labels_say_of_a_film_goes_before_its_header(tmp_path):
+    names = write_archive(str(tmp_path / "a"))
+    data = load([str(tmp_path / "a")], labels_of(tmp_path, names, view_position=["AP"] * 6))
+    assert data.images["view_position"].tolist() == ["AP"] * 6

@@ -1,0 +1,210 @@
+"""`fit` on a real Ray. Each run costs seconds, so that several tests look at the same one."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from lungopacity.errors import UserError
+from lungopacity.models import load_model, read_history
+from lungopacity.models.scorer import Scorer
+from lungopacity.training.fit import HISTORY_SCHEMA, TrainingResult, fit
+from tests.training.conftest import SMALL_RUN, BlobFilms, make_blob_films
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Run:
+    output: str
+    result: TrainingResult
+    seen: list[int]
+    """Epochs in the order in which they came to `on_epoch`."""
+
+
+@pytest.fixture(scope="module")
+def run(
+    small_ray: None, blob_films: BlobFilms, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    output = str(tmp_path_factory.mktemp("run") / "model")
+    seen: list[int] = []
+    result = fit(
+        blob_films,
+        SMALL_RUN,
+        output,
+        provenance={"labels": "labels.csv"},
+        on_epoch=lambda row: seen.append(row["epoch"]),
+    )
+    return Run(output, result, seen)
+
+
+def test_learns_what_tells_the_classes_apart(run: Run, blob_films: BlobFilms) -> None:
+    scorer = Scorer(load_model(run.output))
+    unseen = blob_films.split_N == "test"
+    logits_NK = scorer.logits(blob_films.pixels_NHW[unseen])
+    assert (logits_NK.argmax(1) == blob_films.labels_N[unseen]).mean() > 0.9
+    assert run.result.model.spec.metrics["accuracy"] > 0.9
+    assert run.result.model.spec.metrics["auc"] > 0.95
+
+
+def test_keeps_the_weights_of_the_epoch_with_the_lowest_validation_loss(
+    run: Run, blob_films: BlobFilms
+) -> None:
+    losses = [row["validation_loss"] for row in run.result.history]
+    assert run.result.best_epoch == 1 + int(np.argmin(losses))
+    validation = blob_films.split_N == "validation"
+    logits_VK = Scorer(run.result.model).logits(blob_films.pixels_NHW[validation])
+    labels_V = blob_films.labels_N[validation]
+    shifted_VK = logits_VK - logits_VK.max(1, keepdims=True)
+    log_p_VK = shifted_VK - np.log(np.exp(shifted_VK).sum(1, keepdims=True))
+    loss = -log_p_VK[np.arange(len(labels_V)), labels_V].mean()
+    assert loss == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_every_epoch_reaches_the_caller_and_the_history(run: Run) -> None:
+    assert run.seen == [1, 2, 3, 4, 5, 6]
+    history = pq.read_table(io.BytesIO(read_history(run.output)))
+    assert history.schema.equals(HISTORY_SCHEMA)
+    assert history["epoch"].to_pylist() == run.seen
+    assert history["train_loss"].to_pylist()[-1] < history["train_loss"].to_pylist()[0]
+
+
+def test_model_folder_says_how_the_model_came_about(run: Run, blob_films: BlobFilms) -> None:
+    spec = load_model(run.output).spec
+    assert spec.synthetic
+    assert spec.architecture_settings["batch_norm"] is True
+    assert spec.training["settings"]["epochs"] == 6
+    assert spec.training["data"]["fingerprint"] == blob_films.fingerprint
+    assert spec.training["data"]["images"]["train"] == {"Normal": 48, "Lung_Opacity": 48}
+    assert spec.training["provenance"] == {"labels": "labels.csv"}
+    assert spec.training["best_epoch"] == run.result.best_epoch
+    assert spec.operating_point.images == 41
+
+
+def test_leaves_nothing_but_the_model(run: Run) -> None:
+    names = {path.name for path in Path(run.output).iterdir()}
+    assert names == {"model.safetensors", "model.json", "history.parquet", "SHA256SUMS"}
+
+
+def test_refuses_to_overwrite_a_model(run: Run, blob_films: BlobFilms) -> None:
+    with pytest.raises(UserError, match="there already"):
+        fit(blob_films, SMALL_RUN, run.output)
+
+
+def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
+    run: Run, blob_films: BlobFilms, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "model")
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "tests.training.crashing_run", address, output]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == "epoch 2":
+                break
+        process.kill()
+    assert list(Path(output, "_training").glob("*/checkpoint_*"))
+
+    seen: list[int] = []
+    result = fit(blob_films, SMALL_RUN, output, on_epoch=lambda row: seen.append(row["epoch"]))
+    assert seen[0] > 2
+    assert [row["epoch"] for row in result.history] == [1, 2, 3, 4, 5, 6]
+    assert result.model.model_id == run.result.model.model_id
+    assert not Path(output, "_training").exists()
+
+
+def test_two_workers_train_one_model_and_bear_the_loss_of_one(
+    small_ray: None, tmp_path: Path
+) -> None:
+    # Odd numbers: neither the films nor the batches divide evenly.
+    films = make_blob_films(train=97, validation=43)
+    seen: list[int] = []
+    killed: list[int] = []
+
+    def kill_one_worker(row: dict[str, Any]) -> None:
+        seen.append(row["epoch"])
+        if row["epoch"] == 2 and not killed:
+            killed.append(_own_processes("ray::RayTrainWorker")[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    settings = replace(SMALL_RUN, workers=2, epochs=8)
+    result = fit(films, settings, str(tmp_path / "model"), on_epoch=kill_one_worker)
+    assert killed
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["epoch"] for row in result.history] == seen
+    assert result.model.spec.metrics["accuracy"] > 0.9
+
+
+def test_refuses_more_workers_than_the_cluster_can_ever_run(
+    small_ray: None, blob_films: BlobFilms, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="needs 64 CPUs"):
+        fit(blob_films, replace(SMALL_RUN, workers=64, batch_size=64), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda films: films.split_N != "validation", "no film is in the validation split"),
+        (
+            lambda films: (films.split_N != "train") | (films.labels_N == 0),
+            "no film of class 'Lung_Opacity' is in the train split",
+        ),
+        (
+            lambda films: (films.split_N != "validation") | (films.labels_N == 1),
+            "no film of class 'Normal' is in the validation split",
+        ),
+    ],
+)
+def test_refuses_films_from_which_nothing_can_be_learned(
+    spoil: Callable[[BlobFilms], Any], message: str, blob_films: BlobFilms, tmp_path: Path
+) -> None:
+    kept = spoil(blob_films)
+    films = BlobFilms(
+        blob_films.pixels_NHW[kept], blob_films.labels_N[kept], blob_films.split_N[kept]
+    )
+    with pytest.raises(UserError, match=message):
+        fit(films, SMALL_RUN, str(tmp_path))
+
+
+def test_refuses_names_it_does_not_know(blob_films: BlobFilms, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Normal, Lung_Opacity"):
+        fit(blob_films, replace(SMALL_RUN, positive_class="Fracture"), str(tmp_path))
+    with pytest.raises(UserError, match="classical-cnn"):
+        fit(blob_films, replace(SMALL_RUN, model="resnet-1"), str(tmp_path))
+
+
+def _own_processes(title: str) -> list[int]:
+    """Process ids with this title that descend from this process: Ray's workers are its grandchildren."""
+    parents: dict[int, int] = {}
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int(
+                (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            )
+            if (folder / "cmdline").read_text().startswith(title):
+                found.append(int(folder.name))
+        except FileNotFoundError:
+            continue
+
+    def is_own(process: int) -> bool:
+        while process in parents:
+            if process == os.getpid():
+                return True
+            process = parents[process]
+        return False
+
+    return [process for process in found if is_own(process)]
