@@ -1,0 +1,129 @@
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from lungopacity.errors import UserError
+from lungopacity.models import OperatingPoint, is_model, load_model, read_history
+from lungopacity.models.folder import SPEC_FILE, SUMS_FILE, WEIGHTS_FILE
+from lungopacity.radiograph import Preprocessing
+from lungopacity.storage import open_store
+from tests.models.tiny import history_parquet, tiny_model, write_tiny_model
+
+
+def test_a_model_comes_back_as_it_was_saved(store_uri):
+    saved = write_tiny_model(store_uri, temperature=1.7, synthetic=True)
+    loaded = load_model(store_uri)
+    assert loaded == saved
+    assert loaded.model_id == saved.model_id
+    assert read_history(store_uri) == history_parquet()
+    x_B1HW = torch.randn(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(loaded.network()(x_B1HW), saved.network()(x_B1HW))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"temperature": 2.0},
+        {"preprocessing": Preprocessing(image_size=64)},
+        {"preprocessing": Preprocessing(image_size=32, mean=0.4)},
+        {"class_names": ("Lung_Opacity", "Normal")},
+    ],
+)
+def test_the_id_follows_all_that_changes_a_score(change):
+    assert tiny_model(**change).model_id != tiny_model().model_id
+
+
+def test_the_id_ignores_what_changes_no_score():
+    assert tiny_model(operating_point=OperatingPoint(0.9)).model_id == tiny_model().model_id
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, SPEC_FILE, SUMS_FILE, "history.parquet"])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_one_changed_byte_anywhere_is_refused(tmp_path, name, place):
+    write_tiny_model(str(tmp_path / "m"))
+    path = tmp_path / "m" / name
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"altered after training|is damaged"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_sha256sum_agrees(tmp_path):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum here")
+    write_tiny_model(str(tmp_path / "m"))
+    subprocess.run(["sha256sum", "-c", SUMS_FILE], cwd=tmp_path / "m", check=True, timeout=20)
+
+
+def test_an_absent_and_an_unfinished_folder_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="no model folder there"):
+        load_model(str(tmp_path / "none"))
+    write_tiny_model(str(tmp_path / "m"))
+    (tmp_path / "m" / SUMS_FILE).unlink()
+    assert not is_model(str(tmp_path / "m"))
+    with pytest.raises(UserError, match="unfinished"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    write_tiny_model(str(tmp_path / "m"))
+    (tmp_path / "m" / WEIGHTS_FILE).unlink()
+    with pytest.raises(UserError, match="cannot be read whole"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_a_newer_format_is_refused_with_the_reason(tmp_path):
+    import hashlib
+
+    write_tiny_model(str(tmp_path / "m"))
+    store = open_store(str(tmp_path / "m"))
+    document = {**json.loads(store.read(SPEC_FILE)), "format_version": 99}
+    store.write(SPEC_FILE, json.dumps(document).encode())
+    lines = []
+    for name in (WEIGHTS_FILE, SPEC_FILE, "history.parquet"):
+        lines.append(f"{hashlib.sha256(store.read(name)).hexdigest()}  {name}\n")
+    store.write(SUMS_FILE, "".join(lines).encode())
+    with pytest.raises(UserError, match="format 99 is newer"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_no_pickle_lies_in_the_folder(tmp_path):
+    write_tiny_model(str(tmp_path / "m"))
+    names = sorted(path.name for path in Path(tmp_path / "m").iterdir())
+    assert names == [SUMS_FILE, "history.parquet", SPEC_FILE, WEIGHTS_FILE]
+    assert (tmp_path / "m" / WEIGHTS_FILE).read_bytes()[8:9] == b"{"  # safetensors' JSON header
+
+
+@pytest.mark.parametrize(
+    ("probability", "decision"),
+    [(0.1, "negative"), (0.3, "review"), (0.59, "review"), (0.6, "positive"), (1.0, "positive")],
+)
+def test_an_operating_point_with_a_review_band_decides(probability, decision):
+    assert OperatingPoint(0.6, review_from=0.3).decide(probability) == decision
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": 1.5}, {"threshold": 0.5, "review_from": 0.6}])
+def test_an_impossible_operating_point_is_refused(wrong):
+    with pytest.raises(ValueError, match="must be from 0"):
+        OperatingPoint(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"class_names": ("Normal",)},
+        {"class_names": ("Normal", "Normal")},
+        {"positive_class": "COVID"},
+        {"temperature": 0.0},
+    ],
+)
+def test_a_senseless_spec_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"class_names|positive_class|temperature"):
+        tiny_model(**wrong)

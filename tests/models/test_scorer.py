@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+import torch
+
+from lungopacity.errors import UserError
+from lungopacity.models import NETWORK_NAMES, build_network
+from lungopacity.models.scorer import Scorer
+from tests.models.tiny import tiny_model
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (7, 32, 32), dtype=np.uint8)
+
+
+def test_the_batch_size_does_not_change_a_score():
+    scorer = Scorer(tiny_model())
+    np.testing.assert_allclose(
+        scorer.logits(PIXELS, batch_size=7), scorer.logits(PIXELS, batch_size=2), atol=1e-5
+    )
+
+
+def test_no_image_gives_no_score():
+    assert Scorer(tiny_model()).logits(PIXELS[:0]).shape == (0, 2)
+
+
+def test_probabilities_are_the_softmax_over_the_temperature():
+    logits = np.array([[2.0, -1.0], [80.0, -900.0]], np.float32)
+    found = Scorer(tiny_model(temperature=2.0)).probabilities(logits)
+    expected = torch.softmax(torch.tensor(logits) / 2.0, dim=1).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+@pytest.mark.parametrize("classes", [2, 5])
+def test_every_network_gives_one_logit_a_class(name, classes):
+    with torch.inference_mode():
+        assert build_network(name, classes).eval()(torch.randn(2, 1, 64, 64)).shape == (2, classes)
+
+
+def test_an_unknown_network_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="unknown model 'lenet'; known: classical-cnn"):
+        build_network("lenet", 2)

@@ -1,0 +1,48 @@
+"""A model folder with fresh weights: enough wherever what a model says does not matter."""
+
+from __future__ import annotations
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from lungopacity.models import (
+    ModelSpec,
+    OperatingPoint,
+    TrainedModel,
+    build_network,
+    save_model,
+    weights_of,
+)
+from lungopacity.radiograph import Preprocessing
+
+
+def tiny_model(seed: int = 0, image_size: int = 32, **changes: object) -> TrainedModel:
+    torch.manual_seed(seed)
+    network = build_network("classical-cnn", 2, {})
+    facts = {
+        "architecture": "classical-cnn",
+        "architecture_settings": {},
+        "class_names": ("Normal", "Lung_Opacity"),
+        "positive_class": "Lung_Opacity",
+        "preprocessing": Preprocessing(image_size=image_size),
+        "operating_point": OperatingPoint(0.5),
+        **changes,
+    }
+    return TrainedModel(ModelSpec(**facts), weights_of(network))
+
+
+def history_parquet() -> bytes:
+    names = ("train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
+    table = pa.table({"epoch": [1, 2], **{name: [0.6, 0.4] for name in names}})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def write_tiny_model(uri: str, **changes: object) -> TrainedModel:
+    model = tiny_model(**changes)
+    save_model(uri, model, history_parquet())
+    return model
