@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tarfile
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -116,27 +117,24 @@ def _loose_row(
 def _shard_rows(
     store: Store, source: dict[str, Any], settings: ReadSettings, wanted: frozenset[str] | None
 ) -> Iterator[dict[str, Any]]:
-    row = _source_columns(source)
-    members = 0
+    row = {**_source_columns(source), "reading": uuid.uuid4().hex}
+    given = 0
     try:
         with store.open_local(source["image"], etag=source["source_etag"]) as file:
             for index, name, data in _tar_members(file, settings.limits, wanted):
-                members = index + 1
                 if isinstance(data, ImageError):
                     content = _error_columns(data, name)
                 elif data is None:
                     continue
                 else:
                     content = _content_columns(data, name, settings)
+                given += 1
                 yield {**row, "member": name, "member_index": index, **content}
     except Exception as error:
         # The shard itself, or its rest: members that were already given keep their rows.
+        given += 1
         yield row | _error_columns(error, "")
-    yield {
-        **row,
-        "status": Status.OK.value,
-        "shard_members": members,
-    }
+    yield {**row, "status": Status.OK.value, "shard_rows": given}
 
 
 def _tar_members(

@@ -44,18 +44,25 @@ CONTENT_FIELDS: tuple[pa.Field, ...] = (
 )
 """What was found in its bytes, or why not."""
 
+SHARD_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("reading", pa.string()),
+    pa.field("shard_rows", pa.int32()),
+)
+"""How publishing tells a whole shard from a part of one, or from parts of two.
+
+All rows of one pass over a shard have the same `reading`; null for loose images. `shard_rows` is
+null but for the one row that closes the pass, which is no image: it counts the rows of the pass.
+"""
+
 READ_SCHEMA = pa.schema(
     [
         *SOURCE_FIELDS,
         *CONTENT_FIELDS,
         pa.field("pixels", pa.binary()),
-        pa.field("shard_members", pa.int32()),
+        *SHARD_FIELDS,
     ]
 )
 """Between reading and scoring. `pixels`: image_size² bytes, row by row, null without an image.
-
-`shard_members` is null but for the one row that closes a shard: it counts the members that were
-met, so that publishing can tell a whole shard from a part of one. That row is no image.
 """
 
 PLAN_SCHEMA = pa.schema([*SOURCE_FIELDS[:1], *SOURCE_FIELDS[3:], pa.field("is_shard", pa.bool_())])
@@ -124,6 +131,6 @@ def part_schema(class_names: Sequence[str]) -> pa.Schema:
             *SOURCE_FIELDS,
             *CONTENT_FIELDS,
             *score_fields(class_names),
-            pa.field("shard_members", pa.int32()),
+            *SHARD_FIELDS,
         ]
     )

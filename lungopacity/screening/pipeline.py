@@ -135,7 +135,7 @@ def screen_objects(
 
     def write_part(rows: pa.Table) -> pa.Table:
         results.write(f"{attempt}{uuid.uuid4().hex}.parquet", parquet_bytes(rows))
-        images = rows.filter(pa.compute.is_null(rows["shard_members"]))
+        images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
         counts = Counter(images["status"].to_pylist())
         return pa.table({status.value: [counts[status.value]] for status in Status})
 

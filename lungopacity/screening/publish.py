@@ -19,7 +19,6 @@ from lungopacity.storage import Store
 log = logging.getLogger(__name__)
 
 _ROWS_PER_FILE = 1_000_000
-_KEY = ["image", "member_index"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,11 @@ class Finished:
 
 
 def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Finished:
-    """Read every part file of the run."""
+    """Read every part file of the run.
+
+    A loose object is complete with its row, a shard with all rows of one pass over it: the passes
+    of two attempts are never mixed, for they may have met different content.
+    """
     schema = part_schema(class_names)
     parts = [
         pq.read_table(pa.BufferReader(results.read(item.key)), schema=schema)
@@ -41,26 +44,34 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Finished:
         if item.key.endswith(".parquet")
     ]
     written = pa.concat_tables([schema.empty_table(), *parts])
-    is_marker = pc.is_valid(written["shard_members"])
-    rows = _without_repeats(written.filter(pc.invert(is_marker)))
-    markers = written.filter(is_marker)
-    done = _complete_objects(plan.objects, rows, markers)
-    rows = rows.filter(pc.is_in(rows["image"], value_set=pa.array(sorted(done), pa.string())))
-    return Finished(rows=rows, objects=done)
+    is_marker = pc.is_valid(written["shard_rows"])
+    rows = _without_repeats(
+        written.filter(pc.invert(is_marker)), ["image", "reading", "member_index"]
+    )
+    readings = _whole_readings(rows, written.filter(is_marker))
+    rows = rows.filter(
+        pc.or_(
+            pc.is_null(rows["reading"]),
+            pc.is_in(rows["reading"], value_set=pa.array(sorted(readings.values()), pa.string())),
+        )
+    )
+    # A shard without a member has no row, and is done all the same.
+    done = set(rows["image"].to_pylist()) | set(readings)
+    return Finished(rows=rows, objects=frozenset(done & set(plan.objects["image"].to_pylist())))
 
 
-def _without_repeats(rows: pa.Table) -> pa.Table:
-    """Sorted, one row for each image: of repeats a readable one, then the earliest."""
+def _without_repeats(rows: pa.Table, key: list[str]) -> pa.Table:
+    """Sorted, one row for each key: of repeats a readable one, then the earliest."""
     ranked = rows.append_column("_rank", pc.not_equal(rows["status"], "ok").cast(pa.int8()))
-    order = [(name, "ascending") for name in (*_KEY, "_rank", "screened_at")]
+    order = [(name, "ascending") for name in (*key, "_rank", "screened_at")]
     rows = ranked.sort_by(order).drop_columns("_rank").combine_chunks()
     if rows.num_rows < 2:
         return rows
     same = pa.array([True] * (rows.num_rows - 1))
-    for name in _KEY:
+    for name in key:
         before = rows[name].slice(0, rows.num_rows - 1).combine_chunks()
         after = rows[name].slice(1).combine_chunks()
-        # Null equals null here: loose images have no member index.
+        # Null equals null here: loose images have neither reading nor member index.
         equal = pc.or_(
             pc.fill_null(pc.equal(before, after), False),
             pc.and_(pc.is_null(before), pc.is_null(after)),
@@ -69,22 +80,15 @@ def _without_repeats(rows: pa.Table) -> pa.Table:
     return rows.filter(pa.concat_arrays([pa.array([True]), pc.invert(same)]))
 
 
-def _complete_objects(objects: pa.Table, rows: pa.Table, markers: pa.Table) -> frozenset[str]:
-    """Loose objects with their row; shards with a marker, and as many members as it says."""
-    members = rows.filter(pc.is_valid(rows["member_index"]))
-    found = {
-        row["image"]: row["member_index_count"]
-        for row in members.group_by("image").aggregate([("member_index", "count")]).to_pylist()
-    }
-    expected = dict(
-        zip(markers["image"].to_pylist(), markers["shard_members"].to_pylist(), strict=True)
-    )
-    shards = set(objects.filter(objects["is_shard"])["image"].to_pylist())
-    loose = set(rows.filter(pc.is_null(rows["member_index"]))["image"].to_pylist()) - shards
-    whole = {
-        shard for shard in shards if shard in expected and found.get(shard, 0) == expected[shard]
-    }
-    return frozenset((loose | whole) & set(objects["image"].to_pylist()))
+def _whole_readings(rows: pa.Table, markers: pa.Table) -> dict[str, str]:
+    """For each shard that was read to its end at least once: the first such pass."""
+    counted = rows.group_by("reading").aggregate([([], "count_all")]).to_pylist()
+    found = {row["reading"]: row["count_all"] for row in counted}
+    whole: dict[str, str] = {}
+    for marker in markers.sort_by("screened_at").to_pylist():
+        if found.get(marker["reading"], 0) == marker["shard_rows"]:
+            whole.setdefault(marker["image"], marker["reading"])
+    return whole
 
 
 def missing_objects(plan: Plan, finished: Finished) -> pa.Table:
@@ -115,7 +119,7 @@ def write_predictions(
         "archive": start.archive,
     }
     columns = {name: pa.repeat(pa.scalar(value), count) for name, value in constant.items()}
-    columns |= {name: rows[name] for name in rows.column_names if name != "shard_members"}
+    columns |= {name: rows[name] for name in rows.column_names}
     if synthetic_model:
         columns["synthetic"] = pa.repeat(pa.scalar(True), count)
     columns["label"] = pa.array([(label_of or {}).get(name) for name in names], pa.string())
