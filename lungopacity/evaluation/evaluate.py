@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity.dataset.manifest import (
+    FACT_COLUMNS,
     assign_splits,
     check_contents,
     check_patients,
@@ -28,13 +29,12 @@ from lungopacity.errors import NOTICE, UserError
 from lungopacity.evaluation import plots
 from lungopacity.evaluation.metrics import (
     Metric,
-    age_band,
     classification_metrics,
     confusion_matrix,
     subgroup_metrics,
 )
 from lungopacity.evaluation.paper import format_table1, table1
-from lungopacity.evaluation.table import metric_value, metrics_table
+from lungopacity.evaluation.table import fact_groups, metric_value, metrics_table
 from lungopacity.models import TrainedModel, load_model, read_history
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import ray_session, require_resources, resolve_gpu
@@ -175,13 +175,12 @@ def _metrics(
 ) -> list[Metric]:
     exact = probabilities_NK.astype(np.float64)
     exact /= exact.sum(axis=1, keepdims=True)
-    groups: dict[str, list[str | None]] = {
-        name: [None if pd.isna(value) else str(value) for value in data.images[name]]
-        for name in ("view_position", "patient_sex")
-    }
-    groups["age"] = [
-        None if pd.isna(age) else age_band(int(age)) for age in data.images["patient_age_years"]
-    ]
+    groups = fact_groups(
+        {
+            name: [None if pd.isna(value) else value for value in data.images[name]]
+            for name in FACT_COLUMNS
+        }
+    )
     return classification_metrics(
         data.labels_N, exact, data.class_names, positive=positive
     ) + subgroup_metrics(data.labels_N, exact, data.class_names, groups, positive=positive)

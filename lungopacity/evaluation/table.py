@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
-from lungopacity.evaluation.metrics import Metric
+from lungopacity.evaluation.metrics import Metric, age_band
 from lungopacity.results.schema import METRICS_SCHEMA
 
 
@@ -40,3 +41,16 @@ def metric_value(
         if (metric.group, metric.metric, metric.class_name) == ("all", name, class_name):
             return metric.value
     return None
+
+
+def fact_groups(facts: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:
+    """The subgroups that every evaluation reports.
+
+    facts: `view_position`, `patient_sex` and `patient_age_years`, one value or None an image.
+    """
+    ages = facts["patient_age_years"]
+    return {
+        "view_position": [None if view is None else str(view) for view in facts["view_position"]],
+        "patient_sex": [None if sex is None else str(sex) for sex in facts["patient_sex"]],
+        "age": [None if age is None else age_band(float(age)) for age in ages],
+    }

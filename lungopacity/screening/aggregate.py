@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lungopacity.dataset.manifest import FACT_COLUMNS
 from lungopacity.errors import Status
 from lungopacity.evaluation.metrics import (
     Metric,
-    age_band,
     classification_metrics,
     subgroup_metrics,
     wilson_interval,
 )
+from lungopacity.evaluation.table import fact_groups
 from lungopacity.models import ModelSpec
 from lungopacity.results.schema import class_column
 
@@ -42,10 +44,11 @@ def run_metrics(predictions: pa.Table, spec: ModelSpec, seconds: float) -> list[
     return metrics
 
 
-def label_metrics(predictions: pa.Table, spec: ModelSpec) -> list[Metric]:
+def label_metrics(predictions: pa.Table, spec: ModelSpec, labels: pd.DataFrame) -> list[Metric]:
     """Metrics against the labels, over all and by view position, sex and age.
 
     Of the readable images whose label is one of the model's classes; empty where there is none.
+    labels: as `read_labels` gives them; they fill in view, sex and age where the header is silent.
     """
     known = pc.and_(
         pc.equal(predictions["status"], Status.OK.value),
@@ -59,13 +62,15 @@ def label_metrics(predictions: pa.Table, spec: ModelSpec) -> list[Metric]:
     ).astype(np.float64)
     index_of = {name: index for index, name in enumerate(spec.class_names)}
     labels_N = np.array([index_of[name] for name in rows["label"].to_pylist()])
-    groups = {
-        "view_position": rows["view_position"].to_pylist(),
-        "patient_sex": rows["patient_sex"].to_pylist(),
-        "age": [
-            None if age is None else age_band(age) for age in rows["patient_age_years"].to_pylist()
-        ],
+    facts = labels.set_index("image").loc[pc.coalesce(rows["member"], rows["image"]).to_pylist()]
+    columns = {
+        name: [
+            (None if pd.isna(told) else told) if read is None else read
+            for read, told in zip(rows[name].to_pylist(), facts[name], strict=True)
+        ]
+        for name in FACT_COLUMNS
     }
+    groups = fact_groups(columns)
     return classification_metrics(
         labels_N, probabilities_NK, spec.class_names, positive=spec.positive_class
     ) + subgroup_metrics(

@@ -7,6 +7,7 @@ Ray runs twice does no harm, and the driver holds no image and no row: a few num
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,14 +140,15 @@ def screen_objects(
         counts = Counter(images["status"].to_pylist())
         return pa.table({status.value: [counts[status.value]] for status in Status})
 
-    parts = (
-        stream_images(archive_uri, read_tasks(objects), settings)
-        .map_batches(
+    images = stream_images(archive_uri, read_tasks(objects), settings)
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates max_restarts and max_task_retries here, without a successor.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        scored = images.map_batches(
             _ScoreImages,
             fn_constructor_args=(ray.put(model), resources),
             batch_size=batch_size,
             batch_format="pyarrow",
-            zero_copy_batch=True,
             num_cpus=resources.actor_cpus,
             num_gpus=1 if resources.use_gpu else 0,
             compute=ray.data.ActorPoolStrategy(
@@ -155,13 +157,9 @@ def screen_objects(
             max_restarts=_RETRIES,
             max_task_retries=_RETRIES,
         )
-        # No CPU of its own: it waits on storage, and must run however busy the others are.
-        .map_batches(
-            write_part,
-            batch_size=_ROWS_PER_PART,
-            batch_format="pyarrow",
-            num_cpus=0,
-        )
+    # No CPU of its own: it waits on storage, and must run however busy the other stages are.
+    parts = scored.map_batches(
+        write_part, batch_size=_ROWS_PER_PART, batch_format="pyarrow", num_cpus=0
     )
     for part in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in part.to_pylist():

@@ -104,7 +104,7 @@ def write_predictions(
     class_names: Sequence[str],
     *,
     synthetic_model: bool,
-    label_of: Mapping[str, str] | None,
+    label_of: Mapping[str, str],
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
     """Write the compact, sorted files. Returns the table, and each file's key, rows and hash.
 
@@ -122,7 +122,7 @@ def write_predictions(
     columns |= {name: rows[name] for name in rows.column_names}
     if synthetic_model:
         columns["synthetic"] = pa.repeat(pa.scalar(True), count)
-    columns["label"] = pa.array([(label_of or {}).get(name) for name in names], pa.string())
+    columns["label"] = pa.array([label_of.get(name) for name in names], pa.string())
     schema = predictions_schema(class_names)
     table = pa.table({name: columns[name] for name in schema.names}).cast(schema)
     files = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 
 from lungopacity.archive.inventory import take_inventory
@@ -85,10 +86,7 @@ def screen(
     began = time.monotonic()
     trained = load_model(model)
     results = open_store(output)
-    label_of = None
-    if labels is not None:
-        frame = read_labels(labels)
-        label_of = dict(zip(frame["image"], frame["label"], strict=True))
+    label_table = None if labels is None else read_labels(labels)
     run_id = run_id or new_run_id(trained.model_id)
     with Progress("Listing the archive", unit="objects") as progress:
         inventory = take_inventory(archive, progress.advance)
@@ -106,7 +104,7 @@ def screen(
     except KeyboardInterrupt:
         log.warning("stopped; go on with --run-id %s and the same options", run_id)
         raise
-    return _published(plan, trained, results, rows, label_of, time.monotonic() - began)
+    return _published(plan, trained, results, rows, label_table, time.monotonic() - began)
 
 
 def _screened_rows(
@@ -157,10 +155,11 @@ def _published(
     model: TrainedModel,
     results: Store,
     rows: pa.Table,
-    label_of: dict[str, str] | None,
+    labels: pd.DataFrame | None,
     seconds: float,
 ) -> ScreeningResult:
     spec, start = model.spec, plan.start
+    label_of = {} if labels is None else dict(zip(labels["image"], labels["label"], strict=True))
     table, files = write_predictions(
         results,
         plan,
@@ -170,7 +169,9 @@ def _published(
         label_of=label_of,
     )
     synthetic = spec.synthetic or bool(pa.compute.any(table["synthetic"]).as_py())
-    metrics = run_metrics(table, spec, seconds) + label_metrics(table, spec)
+    metrics = run_metrics(table, spec, seconds)
+    if labels is not None:
+        metrics += label_metrics(table, spec, labels)
     metrics_key = f"metrics/{start.run_id}.parquet"
     results.write(
         metrics_key,

@@ -1,7 +1,7 @@
 """Random changes to training films that do not change their class.
 
-Tensor names carry their shape: B batch, H height, W width. Whole batches are changed at once, on the
-device that holds them.
+Tensor names carry their shape: B batch, H height, W width. Whole batches are changed at once, on
+the device that holds them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 from lungopacity.training.settings import AugmentationSettings
 
@@ -41,9 +41,11 @@ def augment(
     gamma_B = amounts(settings.gamma).exp()
 
     x_B1HW = pixels_BHW.unsqueeze(1).float().div_(255.0)
-    grid_BHW2 = F.affine_grid(source_B23.to(device), list(x_B1HW.shape), align_corners=False)
+    grid_BHW2 = functional.affine_grid(
+        source_B23.to(device), list(x_B1HW.shape), align_corners=False
+    )
     # What comes in from outside the film is black, as the padding of `Preprocessing.square` is.
-    x_B1HW = F.grid_sample(x_B1HW, grid_BHW2, padding_mode="zeros", align_corners=False)
+    x_B1HW = functional.grid_sample(x_B1HW, grid_BHW2, padding_mode="zeros", align_corners=False)
     x_B1HW = x_B1HW.clamp_(0, 1).pow_(gamma_B.to(device)[:, None, None, None])
     x_B1HW = x_B1HW.mul_(gain_B.to(device)[:, None, None, None])
     return x_B1HW.mul_(255.0).round_().clamp_(0, 255).to(torch.uint8).squeeze(1)

@@ -34,8 +34,8 @@ def negative_log_likelihood(
 def fit_temperature(logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64]) -> float:
     """The temperature that minimises the negative log-likelihood (Guo et al. 2017, section 4.2).
 
-    It is convex in 1 / temperature, so golden-section search finds the one minimum; searched from 1/20
-    to 20. Where every film is classified rightly there is none (the smaller the better), which says
+    It is convex in 1 / temperature, so golden-section search finds the one minimum, from 1/20 to
+    20. Where every film is classified rightly there is none (the smaller the better), which says
     nothing of confidence: 1 is returned.
     """
     if (logits_VK.argmax(axis=1) == labels_V).all():
@@ -66,10 +66,11 @@ def youden_point(
     """The threshold with the highest sensitivity + specificity - 1 (Youden 1950).
 
     probabilities_V: of the positive class, calibrated. positive_V: whether it is the true one; both
-    kinds must occur. Of thresholds that do equally well, the most sensitive. It lies midway to the next
-    lower score, so that no score stands on it and rounding decides nothing.
+    kinds must occur. Of thresholds that do equally well, the most sensitive. It lies midway to the
+    next lower score, so that no score stands on it and rounding decides nothing.
     """
-    assert positive_V.any() and not positive_V.all()
+    assert positive_V.any()
+    assert not positive_V.all()
     scores, which = np.unique(probabilities_V.astype(np.float64), return_inverse=True)
     positives = np.bincount(which, positive_V, len(scores))
     negatives = np.bincount(which, ~positive_V, len(scores))

@@ -1,6 +1,6 @@
 """The driver's side of training: checks, the Ray Train run, calibration, the model folder.
 
-A run is named by the hash of its settings and data, and its checkpoints lie under `_training/<name>` in
+A run is named by the hash of its settings and data, and its checkpoints lie in `_training/<name>` of
 the output: the same command goes on where a crash left it, and another command starts afresh.
 """
 
@@ -16,7 +16,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from sklearn.metrics import roc_auc_score
 
+from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
 from lungopacity.models import (
     ModelSpec,
@@ -71,23 +72,6 @@ HISTORY_SCHEMA = pa.schema(
 """Of `history.parquet`; losses in nats, accuracies 0 … 1."""
 
 
-class LabelledFilms(Protocol):
-    """What training needs of `lungopacity.dataset.pixels.LabelledPixels`."""
-
-    @property
-    def pixels_NHW(self) -> npt.NDArray[np.uint8]: ...
-    @property
-    def labels_N(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def split_N(self) -> npt.NDArray[np.str_]: ...
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def synthetic(self) -> bool: ...
-
-
 @dataclass(frozen=True)
 class TrainingResult:
     """A finished run. The model lies in the output folder too."""
@@ -100,7 +84,7 @@ class TrainingResult:
 
 
 def fit(
-    data: LabelledFilms,
+    data: LabelledPixels,
     settings: TrainingSettings,
     output: str,
     *,
@@ -109,10 +93,10 @@ def fit(
 ) -> TrainingResult:
     """Train on `data`, and write the model folder `output`. Needs a running Ray.
 
-    provenance: JSON-able facts for the model folder, as the label file's name. on_epoch: called with
-    each history row while training runs, from another thread; a resumed run begins with its first new
-    epoch. Raises `UserError` where the output has a model, a class lacks films, the cluster is too small
-    or the training fails.
+    provenance: JSON-able facts for the model folder, as the label file's name. on_epoch: called
+    with each history row while training runs, from another thread; a resumed run begins with its first
+    new epoch. Raises `UserError` where the output has a model, a class lacks films, the cluster is
+    too small or the training fails.
     """
     check_network(settings.model)
     if is_model(output):
@@ -131,10 +115,10 @@ def fit(
         classes=len(data.class_names),
     )
     result = _run_ray_train(films, settings, work_uri, run, on_epoch)
-    if result.return_value and result.return_value["diverged_in_epoch"]:
+    diverged = result.return_value["diverged_in_epoch"]
+    if diverged:
         raise UserError(
-            f"training diverged in epoch {result.return_value['diverged_in_epoch']}: the loss is not a "
-            "number; lower --learning-rate"
+            f"training diverged: the loss of epoch {diverged} is no number; lower --learning-rate"
         )
     best, best_metrics = min(
         result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
@@ -161,13 +145,13 @@ def fit(
     return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])
 
 
-def _count_films(data: LabelledFilms, settings: TrainingSettings) -> dict[str, dict[str, int]]:
-    """Films by split and class. Raises `UserError` where one lacks that training cannot do without."""
+def _count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, dict[str, int]]:
+    """Films by split and class. Raises `UserError` where one that training needs has none."""
     names = data.class_names
     if settings.positive_class not in names:
         raise UserError(
-            f"positive class '{settings.positive_class}' is none of the labels ({', '.join(names)}); "
-            "give one of them as --positive-class"
+            f"positive class '{settings.positive_class}' is none of the labels "
+            f"({', '.join(names)}); give one of them as --positive-class"
         )
     counts = {
         split: {
@@ -188,7 +172,7 @@ def _count_films(data: LabelledFilms, settings: TrainingSettings) -> dict[str, d
     return counts
 
 
-def _run_name(data: LabelledFilms, settings: TrainingSettings) -> str:
+def _run_name(data: LabelledPixels, settings: TrainingSettings) -> str:
     facts = [settings.as_json(), data.class_names, data.fingerprint, _versions()["lungopacity"]]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -229,8 +213,8 @@ def _run_ray_train(
             return trainer.fit()
         except TrainingFailedError as error:
             raise UserError(
-                f"training was given up after {MAX_RESTARTS} restarts: {_cause(error)}; its finished "
-                "epochs are kept, and the same command goes on from there"
+                f"training was given up after {MAX_RESTARTS} restarts: {_cause(error)}; its "
+                "finished epochs are kept, and the same command goes on from there"
             ) from error
 
 
@@ -255,7 +239,7 @@ def _own_interrupt_handler() -> Iterator[None]:
 
 
 def _spec(
-    data: LabelledFilms,
+    data: LabelledPixels,
     settings: TrainingSettings,
     architecture_settings: dict[str, Any],
     logits_VK: npt.NDArray[np.float32],

@@ -4,8 +4,8 @@ Every draw is seeded by (seed, epoch, rank) and the learning rate is a function 
 epoch depends on nothing but the weights and the moments before it: a run resumed from a checkpoint
 goes on as if it had never stopped.
 
-Tensor names carry their shape: V validation films, B films of one worker's batch, H height, W width,
-K classes.
+Tensor names carry their shape: N all films, V validation films, B films of one worker's batch,
+H height, W width, K classes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import ray.train.torch
 import torch
 import torch.distributed
 from ray.train import Checkpoint, CheckpointUploadMode
-from torch.nn import functional as F
+from torch.nn import functional
 
 from lungopacity.models import build_network
 from lungopacity.models.normalise import normalise
@@ -39,7 +39,7 @@ _EVALUATION_BATCH = 64
 
 @dataclass(frozen=True)
 class Films:
-    """What the workers learn from; lies in Ray's object store once, and every worker reads it there."""
+    """What the workers learn from; lies in Ray's object store once, and is read there by all."""
 
     pixels_NHW: npt.NDArray[np.uint8]
     labels_N: npt.NDArray[np.int64]
@@ -66,7 +66,7 @@ class _Worker:
             torch.distributed.all_reduce(tensor)
 
     def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        """This rank's part of the epoch's order: as many batches, of the same sizes, as every rank's.
+        """This rank's part of the epoch's order; batches are as many and as large in every rank.
 
         As torch's DistributedSampler does, the order is filled up from its start until it divides;
         unlike there, batches are of even size, so that none is too small for batch normalisation.
@@ -102,7 +102,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(_seed(settings.seed))
     network = build_network(settings.model, worker.films.classes, settings.model_settings)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)
     distributed = ray.train.torch.prepare_model(network)
     network = getattr(distributed, "module", distributed)
     optimizer = torch.optim.Adam(
@@ -124,7 +124,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         started = time.monotonic()
         trained = _train_epoch(worker, distributed, optimizer, epoch)
         logits_VK = _validation_logits(worker, network)
-        validation_loss = F.cross_entropy(logits_VK, labels_V).item()
+        validation_loss = functional.cross_entropy(logits_VK, labels_V).item()
         if not math.isfinite(trained["train_loss"] + validation_loss):
             return {"diverged_in_epoch": epoch}
         row = {
@@ -159,7 +159,7 @@ def learning_rate_at(progress: float, settings: TrainingSettings) -> float:
 def _train_epoch(
     worker: _Worker, distributed: torch.nn.Module, optimizer: torch.optim.Optimizer, epoch: int
 ) -> dict[str, float]:
-    """Once over the training films. Returns loss, accuracy, last learning rate and images a second."""
+    """Once over the training films. Returns their part of the history row."""
     settings, films, device = worker.settings, worker.films, worker.device
     started = time.monotonic()
     torch.manual_seed(_seed(settings.seed, epoch, worker.rank))
@@ -179,7 +179,9 @@ def _train_epoch(
         with autocast:
             logits_BK = distributed(normalise(pixels_BHW, settings.preprocessing))
         logits_BK = logits_BK.float()
-        loss = F.cross_entropy(logits_BK, labels_B, label_smoothing=settings.label_smoothing)
+        loss = functional.cross_entropy(
+            logits_BK, labels_B, label_smoothing=settings.label_smoothing
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -202,7 +204,7 @@ def _validation_logits(worker: _Worker, network: torch.nn.Module) -> torch.Tenso
     """
     films = worker.films
     if worker.workers > 1:
-        # Between steps each rank's batch norm has statistics of its own; rank 0's go into the model.
+        # Each rank's batch norm has seen films of its own; rank 0's statistics go into the model.
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)
     network.eval()
@@ -223,7 +225,7 @@ def _use_bfloat16(settings: TrainingSettings, device: torch.device) -> bool:
     if settings.precision != "auto":
         return settings.precision == "bfloat16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

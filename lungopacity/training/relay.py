@@ -29,11 +29,13 @@ class _Rows:
         return self.rows[count:]
 
 
-class _SendRows(UserCallback):
+class _SendRows(UserCallback):  # type: ignore[misc]  # ray ships no types
     def __init__(self, rows: Any) -> None:
         self.rows = rows
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
         self.rows.add.remote(metrics[0])
 
 

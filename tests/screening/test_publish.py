@@ -173,7 +173,7 @@ def test_no_column_is_ever_of_type_null(tmp_path):
         collect(store, plan, CLASSES).rows,
         CLASSES,
         synthetic_model=False,
-        label_of=None,
+        label_of={},
     )
     assert not any(pa.types.is_null(field.type) for field in table.schema)
     assert table["error_code"].null_count == 1

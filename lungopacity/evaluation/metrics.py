@@ -1,0 +1,341 @@
+"""What a classifier is worth on labelled images: tidy metrics, with 95 % intervals where known.
+
+No class is taken for the positive one unless it is named: every metric of one class against the
+rest carries that class in `class_name`. Array names carry their shape: N images, K classes, B bins.
+
+Sources:
+
+* Wilson 1927, Journal of the American Statistical Association 22:209 (interval of a proportion).
+* DeLong, DeLong & Clarke-Pearson 1988, Biometrics 44:837 (variance of the AUC); Sun & Xu 2014,
+  IEEE Signal Processing Letters 21:1389 (the same from midranks, in O(n log n)); Pepe 2003, The
+  Statistical Evaluation of Medical Tests for Classification and Prediction, ch. 5 (interval on the
+  logit scale).
+* Brier 1950, Monthly Weather Review 78:1 (probability score).
+* Guo, Pleiss, Sun & Weinberger 2017, ICML, arXiv:1706.04599 (expected calibration error).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import average_precision_score, log_loss
+
+Floats = npt.NDArray[np.floating]
+Integers = npt.NDArray[np.integer]
+
+CALIBRATION_BINS = 15
+"""Of equal width, as Guo et al. 2017 report."""
+
+_Z_95 = NormalDist().inv_cdf(0.975)
+_SUM_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured value, a row of the metrics table."""
+
+    group: str
+    """`all`, or the subgroup as `view_position=PA`."""
+    metric: str
+    class_name: str | None
+    """Which class against the rest, or which confusion cell; None where all classes enter."""
+    value: float
+    """NaN where it is not defined, as the AUC of a class that no image has."""
+    ci_low: float | None
+    ci_high: float | None
+    """The 95 % interval; None where there is none."""
+    n: int
+    """Images it is computed over: of a proportion the denominator, else all of the group."""
+
+
+@dataclass(frozen=True)
+class RocAuc:
+    """Area under the ROC curve, 0 … 1, and its 95 % interval."""
+
+    value: float
+    """NaN where one of the two kinds does not occur."""
+    ci_low: float | None
+    ci_high: float | None
+    """None where no variance can be estimated: fewer than two of a kind, or a value of 0 or 1."""
+
+
+@dataclass(frozen=True)
+class CalibrationBins:
+    """Images binned by the probability of their predicted class; bin b is (b / B, (b + 1) / B]."""
+
+    count_B: npt.NDArray[np.int64]
+    correct_B: npt.NDArray[np.int64]
+    """How many of them are predicted rightly."""
+    confidence_B: npt.NDArray[np.float64]
+    """Mean probability of the predicted class; NaN in an empty bin."""
+
+    @property
+    def expected_calibration_error(self) -> float:
+        """Mean over the images of |accuracy - confidence| of their bin; NaN without images."""
+        n = int(self.count_B.sum())
+        if n == 0:
+            return math.nan
+        filled = self.count_B > 0
+        gap = self.correct_B[filled] - self.confidence_B[filled] * self.count_B[filled]
+        return float(np.abs(gap).sum() / n)
+
+
+def check_scores(labels_N: Integers, probabilities_NK: Floats, class_names: Sequence[str]) -> None:
+    """Raise `ValueError` unless labels and probabilities are what this module computes with.
+
+    labels_N: integers 0 … K-1. probabilities_NK: floats 0 … 1 whose rows sum to 1 (within 1e-4,
+    which rounding to float32 stays below). class_names: K different names, K at least 2.
+    """
+    classes = len(class_names)
+    if classes < 2 or len(set(class_names)) < classes:
+        raise ValueError(f"two or more different class names are needed, not {list(class_names)}")
+    if probabilities_NK.ndim != 2 or probabilities_NK.shape[1] != classes:
+        raise ValueError(
+            f"probabilities have the shape {probabilities_NK.shape}, not (n, {classes})"
+        )
+    if labels_N.shape != probabilities_NK.shape[:1]:
+        raise ValueError(f"labels have the shape {labels_N.shape}, not ({len(probabilities_NK)},)")
+    _check_classes("labels", labels_N, classes)
+    if not np.isfinite(probabilities_NK).all():
+        raise ValueError("probabilities hold NaN or infinity")
+    if (probabilities_NK < 0).any() or (probabilities_NK > 1 + _SUM_TOLERANCE).any():
+        raise ValueError("probabilities lie outside 0 … 1")
+    if (np.abs(probabilities_NK.sum(axis=1, dtype=np.float64) - 1) > _SUM_TOLERANCE).any():
+        raise ValueError("probabilities of an image do not sum to 1")
+
+
+def classification_metrics(
+    labels_N: Integers,
+    probabilities_NK: Floats,
+    class_names: Sequence[str],
+    positive: str | None = None,
+    group: str = "all",
+) -> list[Metric]:
+    """Every metric of one group of images; the predicted class is the most probable one.
+
+    Over all classes: accuracy, balanced_accuracy (mean recall), roc_auc (mean over the classes, one
+    against the rest), brier (Brier's own score, the sum over the classes of squared differences:
+    0 … 2), log_loss (nats), expected_calibration_error. Per class: support, precision, recall, f1,
+    specificity, roc_auc, average_precision. Per pair of classes: confusion, named
+    `true=A,predicted=B`. With `positive`, also brier_binary of that class: the mean squared
+    difference of its own probability alone, 0 … 1; of two classes it is half of brier.
+
+    Intervals: Wilson's for accuracy, precision, recall and specificity; DeLong's for a class's
+    roc_auc. Values that are not defined are NaN. Arguments as `check_scores` takes them, which
+    raises `ValueError`; so does a `positive` that is none of the classes.
+    """
+    check_scores(labels_N, probabilities_NK, class_names)
+    if positive is not None and positive not in class_names:
+        raise ValueError(f"positive class '{positive}' is none of {list(class_names)}")
+    n = len(labels_N)
+    matrix_KK = confusion_matrix(labels_N, probabilities_NK.argmax(axis=1), len(class_names))
+    true_NK = labels_N[:, None] == np.arange(len(class_names))
+    squares_NK = (probabilities_NK.astype(np.float64) - true_NK) ** 2
+    aucs = [
+        roc_auc(true_NK[:, index], probabilities_NK[:, index]) for index in range(len(class_names))
+    ]
+    recalls = [_ratio(matrix_KK[index, index], row.sum()) for index, row in enumerate(matrix_KK)]
+
+    def value(name: str, number: float, class_name: str | None = None) -> Metric:
+        return Metric(group, name, class_name, float(number), None, None, n)
+
+    metrics = [
+        _proportion(group, "accuracy", None, matrix_KK.trace(), n),
+        value("balanced_accuracy", float(np.mean(recalls))),
+        value("roc_auc", float(np.mean([auc.value for auc in aucs]))),
+        value("brier", _ratio(squares_NK.sum(), n)),
+        value("log_loss", _log_loss(labels_N, probabilities_NK)),
+        value(
+            "expected_calibration_error",
+            calibration_bins(labels_N, probabilities_NK).expected_calibration_error,
+        ),
+    ]
+    if positive is not None:
+        of_positive = squares_NK[:, list(class_names).index(positive)].sum()
+        metrics.append(value("brier_binary", _ratio(of_positive, n), positive))
+    for index, name in enumerate(class_names):
+        auc = aucs[index]
+        metrics += _counted(group, name, matrix_KK, index)
+        metrics.append(Metric(group, "roc_auc", name, auc.value, auc.ci_low, auc.ci_high, n))
+        precision = average_precision(true_NK[:, index], probabilities_NK[:, index])
+        metrics.append(value("average_precision", precision, name))
+    metrics += [
+        value("confusion", matrix_KK[row, column], f"true={true},predicted={predicted}")
+        for row, true in enumerate(class_names)
+        for column, predicted in enumerate(class_names)
+    ]
+    return metrics
+
+
+def subgroup_metrics(
+    labels_N: Integers,
+    probabilities_NK: Floats,
+    class_names: Sequence[str],
+    groups: Mapping[str, Sequence[str | None]],
+    positive: str | None = None,
+) -> list[Metric]:
+    """`classification_metrics` of each value of each column, under the group `column=value`.
+
+    groups: column name to one value an image; None stands as `unknown`. Each image is in one group
+    of each column. Raises `ValueError` also where a column has another length than the labels.
+    """
+    check_scores(labels_N, probabilities_NK, class_names)
+    metrics: list[Metric] = []
+    for column, values in groups.items():
+        if len(values) != len(labels_N):
+            raise ValueError(f"column {column} has {len(values)} values, not {len(labels_N)}")
+        named_N = np.array(["unknown" if value is None else value for value in values], dtype=str)
+        for name in np.unique(named_N):
+            members = named_N == name
+            metrics += classification_metrics(
+                labels_N[members],
+                probabilities_NK[members],
+                class_names,
+                positive,
+                f"{column}={name}",
+            )
+    return metrics
+
+
+def age_band(years: float) -> str:
+    """The age group of a patient. Raises `ValueError` for a negative age or NaN."""
+    if not years >= 0:
+        raise ValueError(f"an age of {years} years is none")
+    for limit, band in ((18, "under-18"), (40, "18-39"), (65, "40-64"), (90, "65-89")):
+        if years < limit:
+            return band
+    return "90+"
+
+
+def confusion_matrix(
+    labels_N: Integers, predicted_N: Integers, classes: int
+) -> npt.NDArray[np.int64]:
+    """Images by true class (rows) and predicted class (columns), int64 (K, K).
+
+    Both arrays hold integers 0 … classes-1, else `ValueError`.
+    """
+    if labels_N.ndim != 1 or labels_N.shape != predicted_N.shape:
+        raise ValueError(f"labels {labels_N.shape} and predictions {predicted_N.shape} differ")
+    _check_classes("labels", labels_N, classes)
+    _check_classes("predictions", predicted_N, classes)
+    cell_N = labels_N.astype(np.int64) * classes + predicted_N.astype(np.int64)
+    return np.bincount(cell_N, minlength=classes**2).reshape(classes, classes).astype(np.int64)
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927).
+
+    Raises `ValueError` unless 0 <= successes <= n and n > 0.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} of {n} is no proportion")
+    share, z2 = successes / n, _Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
+    # At 0 and n the bound is exactly 0 or 1; rounding can leave it a hair outside.
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def roc_auc(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> RocAuc:
+    """AUC of scores that are higher for positives, with DeLong's interval on the logit scale.
+
+    After Sun & Xu 2014: the components of DeLong's variance are differences of midranks. On the
+    logit scale the interval stays within 0 … 1.
+    """
+    positives, negatives = scores_N[positive_N], scores_N[~positive_N]
+    m, n = len(positives), len(negatives)
+    if m == 0 or n == 0:
+        return RocAuc(math.nan, None, None)
+    ranks = _midranks(np.concatenate([positives, negatives]))
+    # Of each positive the share of negatives below it; of each negative, of positives above it.
+    negatives_below = (ranks[:m] - _midranks(positives)) / n
+    positives_above = 1 - (ranks[m:] - _midranks(negatives)) / m
+    auc = float(negatives_below.mean())
+    if m < 2 or n < 2 or not 0 < auc < 1:
+        return RocAuc(auc, None, None)
+    variance = negatives_below.var(ddof=1) / m + positives_above.var(ddof=1) / n
+    logit = math.log(auc / (1 - auc))
+    half = _Z_95 * math.sqrt(variance) / (auc * (1 - auc))
+    return RocAuc(auc, _logistic(logit - half), _logistic(logit + half))
+
+
+def average_precision(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> float:
+    """Mean of the precision over the steps in recall; NaN where there is no positive."""
+    # Without a positive scikit-learn returns 0, which would read as the worst of scores.
+    return float(average_precision_score(positive_N, scores_N)) if positive_N.any() else math.nan
+
+
+def calibration_bins(labels_N: Integers, probabilities_NK: Floats) -> CalibrationBins:
+    """The 15 bins of Guo et al. 2017; arguments as `check_scores` has passed them."""
+    confidence_N = probabilities_NK.max(axis=1).astype(np.float64)
+    correct_N = probabilities_NK.argmax(axis=1) == labels_N
+    # A sum of roundings can leave a probability just above 1: it belongs to the last bin.
+    bin_N = np.ceil(confidence_N * CALIBRATION_BINS).astype(np.int64).clip(1, CALIBRATION_BINS) - 1
+    count_B = np.bincount(bin_N, minlength=CALIBRATION_BINS)
+    sum_B = np.bincount(bin_N, confidence_N, CALIBRATION_BINS)
+    mean_B = np.full(CALIBRATION_BINS, np.nan)
+    np.divide(sum_B, count_B, out=mean_B, where=count_B > 0)
+    return CalibrationBins(
+        count_B=count_B.astype(np.int64),
+        correct_B=np.bincount(bin_N[correct_N], minlength=CALIBRATION_BINS).astype(np.int64),
+        confidence_B=mean_B,
+    )
+
+
+def _counted(group: str, name: str, matrix_KK: npt.NDArray[np.int64], index: int) -> list[Metric]:
+    """What follows from the confusion matrix for one class against the rest."""
+    n = int(matrix_KK.sum())
+    hits = matrix_KK[index, index]
+    actual, predicted = matrix_KK[index].sum(), matrix_KK[:, index].sum()
+    rejected = n - actual - predicted + hits
+    f1 = _ratio(2 * hits, actual + predicted)
+    return [
+        Metric(group, "support", name, float(actual), None, None, n),
+        _proportion(group, "precision", name, hits, predicted),
+        _proportion(group, "recall", name, hits, actual),
+        Metric(group, "f1", name, f1, None, None, n),
+        _proportion(group, "specificity", name, rejected, n - actual),
+    ]
+
+
+def _proportion(group: str, metric: str, class_name: str | None, successes: int, n: int) -> Metric:
+    low, high = wilson_interval(int(successes), int(n)) if n else (None, None)
+    return Metric(group, metric, class_name, _ratio(successes, n), low, high, int(n))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole else math.nan
+
+
+def _log_loss(labels_N: Integers, probabilities_NK: Floats) -> float:
+    """In nats. scikit-learn takes a probability of 0 for the smallest step of float64, 2.2e-16."""
+    if len(labels_N) == 0:
+        return math.nan
+    # It warns of sums that are off by the rounding of float32.
+    exact_NK = probabilities_NK.astype(np.float64)
+    exact_NK /= exact_NK.sum(axis=1, keepdims=True)
+    return float(log_loss(labels_N, exact_NK, labels=np.arange(exact_NK.shape[1])))
+
+
+def _midranks(values: Floats) -> npt.NDArray[np.float64]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: npt.NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[which]
+    return ranks
+
+
+def _logistic(x: float) -> float:
+    # Equal to 1 / (1 + exp(-x)), which overflows for strongly negative x.
+    return 0.5 * (1 + math.tanh(x / 2))
+
+
+def _check_classes(what: str, indices_N: Integers, classes: int) -> None:
+    if not np.issubdtype(indices_N.dtype, np.integer):
+        raise ValueError(f"{what} are {indices_N.dtype}, not integers")
+    if indices_N.size and (indices_N.min() < 0 or indices_N.max() >= classes):
+        raise ValueError(f"{what} lie outside 0 … {classes - 1}")

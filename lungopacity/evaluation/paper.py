@@ -1,0 +1,111 @@
+"""Table 1 of the paper whose classical CNN this project follows, beside measured figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lungopacity.evaluation.metrics import Metric
+
+PAPER_TEST_IMAGES = 2431
+PAPER_ACCURACY = 0.9293
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """How one class was told from the rest, each 0 … 1; NaN where it is not defined."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+PAPER_CLASSES = {
+    "normal": ClassFigures(precision=0.92, recall=0.97, f1=0.95),
+    "lung opacity": ClassFigures(precision=0.95, recall=0.85, f1=0.90),
+}
+"""By class name, in lower case and with spaces; rounded to two digits by the paper."""
+
+_NAME_WIDTH = 24
+_COLUMNS = ("precision", "recall", "f1")
+
+
+@dataclass(frozen=True)
+class Table1Row:
+    """One class: what was measured, and what the paper reports."""
+
+    class_name: str
+    measured: ClassFigures
+    paper: ClassFigures | None
+    """None where the model's classes are not the paper's two."""
+
+    @property
+    def difference(self) -> ClassFigures | None:
+        """Measured minus paper."""
+        if self.paper is None:
+            return None
+        return ClassFigures(
+            precision=self.measured.precision - self.paper.precision,
+            recall=self.measured.recall - self.paper.recall,
+            f1=self.measured.f1 - self.paper.f1,
+        )
+
+
+def table1(metrics: Sequence[Metric], class_names: Sequence[str]) -> list[Table1Row]:
+    """A row a class, in the order of `class_names`, from the metrics over all images.
+
+    `Lung_Opacity` and `lung opacity` are the same class. Raises `ValueError` where precision,
+    recall or f1 of a class is not among the metrics.
+    """
+    values = {
+        (metric.class_name, metric.metric): metric.value
+        for metric in metrics
+        if metric.group == "all"
+    }
+    spelled = [name.replace("_", " ").lower() for name in class_names]
+    comparable = sorted(spelled) == sorted(PAPER_CLASSES)
+    rows = []
+    for name, plain in zip(class_names, spelled, strict=True):
+        missing = [column for column in _COLUMNS if (name, column) not in values]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)} of class '{name}' among the metrics")
+        rows.append(
+            Table1Row(
+                class_name=name,
+                measured=ClassFigures(*(values[name, column] for column in _COLUMNS)),
+                paper=PAPER_CLASSES[plain] if comparable else None,
+            )
+        )
+    return rows
+
+
+def format_table1(rows: Sequence[Table1Row]) -> str:
+    """Plain text, lines of at most 100 columns: measured, paper and difference of each figure."""
+    heading = " " * _NAME_WIDTH + "".join(f"  {column:^22}" for column in _COLUMNS)
+    units = f"{'class':{_NAME_WIDTH}}" + f"  {'model':>6} {'paper':>6} {'diff':>8}" * len(_COLUMNS)
+    lines = [heading.rstrip(), units]
+    for row in rows:
+        cells = []
+        for column in _COLUMNS:
+            measured = _number(getattr(row.measured, column), ".4f")
+            paper = _number(getattr(row.paper, column, None), ".2f")
+            difference = _number(getattr(row.difference, column, None), "+.4f")
+            cells.append(f"  {measured:>6} {paper:>6} {difference:>8}")
+        lines.append((f"{_fitted(row.class_name):{_NAME_WIDTH}}" + "".join(cells)).rstrip())
+    if any(row.paper for row in rows):
+        lines.append(
+            f"paper: its classical CNN on its own {PAPER_TEST_IMAGES:,} test images, "
+            f"accuracy {PAPER_ACCURACY}"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None, spec: str) -> str:
+    if value is None:
+        return ""
+    return "n/a" if math.isnan(value) else format(value, spec)
+
+
+def _fitted(name: str) -> str:
+    return name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 1] + "…"
