@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check format lock clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python cluster/demo.py
+	PYTHONPATH=. $(BIN)/python cluster/demo.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(TESTS)

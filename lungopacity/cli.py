@@ -205,6 +205,11 @@ def _one_line(error: BaseException) -> str:
     while cause is not None:
         if type(cause) is UserError:
             return str(cause)
+        if isinstance(cause, ModuleNotFoundError):
+            return (
+                f"the Python at {sys.executable}, or that of a Ray node, has no module "
+                f"'{cause.name}'; install requirements.lock there"
+            )
         cause = getattr(cause, "cause", None) or cause.__cause__
     message = (str(error).strip().splitlines() or [""])[-1]
     return (

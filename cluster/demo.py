@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""The main job from end to end, on this machine alone: `make demo`.
+
+A real S3 server on loopback, a phantom archive in it, training on two Ray Train workers, evaluation,
+screening by Ray Data, SQL. Everything that it starts, it stops; also after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from cluster.local_s3 import LocalS3
+
+from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
+from lungopacity.cli import main as lungopacity
+from lungopacity.errors import NOTICE
+from lungopacity.progress import Progress, show_on_terminal
+from lungopacity.runtime import ray_session
+from lungopacity.storage import open_store
+
+FOLDER = Path(".work/demo")
+BUCKET = "demo"
+PHANTOMS = f"s3://{BUCKET}/phantom"
+FILMS = 400
+
+QUERIES = {
+    "How many films of each kind were read, and how many were found positive?": """
+        SELECT format, count(*) AS films, count(*) FILTER (status = 'ok') AS scored,
+               count(*) FILTER (decision = 'positive') AS positive
+        FROM predictions GROUP BY format ORDER BY format""",
+    "Which films should someone look at first?": """
+        SELECT coalesce(member, image) AS film, round(p_Lung_Opacity, 3) AS score, label, synthetic
+        FROM predictions WHERE status = 'ok' ORDER BY p_Lung_Opacity DESC LIMIT 5""",
+    "How well does it separate the views? (all splits: also films it was trained on)": """
+        SELECT "group", round(value, 3) AS roc_auc, round(ci_low, 3) AS ci_low,
+               round(ci_high, 3) AS ci_high, n, synthetic
+        FROM metrics WHERE metric = 'roc_auc' AND class = 'Lung_Opacity'
+          AND ("group" = 'all' OR "group" LIKE 'view_position=%') ORDER BY "group" """,
+}
+
+
+def command(*arguments: str) -> None:
+    """Run one lungopacity command and show it as a user would type it. Exits where it fails."""
+    shown = [argument if len(argument) < 90 else "SELECT …" for argument in arguments]
+    print(f"\n$ lungopacity {shlex.join(shown)}", flush=True)
+    code = lungopacity(arguments)
+    sys.stdout.flush()
+    if code not in (0, 1):
+        raise SystemExit(code)
+
+
+def main() -> None:
+    """The demo. Leaves the model, the report and the results in `.work/demo`."""
+    began = time.monotonic()
+    # A terminal's Ctrl-C and a supervisor's SIGTERM must both run the `with` blocks' ends.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    print(f"lungopacity demo on synthetic films. {NOTICE}")
+    print(f"starting an S3 server on loopback, data in {FOLDER}/s3 …", flush=True)
+    with LocalS3(FOLDER / "s3") as server:
+        os.environ.update(server.environment)
+        server.create_bucket(BUCKET)
+        show_on_terminal()
+        settings = PhantomSettings(images=FILMS)
+        with Progress("Drawing synthetic films", total=settings.images) as progress:
+            write_phantom_archive(open_store(PHANTOMS), settings, progress.advance)
+        print(f"{settings.images} synthetic films, loose and in tar shards, in {PHANTOMS}/archive")
+        with ray_session():
+            run_commands()
+    print(
+        f"""
+Done in {time.monotonic() - began:.0f} s; the S3 server and Ray are stopped. Everything is synthetic.
+  model     {FOLDER}/model      model.json says what it is and what it earned
+  report    {FOLDER}/report     metrics.parquet, table1.txt, and five figures
+  results   {FOLDER}/results    predictions/, metrics/ and runs/ as Parquet and JSON
+Next:
+  .venv/bin/lungopacity query --results {FOLDER}/results "SELECT * FROM metrics LIMIT 20"
+  .venv/bin/lungopacity train --help     with your own films: see the README
+{NOTICE}"""
+    )
+
+
+def run_commands() -> None:
+    """Train, evaluate, screen and ask."""
+    archive, labels = f"{PHANTOMS}/archive", f"{PHANTOMS}/labels.csv"
+    model, report, results = (str(FOLDER / name) for name in ("model", "report", "results"))
+    command(
+        *("train", "--images", archive, "--labels", labels, "--output", model),
+        *("--workers", "2", "--image-size", "96", "--epochs", "12", "--batch-size", "16"),
+    )
+    command(
+        *("evaluate", "--model", model, "--images", archive, "--labels", labels),
+        *("--output", report),
+    )
+    command(
+        *("screen", "--archive", archive, "--model", model, "--output", results),
+        *("--labels", labels),
+    )
+    for question, sql in QUERIES.items():
+        print(f"\n{question}")
+        command("query", "--results", results, " ".join(sql.split()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; the S3 server and Ray with it", file=sys.stderr)
+        sys.exit(130)
