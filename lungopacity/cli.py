@@ -146,7 +146,7 @@ def query(results: str, output_format: str, sql: str) -> int:
     from lungopacity.results.render import rendered
 
     data = rendered(run(results, sql), output_format)
-    click.get_binary_stream("stdout").write(data)
+    sys.stdout.buffer.write(data)
     return 0
 
 
@@ -157,7 +157,7 @@ def runs(results: str) -> int:
     from lungopacity.results.query import runs as run
     from lungopacity.results.render import rendered
 
-    click.get_binary_stream("stdout").write(rendered(run(results).drop_columns("record"), "table"))
+    sys.stdout.buffer.write(rendered(run(results).drop_columns("record"), "table"))
     return 0
 
 

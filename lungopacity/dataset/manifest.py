@@ -93,7 +93,7 @@ def assign_splits(labels: pd.DataFrame, uri: str, seed: int) -> pd.DataFrame:
         fold = _patient_folds(labels, uri, seed)
         names = pd.Series(fold).map({0: "test", 1: "validation"}).fillna("train")
         return labels.assign(split=names.to_numpy())
-    if "validation" not in set(labels["split"]):
+    if "train" in set(labels["split"]) and "validation" not in set(labels["split"]):
         train = (labels["split"] == "train").to_numpy()
         fold = _patient_folds(labels[train], uri, seed)
         split = labels["split"].to_numpy(copy=True)

@@ -71,7 +71,7 @@ def load_pixels(
     with Progress("Reading images", total=len(names)) as progress:
         for uri in image_uris:
             for table in _decoded(take_inventory(uri), names, preprocessing):
-                found = table.filter(pa.compute.is_null(table["shard_members"]))
+                found = table.filter(pa.compute.is_null(table["shard_rows"]))
                 tables.append(found)
                 progress.advance(found.num_rows)
     read = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame()

@@ -114,12 +114,11 @@ def evaluate(
     trained = load_model(model)
     spec = trained.spec
     frame = select_classes(read_labels(labels), spec.class_names, labels)
-    if split != "all" or frame["split"].notna().any():
+    given = frame["split"].notna().all() and split != "validation"
+    if split != "all" and not given:
         seed = int(spec.training.get("settings", {}).get("seed", 0))
         frame = assign_splits(frame, labels, seed)
-        check_patients(frame, labels)
-    else:
-        frame = frame.assign(split="test")
+    check_patients(frame, labels)
     chosen = frame if split == "all" else frame[frame["split"] == split].reset_index(drop=True)
     if chosen.empty:
         raise UserError(f"{labels}: no image in split '{split}'; give --split all or another")

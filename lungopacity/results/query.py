@@ -51,10 +51,10 @@ def query(results_uri: str, sql: str) -> pa.Table:
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_external_access = false")
         try:
-            answer = connection.sql(sql)
-            if answer is None:
-                raise UserError("SQL: only questions are answered; begin with SELECT")
-            return answer.to_arrow_table()
+            statements = connection.extract_statements(sql)
+            if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+                raise UserError("SQL: one question is answered at a time; begin with SELECT")
+            return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
             raise UserError(f"SQL: {_first_lines(str(error))}") from error
 

@@ -1,0 +1,344 @@
+"""What a user meets on the command line: help at once, one line for a mistake, the right exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from lungopacity.cli import main
+from lungopacity.errors import NOTICE
+from lungopacity.storage import open_store
+from tests.films import encoded, grey_film, tar
+from tests.models.tiny import write_tiny_model
+
+COMMAND = Path(sysconfig.get_path("scripts")) / "lungopacity"
+
+
+@pytest.fixture()
+def place(tmp_path: Path) -> Path:
+    """An archive of eight labelled films, a model, and labels."""
+    store = open_store(str(tmp_path / "archive"))
+    films = {f"{number}.png": encoded(grey_film(number)) for number in range(8)}
+    for name in list(films)[:4]:
+        store.write(name, films[name])
+    store.write("x.tar", tar({name: films[name] for name in list(films)[4:]}))
+    write_tiny_model(str(tmp_path / "model"))
+    labels = pd.DataFrame(
+        {
+            "image": list(films),
+            "label": ["Normal", "Lung_Opacity"] * 4,
+            "split": ["train"] * 4 + ["validation"] * 2 + ["test"] * 2,
+            "view_position": ["PA", "PA", "AP", "AP"] * 2,
+        }
+    )
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    return tmp_path
+
+
+def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_help_answers_at_once_and_says_what_it_is():
+    durations = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, timeout=30)
+        durations.append(time.monotonic() - began)
+    assert done.returncode == 0
+    assert "Research use only" in done.stdout
+    assert min(durations) < 0.5
+
+
+def test_help_of_every_command_imports_neither_ray_nor_torch():
+    script = (
+        "import sys; from lungopacity.cli import main\n"
+        "for name in ('train', 'evaluate', 'screen', 'query', 'runs', 'doctor'):\n"
+        "    assert main([name, '--help']) == 0\n"
+        "print(sorted({'ray', 'torch', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_screen_query_and_runs_work_together(place, capfd):
+    code, out, _ = run(
+        capfd, "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "results", "--labels", place / "labels.csv", "--run-id", "night",
+    )  # fmt: skip
+    assert code == 0
+    assert "8 scored, 0 rejected, 0 could not be read" in out
+    assert NOTICE in out
+    results = place / "results"
+    code, out, _ = run(
+        capfd, "query", "--results", results, "--format", "json",
+        "SELECT count(*) n, count(label) labelled, min(screened_on) d FROM predictions",
+    )  # fmt: skip
+    row = json.loads(out)
+    assert (code, row["n"], row["labelled"]) == (0, 8, 8)
+    code, out, _ = run(
+        capfd, "query", "--results", results, "--format", "csv",
+        "SELECT \"group\", n FROM metrics WHERE metric = 'accuracy' ORDER BY 1",
+    )  # fmt: skip
+    assert out.splitlines()[1:4] == [
+        '"age=unknown",8',
+        '"all",8',
+        '"patient_sex=unknown",8',
+    ]
+    assert '"view_position=AP",4' in out
+    code, out, _ = run(capfd, "query", "--results", results, "SELECT run_id, images FROM runs")
+    assert out.splitlines() == ["run_id  images", "------  ------", "night        8"]
+    code, out, _ = run(capfd, "runs", "--results", results)
+    assert code == 0
+    assert "night" in out
+    data = subprocess.run(
+        [
+            COMMAND,
+            "query",
+            "--results",
+            results,
+            "--format",
+            "parquet",
+            "SELECT * FROM predictions",
+        ],
+        capture_output=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    (place / "answer.parquet").write_bytes(data)
+    assert pq.read_table(place / "answer.parquet").num_rows == 8
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_unreadable_image_makes_the_exit_code_1_and_nothing_else_is_lost(place, capfd):
+    (place / "archive" / "zero.png").write_bytes(b"")
+    code, out, _ = run(
+        capfd, "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "results",
+    )  # fmt: skip
+    assert code == 1
+    assert "8 scored, 0 rejected, 1 could not be read" in out
+    assert "empty: 1" in out
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluate_writes_its_report(place, capfd):
+    code, out, _ = run(
+        capfd, "evaluate", "--model", place / "model", "--images", place / "archive",
+        "--labels", place / "labels.csv", "--output", place / "report", "--json",
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads(out)
+    assert (report["images"], report["split"], report["notice"]) == (2, "test", NOTICE)
+    written = {path.name for path in (place / "report").iterdir()}
+    assert written >= {"metrics.parquet", "predictions.parquet", "confusion_matrix.png", "roc.png"}
+    assert "patient_id" not in pq.read_table(place / "report" / "predictions.parquet").column_names
+
+
+MISTAKES = {
+    "missing bucket": (
+        ["screen", "--archive", "s3://nowhere/x", "--model", "{place}/model", "--output", "{out}"],
+        "there is no bucket 'nowhere'",
+    ),
+    "empty prefix": (
+        ["screen", "--archive", "{place}/none", "--model", "{place}/model", "--output", "{out}"],
+        "nothing lies there",
+    ),
+    "unknown scheme": (
+        ["screen", "--archive", "ftp://x/y", "--model", "{place}/model", "--output", "{out}"],
+        "storage of kind 'ftp' is not supported",
+    ),
+    "no model": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/no", "--output", "{out}"],
+        "no model folder there",
+    ),
+    "bad run id": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--run-id", "a/b"],
+        "run id 'a/b'",
+    ),
+    "bad batch size": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--batch-size", "0"],
+        "--batch-size must be at least 1",
+    ),
+    "bad limit": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--limit", "0"],
+        "--limit must be at least 1",
+    ),
+    "unknown network": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--model", "lenet"],
+        "unknown model 'lenet'; known: classical-cnn",
+    ),
+    "class without image": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--classes", "Normal,COVID"],
+        "no image of class 'COVID'",
+    ),
+    "one class": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--classes", "Normal"],
+        "give two or more different names",
+    ),
+    "output holds a model": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{place}/model"],
+        "holds a finished model",
+    ),
+    "no epochs": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--epochs", "0"],
+        "--epochs must be 1 or more",
+    ),
+    "too many workers": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--workers", "64", "--batch-size", "64"],
+        "the Ray cluster has",
+    ),
+    "absent labels": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/none.csv",
+         "--output", "{out}"],
+        "labels cannot be read",
+    ),
+    "empty split": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/only-train.csv", "--output", "{out}"],
+        "no image in split 'test'",
+    ),
+    "labels name absent files": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/absent.csv", "--output", "{out}"],
+        "1 of 3 labelled images are not in",
+    ),
+    "no run": (["query", "--results", "{out}", "SELECT 1"], "no finished run lies there"),
+    "unknown command": (["screem"], "No such command 'screem'"),
+    "missing option": (["screen", "--archive", "x"], "Missing option '--model'"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_the_mend_and_exit_code_2(place, capfd, mistake):
+    labels = pd.read_csv(place / "labels.csv")
+    labels.assign(split="train").to_csv(place / "only-train.csv", index=False)
+    absent = labels[labels["split"] == "test"].to_dict("records")
+    gone = {"image": "gone.png", "label": "Normal", "split": "test"}
+    pd.DataFrame([*absent, gone]).to_csv(place / "absent.csv", index=False)
+    arguments, message = MISTAKES[mistake]
+    filled = [text.format(place=place, out=place / "out") for text in arguments]
+    code, out, err = run(capfd, *filled)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.lower().startswith("error: ")]
+    assert message in line
+
+
+def test_a_wrong_secret_is_one_line(place, s3_server, monkeypatch, capfd):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    code, _, err = run(
+        capfd, "screen", "--archive", "s3://tests/x", "--model", place / "model",
+        "--output", place / "out",
+    )  # fmt: skip
+    assert code == 2
+    assert "does not accept these credentials" in err.splitlines()[-1]
+
+
+def test_a_model_with_one_changed_byte_is_one_line(place, capfd):
+    path = place / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    code, _, err = run(
+        capfd, "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "out",
+    )  # fmt: skip
+    assert code == 2
+    assert "model.safetensors was altered after training" in err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("SELECT nothing FROM predictions", "nothing"),
+        ("SELEC 1", "SELEC"),
+        ("CREATE TABLE x (a INT)", "begin with SELECT"),
+        ("SELECT * FROM read_text('/etc/hostname')", "disabled"),
+    ],
+)
+def test_sql_that_is_refused_is_one_line(place, capfd, sql, message):
+    run(
+        capfd, "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "results", "--limit", "1",
+    )  # fmt: skip
+    code, out, err = run(capfd, "query", "--results", place / "results", sql)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: SQL: ")
+    assert message in err
+
+
+def test_a_defect_of_our_own_names_itself_and_how_to_report_it(monkeypatch, capfd):
+    def broken(uri: str) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("lungopacity.results.query.open_store", broken)
+    code, _, err = run(capfd, "runs", "--results", "x")
+    assert code == 2
+    assert "unforeseen ZeroDivisionError: division by zero" in err
+    monkeypatch.setenv("LUNGOPACITY_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["runs", "--results", "x"])
+
+
+def test_doctor_finds_what_is_there_and_what_is_missing(s3_server, capfd):
+    code, out, _ = run(capfd, "doctor", "--storage", "s3://tests")
+    assert code == 0
+    for what in ("torch", "ray", "dicom", "storage"):
+        assert any(line.split()[:2] in (["ok", what], ["note", what]) for line in out.splitlines())
+    code, out, _ = run(capfd, "doctor", "--storage", "s3://nowhere")
+    assert code == 2
+    assert "no bucket 'nowhere'" in out
+    assert "→ create it" in out
+
+
+def test_python_functions_print_nothing(place, ray_cluster, capfd):
+    import lungopacity
+
+    result = lungopacity.screen(
+        str(place / "archive"), str(place / "model"), str(place / "results")
+    )
+    assert lungopacity.runs(result.results).num_rows == 1
+    assert capfd.readouterr().out == ""
+    assert {"train", "screen", "evaluate", "query", "runs"} <= set(lungopacity.__all__)
+    with pytest.raises(AttributeError):
+        lungopacity.nothing  # noqa: B018
+
+
+def test_a_job_is_the_command_under_another_name(place):
+    for name in ("train", "evaluate", "screen"):
+        done = subprocess.run(
+            [sys.executable, f"jobs/{name}.py", "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": "."},
+        )
+        assert done.returncode == 0
+        assert f"lungopacity {name}" in done.stdout
