@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The main job from end to end, on this machine alone: `make demo`.
 
-A real S3 server on loopback, a phantom archive in it, training on two Ray Train workers, evaluation,
-screening by Ray Data, SQL. Everything that it starts, it stops; also after Ctrl-C.
+A real S3 server on loopback, a phantom archive in it, training on two Ray Train workers,
+evaluation, screening by Ray Data, SQL. Everything that it starts, it stops; also after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.local_s3 import LocalS3
-
 from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
+
+from cluster.local_s3 import LocalS3
 from lungopacity.cli import main as lungopacity
 from lungopacity.errors import NOTICE
 from lungopacity.progress import Progress, show_on_terminal
@@ -76,7 +76,7 @@ def main() -> None:
             run_commands()
     print(
         f"""
-Done in {time.monotonic() - began:.0f} s; the S3 server and Ray are stopped. Everything is synthetic.
+Done in {time.monotonic() - began:.0f} s; the S3 server and Ray are stopped. All is synthetic.
   model     {FOLDER}/model      model.json says what it is and what it earned
   report    {FOLDER}/report     metrics.parquet, table1.txt, and five figures
   results   {FOLDER}/results    predictions/, metrics/ and runs/ as Parquet and JSON

@@ -19,8 +19,7 @@ _BUCKET = "tests"
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
-    """One server for the whole run, with its AWS variables set for the whole run: processes that Ray
-    starts later inherit them."""
+    """One server, with its AWS variables set, for the whole run: Ray's processes inherit them."""
     with LocalS3(tmp_path_factory.mktemp("s3")) as server:
         server.create_bucket(_BUCKET)
         before = {name: os.environ.get(name) for name in server.environment}
@@ -32,7 +31,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
                 os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-@pytest.fixture()
+@pytest.fixture
 def s3_uri(s3_server: LocalS3) -> str:
     """A prefix of this test's own."""
     return f"s3://{_BUCKET}/{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""Where the radiographs lie that never enter the repository; tests that need them skip elsewhere."""
+"""The radiographs that never enter the repository; tests that need them skip without."""
 
 from pathlib import Path
 
@@ -11,5 +11,7 @@ LUNG_FIELDS = _DATA / "lung-fields"
 
 def needs_real_data(test):
     """Mark, and skip without the data."""
-    skip = pytest.mark.skipif(not LUNG_FIELDS.is_dir(), reason="no real radiographs beside the checkout")
+    skip = pytest.mark.skipif(
+        not LUNG_FIELDS.is_dir(), reason="no real radiographs beside the checkout"
+    )
     return pytest.mark.real_data(skip(test))

@@ -1,4 +1,4 @@
-"""What a user meets on the command line: help at once, one line for a mistake, the right exit code."""
+"""What a user meets on the command line: help at once, one line a mistake, exit codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.models.tiny import write_tiny_model
 COMMAND = Path(sysconfig.get_path("scripts")) / "lungopacity"
 
 
-@pytest.fixture()
+@pytest.fixture
 def place(tmp_path: Path) -> Path:
     """An archive of eight labelled films, a model, and labels."""
     store = open_store(str(tmp_path / "archive"))

@@ -152,7 +152,6 @@ def _scores(
 
     require_resources(cpus=1, gpus=1 if use_gpu else 0, what="evaluation")
 
-    @ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
     def run(trained: TrainedModel, pixels: npt.NDArray[np.uint8]) -> Any:
         import os
 
@@ -164,7 +163,9 @@ def _scores(
         return logits_NK, scorer.probabilities(logits_NK)
 
     scores: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] = ray.get(
-        run.remote(model, pixels_NHW)
+        ray.remote(run)
+        .options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
+        .remote(model, pixels_NHW)
     )
     return scores
 

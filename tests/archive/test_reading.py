@@ -24,7 +24,7 @@ def read(uri: str, settings: ReadSettings = SETTINGS, **options) -> list[dict]:
 
 
 def images(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if row["shard_members"] is None]
+    return [row for row in rows if row["shard_rows"] is None]
 
 
 def test_every_object_has_a_row_with_its_facts(store_uri):
@@ -68,7 +68,7 @@ def test_members_of_a_shard_are_images_and_the_shard_is_closed(store_uri):
     assert [row["member"] for row in members] == [*films, "../../evil.png"]
     assert [row["member_index"] for row in members] == list(range(6))
     assert [row["status"] for row in members] == ["ok"] * 5 + ["failed"]
-    assert (end["image"], end["member"], end["shard_members"]) == ("x.tar", None, 6)
+    assert (end["image"], end["member"], end["shard_rows"]) == ("x.tar", None, 6)
 
 
 def test_a_shard_can_be_the_archive(store_uri):

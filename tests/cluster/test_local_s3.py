@@ -58,7 +58,9 @@ def test_the_environment_alone_leads_to_the_server(
 ) -> None:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    names = [bucket["Name"] for bucket in boto3.session.Session().client("s3").list_buckets()["Buckets"]]
+    names = [
+        bucket["Name"] for bucket in boto3.session.Session().client("s3").list_buckets()["Buckets"]
+    ]
     assert names == ["films"], "the start-up probe leaves no bucket behind"
 
 

@@ -37,9 +37,7 @@ def test_csv_and_parquet_are_read_alike(store_uri):
     frame.to_parquet(parquet)
     store.write("a.csv", frame.to_csv(index=False).encode())
     store.write("a.parquet", parquet.getvalue())
-    from_csv, from_parquet = (
-        read_labels(f"{store_uri}/{name}") for name in ("a.csv", "a.parquet")
-    )
+    from_csv, from_parquet = (read_labels(f"{store_uri}/{name}") for name in ("a.csv", "a.parquet"))
     pd.testing.assert_frame_equal(from_csv, from_parquet)
     assert from_csv["split"].isna().all()
 
@@ -81,7 +79,9 @@ def test_other_classes_are_left_out_and_a_missing_one_refused():
     frame = labels()
     chosen = select_classes(frame, ["Normal"], URI)
     assert set(chosen["label"]) == {"Normal"}
-    with pytest.raises(UserError, match=r"no image of class 'COVID'; the labels have Normal \(78\)"):
+    with pytest.raises(
+        UserError, match=r"no image of class 'COVID'; the labels have Normal \(78\)"
+    ):
         select_classes(frame, ["Normal", "COVID"], URI)
 
 
@@ -112,7 +112,7 @@ def test_given_splits_are_kept_and_a_validation_split_is_cut_from_train():
 def test_half_filled_splits_are_refused():
     frame = labels()
     frame.loc[:5, "split"] = "train"
-    with pytest.raises(UserError, match="6 of 120|114 of 120"):
+    with pytest.raises(UserError, match="114 of 120 rows have no split"):
         assign_splits(frame, URI, seed=0)
 
 

@@ -99,7 +99,9 @@ def test_a_few_unreadable_films_are_left_out_by_name_and_many_are_refused(tmp_pa
     assert "7.png" not in set(data.images["image"])
     assert len(data.pixels_NHW) == len(data.labels_N) == 29
     store.write("8.png", b"broken")
-    with pytest.raises(UserError, match=r"2 of 30 labelled images cannot be read \(not_an_image: 2\)"):
+    with pytest.raises(
+        UserError, match=r"2 of 30 labelled images cannot be read \(not_an_image: 2\)"
+    ):
         load([str(tmp_path / "a")], frame)
 
 

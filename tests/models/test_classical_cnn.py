@@ -12,7 +12,7 @@ from lungopacity.models.classical_cnn import ClassicalCNN, ClassicalCNNSettings
 SMALL = ClassicalCNNSettings(channels=(4, 8, 8), convolutions=(1, 2, 1))
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (160, 160), (161, 97), (1, 1)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (160, 160), (161, 97), (1, 1)])
 def test_gives_one_logit_for_each_class_at_any_input_size(height: int, width: int) -> None:
     network = ClassicalCNN(3, SMALL).eval()
     assert network(torch.zeros(2, 1, height, width)).shape == (2, 3)
@@ -37,13 +37,15 @@ def test_pooling_before_relu_gives_what_relu_before_pooling_gives() -> None:
 
 
 def test_every_weight_takes_part_in_training() -> None:
-    network = ClassicalCNN(2, ClassicalCNNSettings(channels=(4, 8), convolutions=(1, 2), hidden_units=5))
+    network = ClassicalCNN(
+        2, ClassicalCNNSettings(channels=(4, 8), convolutions=(1, 2), hidden_units=5)
+    )
     network(torch.randn(8, 1, 32, 32)).sum().backward()
     assert all(weight.grad is not None for weight in network.parameters())
 
 
 @pytest.mark.parametrize(
-    "wrong, named",
+    ("wrong", "named"),
     [
         ({"channels": ()}, "channels"),
         ({"channels": (8, 0), "convolutions": (1, 1)}, "channels"),

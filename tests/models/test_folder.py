@@ -86,9 +86,8 @@ def test_a_newer_format_is_refused_with_the_reason(tmp_path):
     store = open_store(str(tmp_path / "m"))
     document = {**json.loads(store.read(SPEC_FILE)), "format_version": 99}
     store.write(SPEC_FILE, json.dumps(document).encode())
-    lines = []
-    for name in (WEIGHTS_FILE, SPEC_FILE, "history.parquet"):
-        lines.append(f"{hashlib.sha256(store.read(name)).hexdigest()}  {name}\n")
+    names = (WEIGHTS_FILE, SPEC_FILE, "history.parquet")
+    lines = [f"{hashlib.sha256(store.read(name)).hexdigest()}  {name}\n" for name in names]
     store.write(SUMS_FILE, "".join(lines).encode())
     with pytest.raises(UserError, match="format 99 is newer"):
         load_model(str(tmp_path / "m"))

@@ -119,5 +119,3 @@ def test_one_film_declared_both_polarities_gives_inverse_pixels():
     plain = decoded((DICOM_FOLDER / name).read_bytes()).pixels
     fake = decoded((DICOM_FOLDER / "Fake_MONOHR1.dcm").read_bytes()).pixels
     np.testing.assert_array_equal(fake, 255 - plain)
-
-

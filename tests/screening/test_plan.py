@@ -7,7 +7,7 @@ from lungopacity.screening.plan import make_plan, new_run_id
 from lungopacity.storage import open_store
 
 
-@pytest.fixture()
+@pytest.fixture
 def archive(tmp_path):
     for name in ("b.png", "a.png", "c.tar"):
         open_store(str(tmp_path / "archive")).write(name, b"x")

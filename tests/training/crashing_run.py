@@ -1,4 +1,4 @@
-"""`fit` in a process of its own, for a test to kill. Arguments: Ray's address, the output folder."""
+"""`fit` in a process of its own, for a test to kill. Arguments: Ray's address, the output."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 import ray
 
 from lungopacity.training.fit import fit
-from tests.training.conftest import SMALL_RUN, make_blob_films
+from tests.training.blobs import SMALL_RUN, blob_films
 
 if __name__ == "__main__":
     address, output = sys.argv[1:]
     ray.init(address=address, log_to_driver=False)
     fit(
-        make_blob_films(),
+        blob_films(),
         SMALL_RUN,
         output,
         on_epoch=lambda row: print("epoch", row["epoch"], flush=True),

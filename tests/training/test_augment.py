@@ -24,7 +24,7 @@ def test_changes_nothing_at_zero_strength() -> None:
     assert torch.equal(augment(films(), NOTHING, generator()), films())
 
 
-@pytest.mark.parametrize("height, width", [(40, 40), (33, 48)])
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (33, 48)])
 def test_keeps_type_and_shape_and_uses_the_range(height: int, width: int) -> None:
     strong = AugmentationSettings(90, 0.5, 0.3, 0.9, 1.0, 0.5)
     changed_BHW = augment(films(height=height, width=width), strong, generator())
@@ -69,9 +69,15 @@ def test_a_shift_moves_by_at_most_its_share_of_the_side() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [("rotation_degrees", -1), ("gamma", -0.1), ("scale", 1), ("shift", -1), ("gain", 1)]
-    + [("flip_probability", 1.1)],
+    ("name", "value"),
+    [
+        ("rotation_degrees", -1),
+        ("gamma", -0.1),
+        ("scale", 1),
+        ("shift", -1),
+        ("gain", 1),
+        ("flip_probability", 1.1),
+    ],
 )
 def test_refuses_strengths_without_meaning(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):

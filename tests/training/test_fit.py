@@ -17,13 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
 from lungopacity.models import load_model, read_history
 from lungopacity.models.scorer import Scorer
 from lungopacity.training.fit import HISTORY_SCHEMA, TrainingResult, fit
-from tests.training.conftest import SMALL_RUN, BlobFilms, make_blob_films
+from tests.training.blobs import SMALL_RUN, blob_films, chosen
 
 ROOT = Path(__file__).parents[2]
+FILMS = blob_films()
 
 
 @dataclass
@@ -35,13 +37,11 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(
-    small_ray: None, blob_films: BlobFilms, tmp_path_factory: pytest.TempPathFactory
-) -> Run:
+def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     output = str(tmp_path_factory.mktemp("run") / "model")
     seen: list[int] = []
     result = fit(
-        blob_films,
+        FILMS,
         SMALL_RUN,
         output,
         provenance={"labels": "labels.csv"},
@@ -50,23 +50,21 @@ def run(
     return Run(output, result, seen)
 
 
-def test_learns_what_tells_the_classes_apart(run: Run, blob_films: BlobFilms) -> None:
+def test_learns_what_tells_the_classes_apart(run: Run) -> None:
     scorer = Scorer(load_model(run.output))
-    unseen = blob_films.split_N == "test"
-    logits_NK = scorer.logits(blob_films.pixels_NHW[unseen])
-    assert (logits_NK.argmax(1) == blob_films.labels_N[unseen]).mean() > 0.9
+    unseen = FILMS.split_N == "test"
+    logits_NK = scorer.logits(FILMS.pixels_NHW[unseen])
+    assert (logits_NK.argmax(1) == FILMS.labels_N[unseen]).mean() > 0.9
     assert run.result.model.spec.metrics["accuracy"] > 0.9
     assert run.result.model.spec.metrics["auc"] > 0.95
 
 
-def test_keeps_the_weights_of_the_epoch_with_the_lowest_validation_loss(
-    run: Run, blob_films: BlobFilms
-) -> None:
+def test_keeps_the_weights_of_the_epoch_with_the_lowest_validation_loss(run: Run) -> None:
     losses = [row["validation_loss"] for row in run.result.history]
     assert run.result.best_epoch == 1 + int(np.argmin(losses))
-    validation = blob_films.split_N == "validation"
-    logits_VK = Scorer(run.result.model).logits(blob_films.pixels_NHW[validation])
-    labels_V = blob_films.labels_N[validation]
+    validation = FILMS.split_N == "validation"
+    logits_VK = Scorer(run.result.model).logits(FILMS.pixels_NHW[validation])
+    labels_V = FILMS.labels_N[validation]
     shifted_VK = logits_VK - logits_VK.max(1, keepdims=True)
     log_p_VK = shifted_VK - np.log(np.exp(shifted_VK).sum(1, keepdims=True))
     loss = -log_p_VK[np.arange(len(labels_V)), labels_V].mean()
@@ -81,12 +79,12 @@ def test_every_epoch_reaches_the_caller_and_the_history(run: Run) -> None:
     assert history["train_loss"].to_pylist()[-1] < history["train_loss"].to_pylist()[0]
 
 
-def test_model_folder_says_how_the_model_came_about(run: Run, blob_films: BlobFilms) -> None:
+def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
     spec = load_model(run.output).spec
     assert spec.synthetic
     assert spec.architecture_settings["batch_norm"] is True
     assert spec.training["settings"]["epochs"] == 6
-    assert spec.training["data"]["fingerprint"] == blob_films.fingerprint
+    assert spec.training["data"]["fingerprint"] == FILMS.fingerprint
     assert spec.training["data"]["images"]["train"] == {"Normal": 48, "Lung_Opacity": 48}
     assert spec.training["provenance"] == {"labels": "labels.csv"}
     assert spec.training["best_epoch"] == run.result.best_epoch
@@ -98,13 +96,13 @@ def test_leaves_nothing_but_the_model(run: Run) -> None:
     assert names == {"model.safetensors", "model.json", "history.parquet", "SHA256SUMS"}
 
 
-def test_refuses_to_overwrite_a_model(run: Run, blob_films: BlobFilms) -> None:
+def test_refuses_to_overwrite_a_model(run: Run) -> None:
     with pytest.raises(UserError, match="there already"):
-        fit(blob_films, SMALL_RUN, run.output)
+        fit(FILMS, SMALL_RUN, run.output)
 
 
 def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
-    run: Run, blob_films: BlobFilms, tmp_path: Path
+    run: Run, tmp_path: Path
 ) -> None:
     output = str(tmp_path / "model")
     address = ray.get_runtime_context().gcs_address
@@ -118,7 +116,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
     assert list(Path(output, "_training").glob("*/checkpoint_*"))
 
     seen: list[int] = []
-    result = fit(blob_films, SMALL_RUN, output, on_epoch=lambda row: seen.append(row["epoch"]))
+    result = fit(FILMS, SMALL_RUN, output, on_epoch=lambda row: seen.append(row["epoch"]))
     assert seen[0] > 2
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert result.model.model_id == run.result.model.model_id
@@ -126,10 +124,10 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
 
 
 def test_two_workers_train_one_model_and_bear_the_loss_of_one(
-    small_ray: None, tmp_path: Path
+    ray_cluster: None, tmp_path: Path
 ) -> None:
     # Odd numbers: neither the films nor the batches divide evenly.
-    films = make_blob_films(train=97, validation=43)
+    films = blob_films(train=97, validation=43)
     seen: list[int] = []
     killed: list[int] = []
 
@@ -148,14 +146,14 @@ def test_two_workers_train_one_model_and_bear_the_loss_of_one(
 
 
 def test_refuses_more_workers_than_the_cluster_can_ever_run(
-    small_ray: None, blob_films: BlobFilms, tmp_path: Path
+    ray_cluster: None, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="needs 64 CPUs"):
-        fit(blob_films, replace(SMALL_RUN, workers=64, batch_size=64), str(tmp_path))
+        fit(FILMS, replace(SMALL_RUN, workers=64, batch_size=64), str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
+    ("spoil", "message"),
     [
         (lambda films: films.split_N != "validation", "no film is in the validation split"),
         (
@@ -169,25 +167,21 @@ def test_refuses_more_workers_than_the_cluster_can_ever_run(
     ],
 )
 def test_refuses_films_from_which_nothing_can_be_learned(
-    spoil: Callable[[BlobFilms], Any], message: str, blob_films: BlobFilms, tmp_path: Path
+    spoil: Callable[[LabelledPixels], Any], message: str, tmp_path: Path
 ) -> None:
-    kept = spoil(blob_films)
-    films = BlobFilms(
-        blob_films.pixels_NHW[kept], blob_films.labels_N[kept], blob_films.split_N[kept]
-    )
     with pytest.raises(UserError, match=message):
-        fit(films, SMALL_RUN, str(tmp_path))
+        fit(chosen(FILMS, spoil(FILMS)), SMALL_RUN, str(tmp_path))
 
 
-def test_refuses_names_it_does_not_know(blob_films: BlobFilms, tmp_path: Path) -> None:
+def test_refuses_names_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Normal, Lung_Opacity"):
-        fit(blob_films, replace(SMALL_RUN, positive_class="Fracture"), str(tmp_path))
+        fit(FILMS, replace(SMALL_RUN, positive_class="Fracture"), str(tmp_path))
     with pytest.raises(UserError, match="classical-cnn"):
-        fit(blob_films, replace(SMALL_RUN, model="resnet-1"), str(tmp_path))
+        fit(FILMS, replace(SMALL_RUN, model="resnet-1"), str(tmp_path))
 
 
 def _own_processes(title: str) -> list[int]:
-    """Process ids with this title that descend from this process: Ray's workers are its grandchildren."""
+    """Processes with this title that descend from this one, as Ray's workers do."""
     parents: dict[int, int] = {}
     found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):

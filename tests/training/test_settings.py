@@ -8,7 +8,7 @@ from lungopacity.training import TrainingSettings
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [
         ("epochs", 0),
         ("batch_size", 0),
