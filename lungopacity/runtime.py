@@ -18,6 +18,9 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray Train looks for what its workers report this often; by default every 2 s, and each epoch,
+    # however short, waits for it.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # Ray warns, on every run, that a restarted actor may not find its arguments. Ours are the
     # driver's, and an actor does not outlive it.
     "RAY_BACKEND_LOG_LEVEL": "fatal",

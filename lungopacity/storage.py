@@ -131,7 +131,7 @@ def join_uri(uri: str, *parts: str) -> str:
 def split_uri(uri: str) -> tuple[str, str]:
     """The URI of the parent folder, and the last segment."""
     if "://" not in uri:
-        path = Path(uri).absolute()
+        path = Path(os.path.abspath(Path(uri).expanduser()))
         return str(path.parent), path.name
     parent, _, name = uri.rstrip("/").rpartition("/")
     return parent, name
@@ -144,7 +144,7 @@ class LocalStore:
     """A folder on disk. The etag is mtime and size: reading every file to list it is too dear."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        self.root = Path(os.path.abspath(root.expanduser()))
         self.uri = str(self.root)
 
     def _path(self, key: str) -> Path:

@@ -141,6 +141,15 @@ def test_a_write_leaves_no_temporary_file_and_honours_the_umask(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 
 
+def test_a_relative_root_may_lead_upwards(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    open_store("../data").write("a", b"x")
+    assert (tmp_path / "data" / "a").read_bytes() == b"x"
+    assert open_store("../data").uri == str(tmp_path / "data")
+    assert split_uri("../data/a") == (str(tmp_path / "data"), "a")
+
+
 def test_file_uris_are_paths(tmp_path):
     folder = tmp_path / "with space"
     open_store(str(folder)).write("a", b"x")

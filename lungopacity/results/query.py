@@ -44,9 +44,16 @@ def query(results_uri: str, sql: str) -> pa.Table:
 
     store = open_store(results_uri)
     records = _committed(store)
+    try:
+        predictions, metrics = _predictions(store, records), _metrics(store, records)
+    except OSError as error:
+        raise UserError(
+            f"{store.uri}: a file that a commit record names cannot be read "
+            f"({str(error).splitlines()[0]}); restore it, or remove its run from runs/"
+        ) from error
     with duckdb.connect() as connection:
-        connection.register("predictions", _predictions(store, records))
-        connection.register("metrics", _metrics(store, records))
+        connection.register("predictions", predictions)
+        connection.register("metrics", metrics)
         connection.register("runs", _runs_table(records))
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_external_access = false")

@@ -1,7 +1,7 @@
 """The driver's side of training: checks, the Ray Train run, calibration, the model folder.
 
-A run is named by the hash of its settings and data, and its checkpoints lie in `_training/<name>` of
-the output: the same command goes on where a crash left it, and another command starts afresh.
+A run is named by the hash of its settings and data, and its checkpoints lie in `_training/<name>`
+of the output: the same command goes on where a crash left it, and another command starts afresh.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from sklearn.metrics import roc_auc_score
 
 from lungopacity.dataset.pixels import LabelledPixels
-from lungopacity.errors import UserError
+from lungopacity.errors import ImageError, UserError
 from lungopacity.models import (
     ModelSpec,
     TrainedModel,
@@ -94,9 +94,9 @@ def fit(
     """Train on `data`, and write the model folder `output`. Needs a running Ray.
 
     provenance: JSON-able facts for the model folder, as the label file's name. on_epoch: called
-    with each history row while training runs, from another thread; a resumed run begins with its first
-    new epoch. Raises `UserError` where the output has a model, a class lacks films, the cluster is
-    too small or the training fails.
+    with each history row while training runs, from another thread; a resumed run begins with its
+    first new epoch. Raises `UserError` where the output has a model, a class lacks films, the
+    cluster is too small or the training fails; `ValueError` for settings the network refuses.
     """
     check_network(settings.model)
     if is_model(output):
@@ -123,10 +123,11 @@ def fit(
     best, best_metrics = min(
         result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
     )
-    work = open_store(work_uri)
-    kept, latest = (f"{run}/{point.path.rsplit('/', 1)[1]}" for point in (best, result.checkpoint))
-    history = json.loads(work.read(f"{latest}/{HISTORY_FILE}"))
-    logits_VK = safetensors.numpy.load(work.read(f"{kept}/{LOGITS_FILE}"))["logits_VK"]
+    kept, latest = (
+        join_uri(work_uri, run, point.path.rsplit("/", 1)[1]) for point in (best, result.checkpoint)
+    )
+    history = json.loads(_read(latest, HISTORY_FILE))
+    logits_VK = safetensors.numpy.load(_read(kept, LOGITS_FILE))["logits_VK"]
     spec = _spec(data, settings, asdict(network.settings), logits_VK, films.validation)  # type: ignore[call-overload]
     training = {
         "settings": settings.as_json(),
@@ -137,10 +138,10 @@ def fit(
         "provenance": dict(provenance or {}),
     }
     model = TrainedModel(
-        spec=ModelSpec(**spec, training=training), weights=work.read(f"{kept}/{NETWORK_FILE}")
+        spec=ModelSpec(**spec, training=training), weights=_read(kept, NETWORK_FILE)
     )
     save_model(output, model, _history_parquet(history))
-    filesystem, root = work.arrow_filesystem()
+    filesystem, root = open_store(work_uri).arrow_filesystem()
     filesystem.delete_dir(root)
     return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])
 
@@ -227,13 +228,15 @@ def _cause(error: TrainingFailedError) -> str:
 
 @contextlib.contextmanager
 def _own_interrupt_handler() -> Iterator[None]:
-    """Ray Train takes Ctrl-C for itself and never gives it back."""
+    """Ray Train takes Ctrl-C for itself, ends the process with code 0, and never gives it back."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, handler)
 
@@ -269,6 +272,16 @@ def _spec(
             "specificity": point.specificity,
         },
     }
+
+
+def _read(checkpoint_uri: str, name: str) -> bytes:
+    try:
+        return open_store(checkpoint_uri).read(name)
+    except ImageError as error:
+        raise UserError(
+            f"{join_uri(checkpoint_uri, name)}: cannot be read ({error.message}); the training is "
+            "done, run the same command again to finish the model folder"
+        ) from error
 
 
 def _history_parquet(history: list[dict[str, Any]]) -> bytes:

@@ -15,9 +15,9 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 class AugmentationSettings:
     """How far a training film may be changed; each amount is drawn evenly from -limit to +limit."""
 
-    rotation_degrees: float = 10.0
+    rotation_degrees: float = 12.0
     """About the centre."""
-    scale: float = 0.1
+    scale: float = 0.12
     """Relative change in size."""
     shift: float = 0.05
     """Of the film's side, in each direction."""
@@ -25,8 +25,9 @@ class AugmentationSettings:
     """Relative change in brightness. It multiplies, so that black stays black."""
     gamma: float = 0.2
     """Natural logarithm of the exponent; changes contrast as another exposure would."""
-    flip_probability: float = 0.0
-    """Share of films mirrored left to right."""
+    flip_probability: float = 0.5
+    """Share of films mirrored left to right: opacities have no side, even if the heart has one. Set
+    it to 0 where the side matters."""
 
     def __post_init__(self) -> None:
         for name in ("rotation_degrees", "gamma"):
@@ -53,7 +54,7 @@ class TrainingSettings:
     """How the films became pixels; carried into the model folder."""
     augmentation: AugmentationSettings = AugmentationSettings()
     """Random changes to the training films."""
-    epochs: int = 20
+    epochs: int = 22
     """Times that every training film is seen."""
     batch_size: int = 32
     """Films a step, over all workers together."""
@@ -67,7 +68,7 @@ class TrainingSettings:
     """Adam's, at the peak of the schedule."""
     warmup_fraction: float = 0.1
     """Share of all steps over which the learning rate rises to its peak, to fall as a cosine."""
-    weight_decay: float = 0.02
+    weight_decay: float = 0.05
     """Decoupled (Loshchilov & Hutter 2019), times the learning rate."""
     label_smoothing: float = 0.05
     """Probability that the training target gives away evenly (Szegedy et al. 2016)."""

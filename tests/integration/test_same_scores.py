@@ -1,0 +1,71 @@
+"""One preprocessing: a film's scores are the same whether it is evaluated or screened."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import lungopacity
+from lungopacity.storage import open_store
+from tests.films import dicom, encoded, grey_film, tar
+from tests.models.tiny import write_tiny_model
+from tests.real_data import LUNG_FIELDS, needs_real_data
+
+SCORES = ["p_Normal", "p_Lung_Opacity", "logit_Normal", "logit_Lung_Opacity"]
+
+
+def scores_of(folder: str, name_columns: tuple[str, ...]) -> pd.DataFrame:
+    frame = pd.read_parquet(folder)
+    name = frame[name_columns[0]]
+    for column in name_columns[1:]:
+        name = name.fillna(frame[column])
+    return frame.assign(name=name).set_index("name")[SCORES].dropna().sort_index()
+
+
+def assert_same_scores(archive: str, labels: pd.DataFrame, place, **options) -> int:
+    labels.to_csv(place / "labels.csv", index=False)
+    model = str(place / "model")
+    lungopacity.evaluate(
+        model, [archive], str(place / "labels.csv"), str(place / "report"), split="all"
+    )
+    lungopacity.screen(archive, model, str(place / "results"), **options)
+    evaluated = scores_of(str(place / "report" / "predictions.parquet"), ("image",))
+    screened = scores_of(str(place / "results" / "predictions"), ("member", "image"))
+    both = evaluated.join(screened, rsuffix="_screened", how="inner")
+    for column in SCORES:
+        np.testing.assert_allclose(both[column], both[f"{column}_screened"], rtol=0, atol=1e-5)
+    assert len(both) == len(evaluated)
+    return len(both)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_format_loose_and_in_shards_scores_alike(store_uri, tmp_path):
+    store = open_store(store_uri)
+    films = {
+        **{f"{n}.png": encoded(grey_film(n, 300, 200)) for n in range(40)},
+        **{f"{n}.jpg": encoded(grey_film(n, 900, 700), "JPEG") for n in range(40)},
+        **{f"{n}.dcm": dicom(grey_film(n).astype(np.uint16) * 16) for n in range(20)},
+    }
+    names = list(films)
+    for name in names[::2]:
+        store.write(name, films[name])
+    store.write("x.tar", tar({name: films[name] for name in names[1::2]}))
+    write_tiny_model(str(tmp_path / "model"), image_size=64, temperature=1.3)
+    labels = pd.DataFrame({"image": names, "label": ["Normal", "Lung_Opacity"] * 50})
+    assert assert_same_scores(store_uri, labels, tmp_path, batch_size=7) == 100
+
+
+@needs_real_data
+@pytest.mark.usefixtures("ray_cluster")
+def test_real_films_score_alike(tmp_path):
+    labels = pd.read_csv(LUNG_FIELDS / "labels.csv", dtype=str)
+    write_tiny_model(str(tmp_path / "model"), image_size=64)
+    shard = f"{LUNG_FIELDS}/images-008.tar"
+    import tarfile
+
+    with tarfile.open(shard) as members:
+        names = set(members.getnames())
+    labels = labels[labels["image"].isin(names)]
+    labels = labels[labels["label"].isin(["Normal", "Lung_Opacity"])].drop(columns="split")
+    assert assert_same_scores(shard, labels, tmp_path) == len(labels)

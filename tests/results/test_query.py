@@ -1,0 +1,117 @@
+import json
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pytest
+
+from lungopacity.errors import UserError
+from lungopacity.results.folder import commit_run, run_key
+from lungopacity.results.query import query, runs
+from lungopacity.results.schema import METRICS_SCHEMA, class_column, predictions_schema
+from lungopacity.screening.plan import parquet_bytes
+from lungopacity.storage import open_store
+
+NOW = datetime(2026, 3, 4, 23, 59, tzinfo=UTC)
+
+
+def write_run(uri: str, run_id: str, classes: tuple[str, ...], images: int, commit: bool = True):
+    store = open_store(uri)
+    rows = [
+        {
+            "run_id": run_id, "model_id": "m", "screened_at": NOW, "archive": "a",
+            "image": f"{number}.png", "source_etag": "e", "source_size_bytes": 1,
+            "source_modified_at": NOW, "status": "ok", class_column("p", classes[-1]): 0.5,
+        }
+        for number in range(images)
+    ]  # fmt: skip
+    key = f"predictions/screened_on=2026-03-04/{run_id}-00000.parquet"
+    table = pa.Table.from_pylist(rows, schema=predictions_schema(classes))
+    store.write(key, parquet_bytes(table))
+    metric = {"run_id": run_id, "model_id": "m", "synthetic": False, "group": "all",
+              "metric": "images", "value": float(images)}  # fmt: skip
+    metrics = pa.Table.from_pylist([metric], schema=METRICS_SCHEMA)
+    store.write(f"metrics/{run_id}.parquet", parquet_bytes(metrics))
+    if commit:
+        record = {
+            "run_id": run_id, "model_id": "m", "synthetic": False, "archive": "a",
+            "class_names": list(classes), "started_at": NOW.isoformat(),
+            "finished_at": NOW.isoformat(), "images": images, "counts": {"ok": images},
+            "positive": 0, "images_per_s": 1.0, "files": [{"key": key, "rows": images}],
+            "metrics_file": {"key": f"metrics/{run_id}.parquet", "rows": 1},
+        }  # fmt: skip
+        commit_run(store, run_id, record)
+
+
+def test_committed_runs_alone_are_seen(store_uri):
+    write_run(store_uri, "done", ("Normal", "Lung_Opacity"), 3)
+    write_run(store_uri, "killed", ("Normal", "Lung_Opacity"), 5, commit=False)
+    answer = query(store_uri, "SELECT run_id, count(*) AS n FROM predictions GROUP BY run_id")
+    assert answer.to_pylist() == [{"run_id": "done", "n": 3}]
+    assert query(store_uri, "SELECT sum(value) AS v FROM metrics").to_pylist() == [{"v": 3.0}]
+    assert runs(store_uri)["run_id"].to_pylist() == ["done"]
+
+
+def test_runs_of_models_with_other_classes_stand_in_one_table(tmp_path):
+    write_run(str(tmp_path), "two", ("Normal", "Lung_Opacity"), 2)
+    write_run(str(tmp_path), "three", ("Normal", "Viral Pneumonia", "COVID-19"), 1)
+    answer = query(
+        str(tmp_path),
+        "SELECT run_id, count(p_Lung_Opacity) AS a, count(p_COVID_19) AS b, "
+        "max(screened_on) AS day FROM predictions GROUP BY run_id ORDER BY run_id",
+    ).to_pylist()
+    assert [(row["run_id"], row["a"], row["b"]) for row in answer] == [
+        ("three", 0, 1),
+        ("two", 2, 0),
+    ]
+    assert str(answer[0]["day"]) == "2026-03-04"
+
+
+def test_times_are_utc_and_columns_are_typed(tmp_path):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    answer = query(str(tmp_path), "SELECT hour(screened_at) AS h, error_code FROM predictions")
+    assert answer.to_pylist() == [{"h": 23, "error_code": None}]
+    assert answer.schema.field("error_code").type == pa.string()
+
+
+def test_no_file_outside_the_results_can_be_read(tmp_path):
+    write_run(str(tmp_path / "r"), "one", ("Normal", "Lung_Opacity"), 1)
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    for sql in (
+        f"SELECT * FROM '{tmp_path}/secret.csv'",
+        f"SELECT * FROM read_csv('{tmp_path}/secret.csv')",
+        "SELECT 1; SELECT 2",
+        f"COPY (SELECT 1) TO '{tmp_path}/out.csv'",
+    ):
+        with pytest.raises(UserError, match="^SQL: "):
+            query(str(tmp_path / "r"), sql)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_newer_schema_is_refused_with_the_reason(tmp_path):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    store = open_store(str(tmp_path))
+    record = json.loads(store.read(run_key("one"))) | {"schema_version": 99}
+    store.write(run_key("one"), json.dumps(record).encode())
+    with pytest.raises(UserError, match="schema 99 is newer than this lungopacity reads"):
+        query(str(tmp_path), "SELECT 1")
+
+
+def test_a_damaged_commit_record_is_named(tmp_path):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    open_store(str(tmp_path)).write(run_key("one"), b"{")
+    with pytest.raises(UserError, match=r"runs/one\.json: the commit record cannot be read"):
+        runs(str(tmp_path))
+
+
+def test_class_names_become_columns_that_need_no_quotes():
+    names = predictions_schema(["Normal", "COVID-19"]).names
+    assert {"p_COVID_19", "logit_COVID_19"} <= set(names)
+    with pytest.raises(ValueError, match="different column names"):
+        predictions_schema(["COVID-19", "COVID 19"])
+
+
+def test_a_predictions_file_that_is_gone_is_said(tmp_path):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    open_store(str(tmp_path)).delete("predictions/screened_on=2026-03-04/one-00000.parquet")
+    with pytest.raises(UserError, match="one-00000"):
+        query(str(tmp_path), "SELECT count(*) FROM predictions WHERE p_Normal > 0")

@@ -1,0 +1,106 @@
+from datetime import UTC, datetime
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from lungopacity.evaluation.table import metric_value, metrics_table
+from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
+from lungopacity.screening.aggregate import label_metrics, run_metrics
+from tests.models.tiny import tiny_model
+
+SPEC = tiny_model().spec
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def predictions(*rows: dict) -> pa.Table:
+    common = {
+        "run_id": "r", "model_id": "m", "screened_at": NOW, "archive": "a",
+        "source_etag": "e", "source_size_bytes": 1, "source_modified_at": NOW, "status": "ok",
+    }  # fmt: skip
+    filled = []
+    for number, row in enumerate(rows):
+        scores = {}
+        if "p" in row:
+            p = row.pop("p")
+            scores = {"p_Normal": 1 - p, "p_Lung_Opacity": p,
+                      "decision": "positive" if p >= 0.5 else "negative"}  # fmt: skip
+        filled.append({**common, "image": f"{number}.png", **scores, **row})
+    return pa.Table.from_pylist(filled, schema=predictions_schema(SPEC.class_names))
+
+
+MIXED = (
+    {"p": 0.9},
+    {"p": 0.51},
+    {"p": 0.02},
+    {"p": 1.0},
+    {"status": "failed", "error_code": "truncated"},
+    {"status": "failed", "error_code": "truncated"},
+    {"status": "rejected", "error_code": "not_an_image"},
+)
+
+
+def test_counts_rates_codes_and_speed():
+    metrics = run_metrics(predictions(*(dict(row) for row in MIXED)), SPEC, seconds=3.5)
+    assert metric_value(metrics, "images") == 7
+    assert metric_value(metrics, "images_ok") == 4
+    assert metric_value(metrics, "images_failed") == 2
+    assert metric_value(metrics, "images_rejected") == 1
+    assert metric_value(metrics, "error_code", "truncated") == 2
+    assert metric_value(metrics, "error_code", "not_an_image") == 1
+    assert metric_value(metrics, "decision_rate", "positive") == 0.75
+    assert metric_value(metrics, "images_per_s") == 2.0
+    (rate,) = [m for m in metrics if (m.metric, m.class_name) == ("decision_rate", "positive")]
+    assert rate.ci_low < 0.75 < rate.ci_high
+    assert rate.n == 4
+
+
+def test_the_histogram_holds_every_scored_image_once():
+    metrics = run_metrics(predictions(*(dict(row) for row in MIXED)), SPEC, seconds=1)
+    bins = {m.class_name: m.value for m in metrics if m.metric == "score_histogram"}
+    assert len(bins) == 20
+    assert sum(bins.values()) == 4
+    assert (bins["0.00-0.05"], bins["0.50-0.55"], bins["0.95-1.00"]) == (1, 1, 1)
+
+
+def test_a_run_of_no_image_has_metrics_all_the_same():
+    metrics = run_metrics(predictions(), SPEC, seconds=1)
+    assert metric_value(metrics, "images") == 0
+    rate = metric_value(metrics, "decision_rate", "positive")
+    assert rate != rate  # NaN: there is no rate of nothing
+    assert metrics_table(metrics, "r", "m", synthetic=False).schema == METRICS_SCHEMA
+
+
+def labels(*names: str, **columns: list) -> pd.DataFrame:
+    facts = {"view_position": None, "patient_sex": None, "patient_age_years": None}
+    return pd.DataFrame({"image": names, **facts, **columns})
+
+
+def test_metrics_against_labels_count_what_can_be_judged():
+    table = predictions(
+        {"p": 0.9, "label": "Lung_Opacity"},
+        {"p": 0.9, "label": "Normal"},
+        {"p": 0.1, "label": "Normal"},
+        {"p": 0.1, "label": "Not_Normal"},
+        {"p": 0.1},
+        {"status": "failed", "error_code": "truncated", "label": "Normal"},
+    )
+    metrics = label_metrics(table, SPEC, labels(*(f"{n}.png" for n in range(6))))
+    assert metric_value(metrics, "accuracy") == pytest.approx(2 / 3)
+    (accuracy,) = [m for m in metrics if (m.metric, m.group) == ("accuracy", "all")]
+    assert accuracy.n == 3
+
+
+def test_labels_fill_in_the_view_where_the_header_is_silent():
+    table = predictions(
+        {"p": 0.9, "label": "Lung_Opacity", "view_position": "AP"},
+        {"p": 0.1, "label": "Normal"},
+    )
+    metrics = label_metrics(table, SPEC, labels("0.png", "1.png", view_position=["PA", "PA"]))
+    accuracies = {m.group: m.value for m in metrics if m.metric == "accuracy"}
+    assert accuracies["view_position=AP"] == accuracies["view_position=PA"] == 1.0
+    assert "view_position=unknown" not in accuracies
+
+
+def test_no_label_of_the_models_classes_means_no_metric():
+    assert label_metrics(predictions({"p": 0.9, "label": "Other"}), SPEC, labels("0.png")) == []

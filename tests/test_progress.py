@@ -1,0 +1,60 @@
+import logging
+import os
+import pty
+import subprocess
+import sys
+
+from lungopacity import progress
+from lungopacity.progress import Progress
+
+SCRIPT = """
+import time
+from lungopacity.progress import Progress, show_on_terminal
+show_on_terminal()
+with Progress("Screening", total=20) as p:
+    for _ in range(10):
+        p.advance(2, note="3 failed")
+        time.sleep(0.02)
+"""
+
+
+def test_without_a_terminal_there_are_plain_lines(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO), Progress("Reading", total=4) as shown:
+        shown.advance(1)
+        shown.advance(3, note="1 failed")
+    assert "Reading: 1 of 4 images" in caplog.messages[0]
+    assert "Reading: 4 of 4 images" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith("1 failed")
+
+
+def test_lines_do_not_flood_a_log(caplog):
+    with caplog.at_level(logging.INFO), Progress("Reading", total=1000) as shown:
+        for _ in range(1000):
+            shown.advance(1)
+    assert len(caplog.messages) == 1
+
+
+def test_an_error_ends_it_without_a_closing_line(caplog):
+    try:
+        with caplog.at_level(logging.INFO), Progress("Reading") as shown:
+            shown.advance(1)
+            raise RuntimeError
+    except RuntimeError:
+        pass
+    assert caplog.messages == []
+
+
+def test_a_terminal_has_one_live_line():
+    master, slave = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    done = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=slave, stderr=slave, env=environment
+    )
+    done.wait(30)
+    os.close(slave)
+    shown = os.read(master, 1 << 20).decode()
+    os.close(master)
+    assert "20/20" in shown
+    assert "3 failed" in shown
+    assert shown.count("\n") <= 2

@@ -1,0 +1,49 @@
+import pytest
+
+from lungopacity.errors import UserError
+from lungopacity.runtime import ray_session, require_resources, resolve_gpu
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_the_cluster_can_never_give_is_refused_at_once():
+    require_resources(cpus=1, gpus=0, what="screening")
+    with pytest.raises(UserError, match=r"training needs 999 CPUs, the Ray cluster has \d"):
+        require_resources(cpus=999, gpus=0, what="training")
+    with pytest.raises(UserError, match="training needs 999 GPUs"):
+        require_resources(cpus=1, gpus=999, what="training")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_gpus_are_used_where_there_are_any_unless_told_otherwise():
+    import ray
+
+    assert resolve_gpu(None) == (ray.cluster_resources().get("GPU", 0) > 0)
+    assert resolve_gpu(False) is False
+    assert resolve_gpu(True) is True
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_session_inside_a_session_leaves_ray_running():
+    import ray
+
+    with ray_session():
+        pass
+    assert ray.is_initialized()
+
+
+def test_a_cluster_that_cannot_be_joined_is_one_line(monkeypatch):
+    import subprocess
+    import sys
+
+    script = (
+        "import os; os.environ['RAY_ADDRESS'] = '127.0.0.1:1'\n"
+        "from lungopacity.cli import main\n"
+        "import sys; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["screen", "--archive", "jobs", "--output", "x", "--model", "x"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60
+    )
+    # The model is looked at first: no cluster is troubled for a mistake in the options.
+    assert done.returncode == 2
+    assert "no model folder there" in done.stderr
