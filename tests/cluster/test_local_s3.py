@@ -15,6 +15,7 @@ import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
+
 from cluster import local_s3
 from cluster.local_s3 import LocalS3
 
@@ -113,7 +114,8 @@ def test_a_restart_keeps_the_data_survives_a_port_clash_and_leaves_no_process(
     server.create_bucket("films")
     server.client().put_object(Bucket="films", Key="a", Body=b"kept")
     group = server.process_group
-    assert group is not None and _group_lives(group)
+    assert group is not None
+    assert _group_lives(group)
     server.stop()
     assert not _group_lives(group)
     server.stop()
@@ -150,8 +152,10 @@ def test_the_command_gets_the_variables_and_its_exit_code_is_returned(tmp_path: 
         "sys.exit(7)"
     )
     result = subprocess.run(
-        [sys.executable, SCRIPT, "--folder", str(tmp_path), "--bucket", "films", "--"]
-        + [sys.executable, "-c", code],
+        [
+            *(sys.executable, SCRIPT, "--folder", str(tmp_path), "--bucket", "films", "--"),
+            *(sys.executable, "-c", code),
+        ],
         env={**os.environ, "AWS_SESSION_TOKEN": "a stale one"},
         capture_output=True,
         text=True,

@@ -82,7 +82,7 @@ def test_no_file_outside_the_results_can_be_read(tmp_path):
         "SELECT 1; SELECT 2",
         f"COPY (SELECT 1) TO '{tmp_path}/out.csv'",
     ):
-        with pytest.raises(UserError, match="^SQL: "):
+        with pytest.raises(UserError, match=r"^SQL: "):
             query(str(tmp_path / "r"), sql)
     assert not (tmp_path / "out.csv").exists()
 
