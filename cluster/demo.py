@@ -27,7 +27,7 @@ from lungopacity.storage import open_store
 FOLDER = Path(".work/demo")
 BUCKET = "demo"
 PHANTOMS = f"s3://{BUCKET}/phantom"
-FILMS = 400
+FILMS = 800
 
 QUERIES = {
     "How many films of each kind were read, and how many were found positive?": """
@@ -93,7 +93,7 @@ def run_commands() -> None:
     model, report, results = (str(FOLDER / name) for name in ("model", "report", "results"))
     command(
         *("train", "--images", archive, "--labels", labels, "--output", model),
-        *("--workers", "2", "--image-size", "96", "--epochs", "12", "--batch-size", "16"),
+        *("--workers", "2", "--image-size", "96", "--epochs", "30", "--batch-size", "16"),
     )
     command(
         *("evaluate", "--model", model, "--images", archive, "--labels", labels),

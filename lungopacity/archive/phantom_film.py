@@ -151,7 +151,9 @@ class _Thorax:
         self.heart_scale = body.heart * (float(rng.uniform(1.08, 1.3)) if supine else 1.0)
         self.dome_y = float(rng.normal(8.0 if supine else 9.3, 0.8))
         self.x, self.y = self._coordinates(field_cm, 4.0 if supine else 2.5)
-        self.lungs = [self._lung(-1), self._lung(1)]
+        solid = self._heart() + self._great_vessels()
+        self.lungs = [air - np.minimum(air, solid) for air in (self._lung(-1), self._lung(1))]
+        """Path through air-filled lung, right lung first; what lies before or behind is no air."""
 
     def _coordinates(self, field_cm: float, tilt_deg: float) -> tuple[Array, Array]:
         """Anatomical cm of every pixel, in a thorax of scale 1."""
@@ -178,19 +180,16 @@ class _Thorax:
         return path * (0.92 * _step(dome - y, 0.16) + 0.08 * _step(dome + 2.0 - y, 0.9))
 
     def lung_fields(self) -> list[LungField]:
-        """Where opacities can lie: the lungs less what the heart displaces."""
-        left = self.lungs[1] - np.minimum(self.lungs[1], self._heart())
+        """Where opacities can lie."""
         return [
             LungField(x=self.x, y=self.y, air=air, side=side, base_y=self.dome_y)
-            for air, side in ((self.lungs[0], -1), (left, 1))
+            for air, side in zip(self.lungs, (-1, 1), strict=True)
         ]
 
     def attenuation(self) -> Array:
         """Line integrals of the healthy thorax."""
         body = self.body
         air = self.lungs[0] + self.lungs[1]
-        heart = self._heart()
-        air -= np.minimum(air, heart + self._great_vessels())
         soft = self._torso() - air
         soft += air * 0.06 * body.markings * self._markings()
         soft += self._breasts() - self._trachea()
@@ -251,14 +250,17 @@ class _Thorax:
             waves += np.sin(
                 np.float32(order) * angle + np.float32(bend) * radius + np.float32(phase)
             )
-        ridges = np.exp(-((waves / 0.45) ** 2))
+        # At the hilum itself the ridges would meet in a star.
+        ridges = np.exp(-((waves / 0.45) ** 2)) * _step(radius - 1.8, 0.35)
         return ridges * np.exp(-radius / 4.5) * 2.2 + 0.25 * smooth_noise(rng, self.size, 40)
 
     def _ribs(self) -> Array:
         """Back ribs fall outwards from the spine; front ribs, fainter, fall towards the middle."""
         body = self.body
-        t = np.abs(self.x) / 13.6
-        inside = (t < 1).astype(np.float32)
+        # The cage is an egg around the lungs: narrow at the top.
+        cage = 13.9 * np.sqrt(np.maximum(1 - ((self.y - 4.5) / 18.5) ** 2, 0.25))
+        t = np.abs(self.x) / cage
+        inside = _step(1 - t, 0.008)
         # Towards the side the beam runs along the rib instead of across it.
         lengthened = np.minimum(1 / np.sqrt(np.maximum(1 - t * t, 0.12)), 2.4)
         back = self.y - (3.4 * t**2 - 2.4 * t) * (1 + 0.02 * self.y)
@@ -310,33 +312,40 @@ def _expose(rng: np.random.Generator, attenuation: Array, view: View) -> npt.NDA
     # Scatter is a blurred copy of the primary, about half of it behind a grid and more at the
     # bedside without one (Bushberg, ch. 7.12). It costs contrast alone: its shape matters little.
     ratio = float(rng.uniform(0.7, 1.2)) if view == "AP" else float(rng.uniform(0.35, 0.7))
-    signal = primary + ratio * np.minimum(_blurred(primary, 10), 0.35)
-    signal = _unsharp(signal, float(rng.uniform(0.05, 0.2)))
+    # The open beam beside the patient meets nothing that could scatter it.
+    signal = primary + ratio * _blurred(np.minimum(primary, 0.15), 0.06)
+    signal = _spread(signal, float(rng.uniform(0.05, 0.2)))
     quanta = float(np.exp(rng.uniform(np.log(1.0e4), np.log(6.0e4))))
     # Poisson counts are Gaussian to within a per cent from 100 quanta a pixel upwards.
     noise = rng.standard_normal(signal.shape, dtype=np.float32)
     counts = signal * quanta + np.sqrt(signal * quanta) * noise
     measured = -np.log(np.maximum(counts, 1.0) / quanta)
-    # Automatic windowing as at the console, with the spread that operators and makers add.
-    low, high = np.percentile(measured[::2, ::2], [4, 99])
-    low += float(rng.uniform(-0.05, 0.15)) * (high - low)
-    high += float(rng.uniform(-0.05, 0.12)) * (high - low)
-    grey = np.clip((measured - low) / (high - low), 0, 1) ** float(rng.uniform(0.9, 1.3))
+    # Automatic windowing as at the console, by the middle of the field, where no open beam is; with
+    # the spread that operators and makers add.
+    edge = signal.shape[0] // 5
+    low, high = np.percentile(measured[edge:-edge:2, edge:-edge:2], [1.5, 98])
+    width = high - low
+    low -= float(rng.uniform(0.02, 0.15)) * width
+    high += float(rng.uniform(-0.06, 0.06)) * width
+    grey = np.clip((measured - low) / (high - low), 0, 1) ** float(rng.uniform(0.9, 1.15))
     film: npt.NDArray[np.uint16] = np.rint(grey * WHITE).astype(np.uint16)
     return film
 
 
-def _blurred(values: Array, cells: int) -> Array:
-    """Averages over a grid of `cells` x `cells`, joined smoothly."""
+def _blurred(values: Array, spread: float) -> Array:
+    """Gaussian blur whose standard deviation is `spread` times the image's side."""
     from PIL import Image
 
-    size = values.shape[0]
-    small = Image.fromarray(values).resize((cells, cells), Image.Resampling.BOX)
-    # Not bicubic: that would swing below zero beside a sharp edge.
-    return np.asarray(small.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
+    size, cells = values.shape[0], 48
+    small = np.asarray(Image.fromarray(values).resize((cells, cells), Image.Resampling.BOX))
+    ticks = np.arange(cells, dtype=np.float32) / cells
+    weights = np.exp(-(((ticks[:, None] - ticks) / spread) ** 2) / 2)
+    weights /= weights.sum(axis=1, keepdims=True)
+    blurred = Image.fromarray(weights @ small @ weights.T)
+    return np.asarray(blurred.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
 
 
-def _unsharp(values: Array, share: float) -> Array:
+def _spread(values: Array, share: float) -> Array:
     """The detector's spread: each pixel gives `share` of its signal to its four neighbours."""
     padded = np.pad(values, 1, mode="edge")
     around = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]

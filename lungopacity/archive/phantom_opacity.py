@@ -80,14 +80,14 @@ def _consolidation(rng: np.random.Generator, lungs: list[LungField]) -> list[Arr
     """Part of a lobe filled: dense, ragged, often cut straight by a fissure."""
     lung = _one(rng, lungs)
     x, y = _place(rng, lung)
-    wide, tall = rng.uniform(1.8, 3.8), rng.uniform(1.8, 4.5)
+    wide, tall = rng.uniform(2.4, 5.0), rng.uniform(2.4, 6.0)
     dx, dy = (lung.x - x) / wide, (lung.y - y) / tall
     ragged = 0.35 * smooth_noise(rng, lung.x.shape[0], 14)
     filled = _fade(1 - np.sqrt(dx * dx + dy * dy) + ragged, 0.12)
     if rng.random() < 0.5:
         fissure = rng.choice([-1.0, 1.0]) * (lung.y - y + 0.15 * lung.side * (lung.x - x))
         filled *= _fade(fissure + 0.5 * tall, 0.1)
-    depth = rng.uniform(0.18, 0.6)
+    depth = rng.uniform(0.35, 0.85)
     return [_as_fluid(depth * filled * lung.air)]
 
 
@@ -97,7 +97,7 @@ def _nodule(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
     for _ in range(int(rng.choice([1, 1, 2, 3]))):
         lung = _one(rng, lungs)
         x, y = _place(rng, lung)
-        radius = float(np.exp(rng.uniform(np.log(0.7), np.log(2.4))))
+        radius = float(np.exp(rng.uniform(np.log(1.0), np.log(3.2))))
         r2 = ((lung.x - x) ** 2 + (lung.y - y) ** 2) / radius**2
         ball = 2 * radius * np.sqrt(np.maximum(1 - r2, 0))
         found.append(_as_fluid(np.minimum(ball, lung.air)))
@@ -106,12 +106,12 @@ def _nodule(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
 
 def _bronchopneumonia(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
     """Patches without sharp edges in both lungs, more of them low."""
-    strength = rng.uniform(0.12, 0.42)
+    strength = rng.uniform(0.25, 0.7)
     found = []
     for lung in lungs:
         for _ in range(int(rng.integers(2, 5))):
             x, y = _place(rng, lung, low=True)
-            radius = rng.uniform(0.9, 2.2)
+            radius = rng.uniform(1.2, 2.8)
             r2 = ((lung.x - x) ** 2 + (lung.y - y) ** 2) / radius**2
             mottled = np.clip(0.8 + 0.5 * smooth_noise(rng, lung.x.shape[0], 30), 0, 1.5)
             found.append(_as_fluid(strength * np.exp(-r2) * mottled * lung.air))
@@ -124,7 +124,7 @@ def _pleural_effusion(rng: np.random.Generator, lungs: list[LungField]) -> list[
     found = []
     for lung in chosen:
         outward = np.clip((lung.side * lung.x - 2.0) / 10.0, 0, 1.2)
-        height = rng.uniform(0.2, 5.0)
+        height = rng.uniform(1.5, 7.0)
         meniscus = lung.base_y + 1.2 - height - (1.0 + 0.35 * height) * outward**3
         below = _fade(lung.y - meniscus, 0.35)
         found.append(_as_fluid(rng.uniform(0.6, 0.9) * below * lung.air))
@@ -134,7 +134,7 @@ def _pleural_effusion(rng: np.random.Generator, lungs: list[LungField]) -> list[
 def _ground_glass(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
     """A haze over much of a lung through which the vessels still show."""
     chosen = lungs if rng.random() < 0.6 else [_one(rng, lungs)]
-    strength = rng.uniform(0.07, 0.24)
+    strength = rng.uniform(0.2, 0.5)
     found = []
     for lung in chosen:
         x, y = _place(rng, lung)
