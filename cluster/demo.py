@@ -47,8 +47,7 @@ QUERIES = {
 
 def command(*arguments: str) -> None:
     """Run one lungopacity command and show it as a user would type it. Exits where it fails."""
-    shown = [argument if len(argument) < 90 else "SELECT …" for argument in arguments]
-    print(f"\n$ lungopacity {shlex.join(shown)}", flush=True)
+    print(f"\n$ lungopacity {shlex.join(arguments)}", flush=True)
     code = lungopacity(arguments)
     sys.stdout.flush()
     if code not in (0, 1):
