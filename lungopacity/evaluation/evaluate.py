@@ -55,6 +55,7 @@ class EvaluationResult:
     """Labelled images of the split that could not be read: not in the figures."""
     synthetic: bool
     class_names: tuple[str, ...]
+    positive_class: str
     metrics: list[Metric]
 
     @property
@@ -77,8 +78,9 @@ class EvaluationResult:
             + (", synthetic" if self.synthetic else ""),
             format_table1(table1(self.metrics, self.class_names)),
         ]
+        told = {("accuracy", None), ("brier", None), ("roc_auc", self.positive_class)}
         for item in self.metrics:
-            if item.group == "all" and item.metric in ("accuracy", "roc_auc", "brier"):
+            if item.group == "all" and (item.metric, item.class_name) in told:
                 interval = (
                     f" (95 % interval {item.ci_low:.4f} to {item.ci_high:.4f})"
                     if item.ci_low is not None and item.ci_high is not None
@@ -136,6 +138,7 @@ def evaluate(
         unreadable=len(data.unreadable),
         synthetic=synthetic,
         class_names=spec.class_names,
+        positive_class=spec.positive_class,
         metrics=metrics,
     )
     store = open_store(output)

@@ -62,7 +62,7 @@ def confusion_matrix_figure(
         raise ValueError(f"the matrix has the shape {matrix.shape}, not ({classes}, {classes})")
     figure = _figure(title, note, height_inches=7.0)
     axes = figure.add_subplot()
-    _describe(axes, "Confusion matrix", "Predicted class", "True class")
+    _describe(axes, "Images, and share of the true class", "Predicted class", "True class")
     totals = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -80,7 +80,6 @@ def confusion_matrix_figure(
     names = [_plain(textwrap.fill(name, 18)) for name in class_names]
     axes.set_xticks(range(classes), names, rotation=0 if classes <= 4 else 60)
     axes.set_yticks(range(classes), names)
-    axes.set_title("Count, and share of the true class", loc="left", fontsize=10, color=_GREY)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return figure
