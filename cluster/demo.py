@@ -15,9 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
-
 from cluster.local_s3 import LocalS3
+from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
 from lungopacity.cli import main as lungopacity
 from lungopacity.errors import NOTICE
 from lungopacity.progress import Progress, show_on_terminal
