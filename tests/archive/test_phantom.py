@@ -25,7 +25,7 @@ from lungopacity.archive.phantom_film import (
     draw_film,
 )
 from lungopacity.archive.phantom_opacity import OPACITY_KINDS, Box, OpacityKind
-from lungopacity.radiograph import decode_radiograph
+from lungopacity.radiograph import DecodeLimits, decode_radiograph
 from lungopacity.storage import LocalStore
 
 SIZE = 96
@@ -94,7 +94,7 @@ def test_an_opacity_only_adds_attenuation_and_most_of_it_in_its_boxes(kind, seed
     assert boxes
     covered = np.zeros_like(added, dtype=bool)
     for box in boxes:
-        assert inside(added, box).mean() > 3 * added.mean()
+        assert inside(added, box).mean() > 2 * added.mean()
         inside(covered, box)[:] = True
     assert added[covered].sum() > 0.5 * added.sum()
 
@@ -236,7 +236,7 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_does_not(files, 
 
 def test_every_file_decodes_and_says_that_it_is_synthetic(files):
     for name, data in images_of(files).items():
-        decoded = decode_radiograph(data)
+        decoded = decode_radiograph(data, limits=DecodeLimits())
         assert decoded.pixels.shape == (SIZE, SIZE), name
         assert decoded.synthetic, name
 
@@ -274,7 +274,10 @@ def test_monochrome1_is_stored_inverted_and_reads_the_same():
     ]
     np.testing.assert_array_equal(stored[0].pixel_array, drawn.pixels)
     np.testing.assert_array_equal(WHITE - stored[1].pixel_array, drawn.pixels)
-    read = [decode_radiograph(data).pixels.astype(int) for data in (plain, inverted)]
+    read = [
+        decode_radiograph(data, limits=DecodeLimits()).pixels.astype(int)
+        for data in (plain, inverted)
+    ]
     # Rounding to 8 bits falls on the other side of a half.
     assert np.abs(read[0] - read[1]).max() <= 1
 
