@@ -1,0 +1,214 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungopacity.evaluation.metrics import (
+    age_band,
+    calibration_bins,
+    classification_metrics,
+    confusion_matrix,
+    roc_auc,
+    subgroup_metrics,
+    wilson_interval,
+)
+
+NAMES = ("Normal", "Lung_Opacity")
+
+
+def two_class(positive_N) -> np.ndarray:
+    positive_N = np.asarray(positive_N, float)
+    return np.stack([1 - positive_N, positive_N], axis=1)
+
+
+def values(metrics, group="all") -> dict:
+    return {(m.metric, m.class_name): m.value for m in metrics if m.group == group}
+
+
+# Truth: 4 normal, 4 opacities. Predicted: one false positive, two missed.
+LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+SCORES = two_class([0.1, 0.2, 0.3, 0.8, 0.9, 0.7, 0.4, 0.2])
+
+
+def test_counts_and_proportions_by_hand():
+    found = values(classification_metrics(LABELS, SCORES, NAMES, positive="Lung_Opacity"))
+    assert found["accuracy", None] == 5 / 8
+    assert found["balanced_accuracy", None] == (3 / 4 + 2 / 4) / 2
+    assert found["precision", "Lung_Opacity"] == 2 / 3
+    assert found["recall", "Lung_Opacity"] == 2 / 4
+    assert found["f1", "Lung_Opacity"] == pytest.approx(2 * 2 / (3 + 4))
+    assert found["specificity", "Lung_Opacity"] == 3 / 4
+    assert found["recall", "Normal"] == found["specificity", "Lung_Opacity"]
+    assert found["support", "Normal"] == 4
+    assert found["confusion", "true=Lung_Opacity,predicted=Normal"] == 2
+    assert found["confusion", "true=Normal,predicted=Lung_Opacity"] == 1
+    # 16 pairs: 0.9 and 0.7 beat 4 and 3, 0.4 beats 3, 0.2 beats 1 and ties with 1.
+    assert found["roc_auc", "Lung_Opacity"] == (4 + 3 + 3 + 1.5) / 16
+    assert found["roc_auc", "Normal"] == pytest.approx(found["roc_auc", "Lung_Opacity"])
+
+
+def test_brier_scores_by_hand():
+    found = values(classification_metrics(LABELS, SCORES, NAMES, positive="Lung_Opacity"))
+    errors = np.array([0.1, 0.2, 0.3, 0.8, 0.1, 0.3, 0.6, 0.8]) ** 2
+    assert found["brier_binary", "Lung_Opacity"] == pytest.approx(errors.mean())
+    assert found["brier", None] == pytest.approx(2 * errors.mean())
+    truth = np.array([0.9, 0.8, 0.7, 0.2, 0.9, 0.7, 0.4, 0.2])
+    assert found["log_loss", None] == pytest.approx(-np.log(truth).mean())
+
+
+def test_calibration_error_by_hand():
+    """Two bins: 0.95 with 1 of 2 right, and 0.65 with 2 of 2 right."""
+    labels = np.array([1, 0, 1, 1])
+    found = values(classification_metrics(labels, two_class([0.95, 0.95, 0.65, 0.65]), NAMES))
+    assert found["expected_calibration_error", None] == pytest.approx((0.45 + 0.35) / 2)
+    bins = calibration_bins(labels, two_class([0.95, 0.95, 0.65, 0.65]))
+    assert bins.count_B.sum() == 4
+    assert bins.correct_B.sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # Newcombe, Stat Med 1998;17:857, table I, method 3.
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals_are_the_published_ones(successes, n, low, high):
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(1, 0), (-1, 5), (6, 5)])
+def test_an_impossible_proportion_is_refused(successes, n):
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson_interval(successes, n)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scores=st.lists(st.integers(0, 8), min_size=4, max_size=40),
+    data=st.data(),
+)
+def test_auc_is_the_share_of_pairs_in_the_right_order(scores, data):
+    positive = np.array(
+        data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
+    )
+    scores_N = np.array(scores, float)
+    found = roc_auc(positive, scores_N)
+    if positive.all() or not positive.any():
+        assert math.isnan(found.value)
+        return
+    differences = scores_N[positive][:, None] - scores_N[~positive][None, :]
+    expected = ((differences > 0) + 0.5 * (differences == 0)).mean()
+    assert found.value == pytest.approx(expected)
+    if found.ci_low is not None:
+        assert 0 <= found.ci_low <= found.value <= found.ci_high <= 1
+
+
+def test_delongs_variance_is_that_of_the_direct_formula():
+    """DeLong et al. 1988: the structural components, pair by pair."""
+    rng = np.random.default_rng(1)
+    positive = rng.random(120) < 0.4
+    scores = np.round(rng.normal(size=120) + positive, 1)  # with ties
+    differences = scores[positive][:, None] - scores[~positive][None, :]
+    psi = (differences > 0) + 0.5 * (differences == 0)
+    variance = psi.mean(axis=1).var(ddof=1) / positive.sum()
+    variance += psi.mean(axis=0).var(ddof=1) / (~positive).sum()
+    found = roc_auc(positive, scores)
+    logits = [math.log(v / (1 - v)) for v in (found.ci_low, found.value, found.ci_high)]
+    half = 1.959964 * math.sqrt(variance) / (found.value * (1 - found.value))
+    assert logits[1] - logits[0] == pytest.approx(half, rel=1e-5)
+    assert logits[2] - logits[1] == pytest.approx(half, rel=1e-5)
+
+
+def test_delongs_interval_holds_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    truth = 0.7602  # P(X + 1 > Y) of standard normals
+    held = 0
+    for _ in range(400):
+        positive = np.arange(80) < 30
+        found = roc_auc(positive, rng.normal(size=80) + positive)
+        held += found.ci_low <= truth <= found.ci_high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_what_is_not_defined_is_nan_with_its_n_and_never_zero():
+    metrics = classification_metrics(np.array([0, 0]), two_class([0.1, 0.2]), NAMES)
+    found = values(metrics)
+    for key in (
+        ("recall", "Lung_Opacity"),
+        ("precision", "Lung_Opacity"),
+        ("roc_auc", "Lung_Opacity"),
+        ("average_precision", "Lung_Opacity"),
+        ("roc_auc", None),
+        ("balanced_accuracy", None),
+    ):
+        assert math.isnan(found[key]), key
+    assert found["accuracy", None] == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 60), st.integers(0, 1000))
+def test_confusion_cells_sum_to_the_images_and_recalls_to_the_accuracy(classes, n, seed):
+    rng = np.random.default_rng(seed)
+    names = [f"class {index}" for index in range(classes)]
+    labels = rng.integers(0, classes, n)
+    probabilities = rng.dirichlet(np.ones(classes), n)
+    metrics = classification_metrics(labels, probabilities, names)
+    cells = [m.value for m in metrics if m.metric == "confusion"]
+    assert sum(cells) == n
+    assert len(cells) == classes**2
+    found = values(metrics)
+    right = sum(
+        found["recall", name] * found["support", name] for name in names if found["support", name]
+    )
+    assert right / n == pytest.approx(found["accuracy", None])
+
+
+def test_rows_of_the_confusion_matrix_are_the_truth():
+    matrix = confusion_matrix(np.array([0, 0, 1]), np.array([1, 0, 1]), 2)
+    assert matrix.tolist() == [[1, 1], [0, 1]]
+
+
+def test_subgroups_divide_the_images_and_unknown_is_one_of_them():
+    groups = {"view_position": ["PA", "PA", "AP", "AP", "PA", "AP", None, None]}
+    metrics = subgroup_metrics(LABELS, SCORES, NAMES, groups)
+    sizes = {m.group: m.n for m in metrics if m.metric == "accuracy"}
+    assert sizes == {
+        "view_position=AP": 3,
+        "view_position=PA": 3,
+        "view_position=unknown": 2,
+    }
+    assert values(metrics, "view_position=AP")["accuracy", None] == 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("years", "band"),
+    [(0, "under-18"), (17.9, "under-18"), (18, "18-39"), (40, "40-64"), (89, "65-89"), (90, "90+")],
+)
+def test_age_bands_meet_without_a_gap(years, band):
+    assert age_band(years) == band
+
+
+@pytest.mark.parametrize(
+    ("labels", "probabilities", "message"),
+    [
+        (np.array([0, 1]), two_class([0.5]), "shape"),
+        (np.array([2]), two_class([0.5]), "labels"),
+        (np.array([0]), np.array([[np.nan, 1.0]]), "NaN"),
+        (np.array([0]), np.array([[0.9, 0.9]]), "sum to 1"),
+        (np.array([0]), np.array([[-0.5, 1.5]]), "outside"),
+    ],
+)
+def test_scores_that_are_none_are_refused(labels, probabilities, message):
+    with pytest.raises(ValueError, match=message):
+        classification_metrics(labels, probabilities, NAMES)
+
+
+def test_a_positive_class_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="positive class 'COVID'"):
+        classification_metrics(LABELS, SCORES, NAMES, positive="COVID")

@@ -1,0 +1,88 @@
+import io
+
+import matplotlib.text
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lungopacity.errors import NOTICE
+from lungopacity.evaluation import plots
+from lungopacity.evaluation.metrics import classification_metrics
+from lungopacity.evaluation.paper import format_table1, table1
+
+RNG = np.random.default_rng(0)
+NAMES = ("Normal", "Lung_Opacity")
+LABELS = RNG.integers(0, 2, 200)
+POSITIVE = np.clip(0.3 + 0.4 * LABELS + RNG.normal(0, 0.2, 200), 0.01, 0.99)
+SCORES = np.stack([1 - POSITIVE, POSITIVE], axis=1)
+HISTORY = pd.DataFrame(
+    {
+        "epoch": [1, 2, 3],
+        "train_loss": [0.7, 0.5, 0.4],
+        "validation_loss": [0.6, 0.4, 0.5],
+        "train_accuracy": [0.6, 0.8, 0.9],
+        "validation_accuracy": [0.6, 0.9, 0.8],
+    }
+)
+FIGURES = {
+    "confusion": lambda note: plots.confusion_matrix_figure(
+        np.array([[90, 10], [5, 95]]), NAMES, "model", note
+    ),
+    "roc": lambda note: plots.roc_figure(LABELS, SCORES, NAMES, "model", note),
+    "precision and recall": lambda note: plots.precision_recall_figure(
+        LABELS, SCORES, NAMES, "model", note
+    ),
+    "reliability": lambda note: plots.reliability_figure(LABELS, SCORES, NAMES, "model", note),
+    "history": lambda note: plots.history_figure(HISTORY, "model", note),
+}
+
+
+def texts(figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_a_png_of_some_content_with_notice_and_note(name):
+    figure = FIGURES[name]("synthetic")
+    image = Image.open(io.BytesIO(plots.figure_png(figure)))
+    assert image.format == "PNG"
+    assert image.width >= 600
+    assert np.asarray(image.convert("L")).std() > 5
+    assert NOTICE in texts(figure).replace("\n", " ")
+    assert "synthetic" in texts(figure)
+    for axes in figure.axes[:1]:
+        assert axes.get_ylabel()
+
+
+def test_the_confusion_matrix_shows_counts_and_shares():
+    shown = texts(FIGURES["confusion"](""))
+    for text in ("90\n90.0%", "5\n5.0%", "Predicted class", "True class", *NAMES):
+        assert text in shown
+
+
+def test_the_history_marks_the_epoch_of_the_lowest_validation_loss():
+    assert "Best epoch 2" in texts(FIGURES["history"](""))
+
+
+def test_the_papers_own_figures_stand_beside_ours():
+    metrics = classification_metrics(LABELS, SCORES, NAMES)
+    normal, opacity = table1(metrics, NAMES)
+    assert (normal.paper.precision, normal.paper.recall, normal.paper.f1) == (0.92, 0.97, 0.95)
+    assert (opacity.paper.precision, opacity.paper.recall, opacity.paper.f1) == (0.95, 0.85, 0.90)
+    assert opacity.difference.recall == pytest.approx(opacity.measured.recall - 0.85)
+    text = format_table1([normal, opacity])
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "0.9293" in text
+
+
+def test_other_classes_have_no_paper_beside_them():
+    names = ("Normal", "COVID")
+    rows = table1(classification_metrics(LABELS, SCORES, names), names)
+    assert all(row.paper is None and row.difference is None for row in rows)
+    assert "paper:" not in format_table1(rows)
+
+
+def test_a_table_of_missing_metrics_is_refused():
+    with pytest.raises(ValueError, match="no precision, recall, f1 of class 'Normal'"):
+        table1([], NAMES)
