@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -99,3 +101,15 @@ def resolve_gpu(use_gpu: bool | None) -> bool:
     import ray
 
     return ray.cluster_resources().get("GPU", 0.0) > 0 if use_gpu is None else use_gpu
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a result; for the model folder and a run's record."""
+    found = {"python": platform.python_version()}
+    for name in ("lungopacity", "ray", "torch", "numpy", "pillow", "pydicom", "pyarrow"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            # A submitted job may run from its uploaded working directory, not installed.
+            found[name] = "source"
+    return found

@@ -22,7 +22,7 @@ def read_labels(uri: str) -> pd.DataFrame:
     """The labels file, CSV or Parquet: columns `image`, `label`, and the optional ones or nulls.
 
     Raises `UserError` where the file is absent, lacks a column, names one image twice, or has a
-    split that is none of train, validation, test.
+    split that is none of train, validation, test, or an age that is none.
     """
     parent, name = split_uri(uri)
     try:
@@ -58,6 +58,14 @@ def read_labels(uri: str) -> pd.DataFrame:
     if not splits <= set(SPLITS):
         wrong = ", ".join(sorted(map(str, splits - set(SPLITS))))
         raise UserError(f"{uri}: unknown split {wrong}; the splits are {', '.join(SPLITS)}")
+    ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
+    wrong_age = frame["patient_age_years"].notna() & ~ages.between(0, 150)
+    if wrong_age.any():
+        raise UserError(
+            f"{uri}: {int(wrong_age.sum())} values of patient_age_years are no age in years, as "
+            f"that of {frame.loc[wrong_age, 'image'].iloc[0]}; give a number from 0 to 150, or nothing"
+        )
+    frame["patient_age_years"] = ages
     return frame[["image", "label", "split", "patient_id", *FACT_COLUMNS]]
 
 

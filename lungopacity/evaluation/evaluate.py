@@ -128,7 +128,10 @@ def evaluate(
         data = load_pixels(images, chosen, spec.class_names, spec.preprocessing, labels)
         check_contents(data.images, labels)
         logits_NK, probabilities_NK = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
-    metrics = _metrics(data, probabilities_NK, spec.positive_class)
+    # Sums of float32 are off by a rounding, which some metrics warn of.
+    exact_NK = probabilities_NK.astype(np.float64)
+    exact_NK /= exact_NK.sum(axis=1, keepdims=True)
+    metrics = _metrics(data, exact_NK, spec.positive_class)
     synthetic = data.synthetic or spec.synthetic
     result = EvaluationResult(
         model_id=trained.model_id,
@@ -143,7 +146,7 @@ def evaluate(
     )
     store = open_store(output)
     _write_tables(store, result, data, logits_NK, probabilities_NK)
-    _write_figures(store, result, data, probabilities_NK, read_history(model))
+    _write_figures(store, result, data, exact_NK, read_history(model))
     return result
 
 
@@ -174,10 +177,8 @@ def _scores(
 
 
 def _metrics(
-    data: LabelledPixels, probabilities_NK: npt.NDArray[np.float32], positive: str
+    data: LabelledPixels, exact_NK: npt.NDArray[np.float64], positive: str
 ) -> list[Metric]:
-    exact = probabilities_NK.astype(np.float64)
-    exact /= exact.sum(axis=1, keepdims=True)
     groups = fact_groups(
         {
             name: [None if pd.isna(value) else value for value in data.images[name]]
@@ -185,8 +186,8 @@ def _metrics(
         }
     )
     return classification_metrics(
-        data.labels_N, exact, data.class_names, positive=positive
-    ) + subgroup_metrics(data.labels_N, exact, data.class_names, groups, positive=positive)
+        data.labels_N, exact_NK, data.class_names, positive=positive
+    ) + subgroup_metrics(data.labels_N, exact_NK, data.class_names, groups, positive=positive)
 
 
 def _write_tables(
@@ -221,23 +222,21 @@ def _write_figures(
     store: Store,
     result: EvaluationResult,
     data: LabelledPixels,
-    probabilities_NK: npt.NDArray[np.float32],
+    exact_NK: npt.NDArray[np.float64],
     history_parquet: bytes,
 ) -> None:
-    exact = probabilities_NK.astype(np.float64)
-    exact /= exact.sum(axis=1, keepdims=True)
     labels_N, names = data.labels_N, result.class_names
     note = "synthetic" if result.synthetic else ""
     title = f"{result.model_id} · {result.split} · n = {result.images}"
     history = pd.read_parquet(io.BytesIO(history_parquet))
-    matrix = confusion_matrix(labels_N, exact.argmax(axis=1), len(names))
+    matrix = confusion_matrix(labels_N, exact_NK.argmax(axis=1), len(names))
     figures = {
         "confusion_matrix.png": plots.confusion_matrix_figure(matrix, names, title, note=note),
-        "roc.png": plots.roc_figure(labels_N, exact, names, title, note=note),
+        "roc.png": plots.roc_figure(labels_N, exact_NK, names, title, note=note),
         "precision_recall.png": plots.precision_recall_figure(
-            labels_N, exact, names, title, note=note
+            labels_N, exact_NK, names, title, note=note
         ),
-        "reliability.png": plots.reliability_figure(labels_N, exact, names, title, note=note),
+        "reliability.png": plots.reliability_figure(labels_N, exact_NK, names, title, note=note),
         "history.png": plots.history_figure(history, f"{result.model_id} · training", note=note),
     }
     for name, figure in figures.items():

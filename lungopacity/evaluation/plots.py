@@ -117,7 +117,7 @@ def roc_figure(
         axes.plot(false_positives, true_positives, label=label, **_line(index))
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, label="Chance")
     _square(axes)
-    axes.legend(loc="lower right", fontsize=10)
+    _legend_below(axes)
     return figure
 
 
@@ -147,14 +147,14 @@ def precision_recall_figure(
         precision, recall, _ = precision_recall_curve(positive, probabilities[:, index])
         label = f"{_short(name)}: average precision {value:.3f} (chance {share:.3f})"
         line = _line(index)
-        # Between two thresholds no precision is reached but that of the next: Davis & Goadrich 2006
-        # show that straight lines promise too much.
-        axes.plot(recall, precision, drawstyle="steps-pre", label=label, **line)
+        # scikit-learn gives recall from 1 down. Each precision is held down to the next recall, as
+        # in average precision's sum; straight lines promise too much (Davis & Goadrich 2006).
+        axes.plot(recall, precision, drawstyle="steps-post", label=label, **line)
         axes.axhline(
             share, color=line["color"], linestyle=line["linestyle"], linewidth=1, alpha=0.6
         )
     _square(axes)
-    axes.legend(loc="lower left", fontsize=10)
+    _legend_below(axes)
     return figure
 
 
@@ -178,7 +178,7 @@ def reliability_figure(
     limits = np.array(
         [wilson_interval(int(hits), int(n)) for hits, n in zip(correct, count, strict=True)]
     ).reshape(-1, 2)
-    figure = _figure(title, note, height_inches=7.5)
+    figure = _figure(title, note)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     _describe(above, "Reliability of the predicted class's probability", "", "Accuracy")
     _describe(below, "", "Confidence: probability of the predicted class", "Images")
@@ -195,7 +195,7 @@ def reliability_figure(
         **_line(0),
     )
     above.set_ylim(-0.02, 1.02)
-    above.legend(loc="upper left", fontsize=10)
+    above.legend(loc="best", fontsize=10)
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     below.bar(edges[:-1], bins.count_B, width=1 / CALIBRATION_BINS, align="edge", color=_COLOURS[0])
     for index, n in zip(filled, count, strict=True):
@@ -205,6 +205,7 @@ def reliability_figure(
     below.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     # No predicted class of K is less probable than 1 / K.
     below.set_xlim(math.floor(CALIBRATION_BINS / len(class_names)) / CALIBRATION_BINS - 0.01, 1.01)
+    figure.align_ylabels()
     return figure
 
 
@@ -217,7 +218,7 @@ def history_figure(history: pd.DataFrame, title: str, note: str = "") -> Figure:
     missing = [column for column in _HISTORY_COLUMNS if column not in history.columns]
     if missing or history.empty:
         raise ValueError(f"the history has {len(history)} rows and lacks the columns {missing}")
-    figure = _figure(title, note, height_inches=7.5)
+    figure = _figure(title, note)
     panels = figure.subplots(2, 1, sharex=True)
     best = int(history["validation_loss"].to_numpy().argmin())
     best_epoch = int(history["epoch"].iloc[best])
@@ -245,11 +246,12 @@ def history_figure(history: pd.DataFrame, title: str, note: str = "") -> Figure:
             label=f"Best epoch {best_epoch}: {shown}",
             zorder=3,
         )
-        axes.legend(fontsize=10)
+        axes.legend(loc="best", fontsize=10)
     _describe(panels[0], "Training history; best is the lowest validation loss", "", "Loss (nats)")
     _describe(panels[1], "", "Epoch", "Accuracy")
     panels[1].yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    panels[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.align_ylabels()
     return figure
 
 
@@ -261,11 +263,12 @@ def figure_png(figure: Figure) -> bytes:
     return sink.getvalue()
 
 
-def _figure(title: str, note: str, height_inches: float = 6.5) -> Figure:
+def _figure(title: str, note: str, height_inches: float = 7.5) -> Figure:
     """An empty figure with its title and the notice; constrained layout keeps both free."""
-    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), dpi=_DPI)
+    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
     figure.suptitle(_plain(textwrap.fill(title, 70)), fontsize=13, fontweight="bold")
-    foot = f"{NOTICE} {note}".strip()
+    foot = f"{NOTICE} · {note}" if note else NOTICE
     figure.supxlabel(_plain(textwrap.fill(foot, 110)), x=0.01, ha="left", fontsize=9, color=_GREY)
     return figure
 
@@ -282,6 +285,11 @@ def _square(axes: Axes) -> None:
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.grid(color="#dddddd", linewidth=0.8)
+
+
+def _legend_below(axes: Axes) -> None:
+    # Inside it would hide the curve of a poor model.
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=10, frameon=False)
 
 
 def _line(index: int) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import platform
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from lungopacity.evaluation.table import metrics_table
 from lungopacity.models import TrainedModel, load_model
 from lungopacity.progress import Progress
 from lungopacity.results.folder import commit_run
-from lungopacity.runtime import ray_session, resolve_gpu
+from lungopacity.runtime import ray_session, resolve_gpu, versions
 from lungopacity.screening.aggregate import label_metrics, run_metrics
 from lungopacity.screening.pipeline import ScoringResources, screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, parquet_bytes
@@ -215,12 +213,3 @@ def _published(
         seconds=seconds,
         metrics=metrics,
     )
-
-
-def versions() -> dict[str, str]:
-    """Of what decides a result: for a run's record."""
-    packages = ("lungopacity", "ray", "torch", "numpy", "pillow", "pydicom", "pyarrow")
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import json
-import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import safetensors.numpy
-import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
@@ -41,7 +38,7 @@ from lungopacity.models import (
     is_model,
     save_model,
 )
-from lungopacity.runtime import require_resources
+from lungopacity.runtime import require_resources, versions
 from lungopacity.storage import join_uri, open_store
 from lungopacity.training.calibrate import (
     fit_temperature,
@@ -132,7 +129,7 @@ def fit(
     training = {
         "settings": settings.as_json(),
         "data": {"fingerprint": data.fingerprint, "images": counts},
-        "versions": _versions(),
+        "versions": versions(),
         "best_epoch": int(best_metrics["epoch"]),
         "seconds": round(sum(row["seconds"] for row in history), 1),
         "provenance": dict(provenance or {}),
@@ -174,7 +171,7 @@ def _count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, 
 
 
 def _run_name(data: LabelledPixels, settings: TrainingSettings) -> str:
-    facts = [settings.as_json(), data.class_names, data.fingerprint, _versions()["lungopacity"]]
+    facts = [settings.as_json(), data.class_names, data.fingerprint, versions()["lungopacity"]]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -288,16 +285,3 @@ def _history_parquet(history: list[dict[str, Any]]) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(history, schema=HISTORY_SCHEMA), sink)
     return sink.getvalue()
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = importlib.metadata.version("lungopacity")
-    except importlib.metadata.PackageNotFoundError:
-        own = "source"
-    return {
-        "lungopacity": own,
-        "torch": torch.__version__,
-        "ray": ray.__version__,
-        "python": platform.python_version(),
-    }

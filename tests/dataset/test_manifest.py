@@ -56,6 +56,8 @@ def test_numbers_stay_names(tmp_path):
         ("image,label\na,\n", "without image or label"),
         ("image,label\na,Normal\na,Normal\n", "more than one row, as a"),
         ("image,label,split\na,Normal,dev\n", "unknown split dev"),
+        ("image,label,patient_age_years\na,Normal,-3\n", "1 values of patient_age_years"),
+        ("image,label,patient_age_years\na,Normal,045Y\n", "no age in years, as that of a"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_mend(tmp_path, text, message):

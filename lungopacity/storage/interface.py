@@ -1,0 +1,87 @@
+"""What every store can do. Keys are relative to its root, and are data: never normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lungopacity.errors import ErrorCode, ImageError, Stage
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object of a listing."""
+
+    key: str
+    """Relative to the store's root."""
+    size_bytes: int
+    etag: str
+    """Changes when the content does. S3's ETag without quotes; on disk, mtime and size."""
+    modified_at: datetime
+    """UTC."""
+
+
+class AlreadyExistsError(Exception):
+    """`write(..., if_absent=True)` found an object under that key."""
+
+
+class Store(Protocol):
+    """Objects under one root URI."""
+
+    uri: str
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key starts with `prefix`, in no promised order.
+
+        Raises `UserError` where the root itself cannot be listed.
+        """
+        ...
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """The object's facts, or None where there is no such object."""
+        ...
+
+    def read(self, key: str, *, etag: str | None = None) -> bytes:
+        """The object's bytes, whole and checked.
+
+        `etag`: refuse (`changed`) where the object is no longer the planned one. Raises
+        `ImageError` of stage `fetch`.
+        """
+        ...
+
+    def open_local(self, key: str, *, etag: str | None = None) -> Any:
+        """Context manager of a seekable binary file on this machine that holds the checked object.
+
+        From S3 it is spooled to a temporary file first: shards never lie whole in memory, and a
+        transfer that breaks is fetched again instead of being taken for a broken shard. Raises as
+        `read` does.
+        """
+        ...
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        """Put the object whole: no reader ever sees a part of it.
+
+        Raises `AlreadyExistsError` where `if_absent` and it exists; `UserError` where it cannot be
+        written.
+        """
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove the object; no error where it is already gone."""
+        ...
+
+    def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """The same place for libraries that speak Arrow: filesystem, and root path in it."""
+        ...
+
+
+def changed() -> ImageError:
+    """The object is no longer the one that was planned."""
+    return ImageError(
+        ErrorCode.CHANGED, Stage.FETCH, "replaced since the plan was made; screen it again"
+    )

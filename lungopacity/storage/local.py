@@ -1,0 +1,150 @@
+"""A folder on disk as a store."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
+from lungopacity.storage.interface import AlreadyExistsError, ObjectInfo, changed
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+
+class LocalStore:
+    """A folder on disk. The etag is mtime and size: reading every file to list it is too dear."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root.expanduser()))
+        self.uri = str(self.root)
+
+    def _path(self, key: str) -> Path:
+        path = Path(os.path.normpath(self.root / key))
+        if not path.is_relative_to(self.root):
+            raise UserError(f"key {key!r} leads out of {self.root}")
+        return path
+
+    def _info(self, path: Path, stat: os.stat_result) -> ObjectInfo:
+        key = path.relative_to(self.root).as_posix()
+        return ObjectInfo(
+            # A file name in no known encoding would break every column it enters. Escaped, it is
+            # listed, then found missing: a row that can be seen, and nothing stops.
+            key=key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"),
+            size_bytes=stat.st_size,
+            etag=f"{stat.st_mtime_ns:x}-{stat.st_size:x}",
+            modified_at=datetime.fromtimestamp(stat.st_mtime, UTC),
+        )
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        if not self.root.is_dir():
+            return
+        try:
+            # followlinks: archives are often mounted by a symbolic link.
+            for folder, subfolders, names in os.walk(
+                self.root, followlinks=True, onerror=_raise_error
+            ):
+                subfolders.sort()
+                for name in sorted(names):
+                    path = Path(folder) / name
+                    if path.relative_to(self.root).as_posix().startswith(prefix):
+                        yield self._info(path, path.stat())
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: cannot be listed ({error.strerror}); check its permissions"
+            ) from error
+
+    def head(self, key: str) -> ObjectInfo | None:
+        path = self._path(key)
+        try:
+            return self._info(path, path.stat()) if path.is_file() else None
+        except OSError:
+            return None
+
+    @contextmanager
+    def open_local(self, key: str, *, etag: str | None = None) -> Iterator[IO[bytes]]:
+        try:
+            path = self._path(key)
+            file = path.open("rb")
+        except OSError as error:
+            raise _fetch_error_of(error) from error
+        with file:
+            found = self._info(path, os.fstat(file.fileno())).etag
+            if etag is not None and found != etag:
+                raise changed()
+            yield file
+
+    def read(self, key: str, *, etag: str | None = None) -> bytes:
+        with self.open_local(key, etag=etag) as file:
+            try:
+                return file.read()
+            except OSError as error:
+                raise _fetch_error_of(error) from error
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                # mkstemp makes files that the owner alone can read; results are meant for others.
+                os.chmod(name, 0o666 & ~_umask())
+                if if_absent:
+                    os.link(name, path)
+                    os.unlink(name)
+                else:
+                    os.replace(name, path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        except FileExistsError as error:
+            if if_absent and path.exists():
+                raise AlreadyExistsError(key) from error
+            raise UserError(f"{error.filename}: is in the way of {path}; move it") from error
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); check permissions and space"
+            ) from error
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        path.unlink(missing_ok=True)
+        for folder in path.parents:
+            if folder == self.root or not folder.is_relative_to(self.root):
+                break
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+
+    def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        import pyarrow.fs
+
+        return pyarrow.fs.LocalFileSystem(), str(self.root)
+
+
+def _raise_error(error: OSError) -> None:
+    raise error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fetch_error_of(error: OSError) -> ImageError:
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return ImageError(ErrorCode.MISSING, Stage.FETCH, "no such file")
+    if isinstance(error, PermissionError):
+        return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, "permission denied")
+    return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"disk error: {error.strerror}")

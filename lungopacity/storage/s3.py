@@ -1,0 +1,307 @@
+"""A prefix of an S3 bucket as a store.
+
+What S3 does on the wire decides much here: boto3 does not retry a body that ends early, and nobody
+notices a flipped byte. So every read compares length and digest, and fetches again. Credentials,
+region, profile and endpoint come from the standard AWS variables and files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
+from lungopacity.storage.interface import AlreadyExistsError, ObjectInfo, changed
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+_REQUEST_ATTEMPTS = 5
+"""By botocore, with its own backoff: for refused connections and server errors."""
+_BODY_ATTEMPTS = 4
+"""By us: for a body that breaks off or is altered on its way, which botocore hands on as it is."""
+_BACKOFF_S = 0.2
+_CHUNK_BYTES = 1 << 20
+
+
+class S3Store:
+    """A prefix of an S3 bucket. The client is made on first use, so a store may be pickled."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket = bucket
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._client: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None}
+
+    @property
+    def client(self) -> Any:
+        if self._client is None:
+            self._client = _s3_client()
+        return self._client
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        # Continuation tokens, never "start after": not every server lists in byte order.
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self.prefix + prefix
+        )
+        with self._user_errors("listed"):
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    if item["Key"].endswith("/") and item["Size"] == 0:
+                        continue  # a folder marker that consoles create
+                    yield ObjectInfo(
+                        key=item["Key"].removeprefix(self.prefix),
+                        size_bytes=item["Size"],
+                        etag=item["ETag"].strip('"'),
+                        modified_at=item["LastModified"].astimezone(UTC),
+                    )
+
+    def head(self, key: str) -> ObjectInfo | None:
+        from botocore.exceptions import ClientError
+
+        with self._user_errors("read"):
+            try:
+                found = self.client.head_object(Bucket=self.bucket, Key=self.prefix + key)
+            except ClientError as error:
+                # HEAD has no body, so a missing bucket and a missing key look alike here.
+                if _status_of(error) == 404:
+                    return None
+                raise
+        return ObjectInfo(
+            key=key,
+            size_bytes=found["ContentLength"],
+            etag=found["ETag"].strip('"'),
+            modified_at=found["LastModified"].astimezone(UTC),
+        )
+
+    def read(self, key: str, *, etag: str | None = None) -> bytes:
+        pieces: list[bytes] = []
+        self._fetch(key, etag, pieces.append, pieces.clear)
+        return b"".join(pieces)
+
+    @contextmanager
+    def open_local(self, key: str, *, etag: str | None = None) -> Iterator[IO[bytes]]:
+        with tempfile.TemporaryFile(prefix="lungopacity-") as file:
+
+            def start_over() -> None:
+                file.seek(0)
+                file.truncate()
+
+            self._fetch(key, etag, file.write, start_over)
+            file.seek(0)
+            yield file
+
+    def _fetch(
+        self,
+        key: str,
+        etag: str | None,
+        take: Callable[[bytes], object],
+        start_over: Callable[[], object],
+    ) -> None:
+        for attempt in range(1, _BODY_ATTEMPTS + 1):
+            start_over()
+            try:
+                self._fetch_once(key, etag, take)
+                return
+            except _BodyError:
+                if attempt == _BODY_ATTEMPTS:
+                    raise
+            time.sleep(_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))
+
+    def _fetch_once(self, key: str, etag: str | None, take: Callable[[bytes], object]) -> None:
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            ConnectTimeoutError,
+            FlexibleChecksumError,
+            ReadTimeoutError,
+        )
+
+        condition = {"IfMatch": f'"{etag}"'} if etag else {}
+        try:
+            answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + key, **condition)
+        except ClientError as error:
+            raise _image_error_of(error) from error
+        except (ConnectTimeoutError, ReadTimeoutError) as error:
+            raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time") from error
+        except (BotoCoreError, OSError) as error:
+            raise ImageError(
+                ErrorCode.UNAVAILABLE, Stage.FETCH, f"no connection ({type(error).__name__})"
+            ) from error
+        md5 = hashlib.md5(usedforsecurity=False)
+        received = 0
+        try:
+            while piece := answer["Body"].read(_CHUNK_BYTES):
+                md5.update(piece)
+                received += len(piece)
+                take(piece)
+        except FlexibleChecksumError as error:
+            raise _BodyError(ErrorCode.DIGEST_MISMATCH, "differs from its checksum") from error
+        except ReadTimeoutError as error:
+            raise _BodyError(ErrorCode.TIMEOUT, "the body stopped coming") from error
+        except (BotoCoreError, OSError) as error:
+            # urllib3's own exceptions are wrapped by botocore, or derive from OSError.
+            raise _BodyError(
+                ErrorCode.UNAVAILABLE, f"connection broke ({type(error).__name__})"
+            ) from error
+        if received != answer["ContentLength"]:
+            raise _BodyError(
+                ErrorCode.UNAVAILABLE,
+                f"body cut short: {received} of {answer['ContentLength']} bytes",
+            )
+        if _etag_is_md5(answer) and md5.hexdigest() != answer["ETag"].strip('"').lower():
+            raise _BodyError(ErrorCode.DIGEST_MISMATCH, "differs from the stored MD5")
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        from botocore.exceptions import ClientError
+
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        with self._user_errors("written"):
+            try:
+                self.client.put_object(
+                    Bucket=self.bucket, Key=self.prefix + key, Body=data, **condition
+                )
+            except ClientError as error:
+                if if_absent and _status_of(error) in (409, 412):
+                    raise AlreadyExistsError(key) from error
+                raise
+
+    def delete(self, key: str) -> None:
+        with self._user_errors("deleted"):
+            self.client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
+
+    def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        import pyarrow.fs
+
+        credentials = _session().get_credentials()
+        if credentials is None:
+            raise UserError(_NO_CREDENTIALS)
+        frozen = credentials.get_frozen_credentials()
+        endpoint = urlsplit(self.client.meta.endpoint_url)
+        filesystem = pyarrow.fs.S3FileSystem(
+            access_key=frozen.access_key,
+            secret_key=frozen.secret_key,
+            session_token=frozen.token,
+            region=self.client.meta.region_name,
+            endpoint_override=endpoint.netloc,
+            scheme=endpoint.scheme,
+            request_timeout=60,
+            connect_timeout=10,
+            # The bucket's own policies decide who may create buckets; a typo must not make one.
+            allow_bucket_creation=False,
+        )
+        return filesystem, f"{self.bucket}/{self.prefix}".rstrip("/")
+
+    @contextmanager
+    def _user_errors(self, done: str) -> Iterator[None]:
+        """Turn what S3 says of the whole place into one line with its mend."""
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            EndpointConnectionError,
+            NoCredentialsError,
+            PartialCredentialsError,
+        )
+
+        where = f"{self.uri} cannot be {done}"
+        endpoint = self.client.meta.endpoint_url
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise UserError(f"{where}: {_NO_CREDENTIALS}") from error
+        except EndpointConnectionError as error:
+            raise UserError(
+                f"{where}: no server answers at {endpoint}; check AWS_ENDPOINT_URL and the network"
+            ) from error
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            if code == "NoSuchBucket":
+                raise UserError(
+                    f"{where}: there is no bucket '{self.bucket}' at {endpoint}; "
+                    "create it, or correct the name"
+                ) from error
+            if code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken"):
+                raise UserError(
+                    f"{where}: {endpoint} does not accept these credentials ({code}); "
+                    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+                ) from error
+            if _status_of(error) == 403:
+                raise UserError(
+                    f"{where}: access denied ({code}); these credentials lack the permission for it"
+                ) from error
+            raise UserError(f"{where}: {endpoint} answered {code or _status_of(error)}") from error
+        except BotoCoreError as error:
+            raise UserError(f"{where}: {error}") from error
+
+
+class _BodyError(ImageError):
+    """Worth fetching again."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(code, Stage.FETCH, message)
+
+
+_NO_CREDENTIALS = (
+    "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+)
+
+
+def _session() -> Any:
+    import boto3
+
+    return boto3.session.Session()
+
+
+def _s3_client() -> Any:
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS},
+        max_pool_connections=64,
+        connect_timeout=10,
+        read_timeout=60,
+        # Virtual-host addressing needs DNS names per bucket, which on-premises servers lack.
+        s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {},
+    )
+    try:
+        session = _session()
+        return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"S3 cannot be used: {error}") from error
+
+
+def _status_of(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _etag_is_md5(answer: dict[str, Any]) -> bool:
+    # The ETag is no MD5 for multipart uploads (it has a dash) and under KMS or customer keys:
+    # https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
+    etag = answer["ETag"].strip('"')
+    encrypted = (
+        answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+    )
+    return len(etag) == 32 and "-" not in etag and not encrypted
+
+
+def _image_error_of(error: Any) -> ImageError:
+    status = _status_of(error)
+    if status == 404:
+        return ImageError(ErrorCode.MISSING, Stage.FETCH, "no such object")
+    if status == 412:
+        return changed()
+    if status in (401, 403):
+        return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, "access denied")
+    return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"storage answered {status}")
