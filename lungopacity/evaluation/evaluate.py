@@ -200,7 +200,9 @@ def _write_tables(
     run_id = f"evaluation-{result.split}"
     table = metrics_table(result.metrics, run_id, result.model_id, synthetic=result.synthetic)
     frame = data.images.assign(model_id=result.model_id, synthetic=result.synthetic)
-    frame["patient_age_years"] = pd.to_numeric(frame["patient_age_years"], errors="coerce")
+    # Above 89 an age identifies (HIPAA safe harbour): 90 stands for all of them.
+    ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
+    frame["patient_age_years"] = ages.clip(upper=90)
     # Who the patient is does not belong into a report.
     frame = frame.drop(columns="patient_id")
     for index, name in enumerate(result.class_names):

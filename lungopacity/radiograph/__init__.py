@@ -1,7 +1,14 @@
 """Bytes to pixels. Training, evaluation and screening all read radiographs here, and only here."""
 
 from lungopacity.radiograph.decode import decode_radiograph
-from lungopacity.radiograph.film import SYNTHETIC_MARK, DecodeLimits, Radiograph
+from lungopacity.radiograph.film import MAX_AGE_YEARS, SYNTHETIC_MARK, DecodeLimits, Radiograph
 from lungopacity.radiograph.preprocess import Preprocessing
 
-__all__ = ["SYNTHETIC_MARK", "DecodeLimits", "Preprocessing", "Radiograph", "decode_radiograph"]
+__all__ = [
+    "MAX_AGE_YEARS",
+    "SYNTHETIC_MARK",
+    "DecodeLimits",
+    "Preprocessing",
+    "Radiograph",
+    "decode_radiograph",
+]

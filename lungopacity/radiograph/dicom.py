@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.radiograph.film import SYNTHETIC_MARK, DecodeLimits, Radiograph
+from lungopacity.radiograph.film import MAX_AGE_YEARS, SYNTHETIC_MARK, DecodeLimits, Radiograph
 from lungopacity.radiograph.grey import stretch_to_uint8
 
 # pydicom warns with the offending value in the text. Values may be names, so nothing is passed on.
@@ -155,4 +155,5 @@ def _age_years(dataset: Any) -> int | None:
     if not match:
         return None
     years_per_unit = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0, "": 1.0}[match[2]]
-    return min(90, int(int(match[1]) * years_per_unit))
+    years = int(int(match[1]) * years_per_unit)
+    return min(90, years) if years <= MAX_AGE_YEARS else None

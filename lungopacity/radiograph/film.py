@@ -13,6 +13,10 @@ SYNTHETIC_MARK = "synthetic phantom"
 """Begins the comment of every file that the phantom archive writes (PNG text, JPEG COM, DICOM)."""
 
 
+MAX_AGE_YEARS = 120
+"""Above it an age is a mistake in the record, and taken as unknown."""
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
     """What one image may cost before it is refused."""

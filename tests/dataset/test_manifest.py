@@ -56,14 +56,21 @@ def test_numbers_stay_names(tmp_path):
         ("image,label\na,\n", "without image or label"),
         ("image,label\na,Normal\na,Normal\n", "more than one row, as a"),
         ("image,label,split\na,Normal,dev\n", "unknown split dev"),
-        ("image,label,patient_age_years\na,Normal,-3\n", "1 values of patient_age_years"),
-        ("image,label,patient_age_years\na,Normal,045Y\n", "no age in years, as that of a"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_mend(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         read_labels(str(tmp_path / "a.csv"))
+
+
+def test_an_impossible_age_is_unknown_and_said(tmp_path, caplog):
+    rows = "".join(f"{n},Normal,{age}\n" for n, age in enumerate(["62", "-3", "155", "045Y", ""]))
+    (tmp_path / "a.csv").write_text(f"image,label,patient_age_years\n{rows}")
+    ages = read_labels(str(tmp_path / "a.csv"))["patient_age_years"]
+    assert ages.isna().tolist() == [False, True, True, True, True]
+    assert ages[0] == 62
+    assert "3 ages are impossible" in caplog.text
 
 
 def test_an_absent_file_is_refused(tmp_path):

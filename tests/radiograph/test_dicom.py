@@ -49,7 +49,16 @@ def test_rescale_comes_before_the_window():
 
 @pytest.mark.parametrize(
     ("age", "years"),
-    [("045Y", 45), ("62", 62), ("018M", 1), ("003D", 0), ("095Y", 90), ("", None), ("JOHN", None)],
+    [
+        ("045Y", 45),
+        ("62", 62),
+        ("018M", 1),
+        ("003D", 0),
+        ("095Y", 90),
+        ("155Y", None),
+        ("", None),
+        ("JOHN", None),
+    ],
 )
 def test_ages_are_years_and_those_above_89_one_group(age, years):
     with pydicom.config.disable_value_validation():
