@@ -7,7 +7,6 @@ evaluation, screening by Ray Data, SQL. Everything that it starts, it stops; als
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import signal
@@ -62,8 +61,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True)
     print(f"lungopacity demo on synthetic films. {NOTICE}")
     print(f"starting an S3 server on loopback, data in {FOLDER}/s3 …", flush=True)
-    with LocalS3(FOLDER / "s3") as server:
-        os.environ.update(server.environment)
+    with LocalS3(FOLDER / "s3") as server, server.as_environment():
         server.create_bucket(BUCKET)
         show_on_terminal()
         settings = PhantomSettings(images=FILMS)

@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -122,6 +123,18 @@ class LocalS3:
             "AWS_DEFAULT_REGION": _REGION,
         }
 
+    @contextlib.contextmanager
+    def as_environment(self) -> Iterator[None]:
+        """Make this server the one that this process, and those it starts, find in the AWS
+        variables; the caller's own variables come back afterwards."""
+        changed = {**dict.fromkeys(_OVERRIDES), **self.environment}
+        before = {name: os.environ.get(name) for name in changed}
+        _set_environment(changed)
+        try:
+            yield
+        finally:
+            _set_environment(before)
+
     @property
     def process_group(self) -> int | None:
         """Group id of the server's processes; None while it is stopped."""
@@ -197,19 +210,14 @@ class LocalS3:
         import boto3
         from botocore.config import Config
 
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.endpoint_url,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            region_name=_REGION,
-            config=Config(
-                connect_timeout=2,
-                read_timeout=read_timeout_s,
-                retries={"mode": "standard", "total_max_attempts": attempts},
-                s3={"addressing_style": "path"},
-            ),
+        config = Config(
+            connect_timeout=2,
+            read_timeout=read_timeout_s,
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            s3={"addressing_style": "path"},
         )
+        with self.as_environment():
+            return boto3.session.Session().client("s3", config=config)
 
     def log_tail(self) -> str:
         """The last lines of the server's log."""
@@ -347,6 +355,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _run(command: list[str], server: LocalS3) -> int:

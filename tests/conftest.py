@@ -20,15 +20,9 @@ _BUCKET = "tests"
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
     """One server, with its AWS variables set, for the whole run: Ray's processes inherit them."""
-    with LocalS3(tmp_path_factory.mktemp("s3")) as server:
+    with LocalS3(tmp_path_factory.mktemp("s3")) as server, server.as_environment():
         server.create_bucket(_BUCKET)
-        before = {name: os.environ.get(name) for name in server.environment}
-        os.environ.update(server.environment)
-        try:
-            yield server
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        yield server
 
 
 @pytest.fixture

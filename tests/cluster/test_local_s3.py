@@ -177,3 +177,23 @@ def test_the_server_ends_with_its_parent(tmp_path: Path, number: signal.Signals)
         parent.send_signal(number)
         parent.wait(20)
     assert _becomes_false(group)
+
+
+def test_a_callers_profile_token_or_endpoint_does_not_outrank_the_server(tmp_path, monkeypatch):
+    caller = {
+        "AWS_PROFILE": "hospital",
+        "AWS_SESSION_TOKEN": "a stale one",
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1",
+        "AWS_ACCESS_KEY_ID": "theirs",
+    }
+    for name, value in caller.items():
+        monkeypatch.setenv(name, value)
+    with LocalS3(tmp_path) as server:
+        server.create_bucket("films")
+        with server.as_environment():
+            import boto3
+
+            client = boto3.session.Session().client("s3")
+            client.put_object(Bucket="films", Key="a", Body=b"x")
+            assert client.meta.endpoint_url == server.endpoint_url
+    assert {name: os.environ.get(name) for name in caller} == caller
