@@ -9,7 +9,9 @@ Two kinds, kept apart because they end differently:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Any
 
 NOTICE = "Research use only. Not a medical device."
 """Stands on every output of the project."""
@@ -54,13 +56,39 @@ class ErrorCode(StrEnum):
     CORRUPT_IMAGE = "corrupt_image"
     """The format was recognised, but its decoder refused the content."""
     TOO_LARGE = "too_large"
-    """More pixels, or bytes, than the limit allows; refused before memory was taken."""
-    NO_PIXELS = "no_pixels"
-    """A DICOM object that holds no pixel data."""
+    """More pixels, frames or bytes than the limit allows; refused before memory was taken."""
+    DECOMPRESSION_BOMB = "decompression_bomb"
+    """Unpacks to so many times its size that it is taken for an attack; unpacking was stopped."""
+    UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"
+    """A DICOM image in an encoding that no installed decoder reads."""
     UNSUPPORTED = "unsupported"
-    """A valid file of a kind that is not decoded (transfer syntax, sample layout, frames)."""
+    """A valid file of a kind that is not decoded (sample layout, nesting too deep)."""
+    ENCRYPTED = "encrypted"
+    """A member of a zip that needs a password."""
     CORRUPT_ARCHIVE = "corrupt_archive"
     """A shard that ends early or cannot be walked; its readable members have rows of their own."""
+    NO_PIXELS = "no_pixels"
+    """A DICOM object of a kind that holds no image (a plan, a waveform, a document)."""
+    DICOMDIR = "dicomdir"
+    """The directory of a DICOM medium; the files it lists have rows of their own."""
+    STRUCTURED_REPORT = "structured_report"
+    """A DICOM structured report (SR)."""
+    PRESENTATION_STATE = "presentation_state"
+    """A DICOM presentation state (PR)."""
+    KEY_OBJECT_SELECTION = "key_object_selection"
+    """A DICOM key object selection (KO)."""
+    WRONG_MODALITY = "wrong_modality"
+    """The header names a modality that is not projection radiography."""
+    WRONG_BODY_PART = "wrong_body_part"
+    """The header names a body part that is not the chest."""
+    LATERAL_VIEW = "lateral_view"
+    """The header names a view that is not frontal (lateral, oblique, decubitus)."""
+    POOR_QUALITY = "poor_quality"
+    """A quality flag that `--reject-quality` names; the `quality_…` columns say which."""
+    DECODER_CRASH = "decoder_crash"
+    """The decoder's process died on this file, twice; no other image was lost by it."""
+    DECODER_TIMEOUT = "decoder_timeout"
+    """The decoder did not finish this file in time, and was ended."""
     INTERNAL = "internal"
     """A defect of lungopacity itself. Please report it."""
 
@@ -69,6 +97,21 @@ TRANSIENT = frozenset(
     {ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.DIGEST_MISMATCH, ErrorCode.CHANGED}
 )
 """Codes that another attempt may well mend."""
+
+REJECTING = frozenset(
+    {
+        ErrorCode.NO_PIXELS,
+        ErrorCode.DICOMDIR,
+        ErrorCode.STRUCTURED_REPORT,
+        ErrorCode.PRESENTATION_STATE,
+        ErrorCode.KEY_OBJECT_SELECTION,
+        ErrorCode.WRONG_MODALITY,
+        ErrorCode.WRONG_BODY_PART,
+        ErrorCode.LATERAL_VIEW,
+        ErrorCode.POOR_QUALITY,
+    }
+)
+"""Codes of objects that were read and understood: `rejected`, not `failed`."""
 
 
 class Stage(StrEnum):
@@ -81,14 +124,22 @@ class Stage(StrEnum):
 
 
 class ImageError(Exception):
-    """One image cannot be read. Messages quote no header value: it could name a patient."""
+    """One image cannot be scored. Messages quote no header value: it could name a patient."""
 
-    def __init__(self, code: ErrorCode, stage: Stage, message: str) -> None:
+    def __init__(
+        self,
+        code: ErrorCode,
+        stage: Stage,
+        message: str,
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        """`facts`: columns of the image's row that were known before it stopped."""
         super().__init__(message)
         self.code = code
         self.stage = stage
         self.message = message
+        self.facts = dict(facts or {})
 
-    def __reduce__(self) -> tuple[type[ImageError], tuple[ErrorCode, Stage, str]]:
-        # Exceptions travel between Ray processes by pickle, which calls __init__ with args alone.
-        return ImageError, (self.code, self.stage, self.message)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions travel between processes by pickle, which calls __init__ with args alone.
+        return ImageError, (self.code, self.stage, self.message, self.facts)

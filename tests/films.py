@@ -12,12 +12,25 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from lungopacity.errors import ImageError
+from lungopacity.radiograph import DecodeLimits, Radiograph, decode_radiographs
 
-def grey_film(seed: int = 0, height: int = 40, width: int = 30) -> npt.NDArray[np.uint8]:
-    """(height, width) uint8, smooth enough for JPEG to keep it."""
+
+def grey_film(seed: int = 0, height: int = 120, width: int = 100) -> npt.NDArray[np.uint8]:
+    """(height, width) uint8, smooth enough for JPEG to keep it, with a bright spine: it raises no
+    quality flag."""
     rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (4, 3), dtype=np.uint8)
+    coarse = rng.integers(0, 120, (6, 7), dtype=np.uint8)
+    coarse[:, 3] += 120
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def one_film(data: bytes, limits: DecodeLimits | None = None, **options: object) -> Radiograph:
+    """The radiograph of a file that holds one. Raises `ImageError`."""
+    (found,) = decode_radiographs(data, limits=limits or DecodeLimits(), **options)
+    if isinstance(found, ImageError):
+        raise found
+    return found
 
 
 def encoded(pixels: npt.NDArray[np.generic], image_format: str = "PNG", **options: object) -> bytes:

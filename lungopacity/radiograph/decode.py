@@ -1,4 +1,4 @@
-"""One radiograph: from the bytes of a file to grey pixels and the few facts that its row keeps.
+"""Radiographs from the bytes of a file: grey pixels, and the few facts that a row keeps.
 
 The format is told by content, never by name: JPEG bytes named .png are common in real archives.
 """
@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator, Set
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph.colour import coloured_fraction
 from lungopacity.radiograph.film import SYNTHETIC_MARK, DecodeLimits, Radiograph
 from lungopacity.radiograph.grey import stretch_to_uint8
+from lungopacity.radiograph.jpeg import decode_grey_jpeg
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Signatures of what Pillow may open here. Its other plug-ins (EPS, PSD, PDF, …) stay shut: a wider
 # door for hostile files, and no radiograph comes in them.
 _PILLOW_FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "BMP")
+_TIFF_PHOTOMETRIC = 262
+_WHITE_IS_ZERO = 0
+_EXIF_ORIENTATION = 0x0112
 
 
 def sniff_format(data: bytes) -> str | None:
@@ -35,21 +44,31 @@ def sniff_format(data: bytes) -> str | None:
         return "jpeg2000"
     if data[:2] == b"BM" and len(data) >= 26 and data[6:10] == b"\0\0\0\0":
         return "bmp"
-    # DICOM without preamble: a group 0002 or 0008 tag at the start, little endian.
+    # DICOM without preamble: a tag of group 0002 or 0008 at the start, of either byte order.
     if data[:2] in (b"\x02\x00", b"\x08\x00") and data[3:4] == b"\x00" and len(data) > 132:
+        return "dicom"
+    if data[:3] == b"\x00\x08\x00" and len(data) > 132:
         return "dicom"
     return None
 
 
-def decode_radiograph(
-    data: bytes, *, limits: DecodeLimits, at_least: int | None = None
-) -> Radiograph:
-    """Decode one file.
+def decode_radiographs(
+    data: bytes,
+    *,
+    limits: DecodeLimits,
+    at_least: int | None = None,
+    accept: Set[ErrorCode] = frozenset(),
+    hmac_key: bytes | None = None,
+) -> Iterator[Radiograph | ImageError]:
+    """Decode one file: one radiograph, or one for each frame of a DICOM object or page of a TIFF.
 
     `at_least`: the caller will shrink the image so that its longer side is this many pixels; a JPEG
-    is then decoded straight to the smallest DCT scale that is not below it, three times as fast.
+    is then decoded straight to a DCT scale that is not below it, several times as fast. `accept`:
+    of `wrong_modality`, `wrong_body_part` and `lateral_view`, what to decode all the same.
+    `hmac_key`: fills `patient_hmac` and `study_hmac`.
 
-    Raises `ImageError`, and nothing else, for content that cannot be decoded.
+    A frame that cannot be decoded comes as its `ImageError`. Raises `ImageError`, and nothing else,
+    for a file that cannot be decoded at all.
     """
     limits.check_size(len(data))
     kind = sniff_format(data)
@@ -60,49 +79,70 @@ def decode_radiograph(
     if kind == "dicom":
         from lungopacity.radiograph.dicom import decode_dicom
 
-        return decode_dicom(data, limits)
-    return replace(_decode_with_pillow(data, limits, at_least), format=kind)
+        yield from decode_dicom(data, limits, accept, hmac_key)
+    else:
+        yield from _decode_with_pillow(data, kind, limits, at_least)
 
 
-def _decode_with_pillow(data: bytes, limits: DecodeLimits, at_least: int | None) -> Radiograph:
+def _decode_with_pillow(
+    data: bytes, kind: str, limits: DecodeLimits, at_least: int | None
+) -> Iterator[Radiograph | ImageError]:
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # Pillow warns of large images, where our own limit decides, and of odd metadata.
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+        except Exception as error:
+            raise _as_image_error(error) from error
+        with image:
+            # Of the other formats, further frames are previews or animations.
+            try:
+                pages = int(getattr(image, "n_frames", 1)) if kind == "tiff" else 1
+            except Exception as error:
+                raise _as_image_error(error) from error
+            limits.check_frames(pages)
+            for page in range(pages):
+                facts: dict[str, Any] = {"format": kind, "frame": page if pages > 1 else None}
+                try:
+                    if page:
+                        image.seek(page)
+                    facts |= {
+                        "rows": image.height,
+                        "columns": image.width,
+                        "photometric_interpretation": image.mode,
+                        "synthetic": any(_is_synthetic(text) for text in image.info.values()),
+                    }
+                    limits.check_pixels(image.height, image.width)
+                    pixels, coloured = _grey_pixels(image, data, kind, at_least)
+                    yield Radiograph(pixels=pixels, coloured_fraction=coloured, **facts)
+                except Exception as error:
+                    failed = _as_image_error(error)
+                    failed.facts = facts
+                    yield failed
+
+
+def _as_image_error(error: Exception) -> ImageError:
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        with warnings.catch_warnings():
-            # Our own limit, checked below before any pixel is decoded, replaces Pillow's warning.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-        with image:
-            columns, rows = image.size
-            limits.check_pixels(rows, columns)
-            mode = image.mode
-            synthetic = any(_is_synthetic(text) for text in image.info.values())
-            if at_least is not None and image.format == "JPEG":
-                image.draft("L", _draft_size(columns, rows, at_least))
-            pixels = _grey_pixels(image)
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError(
+    if isinstance(error, ImageError):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return ImageError(
             ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the signature is there, the header is not"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "declares too many pixels") from error
-    except Exception as error:
-        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, …
-        short = "truncated" in str(error).lower() or "cut short" in str(error).lower()
-        raise ImageError(
-            ErrorCode.TRUNCATED if short else ErrorCode.CORRUPT_IMAGE,
-            Stage.DECODE,
-            f"decoder refused the content ({type(error).__name__})",
-        ) from error
-    return Radiograph(
-        pixels=pixels,
-        format="",
-        rows=rows,
-        columns=columns,
-        photometric_interpretation=mode,
-        synthetic=synthetic,
+        )
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "declares too many pixels")
+    if isinstance(error, MemoryError):
+        return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "takes more memory than allowed")
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, …
+    told = str(error).lower()
+    short = "truncated" in told or "cut short" in told or isinstance(error, EOFError)
+    return ImageError(
+        ErrorCode.TRUNCATED if short else ErrorCode.CORRUPT_IMAGE,
+        Stage.DECODE,
+        f"decoder refused the content ({type(error).__name__})",
     )
 
 
@@ -112,21 +152,55 @@ def _is_synthetic(comment: object) -> bool:
     return isinstance(comment, str) and comment.lower().startswith(SYNTHETIC_MARK)
 
 
-def _draft_size(columns: int, rows: int, at_least: int) -> tuple[int, int]:
-    scale = at_least / max(columns, rows)
-    return max(1, round(columns * scale)), max(1, round(rows * scale))
-
-
-def _grey_pixels(image: object) -> npt.NDArray[np.uint8]:
-    from PIL import Image, ImageOps
-
-    assert isinstance(image, Image.Image)
-    image = ImageOps.exif_transpose(image)
+def _grey_pixels(
+    image: Image.Image, data: bytes, kind: str, at_least: int | None
+) -> tuple[npt.NDArray[np.uint8], float]:
+    """Grey pixels, turned as EXIF says, and the share of coloured ones."""
+    if kind == "jpeg" and image.mode == "L":
+        grey = decode_grey_jpeg(data, at_least)
+        if grey is not None:
+            return _turned(grey, image), 0.0
+    if kind == "jpeg" and at_least is not None:
+        # YCbCr where the file has it: its Y is the grey image, exactly.
+        image.draft("YCbCr", _draft_size(image.width, image.height, at_least))
     if image.mode.startswith("I") or image.mode == "F":
         # 16 bits and more carry no window: their own range is mapped, as for such DICOM.
-        return stretch_to_uint8(np.asarray(image, dtype=np.float64))
+        values = np.asarray(image)
+        grey = stretch_to_uint8(values if values.dtype == np.uint16 else values.astype(np.float64))
+        # Pillow inverts white-is-zero films of up to 8 bits only.
+        tags = getattr(image, "tag_v2", {})
+        white_is_zero = kind == "tiff" and tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
+        return _turned(255 - grey if white_is_zero else grey, image), 0.0
+    coloured = 0.0
+    if image.mode not in ("1", "L", "LA"):
+        image.load()
+        coloured = coloured_fraction(np.asarray(image.convert("RGB")))
+    return _turned(_as_grey(image), image), coloured
+
+
+def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
+    from PIL import Image
+
+    if image.mode == "YCbCr":
+        return np.asarray(image.getchannel(0), dtype=np.uint8)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         opaque = Image.new("RGBA", image.size, (0, 0, 0, 255))
         opaque.alpha_composite(image.convert("RGBA"))
         image = opaque
     return np.asarray(image.convert("L"), dtype=np.uint8)
+
+
+def _turned(grey: npt.NDArray[np.uint8], image: Image.Image) -> npt.NDArray[np.uint8]:
+    from PIL import Image, ImageOps
+
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    if orientation == 1:
+        return grey
+    turned = Image.fromarray(grey)
+    turned.getexif()[_EXIF_ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(turned), dtype=np.uint8)
+
+
+def _draft_size(columns: int, rows: int, at_least: int) -> tuple[int, int]:
+    scale = at_least / max(columns, rows)
+    return max(1, round(columns * scale)), max(1, round(rows * scale))

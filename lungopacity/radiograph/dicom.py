@@ -1,4 +1,4 @@
-"""DICOM to grey pixels by the pipeline of PS3.4 N.2: Modality LUT, VOI LUT, Presentation LUT.
+"""DICOM objects to radiographs: header, then frame by frame. See `dicom_grey` for the grey values.
 
 No header value is quoted in an error: any text element can hold a name.
 """
@@ -7,153 +7,263 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import warnings
+import zlib
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.radiograph.film import MAX_AGE_YEARS, SYNTHETIC_MARK, DecodeLimits, Radiograph
-from lungopacity.radiograph.grey import stretch_to_uint8
+from lungopacity.radiograph.colour import coloured_fraction, luminance
+from lungopacity.radiograph.dicom_grey import grey_of, pixel_aspect_of, with_square_pixels
+from lungopacity.radiograph.dicom_header import (
+    check_kind,
+    check_wanted,
+    facts_of,
+    is_image_class,
+)
+from lungopacity.radiograph.film import DecodeLimits, Radiograph
+from lungopacity.radiograph.jpeg import coded_size
 
 # pydicom warns with the offending value in the text. Values may be names, so nothing is passed on.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_META_BYTES = 1024
+"""Within which the file meta group names the transfer syntax."""
+_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+_FEWER = "fewer pixels than declared"
 
-def decode_dicom(data: bytes, limits: DecodeLimits) -> Radiograph:
-    """Decode one single-frame grey DICOM image to MONOCHROME2 polarity.
 
-    Raises `ImageError` for anything else.
+def decode_dicom(
+    data: bytes,
+    limits: DecodeLimits,
+    accept: Set[ErrorCode] = frozenset(),
+    hmac_key: bytes | None = None,
+) -> Iterator[Radiograph | ImageError]:
+    """Each frame as a radiograph, or as the error that it alone met.
+
+    `accept`: see `dicom_header.check_wanted`. Raises `ImageError` for an object without an image to
+    score, or with a header that cannot be read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dataset = _read(data)
-        rows, columns = _shape(dataset)
-        limits.check_pixels(rows, columns)
+        dataset = _read(data, limits)
+        check_kind(dataset)
+        facts = facts_of(dataset, hmac_key)
         try:
-            pixels = _presentation_values(dataset)
-            return Radiograph(
-                pixels=pixels,
-                format="dicom",
-                rows=rows,
-                columns=columns,
-                photometric_interpretation=_code(dataset, "PhotometricInterpretation"),
-                view_position=_code(dataset, "ViewPosition"),
-                patient_sex=_sex(dataset),
-                patient_age_years=_age_years(dataset),
-                synthetic=str(dataset.get("ImageComments") or "")
-                .lower()
-                .startswith(SYNTHETIC_MARK),
-            )
-        except ImageError:
+            _check_pixel_data(dataset)
+            check_wanted(dataset, facts, accept)
+            declared, frames = _frames(dataset, limits)
+        except ImageError as error:
+            error.facts = facts
             raise
-        except NotImplementedError as error:
-            raise ImageError(
-                ErrorCode.UNSUPPORTED, Stage.DECODE, "no decoder for this transfer syntax"
-            ) from error
-        except Exception as error:
-            short = "less than" in str(error) or "truncated" in str(error).lower()
-            raise ImageError(
-                ErrorCode.TRUNCATED if short else ErrorCode.CORRUPT_IMAGE,
-                Stage.DECODE,
-                f"pixel data cannot be decoded ({type(error).__name__})",
-            ) from error
+        for index in range(declared):
+            own = facts if declared == 1 else {**facts, "frame": index}
+            try:
+                if index >= frames:
+                    raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, _FEWER)
+                yield _radiograph(dataset, index, own, limits)
+            except Exception as error:
+                failed = _as_image_error(error)
+                failed.facts = own
+                yield failed
+                if failed.code is ErrorCode.TRUNCATED:
+                    # A header may declare thousands of frames that are not there: one row for them.
+                    return
 
 
-def _read(data: bytes) -> Any:
+def _read(data: bytes, limits: DecodeLimits) -> Any:
     import pydicom
 
     try:
-        return pydicom.dcmread(io.BytesIO(data), force=True)
+        if _has_meta(data) and _DEFLATED.encode() in data[:_META_BYTES]:
+            return _read_deflated(data, limits)
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        if "PixelData" not in dataset:
+            # Of a file that ends in its pixels pydicom gives nothing; its header is still there.
+            header = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True)
+            dataset = header if len(header) > len(dataset) else dataset
+        # Values are parsed when they are asked for; this finds a damaged file here, not later.
+        known = "SOPClassUID" in dataset or "Rows" in dataset or "PixelData" in dataset
+    except ImageError:
+        raise
     except Exception as error:
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE,
             Stage.DECODE,
             f"DICOM header cannot be read ({type(error).__name__})",
         ) from error
+    if not known and not _has_meta(data):
+        raise ImageError(
+            ErrorCode.NOT_AN_IMAGE, Stage.DECODE, "no signature of a known image format"
+        )
+    return dataset
 
 
-def _shape(dataset: Any) -> tuple[int, int]:
-    if "PixelData" not in dataset:
-        raise ImageError(ErrorCode.NO_PIXELS, Stage.DECODE, "the object holds no pixel data")
+def _has_meta(data: bytes) -> bool:
+    return data[128:132] == b"DICM"
+
+
+def _read_deflated(data: bytes, limits: DecodeLimits) -> Any:
+    """pydicom would inflate without a limit."""
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.filereader import read_dataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    file = io.BytesIO(data)
+    file.seek(132)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflated = inflater.decompress(data[file.tell() :], limits.max_size_bytes)
+    if inflater.unconsumed_tail:
+        raise ImageError(
+            ErrorCode.DECOMPRESSION_BOMB,
+            Stage.DECODE,
+            f"inflates to more than {limits.max_size_bytes} bytes",
+        )
+    dataset = read_dataset(io.BytesIO(inflated), False, True)
+    dataset.file_meta = FileMetaDataset(meta)
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    return dataset
+
+
+def _check_pixel_data(dataset: Any) -> None:
+    """Raises `ImageError` for an object without pixels: cut off, or of a kind that has none."""
+    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
+        raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, "floating-point pixels")
+    if "PixelData" in dataset:
+        return
+    if "Rows" in dataset or "SOPClassUID" not in dataset or is_image_class(dataset):
+        raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the header of an image, and no pixels")
+    raise ImageError(ErrorCode.NO_PIXELS, Stage.DECODE, "the object holds no pixel data")
+
+
+def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
+    """How many images the object declares, and how many of them its pixel data can hold.
+
+    Raises `ImageError` where there is none to decode.
+    """
     try:
-        rows, columns = int(dataset.Rows), int(dataset.Columns)
+        limits.check_pixels(int(dataset.Rows), int(dataset.Columns))
         frames = int(dataset.get("NumberOfFrames") or 1)
         samples = int(dataset.get("SamplesPerPixel") or 1)
+        allocated = int(dataset.BitsAllocated)
+    except ImageError:
+        raise
     except Exception as error:
         raise ImageError(
-            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "rows, columns, frames or samples unreadable"
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "rows, columns, frames or bits unreadable"
         ) from error
-    if frames > 1:
-        raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, f"{frames} frames in one object")
-    if samples != 1:
-        raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, f"{samples} samples a pixel")
-    return rows, columns
-
-
-def _presentation_values(dataset: Any) -> npt.NDArray[np.uint8]:
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    if not hasattr(dataset.file_meta, "TransferSyntaxUID"):
-        # PS3.5 10.1: Implicit VR Little Endian is the default where nothing is said.
-        from pydicom.uid import ImplicitVRLittleEndian
-
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
-    stored = dataset.pixel_array
-    if "PhotometricInterpretation" not in dataset:
+    if samples not in (1, 3) or allocated not in (1, 8, 16, 32):
         raise ImageError(
-            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the header does not say the polarity"
+            ErrorCode.UNSUPPORTED, Stage.DECODE, f"{samples} samples of {allocated} bits a pixel"
         )
-    photometric = str(dataset.PhotometricInterpretation)
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, "not a grey image")
-    modality = apply_modality_lut(stored, dataset)
-    windowed = np.asarray(apply_voi_lut(modality, dataset, index=0), dtype=np.float64)
-    grey = stretch_to_uint8(windowed, *_window_range(dataset))
-    # MONOCHROME1 shows its smallest value as white (PS3.3 C.7.6.3.1.2).
-    return 255 - grey if photometric == "MONOCHROME1" else grey
+    limits.check_frames(frames)
+    frames = max(1, frames)
+    _set_transfer_syntax(dataset)
+    if _is_compressed(dataset):
+        return frames, frames
+    subsampled = dataset.get("PhotometricInterpretation") == "YBR_FULL_422"
+    bits = int(dataset.Rows) * int(dataset.Columns) * (2 if subsampled else samples) * allocated
+    whole = len(dataset.PixelData) * 8 // bits
+    if 0 < whole < frames:
+        dataset.NumberOfFrames = whole  # or pydicom decodes none of them
+    return frames, whole
 
 
-def _window_range(dataset: Any) -> tuple[float | None, float | None]:
-    """The range that `apply_voi_lut` maps a window onto: that of the modality values' type.
+def _set_transfer_syntax(dataset: Any) -> None:
+    """PS3.5 10.1: Implicit VR Little Endian where nothing is said, or what pydicom found."""
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-    Taking the result's own minimum and maximum instead would undo a window that clips nothing.
-    Without a window the image's own range stands in (None, None).
-    """
-    if "VOILUTSequence" in dataset or "WindowWidth" not in dataset:
-        return None, None
-    bits = int(dataset.BitsStored)
-    low, high = (
-        (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        if int(dataset.get("PixelRepresentation") or 0)
-        else (0, 2**bits - 1)
+    if not hasattr(dataset, "file_meta"):
+        dataset.file_meta = FileMetaDataset()
+    if "TransferSyntaxUID" in dataset.file_meta:
+        return
+    implicit, little = getattr(dataset, "original_encoding", (True, True))
+    explicit = ExplicitVRBigEndian if little is False else ExplicitVRLittleEndian
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+
+
+def _is_compressed(dataset: Any) -> bool:
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_transfer_syntax:
+        raise ImageError(
+            ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX, Stage.DECODE, "a private transfer syntax"
+        )
+    return bool(syntax.is_compressed)
+
+
+def _radiograph(
+    dataset: Any, index: int, facts: dict[str, object], limits: DecodeLimits
+) -> Radiograph:
+    stored = _stored_values(dataset, index, limits)
+    coloured = 0.0
+    if stored.ndim == 3:
+        rgb = stored if stored.dtype == np.uint8 else _to_8_bits(stored, dataset)
+        coloured = coloured_fraction(rgb)
+        grey = luminance(rgb)
+    elif str(dataset.get("PhotometricInterpretation") or "") == "PALETTE COLOR":
+        from pydicom.pixels import apply_color_lut
+
+        rgb = apply_color_lut(stored, dataset)[..., :3]
+        rgb = (rgb >> (8 * rgb.dtype.itemsize - 8)).astype(np.uint8)
+        coloured = coloured_fraction(rgb)
+        grey = luminance(rgb)
+    else:
+        grey = grey_of(stored, dataset)
+    pixels = with_square_pixels(grey, pixel_aspect_of(dataset))
+    return Radiograph(pixels=pixels, coloured_fraction=coloured, **facts)  # type: ignore[arg-type]
+
+
+def _to_8_bits(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
+    shift = max(0, int(dataset.BitsStored) - 8)
+    eight: npt.NDArray[np.uint8] = np.clip(stored.astype(np.int64) >> shift, 0, 255).astype(
+        np.uint8
     )
-    if "ModalityLUTSequence" in dataset:
-        return None, None
-    slope = float(dataset.get("RescaleSlope") or 1)
-    intercept = float(dataset.get("RescaleIntercept") or 0)
-    ends = (low * slope + intercept, high * slope + intercept)
-    return min(ends), max(ends)
+    return eight
 
 
-def _code(dataset: Any, keyword: str) -> str | None:
-    """A coded value. Anything that is not a short code is dropped: it could be free text."""
-    value = str(dataset.get(keyword) or "").strip().upper()
-    return value if re.fullmatch(r"[A-Z0-9_ ]{1,16}", value) else None
+def _stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray[Any]:
+    """(height, width) or (height, width, 3), as the frame's decoder gives them."""
+    from pydicom.pixels import pixel_array
+
+    if _is_compressed(dataset):
+        from pydicom.encaps import get_frame
+
+        frame = get_frame(
+            dataset.PixelData, index, number_of_frames=int(dataset.get("NumberOfFrames") or 1)
+        )
+        # Decoders trust the size in the codestream, and take memory for it.
+        size = coded_size(frame)
+        if size is not None:
+            limits.check_pixels(*size)
+    if dataset.file_meta.TransferSyntaxUID == _JPEG_EXTENDED:
+        from lungopacity.radiograph.dicom_jpeg12 import register
+
+        register()
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    # pydicom counts an absent index as all frames.
+    array: npt.NDArray[Any] = pixel_array(dataset, index=index if frames > 1 else 0)
+    return array
 
 
-def _sex(dataset: Any) -> str | None:
-    value = _code(dataset, "PatientSex")
-    return value if value in ("M", "F", "O") else None
-
-
-def _age_years(dataset: Any) -> int | None:
-    # Age String, PS3.5 6.2: three digits and D, W, M or Y. Public sets (RSNA) write bare years.
-    match = re.fullmatch(r"(\d{1,3})([DWMY]?)", str(dataset.get("PatientAge") or "").strip())
-    if not match:
-        return None
-    years_per_unit = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0, "": 1.0}[match[2]]
-    years = int(int(match[1]) * years_per_unit)
-    return min(90, years) if years <= MAX_AGE_YEARS else None
+def _as_image_error(error: Exception) -> ImageError:
+    if isinstance(error, ImageError):
+        return error
+    told = str(error).lower()
+    kind = type(error).__name__
+    if isinstance(error, MemoryError):
+        return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "takes more memory than allowed")
+    if isinstance(error, NotImplementedError) or "missing dependencies" in told:
+        return ImageError(
+            ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX, Stage.DECODE, "no decoder for this encoding"
+        )
+    if any(sign in told for sign in ("less than", "truncated", "fewer", "not enough", "no frame")):
+        return ImageError(ErrorCode.TRUNCATED, Stage.DECODE, f"pixel data ends early ({kind})")
+    return ImageError(
+        ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"pixel data cannot be decoded ({kind})"
+    )

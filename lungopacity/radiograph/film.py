@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,18 @@ class DecodeLimits:
     max_megapixels: float = 100.0
     """Height times width. A 43 x 43 cm detector at 0.1 mm is 18 megapixels."""
     max_size_bytes: int = 512 * 1024 * 1024
-    """Size of the encoded file."""
+    """Size of the encoded file; also what a deflated DICOM file may inflate to."""
+    max_frames: int = 4096
+    """Images in one file. A minute of fluoroscopy at 30 frames a second has 1,800."""
+    max_seconds: float = 30.0
+    """For one file, in the decoder's process; then it is ended."""
+    max_memory_bytes: int = 2 * 1024 * 1024 * 1024
+    """That the decoder's process may take."""
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if not getattr(self, limit.name) > 0:
+                raise ValueError(f"{limit.name} must be above 0, not {getattr(self, limit.name)}")
 
     def check_size(self, size_bytes: int) -> None:
         """Raises `ImageError` (`empty`, `too_large`) for a file that must not be decoded."""
@@ -38,12 +50,21 @@ class DecodeLimits:
             )
 
     def check_pixels(self, rows: int, columns: int) -> None:
-        """Raises `ImageError` (`too_large`) before memory for the pixels is taken."""
+        """Raises `ImageError` (`too_large`, `corrupt_image`) before memory for pixels is taken."""
+        if rows < 1 or columns < 1:
+            raise ImageError(ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "no rows or no columns")
         if rows * columns > self.max_megapixels * 1e6:
             raise ImageError(
                 ErrorCode.TOO_LARGE,
                 Stage.DECODE,
                 f"{columns} x {rows} pixels, limit {self.max_megapixels:g} megapixels",
+            )
+
+    def check_frames(self, frames: int) -> None:
+        """Raises `ImageError` (`too_large`) for a file with too many images."""
+        if frames > self.max_frames:
+            raise ImageError(
+                ErrorCode.TOO_LARGE, Stage.DECODE, f"{frames} frames, limit {self.max_frames}"
             )
 
 
@@ -56,15 +77,31 @@ class Radiograph:
     format: str
     """png, jpeg, dicom, …"""
     rows: int
-    """Of the stored image; `pixels` may be smaller, see `decode_radiograph`."""
+    """Of the stored image; `pixels` may be smaller, see `decode_radiographs`."""
     columns: int
+    frame: int | None = None
+    """Place among the images of one file, from 0; None where it holds one."""
     photometric_interpretation: str | None = None
     """As the DICOM header says; for other formats the Pillow mode (L, I;16, RGB, …)."""
+    modality: str | None = None
+    """A defined term of PS3.3 C.7.3.1.1.1, as CR or DX; None where the header is silent."""
+    body_part: str | None = None
+    """CHEST, or a defined term for another part; None where the header is silent or unclear."""
     view_position: str | None = None
-    """PA, AP, LL, RL, … as the header says; None where it is silent."""
+    """PA, AP, LL, RL, …; None where the header is silent."""
     patient_sex: str | None = None
     """M, F or O."""
     patient_age_years: int | None = None
     """90 for everyone older: above 89 an age identifies (HIPAA safe harbour)."""
+    patient_hmac: str | None = None
+    """HMAC-SHA-256 of the patient's id, hex; None without a key."""
+    study_hmac: str | None = None
+    """The same of the Study Instance UID."""
     synthetic: bool = False
     """The file says that it is a phantom, drawn by a program."""
+    coloured_fraction: float = field(default=0.0, compare=False)
+    """Share of pixels that are clearly coloured, 0 … 1."""
+
+    def facts(self) -> Mapping[str, object]:
+        """Every field but the pixels, by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self)[1:]}

@@ -26,26 +26,35 @@ class Preprocessing:
             raise ValueError(f"std must be above 0, not {self.std}")
 
     def square(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Shrink (area-weighted) or enlarge to fit, and pad with black to a centred square.
+        """`pad` of `fit`: what the network takes, (image_size, image_size) uint8."""
+        return self.pad(self.fit(pixels))
 
-        pixels: (height, width) uint8. Returns (image_size, image_size) uint8. The aspect ratio is
-        kept: stretching a film changes the shape of a heart.
+    def fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Shrink (area-weighted) or enlarge, so that the longer side has `image_size` pixels.
+
+        pixels: (height, width) uint8. The aspect ratio is kept: stretching a film changes the shape
+        of a heart.
         """
         from PIL import Image
 
         size = self.image_size
         height, width = pixels.shape
-        if (height, width) == (size, size):
-            return np.ascontiguousarray(pixels)
         scale = size / max(height, width)
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
+        if target == (width, height):
+            return np.ascontiguousarray(pixels)
         # Pillow's BILINEAR widens its kernel when shrinking, so nothing aliases.
-        resized = np.asarray(
+        return np.asarray(
             Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR), dtype=np.uint8
         )
-        if target == (size, size):
-            return resized
+
+    def pad(self, content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Centre what `fit` gave on a black square."""
+        size = self.image_size
+        height, width = content.shape
+        if (height, width) == (size, size):
+            return content
         square = np.zeros((size, size), np.uint8)
-        top, left = (size - target[1]) // 2, (size - target[0]) // 2
-        square[top : top + target[1], left : left + target[0]] = resized
+        top, left = (size - height) // 2, (size - width) // 2
+        square[top : top + height, left : left + width] = content
         return square

@@ -25,8 +25,8 @@ from lungopacity.archive.phantom_film import (
     draw_film,
 )
 from lungopacity.archive.phantom_opacity import OPACITY_KINDS, Box, OpacityKind
-from lungopacity.radiograph import DecodeLimits, decode_radiograph
 from lungopacity.storage import LocalStore
+from tests.films import one_film
 
 SIZE = 96
 SETTINGS = PhantomSettings(images=36, image_size=SIZE, images_per_shard=7, seed=3)
@@ -236,7 +236,7 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_does_not(files, 
 
 def test_every_file_decodes_and_says_that_it_is_synthetic(files):
     for name, data in images_of(files).items():
-        decoded = decode_radiograph(data, limits=DecodeLimits())
+        decoded = one_film(data)
         assert decoded.pixels.shape == (SIZE, SIZE), name
         assert decoded.synthetic, name
 
@@ -274,10 +274,7 @@ def test_monochrome1_is_stored_inverted_and_reads_the_same():
     ]
     np.testing.assert_array_equal(stored[0].pixel_array, drawn.pixels)
     np.testing.assert_array_equal(WHITE - stored[1].pixel_array, drawn.pixels)
-    read = [
-        decode_radiograph(data, limits=DecodeLimits()).pixels.astype(int)
-        for data in (plain, inverted)
-    ]
+    read = [one_film(data).pixels.astype(int) for data in (plain, inverted)]
     # Rounding to 8 bits falls on the other side of a half.
     assert np.abs(read[0] - read[1]).max() <= 1
 

@@ -1,3 +1,4 @@
+import io
 import zlib
 
 import numpy as np
@@ -7,26 +8,22 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from lungopacity.errors import ErrorCode, ImageError
-from lungopacity.radiograph import SYNTHETIC_MARK, DecodeLimits, decode_radiograph
-from tests.films import dicom, encoded, grey_film
+from lungopacity.radiograph import SYNTHETIC_MARK, DecodeLimits, decode_radiographs
+from tests.films import dicom, encoded, grey_film, one_film
 
 LIMITS = DecodeLimits()
 
 
-def decoded(data: bytes, **options):
-    return decode_radiograph(data, limits=LIMITS, **options)
-
-
 def code_of(data: bytes, limits: DecodeLimits = LIMITS) -> ErrorCode:
     with pytest.raises(ImageError) as caught:
-        decode_radiograph(data, limits=limits)
+        one_film(data, limits)
     return caught.value.code
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF", "BMP", "JPEG2000"])
 def test_lossless_formats_give_back_the_grey_values(image_format):
     film = grey_film()
-    found = decoded(encoded(film, image_format))
+    found = one_film(encoded(film, image_format))
     assert found.format == image_format.lower()
     assert (found.rows, found.columns) == film.shape
     np.testing.assert_array_equal(found.pixels, film)
@@ -34,14 +31,101 @@ def test_lossless_formats_give_back_the_grey_values(image_format):
 
 def test_the_format_is_told_by_content():
     film = grey_film(height=64, width=64)
-    found = decoded(encoded(film, "JPEG", quality=95))
+    found = one_film(encoded(film, "JPEG", quality=95))
     assert found.format == "jpeg"
     assert np.abs(found.pixels.astype(int) - film).mean() < 3
 
 
+def palette(film: np.ndarray) -> Image.Image:
+    shuffled = np.random.default_rng(0).permutation(256).astype(np.uint8)
+    image = Image.fromarray(np.argsort(shuffled).astype(np.uint8)[film]).convert("P")
+    image.putpalette(np.repeat(shuffled, 3).tobytes())
+    return image
+
+
+def saved(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+FILM = grey_film(height=64, width=64)
+SIXTEEN = (FILM.astype(np.uint16) * 257).astype(np.uint16)
+STRETCHED = np.rint((FILM - FILM.min()) * (255.0 / (FILM.max() - FILM.min())))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param(encoded(np.stack([FILM] * 3, axis=2)), FILM, id="png-rgb"),
+        pytest.param(encoded(np.dstack([FILM] * 3 + [np.full_like(FILM, 255)])), FILM, id="rgba"),
+        pytest.param(saved(palette(FILM)), FILM, id="png-palette"),
+        pytest.param(saved(Image.fromarray(FILM > 99)), 255 * (FILM > 99), id="png-1-bit"),
+        pytest.param(encoded(SIXTEEN), STRETCHED, id="png-16"),
+        pytest.param(encoded(SIXTEEN, "TIFF"), STRETCHED, id="tiff-16"),
+        pytest.param(encoded(SIXTEEN.astype(">u2"), "TIFF"), STRETCHED, id="tiff-16-big-endian"),
+        pytest.param(encoded(SIXTEEN, "JPEG2000"), STRETCHED, id="jpeg2000-16"),
+        pytest.param(encoded(FILM.astype(np.float32), "TIFF"), STRETCHED, id="tiff-float"),
+        pytest.param(encoded(SIXTEEN.astype(np.int32), "TIFF"), STRETCHED, id="tiff-32"),
+        pytest.param(encoded(FILM, "TIFF", compression="tiff_lzw"), FILM, id="tiff-lzw"),
+        pytest.param(encoded(FILM, "TIFF", compression="tiff_adobe_deflate"), FILM, id="tiff-zip"),
+    ],
+)
+def test_every_sample_layout_gives_the_same_grey(data, expected):
+    assert np.abs(one_film(data).pixels.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="baseline"),
+        pytest.param({"progressive": True}, id="progressive"),
+        pytest.param({"optimize": True, "restart_marker_blocks": 2}, id="restart-markers"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_every_kind_of_jpeg_gives_the_same_grey(mode, options):
+    data = saved(Image.fromarray(FILM).convert(mode), "JPEG", quality=98, **options)
+    for at_least in (None, 64):
+        found = one_film(data, at_least=at_least)
+        assert np.abs(found.pixels.astype(int) - FILM).max() <= 8
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_white_is_zero_tiff_is_not_read_inverted(bits):
+    """Pillow inverts those of 8 bits and passes those of 16 on as they are."""
+    values = FILM if bits == 8 else SIXTEEN
+    inverse = (2**bits - 1 - values).astype(values.dtype)
+    data = bytearray(encoded(inverse, "TIFF"))
+    # Tag 262, SHORT, one value: 1 (black is zero) becomes 0.
+    entry = b"\x06\x01\x03\x00\x01\x00\x00\x00"
+    at = data.index(entry) + len(entry)
+    assert data[at] == 1
+    data[at] = 0
+    expected = FILM if bits == 8 else STRETCHED
+    assert np.abs(one_film(bytes(data)).pixels.astype(int) - expected).max() <= 1
+
+
+def test_every_page_of_a_tiff_is_a_film():
+    pages = [Image.fromarray(grey_film(seed, 64, 64)) for seed in range(3)]
+    data = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    found = list(decode_radiographs(data, limits=LIMITS))
+    assert [film.frame for film in found] == [0, 1, 2]
+    for film, page in zip(found, pages, strict=True):
+        np.testing.assert_array_equal(film.pixels, np.asarray(page))
+
+
+def test_colour_is_measured_and_grey_in_three_channels_is_none():
+    photograph = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for image_format in ("PNG", "JPEG"):
+        assert one_film(encoded(photograph, image_format), at_least=32).coloured_fraction > 0.3
+        grey = np.stack([FILM] * 3, axis=2)
+        assert one_film(encoded(grey, image_format), at_least=32).coloured_fraction == 0
+
+
 def test_sixteen_bits_are_stretched_to_the_images_own_range():
     film = np.linspace(1000, 5000, 1200).reshape(40, 30).astype(np.uint16)
-    pixels = decoded(encoded(film)).pixels
+    pixels = one_film(encoded(film)).pixels
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert np.all(np.diff(pixels.ravel().astype(int)) >= 0)
 
@@ -50,7 +134,7 @@ def test_transparent_pixels_are_black_not_white():
     rgba = np.zeros((40, 40, 4), np.uint8)
     rgba[..., :3] = 255
     rgba[:, 20:, 3] = 255
-    pixels = decoded(encoded(rgba)).pixels
+    pixels = one_film(encoded(rgba)).pixels
     assert pixels[:, :20].max() == 0
     assert pixels[:, 20:].min() == 255
 
@@ -59,12 +143,13 @@ def test_exif_orientation_is_applied():
     film = grey_film(height=60, width=40)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter
-    found = decoded(encoded(film, "JPEG", quality=95, exif=exif))
-    assert found.pixels.shape == (40, 60)
+    found = one_film(encoded(film, "JPEG", quality=98, exif=exif)).pixels
+    assert found.shape == (40, 60)
+    assert np.abs(found.astype(int) - np.rot90(film, -1)).max() <= 8
 
 
 def test_a_large_jpeg_is_decoded_no_larger_than_needed():
-    found = decoded(encoded(grey_film(height=1600, width=1200), "JPEG"), at_least=200)
+    found = one_film(encoded(grey_film(height=1600, width=1200), "JPEG"), at_least=200)
     assert (found.rows, found.columns) == (1600, 1200)
     assert found.pixels.shape == (200, 150)
 
@@ -88,6 +173,17 @@ def test_a_cut_file_is_truncated(image_format):
     assert code_of(data[: len(data) // 2]) is ErrorCode.TRUNCATED
 
 
+def test_damage_in_the_coded_pixels_of_a_jpeg_is_noticed():
+    """libjpeg only warns, and fills the rest with grey: a film with a false opacity."""
+    data = bytearray(
+        encoded(np.random.default_rng(0).integers(0, 256, (200, 200), np.uint8), "JPEG")
+    )
+    middle = len(data) // 2
+    data[middle : middle + 40] = b"\xff\xd9" * 20
+    with pytest.raises(ImageError):
+        one_film(bytes(data))
+
+
 def test_a_flipped_byte_in_png_pixels_is_noticed():
     data = bytearray(encoded(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)))
     data[data.index(b"IDAT") + 100] ^= 0xFF
@@ -109,11 +205,11 @@ def test_an_encoded_file_over_the_limit_is_refused():
 def test_a_phantom_says_that_it_is_one():
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", f"{SYNTHETIC_MARK}, research use only")
-    assert decoded(encoded(grey_film(), pnginfo=info)).synthetic
-    assert decoded(encoded(grey_film(), "JPEG", comment=SYNTHETIC_MARK)).synthetic
+    assert one_film(encoded(grey_film(), pnginfo=info)).synthetic
+    assert one_film(encoded(grey_film(), "JPEG", comment=SYNTHETIC_MARK)).synthetic
     stored = grey_film().astype(np.uint16)
-    assert decoded(dicom(stored, ImageComments=f"{SYNTHETIC_MARK}, …")).synthetic
-    assert not decoded(encoded(grey_film())).synthetic
+    assert one_film(dicom(stored, ImageComments=f"{SYNTHETIC_MARK}, …")).synthetic
+    assert not one_film(encoded(grey_film())).synthetic
 
 
 VALID = {
@@ -134,9 +230,9 @@ def test_whatever_the_bytes_nothing_but_a_coded_error_comes_out(kind, cut, flips
     for place, change in flips:
         data[place % len(data)] ^= change
     try:
-        found = decoded(bytes(data[: max(0, len(data) - cut)]))
+        for found in decode_radiographs(bytes(data[: max(0, len(data) - cut)]), limits=LIMITS):
+            if not isinstance(found, ImageError):
+                assert found.pixels.dtype == np.uint8
+                assert found.pixels.ndim == 2
     except ImageError:
         pass
-    else:
-        assert found.pixels.dtype == np.uint8
-        assert found.pixels.ndim == 2

@@ -1,0 +1,204 @@
+"""What a DICOM header says of an image, reduced to terms that cannot name anyone.
+
+Any text element can hold a name, coded ones included: a value leaves here only where it is one of
+the standard's own terms, or a number. Parts (PS3.3, PS3.5, PS3.16) are of the DICOM standard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Set
+from typing import Any
+
+from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph.film import MAX_AGE_YEARS, SYNTHETIC_MARK
+
+ACCEPTABLE = frozenset(
+    {ErrorCode.WRONG_MODALITY, ErrorCode.WRONG_BODY_PART, ErrorCode.LATERAL_VIEW}
+)
+"""What a user may ask to have scored all the same."""
+
+# PS3.3 C.7.3.1.1.1. The first line is projection radiography, or does not say what it is: OT is
+# what secondary captures carry; DR and SC are no terms of the standard, and common.
+_RADIOGRAPHY = frozenset("CR DX RG OT DR SC".split())
+_OTHER_MODALITIES = frozenset(
+    """ANN AR ASMT AU BDUS BI BMD CFM CT CTPROTOCOL DG DMS DOC ECG EEG EMG EOG EPS ES FID GM HC
+    HD IO IOL IVOCT IVUS KER KO LEN LS M3D MG MR NM OAM OCT OP OPM OPT OPTBSV OPTENF OPV OSS
+    PA PLAN POS PR PT PX REG RESP RF RTDOSE RTIMAGE RTINTENT RTPLAN RTRAD RTRECORD RTSEGANN
+    RTSTRUCT RWV SEG SM SMR SR SRF STAIN TEXTUREMAP TG US VA XA XAPROTOCOL XC""".split()
+)
+_PHOTOMETRIC = frozenset(
+    """MONOCHROME1 MONOCHROME2 RGB YBR_FULL YBR_FULL_422 YBR_PARTIAL_420 YBR_PARTIAL_422 YBR_ICT
+    YBR_RCT XYB HSV ARGB CMYK""".split()
+) | {"PALETTE COLOR"}
+
+# Frontal views: PS3.3 C.8.7.1 (CR) and C.8.11.5 (DX), and what consoles write.
+_FRONTAL_VIEWS = frozenset(("AP", "PA"))
+_OTHER_VIEWS = frozenset("LL RL LLD RLD LLO RLO LAO RAO LPO RPO LATERAL LAT XTL OBL".split())
+# View Code Sequence, CID 4010: SNOMED-RT ids of older objects, SNOMED CT of newer ones.
+_VIEW_CODES = {
+    **{"R-10206": "AP", "399348003": "AP", "R-10214": "PA", "272479007": "PA"},
+    **{"R-10236": "LL", "399173006": "LL", "R-10232": "RL", "399198007": "RL"},
+    **{"R-10228": "LATERAL", "399067008": "LATERAL", "R-10224": "LLO", "R-10222": "RLO"},
+}
+_CHEST = re.compile(r"CHEST|THORA|TORAX|TÓRAX|LUNG|\bCXR\b|BRUSTKORB|POUMON|PECHO")
+# PS3.16 Annex L, those that a radiography room meets. A term outside this list is not repeated, and
+# taken as silence: hospitals write their own words, and sometimes names, here.
+_OTHER_BODY_PARTS = frozenset(
+    """ABDOMEN ANKLE ARM BREAST BUTTOCK CALCANEUS CALF CAROTID CEREBELLUM CLAVICLE COCCYX COLON
+    CSPINE CTSPINE EAR ELBOW EXTREMITY EYE FACE FEMUR FINGER FOOT FOREARM HAND HEAD HIP
+    HUMERUS JAW KIDNEY KNEE LEG LIVER LSPINE LSSPINE MAXILLA MANDIBLE NASOPHARYNX NECK NOSE
+    ORBIT PANCREAS PATELLA PELVIS PHANTOM RADIUS RADIUSULNA SACRUM SCALP SCAPULA SHOULDER
+    SKULL SPINE SSPINE STOMACH TARSUS TESTIS THIGH THUMB TIBIA TIBIAFIBULA TLSPINE TOE TONGUE
+    TSPINE ULNA WHOLEBODY WHOLESPINE WRIST ZYGOMA""".split()
+)
+
+_BY_SOP_CLASS = {
+    "1.2.840.10008.1.3.10": (ErrorCode.DICOMDIR, "the directory of a DICOM medium"),
+    "1.2.840.10008.5.1.4.1.1.88.59": (ErrorCode.KEY_OBJECT_SELECTION, "a key object selection"),
+}
+_BY_SOP_CLASS_FAMILY = {
+    "1.2.840.10008.5.1.4.1.1.88.": (ErrorCode.STRUCTURED_REPORT, "a structured report"),
+    "1.2.840.10008.5.1.4.1.1.11.": (ErrorCode.PRESENTATION_STATE, "a presentation state"),
+}
+# CR, DX and secondary capture storage (PS3.6 Annex A); asked where the modality is silent.
+_RADIOGRAPHY_CLASSES = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(1|1\.1(\.1)?|7(\.\d)?)")
+
+
+def facts_of(dataset: Any, hmac_key: bytes | None) -> dict[str, object]:
+    """The columns of a row that the header alone decides, by their name."""
+    return {
+        "format": "dicom",
+        "rows": _positive(dataset.get("Rows")),
+        "columns": _positive(dataset.get("Columns")),
+        "photometric_interpretation": _term(dataset, "PhotometricInterpretation", _PHOTOMETRIC),
+        "modality": _term(dataset, "Modality", _RADIOGRAPHY | _OTHER_MODALITIES),
+        "body_part": _body_part(dataset),
+        "view_position": _view_position(dataset),
+        "patient_sex": _term(dataset, "PatientSex", frozenset("MFO")),
+        "patient_age_years": _age_years(dataset),
+        "patient_hmac": _hmac(hmac_key, _text(dataset, "PatientID")),
+        "study_hmac": _hmac(hmac_key, _text(dataset, "StudyInstanceUID")),
+        "synthetic": _text(dataset, "ImageComments").lower().startswith(SYNTHETIC_MARK),
+    }
+
+
+def check_kind(dataset: Any) -> None:
+    """Raises `ImageError` for a DICOM object that is no image, by its SOP class."""
+    sop_class = _text(dataset, "SOPClassUID") or str(
+        getattr(dataset, "file_meta", {}).get("MediaStorageSOPClassUID") or ""
+    )
+    if "DirectoryRecordSequence" in dataset:
+        sop_class = "1.2.840.10008.1.3.10"
+    found = _BY_SOP_CLASS.get(sop_class)
+    for family, told in _BY_SOP_CLASS_FAMILY.items():
+        if found is None and sop_class.startswith(family):
+            found = told
+    if found is not None:
+        raise ImageError(found[0], Stage.DECODE, f"{found[1]}, not an image")
+
+
+def is_image_class(dataset: Any) -> bool:
+    """Whether objects of this SOP class have pixels."""
+    from pydicom.uid import UID
+
+    return "Image Storage" in UID(_text(dataset, "SOPClassUID")).name
+
+
+def check_wanted(dataset: Any, facts: dict[str, object], accept: Set[ErrorCode]) -> None:
+    """Raises `ImageError` (`wrong_modality`, `wrong_body_part`, `lateral_view`).
+
+    `accept`: of these codes, those that the user wants scored all the same. Where the header is
+    silent nothing is raised.
+    """
+    modality, sop_class = facts["modality"], _text(dataset, "SOPClassUID")
+    other_class = (
+        modality is None
+        and sop_class.startswith("1.2.840.10008.")
+        and not _RADIOGRAPHY_CLASSES.fullmatch(sop_class)
+    )
+    if modality in _OTHER_MODALITIES or other_class:
+        _refuse(ErrorCode.WRONG_MODALITY, "not projection radiography", facts, accept)
+    if facts["body_part"] not in (None, "CHEST"):
+        _refuse(ErrorCode.WRONG_BODY_PART, "not the chest", facts, accept)
+    if facts["view_position"] in _OTHER_VIEWS:
+        _refuse(ErrorCode.LATERAL_VIEW, "not a frontal view", facts, accept)
+
+
+def _refuse(code: ErrorCode, what: str, facts: dict[str, object], accept: Set[ErrorCode]) -> None:
+    if code not in accept:
+        raise ImageError(code, Stage.DECODE, f"{what}, says the header", facts)
+
+
+def _text(dataset: Any, keyword: str) -> str:
+    try:
+        return str(dataset.get(keyword) or "").strip()
+    except Exception:
+        # pydicom parses a value when it is asked for, and refuses some. It is as good as absent.
+        return ""
+
+
+def _term(dataset: Any, keyword: str, terms: Set[str]) -> str | None:
+    value = _text(dataset, keyword).upper()
+    return value if value in terms else None
+
+
+def _positive(value: Any) -> int | None:
+    return value if isinstance(value, int) and 0 < value < 2**31 else None
+
+
+def _body_part(dataset: Any) -> str | None:
+    told = _text(dataset, "BodyPartExamined").upper()
+    if "SPINE" in told or "THORACOL" in told:
+        return "SPINE"  # a thoracic spine is no chest
+    if _CHEST.search(told):
+        return "CHEST"
+    if told:
+        # "HAND LT" and "Left-Hand" are a hand, too.
+        words = [word for word in re.split(r"[^A-Z]+", told) if word in _OTHER_BODY_PARTS]
+        joined = re.sub(r"[^A-Z]", "", told)
+        return words[0] if words else joined if joined in _OTHER_BODY_PARTS else None
+    # Anatomic Region Sequence, CID 4031: thorax, chest, lung; others are not mapped.
+    codes = {"T-D3000", "51185008", "816094009", "T-28000", "39607008"}
+    return "CHEST" if _sequence_code(dataset, "AnatomicRegionSequence") in codes else None
+
+
+def _view_position(dataset: Any) -> str | None:
+    told = _term(dataset, "ViewPosition", _FRONTAL_VIEWS | _OTHER_VIEWS)
+    if told is not None:
+        return told
+    coded = _VIEW_CODES.get(_sequence_code(dataset, "ViewCodeSequence"))
+    if coded is not None:
+        return coded
+    # Patient Orientation (PS3.3 C.7.6.1.1.1): rows that run to the front or to the back of the
+    # patient are a view from the side. Rows to the left or right do not tell AP from PA.
+    try:
+        row_direction = str((dataset.get("PatientOrientation") or [""])[0]).upper()
+    except Exception:
+        return None
+    return "LATERAL" if row_direction[:1] in ("A", "P") else None
+
+
+def _sequence_code(dataset: Any, keyword: str) -> str:
+    try:
+        return str(dataset.get(keyword)[0].get("CodeValue") or "")
+    except Exception:
+        return ""
+
+
+def _age_years(dataset: Any) -> int | None:
+    # Age String, PS3.5 6.2: three digits and D, W, M or Y. Public sets (RSNA) write bare years.
+    match = re.fullmatch(r"(\d{1,3})([DWMY]?)", _text(dataset, "PatientAge"))
+    if not match:
+        return None
+    years_per_unit = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0, "": 1.0}[match[2]]
+    years = int(int(match[1]) * years_per_unit)
+    return min(90, years) if years <= MAX_AGE_YEARS else None
+
+
+def _hmac(key: bytes | None, value: str) -> str | None:
+    if key is None or not value:
+        return None
+    return hmac.new(key, value.encode(), hashlib.sha256).hexdigest()

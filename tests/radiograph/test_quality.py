@@ -1,0 +1,110 @@
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from lungopacity.archive.phantom_film import WHITE, draw_body, draw_film
+from lungopacity.archive.phantom_opacity import OPACITY_KINDS
+from lungopacity.radiograph import (
+    QUALITY_FLAGS,
+    REJECTED_BY_DEFAULT,
+    Preprocessing,
+    Radiograph,
+    judge,
+)
+from tests.films import encoded, grey_film, one_film
+from tests.real_data import DICOM_FOLDER, LUNG_FIELDS, needs_real_data
+
+PREPROCESSING = Preprocessing(image_size=160)
+
+
+def flags(film: Radiograph | np.ndarray) -> set[str]:
+    if isinstance(film, np.ndarray):
+        film = Radiograph(film, "png", *film.shape)
+    content = PREPROCESSING.fit(film.pixels)
+    return set(judge(content, film.rows, film.columns, film.coloured_fraction).found())
+
+
+def phantom(seed: int, kind=None) -> np.ndarray:
+    body = draw_body(np.random.default_rng(seed), "FM"[seed % 2], 30 + seed)
+    film = draw_film(np.random.default_rng([seed, 1]), body, ("PA", "AP")[seed % 2], kind, 256)
+    return np.rint(film.pixels * (255.0 / WHITE)).astype(np.uint8)
+
+
+def noisy(level: int, spread: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(level, level + spread, (300, 300), dtype=np.uint8)
+
+
+def framed(inner: np.ndarray, side: int, level: int) -> np.ndarray:
+    film = np.full((side, side), level, np.uint8)
+    film[50 : 50 + inner.shape[0], 50 : 50 + inner.shape[1]] = inner
+    return film
+
+
+@pytest.mark.parametrize(
+    ("film", "expected"),
+    [
+        (np.full((300, 300), 120, np.uint8), {"blank", "low_contrast", "heavy_borders"}),
+        (noisy(100), {"blank", "low_contrast", "heavy_borders"}),
+        (
+            np.zeros((300, 300), np.uint8),
+            {"blank", "nearly_black", "low_contrast", "heavy_borders"},
+        ),
+        (noisy(250), {"blank", "nearly_white", "low_contrast", "heavy_borders"}),
+        (grey_film(1, 80, 300), {"too_small", "odd_aspect"}),
+        (grey_film(1, 700, 300), {"odd_aspect"}),
+        (grey_film(1, 300, 300) // 5 + 60, {"low_contrast"}),
+        (framed(grey_film(1, 100, 100) // 2 + 100, 500, 0), {"heavy_borders"}),
+        (255 - grey_film(1, 300, 300), {"inverted"}),
+        (255 - phantom(0), {"inverted"}),
+        (grey_film(1, 300, 300), set()),
+    ],
+)
+def test_each_fault_raises_its_flag_and_no_other(film, expected):
+    assert flags(film) == expected
+
+
+def test_photographs_are_coloured():
+    for photograph in load_sample_images().images:
+        for image_format in ("PNG", "JPEG"):
+            assert "colour" in flags(one_film(encoded(photograph, image_format), at_least=160))
+
+
+def test_a_coloured_marker_on_a_film_is_no_photograph():
+    film = np.stack([grey_film(1, 400, 400)] * 3, axis=2)
+    film[10:40, 10:90] = (255, 220, 0)
+    assert flags(one_film(encoded(film))) == set()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_chest_films_raise_no_flag_and_their_negatives_are_inverted(seed):
+    film = phantom(seed, OPACITY_KINDS[seed % len(OPACITY_KINDS)])
+    assert flags(film) == set()
+    assert "inverted" in flags(255 - film)
+
+
+def test_the_default_rejections_are_flags_and_leave_the_doubtful_ones_out():
+    assert set(REJECTED_BY_DEFAULT) < set(QUALITY_FLAGS)
+    assert not {"low_contrast", "heavy_borders", "odd_aspect"} & set(REJECTED_BY_DEFAULT)
+
+
+@needs_real_data
+def test_no_real_film_is_rejected_and_every_real_negative_is_found():
+    films = []
+    with tarfile.open(LUNG_FIELDS / "images-000.tar") as shard:
+        for member in list(shard)[::4]:
+            data = shard.extractfile(member).read()
+            films.append(np.asarray(Image.open(io.BytesIO(data)).convert("L")))
+    assert len(films) > 200
+    assert not set.union(*(flags(film) for film in films)) & set(REJECTED_BY_DEFAULT)
+    assert all("inverted" in flags(255 - film) for film in films)
+
+
+@needs_real_data
+def test_a_full_film_whose_header_lies_about_its_polarity_is_found():
+    found = {path.name: flags(one_film(path.read_bytes())) for path in DICOM_FOLDER.glob("*.dcm")}
+    assert {name for name, raised in found.items() if raised} == {"Fake_MONOHR1.dcm"}
+    assert found["Fake_MONOHR1.dcm"] == {"inverted"}
