@@ -6,25 +6,30 @@ import http.client
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["503", "reset", "cut", "flip"]
+Fault = Literal["503", "404", "403", "reset", "cut", "flip"]
+
+_CODES = {"503": "SlowDown", "404": "NoSuchKey", "403": "AccessDenied"}
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Breaks the first `times` answers to GETs of each key that ends in `suffix`."""
+    """Breaks the first `times` answers to GETs of each key; or those that `choose` says."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, upstream: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream).netloc
         self.fault: Fault | None = None
         self.times = 0
+        self.choose: Callable[[str, int], Fault | None] | None = None
+        """Of the path, and how often it has been asked for."""
         self.gets: Counter[str] = Counter()
         self.lock = threading.Lock()
 
@@ -43,9 +48,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and "list-type" not in self.path:
             with server.lock:
                 server.gets[self.path] += 1
-                fault = server.fault if server.gets[self.path] <= server.times else None
-        if fault == "503":
-            self._answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+                if server.choose is not None:
+                    fault = server.choose(self.path, server.gets[self.path])
+                elif server.gets[self.path] <= server.times:
+                    fault = server.fault
+        if fault is not None and fault in _CODES:
+            body = f"<Error><Code>{_CODES[fault]}</Code></Error>".encode()
+            self._answer(int(fault), {}, body)
             return
         if fault == "reset":
             self.connection.shutdown(socket.SHUT_RDWR)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from lungopacity.archive.containers import SHARD_SUFFIXES
 from lungopacity.errors import UserError
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.storage import ObjectInfo, Store, open_store, split_uri
-
-SHARD_SUFFIXES = (".tar",)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def take_inventory(uri: str, on_listed: Callable[[int], None] | None = None) -> 
             raise UserError(f"{store.uri}: nothing lies there; check the path or prefix")
         store, objects = open_store(parent), [single]
     objects.sort(key=lambda item: item.key)
-    return Archive(uri=store.uri, objects=_table(objects))
+    return Archive(uri=store.uri, objects=plan_table(objects))
 
 
 def _listed(store: Store, on_listed: Callable[[int], None] | None) -> list[ObjectInfo]:
@@ -63,7 +62,8 @@ def _listed(store: Store, on_listed: Callable[[int], None] | None) -> list[Objec
     return objects
 
 
-def _table(objects: list[ObjectInfo]) -> pa.Table:
+def plan_table(objects: list[ObjectInfo]) -> pa.Table:
+    """The objects as a table of `PLAN_SCHEMA`."""
     return pa.Table.from_pydict(
         {
             "image": [item.key for item in objects],

@@ -5,21 +5,22 @@ Runs inside Ray tasks, for training and for screening alike, and knows nothing o
 
 from __future__ import annotations
 
-import hashlib
+import io
 import logging
-import tarfile
 import uuid
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
-from lungopacity.errors import ErrorCode, ImageError, Stage, Status
-from lungopacity.radiograph import DecodeLimits, Preprocessing, decode_radiograph
-from lungopacity.results.schema import CONTENT_FIELDS, READ_SCHEMA
+from lungopacity.archive.containers import is_container, members
+from lungopacity.archive.content import ReadSettings, error_columns
+from lungopacity.archive.decoder import borrowed_decoder
+from lungopacity.errors import ErrorCode, ImageError, Status
+from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.storage import Store
 
 log = logging.getLogger(__name__)
@@ -28,23 +29,33 @@ log = logging.getLogger(__name__)
 # night is not called incomplete because of them.
 _SIDECAR_SUFFIXES = (
     ".cls", ".csv", ".htm", ".html", ".json", ".md", ".parquet", ".pdf",
-    ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml",
+    ".tsv", ".txt", ".xls", ".xml", ".yaml", ".yml",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ReadSettings:
-    """How objects are read."""
+@dataclass
+class _Pass:
+    """One pass over an object that holds more than one image."""
 
-    preprocessing: Preprocessing
-    limits: DecodeLimits = field(default_factory=DecodeLimits)
-    fetch_threads: int = 16
-    """Requests under way at once in one task; only fetching is threaded, decoding is not."""
-    rows_per_table: int = 64
+    rows: int = 0
+    reading: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def __post_init__(self) -> None:
-        if self.fetch_threads < 1 or self.rows_per_table < 1:
-            raise ValueError("fetch_threads and rows_per_table must be at least 1")
+
+@dataclass
+class _File:
+    """What becomes one row, or several: see `_rows`."""
+
+    columns: dict[str, Any]
+    """Of the source; in a container of the member, too."""
+    data: bytes | None = None
+    error: Exception | None = None
+    of: _Pass | None = None
+    ends: bool = False
+    """The last of its pass."""
+
+    @property
+    def name(self) -> str:
+        return str(self.columns.get("member") or self.columns["image"])
 
 
 def read_images(
@@ -60,7 +71,7 @@ def read_images(
     a shard) are decoded and given; for training on the labelled part of an archive.
     """
     rows: list[dict[str, Any]] = []
-    for row in _rows(store, objects, settings, wanted):
+    for row in _rows(_files(store, objects, settings, wanted), settings):
         rows.append(row)
         if len(rows) == settings.rows_per_table:
             yield pa.Table.from_pylist(rows, schema=READ_SCHEMA)
@@ -69,24 +80,51 @@ def read_images(
         yield pa.Table.from_pylist(rows, schema=READ_SCHEMA)
 
 
-def _rows(
+def _rows(files: Iterator[_File], settings: ReadSettings) -> Iterator[dict[str, Any]]:
+    with borrowed_decoder(settings) as decoder:
+        for file, contents in decoder.rows((file, file.data) for file in files):
+            if file.error is not None:
+                contents = [error_columns(file.error)]
+            found = file.of or (_Pass() if len(contents) > 1 else None)
+            for content in contents:
+                yield {
+                    **file.columns,
+                    **_told_apart_from_sidecars(content, file.name),
+                    "reading": found and found.reading,
+                }
+            if found is not None:
+                found.rows += len(contents)
+                if file.ends or file.of is None:
+                    yield {
+                        **_of_object(file.columns),
+                        "status": Status.OK.value,
+                        "reading": found.reading,
+                        "shard_rows": found.rows,
+                    }
+
+
+def _files(
     store: Store, objects: pa.Table, settings: ReadSettings, wanted: frozenset[str] | None
-) -> Iterator[dict[str, Any]]:
-    planned = objects.to_pylist()
-    loose = [
-        source
-        for source in planned
-        if not source["is_shard"] and (wanted is None or source["image"] in wanted)
+) -> Iterator[_File]:
+    planned = [
+        ({name: value for name, value in row.items() if name != "is_shard"}, row["is_shard"])
+        for row in objects.to_pylist()
     ]
-    yield from _loose_rows(store, loose, settings)
-    for source in planned:
-        if source["is_shard"]:
-            yield from _shard_rows(store, source, settings, wanted)
+    yield from _loose(
+        store,
+        [
+            source
+            for source, is_shard in planned
+            if not is_shard and (wanted is None or source["image"] in wanted)
+        ],
+        settings,
+    )
+    for source, is_shard in planned:
+        if is_shard:
+            yield from _shard(store, source, settings, wanted)
 
 
-def _loose_rows(
-    store: Store, sources: list[dict[str, Any]], settings: ReadSettings
-) -> Iterator[dict[str, Any]]:
+def _loose(store: Store, sources: list[dict[str, Any]], settings: ReadSettings) -> Iterator[_File]:
     def fetch(source: dict[str, Any]) -> bytes:
         # The listed size is enough to refuse a giant before its bytes are taken.
         settings.limits.check_size(source["source_size_bytes"])
@@ -98,129 +136,79 @@ def _loose_rows(
             waiting.append((source, threads.submit(fetch, source)))
             # Twice the threads: always work in hand, never the whole chunk in memory.
             if len(waiting) > 2 * settings.fetch_threads:
-                yield _loose_row(*waiting.popleft(), settings)
+                yield from _loose_file(*waiting.popleft(), settings)
         while waiting:
-            yield _loose_row(*waiting.popleft(), settings)
+            yield from _loose_file(*waiting.popleft(), settings)
 
 
-def _loose_row(
+def _loose_file(
     source: dict[str, Any], fetched: Future[bytes], settings: ReadSettings
-) -> dict[str, Any]:
-    row = _source_columns(source)
+) -> Iterator[_File]:
     try:
         data = fetched.result()
     except Exception as error:
-        return row | _error_columns(error, source["image"])
-    return row | _content_columns(data, source["image"], settings)
+        yield _File(source, error=_reported(error))
+        return
+    if is_container(data[:512], source["image"]):
+        # A shard by its content, whatever its name.
+        yield from _unpacked(io.BytesIO(data), source, settings, None, _Pass())
+    else:
+        yield _File(source, data)
 
 
-def _shard_rows(
+def _shard(
     store: Store, source: dict[str, Any], settings: ReadSettings, wanted: frozenset[str] | None
-) -> Iterator[dict[str, Any]]:
-    row = {**_source_columns(source), "reading": uuid.uuid4().hex}
-    given = 0
+) -> Iterator[_File]:
+    found = _Pass()
     try:
         with store.open_local(source["image"], etag=source["source_etag"]) as file:
-            for index, name, data in _tar_members(file, settings.limits, wanted):
-                if isinstance(data, ImageError):
-                    content = _error_columns(data, name)
-                elif data is None:
-                    continue
-                else:
-                    content = _content_columns(data, name, settings)
-                given += 1
-                yield {**row, "member": name, "member_index": index, **content}
+            head = file.read(512)
+            file.seek(0)
+            if is_container(head, source["image"]):
+                yield from _unpacked(file, source, settings, wanted, found)
+                return
+            # A film, or nothing, under the name of a shard: read like any other object.
+            settings.limits.check_size(source["source_size_bytes"])
+            data = file.read()
     except Exception as error:
-        # The shard itself, or its rest: members that were already given keep their rows.
-        given += 1
-        yield row | _error_columns(error, "")
-    yield {**row, "status": Status.OK.value, "shard_rows": given}
+        yield _File(source, error=_reported(error))
+        return
+    yield _File(source, data)
 
 
-def _tar_members(
-    file: Any, limits: DecodeLimits, wanted: frozenset[str] | None
-) -> Iterator[tuple[int, str, bytes | ImageError | None]]:
-    """Index, name and bytes of each regular file; None in place of bytes that nobody wants.
-
-    Names are data: nothing is ever written under them. Raises `ImageError` (`corrupt_archive`)
-    where the tar cannot be walked to its end.
-    """
+def _unpacked(
+    file: IO[bytes],
+    source: dict[str, Any],
+    settings: ReadSettings,
+    wanted: frozenset[str] | None,
+    found: _Pass,
+) -> Iterator[_File]:
+    """The members of a container, and what ends its pass. Members that were read keep their rows
+    where the rest of the container cannot be walked."""
     try:
-        # A name in no known encoding must not stop the shard, nor the Arrow column it goes into.
-        with tarfile.open(
-            fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace"
-        ) as tar:
-            files = (member for member in tar if member.isfile())
-            for index, member in enumerate(files):
-                if wanted is not None and member.name not in wanted:
-                    yield index, member.name, None
-                else:
-                    yield index, member.name, _member_bytes(tar, member, limits)
-            end = tar.offset
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise _corrupt(f"cannot be walked to its end ({type(error).__name__})") from error
-    # tarfile stops silently at a broken header, and at a file cut between two members. A whole
-    # tar has a block of zeros there (POSIX.1-1988 ustar).
-    file.seek(end)
-    if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-        raise _corrupt("ends early, or has a broken header in its middle")
-
-
-def _corrupt(what: str) -> ImageError:
-    return ImageError(ErrorCode.CORRUPT_ARCHIVE, Stage.UNPACK, f"the shard {what}")
-
-
-def _member_bytes(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, limits: DecodeLimits
-) -> bytes | ImageError:
-    try:
-        limits.check_size(member.size)
-    except ImageError as error:
-        return error
-    reader = tar.extractfile(member)
-    assert reader is not None
-    data = reader.read()
-    if len(data) < member.size:
-        raise _corrupt("ends inside a member")
-    return data
-
-
-def _source_columns(source: dict[str, Any]) -> dict[str, Any]:
-    return {name: source[name] for name in source if name != "is_shard"}
-
-
-def _content_columns(data: bytes, name: str, settings: ReadSettings) -> dict[str, Any]:
-    """The content columns of `READ_SCHEMA`, and the pixels, of one file's bytes."""
-    digest = hashlib.sha256(data).hexdigest()
-    try:
-        radiograph = decode_radiograph(
-            data, limits=settings.limits, at_least=settings.preprocessing.image_size
-        )
-        pixels = settings.preprocessing.square(radiograph.pixels)
+        for index, name, data in members(file, source["image"], settings.limits, wanted):
+            columns = {**source, "member": name, "member_index": index}
+            if isinstance(data, bytes):
+                yield _File(columns, data, of=found)
+            elif data is not None:
+                yield _File(columns, error=data, of=found)
     except Exception as error:
-        return {"content_sha256": digest, **_error_columns(error, name)}
-    facts = {
-        column.name: getattr(radiograph, column.name)
-        for column in CONTENT_FIELDS
-        if hasattr(radiograph, column.name)
-    }
-    return {
-        **facts,
-        "content_sha256": digest,
-        "status": Status.OK.value,
-        "pixels": pixels.tobytes(),
-    }
+        yield _File(source, error=_reported(error), of=found)
+    yield _File(source, of=found, ends=True)
 
 
-def _error_columns(error: Exception, name: str) -> dict[str, Any]:
+def _of_object(columns: dict[str, Any]) -> dict[str, Any]:
+    return {name: columns[name] for name in columns if name not in ("member", "member_index")}
+
+
+def _told_apart_from_sidecars(content: dict[str, Any], name: str) -> dict[str, Any]:
+    not_an_image = content.get("error_code") == ErrorCode.NOT_AN_IMAGE
+    if not_an_image and name.lower().endswith(_SIDECAR_SUFFIXES):
+        return {**content, "status": Status.REJECTED.value}
+    return content
+
+
+def _reported(error: Exception) -> Exception:
     if not isinstance(error, ImageError):
-        # The type alone: an unforeseen message could quote a header.
         log.error("unforeseen %s while an image was read", type(error).__name__)
-        error = ImageError(ErrorCode.INTERNAL, Stage.DECODE, f"unforeseen {type(error).__name__}")
-    sidecar = error.code is ErrorCode.NOT_AN_IMAGE and name.lower().endswith(_SIDECAR_SUFFIXES)
-    return {
-        "status": (Status.REJECTED if sidecar else Status.FAILED).value,
-        "error_code": error.code.value,
-        "error_stage": error.stage.value,
-        "error_message": error.message,
-    }
+    return error

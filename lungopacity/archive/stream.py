@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from lungopacity.archive.reading import ReadSettings, read_images
+from lungopacity.archive.content import ReadSettings
+from lungopacity.archive.reading import read_images
 from lungopacity.runtime import quiet_ray_data
 from lungopacity.storage import open_store
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
+from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import Archive, take_inventory
-from lungopacity.archive.reading import ReadSettings
 from lungopacity.archive.stream import read_tasks, stream_images
 from lungopacity.dataset.manifest import FACT_COLUMNS
 from lungopacity.errors import Status, UserError
@@ -40,7 +40,7 @@ class LabelledPixels:
     images: pd.DataFrame
     """The labels' columns, and those that were read: content_sha256, view_position, …"""
     unreadable: pd.DataFrame
-    """Labelled images that gave no pixels: image, error_code, error_message."""
+    """Labelled images that gave no pixels, or were rejected: image, error_code, error_message."""
     synthetic: bool
 
     @property
@@ -57,38 +57,35 @@ def load_pixels(
     image_uris: Sequence[str],
     labels: pd.DataFrame,
     class_names: Sequence[str],
-    preprocessing: Preprocessing,
+    settings: ReadSettings,
     labels_uri: str,
 ) -> LabelledPixels:
     """Find every labelled image in the archives and decode it.
 
-    labels: as `read_labels` gives them, of these classes, every row with a split. Needs a running
-    Ray. Raises `UserError` where labels name images that no archive has, where one name is in the
-    archives twice, or where more than `MAX_UNREADABLE_FRACTION` cannot be read.
+    labels: as `read_labels` gives them, of these classes, every row with a split. settings: what
+    they reject is left out. Needs a running Ray. Raises `UserError` where labels name images that
+    no archive has, where one name is in the archives twice, or where more than
+    `MAX_UNREADABLE_FRACTION` cannot be read or are rejected.
     """
     names = frozenset(labels["image"])
     tables: list[pa.Table] = []
     with Progress("Reading images", total=len(names)) as progress:
         for uri in image_uris:
-            for table in _decoded(take_inventory(uri), names, preprocessing):
+            for table in _decoded(take_inventory(uri), names, settings):
                 found = table.filter(pa.compute.is_null(table["shard_rows"]))
                 tables.append(found)
                 progress.advance(found.num_rows)
     read = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame()
-    return _joined(read, labels, class_names, preprocessing, image_uris, labels_uri)
+    return _joined(read, labels, class_names, settings.preprocessing, image_uris, labels_uri)
 
 
-def _decoded(
-    archive: Archive, names: frozenset[str], preprocessing: Preprocessing
-) -> Iterator[pa.Table]:
+def _decoded(archive: Archive, names: frozenset[str], settings: ReadSettings) -> Iterator[pa.Table]:
     """Rows of `READ_SCHEMA` for the images of these names, read by Ray tasks."""
     objects = archive.objects
     named = pa.compute.is_in(objects["image"], value_set=pa.array(sorted(names)))
     objects = objects.filter(pa.compute.or_(objects["is_shard"], named))
     if objects.num_rows:
-        images = stream_images(
-            archive.uri, read_tasks(objects), ReadSettings(preprocessing), wanted=names
-        )
+        images = stream_images(archive.uri, read_tasks(objects), settings, wanted=names)
         yield from images.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
@@ -138,11 +135,12 @@ def _joined(
     if len(unreadable) > MAX_UNREADABLE_FRACTION * len(frame):
         codes = ", ".join(f"{k}: {v}" for k, v in unreadable["error_code"].value_counts().items())
         raise UserError(
-            f"{where}: {len(unreadable)} of {len(frame)} labelled images cannot be read ({codes}); "
-            "mend the archive, or remove them from the labels"
+            f"{where}: {len(unreadable)} of {len(frame)} labelled images cannot be read or are "
+            f"rejected ({codes}); mend the archive, remove them from the labels, or see --accept "
+            "and --reject-quality"
         )
     for row in unreadable.itertuples():
-        log.warning("left out: %s cannot be read (%s)", row.image, row.error_code)
+        log.warning("left out: %s (%s: %s)", row.image, row.error_code, row.error_message)
     frame = frame.loc[~failed].reset_index(drop=True)
     size = preprocessing.image_size
     pixels_NHW = np.frombuffer(b"".join(frame.pop("pixels")), np.uint8).reshape(-1, size, size)

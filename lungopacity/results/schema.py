@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from lungopacity.errors import NOTICE
+from lungopacity.radiograph.quality import QUALITY_FLAGS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a column changes its name, type or meaning."""
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -21,11 +22,13 @@ SOURCE_FIELDS: tuple[pa.Field, ...] = (
     pa.field("image", pa.string(), nullable=False),
     pa.field("member", pa.string()),
     pa.field("member_index", pa.int32()),
+    pa.field("frame", pa.int32()),
     pa.field("source_etag", pa.string(), nullable=False),
     pa.field("source_size_bytes", pa.int64(), nullable=False),
     pa.field("source_modified_at", _TIME, nullable=False),
 )
-"""Which image: the object of the archive (its key), and inside a shard the member and its place."""
+"""Which image: the object of the archive (its key), and inside a shard the member and its place; in
+a file of several frames the frame, from 0."""
 
 CONTENT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("content_sha256", pa.string()),
@@ -33,14 +36,20 @@ CONTENT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("rows", pa.int32()),
     pa.field("columns", pa.int32()),
     pa.field("photometric_interpretation", pa.string()),
+    pa.field("modality", pa.string()),
+    pa.field("body_part", pa.string()),
     pa.field("view_position", pa.string()),
+    pa.field("view_unknown", pa.bool_()),
     pa.field("patient_sex", pa.string()),
     pa.field("patient_age_years", pa.int16()),
+    pa.field("patient_hmac", pa.string()),
+    pa.field("study_hmac", pa.string()),
     pa.field("synthetic", pa.bool_()),
     pa.field("status", pa.string(), nullable=False),
     pa.field("error_code", pa.string()),
     pa.field("error_stage", pa.string()),
     pa.field("error_message", pa.string()),
+    *(pa.field(f"quality_{flag}", pa.bool_()) for flag in QUALITY_FLAGS),
 )
 """What was found in its bytes, or why not."""
 
@@ -50,8 +59,9 @@ SHARD_FIELDS: tuple[pa.Field, ...] = (
 )
 """How publishing tells a whole shard from a part of one, or from parts of two.
 
-All rows of one pass over a shard have the same `reading`; null for loose images. `shard_rows` is
-null but for the one row that closes the pass, which is no image: it counts the rows of the pass.
+All rows of one pass over an object of several images have the same `reading`; null for others.
+`shard_rows` is null but for the one row that closes the pass, which is no image: it counts the rows
+of the pass.
 """
 
 READ_SCHEMA = pa.schema(
@@ -65,7 +75,7 @@ READ_SCHEMA = pa.schema(
 """Between reading and scoring. `pixels`: image_size² bytes, row by row, null without an image.
 """
 
-PLAN_SCHEMA = pa.schema([*SOURCE_FIELDS[:1], *SOURCE_FIELDS[3:], pa.field("is_shard", pa.bool_())])
+PLAN_SCHEMA = pa.schema([*SOURCE_FIELDS[:1], *SOURCE_FIELDS[4:], pa.field("is_shard", pa.bool_())])
 """The inventory, and the plan made of it: one row an object."""
 
 METRICS_SCHEMA = pa.schema(

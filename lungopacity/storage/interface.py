@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
@@ -24,6 +24,11 @@ class ObjectInfo:
     """Changes when the content does. S3's ETag without quotes; on disk, mtime and size."""
     modified_at: datetime
     """UTC."""
+
+    @staticmethod
+    def gone(key: str) -> ObjectInfo:
+        """Stands for an object that is no longer there: reading it will say so."""
+        return ObjectInfo(key, size_bytes=1, etag="", modified_at=datetime.fromtimestamp(0, UTC))
 
 
 class AlreadyExistsError(Exception):

@@ -1,11 +1,13 @@
+import gzip
 import hashlib
 import os
 
 import numpy as np
 import pytest
 
+from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
-from lungopacity.archive.reading import ReadSettings, read_images
+from lungopacity.archive.reading import read_images
 from lungopacity.errors import UserError
 from lungopacity.radiograph import DecodeLimits, Preprocessing
 from lungopacity.results.schema import READ_SCHEMA
@@ -78,13 +80,14 @@ def test_a_shard_can_be_the_archive(store_uri):
 
 
 def whole_tar() -> bytes:
-    return tar({f"{n}.png": encoded(grey_film(n, 90, 90)) for n in range(6)})
+    return tar({f"{n}.png": encoded(grey_film(n, 100, 100)) for n in range(6)})
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_a_cut_shard_gives_its_readable_members_and_one_error_row(tmp_path, share):
     data = whole_tar()
-    open_store(str(tmp_path)).write("x.tar", data[: int(len(data) * share)])
+    # Of its content: zeros fill the end.
+    open_store(str(tmp_path)).write("x.tar", data[: int(len(data.rstrip(b"\0")) * share)])
     rows = images(read(str(tmp_path)))
     assert [row["status"] for row in rows[:-1]] == ["ok"] * (len(rows) - 1)
     assert 1 <= len(rows) - 1 < 6
@@ -159,3 +162,75 @@ def test_many_loose_objects_keep_their_order(tmp_path):
 def test_a_place_that_holds_nothing_is_refused(store_uri):
     with pytest.raises(UserError, match="nothing lies there"):
         take_inventory(store_uri)
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "study"])
+def test_a_container_is_known_by_its_content(store_uri, name):
+    """A shard by its name, or not: a night's export is often a zip without a suffix."""
+    films = {f"{n}.png": encoded(grey_film(n)) for n in range(3)}
+    open_store(store_uri).write(name, gzip.compress(tar({**films, "notes.txt": b"hello"})))
+    *members, end = read(store_uri)
+    assert [row["member"] for row in members] == [*films, "notes.txt"]
+    assert [row["status"] for row in members] == ["ok"] * 3 + ["rejected"]
+    assert (end["image"], end["shard_rows"]) == (name, 4)
+    assert {row["reading"] for row in (*members, end)} == {end["reading"]}
+
+
+def test_a_film_under_the_name_of_a_shard_is_a_film(store_uri):
+    open_store(store_uri).write("x.tar", encoded(grey_film()))
+    (row,) = read(store_uri)
+    assert (row["status"], row["member"], row["reading"]) == ("ok", None, None)
+
+
+def test_frames_of_a_loose_file_are_rows_that_are_closed(store_uri):
+    frames = np.stack([grey_film(seed).astype(np.uint16) * 16 for seed in range(5)])
+    data = dicom(frames[0], NumberOfFrames=5, PixelData=frames.astype("<u2").tobytes())
+    open_store(store_uri).write("cine.dcm", data)
+    *rows, end = read(store_uri)
+    assert [row["frame"] for row in rows] == list(range(5))
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    assert (end["shard_rows"], end["frame"]) == (5, None)
+    assert len({row["reading"] for row in (*rows, end)}) == 1
+
+
+def test_frames_of_a_member_count_for_its_shard(tmp_path):
+    frames = np.stack([grey_film(seed).astype(np.uint16) * 16 for seed in range(3)])
+    cine = dicom(frames[0], NumberOfFrames=3, PixelData=frames.astype("<u2").tobytes())
+    members = {"a.png": encoded(grey_film()), "cine.dcm": cine, "b.png": encoded(grey_film())}
+    open_store(str(tmp_path)).write("x.tar", tar(members))
+    *rows, end = read(str(tmp_path))
+    assert [(row["member_index"], row["frame"]) for row in rows] == [
+        (0, None), (1, 0), (1, 1), (1, 2), (2, None),
+    ]  # fmt: skip
+    assert end["shard_rows"] == 5
+
+
+def test_quality_is_a_verdict_in_the_row_and_the_users_rules_decide(tmp_path):
+    store = open_store(str(tmp_path))
+    store.write("blank.png", encoded(np.full((200, 200), 90, np.uint8)))
+    store.write("good.png", encoded(grey_film()))
+    store.write("negative.png", encoded(255 - grey_film(3, 300, 300)))
+    blank, good, negative = read(str(tmp_path))
+    assert (blank["status"], blank["error_code"]) == ("rejected", "poor_quality")
+    assert blank["quality_blank"]
+    assert blank["pixels"] is None
+    assert not any(good[name] for name in good if name.startswith("quality_"))
+    assert (negative["status"], negative["error_message"]) == ("rejected", "inverted")
+    lenient = ReadSettings(SETTINGS.preprocessing, reject_quality=frozenset())
+    rows = read(str(tmp_path), lenient)
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert [row["quality_inverted"] for row in rows] == [False, False, True]
+
+
+def test_a_view_that_nothing_tells_is_marked(tmp_path):
+    store = open_store(str(tmp_path))
+    film = grey_film().astype(np.uint16) * 16
+    store.write("a.png", encoded(grey_film()))
+    store.write("b.dcm", dicom(film))
+    store.write("c.dcm", dicom(film, ViewPosition="AP"))
+    store.write("d.dcm", dicom(film, ViewPosition="LL"))
+    rows = read(str(tmp_path))
+    assert [row["view_unknown"] for row in rows] == [True, True, False, None]
+    assert [row["error_code"] for row in rows] == [None, None, None, "lateral_view"]
+    # What the header said is kept beside the refusal.
+    assert (rows[3]["view_position"], rows[3]["modality"]) == ("LL", "DX")

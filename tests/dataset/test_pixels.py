@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lungopacity.archive.content import ReadSettings
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.dataset.pixels import load_pixels
 from lungopacity.errors import UserError
@@ -40,7 +41,7 @@ def labels_of(tmp_path, names: list[str], **columns) -> pd.DataFrame:
 
 
 def load(uris, frame):
-    return load_pixels(uris, frame, CLASSES, PREPROCESSING, "labels.csv")
+    return load_pixels(uris, frame, CLASSES, ReadSettings(PREPROCESSING), "labels.csv")
 
 
 def test_each_labelled_film_is_found_loose_and_in_shards(store_uri, tmp_path):
@@ -100,7 +101,8 @@ def test_a_few_unreadable_films_are_left_out_by_name_and_many_are_refused(tmp_pa
     assert len(data.pixels_NHW) == len(data.labels_N) == 29
     store.write("8.png", b"broken")
     with pytest.raises(
-        UserError, match=r"2 of 30 labelled images cannot be read \(not_an_image: 2\)"
+        UserError,
+        match=r"2 of 30 labelled images cannot be read or are rejected \(not_an_image: 2\)",
     ):
         load([str(tmp_path / "a")], frame)
 

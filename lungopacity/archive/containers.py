@@ -1,0 +1,240 @@
+"""Every file of a shard: tar, compressed tar, zip, Parquet, and those one level inside each other.
+
+A shard is whatever hospitals hand over: cut, damaged, nested, hostile. No file of it is lost in
+silence: each becomes a row or is part of what the one error at the end stands for.
+"""
+
+from __future__ import annotations
+
+import io
+import posixpath
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import chain
+from tempfile import SpooledTemporaryFile
+from typing import IO
+
+from lungopacity.archive.parquet_entries import parquet_entries
+from lungopacity.archive.tar_entries import tar_entries
+from lungopacity.archive.unpacking import (
+    HEAD_SIZE,
+    TAR_SUFFIXES,
+    Allowance,
+    Entry,
+    Forward,
+    Kind,
+    Meter,
+    as_image_error,
+    corrupt,
+    kind_of,
+    unpacked,
+)
+from lungopacity.archive.zip_entries import zip_entries
+from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph import DecodeLimits
+
+SHARD_SUFFIXES = (*TAR_SUFFIXES, ".zip", ".parquet")
+"""Endings of keys that are taken for containers before their content is seen."""
+
+_COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+_PROGRAMS = (b"MZ", b"\x7fELF", b"#!")
+_MAX_DEPTH = 1
+_SPOOL_BYTES = 16 * 1024 * 1024
+_CHUNK_BYTES = 1024 * 1024
+
+Member = tuple[int, str, bytes | ImageError | None]
+
+
+def is_container(head: bytes, name: str = "") -> bool:
+    """Whether a file with these first 512 bytes (or all, of a smaller one) is a container.
+
+    Tar, zip, Parquet, gzip, zstd, bzip2 or xz, by content; the name tells an empty tar from other
+    zeros, and a zip that unpacks itself from other programs. Office documents are none.
+    """
+    return _kind(head, name) is not None
+
+
+def members(
+    file: IO[bytes], name: str, limits: DecodeLimits, wanted: frozenset[str] | None = None
+) -> Iterator[Member]:
+    """Running index, name, and bytes of each file in the container, in its own order.
+
+    file: seekable, the whole object. name: its key; decides only what the content leaves open. In
+    place of bytes stands the `ImageError` of a member that alone cannot be read, or None for one
+    whose name is not among `wanted` (which is then not read). A container inside the container is
+    entered, and its members are named `<its name>/<their name>`; one inside that is `unsupported`.
+
+    Names are data: nothing is ever written under them. Raises `ImageError`, after every readable
+    member: `corrupt_archive` where the container cannot be walked to its end, `decompression_bomb`,
+    and for Parquet without images `not_an_image`, without a clear image column `unsupported`.
+    """
+    yield from _Walk(limits, wanted).walk(file, name)
+
+
+class _Walk:
+    """One object's walk: what its containers share."""
+
+    def __init__(self, limits: DecodeLimits, wanted: frozenset[str] | None) -> None:
+        self._limits = limits
+        self._wanted = wanted
+        self._entered = None if wanted is None else _folders(wanted)
+        self._allowance = Allowance()
+        self._given = 0
+
+    def walk(
+        self, file: IO[bytes], name: str, prefix: str = "", depth: int = 0
+    ) -> Iterator[Member]:
+        """The members of one container. Raises `ImageError` alone."""
+        meter = Meter(self._allowance)
+        try:
+            for entry in _entries(file, name, meter):
+                yield from self._entry(entry, prefix, depth)
+        except Exception as error:
+            raise as_image_error(error) from error
+        finally:
+            meter.settle()
+
+    def _entry(self, entry: Entry, prefix: str, depth: int) -> Iterator[Member]:
+        name = prefix + entry.name
+        wanted = self._wanted is None or name in self._wanted
+        entered = self._entered is None or (depth < _MAX_DEPTH and name in self._entered)
+        if not (wanted or entered):
+            yield self._member(name, None)
+        elif isinstance(entry.content, ImageError):
+            yield self._member(name, entry.content if wanted else None)
+        else:
+            try:
+                with entry.content() as reader:
+                    head = _take(reader, HEAD_SIZE)
+                    if not is_container(head):
+                        data = self._content(reader, head, entry.size) if wanted else None
+                        yield self._member(name, data)
+                    elif depth == _MAX_DEPTH:
+                        yield self._member(name, _too_deep())
+                    else:
+                        yield from self._nested(reader, head, name, entry.alone)
+            except Exception as error:
+                if not entry.alone:
+                    raise
+                yield self._member(name, as_image_error(error))
+
+    def _member(self, name: str, data: bytes | ImageError | None) -> Member:
+        self._given += 1
+        return self._given - 1, name, data
+
+    def _content(
+        self, reader: io.BufferedIOBase, head: bytes, size: int | None
+    ) -> bytes | ImageError:
+        try:
+            if size is not None:
+                self._limits.check_size(size)
+        except ImageError as error:
+            return error
+        most = self._limits.max_size_bytes + 1 if size is None else size
+        data = _take(reader, most, head)
+        if size is None:
+            try:
+                self._limits.check_size(len(data))
+            except ImageError as error:
+                return error
+        elif len(data) < size:
+            raise corrupt("ends inside a member")
+        return data
+
+    def _nested(
+        self, reader: io.BufferedIOBase, head: bytes, name: str, alone: bool
+    ) -> Iterator[Member]:
+        # On disk when large: a nested container is bounded by the shard, not by an image's size.
+        with SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
+            spool.write(head)
+            failure = _copy(reader, spool)
+            # A failed checksum does not say where; a stream that ends early was right so far.
+            if failure is not None and alone:
+                raise failure
+            try:
+                yield from self.walk(spool, posixpath.basename(name), f"{name}/", _MAX_DEPTH)
+            except ImageError as error:
+                yield self._member(name, error)
+            if failure is not None:
+                raise failure
+
+
+@lru_cache(maxsize=1)
+def _folders(names: frozenset[str]) -> frozenset[str]:
+    """Every name that one of `names` lies under, were it a container."""
+    return frozenset(
+        name[:index] for name in names for index, letter in enumerate(name) if letter == "/"
+    )
+
+
+def _entries(file: IO[bytes], name: str, meter: Meter) -> Iterator[Entry]:
+    file.seek(0)
+    head = file.read(HEAD_SIZE)
+    file.seek(0)
+    match _kind(head, name):
+        case None:
+            raise corrupt("begins with no signature of a container")
+        case Kind.TAR:
+            return tar_entries(file, meter, forward=False)
+        case Kind.ZIP:
+            return zip_entries(file, meter)
+        case Kind.PARQUET:
+            return parquet_entries(file, meter)
+        case kind:
+            return _compressed_entries(unpacked(file, kind, meter), name, meter)
+
+
+def _kind(head: bytes, name: str) -> Kind | None:
+    kind, name = kind_of(head), name.lower()
+    if kind is None and name.endswith(".tar") and len(head) == HEAD_SIZE and not any(head):
+        return Kind.TAR
+    if kind is None and name.endswith(".zip") and head.startswith(_PROGRAMS):
+        return Kind.ZIP
+    return kind
+
+
+def _compressed_entries(chunks: Iterator[bytes], name: str, meter: Meter) -> Iterator[Entry]:
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        if len(head) >= HEAD_SIZE:
+            break
+    stream = io.BufferedReader(Forward(chain([head], chunks)))
+    # By name too: a tar whose first header is broken is a broken tar, and no image.
+    if kind_of(head) is Kind.TAR or name.lower().endswith(TAR_SUFFIXES):
+        yield from tar_entries(stream, meter, forward=True)
+    else:
+        stem, suffix = posixpath.splitext(name)
+        inner = stem if suffix.lower() in _COMPRESSED_SUFFIXES else name
+        yield Entry(inner, None, lambda: stream, alone=False)
+
+
+def _take(reader: io.BufferedIOBase, size: int, head: bytes = b"") -> bytes:
+    """`head` and what follows it, `size` bytes or all there are.
+
+    Allocates nothing for bytes that do not come, and gives what it collected without a copy.
+    """
+    taken = io.BytesIO()
+    taken.write(head)
+    while (left := size - taken.tell()) > 0 and (chunk := reader.read(min(left, _CHUNK_BYTES))):
+        taken.write(chunk)
+    return taken.getvalue()
+
+
+def _copy(reader: io.BufferedIOBase, target: IO[bytes]) -> Exception | None:
+    """All of `reader` into `target`; gives the failure that ended the reading, if any."""
+    while True:
+        try:
+            # Not `read`: it loses what it has where the next bytes are missing.
+            chunk = reader.read1(_CHUNK_BYTES)
+        except Exception as error:
+            return error
+        if not chunk:
+            return None
+        target.write(chunk)
+
+
+def _too_deep() -> ImageError:
+    return ImageError(
+        ErrorCode.UNSUPPORTED, Stage.UNPACK, "a container in a nested container: nested too deep"
+    )

@@ -1,0 +1,278 @@
+"""Decoding in a process of its own, so that no file can end, hang or starve the task that reads it.
+
+Image codecs are C libraries that take whatever a stranger's file holds. Here they may crash (the
+file is tried once more, alone, and then has `decoder_crash`), not return (`decoder_timeout`) or
+take memory (a limit of the operating system makes it `too_large`): that file alone pays for it.
+
+Bytes go to the process through anonymous files, never through a pipe that could fill up and block
+both sides; orders and rows go through a socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+from lungopacity.archive.content import ReadSettings, content_rows, error_columns
+from lungopacity.errors import ErrorCode, ImageError, Stage
+
+_SLOTS = 4
+"""Files under way at once: the process must find the next one when it is done with one."""
+_BYTES_UNDER_WAY = 64 << 20
+"""Of them; a larger file goes alone."""
+_START_SECONDS = 60.0
+"""For the process to come up, on a machine with much to do."""
+
+Rows = list[dict[str, Any]]
+Ticket = TypeVar("Ticket")
+
+
+@dataclass
+class _Job(Generic[Ticket]):
+    ticket: Ticket
+    data: bytes | None
+    rows: Rows = field(default_factory=list)
+    slot: int = -1
+    crashes: int = 0
+
+
+class Decoder:
+    """The process, and the files that are with it. Used by one thread."""
+
+    def __init__(self, settings: ReadSettings, command: Sequence[str] | None = None) -> None:
+        """`command`: what to run instead of this module, for tests of what can go wrong."""
+        self._settings = settings
+        self._command = list(command or (sys.executable, "-m", "lungopacity.archive.decoder"))
+        self._files = [_anonymous_file() for _ in range(_SLOTS)]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+
+    def rows(self, files: Iterable[tuple[Ticket, bytes | None]]) -> Iterator[tuple[Ticket, Rows]]:
+        """The content rows of each file, in order; a ticket without bytes comes without rows."""
+        waiting: deque[_Job[Ticket]] = deque()
+        for ticket, data in files:
+            job = _Job(ticket, data)
+            while data is not None and not self._has_room(waiting, len(data)):
+                yield self._finished(waiting)
+            if data is not None:
+                self._start(job, waiting)
+            waiting.append(job)
+            while waiting and waiting[0].data is None:
+                yield waiting.popleft().ticket, []
+        while waiting:
+            yield self._finished(waiting)
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._end_process()
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
+    @staticmethod
+    def _has_room(waiting: deque[_Job[Ticket]], size: int) -> bool:
+        under_way = [len(job.data) for job in waiting if job.data is not None]
+        return not under_way or (
+            len(under_way) < _SLOTS and sum(under_way) + size <= _BYTES_UNDER_WAY
+        )
+
+    def _start(self, job: _Job[Ticket], waiting: Iterable[_Job[Ticket]]) -> None:
+        taken = {other.slot for other in waiting if other.data is not None}
+        job.slot = next(slot for slot in range(_SLOTS) if slot not in taken)
+        with contextlib.suppress(OSError):
+            # A process that has just died is noticed when its rows are awaited.
+            self._order(job)
+
+    def _order(self, job: _Job[Ticket]) -> None:
+        assert job.data is not None
+        connection = self._running()
+        file = self._files[job.slot]
+        view = memoryview(job.data)
+        written = 0
+        while written < len(view):
+            written += os.pwrite(file, view[written:], written)
+        connection.send((job.slot, len(view)))
+
+    def _finished(self, waiting: deque[_Job[Ticket]]) -> tuple[Ticket, Rows]:
+        """Wait for the oldest file's rows."""
+        job = waiting[0]
+        if job.data is not None:
+            try:
+                self._receive(job)
+            except (EOFError, OSError):
+                self._mend(job, waiting)
+            if len(job.data) > _BYTES_UNDER_WAY // _SLOTS:
+                os.ftruncate(self._files[job.slot], 0)
+        waiting.popleft()
+        return job.ticket, job.rows
+
+    def _receive(self, job: _Job[Ticket]) -> None:
+        if self._connection is None:
+            raise EOFError
+        job.rows = []
+        while True:
+            # The clock starts anew with each frame: a long film is no hanging decoder.
+            if not self._connection.poll(self._settings.limits.max_seconds):
+                raise TimeoutError
+            row = self._connection.recv()
+            if row is None:
+                return
+            job.rows.append(row)
+
+    def _mend(self, job: _Job[Ticket], waiting: deque[_Job[Ticket]]) -> None:
+        """The process is gone, or hangs, and `job` was its work. Start another for what waits."""
+        cause = sys.exc_info()[1]
+        returncode = self._end_process()
+        job.crashes += 1
+        if isinstance(cause, TimeoutError):
+            limit = self._settings.limits.max_seconds
+            job.rows = [_failed(ErrorCode.DECODER_TIMEOUT, f"took more than {limit:g} s")]
+        elif job.crashes > 1:
+            job.rows = [_failed(ErrorCode.DECODER_CRASH, f"its process died ({_told(returncode)})")]
+        else:
+            # Alone, to be sure that it is the cause; what waits is ordered again after it.
+            self._start(job, ())
+            try:
+                self._receive(job)
+            except (EOFError, OSError):
+                self._mend(job, deque())
+        for other in waiting:
+            if other is not job and other.data is not None:
+                with contextlib.suppress(OSError):
+                    self._order(other)
+
+    def _running(self) -> Connection:
+        if self._connection is None:
+            self._process, self._connection = self._started()
+        return self._connection
+
+    def _started(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        import socket
+
+        ours, theirs = socket.socketpair()
+        environment = {
+            **os.environ,
+            # In a submitted job the package may lie in a working directory of the cluster's making.
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            # One core is what the task has asked the cluster for.
+            **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+        }
+        with theirs:
+            process = subprocess.Popen(
+                [*self._command, str(theirs.fileno()), *map(str, self._files)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                # Codecs write to the terminal as they like, bytes of the file included.
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), *self._files),
+            )
+        connection = Connection(ours.detach())
+        try:
+            connection.send(self._settings)
+            if not connection.poll(_START_SECONDS) or connection.recv() != "ready":
+                raise EOFError
+        except (EOFError, OSError) as error:
+            connection.close()
+            process.kill()
+            # Nothing to do with any file: the task must fail, and be tried elsewhere.
+            raise RuntimeError(
+                f"the decoder's process does not start ({_told(process.wait())})"
+            ) from error
+        return process, connection
+
+    def _end_process(self) -> int:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is None:
+            return 0
+        if self._process.poll() is None:
+            self._process.kill()
+        returncode = self._process.wait()
+        self._process = None
+        return returncode
+
+
+_idle: dict[ReadSettings, Decoder] = {}
+
+
+@contextlib.contextmanager
+def borrowed_decoder(settings: ReadSettings) -> Iterator[Decoder]:
+    """A decoder of this process, kept for the next task: starting one takes a third of a second."""
+    decoder = _idle.pop(settings, None) or Decoder(settings)
+    try:
+        yield decoder
+    except BaseException:
+        # Left in the middle of its work, it would answer the next task with this one's rows.
+        decoder.close()
+        raise
+    previous = _idle.pop(settings, None)
+    if previous is not None:
+        previous.close()
+    for other in list(_idle):
+        _idle.pop(other).close()
+    _idle[settings] = decoder
+
+
+def serve(
+    arguments: Sequence[str],
+    rows_of: Callable[[bytes, ReadSettings], Iterator[dict[str, Any]]] = content_rows,
+) -> None:
+    """The process's side: orders in, rows out, until the other side is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started us
+    connection = Connection(int(arguments[0]))
+    files = [int(argument) for argument in arguments[1:]]
+    with contextlib.suppress(EOFError, OSError):
+        settings: ReadSettings = connection.recv()
+        _limit_memory(settings.limits.max_memory_bytes)
+        connection.send("ready")
+        while True:
+            slot, length = connection.recv()
+            for row in rows_of(_read(files[slot], length), settings):
+                connection.send(row)
+            connection.send(None)
+
+
+def _limit_memory(size_bytes: int) -> None:
+    # Of private memory, not of addresses: libraries map far more than they ever touch.
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (size_bytes, hard))
+
+
+def _read(file: int, length: int) -> bytes:
+    pieces: list[bytes] = []
+    while length:
+        pieces.append(os.pread(file, length, sum(map(len, pieces))))
+        length -= len(pieces[-1])
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("lungopacity")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _failed(code: ErrorCode, message: str) -> dict[str, Any]:
+    return error_columns(ImageError(code, Stage.DECODE, message))
+
+
+def _told(returncode: int) -> str:
+    return f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])

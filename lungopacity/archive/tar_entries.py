@@ -1,0 +1,107 @@
+"""The files of a tar, in one forward pass: V7, ustar, GNU, pax."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import IO, cast
+
+from lungopacity.archive.unpacking import Entry, Forward, Meter, corrupt
+from lungopacity.errors import ErrorCode, ImageError, Stage
+
+_END = tarfile.NUL * tarfile.BLOCKSIZE
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+# tarfile reads such a header whole, and before Python 3.11.10 searched it with a pattern of
+# quadratic cost (CVE-2024-6232): 5 s for 64 KiB.
+_MAX_EXTENDED_BYTES = 16 * 1024
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+# Directories, devices, and GNU's listing of a directory and label of a volume: no files.
+_NO_FILES = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"D", b"V")
+
+
+class _Header(tarfile.TarInfo):
+    """Raises where `tarfile` would end in silence: at every broken header but the end mark."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf == _END:
+                raise
+            raise tarfile.ReadError from error
+        if header.size < 0 or (header.type in _EXTENDED and header.size > _MAX_EXTENDED_BYTES):
+            raise tarfile.ReadError
+        return header
+
+
+def tar_entries(file: IO[bytes], meter: Meter, *, forward: bool) -> Iterator[Entry]:
+    """Every file, and every link, in the tar's order.
+
+    `forward`: the file cannot seek back, and hard links cannot be followed. Raises `ImageError`
+    (`corrupt_archive`) or what `tarfile` raises where the tar cannot be walked to its end.
+    """
+    # A name in no known encoding must not stop the shard, nor the Arrow column it goes into.
+    with tarfile.open(
+        fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace", tarinfo=_Header
+    ) as tar:
+        places: dict[str, tuple[int, int]] = {}
+        end = 0
+        while (member := tar.next()) is not None:
+            # tarfile keeps every member it has seen.
+            tar.members.clear()  # type: ignore[attr-defined]
+            # A pax header may set a size that leads backwards, for ever round.
+            if member.size < 0 or tar.offset < max(end, member.offset_data):
+                raise corrupt("has a header with an impossible size")
+            end = tar.offset
+            place = (member.offset_data, member.size)
+            if member.type in _LINKS:
+                yield _link(file, member, places)
+            elif member.issparse():
+                # Its stored part has an end of its own, whatever its map says.
+                content = partial(_sparse, tar, member, meter)
+                yield Entry(member.name, member.size, content, alone=True)
+            elif member.type not in _NO_FILES:
+                if not forward:
+                    places[member.name] = place
+                yield Entry(member.name, member.size, partial(_stored, file, *place), alone=False)
+        file.seek(tar.offset + tarfile.BLOCKSIZE)
+    while rest := file.read(1024 * 1024):
+        if rest.count(0) < len(rest):
+            raise corrupt("has data after its end mark")
+
+
+def _stored(file: IO[bytes], start: int, size: int) -> io.BufferedIOBase:
+    # tarfile's own reader gives nothing of the last kilobytes in front of a cut.
+    return io.BufferedReader(Forward(_chunks(file, start, size)))
+
+
+def _chunks(file: IO[bytes], start: int, size: int) -> Iterator[bytes]:
+    read: Callable[[int], bytes] = getattr(file, "read1", file.read)
+    file.seek(start)
+    while size and (chunk := read(min(size, 1024 * 1024))):
+        size -= len(chunk)
+        yield chunk
+
+
+def _sparse(tar: tarfile.TarFile, member: tarfile.TarInfo, meter: Meter) -> io.BufferedIOBase:
+    meter.add(tar.offset - member.offset_data, member.size)
+    return cast(io.BufferedIOBase, tar.extractfile(member))
+
+
+def _link(file: IO[bytes], member: tarfile.TarInfo, places: dict[str, tuple[int, int]]) -> Entry:
+    place = places.get(member.linkname)
+    if member.type == tarfile.SYMTYPE or place is None:
+        refusal = ImageError(
+            ErrorCode.UNSUPPORTED, Stage.UNPACK, "a link, and not to a file in front of it"
+        )
+        return Entry(member.name, None, refusal, alone=True)
+    return Entry(member.name, place[1], partial(_stored, file, *place), alone=True)

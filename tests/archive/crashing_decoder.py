@@ -1,0 +1,29 @@
+"""The decoder's process with codecs that fail on command, as hostile files make C code fail."""
+
+import ctypes
+import os
+import sys
+import time
+
+from lungopacity.archive.content import content_rows
+from lungopacity.archive.decoder import serve
+
+
+def rows_of(data, settings):
+    if data.startswith(b"CRASH"):
+        ctypes.string_at(0)  # a segmentation fault
+    if data.startswith(b"HANG"):
+        time.sleep(600)
+    if data.startswith(b"ONCE"):
+        path = data[4:].decode()
+        if not os.path.exists(path):
+            open(path, "w").close()
+            os._exit(3)
+        data = b"junk"
+    yield from content_rows(data, settings)
+    if data.startswith(b"LATE"):
+        os.abort()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:], rows_of)

@@ -1,0 +1,148 @@
+"""Files that crash, hang or starve their decoder: they alone pay for it."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lungopacity.archive.content import ReadSettings, content_rows
+from lungopacity.archive.decoder import Decoder, borrowed_decoder
+from lungopacity.radiograph import DecodeLimits, Preprocessing
+from tests.films import dicom, encoded, grey_film
+
+SETTINGS = ReadSettings(Preprocessing(image_size=32), DecodeLimits(max_seconds=3))
+CRASHING = (sys.executable, "-m", "tests.archive.crashing_decoder")
+FILM = encoded(grey_film())
+
+
+@pytest.fixture
+def crashing():
+    decoder = Decoder(SETTINGS, CRASHING)
+    yield decoder
+    decoder.close()
+
+
+def codes(decoder: Decoder, files: list[bytes]) -> list[str | None]:
+    found = list(decoder.rows(enumerate(files)))
+    assert [ticket for ticket, _ in found] == list(range(len(files)))
+    assert all(len(rows) == 1 for _, rows in found)
+    return [rows[0].get("error_code") for _, rows in found]
+
+
+def test_rows_are_those_of_the_same_process():
+    frames = np.stack([grey_film(seed).astype(np.uint16) * 16 for seed in range(3)])
+    cine = dicom(frames[0], NumberOfFrames=3, PixelData=frames.astype("<u2").tobytes())
+    files = [FILM, b"junk", b"", cine, encoded(grey_film(4), "JPEG"), FILM]
+    with borrowed_decoder(SETTINGS) as decoder:
+        found = list(decoder.rows(enumerate(files)))
+    assert found == [
+        (number, list(content_rows(data, SETTINGS))) for number, data in enumerate(files)
+    ]
+
+
+def test_tickets_without_bytes_pass_through_in_their_place():
+    files = [("a", None), ("b", FILM), ("c", None), ("d", None), ("e", FILM)]
+    with borrowed_decoder(SETTINGS) as decoder:
+        found = [(ticket, len(rows)) for ticket, rows in decoder.rows(files)]
+    assert found == [("a", 0), ("b", 1), ("c", 0), ("d", 0), ("e", 1)]
+
+
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_a_file_that_crashes_its_decoder_costs_itself_alone(crashing, place):
+    files = [FILM] * 8
+    files[place] = b"CRASH"
+    expected = [None] * 8
+    expected[place] = "decoder_crash"
+    assert codes(crashing, files) == expected
+
+
+def test_many_of_them_are_each_found(crashing):
+    files = [FILM, b"CRASH", b"CRASH", FILM, b"LATE", b"CRASH", FILM, b"LATE"]
+    assert codes(crashing, files) == [
+        None, "decoder_crash", "decoder_crash", None, "decoder_crash", "decoder_crash", None,
+        "decoder_crash",
+    ]  # fmt: skip
+
+
+def test_the_message_names_the_signal(crashing):
+    ((_, (row,)),) = list(crashing.rows([(0, b"CRASH")]))
+    assert row["error_message"] == f"its process died (signal {int(signal.SIGSEGV)})"
+    assert (row["status"], row["error_stage"]) == ("failed", "decode")
+
+
+def test_a_process_that_is_ended_from_outside_costs_no_file(crashing, tmp_path):
+    files = [FILM, b"ONCE" + str(tmp_path / "mark").encode(), FILM]
+    assert codes(crashing, files) == [None, "not_an_image", None]
+
+
+def test_a_decoder_that_does_not_return_is_ended(crashing):
+    started = time.monotonic()
+    assert codes(crashing, [FILM, b"HANG", FILM]) == [None, "decoder_timeout", None]
+    assert time.monotonic() - started < 20
+
+
+def test_memory_is_limited_by_the_operating_system():
+    small = ReadSettings(
+        Preprocessing(image_size=32), DecodeLimits(max_memory_bytes=300 << 20, max_megapixels=500)
+    )
+    giant = encoded(np.zeros((20_000, 20_000), np.uint8))
+    with borrowed_decoder(small) as decoder:
+        assert codes(decoder, [giant, FILM]) == ["too_large", None]
+
+
+def test_large_files_go_one_at_a_time_and_arrive_whole():
+    noise = np.random.default_rng(0).integers(0, 4096, (5000, 5000), dtype=np.uint16)
+    files = [dicom(noise), FILM, dicom(noise), dicom(noise)]
+    with borrowed_decoder(SETTINGS) as decoder:
+        found = [rows[0] for _, rows in decoder.rows(enumerate(files))]
+    assert [row["rows"] for row in found] == [5000, 120, 5000, 5000]
+    assert found[0]["content_sha256"] == next(content_rows(files[0], SETTINGS))["content_sha256"]
+
+
+def test_a_reader_that_stops_early_leaves_no_rows_to_the_next():
+    def stop_early():
+        with borrowed_decoder(SETTINGS) as decoder:
+            next(decoder.rows(enumerate([FILM] * 10)))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stop_early()
+    with borrowed_decoder(SETTINGS) as decoder:
+        assert codes(decoder, [b"junk"]) == ["not_an_image"]
+
+
+def test_a_process_that_cannot_start_is_said_so():
+    decoder = Decoder(SETTINGS, (sys.executable, "-c", "raise SystemExit(7)"))
+    with pytest.raises(RuntimeError, match=r"does not start \(exit code 7\)"):
+        list(decoder.rows([(0, FILM)]))
+    decoder.close()
+
+
+def test_the_process_ends_with_its_owner():
+    script = (
+        "import os, time\n"
+        "from lungopacity.archive.decoder import Decoder\n"
+        "from tests.archive.test_decoder import FILM, SETTINGS\n"
+        "decoder = Decoder(SETTINGS)\n"
+        "list(decoder.rows([(0, FILM)]))\n"
+        "print(decoder._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    owner = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    pid = int(owner.stdout)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the decoder outlived its owner")
+
+
+def test_nothing_of_this_process_is_limited():
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
