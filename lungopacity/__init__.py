@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lungopacity.errors import UserError
     from lungopacity.evaluation.evaluate import EvaluationResult, evaluate
     from lungopacity.results.query import query, runs
+    from lungopacity.screening.retry import retry
     from lungopacity.screening.screen import ScreeningResult, screen
     from lungopacity.training.fit import TrainingResult
     from lungopacity.training.train import train
@@ -23,6 +24,7 @@ __all__ = [
     "UserError",
     "evaluate",
     "query",
+    "retry",
     "runs",
     "screen",
     "train",
@@ -36,6 +38,7 @@ _HOME = {
     "UserError": "errors",
     "evaluate": "evaluation.evaluate",
     "query": "results.query",
+    "retry": "screening.retry",
     "runs": "results.query",
     "screen": "screening.screen",
     "train": "training.train",

@@ -4,7 +4,7 @@ Only click is imported here: torch and ray come with the command that needs them
 answers at once.
 
 Exit codes: 0 done; 1 done, with images that could not be read; 2 nothing done, and one line says
-why; 130 stopped by Ctrl-C.
+why, or done with more failures than `--max-failed-fraction`; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -38,6 +38,37 @@ gpu_option = click.option(
     "--use-gpu/--no-gpu", default=None, help="Default: GPUs where the Ray cluster has any."
 )
 
+hmac_key_option = click.option(
+    "--hmac-key", metavar="FILE", default=None, help="Key of patient_hmac and study_hmac."
+)
+
+
+def _words(_context: click.Context, _option: click.Parameter, text: str | None) -> list[str] | None:
+    """`blank,colour` as a list; `none` as an empty one."""
+    if text is None:
+        return None
+    return [word.strip() for word in text.split(",") if word.strip() not in ("", "none")]
+
+
+def rule_options(command: Any) -> Any:
+    """What is read and then not scored; the same words wherever images are read."""
+    accept = click.option(
+        "--accept",
+        metavar="CODES",
+        default="",
+        callback=_words,
+        help="Score all the same: lateral_view, wrong_body_part, wrong_modality.",
+    )
+    reject = click.option(
+        "--reject-quality",
+        metavar="FLAGS",
+        default=None,
+        callback=_words,
+        help="Quality flags that reject a film, or none. Default: blank, nearly_black, "
+        "nearly_white, too_small, inverted, colour.",
+    )
+    return accept(reject(command))
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
 @click.version_option(package_name="lungopacity")
@@ -65,6 +96,7 @@ def cli() -> None:
 @click.option("--epochs", type=int, default=None)
 @click.option("--batch-size", type=int, default=None, help="Over all workers together.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Ray Train workers.")
+@rule_options
 @gpu_option
 @click.option("--seed", type=int, default=0, show_default=True)
 def train(classes: str, **options: Any) -> int:
@@ -98,6 +130,7 @@ def train(classes: str, **options: Any) -> int:
     show_default=True,
 )
 @click.option("--output", metavar="URI", required=True, help="Where the report goes.")
+@rule_options
 @gpu_option
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 def evaluate(as_json: bool, **options: Any) -> int:
@@ -119,6 +152,17 @@ def evaluate(as_json: bool, **options: Any) -> int:
 @click.option("--batch-size", type=int, default=64, show_default=True)
 @click.option("--limit", type=int, default=None, help="Only the first so many objects, by key.")
 @click.option("--labels", metavar="FILE", default=None, help="Labels to measure against.")
+@rule_options
+@click.option(
+    "--max-failed-fraction",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Exit with 2, after all is written, when more of the images could not be read.",
+)
+@hmac_key_option
+@click.option("--hash-keys", is_flag=True, help="Write HMACs of object names, not the names.")
+@click.option("--key-map", metavar="URI", default=None, help="Where --hash-keys keeps the names.")
 @gpu_option
 def screen(**options: Any) -> int:
     """Score every image of an archive; publish predictions and metrics as Parquet."""
@@ -126,6 +170,26 @@ def screen(**options: Any) -> int:
     from lungopacity.screening.screen import screen as run
 
     result = run(**options)
+    click.echo(summary(result))
+    return result.exit_code
+
+
+@cli.command(epilog=_EPILOG)
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+@click.option("--run-id", required=True, help="The run that could not read everything.")
+@click.option("--model", metavar="URI", default=None, help="If the run's model folder was moved.")
+@click.option("--labels", metavar="FILE", default=None, help="Labels to measure against.")
+@hmac_key_option
+@gpu_option
+def retry(**options: Any) -> int:
+    """Screen again what a run could not read for a reason that may have passed."""
+    from lungopacity.screening.report import summary
+    from lungopacity.screening.retry import retry as run
+
+    result = run(**options)
+    if result is None:
+        click.echo("nothing to do again: no image of this run failed for a reason that passes")
+        return 0
     click.echo(summary(result))
     return result.exit_code
 
@@ -141,7 +205,10 @@ def screen(**options: Any) -> int:
 )
 @click.argument("sql")
 def query(results: str, output_format: str, sql: str) -> int:
-    """Ask SQL of the published runs; the tables are predictions, metrics and runs."""
+    """Ask SQL of the published runs.
+
+    The tables are predictions, metrics and runs, and latest: of predictions, each object's newest.
+    """
     from lungopacity.results.query import query as run
     from lungopacity.results.render import rendered
 

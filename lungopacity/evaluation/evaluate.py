@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lungopacity.archive.content import ReadSettings, rules_from
 from lungopacity.dataset.manifest import (
     FACT_COLUMNS,
     assign_splits,
@@ -106,13 +107,17 @@ def evaluate(
     output: str,
     *,
     split: str = "test",
+    accept: Sequence[str] = (),
+    reject_quality: Sequence[str] | None = None,
     use_gpu: bool | None = None,
 ) -> EvaluationResult:
     """Score the labelled images of one split and write metrics, scores and figures to `output`.
 
     Where the labels carry no split, it is the one that training with the model's seed made of them.
-    `split`: train, validation, test or all. Raises `UserError`.
+    `split`: train, validation, test or all. `accept`, `reject_quality`: as in screening; what is
+    rejected is left out. Raises `UserError`.
     """
+    accepted, rejecting = rules_from(accept, reject_quality)
     trained = load_model(model)
     spec = trained.spec
     frame = select_classes(read_labels(labels), spec.class_names, labels)
@@ -125,7 +130,8 @@ def evaluate(
     if chosen.empty:
         raise UserError(f"{labels}: no image in split '{split}'; give --split all or another")
     with ray_session():
-        data = load_pixels(images, chosen, spec.class_names, spec.preprocessing, labels)
+        rules = ReadSettings(spec.preprocessing, accept=accepted, reject_quality=rejecting)
+        data = load_pixels(images, chosen, spec.class_names, rules, labels)
         check_contents(data.images, labels)
         logits_NK, probabilities_NK = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
     # Sums of float32 are off by a rounding, which some metrics warn of.

@@ -1,4 +1,4 @@
-"""SQL over committed runs: three views, `predictions`, `metrics` and `runs`."""
+"""SQL over committed runs: the views `predictions`, `latest`, `metrics` and `runs`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ _RUNS_SCHEMA = pa.schema(
 )
 """`record` is the whole commit record as JSON."""
 
+# All rows of one object come from one run: a shard that could not be opened one night has one row
+# then, and the next night a row for each member.
+_LATEST = """
+CREATE VIEW latest AS SELECT * FROM predictions
+QUALIFY run_id = first_value(run_id) OVER (
+    PARTITION BY archive, image, model_id ORDER BY screened_at DESC, run_id DESC
+)"""
+
 
 def query(results_uri: str, sql: str) -> pa.Table:
     """The answer of DuckDB to `sql`. No other file or network is within its reach.
@@ -55,6 +63,7 @@ def query(results_uri: str, sql: str) -> pa.Table:
         connection.register("predictions", predictions)
         connection.register("metrics", metrics)
         connection.register("runs", _runs_table(records))
+        connection.execute(_LATEST)
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_external_access = false")
         try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lungopacity.archive.reading import ReadSettings
+from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.stream import read_tasks, stream_images
 from lungopacity.errors import Status
 from lungopacity.models import TrainedModel
@@ -122,6 +122,7 @@ def screen_objects(
     archive_uri: str,
     objects: pa.Table,
     model: TrainedModel,
+    settings: ReadSettings,
     results: Store,
     work: str,
     resources: ScoringResources,
@@ -131,7 +132,6 @@ def screen_objects(
     (`ok`, `rejected`, `failed`)."""
     import ray
 
-    settings = ReadSettings(model.spec.preprocessing)
     attempt = f"{work}attempt={uuid.uuid4().hex}/"
 
     def write_part(rows: pa.Table) -> pa.Table:

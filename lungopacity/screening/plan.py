@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +27,8 @@ class RunStart:
     archive: str
     started_at: str
     """ISO 8601, UTC. Its date is the run's partition, also when the run ends after midnight."""
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    """What is scored and what is rejected, and the fingerprint of the key for names."""
 
     @property
     def screened_on(self) -> str:
@@ -52,12 +56,17 @@ def new_run_id(model_id: str) -> str:
 
 
 def make_plan(
-    results: Store, archive: Archive, model_id: str, run_id: str, limit: int | None
+    results: Store,
+    archive: Archive,
+    model_id: str,
+    run_id: str,
+    limit: int | None = None,
+    rules: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plan the run, or take up the plan of an attempt under this id that was not published.
 
     `limit`: only the first so many objects, by key. Raises `UserError` where the run is published
-    already, or was started with another archive or model.
+    already, or was started with another archive, model or other `rules`.
     """
     check_run_id(run_id)
     if read_run(results, run_id) is not None:
@@ -66,12 +75,13 @@ def make_plan(
         )
     work = work_prefix(run_id)
     if results.head(f"{work}run.json") is not None:
-        return _taken_up(results, archive, model_id, run_id)
+        return _taken_up(results, archive, model_id, run_id, rules or {})
     start = RunStart(
         run_id=run_id,
         model_id=model_id,
         archive=archive.uri,
         started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        rules=dict(rules or {}),
     )
     objects = archive.objects if limit is None else archive.objects.slice(0, limit)
     results.write(f"{work}plan.parquet", parquet_bytes(objects))
@@ -79,12 +89,15 @@ def make_plan(
     return Plan(start=start, objects=objects, resumed=False)
 
 
-def _taken_up(results: Store, archive: Archive, model_id: str, run_id: str) -> Plan:
+def _taken_up(
+    results: Store, archive: Archive, model_id: str, run_id: str, rules: Mapping[str, Any]
+) -> Plan:
     work = work_prefix(run_id)
     start = RunStart(**json.loads(results.read(f"{work}run.json")))
     for name, then, now in (
         ("archive", start.archive, archive.uri),
         ("model", start.model_id, model_id),
+        *((name, start.rules.get(name), value) for name, value in rules.items()),
     ):
         if then != now:
             raise UserError(

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from lungopacity.results.schema import part_schema, predictions_schema
 from lungopacity.screening.plan import Plan, parquet_bytes
+from lungopacity.screening.pseudonyms import Pseudonyms, write_key_map
 from lungopacity.storage import Store
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class Finished:
 def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Finished:
     """Read every part file of the run.
 
-    A loose object is complete with its row, a shard with all rows of one pass over it: the passes
-    of two attempts are never mixed, for they may have met different content.
+    An object of one image is complete with its row, one of several with all rows of one pass over
+    it: the passes of two attempts are never mixed, for they may have met different content.
     """
     schema = part_schema(class_names)
     parts = [
@@ -46,12 +47,16 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Finished:
     written = pa.concat_tables([schema.empty_table(), *parts])
     is_marker = pc.is_valid(written["shard_rows"])
     rows = _without_repeats(
-        written.filter(pc.invert(is_marker)), ["image", "reading", "member_index"]
+        written.filter(pc.invert(is_marker)), ["image", "reading", "member_index", "frame"]
     )
     readings = _whole_readings(rows, written.filter(is_marker))
+    # An object that one attempt could not read, and another read as several images, is the latter.
     rows = rows.filter(
         pc.or_(
-            pc.is_null(rows["reading"]),
+            pc.and_(
+                pc.is_null(rows["reading"]),
+                pc.invert(pc.is_in(rows["image"], pa.array(sorted(readings), pa.string()))),
+            ),
             pc.is_in(rows["reading"], value_set=pa.array(sorted(readings.values()), pa.string())),
         )
     )
@@ -71,7 +76,7 @@ def _without_repeats(rows: pa.Table, key: list[str]) -> pa.Table:
     for name in key:
         before = rows[name].slice(0, rows.num_rows - 1).combine_chunks()
         after = rows[name].slice(1).combine_chunks()
-        # Null equals null here: loose images have neither reading nor member index.
+        # Null equals null here: a loose image has no reading, member index or frame.
         equal = pc.or_(
             pc.fill_null(pc.equal(before, after), False),
             pc.and_(pc.is_null(before), pc.is_null(after)),
@@ -105,10 +110,12 @@ def write_predictions(
     *,
     synthetic_model: bool,
     label_of: Mapping[str, str],
+    pseudonyms: Pseudonyms | None = None,
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
     """Write the compact, sorted files. Returns the table, and each file's key, rows and hash.
 
     rows: complete; see `collect`. `label_of`: by image key, or member name inside a shard.
+    `pseudonyms`: with a key map, names of objects are hashed in the files and in the table.
     """
     start = plan.start
     count = rows.num_rows
@@ -125,6 +132,10 @@ def write_predictions(
     columns["label"] = pa.array([label_of.get(name) for name in names], pa.string())
     schema = predictions_schema(class_names)
     table = pa.table({name: columns[name] for name in schema.names}).cast(schema)
+    if pseudonyms is not None and pseudonyms.key_map is not None:
+        table, hashed = pseudonyms.hash_names(table)
+        # Before the results: hashes without a map would be of no use to anyone.
+        write_key_map(pseudonyms.key_map, start.run_id, hashed)
     files = []
     for number, offset in enumerate(range(0, count, _ROWS_PER_FILE)):
         piece = table.slice(offset, _ROWS_PER_FILE)

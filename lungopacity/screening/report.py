@@ -22,6 +22,11 @@ def summary(result: ScreeningResult) -> str:
         for metric in result.metrics
         if metric.metric == "error_code"
     ]
+    if result.broken:
+        lines.append(
+            f"  BROKEN    more than {result.max_failed_fraction:.1%} of the images could not be "
+            "read (--max-failed-fraction)"
+        )
     accuracy = metric_value(result.metrics, "accuracy")
     if accuracy is not None:
         lines.append(f"  accuracy  {accuracy:.4f} against the labels")

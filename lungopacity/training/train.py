@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from lungopacity.archive.content import ReadSettings, rules_from
 from lungopacity.dataset.manifest import (
     assign_splits,
     check_contents,
@@ -42,15 +43,19 @@ def train(
     workers: int = 1,
     use_gpu: bool | None = None,
     seed: int = 0,
+    accept: Sequence[str] = (),
+    reject_quality: Sequence[str] | None = None,
 ) -> TrainingResult:
     """Fit a network and write a model folder to `output`.
 
     images: URIs of archives. `labels`: see `read_labels`. `positive_class`: None takes Lung_Opacity
     where it is one of the classes, else the last of them. None elsewhere takes the recipe's
-    default. The same call goes on where a crashed one stopped. Raises `UserError`.
+    default. `accept`, `reject_quality`: as in screening; what is rejected is left out. The same
+    call goes on where a crashed one stopped. Raises `UserError`.
     """
     if len(set(classes)) < 2:
         raise UserError("--classes: give two or more different names, as Normal,Lung_Opacity")
+    accepted, rejecting = rules_from(accept, reject_quality)
     check_network(model)
     if is_model(output):
         raise UserError(f"{output}: holds a finished model; choose another --output, or remove it")
@@ -78,7 +83,8 @@ def train(
             )
         except ValueError as error:
             raise UserError(f"--{str(error).replace('_', '-', 1)}") from error
-        data = load_pixels(images, frame, classes, preprocessing, labels)
+        rules = ReadSettings(preprocessing, accept=accepted, reject_quality=rejecting)
+        data = load_pixels(images, frame, classes, rules, labels)
         check_contents(data.images, labels)
         with Progress("Training", total=settings.epochs, unit="epochs") as progress:
 
@@ -94,6 +100,11 @@ def train(
                 data,
                 settings,
                 output,
-                provenance={"images": list(images), "labels": labels},
+                provenance={
+                    "images": list(images),
+                    "labels": labels,
+                    "accept": sorted(accepted),
+                    "reject_quality": sorted(rejecting),
+                },
                 on_epoch=show,
             )

@@ -1,0 +1,90 @@
+"""Names that identify nobody: HMAC-SHA-256 under a key that only the user holds.
+
+A plain hash of a patient's id is undone by hashing every id there is; without the key this is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lungopacity.errors import ImageError, UserError
+from lungopacity.storage import open_store, split_uri
+
+_MIN_KEY_BYTES = 16
+
+_MAP_SCHEMA = pa.schema([("hashed", pa.string()), ("name", pa.string())])
+
+
+@dataclass(frozen=True)
+class Pseudonyms:
+    """The user's key, and what is done with it."""
+
+    key: bytes = field(repr=False)
+    key_map: str | None = None
+    """URI of the folder that keeps the names of hashed objects; None leaves names as they are."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells two keys apart, and nothing of either: 16 hex digits for the run's record."""
+        return self.hashed("lungopacity key fingerprint")[:16]
+
+    def hashed(self, name: str) -> str:
+        """HMAC-SHA-256 of the name in UTF-8, 64 hex digits."""
+        return hmac.new(self.key, name.encode(), hashlib.sha256).hexdigest()
+
+    def hash_names(self, rows: pa.Table) -> tuple[pa.Table, dict[str, str]]:
+        """`rows` with `image` and `member` hashed, and the name behind each hash."""
+        names: dict[str, str] = {}
+        for column in ("image", "member"):
+            distinct = pc.unique(rows[column].combine_chunks()).drop_null()
+            hashes = pa.array([self.hashed(name) for name in distinct.to_pylist()], pa.string())
+            names |= dict(zip(hashes.to_pylist(), distinct.to_pylist(), strict=True))
+            found = hashes.take(pc.index_in(rows[column].combine_chunks(), value_set=distinct))
+            place = rows.schema.get_field_index(column)
+            rows = rows.set_column(place, rows.schema.field(column), found)
+        return rows, names
+
+
+def read_pseudonyms(key_uri: str, key_map: str | None) -> Pseudonyms:
+    """The key in the file `key_uri`; white space at its ends does not count.
+
+    Raises `UserError` where it cannot be read, or is shorter than 16 bytes.
+    """
+    parent, name = split_uri(key_uri)
+    try:
+        key = open_store(parent).read(name).strip()
+    except ImageError as error:
+        raise UserError(f"{key_uri}: the key cannot be read: {error.message}") from error
+    if len(key) < _MIN_KEY_BYTES:
+        raise UserError(
+            f"{key_uri}: the key has {len(key)} bytes, at least {_MIN_KEY_BYTES} are needed; "
+            "make one with `openssl rand -hex 32`"
+        )
+    return Pseudonyms(key, key_map)
+
+
+def write_key_map(uri: str, run_id: str, names: Mapping[str, str]) -> None:
+    """Keep the names behind a run's hashes in `<uri>/<run_id>.parquet`."""
+    sink = pa.BufferOutputStream()
+    columns = {"hashed": list(names), "name": list(names.values())}
+    pq.write_table(pa.table(columns, schema=_MAP_SCHEMA), sink, compression="zstd")
+    open_store(uri).write(f"{run_id}.parquet", bytes(sink.getvalue()))
+
+
+def read_key_map(uri: str, run_id: str) -> dict[str, str]:
+    """What `write_key_map` kept. Raises `UserError` where it is gone or damaged."""
+    try:
+        data = open_store(uri).read(f"{run_id}.parquet")
+        table = pq.read_table(pa.BufferReader(data), schema=_MAP_SCHEMA)
+    except (ImageError, pa.ArrowException) as error:
+        raise UserError(
+            f"{uri}/{run_id}.parquet: the names behind the hashes cannot be read; restore the file"
+        ) from error
+    return dict(zip(table["hashed"].to_pylist(), table["name"].to_pylist(), strict=True))

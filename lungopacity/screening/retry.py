@@ -1,0 +1,113 @@
+"""Screen again what a published run could not read for a reason that may have passed."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+
+from lungopacity.archive.inventory import Archive, plan_table
+from lungopacity.errors import TRANSIENT, Status, UserError
+from lungopacity.results.folder import read_run
+from lungopacity.screening.pseudonyms import read_key_map
+from lungopacity.screening.screen import ScreeningJob, ScreeningResult, run_job, screening_job
+from lungopacity.storage import ObjectInfo, Store, open_store
+
+_HEAD_THREADS = 32
+
+
+def retry(
+    results: str,
+    run_id: str,
+    *,
+    model: str | None = None,
+    hmac_key: str | None = None,
+    labels: str | None = None,
+    use_gpu: bool | None = None,
+) -> ScreeningResult | None:
+    """Publish a run over the objects of `run_id` that failed by a transient code; None: none did.
+
+    The run that is retried stays as it is; the new one names it as `retry_of`, and the view
+    `latest` of `query` shows its rows instead. `model`: where the model of that run lies now, if it
+    was moved. `hmac_key`: the same as the run had, if it had one. Raises `UserError`.
+    """
+    began = time.monotonic()
+    store = open_store(results)
+    record = read_run(store, run_id)
+    if record is None:
+        raise UserError(
+            f"{store.uri}: there is no published run '{run_id}'; see `lungopacity runs`"
+        )
+    failed = _transiently_failed(store, record)
+    if not failed:
+        return None
+    settings = record.get("settings", {})
+    job = screening_job(
+        model or record.get("model") or _no_model(run_id),
+        results,
+        accept=settings.get("accept", ()),
+        reject_quality=settings.get("reject_quality"),
+        max_failed_fraction=settings.get("max_failed_fraction", 0.05),
+        hmac_key=hmac_key,
+        hash_keys=settings.get("key_map") is not None,
+        key_map=settings.get("key_map"),
+        labels=labels,
+        batch_size=settings.get("batch_size", 64),
+        use_gpu=use_gpu,
+        noted={"retry_of": run_id},
+    )
+    _check_same(job, record, settings)
+    if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
+        names = read_key_map(job.pseudonyms.key_map, run_id)
+        failed = [names[hashed] for hashed in failed]
+    return run_job(job, _as_they_are_now(record["archive"], failed), began)
+
+
+def _no_model(run_id: str) -> str:
+    raise UserError(f"run '{run_id}' does not say where its model lies; give --model URI")
+
+
+def _transiently_failed(store: Store, record: dict[str, Any]) -> list[str]:
+    """Names of the objects, as the run published them."""
+    if not record["files"]:
+        return []
+    filesystem, root = store.arrow_filesystem()
+    rows = pyarrow.dataset.dataset(
+        [f"{root}/{file['key']}" for file in record["files"]], filesystem=filesystem
+    ).to_table(columns=["image", "status", "error_code"])
+    wanted = pa.array(sorted(code.value for code in TRANSIENT))
+    found = rows.filter(
+        pc.and_(pc.equal(rows["status"], Status.FAILED.value), pc.is_in(rows["error_code"], wanted))
+    )
+    return sorted(set(found["image"].to_pylist()))
+
+
+def _check_same(job: ScreeningJob, record: dict[str, Any], settings: dict[str, Any]) -> None:
+    if job.model.model_id != record["model_id"]:
+        raise UserError(
+            f"{job.model_uri} holds model {job.model.model_id}, the run was made with "
+            f"{record['model_id']}; give that one as --model"
+        )
+    fingerprint = settings.get("hmac_key_fingerprint")
+    if job.rules["hmac_key_fingerprint"] != fingerprint:
+        raise UserError(
+            f"the run was made {'with another' if fingerprint else 'without a'} key for names; "
+            f"{'give that one as' if fingerprint else 'leave out'} --hmac-key"
+        )
+
+
+def _as_they_are_now(archive: str, keys: list[str]) -> Archive:
+    """The objects with the etags of today. One that is gone keeps a row: it will be `missing`."""
+    store = open_store(archive)
+    with ThreadPoolExecutor(_HEAD_THREADS) as threads:
+        found = list(threads.map(store.head, keys))
+    return Archive(
+        uri=store.uri,
+        objects=plan_table(
+            [item or ObjectInfo.gone(key) for key, item in zip(keys, found, strict=True)]
+        ),
+    )

@@ -1,0 +1,107 @@
+"""What failed for a reason that may have passed is screened again; nothing else is."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+import lungopacity
+from lungopacity.archive.inventory import take_inventory
+from lungopacity.cli import main
+from lungopacity.errors import UserError
+from lungopacity.screening.screen import run_job, screening_job
+from lungopacity.storage import open_store
+from tests.films import encoded, grey_film, tar
+from tests.models.tiny import write_tiny_model
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def place(tmp_path):
+    store = open_store(str(tmp_path / "archive"))
+    for number in range(6):
+        store.write(f"{number}.png", encoded(grey_film(number)))
+    store.write("broken.png", b"\x89PNG\r\n\x1a\n")
+    store.write("x.tar", tar({f"{n}.png": encoded(grey_film(10 + n)) for n in range(4)}))
+    write_tiny_model(str(tmp_path / "model"))
+    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
+    return tmp_path
+
+
+def restless_night(place, **options):
+    """A night on which two films and the shard were replaced, and one film removed, after the
+    listing."""
+    archive = take_inventory(str(place / "archive"))
+    for name in ("1.png", "2.png"):
+        archive.store.write(name, encoded(grey_film(20)))
+    archive.store.delete("3.png")
+    archive.store.write("x.tar", tar({f"{n}.png": encoded(grey_film(30 + n)) for n in range(5)}))
+    job = screening_job(
+        str(place / "model"), str(place / "results"), max_failed_fraction=1.0, **options
+    )
+    return run_job(job, archive, time.monotonic(), run_id="night")
+
+
+def asked(place, sql: str) -> list[dict]:
+    return lungopacity.query(str(place / "results"), sql).to_pylist()
+
+
+def test_only_what_may_have_passed_is_tried_again(place, capfd):
+    night = restless_night(place)
+    assert (night.ok, night.failed) == (3, 5)  # changed: 1, 2, x.tar; missing: 3; corrupt: broken
+    code = main(["retry", "--results", str(place / "results"), "--run-id", "night"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    assert "7 scored, 0 rejected, 0 could not be read" in out
+    (again,) = asked(place, "SELECT run_id, record FROM runs WHERE run_id <> 'night'")
+    assert '"retry_of": "night"' in again["record"]
+    rows = asked(
+        place,
+        "SELECT image, count(*) n, any_value(status) status FROM latest GROUP BY 1 ORDER BY 1",
+    )
+    assert {row["image"]: (row["n"], row["status"]) for row in rows} == {
+        **{f"{number}.png": (1, "ok") for number in (0, 1, 2, 4, 5)},
+        "3.png": (1, "failed"),
+        "broken.png": (1, "failed"),
+        "x.tar": (5, "ok"),
+    }
+    # The run itself stays as it was.
+    assert asked(place, "SELECT count(*) n FROM predictions WHERE run_id = 'night'") == [{"n": 8}]
+    code = main(["retry", "--results", str(place / "results"), "--run-id", again["run_id"]])
+    assert code == 0
+    assert "nothing to do again" in capfd.readouterr().out
+
+
+def test_an_object_that_is_gone_by_now_keeps_a_row(place):
+    restless_night(place)
+    open_store(str(place / "archive")).delete("2.png")
+    result = lungopacity.retry(str(place / "results"), "night")
+    assert (result.ok, result.failed) == (6, 1)
+    assert asked(place, "SELECT error_code c FROM latest WHERE image = '2.png'") == [
+        {"c": "missing"}
+    ]
+
+
+def test_hashed_names_are_found_again_with_the_same_key_alone(place):
+    restless_night(place, hmac_key=str(place / "key"), hash_keys=True)
+    (place / "other").write_text("another key of thirty-two letters")
+    with pytest.raises(UserError, match="made with another key"):
+        lungopacity.retry(str(place / "results"), "night", hmac_key=str(place / "other"))
+    with pytest.raises(UserError, match="--hash-keys needs --hmac-key"):
+        lungopacity.retry(str(place / "results"), "night")
+    result = lungopacity.retry(str(place / "results"), "night", hmac_key=str(place / "key"))
+    assert (result.ok, result.failed) == (7, 0)
+    assert asked(place, "SELECT count(*) n FROM latest WHERE image LIKE '%png%'") == [{"n": 0}]
+
+
+def test_what_cannot_be_retried_is_said_so(place):
+    with pytest.raises(UserError, match="there is no published run 'never'"):
+        lungopacity.retry(str(place / "results"), "never")
+    restless_night(place)
+    write_tiny_model(str(place / "other"), seed=5)
+    with pytest.raises(UserError, match="the run was made with"):
+        lungopacity.retry(str(place / "results"), "night", model=str(place / "other"))
+    with pytest.raises(UserError, match="without a key"):
+        lungopacity.retry(str(place / "results"), "night", hmac_key=str(place / "key"))

@@ -1,0 +1,80 @@
+import hashlib
+import hmac
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungopacity.errors import UserError
+from lungopacity.screening.pseudonyms import (
+    Pseudonyms,
+    read_key_map,
+    read_pseudonyms,
+    write_key_map,
+)
+
+KEY = b"0123456789abcdef0123456789abcdef"
+SCHEMA = pa.schema(
+    [
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("member", pa.string()),
+        pa.field("rows", pa.int32()),
+    ]
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.text(), st.none() | st.text()), max_size=20))
+def test_names_become_the_standard_hmac_and_the_map_gives_them_back(names):
+    columns = [
+        pa.array([image for image, _ in names], pa.string()),
+        pa.array([member for _, member in names], pa.string()),
+        pa.array(range(len(names)), pa.int32()),
+    ]
+    hashed, kept = Pseudonyms(KEY).hash_names(pa.table(columns, schema=SCHEMA))
+    assert hashed.schema == SCHEMA
+
+    def expected(name):
+        return name and hmac.new(KEY, name.encode(), hashlib.sha256).hexdigest()
+
+    for row, (image, member) in zip(hashed.to_pylist(), names, strict=True):
+        assert kept[row["image"]] == image
+        assert (row["member"] is None) == (member is None)
+        if image:
+            assert row["image"] == expected(image)
+        if member:
+            assert row["member"] == expected(member)
+            assert kept[row["member"]] == member
+
+
+def test_the_map_is_kept_and_read_back(store_uri):
+    names = {"ab": "Doe^John/1.dcm", "cd": "ü"}
+    write_key_map(store_uri, "run-1", names)
+    assert read_key_map(store_uri, "run-1") == names
+    with pytest.raises(UserError, match=r"run-2\.parquet: the names behind the hashes"):
+        read_key_map(store_uri, "run-2")
+
+
+def test_the_fingerprint_tells_keys_apart_and_the_key_is_never_printed():
+    one, other = Pseudonyms(KEY), Pseudonyms(KEY[::-1])
+    assert one.fingerprint != other.fingerprint
+    assert KEY.decode() not in repr(one)
+    assert "0123" not in repr(one)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "the key cannot be read: no such file"), (b"  short\n", "the key has 5 bytes")],
+)
+def test_a_key_that_is_none_is_refused(tmp_path, content, message):
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_pseudonyms(str(path), None)
+
+
+def test_white_space_around_a_key_does_not_count(tmp_path):
+    (tmp_path / "key").write_bytes(KEY + b"\n")
+    assert read_pseudonyms(str(tmp_path / "key"), None).key == KEY
