@@ -239,6 +239,27 @@ def doctor(storage: str | None) -> int:
     return 2 if any(finding.state == "missing" for finding in findings) else 0
 
 
+@cli.group(epilog=_EPILOG)
+def benchmark() -> None:
+    """How fast the parts are here, beside what one would pick instead."""
+
+
+@benchmark.command(epilog=_EPILOG)
+@click.option("--images", metavar="URI", default=None, help="Films to encode; default: phantoms.")
+@click.option("--count", type=int, default=24, show_default=True, help="How many of them.")
+@click.option("--repeats", type=int, default=9, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def decode(as_json: bool, **options: Any) -> int:
+    """Images a second on one core, from bytes to grey pixels, by format."""
+    import json
+
+    from lungopacity.benchmark.decode import decode_speeds, table
+
+    speeds = decode_speeds(**options)
+    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     from lungopacity.progress import show_on_terminal

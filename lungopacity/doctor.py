@@ -70,7 +70,7 @@ def _python() -> Iterator[Finding]:
 
 def _torch() -> Iterator[Finding]:
     import torch
-    import torchvision  # type: ignore[import-untyped]
+    import torchvision
 
     numbers = tuple(int(part) for part in torch.__version__.split(".")[:2])
     yield Finding(

@@ -17,7 +17,7 @@ import pytest
 from lungopacity.cli import main
 from lungopacity.errors import NOTICE
 from lungopacity.storage import open_store
-from tests.films import encoded, grey_film, tar
+from tests.films import dicom, encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "lungopacity"
@@ -64,7 +64,7 @@ def test_help_answers_at_once_and_says_what_it_is():
 def test_help_of_every_command_imports_neither_ray_nor_torch():
     script = (
         "import sys; from lungopacity.cli import main\n"
-        "for name in ('train', 'evaluate', 'screen', 'query', 'runs', 'doctor'):\n"
+        "for name in ('train', 'evaluate', 'screen', 'retry', 'query', 'runs', 'doctor'):\n"
         "    assert main([name, '--help']) == 0\n"
         "print(sorted({'ray', 'torch', 'pandas', 'pyarrow'} & set(sys.modules)))"
     )
@@ -124,15 +124,41 @@ def test_screen_query_and_runs_work_together(place, capfd):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_unreadable_image_makes_the_exit_code_1_and_nothing_else_is_lost(place, capfd):
+@pytest.mark.parametrize(("fraction", "expected"), [("0.2", 1), ("0.05", 2), ("0", 2)])
+def test_unreadable_images_make_the_exit_code_and_nothing_else_is_lost(
+    place, capfd, fraction, expected
+):
     (place / "archive" / "zero.png").write_bytes(b"")
     code, out, _ = run(
         capfd, "screen", "--archive", place / "archive", "--model", place / "model",
-        "--output", place / "results",
+        "--output", place / "results", "--max-failed-fraction", fraction,
     )  # fmt: skip
-    assert code == 1
+    assert code == expected
     assert "8 scored, 0 rejected, 1 could not be read" in out
     assert "empty: 1" in out
+    assert ("BROKEN" in out) == (expected == 2)
+    code, out, _ = run(capfd, "query", "--results", place / "results", "SELECT count(*) FROM runs")
+    assert code == 0, "a broken night is published all the same"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_rejections_are_the_users_to_choose(place, capfd):
+    store = open_store(str(place / "archive"))
+    film = grey_film().astype("uint16") * 16
+    store.write("lateral.dcm", dicom(film, ViewPosition="LL"))
+    store.write("hand.dcm", dicom(film, BodyPartExamined="HAND"))
+    store.write("negative.png", encoded(255 - grey_film(2, 300, 300)))
+    screening = (
+        "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "results",
+    )  # fmt: skip
+    code, out, _ = run(capfd, *screening)
+    assert code == 0
+    assert "8 scored, 3 rejected, 0 could not be read" in out
+    _, out, _ = run(capfd, *screening, "--accept", "lateral_view", "--reject-quality", "none")
+    assert "10 scored, 1 rejected" in out
+    _, out, _ = run(capfd, *screening, "--reject-quality", "low_contrast,inverted")
+    assert "8 scored, 3 rejected" in out
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -180,6 +206,40 @@ MISTAKES = {
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
          "--limit", "0"],
         "--limit must be at least 1",
+    ),
+    "unknown acceptance": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--accept", "everything"],
+        "--accept: 'everything' is none of lateral_view, wrong_body_part, wrong_modality",
+    ),
+    "unknown quality flag": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive", "--labels",
+         "{place}/labels.csv", "--output", "{out}", "--reject-quality", "ugly"],
+        "--reject-quality: 'ugly' is none of blank, colour",
+    ),
+    "impossible fraction": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--max-failed-fraction", "5"],
+        "--max-failed-fraction must be from 0 to 1, not 5",
+    ),
+    "hashing without a key": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--hash-keys"],
+        "--hash-keys needs --hmac-key FILE",
+    ),
+    "a map without hashing": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--key-map", "{place}/map"],
+        "--key-map is for --hash-keys",
+    ),
+    "no key": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--hmac-key", "{place}/none"],
+        "the key cannot be read",
+    ),
+    "no run to retry": (
+        ["retry", "--results", "{place}/results", "--run-id", "x"],
+        "there is no published run 'x'",
     ),
     "unknown network": (
         ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",

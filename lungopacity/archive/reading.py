@@ -80,6 +80,13 @@ def read_images(
         yield pa.Table.from_pylist(rows, schema=READ_SCHEMA)
 
 
+def read_files(store: Store, objects: pa.Table, settings: ReadSettings) -> Iterator[bytes]:
+    """The bytes of every image file of the objects, containers unpacked; errors are passed over."""
+    for file in _files(store, objects, settings, None):
+        if file.data is not None:
+            yield file.data
+
+
 def _rows(files: Iterator[_File], settings: ReadSettings) -> Iterator[dict[str, Any]]:
     with borrowed_decoder(settings) as decoder:
         for file, contents in decoder.rows((file, file.data) for file in files):

@@ -17,7 +17,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction
 from lungopacity.radiograph.film import SYNTHETIC_MARK, DecodeLimits, Radiograph
 from lungopacity.radiograph.grey import stretch_to_uint8
-from lungopacity.radiograph.jpeg import decode_grey_jpeg
+from lungopacity.radiograph.jpeg import decode_grey_jpeg, read_header
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,8 +80,33 @@ def decode_radiographs(
         from lungopacity.radiograph.dicom import decode_dicom
 
         yield from decode_dicom(data, limits, accept, hmac_key)
+        return
+    film = _decode_plain_jpeg(data, limits, at_least) if kind == "jpeg" else None
+    if film is not None:
+        yield film
     else:
         yield from _decode_with_pillow(data, kind, limits, at_least)
+
+
+def _decode_plain_jpeg(
+    data: bytes, limits: DecodeLimits, at_least: int | None
+) -> Radiograph | None:
+    """A grey JPEG that nothing need be known of but its pixels: most of an archive's JPEGs."""
+    header = read_header(data)
+    if header is None or header.components != 1 or header.has_exif:
+        return None
+    limits.check_pixels(header.rows, header.columns)
+    pixels = decode_grey_jpeg(data, header, at_least)
+    if pixels is None:
+        return None
+    return Radiograph(
+        pixels=pixels,
+        format="jpeg",
+        rows=header.rows,
+        columns=header.columns,
+        photometric_interpretation="L",
+        synthetic=any(_is_synthetic(comment) for comment in header.comments),
+    )
 
 
 def _decode_with_pillow(
@@ -115,7 +140,7 @@ def _decode_with_pillow(
                         "synthetic": any(_is_synthetic(text) for text in image.info.values()),
                     }
                     limits.check_pixels(image.height, image.width)
-                    pixels, coloured = _grey_pixels(image, data, kind, at_least)
+                    pixels, coloured = _grey_pixels(image, kind, at_least)
                     yield Radiograph(pixels=pixels, coloured_fraction=coloured, **facts)
                 except Exception as error:
                     failed = _as_image_error(error)
@@ -153,13 +178,9 @@ def _is_synthetic(comment: object) -> bool:
 
 
 def _grey_pixels(
-    image: Image.Image, data: bytes, kind: str, at_least: int | None
+    image: Image.Image, kind: str, at_least: int | None
 ) -> tuple[npt.NDArray[np.uint8], float]:
     """Grey pixels, turned as EXIF says, and the share of coloured ones."""
-    if kind == "jpeg" and image.mode == "L":
-        grey = decode_grey_jpeg(data, at_least)
-        if grey is not None:
-            return _turned(grey, image), 0.0
     if kind == "jpeg" and at_least is not None:
         # YCbCr where the file has it: its Y is the grey image, exactly.
         image.draft("YCbCr", _draft_size(image.width, image.height, at_least))
@@ -187,7 +208,7 @@ def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
         opaque = Image.new("RGBA", image.size, (0, 0, 0, 255))
         opaque.alpha_composite(image.convert("RGBA"))
         image = opaque
-    return np.asarray(image.convert("L"), dtype=np.uint8)
+    return np.asarray(image if image.mode == "L" else image.convert("L"), dtype=np.uint8)
 
 
 def _turned(grey: npt.NDArray[np.uint8], image: Image.Image) -> npt.NDArray[np.uint8]:

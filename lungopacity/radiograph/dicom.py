@@ -25,7 +25,7 @@ from lungopacity.radiograph.dicom_header import (
     is_image_class,
 )
 from lungopacity.radiograph.film import DecodeLimits, Radiograph
-from lungopacity.radiograph.jpeg import coded_size
+from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg, read_header
 
 # pydicom warns with the offending value in the text. Values may be names, so nothing is passed on.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -33,6 +33,7 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _META_BYTES = 1024
 """Within which the file meta group names the transfer syntax."""
+_JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 _FEWER = "fewer pixels than declared"
 
@@ -231,24 +232,38 @@ def _stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArra
     """(height, width) or (height, width, 3), as the frame's decoder gives them."""
     from pydicom.pixels import pixel_array
 
+    frames = int(dataset.get("NumberOfFrames") or 1)
     if _is_compressed(dataset):
         from pydicom.encaps import get_frame
 
-        frame = get_frame(
-            dataset.PixelData, index, number_of_frames=int(dataset.get("NumberOfFrames") or 1)
-        )
-        # Decoders trust the size in the codestream, and take memory for it.
-        size = coded_size(frame)
-        if size is not None:
-            limits.check_pixels(*size)
+        frame = get_frame(dataset.PixelData, index, number_of_frames=frames)
+        header = read_header(frame)
+        if header is not None:
+            # Decoders trust the size in the codestream, and take memory for it.
+            limits.check_pixels(header.rows, header.columns)
+        if header is not None and _is_plain_jpeg(dataset, header):
+            grey = decode_grey_jpeg(frame, header)
+            if grey is not None:
+                return grey
     if dataset.file_meta.TransferSyntaxUID == _JPEG_EXTENDED:
         from lungopacity.radiograph.dicom_jpeg12 import register
 
         register()
-    frames = int(dataset.get("NumberOfFrames") or 1)
     # pydicom counts an absent index as all frames.
     array: npt.NDArray[Any] = pixel_array(dataset, index=index if frames > 1 else 0)
     return array
+
+
+def _is_plain_jpeg(dataset: Any, header: JpegHeader) -> bool:
+    """Whether libjpeg-turbo alone gives the pixels: the same, four times as fast as GDCM, which
+    pydicom would ask first."""
+    return (
+        dataset.file_meta.TransferSyntaxUID == _JPEG_BASELINE
+        and header.components == 1
+        and (header.rows, header.columns) == (dataset.Rows, dataset.Columns)
+        and dataset.BitsAllocated == 8
+        and not dataset.get("PixelRepresentation")
+    )
 
 
 def _as_image_error(error: Exception) -> ImageError:

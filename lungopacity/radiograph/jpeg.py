@@ -1,6 +1,8 @@
-"""JPEG: the size that a codestream declares, and the fast way to grey pixels."""
+"""JPEG: what a codestream declares, and the fast way to grey pixels."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -9,34 +11,51 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 
 _JPEG_2000 = b"\xff\x4f\xff\x51"
 # Start of frame of each process (ITU-T T.81 table B.1) and of JPEG-LS (T.87): not DHT, JPG, DAC.
+_COMMENT = 0xFE
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 
 
-def coded_size(frame: bytes) -> tuple[int, int] | None:
-    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 codestream declares; None for others."""
+@dataclass(frozen=True)
+class JpegHeader:
+    """What stands before the pixels of a JPEG, JPEG-LS or JPEG 2000 codestream."""
+
+    rows: int
+    columns: int
+    components: int
+    has_exif: bool
+    comments: tuple[bytes, ...]
+
+
+def read_header(frame: bytes) -> JpegHeader | None:
+    """The header of the codestream; None where it is another, or damaged."""
     if frame[:4] == _JPEG_2000:
         # SIZ (T.800 A.5.1): extent and offset of the image on the reference grid.
         x, y, x0, y0 = (int.from_bytes(frame[at : at + 4], "big") for at in (8, 12, 16, 20))
-        return y - y0, x - x0
+        return JpegHeader(y - y0, x - x0, int.from_bytes(frame[40:42], "big"), False, ())
     if frame[:2] != b"\xff\xd8":
         return None
-    at = 2
-    while at + 9 <= len(frame):
-        if frame[at] != 0xFF:
-            return None
+    comments: list[bytes] = []
+    has_exif, at = False, 2
+    while at + 10 <= len(frame) and frame[at] == 0xFF:
         marker = frame[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
-        elif marker in _START_OF_FRAME:
-            rows = int.from_bytes(frame[at + 5 : at + 7], "big")
-            return rows, int.from_bytes(frame[at + 7 : at + 9], "big")
-        else:
-            at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+            continue
+        end = at + 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+        if marker in _START_OF_FRAME:
+            rows, columns = (int.from_bytes(frame[at + i : at + i + 2], "big") for i in (5, 7))
+            return JpegHeader(rows, columns, frame[at + 9], has_exif, tuple(comments))
+        has_exif = has_exif or (marker == 0xE1 and frame[at + 4 : at + 8] == b"Exif")
+        if marker == _COMMENT:
+            comments.append(frame[at + 4 : end])
+        at = end
     return None
 
 
-def decode_grey_jpeg(data: bytes, at_least: int | None) -> npt.NDArray[np.uint8] | None:
-    """Pixels of a JPEG of one component, or None where libjpeg-turbo alone cannot give them.
+def decode_grey_jpeg(
+    data: bytes, header: JpegHeader, at_least: int | None = None
+) -> npt.NDArray[np.uint8] | None:
+    """Pixels of a JPEG of one component, or None where this decoder cannot give them.
 
     `at_least`: the longer side that is enough; the DCT is then scaled. Returns (height, width).
     Raises `ImageError` (`truncated`, `corrupt_image`) where pixels were lost: libjpeg itself only
@@ -45,12 +64,14 @@ def decode_grey_jpeg(data: bytes, at_least: int | None) -> npt.NDArray[np.uint8]
     import simplejpeg
 
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours.upper() not in ("GRAY", "GREY", "GRAYSCALE"):
-            return None
-        scale = 1.0 if at_least is None else min(1.0, at_least / max(height, width))
-        smallest = (max(1, int(height * scale)), max(1, int(width * scale)))
-        pixels = simplejpeg.decode_jpeg(data, "GRAY", min_height=smallest[0], min_width=smallest[1])
+        if at_least is None or max(header.rows, header.columns) <= at_least:
+            pixels = simplejpeg.decode_jpeg(data, "GRAY")
+        else:
+            scale = at_least / max(header.rows, header.columns)
+            smallest = [max(1, int(side * scale)) for side in (header.rows, header.columns)]
+            pixels = simplejpeg.decode_jpeg(
+                data, "GRAY", min_height=smallest[0], min_width=smallest[1]
+            )
     except ValueError as error:
         told = str(error).lower()
         if "premature end" in told:
@@ -63,4 +84,5 @@ def decode_grey_jpeg(data: bytes, at_least: int | None) -> npt.NDArray[np.uint8]
             ) from error
         # Arithmetic coding, 12 bits, or bytes that do no harm: Pillow's own build may know better.
         return None
-    return np.ascontiguousarray(pixels[..., 0])
+    grey: npt.NDArray[np.uint8] = pixels.reshape(pixels.shape[:2])
+    return grey

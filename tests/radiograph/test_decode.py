@@ -236,3 +236,24 @@ def test_whatever_the_bytes_nothing_but_a_coded_error_comes_out(kind, cut, flips
                 assert found.pixels.ndim == 2
     except ImageError:
         pass
+
+
+def test_the_fast_way_to_jpeg_pixels_is_pillows(monkeypatch):
+    data = encoded(FILM, "JPEG", quality=90, comment="a comment")
+    fast = one_film(data)
+    monkeypatch.setattr("lungopacity.radiograph.decode.read_header", lambda _: None)
+    slow = one_film(data)
+    np.testing.assert_array_equal(fast.pixels, slow.pixels)
+    assert dict(fast.facts()) == dict(slow.facts())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0, 1))
+def test_a_png_cut_anywhere_is_never_a_film_with_missing_rows(seed, share):
+    film = np.random.default_rng(seed).integers(0, 256, (50, 40), np.uint8)
+    data = encoded(film)
+    try:
+        found = one_film(data[: int(share * len(data))])
+    except ImageError:
+        return
+    np.testing.assert_array_equal(found.pixels, film)
