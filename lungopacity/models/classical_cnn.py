@@ -75,10 +75,17 @@ class ClassicalCNN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x_B1HW: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.describe(x_B1HW))
+
+    def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
         maps_BCHW = self.features(x_B1HW)
         # The mean says how much of the lung is opaque, the maximum whether any spot is.
-        pooled_BF = torch.cat([maps_BCHW.mean(dim=(2, 3)), maps_BCHW.amax(dim=(2, 3))], dim=1)
-        logits_BK: torch.Tensor = self.head(pooled_BF)
+        return torch.cat([maps_BCHW.mean(dim=(2, 3)), maps_BCHW.amax(dim=(2, 3))], dim=1)
+
+    def classify(self, features_BF: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
+        logits_BK: torch.Tensor = self.head(features_BF)
         return logits_BK
 
 

@@ -1,10 +1,11 @@
 """The model folder: what training writes, and evaluation and screening read.
 
-model.safetensors   the weights, no pickle
-model.json          everything else that decides a score, and what the model earned
-history.parquet     loss and accuracy by epoch
-SHA256SUMS          of the files above, written last: a folder without it is unfinished.
-                    `sha256sum -c SHA256SUMS` checks it, and so does every load.
+model.safetensors          the weights, no pickle
+model.json                 everything else that decides a score, and what the model earned
+distribution.safetensors   where the training films lie in the model's feature space
+history.parquet            loss and accuracy by epoch
+SHA256SUMS                 of the files above, written last: a folder without it is unfinished.
+                           `sha256sum -c SHA256SUMS` checks it, and so does every load.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lungopacity.errors import NOTICE, ImageError, UserError
+from lungopacity.models.distribution import TrainingDistribution
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import Store, open_store
 
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 SPEC_FILE = "model.json"
+DISTRIBUTION_FILE = "distribution.safetensors"
 HISTORY_FILE = "history.parquet"
 SUMS_FILE = "SHA256SUMS"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no distribution; such folders are still read."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class TrainedModel:
     spec: ModelSpec
     weights: bytes
     """The safetensors file."""
+    distribution: bytes | None = None
+    """Of `TrainingDistribution`, another."""
 
     @property
     def model_id(self) -> str:
@@ -113,7 +119,16 @@ class TrainedModel:
             "temperature": self.spec.temperature,
             "weights_sha256": _sha256(self.weights),
         }
+        if self.distribution is not None:
+            # It decides a flag of each film, and may reject it.
+            decides["distribution_sha256"] = _sha256(self.distribution)
         return _sha256(json.dumps(decides, sort_keys=True).encode())[:16]
+
+    def training_distribution(self) -> TrainingDistribution | None:
+        """Where the training films lie; None for a folder of format 1."""
+        if self.distribution is None:
+            return None
+        return TrainingDistribution.from_bytes(self.distribution)
 
     def network(self) -> torch.nn.Module:
         """The network with its weights, in evaluation mode, on the CPU."""
@@ -150,6 +165,8 @@ def save_model(uri: str, model: TrainedModel, history_parquet: bytes) -> None:
         SPEC_FILE: json.dumps(document, indent=2, sort_keys=True).encode() + b"\n",
         HISTORY_FILE: history_parquet,
     }
+    if model.distribution is not None:
+        files[DISTRIBUTION_FILE] = model.distribution
     for name, data in files.items():
         store.write(name, data)
     sums = "".join(f"{_sha256(data)}  {name}\n" for name, data in files.items())
@@ -183,7 +200,7 @@ def load_model(uri: str) -> TrainedModel:
             "operating_point": OperatingPoint(**known["operating_point"]),
         }
     )
-    model = TrainedModel(spec=spec, weights=files[WEIGHTS_FILE])
+    model = TrainedModel(spec, files[WEIGHTS_FILE], files.get(DISTRIBUTION_FILE))
     if model.model_id != document["model_id"]:
         raise UserError(
             f"{uri}: model.json says model {document['model_id']}, its contents are "
@@ -209,9 +226,9 @@ def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
     try:
         lines = store.read(SUMS_FILE).decode("ascii").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        files = {
-            name: store.read(name) for name in (WEIGHTS_FILE, SPEC_FILE, HISTORY_FILE) if sums[name]
-        }
+        names = [WEIGHTS_FILE, SPEC_FILE, HISTORY_FILE]
+        names += [DISTRIBUTION_FILE] if DISTRIBUTION_FILE in sums else []
+        files = {name: store.read(name) for name in names if sums[name]}
     except ImageError as error:
         raise UserError(f"{uri}: cannot be read whole ({error.message}); restore it") from error
     except (KeyError, ValueError) as error:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lungopacity.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+class Network(Protocol):
+    """What every network offers: `forward` is `classify` of `describe`."""
+
+    def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
+        """features_BF: what the last layers decide on; see `TrainingDistribution`."""
+        ...
+
+    def classify(self, features_BF: torch.Tensor) -> torch.Tensor:
+        """logits_BK."""
+        ...
 
 
 def _classical_cnn(classes: int, settings: Mapping[str, Any]) -> torch.nn.Module:

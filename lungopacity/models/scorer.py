@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from lungopacity.models.folder import TrainedModel
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of n films."""
+
+    logits_NK: npt.NDArray[np.float32]
+    """Raw, before temperature."""
+    features_NF: npt.NDArray[np.float32]
+    """What the logits were decided on."""
 
 
 class Scorer:
@@ -19,14 +32,14 @@ class Scorer:
             torch.set_num_threads(threads)
         self.model = model
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.network = model.network().to(self.device).to(memory_format=torch.channels_last)
+        network = model.network().to(self.device)
+        self.network: Any = network.to(memory_format=torch.channels_last)
+        self.distribution = model.training_distribution()
 
-    def logits(
-        self, pixels_NHW: npt.NDArray[np.uint8], batch_size: int = 64
-    ) -> npt.NDArray[np.float32]:
-        """Raw logits, before temperature.
+    def scores(self, pixels_NHW: npt.NDArray[np.uint8], batch_size: int = 64) -> Scores:
+        """One forward pass over each film.
 
-        pixels_NHW: (n, image_size, image_size) uint8. Returns (n, classes) float32.
+        pixels_NHW: (n, image_size, image_size) uint8.
         """
         import torch
 
@@ -35,13 +48,40 @@ class Scorer:
         size = self.model.spec.preprocessing.image_size
         classes = len(self.model.spec.class_names)
         assert pixels_NHW.shape[1:] == (size, size), pixels_NHW.shape
-        logits_NK = np.empty((len(pixels_NHW), classes), np.float32)
+        logits, features = [np.empty((0, classes), np.float32)], []
         with torch.inference_mode():
             for start in range(0, len(pixels_NHW), batch_size):
                 batch_BHW = torch.from_numpy(pixels_NHW[start : start + batch_size])
                 x_B1HW = normalise(batch_BHW.to(self.device), self.model.spec.preprocessing)
-                logits_NK[start : start + batch_size] = self.network(x_B1HW).float().cpu().numpy()
-        return logits_NK
+                features_BF = self.network.describe(x_B1HW)
+                logits.append(self.network.classify(features_BF).float().cpu().numpy())
+                features.append(features_BF.float().cpu().numpy())
+        width = features[0].shape[1] if features else 0
+        return Scores(
+            np.concatenate(logits), np.concatenate([np.empty((0, width), np.float32), *features])
+        )
+
+    def logits(
+        self, pixels_NHW: npt.NDArray[np.uint8], batch_size: int = 64
+    ) -> npt.NDArray[np.float32]:
+        """Raw logits, before temperature.
+
+        pixels_NHW: (n, image_size, image_size) uint8. Returns (n, classes) float32.
+        """
+        return self.scores(pixels_NHW, batch_size).logits_NK
+
+    def out_of_distribution(
+        self, features_NF: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32] | None:
+        """How far out the films lie, (n,) float32; above 1 they are unlike the training films.
+
+        None for a model folder of before this was kept.
+        """
+        if self.distribution is None:
+            return None
+        if not len(features_NF):
+            return np.empty(0, np.float32)
+        return self.distribution.score(features_NF)
 
     def probabilities(self, logits_NK: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Calibrated class probabilities: softmax of the logits over the temperature.

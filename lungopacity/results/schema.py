@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from lungopacity.errors import NOTICE
-from lungopacity.radiograph.quality import QUALITY_FLAGS
+from lungopacity.radiograph.quality import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
 
 SCHEMA_VERSION = 2
 """Raised when a column changes its name, type or meaning."""
@@ -113,6 +113,8 @@ def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
         *(pa.field(class_column("logit", name), pa.float32()) for name in class_names),
         pa.field("predicted_label", pa.string()),
         pa.field("decision", pa.string()),
+        pa.field("out_of_distribution_score", pa.float32()),
+        pa.field(f"quality_{OUT_OF_DISTRIBUTION}", pa.bool_()),
     ]
 
 

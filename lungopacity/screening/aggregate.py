@@ -17,13 +17,14 @@ from lungopacity.evaluation.metrics import (
 )
 from lungopacity.evaluation.table import fact_groups
 from lungopacity.models import ModelSpec
+from lungopacity.radiograph import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
 from lungopacity.results.schema import class_column
 
 _HISTOGRAM_BINS = 20
 
 
 def run_metrics(predictions: pa.Table, spec: ModelSpec, seconds: float) -> list[Metric]:
-    """Counts, failures by code, rate of positives, score histogram, images a second.
+    """Counts, errors by code, quality flags, rate of positives, score histogram, images a second.
 
     predictions: the published table.
     """
@@ -36,6 +37,11 @@ def run_metrics(predictions: pa.Table, spec: ModelSpec, seconds: float) -> list[
     metrics += [
         _count("error_code", code["counts"], images, code["values"])
         for code in sorted(codes, key=lambda item: str(item["values"]))
+    ]
+    metrics += [
+        _count("quality_flag", pc.sum(predictions[column]).as_py() or 0, images, flag)
+        for flag in (*QUALITY_FLAGS, OUT_OF_DISTRIBUTION)
+        for column in [f"quality_{flag}"]
     ]
     scored = predictions.filter(pc.equal(predictions["status"], Status.OK.value))
     metrics += _decision_rates(scored) + _histogram(scored, spec)

@@ -15,17 +15,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from lungopacity.archive.content import ReadSettings
+from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.stream import read_tasks, stream_images
-from lungopacity.errors import Status
+from lungopacity.errors import ErrorCode, ImageError, Stage, Status
 from lungopacity.models import TrainedModel
+from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import class_column, part_schema
 from lungopacity.runtime import require_resources
 from lungopacity.screening.plan import parquet_bytes
 from lungopacity.storage import Store
 
+_DISTANCE = "out_of_distribution_score"
 _ROWS_PER_PART = 512
 """What a killed job loses of finished work at most; publishing merges the small files."""
 _RETRIES = 3
@@ -72,13 +75,14 @@ class ScoringResources:
 class _ScoreImages:
     """The model stage: tables of `READ_SCHEMA` to tables of `part_schema`. One per actor."""
 
-    def __init__(self, model: Any, resources: ScoringResources) -> None:
+    def __init__(self, model: Any, resources: ScoringResources, reject_unlike: bool) -> None:
         import ray
 
         from lungopacity.models.scorer import Scorer
 
         self.model: TrainedModel = ray.get(model)
         self.scorer = Scorer(self.model, use_gpu=resources.use_gpu, threads=resources.threads)
+        self.reject_unlike = reject_unlike
         self.schema = part_schema(self.model.spec.class_names)
 
     def __call__(self, read: pa.Table) -> pa.Table:
@@ -86,18 +90,21 @@ class _ScoreImages:
         has_pixels = pa.compute.is_valid(read["pixels"])
         images = read["pixels"].filter(has_pixels)
         pixels_NHW = np.frombuffer(b"".join(images.to_pylist()), np.uint8).reshape(-1, size, size)
-        logits_NK = self.scorer.logits(pixels_NHW, batch_size=max(1, len(pixels_NHW)))
-        scores = self._score_columns(logits_NK)
+        scores = self.scorer.scores(pixels_NHW, batch_size=max(1, len(pixels_NHW)))
+        unlike = self.scorer.out_of_distribution(scores.features_NF)
+        found = self._score_columns(scores.logits_NK) | _distance_columns(unlike, len(pixels_NHW))
         rows = np.flatnonzero(np.asarray(has_pixels))
         place = np.full(read.num_rows, -1)
         place[rows] = np.arange(len(rows))
         take = pa.array(place, mask=place < 0)
         columns = {name: read[name] for name in read.column_names if name in self.schema.names}
-        columns |= {name: column.take(take) for name, column in scores.items()}
+        columns |= {name: column.take(take) for name, column in found.items()}
+        if self.reject_unlike:
+            columns = _without_unlike(columns, self.schema)
         columns["screened_at"] = pa.array([datetime.now(UTC)] * read.num_rows)
         return pa.table({name: columns[name] for name in self.schema.names}).cast(self.schema)
 
-    def _score_columns(self, logits_NK: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
+    def _score_columns(self, logits_NK: npt.NDArray[np.float32]) -> dict[str, pa.Array]:
         spec = self.model.spec
         probabilities_NK = self.scorer.probabilities(logits_NK)
         columns: dict[str, pa.Array] = {}
@@ -116,6 +123,30 @@ class _ScoreImages:
             pa.string(),
         )
         return columns
+
+
+def _distance_columns(unlike_N: npt.NDArray[np.float32] | None, count: int) -> dict[str, pa.Array]:
+    if unlike_N is None:
+        return {
+            _DISTANCE: pa.nulls(count, pa.float32()),
+            f"quality_{OUT_OF_DISTRIBUTION}": pa.nulls(count, pa.bool_()),
+        }
+    return {
+        _DISTANCE: pa.array(unlike_N),
+        f"quality_{OUT_OF_DISTRIBUTION}": pa.array(unlike_N > 1),
+    }
+
+
+def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """The user wants no score of a film that is unlike the training films."""
+    error = error_columns(ImageError(ErrorCode.POOR_QUALITY, Stage.SCORE, OUT_OF_DISTRIBUTION))
+    scores = ("p_", "logit_", "predicted_label", "decision")
+    unlike = pa.compute.fill_null(columns[f"quality_{OUT_OF_DISTRIBUTION}"], False)
+    instead = {name: None for name in columns if name.startswith(scores)} | error
+    return columns | {
+        name: pa.compute.if_else(unlike, pa.scalar(value, schema.field(name).type), columns[name])
+        for name, value in instead.items()
+    }
 
 
 def screen_objects(
@@ -146,7 +177,11 @@ def screen_objects(
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
         scored = images.map_batches(
             _ScoreImages,
-            fn_constructor_args=(ray.put(model), resources),
+            fn_constructor_args=(
+                ray.put(model),
+                resources,
+                OUT_OF_DISTRIBUTION in settings.reject_quality,
+            ),
             batch_size=batch_size,
             batch_format="pyarrow",
             num_cpus=resources.actor_cpus,

@@ -22,6 +22,13 @@ def summary(result: ScreeningResult) -> str:
         for metric in result.metrics
         if metric.metric == "error_code"
     ]
+    flagged = [
+        f"{metric.value:.0f} {metric.class_name}"
+        for metric in result.metrics
+        if metric.metric == "quality_flag" and metric.value
+    ]
+    if flagged:
+        lines.append(f"  flagged   {', '.join(flagged)}")
     if result.broken:
         lines.append(
             f"  BROKEN    more than {result.max_failed_fraction:.1%} of the images could not be "

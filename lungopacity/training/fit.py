@@ -13,7 +13,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -134,13 +134,37 @@ def fit(
         "seconds": round(sum(row["seconds"] for row in history), 1),
         "provenance": dict(provenance or {}),
     }
-    model = TrainedModel(
-        spec=ModelSpec(**spec, training=training), weights=_read(kept, NETWORK_FILE)
-    )
+    model = TrainedModel(ModelSpec(**spec, training=training), _read(kept, NETWORK_FILE))
+    model = replace(model, distribution=_distribution(model, films, settings.use_gpu))
     save_model(output, model, _history_parquet(history))
     filesystem, root = open_store(work_uri).arrow_filesystem()
     filesystem.delete_dir(root)
     return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])
+
+
+def _distribution(model: TrainedModel, films: Films, use_gpu: bool) -> bytes:
+    """Where the training films lie in the kept network's features, in a Ray task: the driver of a
+    submitted job may have no GPU, and few cores."""
+
+    def run(kept: TrainedModel, films: Films) -> bytes:
+        import os
+
+        from lungopacity.models.distribution import TrainingDistribution
+        from lungopacity.models.scorer import Scorer
+
+        scorer = Scorer(kept, use_gpu=use_gpu, threads=len(os.sched_getaffinity(0)))
+        train_NF, validation_NF = (
+            scorer.scores(films.pixels_NHW[rows]).features_NF
+            for rows in (films.train, films.validation)
+        )
+        return TrainingDistribution.of(train_NF, validation_NF).to_bytes()
+
+    found: bytes = ray.get(
+        ray.remote(run)
+        .options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
+        .remote(model, ray.put(films))
+    )
+    return found
 
 
 def _count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, dict[str, int]]:

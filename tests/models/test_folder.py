@@ -1,17 +1,29 @@
+import hashlib
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lungopacity.errors import UserError
-from lungopacity.models import OperatingPoint, is_model, load_model, read_history
-from lungopacity.models.folder import SPEC_FILE, SUMS_FILE, WEIGHTS_FILE
+from lungopacity.models import OperatingPoint, is_model, load_model, read_history, save_model
+from lungopacity.models.folder import DISTRIBUTION_FILE, SPEC_FILE, SUMS_FILE, WEIGHTS_FILE
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
-from tests.models.tiny import history_parquet, tiny_model, write_tiny_model
+from tests.models.tiny import history_parquet, tiny_model, with_distribution, write_tiny_model
+
+FILMS = np.random.default_rng(0).integers(0, 90, (40, 32, 32), dtype=np.uint8)
+
+
+def write_sums(uri: str) -> None:
+    """The sums of the folder as it now is."""
+    store = open_store(uri)
+    names = (WEIGHTS_FILE, SPEC_FILE, "history.parquet")
+    lines = [f"{hashlib.sha256(store.read(name)).hexdigest()}  {name}\n" for name in names]
+    store.write(SUMS_FILE, "".join(lines).encode())
 
 
 def test_a_model_comes_back_as_it_was_saved(store_uri):
@@ -39,14 +51,37 @@ def test_the_id_follows_all_that_changes_a_score(change):
     assert tiny_model(**change).model_id != tiny_model().model_id
 
 
+def test_a_distribution_comes_back_and_belongs_to_the_id(store_uri):
+    model = with_distribution(tiny_model(), FILMS)
+    save_model(store_uri, model, history_parquet())
+    assert load_model(store_uri) == model
+    other = with_distribution(tiny_model(), FILMS // 2)
+    assert len({tiny_model().model_id, model.model_id, other.model_id}) == 3
+
+
+def test_a_folder_of_format_1_is_read_and_keeps_its_id(tmp_path):
+    """Before there was a distribution."""
+    uri = str(tmp_path / "m")
+    model = write_tiny_model(uri)
+    store = open_store(uri)
+    document = {**json.loads(store.read(SPEC_FILE)), "format_version": 1}
+    store.write(SPEC_FILE, json.dumps(document).encode())
+    write_sums(uri)
+    assert load_model(uri).distribution is None
+    assert load_model(uri).model_id == model.model_id
+
+
 def test_the_id_ignores_what_changes_no_score():
     assert tiny_model(operating_point=OperatingPoint(0.9)).model_id == tiny_model().model_id
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, SPEC_FILE, SUMS_FILE, "history.parquet"])
+@pytest.mark.parametrize(
+    "name", [WEIGHTS_FILE, SPEC_FILE, SUMS_FILE, "history.parquet", DISTRIBUTION_FILE]
+)
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
 def test_one_changed_byte_anywhere_is_refused(tmp_path, name, place):
-    write_tiny_model(str(tmp_path / "m"))
+    model = with_distribution(tiny_model(), FILMS)
+    save_model(str(tmp_path / "m"), model, history_parquet())
     path = tmp_path / "m" / name
     data = bytearray(path.read_bytes())
     data[int(len(data) * place)] ^= 1
@@ -80,15 +115,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_newer_format_is_refused_with_the_reason(tmp_path):
-    import hashlib
-
     write_tiny_model(str(tmp_path / "m"))
     store = open_store(str(tmp_path / "m"))
     document = {**json.loads(store.read(SPEC_FILE)), "format_version": 99}
     store.write(SPEC_FILE, json.dumps(document).encode())
-    names = (WEIGHTS_FILE, SPEC_FILE, "history.parquet")
-    lines = [f"{hashlib.sha256(store.read(name)).hexdigest()}  {name}\n" for name in names]
-    store.write(SUMS_FILE, "".join(lines).encode())
+    write_sums(str(tmp_path / "m"))
     with pytest.raises(UserError, match="format 99 is newer"):
         load_model(str(tmp_path / "m"))
 

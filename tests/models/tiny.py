@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -16,6 +18,8 @@ from lungopacity.models import (
     save_model,
     weights_of,
 )
+from lungopacity.models.distribution import TrainingDistribution
+from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
 
 
@@ -32,6 +36,13 @@ def tiny_model(seed: int = 0, image_size: int = 32, **changes: object) -> Traine
         **changes,
     }
     return TrainedModel(ModelSpec(**facts), weights_of(network))
+
+
+def with_distribution(model: TrainedModel, films_NHW: np.ndarray) -> TrainedModel:
+    """The model as if it had been trained on these films."""
+    features_NF = Scorer(model).scores(films_NHW).features_NF
+    fitted = TrainingDistribution.of(features_NF[::2], features_NF[1::2])
+    return replace(model, distribution=fitted.to_bytes())
 
 
 def history_parquet() -> bytes:

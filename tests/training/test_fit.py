@@ -59,6 +59,18 @@ def test_learns_what_tells_the_classes_apart(run: Run) -> None:
     assert run.result.model.spec.metrics["auc"] > 0.95
 
 
+def test_knows_its_training_films_from_others(run: Run) -> None:
+    scorer = Scorer(load_model(run.output))
+
+    def unlike(pixels_NHW: np.ndarray) -> np.ndarray:
+        return scorer.out_of_distribution(scorer.scores(pixels_NHW).features_NF) > 1
+
+    # 1 in 100 of the validation films is, by its definition, and some more of unseen ones.
+    assert unlike(FILMS.pixels_NHW[FILMS.split_N == "validation"]).mean() <= 0.05
+    assert unlike(FILMS.pixels_NHW[FILMS.split_N == "test"]).mean() <= 0.2
+    assert unlike(255 - FILMS.pixels_NHW).mean() > 0.9
+
+
 def test_keeps_the_weights_of_the_epoch_with_the_lowest_validation_loss(run: Run) -> None:
     losses = [row["validation_loss"] for row in run.result.history]
     assert run.result.best_epoch == 1 + int(np.argmin(losses))
@@ -93,7 +105,13 @@ def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
 
 def test_leaves_nothing_but_the_model(run: Run) -> None:
     names = {path.name for path in Path(run.output).iterdir()}
-    assert names == {"model.safetensors", "model.json", "history.parquet", "SHA256SUMS"}
+    assert names == {
+        "model.safetensors",
+        "model.json",
+        "distribution.safetensors",
+        "history.parquet",
+        "SHA256SUMS",
+    }
 
 
 def test_refuses_to_overwrite_a_model(run: Run) -> None:

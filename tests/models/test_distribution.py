@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungopacity.models import build_network
+from lungopacity.models.distribution import TrainingDistribution
+from lungopacity.models.networks import NETWORK_NAMES
+from lungopacity.models.scorer import Scorer
+from tests.models.tiny import tiny_model, with_distribution
+
+
+def correlated(rng: np.random.Generator, count: int, features: int = 6) -> np.ndarray:
+    """(count, features) with scales from 0.001 to 1000, and correlated."""
+    mixing = np.random.default_rng(1).normal(size=(features, features))
+    return rng.normal(size=(count, features)) @ mixing * np.logspace(-3, 3, features)
+
+
+def test_one_in_a_hundred_unseen_films_is_called_unlike_the_rest():
+    rng = np.random.default_rng(0)
+    found = TrainingDistribution.of(correlated(rng, 3000), correlated(rng, 3000))
+    assert 0.005 < (found.score(correlated(rng, 5000)) > 1).mean() < 0.016
+
+
+def test_the_score_is_the_mahalanobis_distance_over_the_threshold():
+    rng = np.random.default_rng(0)
+    train = correlated(rng, 20_000)
+    found = TrainingDistribution.of(train, correlated(rng, 500))
+    films = correlated(rng, 20) * 3
+    centred = films - train.mean(axis=0)
+    precision = np.linalg.inv(np.cov(train, rowvar=False))
+    distance = np.sqrt(np.einsum("nf,fg,ng->n", centred, precision, centred))
+    np.testing.assert_allclose(found.score(films) * found.threshold, distance, rtol=0.15)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(2, 1e6), st.integers(0, 5))
+def test_further_out_along_any_feature_scores_higher(times, feature):
+    rng = np.random.default_rng(0)
+    train = correlated(rng, 500)
+    found = TrainingDistribution.of(train, correlated(rng, 200))
+    step = np.zeros((1, 6))
+    step[0, feature] = 30 * train[:, feature].std()
+    near, far = found.score(train.mean(axis=0) + np.concatenate([step, times * step]))
+    assert far > near > 1
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        pytest.param(np.zeros((50, 8)), id="constant"),
+        pytest.param(
+            np.random.default_rng(0).normal(size=(5, 200)), id="fewer-films-than-features"
+        ),
+        pytest.param(
+            np.random.default_rng(0).normal(size=(50, 8)) * [1, 1, 1, 1, 0, 0, 0, 0], id="dead"
+        ),
+    ],
+)
+def test_features_without_spread_give_numbers_all_the_same(train):
+    found = TrainingDistribution.of(train, train)
+    scores = found.score(np.concatenate([train, train + 100]))
+    assert np.isfinite(scores).all()
+    assert (scores[len(train) :] > 1).all()
+
+
+def test_it_comes_back_from_its_file():
+    rng = np.random.default_rng(0)
+    saved = TrainingDistribution.of(correlated(rng, 100), correlated(rng, 50))
+    loaded = TrainingDistribution.from_bytes(saved.to_bytes())
+    films = correlated(rng, 30)
+    np.testing.assert_array_equal(saved.score(films), loaded.score(films))
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_the_logits_are_bit_for_bit_those_of_forward(name):
+    network = build_network(name, 3).eval()
+    x_B1HW = torch.randn(4, 1, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(network.classify(network.describe(x_B1HW)), network(x_B1HW))
+
+
+def test_a_scorer_tells_noise_from_what_its_model_was_trained_on():
+    rng = np.random.default_rng(0)
+    films = rng.integers(0, 60, (200, 32, 32), dtype=np.uint8)
+    scorer = Scorer(with_distribution(tiny_model(), films))
+    noise = rng.integers(0, 256, (20, 32, 32), dtype=np.uint8)
+    assert (scorer.out_of_distribution(scorer.scores(noise).features_NF) > 1).all()
+    assert (scorer.out_of_distribution(scorer.scores(films).features_NF) > 1).mean() <= 0.02
+
+
+def test_a_model_without_a_distribution_says_nothing():
+    scorer = Scorer(tiny_model())
+    films = np.zeros((2, 32, 32), np.uint8)
+    assert scorer.out_of_distribution(scorer.scores(films).features_NF) is None
