@@ -1,5 +1,6 @@
 # make demo    the main job on a phantom archive, on this machine alone
 # make test    every test
+# make fuzz    20,000 damaged files through fetching and decoding, about ten minutes
 # make check   format, lint, types, import direction
 # Each does its own set-up: a .venv from requirements.lock.
 
@@ -7,13 +8,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lock clean
+.PHONY: demo test fuzz check format lock clean
 
 demo: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python cluster/demo.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(TESTS)
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz --inputs 20000
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -30,6 +30,9 @@ _SLOTS = 4
 """Files under way at once: the process must find the next one when it is done with one."""
 _BYTES_UNDER_WAY = 64 << 20
 """Of them; a larger file goes alone."""
+_PATIENCE = 5.0
+"""Times the CPU seconds of a file that its decoder may take by the clock, on a machine with much to
+do, or waiting for what never comes."""
 _START_SECONDS = 60.0
 """For the process to come up, on a machine with much to do."""
 
@@ -122,7 +125,7 @@ class Decoder:
         job.rows = []
         while True:
             # The clock starts anew with each frame: a long film is no hanging decoder.
-            if not self._connection.poll(self._settings.limits.max_seconds):
+            if not self._connection.poll(_PATIENCE * self._settings.limits.max_seconds):
                 raise TimeoutError
             row = self._connection.recv()
             if row is None:
@@ -134,9 +137,9 @@ class Decoder:
         cause = sys.exc_info()[1]
         returncode = self._end_process()
         job.crashes += 1
-        if isinstance(cause, TimeoutError):
+        if isinstance(cause, TimeoutError) or returncode == -signal.SIGPROF:
             limit = self._settings.limits.max_seconds
-            job.rows = [_failed(ErrorCode.DECODER_TIMEOUT, f"took more than {limit:g} s")]
+            job.rows = [_failed(ErrorCode.DECODER_TIMEOUT, f"took more than {limit:g} CPU seconds")]
         elif job.crashes > 1:
             job.rows = [_failed(ErrorCode.DECODER_CRASH, f"its process died ({_told(returncode)})")]
         else:
@@ -231,6 +234,7 @@ def serve(
 ) -> None:
     """The process's side: orders in, rows out, until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started us
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     connection = Connection(int(arguments[0]))
     files = [int(argument) for argument in arguments[1:]]
     with contextlib.suppress(EOFError, OSError):
@@ -239,9 +243,16 @@ def serve(
         connection.send("ready")
         while True:
             slot, length = connection.recv()
-            for row in rows_of(_read(files[slot], length), settings):
+            rows = rows_of(_read(files[slot], length), settings)
+            while True:
+                # Of CPU time, so that a busy neighbour fails no film; SIGPROF ends the process even
+                # inside a codec.
+                signal.setitimer(signal.ITIMER_PROF, settings.limits.max_seconds)
+                row = next(rows, None)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 connection.send(row)
-            connection.send(None)
+                if row is None:
+                    break
 
 
 def _limit_memory(size_bytes: int) -> None:

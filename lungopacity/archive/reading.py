@@ -198,7 +198,7 @@ def _unpacked(
             if isinstance(data, bytes):
                 yield _File(columns, data, of=found)
             elif data is not None:
-                yield _File(columns, error=data, of=found)
+                yield _File(columns, error=_reported(data), of=found)
     except Exception as error:
         yield _File(source, error=_reported(error), of=found)
     yield _File(source, of=found, ends=True)
@@ -218,4 +218,7 @@ def _told_apart_from_sidecars(content: dict[str, Any], name: str) -> dict[str, A
 def _reported(error: Exception) -> Exception:
     if not isinstance(error, ImageError):
         log.error("unforeseen %s while an image was read", type(error).__name__)
+    # The frames it came through hold what they had read, hundreds of megabytes of a bomb, and refer
+    # to one another: it would all stay until the garbage collector comes by.
+    error.__cause__ = error.__context__ = error.__traceback__ = None
     return error

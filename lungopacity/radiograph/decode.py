@@ -17,7 +17,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction
 from lungopacity.radiograph.film import SYNTHETIC_MARK, DecodeLimits, Radiograph
 from lungopacity.radiograph.grey import stretch_to_uint8
-from lungopacity.radiograph.jpeg import decode_grey_jpeg, read_header
+from lungopacity.radiograph.jpeg import decode_grey_jpeg, read_header, scans_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,6 +81,8 @@ def decode_radiographs(
 
         yield from decode_dicom(data, limits, accept, hmac_key)
         return
+    if kind == "jpeg":
+        limits.check_scans(scans_of(data))
     film = _decode_plain_jpeg(data, limits, at_least) if kind == "jpeg" else None
     if film is not None:
         yield film
@@ -128,6 +130,7 @@ def _decode_with_pillow(
             except Exception as error:
                 raise _as_image_error(error) from error
             limits.check_frames(pages)
+            unpacked = 0
             for page in range(pages):
                 facts: dict[str, Any] = {"format": kind, "frame": page if pages > 1 else None}
                 try:
@@ -140,12 +143,17 @@ def _decode_with_pillow(
                         "synthetic": any(_is_synthetic(text) for text in image.info.values()),
                     }
                     limits.check_pixels(image.height, image.width)
-                    pixels, coloured = _grey_pixels(image, kind, at_least)
+                    unpacked += image.height * image.width
+                    if pages > 1:
+                        limits.check_unpacked(unpacked, len(data))
+                    pixels, coloured = _grey_pixels(image, data, kind, at_least)
                     yield Radiograph(pixels=pixels, coloured_fraction=coloured, **facts)
                 except Exception as error:
                     failed = _as_image_error(error)
                     failed.facts = facts
                     yield failed
+                    if failed.code is ErrorCode.DECOMPRESSION_BOMB:
+                        return
 
 
 def _as_image_error(error: Exception) -> ImageError:
@@ -178,9 +186,14 @@ def _is_synthetic(comment: object) -> bool:
 
 
 def _grey_pixels(
-    image: Image.Image, kind: str, at_least: int | None
+    image: Image.Image, data: bytes, kind: str, at_least: int | None
 ) -> tuple[npt.NDArray[np.uint8], float]:
     """Grey pixels, turned as EXIF says, and the share of coloured ones."""
+    luma = None
+    if kind == "jpeg":
+        # Asked first: Pillow fills pixels that were lost with grey, and says nothing.
+        header = read_header(data)
+        luma = None if header is None else decode_grey_jpeg(data, header, at_least)
     if kind == "jpeg" and at_least is not None:
         # YCbCr where the file has it: its Y is the grey image, exactly.
         image.draft("YCbCr", _draft_size(image.width, image.height, at_least))
@@ -195,8 +208,21 @@ def _grey_pixels(
     coloured = 0.0
     if image.mode not in ("1", "L", "LA"):
         image.load()
-        coloured = coloured_fraction(np.asarray(image.convert("RGB")))
-    return _turned(_as_grey(image), image), coloured
+        coloured = coloured_fraction(np.asarray(_coarse(image).convert("RGB")))
+    return _turned(_as_grey(image) if luma is None else luma, image), coloured
+
+
+def _coarse(image: Image.Image) -> Image.Image:
+    """The pixels that `coloured_fraction` looks at, without a copy of all of them in RGB."""
+    from PIL import Image
+
+    step = max(1, min(image.size) // 128)
+    size = (-(-image.width // step), -(-image.height // step))
+    # The middle of an output pixel is taken to the middle of every step-th pixel.
+    offset = (1 - step) / 2
+    return image.transform(
+        size, Image.Transform.AFFINE, (step, 0, offset, 0, step, offset), Image.Resampling.NEAREST
+    )
 
 
 def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -205,9 +231,10 @@ def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
     if image.mode == "YCbCr":
         return np.asarray(image.getchannel(0), dtype=np.uint8)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        opaque = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        opaque.alpha_composite(image.convert("RGBA"))
-        image = opaque
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(
+            black, image if image.mode == "RGBA" else image.convert("RGBA")
+        )
     return np.asarray(image if image.mode == "L" else image.convert("L"), dtype=np.uint8)
 
 

@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 import zlib
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from lungopacity.radiograph.dicom_header import (
     is_image_class,
 )
 from lungopacity.radiograph.film import DecodeLimits, Radiograph
-from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg, read_header
+from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg, read_header, scans_of
 
 # pydicom warns with the offending value in the text. Values may be names, so nothing is passed on.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -34,7 +34,14 @@ _DEFLATED = "1.2.840.10008.1.2.1.99"
 _META_BYTES = 1024
 """Within which the file meta group names the transfer syntax."""
 _JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
+_MAX_READS = 1_000_000
+"""pydicom takes two or three for an element, and about two microseconds for each."""
+_PIXEL_STEP = 4096
+"""Less than it takes at once of compressed pixels."""
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+_JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
+_OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
+_END_OF_IMAGE = b"\xff\xd9"
 _FEWER = "fewer pixels than declared"
 
 
@@ -52,15 +59,19 @@ def decode_dicom(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = _read(data, limits)
-        check_kind(dataset)
-        facts = facts_of(dataset, hmac_key)
+        facts: dict[str, object] = {}
         try:
-            _check_pixel_data(dataset)
+            is_cut = _ends_inside_a_value(dataset)
+            check_kind(dataset)
+            facts = facts_of(dataset, hmac_key)
+            _check_pixel_data(dataset, is_cut)
             check_wanted(dataset, facts, accept)
             declared, frames = _frames(dataset, limits)
         except ImageError as error:
             error.facts = facts
             raise
+        except Exception as error:
+            raise _header_error(error, facts) from error
         for index in range(declared):
             own = facts if declared == 1 else {**facts, "frame": index}
             try:
@@ -82,26 +93,38 @@ def _read(data: bytes, limits: DecodeLimits) -> Any:
     try:
         if _has_meta(data) and _DEFLATED.encode() in data[:_META_BYTES]:
             return _read_deflated(data, limits)
-        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        dataset = pydicom.dcmread(_Bounded(data), force=True)
         if "PixelData" not in dataset:
             # Of a file that ends in its pixels pydicom gives nothing; its header is still there.
-            header = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True)
+            header = pydicom.dcmread(_Bounded(data), force=True, stop_before_pixels=True)
             dataset = header if len(header) > len(dataset) else dataset
         # Values are parsed when they are asked for; this finds a damaged file here, not later.
         known = "SOPClassUID" in dataset or "Rows" in dataset or "PixelData" in dataset
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(
-            ErrorCode.CORRUPT_IMAGE,
-            Stage.DECODE,
-            f"DICOM header cannot be read ({type(error).__name__})",
-        ) from error
+        raise _header_error(error) from error
     if not known and not _has_meta(data):
         raise ImageError(
             ErrorCode.NOT_AN_IMAGE, Stage.DECODE, "no signature of a known image format"
         )
     return dataset
+
+
+class _Bounded(io.BytesIO):
+    """A file in which pydicom cannot lose itself: of zeros it makes an element every 8 bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = _MAX_READS + len(data) // _PIXEL_STEP
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise ImageError(
+                ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "more DICOM elements than any object has"
+            )
+        return super().read(size)
 
 
 def _has_meta(data: bytes) -> bool:
@@ -114,7 +137,7 @@ def _read_deflated(data: bytes, limits: DecodeLimits) -> Any:
     from pydicom.filereader import read_dataset
     from pydicom.uid import ExplicitVRLittleEndian
 
-    file = io.BytesIO(data)
+    file = _Bounded(data)
     file.seek(132)
     meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -125,19 +148,30 @@ def _read_deflated(data: bytes, limits: DecodeLimits) -> Any:
             Stage.DECODE,
             f"inflates to more than {limits.max_size_bytes} bytes",
         )
-    dataset = read_dataset(io.BytesIO(inflated), False, True)
+    dataset = read_dataset(_Bounded(inflated), False, True)
     dataset.file_meta = FileMetaDataset(meta)
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     return dataset
 
 
-def _check_pixel_data(dataset: Any) -> None:
+def _ends_inside_a_value(dataset: Any) -> bool:
+    """Whether the file is cut inside its last element, which pydicom then gives as far as it goes.
+
+    To be asked before any value is.
+    """
+    tags = list(dataset.keys())
+    last: Any = dataset.get_item(tags[-1]) if tags else None
+    length = getattr(last, "length", None)
+    return isinstance(length, int) and 0 < length < 0xFFFFFFFF and len(last.value or b"") < length
+
+
+def _check_pixel_data(dataset: Any, is_cut: bool) -> None:
     """Raises `ImageError` for an object without pixels: cut off, or of a kind that has none."""
     if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
         raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, "floating-point pixels")
     if "PixelData" in dataset:
         return
-    if "Rows" in dataset or "SOPClassUID" not in dataset or is_image_class(dataset):
+    if is_cut or "Rows" in dataset or "SOPClassUID" not in dataset or is_image_class(dataset):
         raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the header of an image, and no pixels")
     raise ImageError(ErrorCode.NO_PIXELS, Stage.DECODE, "the object holds no pixel data")
 
@@ -166,6 +200,9 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
     frames = max(1, frames)
     _set_transfer_syntax(dataset)
     if _is_compressed(dataset):
+        if frames > 1:
+            pixels = frames * int(dataset.Rows) * int(dataset.Columns)
+            limits.check_unpacked(pixels, len(dataset.PixelData))
         return frames, frames
     subsampled = dataset.get("PhotometricInterpretation") == "YBR_FULL_422"
     bits = int(dataset.Rows) * int(dataset.Columns) * (2 if subsampled else samples) * allocated
@@ -241,6 +278,20 @@ def _stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArra
         if header is not None:
             # Decoders trust the size in the codestream, and take memory for it.
             limits.check_pixels(header.rows, header.columns)
+            limits.check_scans(scans_of(frame))
+            if dataset.file_meta.TransferSyntaxUID in _JPEG_LS and _END_OF_IMAGE not in frame:
+                # pyjpegls would look for it for ever.
+                raise ImageError(
+                    ErrorCode.TRUNCATED, Stage.DECODE, "the JPEG-LS ends before its pixels do"
+                )
+            if _contradicts(dataset, header):
+                # GDCM would end the process.
+                raise ImageError(
+                    ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the frame is not what the header says"
+                )
+            if dataset.file_meta.TransferSyntaxUID == _JPEG_BASELINE and header.components > 1:
+                # For its errors alone: other decoders fill lost pixels with grey, and say nothing.
+                decode_grey_jpeg(frame, header, at_least=1)
         if header is not None and _is_plain_jpeg(dataset, header):
             grey = decode_grey_jpeg(frame, header)
             if grey is not None:
@@ -254,15 +305,37 @@ def _stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArra
     return array
 
 
+def _contradicts(dataset: Any, header: JpegHeader) -> bool:
+    one_sample = str(dataset.get("PhotometricInterpretation") or "") in _OF_ONE_SAMPLE
+    return (
+        (header.rows, header.columns) != (dataset.Rows, dataset.Columns)
+        or int(dataset.BitsAllocated) > 16
+        or one_sample != (int(dataset.get("SamplesPerPixel") or 1) == 1)
+    )
+
+
 def _is_plain_jpeg(dataset: Any, header: JpegHeader) -> bool:
     """Whether libjpeg-turbo alone gives the pixels: the same, four times as fast as GDCM, which
     pydicom would ask first."""
     return (
         dataset.file_meta.TransferSyntaxUID == _JPEG_BASELINE
         and header.components == 1
-        and (header.rows, header.columns) == (dataset.Rows, dataset.Columns)
         and dataset.BitsAllocated == 8
         and not dataset.get("PixelRepresentation")
+    )
+
+
+def _header_error(error: Exception, facts: Mapping[str, object] | None = None) -> ImageError:
+    if isinstance(error, MemoryError):
+        return ImageError(
+            ErrorCode.TOO_LARGE, Stage.DECODE, "takes more memory than allowed", facts
+        )
+    # pydicom parses a value when it is asked for, and raises what it likes.
+    return ImageError(
+        ErrorCode.CORRUPT_IMAGE,
+        Stage.DECODE,
+        f"DICOM header cannot be read ({type(error).__name__})",
+        facts,
     )
 
 

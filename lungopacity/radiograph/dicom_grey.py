@@ -84,9 +84,9 @@ def _windowed(
         return stretch_to_uint8(values, *ends)
     table = _looked_up(np.arange(low, high + 1).astype(stored.dtype), dataset, window)
     present = np.zeros(len(table), np.bool_)
-    present[used.ravel().astype(np.intp) - low if low else used.ravel()] = True
+    present[used.ravel().astype(np.int32) - low if low else used.ravel()] = True
     greys = stretch_to_uint8(table, *_display_range(table[present], dataset, window))
-    grey: npt.NDArray[np.uint8] = greys[stored.astype(np.intp) - low if low else stored]
+    grey: npt.NDArray[np.uint8] = greys[stored.astype(np.int32) - low if low else stored]
     return grey
 
 

@@ -71,8 +71,8 @@ def facts_of(dataset: Any, hmac_key: bytes | None) -> dict[str, object]:
     """The columns of a row that the header alone decides, by their name."""
     return {
         "format": "dicom",
-        "rows": _positive(dataset.get("Rows")),
-        "columns": _positive(dataset.get("Columns")),
+        "rows": _positive(dataset, "Rows"),
+        "columns": _positive(dataset, "Columns"),
         "photometric_interpretation": _term(dataset, "PhotometricInterpretation", _PHOTOMETRIC),
         "modality": _term(dataset, "Modality", _RADIOGRAPHY | _OTHER_MODALITIES),
         "body_part": _body_part(dataset),
@@ -145,7 +145,11 @@ def _term(dataset: Any, keyword: str, terms: Set[str]) -> str | None:
     return value if value in terms else None
 
 
-def _positive(value: Any) -> int | None:
+def _positive(dataset: Any, keyword: str) -> int | None:
+    try:
+        value = dataset.get(keyword)
+    except Exception:
+        return None
     return value if isinstance(value, int) and 0 < value < 2**31 else None
 
 

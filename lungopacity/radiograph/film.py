@@ -14,6 +14,9 @@ SYNTHETIC_MARK = "synthetic phantom"
 """Begins the comment of every file that the phantom archive writes (PNG text, JPEG COM, DICOM)."""
 
 
+_MAX_PIXELS_PER_BYTE = 200
+"""As for containers; JPEG of good quality has four to ten."""
+
 MAX_AGE_YEARS = 120
 """Above it an age is a mistake in the record, and taken as unknown."""
 
@@ -28,8 +31,12 @@ class DecodeLimits:
     """Size of the encoded file; also what a deflated DICOM file may inflate to."""
     max_frames: int = 4096
     """Images in one file. A minute of fluoroscopy at 30 frames a second has 1,800."""
-    max_seconds: float = 30.0
-    """For one file, in the decoder's process; then it is ended."""
+    max_scans: int = 100
+    """Passes of a JPEG over its pixels: each takes time, and hardly a byte. Progressive ones have
+    ten or so."""
+    max_seconds: float = 8.0
+    """Of CPU time for one image, in the decoder's process, which is then ended. The slowest ones of
+    real size, noise of 18 megapixels in JPEG 2000, take 3.3."""
     max_memory_bytes: int = 2 * 1024 * 1024 * 1024
     """That the decoder's process may take."""
 
@@ -65,6 +72,24 @@ class DecodeLimits:
         if frames > self.max_frames:
             raise ImageError(
                 ErrorCode.TOO_LARGE, Stage.DECODE, f"{frames} frames, limit {self.max_frames}"
+            )
+
+    def check_unpacked(self, pixels: int, size_bytes: int) -> None:
+        """Raises `ImageError` (`decompression_bomb`) for several compressed images with more pixels
+        together than real ones would have in `size_bytes`; `check_pixels` is for a single one.
+        """
+        if pixels > self.max_megapixels * 1e6 + _MAX_PIXELS_PER_BYTE * size_bytes:
+            raise ImageError(
+                ErrorCode.DECOMPRESSION_BOMB,
+                Stage.DECODE,
+                f"{pixels} pixels in {size_bytes} bytes of frames",
+            )
+
+    def check_scans(self, scans: int) -> None:
+        """Raises `ImageError` (`decompression_bomb`) for a JPEG that would take hours."""
+        if scans > self.max_scans:
+            raise ImageError(
+                ErrorCode.DECOMPRESSION_BOMB, Stage.DECODE, f"{scans} scans, limit {self.max_scans}"
             )
 
 

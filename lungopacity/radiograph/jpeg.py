@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,11 @@ import numpy.typing as npt
 from lungopacity.errors import ErrorCode, ImageError, Stage
 
 _JPEG_2000 = b"\xff\x4f\xff\x51"
-# Start of frame of each process (ITU-T T.81 table B.1) and of JPEG-LS (T.87): not DHT, JPG, DAC.
 _COMMENT = 0xFE
+# Start of scan with the length that its number of components gives (T.81 B.2.3). Coded pixels hold
+# none: their FF is always followed by 00.
+_SCAN_HEADER = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+# Start of frame of each process (ITU-T T.81 table B.1) and of JPEG-LS (T.87): not DHT, JPG, DAC.
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 
 
@@ -52,10 +56,15 @@ def read_header(frame: bytes) -> JpegHeader | None:
     return None
 
 
+def scans_of(frame: bytes) -> int:
+    """How many scans a JPEG has; those of thumbnails in its metadata count, too."""
+    return len(_SCAN_HEADER.findall(frame))
+
+
 def decode_grey_jpeg(
     data: bytes, header: JpegHeader, at_least: int | None = None
 ) -> npt.NDArray[np.uint8] | None:
-    """Pixels of a JPEG of one component, or None where this decoder cannot give them.
+    """Pixels of a JPEG, or the luma of a coloured one; None where this decoder cannot give them.
 
     `at_least`: the longer side that is enough; the DCT is then scaled. Returns (height, width).
     Raises `ImageError` (`truncated`, `corrupt_image`) where pixels were lost: libjpeg itself only
@@ -63,14 +72,15 @@ def decode_grey_jpeg(
     """
     import simplejpeg
 
+    colours = "CMYK" if header.components == 4 else "GRAY"
     try:
         if at_least is None or max(header.rows, header.columns) <= at_least:
-            pixels = simplejpeg.decode_jpeg(data, "GRAY")
+            pixels = simplejpeg.decode_jpeg(data, colours)
         else:
             scale = at_least / max(header.rows, header.columns)
             smallest = [max(1, int(side * scale)) for side in (header.rows, header.columns)]
             pixels = simplejpeg.decode_jpeg(
-                data, "GRAY", min_height=smallest[0], min_width=smallest[1]
+                data, colours, min_height=smallest[0], min_width=smallest[1]
             )
     except ValueError as error:
         told = str(error).lower()
@@ -84,5 +94,7 @@ def decode_grey_jpeg(
             ) from error
         # Arithmetic coding, 12 bits, or bytes that do no harm: Pillow's own build may know better.
         return None
+    if header.components == 4:
+        return None  # of print; whole, at least
     grey: npt.NDArray[np.uint8] = pixels.reshape(pixels.shape[:2])
     return grey

@@ -53,7 +53,7 @@ def photograph(seed: int) -> Grey:
     return np.asarray(Image.fromarray(picture[top : top + 220, left : left + 220]).convert("L"))
 
 
-def slice_of_a_head(_: int) -> Grey:
+def slice_of_a_body(_: int) -> Grey:
     from pydicom import dcmread
 
     stored = dcmread(str(get_testdata_file("CT_small.dcm", download=False))).pixel_array
@@ -69,7 +69,7 @@ NOT_CHESTS = {
     "hand": hand,
     "wedge": step_wedge,
     "photograph": photograph,
-    "slice": slice_of_a_head,
+    "slice": slice_of_a_body,
     "noise": noise,
 }
 
