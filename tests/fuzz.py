@@ -77,6 +77,7 @@ from tests.real_data import DICOM_FOLDER
 SETTINGS = ReadSettings(Preprocessing(image_size=32), accept=ACCEPTABLE, reject_quality=frozenset())
 MAX_SECONDS = 10.0
 MAX_MEMORY_BYTES = 2 << 30
+IMAGE_KINDS = ("png", "jpeg", "tiff", "jpeg2000", "bmp", "dicom")
 _SLOW_SECONDS = 5.0
 _HANGS_SECONDS = 120.0
 _BATCH = 100
@@ -709,13 +710,13 @@ def _rle_zeros(size: int) -> bytes:
     return struct.pack("<16I", 1, 64, *[0] * 14) + runs
 
 
-def _own(name: str) -> bytes:
+def own(name: str) -> bytes:
     return next(fixture.data for fixture in own_fixtures() if fixture.name == name)
 
 
 def _jpeg_ls_cut() -> bytes:
     """Its header, and a part of its pixels: of a whole DICOM object."""
-    dataset = pydicom.dcmread(io.BytesIO(_own("jpeg-ls.dcm")))
+    dataset = pydicom.dcmread(io.BytesIO(own("jpeg-ls.dcm")))
     return get_frame(dataset.PixelData, 0, number_of_frames=1)[:1000]
 
 
@@ -814,7 +815,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "dicom that inflates to zeros": ("dcm", lambda: _deflated_dicom(500 * _MIB)),
     "dicom of a jpeg-ls that does not end": (
         "dcm",
-        lambda: with_elements(_own("jpeg-ls.dcm"), PixelData=encapsulate([_jpeg_ls_cut()])),
+        lambda: with_elements(own("jpeg-ls.dcm"), PixelData=encapsulate([_jpeg_ls_cut()])),
     ),
     "dicom of a jpeg of 4,000 scans": (
         "dcm",
@@ -931,12 +932,16 @@ class Outcome:
     broken: list[str] = field(default_factory=list)
 
 
-def _peak_bytes(pid: int | str) -> int:
+def resident_bytes(pid: int | str = "self", what: str = "VmRSS") -> int:
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{what}:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def _peak_bytes(pid: int | str) -> int:
+    return resident_bytes(pid, "VmHWM")
 
 
 def _forget_peak(pid: int | str) -> None:

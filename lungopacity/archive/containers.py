@@ -89,6 +89,8 @@ class _Walk:
         try:
             for entry in _entries(file, name, meter):
                 yield from self._entry(entry, prefix, depth)
+        except ImageError:
+            raise
         except Exception as error:
             raise as_image_error(error) from error
         finally:

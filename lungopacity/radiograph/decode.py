@@ -17,7 +17,8 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction
 from lungopacity.radiograph.film import SYNTHETIC_MARK, DecodeLimits, Radiograph
 from lungopacity.radiograph.grey import stretch_to_uint8
-from lungopacity.radiograph.jpeg import decode_grey_jpeg, read_header, scans_of
+from lungopacity.radiograph.jpeg import decode_grey_jpeg, is_cut_jpeg_2000, read_header, scans_of
+from lungopacity.radiograph.tiff import check_pages
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,6 +84,10 @@ def decode_radiographs(
         return
     if kind == "jpeg":
         limits.check_scans(scans_of(data))
+    if kind == "tiff":
+        check_pages(data, limits)
+    if kind == "jpeg2000" and is_cut_jpeg_2000(data):
+        raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the image ends before its pixels do")
     film = _decode_plain_jpeg(data, limits, at_least) if kind == "jpeg" else None
     if film is not None:
         yield film

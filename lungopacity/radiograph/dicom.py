@@ -25,7 +25,13 @@ from lungopacity.radiograph.dicom_header import (
     is_image_class,
 )
 from lungopacity.radiograph.film import DecodeLimits, Radiograph
-from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg, read_header, scans_of
+from lungopacity.radiograph.jpeg import (
+    JpegHeader,
+    decode_grey_jpeg,
+    is_cut_jpeg_2000,
+    read_header,
+    scans_of,
+)
 
 # pydicom warns with the offending value in the text. Values may be names, so nothing is passed on.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -41,6 +47,7 @@ _PIXEL_STEP = 4096
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 _JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
 _OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
+_JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 _END_OF_IMAGE = b"\xff\xd9"
 _FEWER = "fewer pixels than declared"
 
@@ -275,23 +282,7 @@ def _stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArra
 
         frame = get_frame(dataset.PixelData, index, number_of_frames=frames)
         header = read_header(frame)
-        if header is not None:
-            # Decoders trust the size in the codestream, and take memory for it.
-            limits.check_pixels(header.rows, header.columns)
-            limits.check_scans(scans_of(frame))
-            if dataset.file_meta.TransferSyntaxUID in _JPEG_LS and _END_OF_IMAGE not in frame:
-                # pyjpegls would look for it for ever.
-                raise ImageError(
-                    ErrorCode.TRUNCATED, Stage.DECODE, "the JPEG-LS ends before its pixels do"
-                )
-            if _contradicts(dataset, header):
-                # GDCM would end the process.
-                raise ImageError(
-                    ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the frame is not what the header says"
-                )
-            if dataset.file_meta.TransferSyntaxUID == _JPEG_BASELINE and header.components > 1:
-                # For its errors alone: other decoders fill lost pixels with grey, and say nothing.
-                decode_grey_jpeg(frame, header, at_least=1)
+        _check_frame(frame, header, dataset, limits)
         if header is not None and _is_plain_jpeg(dataset, header):
             grey = decode_grey_jpeg(frame, header)
             if grey is not None:
@@ -303,6 +294,32 @@ def _stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArra
     # pydicom counts an absent index as all frames.
     array: npt.NDArray[Any] = pixel_array(dataset, index=index if frames > 1 else 0)
     return array
+
+
+def _check_frame(
+    frame: bytes, header: JpegHeader | None, dataset: Any, limits: DecodeLimits
+) -> None:
+    """Raises `ImageError` for a coded frame that decoders would not refuse, but hang on, end the
+    process for, or fill up with grey."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if header is not None:
+        # Decoders trust the size in the codestream, and take memory for it.
+        limits.check_pixels(header.rows, header.columns)
+        limits.check_scans(scans_of(frame))
+    # pyjpegls looks for the end of a JPEG-LS for ever.
+    endless = syntax in _JPEG_LS and _END_OF_IMAGE not in frame
+    if endless or (syntax in _JPEG_2000 and is_cut_jpeg_2000(frame)):
+        raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the frame ends before its pixels do")
+    if header is None:
+        return
+    if _contradicts(dataset, header):
+        # GDCM ends the process.
+        raise ImageError(
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the frame is not what the header says"
+        )
+    if syntax == _JPEG_BASELINE and header.components > 1:
+        # For its errors alone: other decoders fill lost pixels with grey, and say nothing.
+        decode_grey_jpeg(frame, header, at_least=1)
 
 
 def _contradicts(dataset: Any, header: JpegHeader) -> bool:
