@@ -11,9 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lungopacity.archive.inventory import take_inventory
-from tests import fuzz
+from tests.fuzz.bombs import bomb, own
+from tests.fuzz.fixtures import IMAGE_KINDS, own_fixtures
+from tests.fuzz.inputs import broken_conditions, mutated, rows_of
+from tests.fuzz.run import resident_bytes
 
-FIXTURES = fuzz.own_fixtures()
+FIXTURES = own_fixtures()
 
 
 def read(folder: Path, inputs: list[tuple[str, bytes]]) -> list[list[dict]]:
@@ -23,7 +26,7 @@ def read(folder: Path, inputs: list[tuple[str, bytes]]) -> list[list[dict]]:
     names = [f"{number:03d}-{name}" for number, (name, _) in enumerate(inputs)]
     for name, (_, data) in zip(names, inputs, strict=True):
         (folder / name).write_bytes(data)
-    rows = fuzz.rows_of(folder, take_inventory(str(folder)).objects)
+    rows = rows_of(folder, take_inventory(str(folder)).objects)
     return [[row for row in rows if row["image"] == name] for name in names]
 
 
@@ -37,7 +40,7 @@ def test_fixtures_are_valid_before_they_are_damaged(folder):
     for fixture, rows in zip(
         FIXTURES, read(folder, [(found.name, found.data) for found in FIXTURES]), strict=True
     ):
-        assert fuzz.broken_conditions(rows) == []
+        assert broken_conditions(rows) == []
         images = [row for row in rows if row["shard_rows"] is None]
         wrong = [row["error_code"] for row in images if row["status"] != "ok"]
         # The note beside the films of a container.
@@ -53,13 +56,13 @@ def test_fixtures_are_valid_before_they_are_damaged(folder):
 )
 @given(seeds=st.lists(st.integers(0, 2**32), min_size=20, max_size=20))
 def test_damaged_files_give_rows_with_codes(folder, seeds):
-    inputs = [fuzz.mutated(random.Random(seed), FIXTURES) for seed in seeds]
+    inputs = [mutated(random.Random(seed), FIXTURES) for seed in seeds]
     found = read(folder, [(made.name, made.data) for made in inputs])
     for seed, made, rows in zip(seeds, inputs, found, strict=True):
-        assert fuzz.broken_conditions(rows) == [], (seed, made)
+        assert broken_conditions(rows) == [], (seed, made)
 
 
-PIXELS = [found for found in FIXTURES if found.kind in fuzz.IMAGE_KINDS]
+PIXELS = [found for found in FIXTURES if found.kind in IMAGE_KINDS]
 
 
 @pytest.mark.parametrize("fixture", PIXELS, ids=lambda found: found.name)
@@ -82,7 +85,7 @@ def test_a_cut_image_has_all_of_its_pixels_or_none(folder, fixture):
 @pytest.mark.parametrize("name", ["grey.jpg", "rgb.jpg", "cmyk.jpg", "turned.jpg", "restarts.jpg"])
 def test_a_jpeg_whose_end_was_put_back_is_not_whole(folder, name):
     """libjpeg only warns, and fills what is lost with grey."""
-    data = fuzz.own(name)
+    data = own(name)
     # Behind the header; some metadata are larger than the pixels.
     first = data.rindex(b"\xff\xda") + 20
     cuts = range(first, len(data) - 8, (len(data) - first) // 10)
@@ -129,21 +132,21 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_before_it_goes_off(folder, name):
-    made = fuzz.bomb(name)
+    made = bomb(name)
     (rows,) = read(folder, [(made.name, made.data)])
-    assert fuzz.broken_conditions(rows) == []
+    assert broken_conditions(rows) == []
     assert {row["error_code"] for row in rows if row["shard_rows"] is None} == BOMBS[name]
 
 
 def test_what_was_unpacked_of_a_bomb_is_not_kept(folder):
     """Ten of them in one task would be gigabytes."""
-    made = fuzz.bomb("zstd of zeros")
+    made = bomb("zstd of zeros")
     read(folder, [(made.name, made.data)])
     gc.collect()
     gc.disable()
     try:
-        before = fuzz.resident_bytes()
+        before = resident_bytes()
         read(folder, [(made.name, made.data)])
-        assert fuzz.resident_bytes() - before < 64 << 20
+        assert resident_bytes() - before < 64 << 20
     finally:
         gc.enable()
