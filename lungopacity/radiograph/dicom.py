@@ -17,6 +17,11 @@ import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction, luminance
+from lungopacity.radiograph.dicom_frames import (
+    is_compressed,
+    set_transfer_syntax,
+    stored_values,
+)
 from lungopacity.radiograph.dicom_grey import grey_of, pixel_aspect_of, with_square_pixels
 from lungopacity.radiograph.dicom_header import (
     check_kind,
@@ -25,13 +30,6 @@ from lungopacity.radiograph.dicom_header import (
     is_image_class,
 )
 from lungopacity.radiograph.film import DecodeLimits, Radiograph
-from lungopacity.radiograph.jpeg import (
-    JpegHeader,
-    decode_grey_jpeg,
-    is_cut_jpeg_2000,
-    read_header,
-    scans_of,
-)
 
 # pydicom warns with the offending value in the text. Values may be names, so nothing is passed on.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -39,16 +37,10 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _META_BYTES = 1024
 """Within which the file meta group names the transfer syntax."""
-_JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 _MAX_READS = 1_000_000
 """pydicom takes two or three for an element, and about two microseconds for each."""
 _PIXEL_STEP = 4096
 """Less than it takes at once of compressed pixels."""
-_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
-_JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
-_OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
-_JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
-_END_OF_IMAGE = b"\xff\xd9"
 _FEWER = "fewer pixels than declared"
 
 
@@ -205,8 +197,8 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
         )
     limits.check_frames(frames)
     frames = max(1, frames)
-    _set_transfer_syntax(dataset)
-    if _is_compressed(dataset):
+    set_transfer_syntax(dataset)
+    if is_compressed(dataset):
         if frames > 1:
             pixels = frames * int(dataset.Rows) * int(dataset.Columns)
             limits.check_unpacked(pixels, len(dataset.PixelData))
@@ -219,33 +211,10 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
     return frames, whole
 
 
-def _set_transfer_syntax(dataset: Any) -> None:
-    """PS3.5 10.1: Implicit VR Little Endian where nothing is said, or what pydicom found."""
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
-    if not hasattr(dataset, "file_meta"):
-        dataset.file_meta = FileMetaDataset()
-    if "TransferSyntaxUID" in dataset.file_meta:
-        return
-    implicit, little = getattr(dataset, "original_encoding", (True, True))
-    explicit = ExplicitVRBigEndian if little is False else ExplicitVRLittleEndian
-    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-
-
-def _is_compressed(dataset: Any) -> bool:
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_transfer_syntax:
-        raise ImageError(
-            ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX, Stage.DECODE, "a private transfer syntax"
-        )
-    return bool(syntax.is_compressed)
-
-
 def _radiograph(
     dataset: Any, index: int, facts: dict[str, object], limits: DecodeLimits
 ) -> Radiograph:
-    stored = _stored_values(dataset, index, limits)
+    stored = stored_values(dataset, index, limits)
     coloured = 0.0
     if stored.ndim == 3:
         rgb = stored if stored.dtype == np.uint8 else _to_8_bits(stored, dataset)
@@ -270,76 +239,6 @@ def _to_8_bits(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
         np.uint8
     )
     return eight
-
-
-def _stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray[Any]:
-    """(height, width) or (height, width, 3), as the frame's decoder gives them."""
-    from pydicom.pixels import pixel_array
-
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    if _is_compressed(dataset):
-        from pydicom.encaps import get_frame
-
-        frame = get_frame(dataset.PixelData, index, number_of_frames=frames)
-        header = read_header(frame)
-        _check_frame(frame, header, dataset, limits)
-        if header is not None and _is_plain_jpeg(dataset, header):
-            grey = decode_grey_jpeg(frame, header)
-            if grey is not None:
-                return grey
-    if dataset.file_meta.TransferSyntaxUID == _JPEG_EXTENDED:
-        from lungopacity.radiograph.dicom_jpeg12 import register
-
-        register()
-    # pydicom counts an absent index as all frames.
-    array: npt.NDArray[Any] = pixel_array(dataset, index=index if frames > 1 else 0)
-    return array
-
-
-def _check_frame(
-    frame: bytes, header: JpegHeader | None, dataset: Any, limits: DecodeLimits
-) -> None:
-    """Raises `ImageError` for a coded frame that decoders would not refuse, but hang on, end the
-    process for, or fill up with grey."""
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if header is not None:
-        # Decoders trust the size in the codestream, and take memory for it.
-        limits.check_pixels(header.rows, header.columns)
-        limits.check_scans(scans_of(frame))
-    # pyjpegls looks for the end of a JPEG-LS for ever.
-    endless = syntax in _JPEG_LS and _END_OF_IMAGE not in frame
-    if endless or (syntax in _JPEG_2000 and is_cut_jpeg_2000(frame)):
-        raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the frame ends before its pixels do")
-    if header is None:
-        return
-    if _contradicts(dataset, header):
-        # GDCM ends the process.
-        raise ImageError(
-            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the frame is not what the header says"
-        )
-    if syntax == _JPEG_BASELINE and header.components > 1:
-        # For its errors alone: other decoders fill lost pixels with grey, and say nothing.
-        decode_grey_jpeg(frame, header, at_least=1)
-
-
-def _contradicts(dataset: Any, header: JpegHeader) -> bool:
-    one_sample = str(dataset.get("PhotometricInterpretation") or "") in _OF_ONE_SAMPLE
-    return (
-        (header.rows, header.columns) != (dataset.Rows, dataset.Columns)
-        or int(dataset.BitsAllocated) > 16
-        or one_sample != (int(dataset.get("SamplesPerPixel") or 1) == 1)
-    )
-
-
-def _is_plain_jpeg(dataset: Any, header: JpegHeader) -> bool:
-    """Whether libjpeg-turbo alone gives the pixels: the same, four times as fast as GDCM, which
-    pydicom would ask first."""
-    return (
-        dataset.file_meta.TransferSyntaxUID == _JPEG_BASELINE
-        and header.components == 1
-        and dataset.BitsAllocated == 8
-        and not dataset.get("PixelRepresentation")
-    )
 
 
 def _header_error(error: Exception, facts: Mapping[str, object] | None = None) -> ImageError:
