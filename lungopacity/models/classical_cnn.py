@@ -78,14 +78,20 @@ class ClassicalCNN(nn.Module):
         return self.classify(self.describe(x_B1HW))
 
     def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
-        """See `Network`."""
-        maps_BCHW = self.features(x_B1HW)
+        """See `Network`. The means of the earlier blocks go with what the head takes: a network
+        that was trained for a minute has them, too, and a photograph stands out in them."""
+        maps_BCHW, earlier = x_B1HW, []
+        for block in self.features:
+            if not self.training and maps_BCHW is not x_B1HW:
+                earlier.append(maps_BCHW.mean(dim=(2, 3)))
+            maps_BCHW = block(maps_BCHW)
         # The mean says how much of the lung is opaque, the maximum whether any spot is.
-        return torch.cat([maps_BCHW.mean(dim=(2, 3)), maps_BCHW.amax(dim=(2, 3))], dim=1)
+        last = [maps_BCHW.mean(dim=(2, 3)), maps_BCHW.amax(dim=(2, 3))]
+        return torch.cat([*earlier, *last], dim=1)
 
     def classify(self, features_BF: torch.Tensor) -> torch.Tensor:
         """See `Network`."""
-        logits_BK: torch.Tensor = self.head(features_BF)
+        logits_BK: torch.Tensor = self.head(features_BF[:, -2 * self.settings.channels[-1] :])
         return logits_BK
 
 

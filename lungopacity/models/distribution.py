@@ -1,9 +1,10 @@
 """How far a film lies from those that a model was trained on, in the model's own feature space.
 
-The Mahalanobis distance of the features in front of the last layers (Lee et al. 2018,
-arXiv:1807.03888), to one mean for all classes, with the covariance shrunk after Ledoit & Wolf 2004.
-Tried beside it on lung-field films, without a gain: a mean for each class, and features of all
-layers. The relative distance (Ren et al. 2021) and nearest neighbours (Sun et al. 2022) were worse.
+The Mahalanobis distance of features of all layers (Lee et al. 2018, arXiv:1807.03888), to one mean
+for all classes, with the covariance shrunk after Ledoit & Wolf 2004. Tried beside it on lung-field
+films: a mean for each class, without a gain; features in front of the last layers alone, as good
+for a well-trained network only. The relative distance (Ren et al. 2021) and nearest neighbours (Sun
+et al. 2022) were worse.
 
 Array names carry their shape: N films, F features.
 """

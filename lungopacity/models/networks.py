@@ -15,7 +15,8 @@ class Network(Protocol):
     """What every network offers: `forward` is `classify` of `describe`."""
 
     def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
-        """features_BF: what the last layers decide on; see `TrainingDistribution`."""
+        """features_BF: what the last layers decide on, and what else tells films from other
+        pictures; see `TrainingDistribution`."""
         ...
 
     def classify(self, features_BF: torch.Tensor) -> torch.Tensor:

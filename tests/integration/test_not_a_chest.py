@@ -124,7 +124,7 @@ def test_a_small_model_of_real_films_knows_what_is_no_chest(tmp_path):
     chests = rows[rows["kind"] == "chest"]
     assert (chests["status"] == "ok").all()
     assert chests["unlike"].mean() <= 0.05
-    assert rows.loc[rows["kind"] == "turned", "unlike"].mean() > 0.4
+    assert rows.loc[rows["kind"] == "turned", "unlike"].mean() > chests["unlike"].mean() + 0.1
 
     strict = lungopacity.screen(
         archive.uri, model, str(tmp_path / "results"), reject_quality=["out_of_distribution"]
