@@ -12,7 +12,7 @@ from lungopacity.storage import open_store
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_films_labels_checkpoints_model_and_report_may_all_lie_in_s3(s3_uri):
-    write_phantom_archive(open_store(s3_uri), PhantomSettings(images=80, image_size=64))
+    write_phantom_archive(open_store(s3_uri), PhantomSettings(images=80, image_size=96))
     archive, labels = f"{s3_uri}/archive", f"{s3_uri}/labels.csv"
     model = f"{s3_uri}/models/first"
     result = lungopacity.train(
@@ -24,7 +24,13 @@ def test_films_labels_checkpoints_model_and_report_may_all_lie_in_s3(s3_uri):
     assert loaded.spec.synthetic
     assert loaded.spec.preprocessing.image_size == 64
     left = {item.key for item in open_store(model).list()}
-    assert left == {"SHA256SUMS", "history.parquet", "model.json", "model.safetensors"}
+    assert left == {
+        "SHA256SUMS",
+        "distribution.safetensors",
+        "history.parquet",
+        "model.json",
+        "model.safetensors",
+    }
 
     report = lungopacity.evaluate(model, [archive], labels, f"{s3_uri}/report", split="all")
     assert (report.images, report.unreadable, report.synthetic) == (80, 0, True)
