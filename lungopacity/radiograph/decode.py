@@ -17,7 +17,14 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction
 from lungopacity.radiograph.film import SYNTHETIC_MARK, DecodeLimits, Radiograph
 from lungopacity.radiograph.grey import stretch_to_uint8
-from lungopacity.radiograph.jpeg import decode_grey_jpeg, is_cut_jpeg_2000, read_header, scans_of
+from lungopacity.radiograph.jpeg import (
+    JpegHeader,
+    decode_grey_jpeg,
+    is_cut_jpeg_2000,
+    read_header,
+    scans_of,
+)
+from lungopacity.radiograph.png import decode_grey_png, read_plain_header
 from lungopacity.radiograph.tiff import check_pages
 
 if TYPE_CHECKING:
@@ -82,13 +89,19 @@ def decode_radiographs(
 
         yield from decode_dicom(data, limits, accept, hmac_key)
         return
-    if kind == "jpeg":
-        limits.check_scans(scans_of(data))
     if kind == "tiff":
         check_pages(data, limits)
     if kind == "jpeg2000" and is_cut_jpeg_2000(data):
         raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the image ends before its pixels do")
-    film = _decode_plain_jpeg(data, limits, at_least) if kind == "jpeg" else None
+    film = None
+    if kind == "jpeg":
+        header = read_header(data)
+        # Of a sequential JPEG of one component, libjpeg reads one scan, however many there are.
+        if header is None or header.progressive or header.components > 1:
+            limits.check_scans(scans_of(data))
+        film = _decode_plain_jpeg(data, header, limits, at_least)
+    elif kind == "png":
+        film = _decode_plain_png(data, limits)
     if film is not None:
         yield film
     else:
@@ -96,10 +109,9 @@ def decode_radiographs(
 
 
 def _decode_plain_jpeg(
-    data: bytes, limits: DecodeLimits, at_least: int | None
+    data: bytes, header: JpegHeader | None, limits: DecodeLimits, at_least: int | None
 ) -> Radiograph | None:
     """A grey JPEG that nothing need be known of but its pixels: most of an archive's JPEGs."""
-    header = read_header(data)
     if header is None or header.components != 1 or header.has_exif:
         return None
     limits.check_pixels(header.rows, header.columns)
@@ -113,6 +125,20 @@ def _decode_plain_jpeg(
         columns=header.columns,
         photometric_interpretation="L",
         synthetic=any(_is_synthetic(comment) for comment in header.comments),
+    )
+
+
+def _decode_plain_png(data: bytes, limits: DecodeLimits) -> Radiograph | None:
+    header = read_plain_header(data)
+    if header is None:
+        return None
+    limits.check_pixels(header.rows, header.columns)
+    return Radiograph(
+        pixels=decode_grey_png(data),
+        format="png",
+        rows=header.rows,
+        columns=header.columns,
+        photometric_interpretation="L",
     )
 
 

@@ -21,6 +21,7 @@ _COMMENT = 0xFE
 _SCAN_HEADER = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 # Start of frame of each process (ITU-T T.81 table B.1) and of JPEG-LS (T.87): not DHT, JPG, DAC.
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class JpegHeader:
     columns: int
     components: int
     has_exif: bool
+    progressive: bool
     comments: tuple[bytes, ...]
 
 
@@ -40,7 +42,9 @@ def read_header(frame: bytes) -> JpegHeader | None:
         at = max(0, frame.find(_JPEG_2000))
         # SIZ (T.800 A.5.1): extent and offset of the image on the reference grid.
         x, y, x0, y0 = (int.from_bytes(frame[at + i : at + i + 4], "big") for i in (8, 12, 16, 20))
-        return JpegHeader(y - y0, x - x0, int.from_bytes(frame[at + 40 : at + 42]), False, ())
+        return JpegHeader(
+            y - y0, x - x0, int.from_bytes(frame[at + 40 : at + 42]), False, False, ()
+        )
     if frame[:2] != b"\xff\xd8":
         return None
     comments: list[bytes] = []
@@ -53,7 +57,8 @@ def read_header(frame: bytes) -> JpegHeader | None:
         end = at + 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
         if marker in _START_OF_FRAME:
             rows, columns = (int.from_bytes(frame[at + i : at + i + 2], "big") for i in (5, 7))
-            return JpegHeader(rows, columns, frame[at + 9], has_exif, tuple(comments))
+            progressive = marker in _PROGRESSIVE
+            return JpegHeader(rows, columns, frame[at + 9], has_exif, progressive, tuple(comments))
         has_exif = has_exif or (marker == 0xE1 and frame[at + 4 : at + 8] == b"Exif")
         if marker == _COMMENT:
             comments.append(frame[at + 4 : end])

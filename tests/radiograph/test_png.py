@@ -1,0 +1,131 @@
+"""The fast way to a grey PNG's pixels gives what Pillow gives, and passes no damage on."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from lungopacity.errors import ErrorCode, ImageError
+from lungopacity.radiograph import DecodeLimits, decode_radiographs
+from lungopacity.radiograph.png import decode_grey_png, read_plain_header
+
+FILM = np.random.default_rng(0).integers(0, 255, (120, 130), np.uint8)
+
+
+def png(pixels: np.ndarray, **options: object) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG", **options)
+    return sink.getvalue()
+
+
+def code_of(data: bytes) -> ErrorCode:
+    """The one error that the file gives, whether raised or in the place of its image."""
+    try:
+        (found,) = decode_radiographs(data, limits=DecodeLimits())
+    except ImageError as error:
+        return error.code
+    assert isinstance(found, ImageError)
+    return found.code
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def with_pixels(change: Callable[[bytes], bytes]) -> bytes:
+    """A film whose compressed pixels were changed, with the checksum of the chunk made to fit."""
+    rows = b"".join(b"\0" + row.tobytes() for row in FILM)
+    header = (130).to_bytes(4, "big") + (120).to_bytes(4, "big") + b"\x08\0\0\0\0"
+    coded = change(zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", header), chunk(b"IDAT", coded), chunk(b"IEND", b"")]
+    )
+
+
+def interlaced() -> bytes:
+    """Adam7, every pass unfiltered (PNG, third edition, 8.1)."""
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
+    passes += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = b"".join(b"\0" + row.tobytes() for x, y, dx, dy in passes for row in FILM[y::dy, x::dx])
+    header = (130).to_bytes(4, "big") + (120).to_bytes(4, "big") + b"\x08\0\0\0\1"
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    level=st.integers(0, 9),
+)
+def test_pixels_are_those_of_pillow(rows, columns, seed, level):
+    pixels = np.random.default_rng(seed).integers(0, 255, (rows, columns), np.uint8)
+    pixels = np.cumsum(pixels % 3, axis=1).astype(np.uint8) if seed % 2 else pixels
+    data = png(pixels, compress_level=level)
+    header = read_plain_header(data)
+    assert header is not None
+    assert (header.rows, header.columns) == (rows, columns)
+    np.testing.assert_array_equal(decode_grey_png(data), pixels)
+
+
+def test_an_interlaced_film_is_the_same_film():
+    data = interlaced()
+    assert read_plain_header(data) is not None
+    np.testing.assert_array_equal(decode_grey_png(data), FILM)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), FILM)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda z: z[:-4] + b"\0\1\2\3", ErrorCode.CORRUPT_IMAGE),
+        (lambda z: z[:4000] + bytes([z[4000] ^ 16]) + z[4001:], ErrorCode.CORRUPT_IMAGE),
+        (lambda z: zlib.compress(zlib.decompress(z)[:-4000]), ErrorCode.TRUNCATED),
+    ],
+    ids=["checksum of the pixels", "a flipped bit", "rows are missing"],
+)
+def test_damaged_pixels_are_refused_though_the_chunks_are_sound(change, code):
+    assert len(list(decode_radiographs(with_pixels(bytes), limits=DecodeLimits()))) == 1
+    assert code_of(with_pixels(change)) is code
+
+
+def test_a_chunk_that_differs_from_its_checksum_is_refused():
+    data = bytearray(png(FILM))
+    data[len(data) // 2] ^= 1
+    assert code_of(bytes(data)) is ErrorCode.CORRUPT_IMAGE
+
+
+@pytest.mark.parametrize(
+    ("length", "code"),
+    [
+        (0, ErrorCode.EMPTY),
+        (7, ErrorCode.NOT_AN_IMAGE),
+        (20, ErrorCode.TRUNCATED),
+        (60, ErrorCode.TRUNCATED),
+        (5000, ErrorCode.TRUNCATED),
+    ],
+)
+def test_a_cut_file_is_refused_wherever_it_is_cut(length, code):
+    data = png(FILM)[:length]
+    assert read_plain_header(data) is None
+    assert code_of(data) is code
+
+
+def test_what_more_than_grey_pixels_is_in_is_left_to_pillow():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "synthetic phantom")
+    assert read_plain_header(png(FILM, pnginfo=text)) is None
+    assert read_plain_header(png(FILM, transparency=3)) is None
+    assert read_plain_header(png(FILM.astype(np.uint16))) is None
+    assert read_plain_header(png(np.stack([FILM] * 3, axis=2))) is None
+    assert read_plain_header(png(FILM > 99)) is None
+    assert read_plain_header(png(FILM, dpi=(72, 72))) is not None
