@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lungopacity.errors import UserError
     from lungopacity.evaluation.evaluate import EvaluationResult, evaluate
     from lungopacity.results.query import query, runs
+    from lungopacity.screening.nightly import Night, nightly
     from lungopacity.screening.retry import retry
     from lungopacity.screening.screen import ScreeningResult, screen
     from lungopacity.training.fit import TrainingResult
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvaluationResult",
+    "Night",
     "ScreeningResult",
     "TrainingResult",
     "UserError",
     "evaluate",
+    "nightly",
     "query",
     "retry",
     "runs",
@@ -33,10 +36,12 @@ __all__ = [
 # Imported when first used: `lungopacity --help` must not wait for torch and ray.
 _HOME = {
     "EvaluationResult": "evaluation.evaluate",
+    "Night": "screening.nightly",
     "ScreeningResult": "screening.screen",
     "TrainingResult": "training.fit",
     "UserError": "errors",
     "evaluate": "evaluation.evaluate",
+    "nightly": "screening.nightly",
     "query": "results.query",
     "retry": "screening.retry",
     "runs": "results.query",

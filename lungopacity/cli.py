@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,28 +144,51 @@ def evaluate(as_json: bool, **options: Any) -> int:
     return result.exit_code
 
 
+def _screening_options(command: Any) -> Any:
+    """How an archive is screened, whether by hand or by the night."""
+    options: list[Any] = [
+        click.option("--archive", metavar="URI", required=True, help="What to screen."),
+        model_option,
+        click.option(
+            "--inventory",
+            metavar="URI",
+            default=None,
+            help="Instead of listing: manifest.json of an S3 Inventory report, or a Parquet list.",
+        ),
+        click.option("--batch-size", type=int, default=64, show_default=True),
+        click.option("--labels", metavar="FILE", default=None, help="Labels to measure against."),
+        click.option(
+            "--baseline", metavar="RUN", default=None, help="Run id to measure drift against."
+        ),
+        rule_options,
+        click.option(
+            "--max-failed-fraction",
+            type=float,
+            default=0.05,
+            show_default=True,
+            help="Exit with 2, after all is written, when more of the images could not be read.",
+        ),
+        hmac_key_option,
+        click.option(
+            "--hash-keys", is_flag=True, help="Write HMACs of object names, not the names."
+        ),
+        click.option(
+            "--key-map", metavar="URI", default=None, help="Where --hash-keys keeps the names."
+        ),
+        gpu_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @cli.command(epilog=_EPILOG)
-@click.option("--archive", metavar="URI", required=True, help="What to screen.")
-@model_option
+@_screening_options
 @click.option(
     "--output", metavar="URI", required=True, help="Results folder; runs are added to it."
 )
 @click.option("--run-id", default=None, help="Default: a new one. Give a killed run's to go on.")
-@click.option("--batch-size", type=int, default=64, show_default=True)
 @click.option("--limit", type=int, default=None, help="Only the first so many objects, by key.")
-@click.option("--labels", metavar="FILE", default=None, help="Labels to measure against.")
-@rule_options
-@click.option(
-    "--max-failed-fraction",
-    type=float,
-    default=0.05,
-    show_default=True,
-    help="Exit with 2, after all is written, when more of the images could not be read.",
-)
-@hmac_key_option
-@click.option("--hash-keys", is_flag=True, help="Write HMACs of object names, not the names.")
-@click.option("--key-map", metavar="URI", default=None, help="Where --hash-keys keeps the names.")
-@gpu_option
 def screen(**options: Any) -> int:
     """Score every image of an archive; publish predictions and metrics as Parquet."""
     from lungopacity.screening.report import summary
@@ -172,6 +197,27 @@ def screen(**options: Any) -> int:
     result = run(**options)
     click.echo(summary(result))
     return result.exit_code
+
+
+@cli.command(epilog=_EPILOG)
+@_screening_options
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+@click.option(
+    "--max-images", type=int, default=None, help="At most so many objects; the next night goes on."
+)
+@click.option("--dry-run", is_flag=True, help="Only say how many objects a night would screen.")
+def nightly(**options: Any) -> int:
+    """Screen what no published run has screened with this model yet.
+
+    New and changed objects, those that failed by the storage's fault, and what killed or missed
+    nights left. One night at a time: the results folder has a lock. Ends with status.json there.
+    """
+    from lungopacity.screening.nightly import nightly as run
+    from lungopacity.screening.report import night_summary
+
+    night = run(**options)
+    click.echo(night_summary(night))
+    return night.exit_code
 
 
 @cli.command(epilog=_EPILOG)
@@ -269,6 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     logging.getLogger("lungopacity").setLevel(logging.INFO)
     show_on_terminal()
+    # A scheduler ends a job with SIGTERM: what is held is given back then, as on Ctrl-C.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stopped)
     try:
         return int(cli.main(arguments, prog_name="lungopacity", standalone_mode=False) or 0)
     except click.exceptions.Abort:
@@ -285,6 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         click.echo(f"error: {_one_line(error)}", err=True)
         return 2
+
+
+def _stopped(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _one_line(error: BaseException) -> str:

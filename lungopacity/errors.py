@@ -48,7 +48,7 @@ class ErrorCode(StrEnum):
     DIGEST_MISMATCH = "digest_mismatch"
     """The bytes differ from the stored checksum, after every retry."""
     EMPTY = "empty"
-    """The object has no bytes."""
+    """The object has no bytes, or the shard no files."""
     NOT_AN_IMAGE = "not_an_image"
     """The bytes carry no signature of a known image format."""
     TRUNCATED = "truncated"
@@ -97,6 +97,9 @@ TRANSIENT = frozenset(
     {ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.DIGEST_MISMATCH, ErrorCode.CHANGED}
 )
 """Codes that another attempt may well mend."""
+
+OF_STORAGE = TRANSIENT | {ErrorCode.MISSING, ErrorCode.FORBIDDEN}
+"""Codes that tell of the storage and not of the content: every night tries again."""
 
 REJECTING = frozenset(
     {

@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 log = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 10.0
 _live = False
+
+T = TypeVar("T")
 
 
 def show_on_terminal() -> None:
@@ -79,6 +82,11 @@ class Progress:
             self._bar.stop()
         elif kind is None:
             self._line()
+
+    def around(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, while the progress is shown."""
+        with self:
+            yield from items
 
     @property
     def per_second(self) -> float:

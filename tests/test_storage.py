@@ -8,7 +8,7 @@ import pyarrow.fs
 import pytest
 
 from lungopacity.errors import ErrorCode, ImageError, UserError
-from lungopacity.storage import AlreadyExistsError, open_store, split_uri
+from lungopacity.storage import ConflictError, open_store, split_uri
 
 ODD_KEYS = [
     "a.png",
@@ -86,7 +86,7 @@ def test_if_absent_lets_one_of_many_writers_win(store_uri):
         try:
             open_store(store_uri).write("lock", str(number).encode(), if_absent=True)
             won.append(number)
-        except AlreadyExistsError:
+        except ConflictError:
             pass
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]

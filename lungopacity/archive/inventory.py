@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import pyarrow as pa
 
@@ -12,10 +13,22 @@ from lungopacity.errors import UserError
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.storage import ObjectInfo, Store, open_store, split_uri
 
+_ROWS_PER_TABLE = 10_000
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Objects as they come from where they are listed: once, and never all in memory."""
+
+    uri: str
+    """The root that `image` is relative to."""
+    tables: Iterator[pa.Table]
+    """`PLAN_SCHEMA`, in no order."""
+
 
 @dataclass(frozen=True)
 class Archive:
-    """A listed archive."""
+    """A listed archive that is small enough to be held in memory."""
 
     uri: str
     """The root that `image` is relative to."""
@@ -32,34 +45,45 @@ def is_shard(key: str) -> bool:
     return key.lower().endswith(SHARD_SUFFIXES)
 
 
-def take_inventory(uri: str, on_listed: Callable[[int], None] | None = None) -> Archive:
+def list_archive(uri: str, on_listed: Callable[[int], None] | None = None) -> Inventory:
     """List the archive at `uri`: a prefix of loose objects and shards, or one object.
 
     `on_listed` is called with the number of objects found since the last call. Raises `UserError`
     where the place cannot be listed or holds nothing.
     """
     store = open_store(uri)
-    objects = _listed(store, on_listed)
-    if not objects:
+    objects = iter(store.list())
+    first = next(objects, None)
+    if first is None:
         parent, name = split_uri(uri)
         # "s3://bucket" alone has no parent to look the name up in.
-        single = open_store(parent).head(name) if parent not in ("s3:/", "s3://") else None
-        if single is None:
+        first = open_store(parent).head(name) if parent not in ("s3:/", "s3://") else None
+        if first is None:
             raise UserError(f"{store.uri}: nothing lies there; check the path or prefix")
-        store, objects = open_store(parent), [single]
-    objects.sort(key=lambda item: item.key)
-    return Archive(uri=store.uri, objects=plan_table(objects))
+        store = open_store(parent)
+    return Inventory(store.uri, _tables(chain([first], objects), on_listed))
 
 
-def _listed(store: Store, on_listed: Callable[[int], None] | None) -> list[ObjectInfo]:
-    objects: list[ObjectInfo] = []
-    for found in store.list():
-        objects.append(found)
-        if on_listed is not None and len(objects) % 1000 == 0:
-            on_listed(1000)
-    if on_listed is not None:
-        on_listed(len(objects) % 1000)
-    return objects
+def take_inventory(uri: str, on_listed: Callable[[int], None] | None = None) -> Archive:
+    """`list_archive`, whole and sorted."""
+    listed = list_archive(uri, on_listed)
+    objects = pa.concat_tables([PLAN_SCHEMA.empty_table(), *listed.tables])
+    return Archive(listed.uri, objects.sort_by("image").combine_chunks())
+
+
+def inventory_of(store: Store, objects: Iterable[ObjectInfo]) -> Inventory:
+    """Objects of the store that are known already."""
+    return Inventory(store.uri, _tables(objects, None))
+
+
+def _tables(
+    objects: Iterable[ObjectInfo], on_listed: Callable[[int], None] | None
+) -> Iterator[pa.Table]:
+    remaining = iter(objects)
+    while piece := list(islice(remaining, _ROWS_PER_TABLE)):
+        if on_listed is not None:
+            on_listed(len(piece))
+        yield plan_table(piece)
 
 
 def plan_table(objects: list[ObjectInfo]) -> pa.Table:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from lungopacity.archive.containers import is_container, members
 from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.decoder import borrowed_decoder
-from lungopacity.errors import ErrorCode, ImageError, Status
+from lungopacity.errors import ErrorCode, ImageError, Stage, Status
 from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.storage import Store
 
@@ -192,13 +192,17 @@ def _unpacked(
 ) -> Iterator[_File]:
     """The members of a container, and what ends its pass. Members that were read keep their rows
     where the rest of the container cannot be walked."""
+    files = 0
     try:
         for index, name, data in members(file, source["image"], settings.limits, wanted):
+            files += 1
             columns = {**source, "member": name, "member_index": index}
             if isinstance(data, bytes):
                 yield _File(columns, data, of=found)
             elif data is not None:
                 yield _File(columns, error=_reported(data), of=found)
+        if not files:
+            raise ImageError(ErrorCode.EMPTY, Stage.UNPACK, "a container without a file")
     except Exception as error:
         yield _File(source, error=_reported(error), of=found)
     yield _File(source, of=found, ends=True)

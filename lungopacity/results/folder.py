@@ -1,25 +1,30 @@
 """The results folder: where things lie in it, and which runs count.
 
-    predictions/screened_on=YYYY-MM-DD/<run_id>-NNNNN.parquet
-    metrics/<run_id>.parquet
+    predictions/screened_on=YYYY-MM-DD/<run_id>-<attempt>-NNNNN.parquet
+    metrics/<run_id>-….parquet
     runs/<run_id>.json                  the commit record, written last
     _work/<run_id>/…                    what is being written; no reader looks here
 
-A file that no commit record names does not exist for a reader.
+A file that no commit record names does not exist for a reader. Runs follow each other by the
+`sequence` in their records, not by any clock: clocks differ between machines, and are set back.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.schema import SCHEMA_VERSION
-from lungopacity.storage import AlreadyExistsError, Store
+from lungopacity.storage import ConflictError, Store
 
 RUNS = "runs"
+WORK = "_work"
+_READ_THREADS = 16
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -39,22 +44,37 @@ def run_key(run_id: str) -> str:
 
 def work_prefix(run_id: str) -> str:
     """Key prefix of what the run writes before it is published."""
-    return f"_work/{run_id}/"
+    return f"{WORK}/{run_id}/"
 
 
 def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
-    """Write the commit record: from this moment on readers see the run, whole.
+    """Write the commit record: from this moment on readers see the run, whole, as the newest.
 
     Raises `UserError` where a run of this id is already there.
     """
-    document = {"schema_version": SCHEMA_VERSION, **record}
+    attempt = uuid.uuid4().hex
+    sequence = 1 + max((run.get("sequence", 0) for run in read_runs(store)), default=0)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "sequence": sequence,
+        "attempt": attempt,
+        **record,
+    }
     data = json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
     try:
         store.write(run_key(run_id), data, if_absent=True)
-    except AlreadyExistsError as error:
-        raise UserError(
-            f"run '{run_id}' was published by another job meanwhile; nothing of it was changed"
-        ) from error
+    except ConflictError as error:
+        # An answer that was lost on its way is asked for again, and then finds our own record.
+        if _parsed(store, run_key(run_id)).get("attempt") == attempt:
+            return
+        raise published_meanwhile(run_id) from error
+
+
+def published_meanwhile(run_id: str) -> UserError:
+    """Two jobs worked on one run, and the other one was first."""
+    return UserError(
+        f"run '{run_id}' was published by another job meanwhile; nothing of it was changed"
+    )
 
 
 def read_run(store: Store, run_id: str) -> dict[str, Any] | None:
@@ -67,9 +87,11 @@ def read_run(store: Store, run_id: str) -> dict[str, Any] | None:
 def read_runs(store: Store) -> list[dict[str, Any]]:
     """All commit records, oldest first. Raises `UserError` for one that is damaged or too new."""
     keys = [item.key for item in store.list(f"{RUNS}/") if item.key.endswith(".json")]
+    with ThreadPoolExecutor(_READ_THREADS) as threads:
+        records = list(threads.map(lambda key: _parsed(store, key), keys))
+    # The first runs ever had no sequence; they come first.
     return sorted(
-        (_parsed(store, key) for key in keys),
-        key=lambda run: (run["started_at"], run["run_id"]),
+        records, key=lambda run: (run.get("sequence", 0), run["started_at"], run["run_id"])
     )
 
 

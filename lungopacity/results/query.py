@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +15,7 @@ from lungopacity.results.folder import read_runs
 from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
 from lungopacity.storage import Store, open_store
 
+_NO_RUN = {"class_names": ()}
 _RUNS_SCHEMA = pa.schema(
     [
         ("run_id", pa.string()),
@@ -37,9 +38,9 @@ _RUNS_SCHEMA = pa.schema(
 # All rows of one object come from one run: a shard that could not be opened one night has one row
 # then, and the next night a row for each member.
 _LATEST = """
-CREATE VIEW latest AS SELECT * FROM predictions
-QUALIFY run_id = first_value(run_id) OVER (
-    PARTITION BY archive, image, model_id ORDER BY screened_at DESC, run_id DESC
+CREATE VIEW latest AS SELECT * EXCLUDE (place) FROM (
+    SELECT predictions.*, place FROM predictions JOIN run_places USING (run_id)
+    QUALIFY place = max(place) OVER (PARTITION BY archive, image, model_id)
 )"""
 
 
@@ -53,7 +54,7 @@ def query(results_uri: str, sql: str) -> pa.Table:
     store = open_store(results_uri)
     records = _committed(store)
     try:
-        predictions, metrics = _predictions(store, records), _metrics(store, records)
+        predictions, metrics = predictions_of(store, records), _metrics(store, records)
     except OSError as error:
         raise UserError(
             f"{store.uri}: a file that a commit record names cannot be read "
@@ -63,6 +64,7 @@ def query(results_uri: str, sql: str) -> pa.Table:
         connection.register("predictions", predictions)
         connection.register("metrics", metrics)
         connection.register("runs", _runs_table(records))
+        connection.register("run_places", run_places(records))
         connection.execute(_LATEST)
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_external_access = false")
@@ -100,15 +102,26 @@ def _runs_table(runs: Iterable[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_RUNS_SCHEMA)
 
 
-def _predictions(store: Store, runs: list[dict[str, Any]]) -> pa.dataset.Dataset:
+def run_places(runs: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """`run_id`, and `place`, its place in the order of publishing: as `read_runs` gives them."""
+    return pa.table(
+        {
+            "run_id": pa.array([run["run_id"] for run in runs], pa.string()),
+            "place": pa.array(range(len(runs)), pa.int32()),
+        }
+    )
+
+
+def predictions_of(store: Store, runs: Sequence[Mapping[str, Any]]) -> pa.dataset.Dataset:
+    """The rows of these runs, with their `screened_on`. Damaged pages raise when they are read."""
     # Models with other classes have other columns; a row has nulls in those of the others.
-    schema = pa.unify_schemas([predictions_schema(run["class_names"]) for run in runs])
+    schema = pa.unify_schemas([predictions_schema(run["class_names"]) for run in (*runs, _NO_RUN)])
     files = [file["key"] for run in runs for file in run["files"]]
     partition = pa.field("screened_on", pa.date32())
     return _dataset(store, files, schema.append(partition), partitioned_by=pa.schema([partition]))
 
 
-def _metrics(store: Store, runs: list[dict[str, Any]]) -> pa.dataset.Dataset:
+def _metrics(store: Store, runs: Sequence[dict[str, Any]]) -> pa.dataset.Dataset:
     return _dataset(store, [run["metrics_file"]["key"] for run in runs], METRICS_SCHEMA)
 
 
@@ -124,7 +137,11 @@ def _dataset(
     return pa.dataset.dataset(
         [f"{root}/{key}" for key in keys],
         schema=schema,
-        format="parquet",
+        format=pa.dataset.ParquetFileFormat(
+            default_fragment_scan_options=pa.dataset.ParquetFragmentScanOptions(
+                page_checksum_verification=True
+            )
+        ),
         filesystem=filesystem,
         partitioning=partitioning,
         partition_base_dir=root,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from lungopacity.dataset.manifest import FACT_COLUMNS
 from lungopacity.errors import Status
@@ -19,64 +21,87 @@ from lungopacity.evaluation.table import fact_groups
 from lungopacity.models import ModelSpec
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
 from lungopacity.results.schema import class_column
+from lungopacity.results.workbench import quoted
 
 _HISTOGRAM_BINS = 20
+_SCORED = f"WHERE status = {quoted(Status.OK.value)}"
 
 
-def run_metrics(predictions: pa.Table, spec: ModelSpec, seconds: float) -> list[Metric]:
+def run_metrics(predictions: Any, spec: ModelSpec, seconds: float) -> list[Metric]:
     """Counts, errors by code, quality flags, rate of positives, score histogram, images a second.
 
-    predictions: the published table.
+    predictions: DuckDB relation of `predictions_schema`, of any size.
     """
-    images = predictions.num_rows
+
+    def asked(sql: str) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = predictions.query("predictions", sql).fetchall()
+        return rows
+
+    ((images,),) = asked("SELECT count(*) FROM predictions")
     metrics = [_count("images", images, images)]
-    for status in Status:
-        count = pc.sum(pc.equal(predictions["status"], status.value)).as_py() or 0
-        metrics.append(_count(f"images_{status.value}", count, images))
-    codes = predictions["error_code"].drop_null().value_counts().to_pylist()
+    statuses = dict(asked("SELECT status, count(*) FROM predictions GROUP BY status"))
     metrics += [
-        _count("error_code", code["counts"], images, code["values"])
-        for code in sorted(codes, key=lambda item: str(item["values"]))
+        _count(f"images_{status.value}", statuses.get(status.value, 0), images) for status in Status
     ]
+    codes = asked(
+        "SELECT error_code, count(*) FROM predictions WHERE error_code IS NOT NULL "
+        "GROUP BY error_code ORDER BY error_code"
+    )
+    metrics += [_count("error_code", count, images, code) for code, count in codes]
+    flags = (*QUALITY_FLAGS, OUT_OF_DISTRIBUTION)
+    (flagged,) = asked(
+        f"SELECT {', '.join(f'count(*) FILTER (quality_{flag})' for flag in flags)} FROM predictions"
+    )
     metrics += [
-        _count("quality_flag", pc.sum(predictions[column]).as_py() or 0, images, flag)
-        for flag in (*QUALITY_FLAGS, OUT_OF_DISTRIBUTION)
-        for column in [f"quality_{flag}"]
+        _count("quality_flag", count, images, flag)
+        for flag, count in zip(flags, flagged, strict=True)
     ]
-    scored = predictions.filter(pc.equal(predictions["status"], Status.OK.value))
-    metrics += _decision_rates(scored) + _histogram(scored, spec)
+    decisions = dict(asked(f"SELECT decision, count(*) FROM predictions {_SCORED} GROUP BY ALL"))
+    metrics += _decision_rates(decisions)
+    # The last bin holds 1.0, too.
+    score = class_column("p", spec.positive_class)
+    bins = dict(
+        asked(
+            f"SELECT least(floor({score} * {_HISTOGRAM_BINS}), {_HISTOGRAM_BINS - 1})::INTEGER, "
+            f"count(*) FROM predictions {_SCORED} GROUP BY ALL"
+        )
+    )
+    metrics += _histogram(bins)
     metrics.append(_value("seconds", seconds, images))
     metrics.append(_value("images_per_s", images / seconds if seconds > 0 else 0.0, images))
     return metrics
 
 
-def label_metrics(predictions: pa.Table, spec: ModelSpec, labels: pd.DataFrame) -> list[Metric]:
+def label_metrics(predictions: Any, spec: ModelSpec, labels: pd.DataFrame) -> list[Metric]:
     """Metrics against the labels, over all and by view position, sex and age.
 
     Of the readable images whose label is one of the model's classes; empty where there is none.
-    labels: as `read_labels` gives them; they fill in view, sex and age where the header is silent.
+    predictions: as for `run_metrics`. labels: as `read_labels` gives them; they fill in view, sex
+    and age where the header is silent.
     """
-    known = pc.and_(
-        pc.equal(predictions["status"], Status.OK.value),
-        pc.is_in(predictions["label"], value_set=pa.array(list(spec.class_names))),
-    )
-    rows = predictions.filter(known)
+    columns = [class_column("p", name) for name in spec.class_names]
+    classes = ", ".join(quoted(name) for name in spec.class_names)
+    rows = predictions.query(
+        "predictions",
+        f"SELECT coalesce(member, image) AS name, label, {', '.join(columns)}, "
+        f"{', '.join(FACT_COLUMNS)} FROM predictions {_SCORED} AND label IN ({classes})",
+    ).to_arrow_table()
     if rows.num_rows == 0:
         return []
-    probabilities_NK = np.stack(
-        [rows[class_column("p", name)].to_numpy() for name in spec.class_names], axis=1
-    ).astype(np.float64)
+    probabilities_NK = np.stack([rows[name].to_numpy() for name in columns], axis=1).astype(
+        np.float64
+    )
     index_of = {name: index for index, name in enumerate(spec.class_names)}
     labels_N = np.array([index_of[name] for name in rows["label"].to_pylist()])
-    facts = labels.set_index("image").loc[pc.coalesce(rows["member"], rows["image"]).to_pylist()]
-    columns = {
+    facts = labels.set_index("image").loc[rows["name"].to_pylist()]
+    merged = {
         name: [
             (None if pd.isna(told) else told) if read is None else read
             for read, told in zip(rows[name].to_pylist(), facts[name], strict=True)
         ]
         for name in FACT_COLUMNS
     }
-    groups = fact_groups(columns)
+    groups = fact_groups(merged)
     return classification_metrics(
         labels_N, probabilities_NK, spec.class_names, positive=spec.positive_class
     ) + subgroup_metrics(
@@ -84,24 +109,24 @@ def label_metrics(predictions: pa.Table, spec: ModelSpec, labels: pd.DataFrame) 
     )
 
 
-def _decision_rates(scored: pa.Table) -> list[Metric]:
-    n = scored.num_rows
+def _decision_rates(decisions: Mapping[str, int]) -> list[Metric]:
+    n = sum(decisions.values())
     rates = []
     for decision in ("negative", "review", "positive"):
-        count = pc.sum(pc.equal(scored["decision"], decision)).as_py() or 0
+        count = decisions.get(decision, 0)
         low, high = wilson_interval(count, n) if n else (None, None)
         rate = count / n if n else float("nan")
         rates.append(Metric("all", "decision_rate", decision, rate, low, high, n))
     return rates
 
 
-def _histogram(scored: pa.Table, spec: ModelSpec) -> list[Metric]:
+def _histogram(bins: Mapping[int, int]) -> list[Metric]:
     """How many images have a positive-class probability in each of 20 equal bins."""
-    scores = scored[class_column("p", spec.positive_class)].to_numpy()
-    counts, edges = np.histogram(scores, bins=_HISTOGRAM_BINS, range=(0.0, 1.0))
+    n = sum(bins.values())
+    edges = np.linspace(0.0, 1.0, _HISTOGRAM_BINS + 1)
     return [
-        _count("score_histogram", int(count), len(scores), f"{low:.2f}-{high:.2f}")
-        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+        _count("score_histogram", bins.get(place, 0), n, f"{low:.2f}-{high:.2f}")
+        for place, (low, high) in enumerate(pairwise(edges))
     ]
 
 

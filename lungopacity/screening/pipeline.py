@@ -24,8 +24,8 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, Status
 from lungopacity.models import TrainedModel
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import class_column, part_schema
+from lungopacity.results.workbench import parquet_bytes
 from lungopacity.runtime import require_resources
-from lungopacity.screening.plan import parquet_bytes
 from lungopacity.storage import Store
 
 _DISTANCE = "out_of_distribution_score"

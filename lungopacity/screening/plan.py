@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from lungopacity.archive.inventory import Inventory
+from lungopacity.errors import ImageError, UserError
+from lungopacity.results.folder import (
+    WORK,
+    check_run_id,
+    published_meanwhile,
+    read_run,
+    work_prefix,
+)
+from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.results.workbench import ExportedFile, export, quoted, spool, workbench
+from lungopacity.screening.history import History
+from lungopacity.storage import ConflictError, Store
 
-from lungopacity.archive.inventory import Archive
-from lungopacity.errors import UserError
-from lungopacity.results.folder import check_run_id, read_run, work_prefix
-from lungopacity.storage import Store
+_START = "run.json"
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,14 @@ class RunStart:
     archive: str
     started_at: str
     """ISO 8601, UTC. Its date is the run's partition, also when the run ends after midnight."""
+    objects: int
+    """How many are planned."""
+    files: tuple[str, ...]
+    """Names of the files that hold the plan: two jobs that plan one run write different ones."""
     rules: Mapping[str, Any] = field(default_factory=dict)
     """What is scored and what is rejected, and the fingerprint of the key for names."""
+    nightly: bool = False
+    """Whether a later night may take it up by itself."""
 
     @property
     def screened_on(self) -> str:
@@ -40,8 +55,8 @@ class Plan:
     """A run and its objects."""
 
     start: RunStart
-    objects: pa.Table
-    """`PLAN_SCHEMA`, sorted by `image`."""
+    files: tuple[Path, ...]
+    """On this machine: `PLAN_SCHEMA`, sorted by `image`, up to a million objects each."""
     resumed: bool
 
     @property
@@ -57,59 +72,133 @@ def new_run_id(model_id: str) -> str:
 
 def make_plan(
     results: Store,
-    archive: Archive,
+    inventory: Inventory,
     model_id: str,
     run_id: str,
+    folder: Path,
+    *,
     limit: int | None = None,
     rules: Mapping[str, Any] | None = None,
+    history: History | None = None,
+    nightly: bool = False,
 ) -> Plan:
     """Plan the run, or take up the plan of an attempt under this id that was not published.
 
-    `limit`: only the first so many objects, by key. Raises `UserError` where the run is published
-    already, or was started with another archive, model or other `rules`.
+    `folder`: on this machine, for the plan's files. `limit`: only the first so many objects, by
+    key. `history`: leaves out what published runs have screened. `nightly`: marks the run as one
+    that a later night may take up. Raises `UserError` where the run
+    is published already, or was started with another archive, model or other `rules`, and where
+    the inventory names an object twice.
     """
     check_run_id(run_id)
     if read_run(results, run_id) is not None:
         raise UserError(
             f"run '{run_id}' is published already in {results.uri}; choose another --run-id"
         )
-    work = work_prefix(run_id)
-    if results.head(f"{work}run.json") is not None:
-        return _taken_up(results, archive, model_id, run_id, rules or {})
-    start = RunStart(
-        run_id=run_id,
-        model_id=model_id,
-        archive=archive.uri,
-        started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
-        rules=dict(rules or {}),
-    )
-    objects = archive.objects if limit is None else archive.objects.slice(0, limit)
-    results.write(f"{work}plan.parquet", parquet_bytes(objects))
-    results.write(f"{work}run.json", json.dumps(asdict(start)).encode())
-    return Plan(start=start, objects=objects, resumed=False)
+    start = read_start(results, run_id)
+    if start is None:
+        files = choose(inventory, folder, limit, history)
+        start = RunStart(
+            run_id=run_id,
+            model_id=model_id,
+            archive=inventory.uri,
+            started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+            objects=sum(file.rows for file in files),
+            files=tuple(f"plan-{uuid.uuid4().hex}-{number:05d}" for number in range(len(files))),
+            rules=dict(rules or {}),
+            nightly=nightly,
+        )
+        for name, file in zip(start.files, files, strict=True):
+            results.write(f"{work_prefix(run_id)}{name}.parquet", file.path.read_bytes())
+        try:
+            # Last: whoever finds it finds the whole plan.
+            results.write(
+                f"{work_prefix(run_id)}{_START}", json.dumps(asdict(start)).encode(), if_absent=True
+            )
+            return Plan(start, tuple(file.path for file in files), resumed=False)
+        except ConflictError:
+            # Another job plans the same run at this moment, and was first: its plan counts.
+            start = read_start(results, run_id)
+            assert start is not None
+    _check_same(start, inventory.uri, model_id, rules or {})
+    return Plan(start, tuple(_taken_up(results, start, folder)), resumed=True)
 
 
-def _taken_up(
-    results: Store, archive: Archive, model_id: str, run_id: str, rules: Mapping[str, Any]
-) -> Plan:
-    work = work_prefix(run_id)
-    start = RunStart(**json.loads(results.read(f"{work}run.json")))
+def read_start(results: Store, run_id: str) -> RunStart | None:
+    """What an unpublished run was started with; None where no such run was planned."""
+    key = f"{work_prefix(run_id)}{_START}"
+    if results.head(key) is None:
+        return None
+    try:
+        told = json.loads(results.read(key))
+        return RunStart(**told | {"files": tuple(told["files"])})
+    except (ImageError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"run '{run_id}' cannot be taken up again: {results.uri}/{key} is damaged or of "
+            "another version of lungopacity; choose another --run-id"
+        ) from error
+
+
+def unfinished_runs(results: Store) -> Iterator[RunStart]:
+    """Runs that were planned and are not published, oldest first."""
+    keys = [item.key for item in results.list(f"{WORK}/") if item.key.endswith(f"/{_START}")]
+    starts = [read_start(results, key.split("/")[1]) for key in keys]
+    for start in sorted(filter(None, starts), key=lambda start: start.started_at):
+        if read_run(results, start.run_id) is None:
+            yield start
+
+
+def choose(
+    inventory: Inventory, folder: Path, limit: int | None, history: History | None
+) -> list[ExportedFile]:
+    """Files in `folder` of the objects to screen, sorted by key."""
+    listed = folder / "inventory.parquet"
+    spool(inventory.tables, PLAN_SCHEMA, listed)
+    with workbench() as (connection, _):
+        connection.execute(f"CREATE VIEW listed AS SELECT * FROM read_parquet({quoted(listed)})")
+        ((twice,),) = connection.execute(
+            "SELECT count(*) FROM (SELECT 1 FROM listed GROUP BY image HAVING count(*) > 1)"
+        ).fetchall()
+        if twice:
+            raise UserError(f"the inventory names {twice} objects more than once; take it again")
+        chosen = "listed"
+        if history is not None:
+            history.load(connection)
+            chosen = f"({history.without_screened('listed')})"
+        first = "" if limit is None else f" LIMIT {limit}"
+        files = export(
+            connection,
+            f"SELECT * FROM {chosen} ORDER BY image{first}",
+            PLAN_SCHEMA,
+            folder,
+            "plan",
+        )
+    listed.unlink()
+    return files
+
+
+def _check_same(start: RunStart, archive: str, model_id: str, rules: Mapping[str, Any]) -> None:
     for name, then, now in (
-        ("archive", start.archive, archive.uri),
+        ("archive", start.archive, archive),
         ("model", start.model_id, model_id),
         *((name, start.rules.get(name), value) for name, value in rules.items()),
     ):
         if then != now:
             raise UserError(
-                f"run '{run_id}' was begun with {name} {then}, not {now}; "
+                f"run '{start.run_id}' was begun with {name} {then}, not {now}; "
                 "give the same, or choose another --run-id"
             )
-    objects = pq.read_table(pa.BufferReader(results.read(f"{work}plan.parquet")))
-    return Plan(start=start, objects=objects, resumed=True)
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """The table as one Parquet file, zstd."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
+def _taken_up(results: Store, start: RunStart, folder: Path) -> Iterator[Path]:
+    for name in start.files:
+        key = f"{work_prefix(start.run_id)}{name}.parquet"
+        try:
+            yield results.local_file(key, folder / f"{name}.parquet")
+        except ImageError as error:
+            if read_run(results, start.run_id) is not None:
+                raise published_meanwhile(start.run_id) from error
+            raise UserError(
+                f"run '{start.run_id}' cannot be taken up again: {results.uri}/{key}: "
+                f"{error.message}; choose another --run-id"
+            ) from error

@@ -4,148 +4,192 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from lungopacity.results.schema import part_schema, predictions_schema
-from lungopacity.screening.plan import Plan, parquet_bytes
+from lungopacity.errors import ImageError
+from lungopacity.results.folder import published_meanwhile, read_run
+from lungopacity.results.schema import PLAN_SCHEMA, part_schema, predictions_schema
+from lungopacity.results.workbench import export, quoted, view_of_files, workbench
+from lungopacity.screening.plan import Plan
 from lungopacity.screening.pseudonyms import Pseudonyms, write_key_map
 from lungopacity.storage import Store
 
 log = logging.getLogger(__name__)
 
-_ROWS_PER_FILE = 1_000_000
+_FETCH_THREADS = 16
+
+# Rows of one pass over an object have its `reading`; the passes of two attempts are never mixed,
+# for they may have met different content. A pass is whole when it has as many rows as the marker
+# at its end counts; of whole passes the first one counts.
+_WHOLE_READINGS = """
+CREATE TABLE whole AS
+SELECT image, arg_min(reading, ended) AS reading FROM (
+    SELECT image, reading, any_value(shard_rows) AS expected, min(screened_at) AS ended
+    FROM written WHERE shard_rows IS NOT NULL GROUP BY image, reading
+) LEFT JOIN (
+    SELECT reading, count(*) AS found
+    FROM (SELECT DISTINCT reading, member_index, frame FROM written
+          WHERE reading IS NOT NULL AND shard_rows IS NULL)
+    GROUP BY reading
+) USING (reading)
+WHERE coalesce(found, 0) = expected
+GROUP BY image"""
+
+_DONE = """
+CREATE TABLE done AS
+SELECT image FROM written WHERE reading IS NULL AND shard_rows IS NULL
+UNION SELECT image FROM whole"""
+
+# An object that one attempt could not read, and another read as several images, is the latter. Of
+# repeats a readable one counts, then the earliest.
+_ROWS = """
+CREATE TABLE final AS
+SELECT {columns} FROM (
+    SELECT * FROM written
+    WHERE shard_rows IS NULL
+      AND (reading IS NULL AND image NOT IN (SELECT image FROM whole)
+           OR reading IN (SELECT reading FROM whole))
+    QUALIFY row_number() OVER (
+        PARTITION BY image, reading, member_index, frame ORDER BY status <> 'ok', screened_at
+    ) = 1
+) LEFT JOIN labels ON labels.name = coalesce(member, image)"""
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What the attempts have written so far, without repeats."""
+class Collected:
+    """What the attempts have written so far, in DuckDB."""
 
-    rows: pa.Table
-    """`part_schema`, no shard markers, sorted by image and member; complete objects only."""
-    objects: frozenset[str]
-    """Keys of the plan whose every image is in `rows`."""
+    plan: Plan
+    class_names: tuple[str, ...]
+    connection: Any
+    folder: Path
+
+    def missing(self, folder: Path, stem: str) -> list[Path]:
+        """Files of the objects that still have to be screened, as `Plan.files`; none if all are
+        done. `folder` is the caller's."""
+        files = export(
+            self.connection,
+            "SELECT * FROM plan ANTI JOIN done USING (image) ORDER BY image",
+            PLAN_SCHEMA,
+            folder,
+            stem,
+        )
+        return [file.path for file in files]
+
+    def finish(self, labels: pd.DataFrame | None, *, synthetic_model: bool) -> None:
+        """Make the table `final`: a row of `predictions_schema` for each image of the plan.
+
+        labels: as `read_labels` gives them. Raises `RuntimeError` where objects of the table and
+        of the plan differ: nothing may be published then.
+        """
+        start = self.plan.start
+        known = pa.table(
+            {
+                "name": pa.array([] if labels is None else labels["image"], pa.string()),
+                "label": pa.array([] if labels is None else labels["label"], pa.string()),
+            }
+        )
+        self.connection.register("labels", known)
+        constant = {
+            "run_id": quoted(start.run_id),
+            "model_id": quoted(start.model_id),
+            "archive": quoted(start.archive),
+        }
+        if synthetic_model:
+            constant["synthetic"] = "true"
+        columns = ", ".join(
+            f'{constant[name]} AS "{name}"' if name in constant else f'"{name}"'
+            for name in predictions_schema(self.class_names).names
+        )
+        self.connection.execute(_ROWS.format(columns=columns))
+        ((unplanned, missing),) = self.connection.execute(
+            "SELECT (SELECT count(*) FROM (SELECT DISTINCT image FROM final)"
+            "        ANTI JOIN plan USING (image)),"
+            "       (SELECT count(*) FROM plan ANTI JOIN final USING (image))"
+        ).fetchall()
+        if unplanned or missing:
+            raise RuntimeError(f"{unplanned} objects are not of the plan, {missing} have no row")
+
+    def write(self, results: Store, pseudonyms: Pseudonyms | None) -> list[dict[str, Any]]:
+        """Put the compact, sorted files of the table `final`; each one's key, rows and hash.
+
+        `pseudonyms`: with a key map, names of objects are hashed in the files.
+        """
+        start = self.plan.start
+        names: dict[str, str] = {}
+        hide = None
+
+        def hash_names(rows: pa.Table) -> pa.Table:
+            assert pseudonyms is not None
+            hashed, found = pseudonyms.hash_names(rows)
+            names.update(found)
+            return hashed
+
+        if pseudonyms is not None and pseudonyms.key_map is not None:
+            hide = hash_names
+        exported = export(
+            self.connection,
+            "SELECT * FROM final ORDER BY image, member_index, frame",
+            predictions_schema(self.class_names),
+            self.folder,
+            "predictions",
+            hide,
+        )
+        if pseudonyms is not None and pseudonyms.key_map is not None:
+            # Before the results: hashes without a map would be of no use to anyone.
+            write_key_map(pseudonyms.key_map, start.run_id, names)
+        # Named by this attempt: another job that publishes the same run writes other files, and
+        # the record of the one that comes first names what nobody else has touched.
+        attempt = uuid.uuid4().hex[:8]
+        files = []
+        for number, file in enumerate(exported):
+            data = file.path.read_bytes()
+            key = (
+                f"predictions/screened_on={start.screened_on}/"
+                f"{start.run_id}-{attempt}-{number:05d}.parquet"
+            )
+            results.write(key, data)
+            sha256 = hashlib.sha256(data).hexdigest()
+            files.append({"key": key, "rows": file.rows, "sha256": sha256})
+        return files
 
 
-def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Finished:
+@contextmanager
+def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[Collected]:
     """Read every part file of the run.
 
-    An object of one image is complete with its row, one of several with all rows of one pass over
-    it: the passes of two attempts are never mixed, for they may have met different content.
+    Raises `UserError` where another job has published the run meanwhile, and removed them.
     """
-    schema = part_schema(class_names)
-    parts = [
-        pq.read_table(pa.BufferReader(results.read(item.key)), schema=schema)
-        for item in results.list(f"{plan.work}attempt=")
-        if item.key.endswith(".parquet")
-    ]
-    written = pa.concat_tables([schema.empty_table(), *parts])
-    is_marker = pc.is_valid(written["shard_rows"])
-    rows = _without_repeats(
-        written.filter(pc.invert(is_marker)), ["image", "reading", "member_index", "frame"]
-    )
-    readings = _whole_readings(rows, written.filter(is_marker))
-    # An object that one attempt could not read, and another read as several images, is the latter.
-    rows = rows.filter(
-        pc.or_(
-            pc.and_(
-                pc.is_null(rows["reading"]),
-                pc.invert(pc.is_in(rows["image"], pa.array(sorted(readings), pa.string()))),
-            ),
-            pc.is_in(rows["reading"], value_set=pa.array(sorted(readings.values()), pa.string())),
-        )
-    )
-    # A shard without a member has no row, and is done all the same.
-    done = set(rows["image"].to_pylist()) | set(readings)
-    return Finished(rows=rows, objects=frozenset(done & set(plan.objects["image"].to_pylist())))
-
-
-def _without_repeats(rows: pa.Table, key: list[str]) -> pa.Table:
-    """Sorted, one row for each key: of repeats a readable one, then the earliest."""
-    ranked = rows.append_column("_rank", pc.not_equal(rows["status"], "ok").cast(pa.int8()))
-    order = [(name, "ascending") for name in (*key, "_rank", "screened_at")]
-    rows = ranked.sort_by(order).drop_columns("_rank").combine_chunks()
-    if rows.num_rows < 2:
-        return rows
-    same = pa.array([True] * (rows.num_rows - 1))
-    for name in key:
-        before = rows[name].slice(0, rows.num_rows - 1).combine_chunks()
-        after = rows[name].slice(1).combine_chunks()
-        # Null equals null here: a loose image has no reading, member index or frame.
-        equal = pc.or_(
-            pc.fill_null(pc.equal(before, after), False),
-            pc.and_(pc.is_null(before), pc.is_null(after)),
-        )
-        same = pc.and_(same, equal)
-    return rows.filter(pa.concat_arrays([pa.array([True]), pc.invert(same)]))
-
-
-def _whole_readings(rows: pa.Table, markers: pa.Table) -> dict[str, str]:
-    """For each shard that was read to its end at least once: the first such pass."""
-    counted = rows.group_by("reading").aggregate([([], "count_all")]).to_pylist()
-    found = {row["reading"]: row["count_all"] for row in counted}
-    whole: dict[str, str] = {}
-    for marker in markers.sort_by("screened_at").to_pylist():
-        if found.get(marker["reading"], 0) == marker["shard_rows"]:
-            whole.setdefault(marker["image"], marker["reading"])
-    return whole
-
-
-def missing_objects(plan: Plan, finished: Finished) -> pa.Table:
-    """Objects of the plan that still have to be screened."""
-    done = pa.array(sorted(finished.objects), pa.string())
-    return plan.objects.filter(pc.invert(pc.is_in(plan.objects["image"], value_set=done)))
-
-
-def write_predictions(
-    results: Store,
-    plan: Plan,
-    rows: pa.Table,
-    class_names: Sequence[str],
-    *,
-    synthetic_model: bool,
-    label_of: Mapping[str, str],
-    pseudonyms: Pseudonyms | None = None,
-) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Write the compact, sorted files. Returns the table, and each file's key, rows and hash.
-
-    rows: complete; see `collect`. `label_of`: by image key, or member name inside a shard.
-    `pseudonyms`: with a key map, names of objects are hashed in the files and in the table.
-    """
-    start = plan.start
-    count = rows.num_rows
-    names = pc.coalesce(rows["member"], rows["image"]).to_pylist()
-    constant = {
-        "run_id": start.run_id,
-        "model_id": start.model_id,
-        "archive": start.archive,
-    }
-    columns = {name: pa.repeat(pa.scalar(value), count) for name, value in constant.items()}
-    columns |= {name: rows[name] for name in rows.column_names}
-    if synthetic_model:
-        columns["synthetic"] = pa.repeat(pa.scalar(True), count)
-    columns["label"] = pa.array([label_of.get(name) for name in names], pa.string())
-    schema = predictions_schema(class_names)
-    table = pa.table({name: columns[name] for name in schema.names}).cast(schema)
-    if pseudonyms is not None and pseudonyms.key_map is not None:
-        table, hashed = pseudonyms.hash_names(table)
-        # Before the results: hashes without a map would be of no use to anyone.
-        write_key_map(pseudonyms.key_map, start.run_id, hashed)
-    files = []
-    for number, offset in enumerate(range(0, count, _ROWS_PER_FILE)):
-        piece = table.slice(offset, _ROWS_PER_FILE)
-        data = parquet_bytes(piece)
-        key = f"predictions/screened_on={start.screened_on}/{start.run_id}-{number:05d}.parquet"
-        results.write(key, data)
-        files.append(
-            {"key": key, "rows": piece.num_rows, "sha256": hashlib.sha256(data).hexdigest()}
-        )
-    return table, files
+    with workbench() as (connection, folder):
+        keys = [
+            item.key
+            for item in results.list(f"{plan.work}attempt=")
+            if item.key.endswith(".parquet")
+        ]
+        parts = folder / "parts"
+        parts.mkdir()
+        try:
+            with ThreadPoolExecutor(_FETCH_THREADS) as threads:
+                targets = [parts / f"{number}.parquet" for number in range(len(keys))]
+                local = list(threads.map(results.local_file, keys, targets))
+        except ImageError as error:
+            if read_run(results, plan.start.run_id) is not None:
+                raise published_meanwhile(plan.start.run_id) from error
+            raise
+        view_of_files(connection, "written", local, part_schema(class_names))
+        view_of_files(connection, "plan", plan.files, PLAN_SCHEMA)
+        connection.execute(_WHOLE_READINGS)
+        connection.execute(_DONE)
+        yield Collected(plan, tuple(class_names), connection, folder)
 
 
 def remove_work(results: Store, plan: Plan) -> None:

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from lungopacity.errors import NOTICE
 from lungopacity.evaluation.table import metric_value
+from lungopacity.screening.nightly import Night
 from lungopacity.screening.screen import ScreeningResult
+
+_DRIFT = {
+    "stable": "as in the baseline",
+    "drifted": "DRIFTED from the baseline",
+    "too_few": "too few images to say",
+}
+
+
+def night_summary(night: Night) -> str:
+    """What a night did, or on a dry run would do."""
+    if night.planned is None:
+        return "\n".join(summary(run) for run in night.runs)
+    lines = [f"a night would screen {night.planned} objects; nothing was written (--dry-run)"]
+    lines += [f"  and first finish run {run_id} of an earlier night" for run_id in night.unfinished]
+    return "\n".join([*lines, NOTICE])
 
 
 def summary(result: ScreeningResult) -> str:
@@ -34,6 +50,10 @@ def summary(result: ScreeningResult) -> str:
             f"  BROKEN    more than {result.max_failed_fraction:.1%} of the images could not be "
             "read (--max-failed-fraction)"
         )
+    lines += [
+        f"  drift     {shift.name}: {_DRIFT[shift.verdict]} (PSI {shift.psi:.3f}, {shift.n} images)"
+        for shift in result.drift
+    ]
     accuracy = metric_value(result.metrics, "accuracy")
     if accuracy is not None:
         lines.append(f"  accuracy  {accuracy:.4f} against the labels")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
-from lungopacity.archive.inventory import Archive, plan_table
+from lungopacity.archive.inventory import Inventory, inventory_of
 from lungopacity.errors import TRANSIENT, Status, UserError
 from lungopacity.results.folder import read_run
 from lungopacity.screening.pseudonyms import read_key_map
@@ -100,14 +100,11 @@ def _check_same(job: ScreeningJob, record: dict[str, Any], settings: dict[str, A
         )
 
 
-def _as_they_are_now(archive: str, keys: list[str]) -> Archive:
+def _as_they_are_now(archive: str, keys: list[str]) -> Inventory:
     """The objects with the etags of today. One that is gone keeps a row: it will be `missing`."""
     store = open_store(archive)
     with ThreadPoolExecutor(_HEAD_THREADS) as threads:
         found = list(threads.map(store.head, keys))
-    return Archive(
-        uri=store.uri,
-        objects=plan_table(
-            [item or ObjectInfo.gone(key) for key, item in zip(keys, found, strict=True)]
-        ),
+    return inventory_of(
+        store, [item or ObjectInfo.gone(key) for key, item in zip(keys, found, strict=True)]
     )

@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lungopacity.archive.content import ReadSettings, rules_from
-from lungopacity.archive.inventory import Archive, take_inventory
+from lungopacity.archive.inventory import Inventory, list_archive
+from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import NOTICE, Status, UserError
+from lungopacity.evaluation.drift import Sample, Shift, drift_metrics, shifts
 from lungopacity.evaluation.metrics import Metric
-from lungopacity.evaluation.table import metrics_table
+from lungopacity.evaluation.table import metric_value, metrics_table
 from lungopacity.models import TrainedModel, load_model
 from lungopacity.progress import Progress
-from lungopacity.results.folder import commit_run
+from lungopacity.results.folder import commit_run, read_run
+from lungopacity.results.query import predictions_of
+from lungopacity.results.schema import class_column
+from lungopacity.results.workbench import parquet_bytes, workbench
 from lungopacity.runtime import ray_session, resolve_gpu, versions
 from lungopacity.screening.aggregate import label_metrics, run_metrics
+from lungopacity.screening.history import History
 from lungopacity.screening.pipeline import ScoringResources, screen_objects
-from lungopacity.screening.plan import Plan, make_plan, new_run_id, parquet_bytes
+from lungopacity.screening.plan import Plan, make_plan, new_run_id
 from lungopacity.screening.pseudonyms import Pseudonyms, read_pseudonyms
-from lungopacity.screening.publish import (
-    collect,
-    missing_objects,
-    remove_work,
-    write_predictions,
-)
+from lungopacity.screening.publish import collect, remove_work
 from lungopacity.storage import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -61,6 +66,8 @@ class ScreeningResult:
     """Of this attempt, inventory to commit."""
     metrics: list[Metric]
     max_failed_fraction: float = MAX_FAILED_FRACTION
+    drift: tuple[Shift, ...] = ()
+    """Against the job's baseline, if it has one."""
 
     @property
     def broken(self) -> bool:
@@ -86,6 +93,8 @@ class ScreeningJob:
     batch_size: int
     max_failed_fraction: float
     use_gpu: bool | None
+    baseline: Sample | None = None
+    """Of the run that scores and mixes are compared with."""
     noted: Mapping[str, Any] = field(default_factory=dict)
     """More for the commit record."""
 
@@ -106,13 +115,15 @@ def screen(
     model: str,
     output: str,
     *,
+    inventory: str | None = None,
     run_id: str | None = None,
     limit: int | None = None,
     **options: Any,
 ) -> ScreeningResult:
     """Score every image of an archive and publish one run to a results folder.
 
-    archive, model, output: URIs. `run_id`: give the id of a killed run to go on with it. `limit`:
+    archive, model, output: URIs. `inventory`: URI of a list that stands in for listing the archive,
+    see `read_inventory`. `run_id`: give the id of a killed run to go on with it. `limit`:
     only the first so many objects by key. options: those of `screening_job`. Raises `UserError`;
     unreadable images raise nothing, they are rows.
     """
@@ -120,9 +131,8 @@ def screen(
         raise UserError(f"--limit must be at least 1, not {limit}")
     began = time.monotonic()
     job = screening_job(model, output, **options)
-    with Progress("Listing the archive", unit="objects") as progress:
-        inventory = take_inventory(archive, progress.advance)
-    return run_job(job, inventory, began, run_id=run_id, limit=limit)
+    listed = inventory_at(archive, inventory)
+    return run_job(job, listed, began, run_id=run_id, limit=limit)
 
 
 def screening_job(
@@ -138,6 +148,7 @@ def screening_job(
     labels: str | None = None,
     batch_size: int = 64,
     use_gpu: bool | None = None,
+    baseline: str | None = None,
     noted: Mapping[str, Any] | None = None,
 ) -> ScreeningJob:
     """Read and check what a run needs, before anything is listed.
@@ -147,7 +158,8 @@ def screening_job(
     `max_failed_fraction`: of images that cannot be read, above which the run is called broken.
     `hmac_key`: URI of a file with the key for `patient_hmac` and `study_hmac`. `hash_keys`: names
     of objects are hashed, too; `key_map`: folder that keeps the names (default: beside `output`).
-    `labels`: a labels file, for metrics. `use_gpu`: None uses what the cluster has. Raises
+    `labels`: a labels file, for metrics. `baseline`: id of a published run of the same model, to
+    measure drift against. `use_gpu`: None uses what the cluster has. Raises
     `UserError`.
     """
     if batch_size < 1:
@@ -181,61 +193,118 @@ def screening_job(
         batch_size=batch_size,
         max_failed_fraction=max_failed_fraction,
         use_gpu=use_gpu,
-        noted=noted or {},
+        baseline=None if baseline is None else _baseline(results, baseline, trained),
+        noted={**(noted or {}), **({} if baseline is None else {"baseline": baseline})},
     )
+
+
+def _baseline(results: Store, run_id: str, model: TrainedModel) -> Sample:
+    """What drift is measured against. Raises `UserError` where the model has no such run."""
+    record = read_run(results, run_id)
+    if record is None:
+        raise UserError(
+            f"--baseline: {results.uri} has no published run '{run_id}'; see `lungopacity runs`"
+        )
+    if record["model_id"] != model.model_id:
+        raise UserError(
+            f"--baseline: run '{run_id}' is of model {record['model_id']}, not "
+            f"{model.model_id}: scores of two models cannot be compared; choose another run"
+        )
+    with workbench() as (connection, _):
+        connection.register("baseline", predictions_of(results, [record]))
+        return Sample.of(connection.table("baseline"), class_column("p", model.spec.positive_class))
+
+
+def inventory_at(archive: str, inventory: str | None = None) -> Inventory:
+    """List the archive, or read the list that is given for it; with progress."""
+    progress = Progress("Listing the archive", unit="objects")
+    found = (
+        list_archive(archive, progress.advance)
+        if inventory is None
+        else read_inventory(inventory, archive, progress.advance)
+    )
+    return Inventory(found.uri, progress.around(found.tables))
 
 
 def run_job(
     job: ScreeningJob,
-    archive: Archive,
+    inventory: Inventory,
     began: float,
     *,
     run_id: str | None = None,
     limit: int | None = None,
+    history: History | None = None,
+    before_commit: Callable[[], None] | None = None,
+    nightly: bool = False,
 ) -> ScreeningResult:
-    """Plan, screen and publish one run over the objects of `archive`.
+    """Plan, screen and publish one run over the objects of the inventory.
 
-    `began`: `time.monotonic()` at the start. `run_id`, `limit`: see `screen`. Raises `UserError`.
+    `began`: `time.monotonic()` at the start. `run_id`, `limit`: see `screen`. `history`: what needs
+    no screening. `before_commit` may raise, and then nothing is published. `nightly`: see
+    `make_plan`. Raises `UserError`.
     """
     model_id = job.model.model_id
     run_id = run_id or new_run_id(model_id)
-    plan = make_plan(job.results, archive, model_id, run_id, limit, job.rules)
-    log.info(
-        "run %s: %d objects of %s, model %s%s",
-        run_id,
-        plan.objects.num_rows,
-        plan.start.archive,
-        model_id,
-        " (taken up again)" if plan.resumed else "",
-    )
-    try:
-        rows = _screened_rows(job, plan)
-    except KeyboardInterrupt:
-        log.warning("stopped; go on with --run-id %s and the same options", run_id)
-        raise
-    return _published(job, plan, rows, time.monotonic() - began)
+    with TemporaryDirectory(prefix="lungopacity-") as name:
+        folder = Path(name)
+        plan = make_plan(
+            job.results,
+            inventory,
+            model_id,
+            run_id,
+            folder,
+            limit=limit,
+            rules=job.rules,
+            history=history,
+            nightly=nightly,
+        )
+        log.info(
+            "run %s: %d objects of %s, model %s%s",
+            run_id,
+            plan.start.objects,
+            plan.start.archive,
+            model_id,
+            " (taken up again)" if plan.resumed else "",
+        )
+        try:
+            _screen_what_is_missing(job, plan, folder)
+        except KeyboardInterrupt:
+            log.warning("stopped; go on with --run-id %s and the same options", run_id)
+            raise
+        result = _published(job, plan, began, before_commit)
+    remove_work(job.results, plan)
+    return result
 
 
-def _screened_rows(job: ScreeningJob, plan: Plan) -> pa.Table:
-    """Screen what earlier attempts have not finished; every image's row, once."""
+def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path) -> None:
+    """Until every object of the plan has its rows in part files. `folder`: for lists of the rest.
+
+    A million objects at a time: the driver's memory does not grow with the archive.
+    """
     class_names = job.model.spec.class_names
-    todo = plan.objects
+    todo = list(plan.files)
     if plan.resumed:
-        todo = missing_objects(plan, collect(job.results, plan, class_names))
-        log.info("%d of %d objects are still to do", todo.num_rows, plan.objects.num_rows)
+        with collect(job.results, plan, class_names) as collected:
+            todo = collected.missing(folder, "resumed")
+        log.info("%d of %d objects are still to do", _rows(todo), plan.start.objects)
     for number in range(_ROUNDS):
-        if todo.num_rows:
-            if number:
-                log.warning("%d objects were lost on the way and are read again", todo.num_rows)
-            _run_pipeline(job, plan, todo)
-        finished = collect(job.results, plan, class_names)
-        todo = missing_objects(plan, finished)
-        if not todo.num_rows:
-            return finished.rows
-    raise UserError(
-        f"{todo.num_rows} of {plan.objects.num_rows} objects have no result after {_ROUNDS} "
-        f"rounds; nothing was published. Go on with --run-id {plan.start.run_id}"
-    )
+        if not todo:
+            return
+        if number:
+            log.warning("%d objects were lost on the way and are read again", _rows(todo))
+        for path in todo:
+            _run_pipeline(job, plan, pq.read_table(path))
+        with collect(job.results, plan, class_names) as collected:
+            todo = collected.missing(folder, f"round-{number}")
+    if todo:
+        raise UserError(
+            f"{_rows(todo)} of {plan.start.objects} objects have no result after {_ROUNDS} "
+            f"rounds; nothing was published. Go on with --run-id {plan.start.run_id}"
+        )
+
+
+def _rows(files: Sequence[Path]) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in files)
 
 
 def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
@@ -259,61 +328,63 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
                 progress.advance(part.total(), note=f"{counts[Status.FAILED]} failed")
 
 
-def _published(job: ScreeningJob, plan: Plan, rows: pa.Table, seconds: float) -> ScreeningResult:
-    spec, start, labels = job.model.spec, plan.start, job.labels
-    label_of = {} if labels is None else dict(zip(labels["image"], labels["label"], strict=True))
-    table, files = write_predictions(
-        job.results,
-        plan,
-        rows,
-        spec.class_names,
-        synthetic_model=spec.synthetic,
-        label_of=label_of,
-        pseudonyms=job.pseudonyms,
-    )
-    synthetic = spec.synthetic or bool(pa.compute.any(table["synthetic"]).as_py())
-    metrics = run_metrics(table, spec, seconds)
-    if labels is not None:
-        metrics += label_metrics(_with_names(table, rows), spec, labels)
-    metrics_key = f"metrics/{start.run_id}.parquet"
-    job.results.write(
-        metrics_key,
-        parquet_bytes(metrics_table(metrics, start.run_id, start.model_id, synthetic=synthetic)),
-    )
-    counts = Counter(table["status"].to_pylist())
+def _published(
+    job: ScreeningJob, plan: Plan, began: float, before_commit: Callable[[], None] | None
+) -> ScreeningResult:
+    spec, start = job.model.spec, plan.start
+    with collect(job.results, plan, spec.class_names) as collected:
+        collected.finish(job.labels, synthetic_model=spec.synthetic)
+        files = collected.write(job.results, job.pseudonyms)
+        predictions = collected.connection.table("final")
+        seconds = time.monotonic() - began
+        metrics = run_metrics(predictions, spec, seconds)
+        if job.labels is not None:
+            metrics += label_metrics(predictions, spec, job.labels)
+        drift: list[Shift] = []
+        if job.baseline is not None:
+            tonight = Sample.of(predictions, class_column("p", spec.positive_class))
+            drift = shifts(job.baseline, tonight)
+            metrics += drift_metrics(drift, job.baseline, tonight)
+        ((synthetic, labelled, positive),) = predictions.query(
+            "predictions",
+            "SELECT coalesce(bool_or(synthetic), false), count(label), "
+            "count(*) FILTER (decision = 'positive') FROM predictions",
+        ).fetchall()
+    synthetic = synthetic or spec.synthetic
+    counts = {status: int(metric_value(metrics, f"images_{status}") or 0) for status in Status}
     result = ScreeningResult(
         run_id=start.run_id,
         model_id=start.model_id,
         results=job.results.uri,
-        images=table.num_rows,
+        images=sum(counts.values()),
         ok=counts[Status.OK],
         rejected=counts[Status.REJECTED],
         failed=counts[Status.FAILED],
-        positive=Counter(table["decision"].to_pylist())["positive"],
+        positive=positive,
         synthetic=synthetic,
         seconds=seconds,
         metrics=metrics,
         max_failed_fraction=job.max_failed_fraction,
+        drift=tuple(drift),
     )
+    metrics_key = f"metrics/{start.run_id}-{uuid.uuid4().hex[:8]}.parquet"
+    job.results.write(
+        metrics_key,
+        parquet_bytes(metrics_table(metrics, start.run_id, start.model_id, synthetic=synthetic)),
+    )
+    if before_commit is not None:
+        before_commit()
     commit_run(
         job.results,
         start.run_id,
         {
             **_record(job, plan, result),
-            "labelled": len(table) - table["label"].null_count,
+            "labelled": labelled,
             "files": files,
             "metrics_file": {"key": metrics_key, "rows": len(metrics)},
         },
     )
-    remove_work(job.results, plan)
     return result
-
-
-def _with_names(table: pa.Table, rows: pa.Table) -> pa.Table:
-    """The published table with the objects' own names, by which labels know them."""
-    for name in ("image", "member"):
-        table = table.set_column(table.schema.get_field_index(name), name, rows[name])
-    return table
 
 
 def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str, Any]:
@@ -329,7 +400,7 @@ def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str,
         "archive": start.archive,
         "started_at": start.started_at,
         "finished_at": datetime.now(UTC).isoformat(timespec="microseconds"),
-        "objects": plan.objects.num_rows,
+        "objects": start.objects,
         "images": result.images,
         "counts": {status.value: getattr(result, status.value) for status in Status},
         "positive": result.positive,

@@ -10,12 +10,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from lungopacity.errors import UserError
-from lungopacity.storage.interface import AlreadyExistsError, ObjectInfo, Store
+from lungopacity.storage.interface import ConflictError, ObjectInfo, Store
 from lungopacity.storage.local import LocalStore
 from lungopacity.storage.s3 import S3Store
 
 __all__ = [
-    "AlreadyExistsError",
+    "ConflictError",
     "LocalStore",
     "ObjectInfo",
     "S3Store",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
@@ -31,8 +32,8 @@ class ObjectInfo:
         return ObjectInfo(key, size_bytes=1, etag="", modified_at=datetime.fromtimestamp(0, UTC))
 
 
-class AlreadyExistsError(Exception):
-    """`write(..., if_absent=True)` found an object under that key."""
+class ConflictError(Exception):
+    """A conditional `write` found another object under its key than the condition allows."""
 
 
 class Store(Protocol):
@@ -68,16 +69,27 @@ class Store(Protocol):
         """
         ...
 
-    def write(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+    def local_file(self, key: str, target: Path) -> Path:
+        """A file on this machine that holds the checked object: the file itself where the store is
+        a folder, else a copy at `target`. Raises as `read` does."""
+        ...
+
+    def write(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+    ) -> None:
         """Put the object whole: no reader ever sees a part of it.
 
-        Raises `AlreadyExistsError` where `if_absent` and it exists; `UserError` where it cannot be
-        written.
+        Raises `ConflictError` where `if_absent` and it exists, or where it is no longer the one of
+        the etag `if_match`; `UserError` where it cannot be written.
         """
         ...
 
     def delete(self, key: str) -> None:
         """Remove the object; no error where it is already gone."""
+        ...
+
+    def now(self) -> datetime:
+        """The clock that `modified_at` is told by, UTC: on S3 the server's, not this machine's."""
         ...
 
     def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
-from lungopacity.storage.interface import AlreadyExistsError, ObjectInfo, changed
+from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -42,18 +43,19 @@ class LocalStore:
         )
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        if not self.root.is_dir():
+        # Only the folder that the prefix ends in: results grow, and are listed at every commit.
+        start = self._path(prefix.rpartition("/")[0])
+        if not start.is_dir():
             return
         try:
             # followlinks: archives are often mounted by a symbolic link.
-            for folder, subfolders, names in os.walk(
-                self.root, followlinks=True, onerror=_raise_error
-            ):
+            for folder, subfolders, names in os.walk(start, followlinks=True, onerror=_raise_error):
                 subfolders.sort()
                 for name in sorted(names):
                     path = Path(folder) / name
                     if path.relative_to(self.root).as_posix().startswith(prefix):
-                        yield self._info(path, path.stat())
+                        with suppress(FileNotFoundError):  # gone since the folder was read
+                            yield self._info(path, path.stat())
         except OSError as error:
             raise UserError(
                 f"{error.filename}: cannot be listed ({error.strerror}); check its permissions"
@@ -86,7 +88,13 @@ class LocalStore:
             except OSError as error:
                 raise _fetch_error_of(error) from error
 
-    def write(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+    def local_file(self, key: str, target: Path) -> Path:
+        with self.open_local(key):
+            return self._path(key)
+
+    def write(
+        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+    ) -> None:
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +109,8 @@ class LocalStore:
                 if if_absent:
                     os.link(name, path)
                     os.unlink(name)
+                elif if_match is not None:
+                    self._replace_if(path, name, if_match)
                 else:
                     os.replace(name, path)
             except BaseException:
@@ -108,11 +118,33 @@ class LocalStore:
                 raise
         except FileExistsError as error:
             if if_absent and path.exists():
-                raise AlreadyExistsError(key) from error
+                raise ConflictError(key) from error
             raise UserError(f"{error.filename}: is in the way of {path}; move it") from error
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); check permissions and space"
+            ) from error
+
+    def _replace_if(self, path: Path, name: str, etag: str) -> None:
+        # A file system has no conditional rename; whoever replaces on a condition waits here.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if not path.is_file() or self._info(path, path.stat()).etag != etag:
+                raise ConflictError(path.name)
+            os.replace(name, path)
+        finally:
+            os.close(folder)
+
+    def now(self) -> datetime:
+        # The file server's clock, where the folder is mounted from one.
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as probe:
+                return datetime.fromtimestamp(os.fstat(probe.fileno()).st_mtime, UTC)
+        except OSError as error:
+            raise UserError(
+                f"{self.root}: cannot be written ({error.strerror}); check permissions and space"
             ) from error
 
     def delete(self, key: str) -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import lungopacity
-from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.inventory import Inventory, list_archive
 from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.screening.screen import run_job, screening_job
@@ -33,15 +33,17 @@ def place(tmp_path):
 def restless_night(place, **options):
     """A night on which two films and the shard were replaced, and one film removed, after the
     listing."""
-    archive = take_inventory(str(place / "archive"))
+    archive = open_store(str(place / "archive"))
+    inventory = list_archive(archive.uri)
+    tables = list(inventory.tables)
     for name in ("1.png", "2.png"):
-        archive.store.write(name, encoded(grey_film(20)))
-    archive.store.delete("3.png")
-    archive.store.write("x.tar", tar({f"{n}.png": encoded(grey_film(30 + n)) for n in range(5)}))
+        archive.write(name, encoded(grey_film(20)))
+    archive.delete("3.png")
+    archive.write("x.tar", tar({f"{n}.png": encoded(grey_film(30 + n)) for n in range(5)}))
     job = screening_job(
         str(place / "model"), str(place / "results"), max_failed_fraction=1.0, **options
     )
-    return run_job(job, archive, time.monotonic(), run_id="night")
+    return run_job(job, Inventory(inventory.uri, iter(tables)), time.monotonic(), run_id="night")
 
 
 def asked(place, sql: str) -> list[dict]:

@@ -8,7 +8,7 @@ from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run, run_key
 from lungopacity.results.query import query, runs
 from lungopacity.results.schema import METRICS_SCHEMA, class_column, predictions_schema
-from lungopacity.screening.plan import parquet_bytes
+from lungopacity.results.workbench import parquet_bytes
 from lungopacity.storage import open_store
 
 NOW = datetime(2026, 3, 4, 23, 59, tzinfo=UTC)

@@ -1,5 +1,6 @@
 from datetime import UTC, datetime
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -13,7 +14,7 @@ SPEC = tiny_model().spec
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def predictions(*rows: dict) -> pa.Table:
+def predictions(*rows: dict) -> duckdb.DuckDBPyRelation:
     common = {
         "run_id": "r", "model_id": "m", "screened_at": NOW, "archive": "a",
         "source_etag": "e", "source_size_bytes": 1, "source_modified_at": NOW, "status": "ok",
@@ -26,7 +27,9 @@ def predictions(*rows: dict) -> pa.Table:
             scores = {"p_Normal": 1 - p, "p_Lung_Opacity": p,
                       "decision": "positive" if p >= 0.5 else "negative"}  # fmt: skip
         filled.append({**common, "image": f"{number}.png", **scores, **row})
-    return pa.Table.from_pylist(filled, schema=predictions_schema(SPEC.class_names))
+    return duckdb.from_arrow(
+        pa.Table.from_pylist(filled, schema=predictions_schema(SPEC.class_names))
+    )
 
 
 MIXED = (

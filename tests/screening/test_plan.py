@@ -1,61 +1,118 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.inventory import Inventory, list_archive
 from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run
-from lungopacity.screening.plan import make_plan, new_run_id
+from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.screening.plan import Plan, make_plan, new_run_id, unfinished_runs
 from lungopacity.storage import open_store
 
 
 @pytest.fixture
-def archive(tmp_path):
+def archive(tmp_path) -> str:
     for name in ("b.png", "a.png", "c.tar"):
         open_store(str(tmp_path / "archive")).write(name, b"x")
-    return take_inventory(str(tmp_path / "archive"))
+    return str(tmp_path / "archive")
 
 
-def test_the_plan_is_the_inventory_in_order_or_its_first_objects(archive, store_uri):
+def planned(results, archive: str, model: str, run_id: str, folder: Path, **options) -> Plan:
+    folder.mkdir(exist_ok=True)
+    return make_plan(results, list_archive(archive), model, run_id, folder, **options)
+
+
+def objects(plan: Plan) -> pa.Table:
+    return pa.concat_tables([PLAN_SCHEMA.empty_table(), *map(pq.read_table, plan.files)])
+
+
+def test_the_plan_is_the_inventory_in_order_or_its_first_objects(archive, store_uri, tmp_path):
     results = open_store(store_uri)
-    whole = make_plan(results, archive, "model", "one", None)
-    assert whole.objects["image"].to_pylist() == ["a.png", "b.png", "c.tar"]
-    assert whole.objects["is_shard"].to_pylist() == [False, False, True]
-    first = make_plan(results, archive, "model", "two", 2)
-    assert first.objects["image"].to_pylist() == ["a.png", "b.png"]
+    whole = objects(planned(results, archive, "model", "one", tmp_path / "1"))
+    assert whole["image"].to_pylist() == ["a.png", "b.png", "c.tar"]
+    assert whole["is_shard"].to_pylist() == [False, False, True]
+    first = planned(results, archive, "model", "two", tmp_path / "2", limit=2)
+    assert objects(first)["image"].to_pylist() == ["a.png", "b.png"]
+    assert first.start.objects == 2
 
 
-def test_a_killed_runs_plan_is_taken_up_even_when_the_archive_grew(archive, store_uri):
+def test_a_killed_runs_plan_is_taken_up_even_when_the_archive_grew(archive, store_uri, tmp_path):
     results = open_store(store_uri)
-    planned = make_plan(results, archive, "model", "one", None)
-    archive.store.write("new.png", b"x")
-    again = make_plan(results, take_inventory(archive.uri), "model", "one", None)
+    first = planned(results, archive, "model", "one", tmp_path / "1")
+    open_store(archive).write("new.png", b"x")
+    again = planned(results, archive, "model", "one", tmp_path / "2")
     assert again.resumed
-    assert again.objects.equals(planned.objects)
-    assert again.start == planned.start
+    assert objects(again).equals(objects(first))
+    assert again.start == first.start
+    assert [start.run_id for start in unfinished_runs(results)] == ["one"]
+
+
+def test_of_two_that_plan_one_run_the_first_ones_plan_counts(archive, store_uri, tmp_path):
+    results = open_store(store_uri)
+    real_head, asked = results.head, []
+
+    def head(key: str):
+        # The other job's plan lands after this one has looked for it.
+        found = real_head(key)
+        if key.endswith("run.json") and not asked:
+            asked.append(key)
+            planned(open_store(store_uri), archive, "model", "one", tmp_path / "other", limit=1)
+        return found
+
+    results.head = head
+    second = planned(results, archive, "model", "one", tmp_path / "mine")
+    assert second.resumed
+    assert objects(second)["image"].to_pylist() == ["a.png"]
 
 
 def test_another_model_or_archive_under_the_same_id_is_refused(archive, store_uri, tmp_path):
     results = open_store(store_uri)
-    make_plan(results, archive, "model", "one", None)
+    planned(results, archive, "model", "one", tmp_path / "1")
     with pytest.raises(UserError, match="begun with model model, not other"):
-        make_plan(results, archive, "other", "one", None)
+        planned(results, archive, "other", "one", tmp_path / "1")
+    with pytest.raises(UserError, match="begun with accept None, not"):
+        planned(results, archive, "model", "one", tmp_path / "1", rules={"accept": ["x"]})
     open_store(str(tmp_path / "second")).write("a.png", b"x")
     with pytest.raises(UserError, match="begun with archive"):
-        make_plan(results, take_inventory(str(tmp_path / "second")), "model", "one", None)
+        planned(results, str(tmp_path / "second"), "model", "one", tmp_path / "1")
 
 
-def test_a_published_run_is_never_planned_again(archive, store_uri):
+@pytest.mark.parametrize("damage", ["run.json", "plan"])
+def test_a_plan_that_is_damaged_or_gone_is_named(archive, store_uri, tmp_path, damage):
+    results = open_store(store_uri)
+    planned(results, archive, "model", "one", tmp_path / "1")
+    (key,) = [item.key for item in results.list("_work/one/") if damage in item.key]
+    if damage == "plan":
+        results.delete(key)
+    else:
+        results.write(key, b"{}")
+    with pytest.raises(UserError, match="run 'one' cannot be taken up again"):
+        planned(results, archive, "model", "one", tmp_path / "2")
+
+
+def test_a_published_run_is_never_planned_again(archive, store_uri, tmp_path):
     results = open_store(store_uri)
     commit_run(results, "one", {"run_id": "one", "started_at": "2026-01-01"})
     with pytest.raises(UserError, match="published already"):
-        make_plan(results, archive, "model", "one", None)
+        planned(results, archive, "model", "one", tmp_path / "1")
     with pytest.raises(UserError, match="published by another job"):
         commit_run(results, "one", {"run_id": "one", "started_at": "2026-01-01"})
+
+
+def test_an_inventory_that_names_an_object_twice_is_refused(archive, tmp_path):
+    listed = list_archive(archive)
+    (table,) = listed.tables
+    twice = Inventory(listed.uri, iter([table, table.slice(0, 1)]))
+    with pytest.raises(UserError, match="names 1 objects more than once"):
+        make_plan(open_store(str(tmp_path / "r")), twice, "model", "one", tmp_path)
 
 
 @pytest.mark.parametrize("run_id", ["", "a/b", "../x", ".hidden", "x" * 101, "a b"])
 def test_a_run_id_that_is_no_file_name_is_refused(archive, tmp_path, run_id):
     with pytest.raises(UserError, match="run id"):
-        make_plan(open_store(str(tmp_path / "r")), archive, "model", run_id, None)
+        planned(open_store(str(tmp_path / "r")), archive, "model", run_id, tmp_path / "1")
 
 
 def test_new_run_ids_differ_and_sort_by_time():

@@ -1,24 +1,55 @@
+import hashlib
+import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lungopacity.errors import UserError
+from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import PLAN_SCHEMA, part_schema, predictions_schema
-from lungopacity.screening.plan import Plan, RunStart, parquet_bytes
-from lungopacity.screening.publish import collect, missing_objects, remove_work, write_predictions
-from lungopacity.storage import open_store
+from lungopacity.results.workbench import parquet_bytes
+from lungopacity.screening.plan import Plan, RunStart
+from lungopacity.screening.publish import collect, remove_work
+from lungopacity.storage import ObjectInfo, open_store
 
 CLASSES = ("Normal", "Lung_Opacity")
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SOURCE = {"source_etag": "e", "source_size_bytes": 1, "source_modified_at": NOW}
 
 
-def plan_of(loose: list[str], shards: list[str]) -> Plan:
+def plan_of(folder: Path, loose: list[str], shards: list[str]) -> Plan:
     rows = [{"image": name, **SOURCE, "is_shard": name in shards} for name in [*loose, *shards]]
-    start = RunStart("run", "model", "archive", NOW.isoformat())
-    return Plan(start, pa.Table.from_pylist(rows, schema=PLAN_SCHEMA).sort_by("image"), False)
+    start = RunStart("run", "model", "archive", NOW.isoformat(), len(rows), ("plan",))
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=PLAN_SCHEMA).sort_by("image"), folder / "plan.parquet"
+    )
+    return Plan(start, (folder / "plan.parquet",), False)
+
+
+def missing(store, plan: Plan, folder: Path) -> list[str]:
+    """Objects of the plan that have no complete rows in the part files."""
+    with collect(store, plan, CLASSES) as collected:
+        files = collected.missing(folder, "missing")
+        return [name for file in files for name in pq.read_table(file)["image"].to_pylist()]
+
+
+def final(store, plan: Plan, labels: dict[str, str] | None = None) -> pa.Table:
+    """The rows that would be published. Raises where they are not those of the plan."""
+    known = None
+    if labels is not None:
+        known = pd.DataFrame({"image": list(labels), "label": list(labels.values())})
+    with collect(store, plan, CLASSES) as collected:
+        collected.finish(known, synthetic_model=False)
+        return collected.connection.sql(
+            "SELECT * FROM final ORDER BY image, member_index, frame"
+        ).to_arrow_table()
 
 
 def row(image: str, index: int | None = None, status: str = "ok", **more) -> dict:
@@ -51,7 +82,7 @@ def keys(table: pa.Table) -> list[tuple]:
     return list(zip(table["image"].to_pylist(), table["member_index"].to_pylist(), strict=True))
 
 
-PLAN = plan_of(["a", "b", "c"], ["x.tar", "y.tar"])
+OBJECTS = (["a", "b", "c"], ["x.tar", "y.tar"])
 ROWS = [
     *(row(name) for name in "abc"),
     *(row("x.tar", index) for index in range(4)),
@@ -74,29 +105,34 @@ KEYS = [
 @given(data=st.data())
 def test_however_attempts_overlap_each_image_is_published_once(tmp_path_factory, data):
     """Rows in any order, spread over attempts, any of them written again by another."""
-    store = open_store(str(tmp_path_factory.mktemp("results")))
+    folder = tmp_path_factory.mktemp("results")
+    store, plan = open_store(str(folder / "results")), plan_of(folder / "plan", *OBJECTS)
     order = data.draw(st.permutations(ROWS))
     cut = data.draw(st.integers(0, len(order)))
     again = data.draw(st.lists(st.sampled_from(ROWS), max_size=8))
-    write_parts(store, PLAN, order[:cut], order[cut:], again)
-    finished = collect(store, PLAN, CLASSES)
-    assert missing_objects(PLAN, finished).num_rows == 0
-    assert sorted(keys(finished.rows), key=str) == sorted(KEYS, key=str)
+    write_parts(store, plan, order[:cut], order[cut:], again)
+    assert missing(store, plan, folder) == []
+    assert keys(final(store, plan)) == KEYS
 
 
 @pytest.mark.parametrize("lost", range(len(ROWS)))
 def test_whatever_row_is_lost_its_object_is_missing(tmp_path, lost):
-    store = open_store(str(tmp_path))
-    write_parts(store, PLAN, ROWS[:lost] + ROWS[lost + 1 :])
-    finished = collect(store, PLAN, CLASSES)
-    missing = missing_objects(PLAN, finished)["image"].to_pylist()
-    assert missing == [ROWS[lost]["image"]]
-    assert ROWS[lost]["image"] not in finished.rows["image"].to_pylist()
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", *OBJECTS)
+    write_parts(store, plan, ROWS[:lost] + ROWS[lost + 1 :])
+    assert missing(store, plan, tmp_path) == [ROWS[lost]["image"]]
+    with pytest.raises(RuntimeError, match="1 have no row"):
+        final(store, plan)
+
+
+def test_a_row_that_is_not_of_the_plan_is_never_published(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
+    write_parts(store, plan, [row("a"), row("z")])
+    with pytest.raises(RuntimeError, match="1 objects are not of the plan"):
+        final(store, plan)
 
 
 def test_of_repeats_the_readable_one_counts_then_the_first(tmp_path):
-    store = open_store(str(tmp_path))
-    plan = plan_of(["a"], [])
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     later = {"screened_at": NOW + timedelta(hours=1)}
     write_parts(
         store,
@@ -105,75 +141,78 @@ def test_of_repeats_the_readable_one_counts_then_the_first(tmp_path):
         [row("a", **later, p_Normal=0.5)],
         [row("a", **later | {"screened_at": NOW + timedelta(hours=2)})],
     )
-    (found,) = collect(store, plan, CLASSES).rows.to_pylist()
+    (found,) = final(store, plan).to_pylist()
     assert (found["status"], found["p_Normal"]) == ("ok", 0.5)
 
 
 def test_passes_over_a_shard_that_met_different_content_are_not_mixed(tmp_path):
     """Killed in the middle of a shard, which is gone when the run goes on."""
-    store = open_store(str(tmp_path))
-    plan = plan_of([], ["x.tar"])
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", [], ["x.tar"])
     second = {"reading": "second pass"}
     gone = [row("x.tar", status="failed", **second), {**marker("x.tar", 1), **second}]
     write_parts(store, plan, [row("x.tar", 0), row("x.tar", 1)], gone)
-    finished = collect(store, plan, CLASSES)
-    assert missing_objects(plan, finished).num_rows == 0
-    assert keys(finished.rows) == [("x.tar", None)]
-
-
-def test_a_shard_without_members_is_done(tmp_path):
-    store = open_store(str(tmp_path))
-    plan = plan_of([], ["x.tar"])
-    write_parts(store, plan, [marker("x.tar", 0)])
-    assert missing_objects(plan, collect(store, plan, CLASSES)).num_rows == 0
+    assert missing(store, plan, tmp_path) == []
+    assert keys(final(store, plan)) == [("x.tar", None)]
 
 
 def test_nothing_written_means_everything_is_missing(tmp_path):
-    finished = collect(open_store(str(tmp_path)), PLAN, CLASSES)
-    assert finished.rows.num_rows == 0
-    assert missing_objects(PLAN, finished).num_rows == 5
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", *OBJECTS)
+    assert missing(store, plan, tmp_path) == ["a", "b", "c", "x.tar", "y.tar"]
 
 
-def test_published_files_hold_the_schema_the_run_and_the_labels(store_uri):
-    store = open_store(store_uri)
-    write_parts(store, PLAN, ROWS)
-    rows = collect(store, PLAN, CLASSES).rows
-    table, files = write_predictions(
-        store,
-        PLAN,
-        rows,
-        CLASSES,
-        synthetic_model=False,
-        label_of={"a": "Normal", "3.png": "Lung_Opacity"},
-    )
-    assert table.schema == predictions_schema(CLASSES)
+def test_published_files_hold_the_schema_the_run_and_the_labels(store_uri, tmp_path):
+    store, plan = open_store(store_uri), plan_of(tmp_path / "plan", *OBJECTS)
+    write_parts(store, plan, ROWS)
+    labels = pd.DataFrame({"image": ["a", "3.png"], "label": ["Normal", "Lung_Opacity"]})
+    with collect(store, plan, CLASSES) as collected:
+        collected.finish(labels, synthetic_model=False)
+        (file,) = collected.write(store, None)
+    table = pq.read_table(pa.BufferReader(store.read(file["key"])))
+    assert table.schema.equals(predictions_schema(CLASSES), check_metadata=True)
     assert keys(table) == KEYS
     assert set(table["run_id"].to_pylist()) == {"run"}
-    labels = dict(zip(keys(table), table["label"].to_pylist(), strict=True))
-    assert (labels["a", None], labels["x.tar", 3], labels["b", None]) == (
+    found = dict(zip(keys(table), table["label"].to_pylist(), strict=True))
+    assert (found["a", None], found["x.tar", 3], found["b", None]) == (
         "Normal",
         "Lung_Opacity",
         None,
     )
-    (file,) = files
-    assert file["key"] == "predictions/screened_on=2026-01-02/run-00000.parquet"
+    assert re.fullmatch(
+        r"predictions/screened_on=2026-01-02/run-[0-9a-f]{8}-00000\.parquet", file["key"]
+    )
     assert file["rows"] == len(KEYS)
-    assert store.head(file["key"]) is not None
-    remove_work(store, PLAN)
+    assert file["sha256"] == hashlib.sha256(store.read(file["key"])).hexdigest()
+    remove_work(store, plan)
     assert [item.key for item in store.list()] == [file["key"]]
 
 
-def test_no_column_is_ever_of_type_null(tmp_path):
-    plan = plan_of(["a"], [])
-    store = open_store(str(tmp_path))
+def test_two_that_publish_one_run_do_not_touch_each_others_files(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a")])
-    table, _ = write_predictions(
-        store,
-        plan,
-        collect(store, plan, CLASSES).rows,
-        CLASSES,
-        synthetic_model=False,
-        label_of={},
-    )
+    written = []
+    for _ in range(2):
+        with collect(store, plan, CLASSES) as collected:
+            collected.finish(None, synthetic_model=False)
+            written += [file["key"] for file in collected.write(store, None)]
+    assert len(set(written)) == 2
+
+
+def test_whoever_finds_the_parts_gone_is_told_that_the_run_is_published(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
+    write_parts(store, plan, [row("a")])
+    commit_run(store, "run", {"run_id": "run"})
+    real_list = store.list
+    store.list = lambda prefix="": [*real_list(prefix), ObjectInfo.gone(f"{prefix}x/p.parquet")]
+    with (
+        pytest.raises(UserError, match="published by another job meanwhile"),
+        collect(store, plan, CLASSES),
+    ):
+        pass
+
+
+def test_no_column_is_ever_of_type_null(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
+    write_parts(store, plan, [row("a")])
+    table = final(store, plan)
     assert not any(pa.types.is_null(field.type) for field in table.schema)
     assert table["error_code"].null_count == 1

@@ -1,0 +1,208 @@
+"""Inventories that somebody else has taken: S3 Inventory reports, and lists in Parquet.
+
+Listing 10 million objects takes an hour of requests; S3 writes the same every night to a file.
+Format: https://docs.aws.amazon.com/AmazonS3/latest/userguide/storage-inventory-location.html
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import unquote_plus, urlsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.orc
+import pyarrow.parquet as pq
+
+from lungopacity.archive.containers import SHARD_SUFFIXES
+from lungopacity.archive.inventory import Inventory
+from lungopacity.errors import ImageError, UserError
+from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.storage import open_store, split_uri
+
+_NAMES = {
+    "image": ("image", "key", "name"),
+    "source_etag": ("source_etag", "etag", "e_tag"),
+    "source_size_bytes": ("source_size_bytes", "size_bytes", "size"),
+    "source_modified_at": ("source_modified_at", "last_modified_date", "last_modified"),
+}
+"""Columns of `PLAN_SCHEMA`, and what they are called in such files, whatever the case."""
+_LATEST, _DELETED = "is_latest", "is_delete_marker"
+_SHARD_ENDINGS = "|".join(map(re.escape, SHARD_SUFFIXES))
+_CSV_BLOCK_BYTES = 16 << 20
+_ROWS_PER_TABLE = 50_000
+
+
+def read_inventory(
+    inventory_uri: str, archive_uri: str, on_listed: Callable[[int], None] | None = None
+) -> Inventory:
+    """The objects of the archive as an inventory names them.
+
+    inventory_uri: the `manifest.json` of an S3 Inventory report (CSV, ORC or Parquet; of all
+    versions, only the latest count), or a Parquet file with the columns `image` (the key, relative
+    to the archive), `source_etag`, `source_size_bytes` and `source_modified_at`. Raises
+    `UserError` where it cannot be read, is of another bucket, or lacks a column.
+    """
+    uri = open_store(archive_uri).uri
+    of = _of_report if inventory_uri.endswith(".json") else _of_list
+    return Inventory(uri, _counted(of(inventory_uri, uri), on_listed))
+
+
+def _counted(
+    tables: Iterator[pa.Table], on_listed: Callable[[int], None] | None
+) -> Iterator[pa.Table]:
+    for table in tables:
+        if on_listed is not None:
+            on_listed(table.num_rows)
+        if table.num_rows:
+            yield table
+
+
+def _of_list(uri: str, _archive_uri: str) -> Iterator[pa.Table]:
+    with _local(uri, None) as path:
+        for table in _parquet(path, ()):
+            yield _planned(table, uri, "")
+
+
+def _of_report(manifest_uri: str, archive_uri: str) -> Iterator[pa.Table]:
+    with _local(manifest_uri, None) as path:
+        try:
+            manifest = json.loads(path.read_bytes())
+            bucket, kind = manifest["sourceBucket"], manifest["fileFormat"].upper()
+            columns = [name.strip() for name in manifest["fileSchema"].split(",")]
+            files = [(item["key"], item["MD5checksum"]) for item in manifest["files"]]
+            destination = manifest["destinationBucket"].removeprefix("arn:aws:s3:::")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{manifest_uri}: this is no manifest of an S3 Inventory report "
+                f"({type(error).__name__}: {error}); give its manifest.json, or a Parquet list"
+            ) from error
+    parts = urlsplit(archive_uri, allow_fragments=False)
+    if parts.scheme != "s3" or parts.netloc != bucket:
+        raise UserError(
+            f"{manifest_uri}: the report is of bucket '{bucket}', not of {archive_uri}; "
+            f"give --archive s3://{bucket}/…"
+        )
+    prefix = archive_uri.removeprefix(f"s3://{bucket}").strip("/")
+    read = {"CSV": _csv, "PARQUET": _parquet, "ORC": _orc}.get(kind)
+    if read is None:
+        raise UserError(f"{manifest_uri}: no reader for reports in {kind}; choose CSV or Parquet")
+    for key, md5 in files:
+        uri = f"s3://{destination}/{key}"
+        with _local(uri, md5) as path:
+            for table in read(path, columns):
+                yield _planned(table, uri, f"{prefix}/" if prefix else "")
+
+
+@contextmanager
+def _local(uri: str, md5: str | None) -> Iterator[Path]:
+    """The file at `uri` on this machine; what goes wrong inside is told as this file's fault."""
+    parent, name = split_uri(uri)
+    try:
+        with TemporaryDirectory(prefix="lungopacity-") as folder:
+            path = open_store(parent).local_file(name, Path(folder) / "file")
+            if md5 is not None:
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "md5").hexdigest() != md5.lower():
+                        raise UserError(
+                            f"{uri}: differs from the MD5 in the manifest; wait for the next report"
+                        )
+            yield path
+    except ImageError as error:
+        raise UserError(f"{uri}: the inventory cannot be read: {error.message}") from error
+    except (pa.ArrowException, EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{uri}: the inventory is damaged ({str(error).splitlines()[0]}); take it again"
+        ) from error
+
+
+def _parquet(path: Path, _columns: Sequence[str]) -> Iterator[pa.Table]:
+    file = pq.ParquetFile(path)
+    wanted = {name for names in _NAMES.values() for name in names} | {_LATEST, _DELETED}
+    columns = [name for name in file.schema_arrow.names if _snake(name) in wanted]
+    for batch in file.iter_batches(_ROWS_PER_TABLE, columns=columns):
+        yield pa.Table.from_batches([batch])
+
+
+def _orc(path: Path, _columns: Sequence[str]) -> Iterator[pa.Table]:
+    file = pyarrow.orc.ORCFile(path)
+    for stripe in range(file.nstripes):
+        yield pa.Table.from_batches([file.read_stripe(stripe)])
+
+
+def _csv(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Gzip, without a header; the keys are URL-encoded there, and only there."""
+    with gzip.open(path) as unzipped:
+        batches = pyarrow.csv.open_csv(
+            unzipped,
+            pyarrow.csv.ReadOptions(column_names=list(columns), block_size=_CSV_BLOCK_BYTES),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(columns, pa.string())
+            ),
+        )
+        for batch in batches:
+            table = pa.Table.from_batches([batch])
+            for place, name in enumerate(columns):
+                if name.lower() == "key":
+                    keys = [unquote_plus(key) for key in table[name].to_pylist()]
+                    table = table.set_column(place, name, pa.array(keys, pa.string()))
+            yield table
+
+
+def _planned(table: pa.Table, uri: str, prefix: str) -> pa.Table:
+    """`PLAN_SCHEMA` of the rows under `prefix`, which is taken off their keys."""
+    table = table.rename_columns([_snake(name) for name in table.column_names])
+    columns = {}
+    for field, names in _NAMES.items():
+        found = next((name for name in names if name in table.column_names), None)
+        if found is None:
+            raise UserError(
+                f"{uri}: the inventory has no column {' or '.join(names)}; a report needs the "
+                "fields Size, LastModifiedDate and ETag"
+            )
+        columns[field] = _cast(table[found], field)
+    keep = pc.starts_with(columns["image"], prefix)
+    if _LATEST in table.column_names:
+        keep = pc.and_(keep, _true(table[_LATEST]))
+    if _DELETED in table.column_names:
+        keep = pc.and_not(keep, pc.fill_null(_true(table[_DELETED]), False))
+    # Consoles create empty objects that stand for folders.
+    marker = pc.and_(pc.ends_with(columns["image"], "/"), pc.equal(columns["source_size_bytes"], 0))
+    rows = pa.table(columns).filter(pc.and_not(keep, marker))
+    keys = pc.utf8_slice_codeunits(rows["image"], len(prefix))
+    shard = pc.match_substring_regex(keys, f"(?i)({_SHARD_ENDINGS})$")
+    return pa.table(
+        {
+            "image": keys,
+            "source_etag": pc.utf8_trim(rows["source_etag"], '"'),
+            "source_size_bytes": rows["source_size_bytes"],
+            "source_modified_at": rows["source_modified_at"],
+            "is_shard": shard,
+        }
+    ).cast(PLAN_SCHEMA)
+
+
+def _cast(column: pa.ChunkedArray, field: str) -> pa.ChunkedArray:
+    kind = PLAN_SCHEMA.field(field).type
+    if field == "source_modified_at" and pa.types.is_integer(column.type):
+        column = column.cast(pa.timestamp("ms"))  # since 1970, as reports in Parquet have it
+    if field == "source_modified_at" and getattr(column.type, "tz", "UTC") is None:
+        column = pc.assume_timezone(column.cast(pa.timestamp("us")), "UTC")
+    return column.cast(kind)
+
+
+def _snake(name: str) -> str:
+    """`LastModifiedDate`, as reports in CSV have it, is `last_modified_date` in Parquet."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _true(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.bool_())

@@ -1,0 +1,150 @@
+"""Whether tonight's films and scores are still those of a night that was found good.
+
+Population stability index: PSI = Σ (p - q) ln(p / q) over bins. Without drift, PSI / (1/n + 1/m)
+is χ²-distributed with bins - 1 degrees of freedom (Yurdakul and Naranjo, Statistical properties of
+the population stability index, Journal of Risk Model Validation 14(3), 2020), which says how large
+a PSI a small night gives by chance alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import chi2, ks_2samp
+
+from lungopacity.evaluation.metrics import Metric, wilson_interval
+
+PSI_LIMIT = 0.2
+"""Above it, a shift is commonly called significant."""
+KS_LIMIT = 0.2
+_KS_P_VALUE = 0.001
+_CONFIDENCE = 0.95
+_SCORE_BINS = 10
+MIXES = ("status", "view_position", "modality")
+"""Columns whose values are compared as shares; a missing value counts as one."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What drift compares of a run."""
+
+    scores_N: npt.NDArray[np.float32]
+    """Positive-class probabilities of the scored images."""
+    mixes: Mapping[str, Mapping[str | None, int]]
+    """For each of `MIXES`, how many images have each value."""
+
+    @staticmethod
+    def of(predictions: Any, score_column: str) -> Sample:
+        """predictions: DuckDB relation of `predictions_schema`."""
+        scores = predictions.query(
+            "predictions",
+            f"SELECT \"{score_column}\" AS score FROM predictions WHERE status = 'ok'",
+        ).to_arrow_table()
+        return Sample(
+            scores_N=scores["score"].to_numpy(),
+            mixes={
+                name: dict(
+                    predictions.query(
+                        "predictions", f"SELECT {name}, count(*) FROM predictions GROUP BY {name}"
+                    ).fetchall()
+                )
+                for name in MIXES
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One comparison with the baseline."""
+
+    name: str
+    """`score`, or one of `MIXES`."""
+    psi: float
+    by_chance: float
+    """A PSI that samples of this size exceed 1 time in 20 without any drift."""
+    n: int
+    ks: float | None = None
+    """Kolmogorov-Smirnov distance of the scores."""
+    ks_p_value: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """`too_few` to say, where chance alone may exceed the limit; `drifted`; or `stable`."""
+        if self.by_chance > PSI_LIMIT:
+            return "too_few"
+        apart = (
+            (self.ks or 0.0) > KS_LIMIT
+            and self.ks_p_value is not None
+            and self.ks_p_value < _KS_P_VALUE
+        )
+        return "drifted" if self.psi > PSI_LIMIT or apart else "stable"
+
+
+def psi(baseline_B: Sequence[int], current_B: Sequence[int]) -> tuple[float, float]:
+    """The index of two histograms over the same bins, and what chance exceeds 1 time in 20.
+
+    Half an image is added to every bin: an empty one would make it infinite. NaN and infinity where
+    a sample is empty.
+    """
+    n, m = sum(baseline_B), sum(current_B)
+    bins = len(baseline_B)
+    if n == 0 or m == 0:
+        return float("nan"), float("inf")
+    p_B = (np.asarray(current_B) + 0.5) / (m + 0.5 * bins)
+    q_B = (np.asarray(baseline_B) + 0.5) / (n + 0.5 * bins)
+    index = float(np.sum((p_B - q_B) * np.log(p_B / q_B)))
+    by_chance = float(chi2.ppf(_CONFIDENCE, max(1, bins - 1))) * (1 / n + 1 / m)
+    return index, by_chance
+
+
+def shifts(baseline: Sample, current: Sample) -> list[Shift]:
+    """Each comparison: scores in the baseline's tenths, and the mixes."""
+    found = [_score_shift(baseline.scores_N, current.scores_N)]
+    for name in MIXES:
+        before, now = baseline.mixes[name], current.mixes[name]
+        values = sorted({*before, *now}, key=str)
+        index, by_chance = psi(
+            [before.get(value, 0) for value in values], [now.get(value, 0) for value in values]
+        )
+        found.append(Shift(name, index, by_chance, sum(now.values())))
+    return found
+
+
+def _score_shift(baseline_N: npt.NDArray[np.float32], current_M: npt.NDArray[np.float32]) -> Shift:
+    if len(baseline_N) == 0 or len(current_M) == 0:
+        return Shift("score", float("nan"), float("inf"), len(current_M))
+    inner = np.unique(np.quantile(baseline_N, np.linspace(0, 1, _SCORE_BINS + 1)[1:-1]))
+    counts = [
+        np.bincount(np.searchsorted(inner, scores, side="right"), minlength=len(inner) + 1).tolist()
+        for scores in (baseline_N, current_M)
+    ]
+    index, by_chance = psi(*counts)
+    test = ks_2samp(baseline_N, current_M)
+    return Shift(
+        "score", index, by_chance, len(current_M), float(test.statistic), float(test.pvalue)
+    )
+
+
+def drift_metrics(found: Sequence[Shift], baseline: Sample, current: Sample) -> list[Metric]:
+    """The comparisons as rows of the metrics table; those without a value are left out."""
+    metrics = []
+    for shift in found:
+        for metric, value in (
+            ("drift_psi", shift.psi),
+            ("drift_psi_by_chance", shift.by_chance),
+            ("drift_ks", shift.ks),
+            ("drift_ks_p_value", shift.ks_p_value),
+        ):
+            if value is not None and np.isfinite(value):
+                metrics.append(Metric("all", metric, shift.name, value, None, None, shift.n))
+    for name, sample in (("failed_rate", current), ("baseline_failed_rate", baseline)):
+        status = sample.mixes["status"]
+        n, failed = sum(status.values()), status.get("failed", 0)
+        if n:
+            low, high = wilson_interval(failed, n)
+            metrics.append(Metric("all", name, None, failed / n, low, high, n))
+    return metrics

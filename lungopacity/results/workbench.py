@@ -1,0 +1,116 @@
+"""DuckDB for tables of any size: beyond its share of memory it works on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_MEMORY = "1GiB"
+_ROWS_PER_FILE = 1_000_000
+_ROWS_PER_BATCH = 50_000
+PARQUET_OPTIONS = {"compression": "zstd", "write_page_checksum": True}
+"""Of every Parquet file that is written. Arrow's S3 reader hands a flipped byte on without a word;
+with a checksum on each page, reading it is an error."""
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A Parquet file of a part of a query's answer."""
+
+    path: Path
+    rows: int
+
+
+@contextmanager
+def workbench() -> Iterator[tuple[Any, Path]]:
+    """A DuckDB connection, and an empty folder on this machine; both gone after the block.
+
+    Tables lie in a file of that folder, and so does what a sort or a join cannot hold in memory.
+    """
+    import duckdb
+
+    with TemporaryDirectory(prefix="lungopacity-") as name:
+        folder = Path(name)
+        with duckdb.connect(folder / "tables.duckdb") as connection:
+            connection.execute(f"SET memory_limit = '{_MEMORY}'")
+            connection.execute(f"SET temp_directory = {quoted(folder / 'spill')}")
+            connection.execute("SET TimeZone = 'UTC'")
+            # Every order that matters is asked for by name.
+            connection.execute("SET preserve_insertion_order = false")
+            yield connection, folder
+
+
+def quoted(text: object) -> str:
+    """An SQL string."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """The table as one Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **PARQUET_OPTIONS)
+    return bytes(sink.getvalue())
+
+
+def view_of_files(connection: Any, name: str, paths: Sequence[Path], schema: pa.Schema) -> None:
+    """Make local Parquet files a view; an empty one where there is none."""
+    if paths:
+        files = f"read_parquet([{', '.join(map(quoted, paths))}])"
+        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM {files}")
+    else:
+        connection.register(name, schema.empty_table())
+
+
+def export(
+    connection: Any,
+    sql: str,
+    schema: pa.Schema,
+    folder: Path,
+    stem: str,
+    change: Callable[[pa.Table], pa.Table] | None = None,
+    rows_per_file: int = _ROWS_PER_FILE,
+) -> list[ExportedFile]:
+    """Write the answer as `<folder>/<stem>-NNNNN.parquet`, in its order, with this schema.
+
+    `change` is applied to each piece of up to 50,000 rows.
+    """
+    files: list[ExportedFile] = []
+    writer: pq.ParquetWriter | None = None
+    room = 0
+    try:
+        for batch in connection.sql(sql).to_arrow_reader(_ROWS_PER_BATCH):
+            table = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+            table = table if change is None else change(table)
+            while table.num_rows:
+                if writer is None:
+                    path = folder / f"{stem}-{len(files):05d}.parquet"
+                    writer, room = pq.ParquetWriter(path, schema, **PARQUET_OPTIONS), rows_per_file
+                    files.append(ExportedFile(path, 0))
+                piece, table = table.slice(0, room), table.slice(room)
+                writer.write_table(piece)
+                files[-1] = ExportedFile(files[-1].path, files[-1].rows + piece.num_rows)
+                room -= piece.num_rows
+                if not room:
+                    writer.close()
+                    writer = None
+    finally:
+        if writer is not None:
+            writer.close()
+    return files
+
+
+def spool(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> int:
+    """Write the tables, as they come, to one local Parquet file; returns how many rows."""
+    rows = 0
+    with pq.ParquetWriter(path, schema, compression="lz4") as writer:
+        for table in tables:
+            writer.write_table(table)
+            rows += table.num_rows
+    return rows

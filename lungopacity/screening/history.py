@@ -1,0 +1,105 @@
+"""What published runs have screened already, so that a night screens the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from lungopacity.errors import OF_STORAGE, Status, UserError
+from lungopacity.results.folder import read_runs
+from lungopacity.results.query import predictions_of, run_places
+from lungopacity.results.workbench import quoted
+from lungopacity.screening.pseudonyms import Pseudonyms
+from lungopacity.storage import Store
+
+_RULES = ("accept", "reject_quality")
+
+
+@dataclass(frozen=True)
+class History:
+    """Published runs over one archive with one model, whose names can be compared with a listing's.
+
+    An object is screened when its newest rows are of its present etag and size, and need no other
+    attempt: none of them failed by the storage's fault, and none was rejected by other rules than
+    those of today.
+    """
+
+    results: Store
+    runs: Sequence[Mapping[str, Any]]
+    """Commit records, oldest first."""
+    rules: Mapping[str, Any]
+    pseudonyms: Pseudonyms | None
+
+    @staticmethod
+    def read(
+        results: Store,
+        archive: str,
+        model_id: str,
+        rules: Mapping[str, Any],
+        pseudonyms: Pseudonyms | None,
+    ) -> History:
+        """The runs that count. Results whose names are hashed, or hashed under another key, cannot
+        be compared with plain ones: a change of that screens the archive again."""
+        hashed = pseudonyms is not None and pseudonyms.key_map is not None
+        runs = [
+            run
+            for run in read_runs(results)
+            if (run["archive"], run["model_id"]) == (archive, model_id)
+            and (run["settings"].get("key_map") is not None) == hashed
+            and (
+                not hashed
+                or run["settings"]["hmac_key_fingerprint"] == rules["hmac_key_fingerprint"]
+            )
+        ]
+        return History(results, runs, rules, pseudonyms if hashed else None)
+
+    def load(self, connection: Any) -> None:
+        """Create the table `screened` (name, etag, size, again) in DuckDB.
+
+        Raises `UserError` where a file that a commit record names cannot be read.
+        """
+        other_rules = [
+            run["run_id"]
+            for run in self.runs
+            if any(run["settings"].get(name) != self.rules.get(name) for name in _RULES)
+        ]
+        connection.register("history", predictions_of(self.results, self.runs))
+        connection.register("run_places", run_places(self.runs))
+        connection.register("other_rules", pa.table({"run_id": pa.array(other_rules, pa.string())}))
+        again = ", ".join(quoted(code.value) for code in sorted(OF_STORAGE))
+        # place * 2 + again: the largest is of the newest run, and odd if any of its rows asks for
+        # another attempt.
+        try:
+            connection.execute(f"""
+                CREATE TABLE screened AS
+                SELECT image AS name, arg_max(source_etag, place) AS etag,
+                       arg_max(source_size_bytes, place) AS size,
+                       max(2 * place + again::INTEGER) % 2 = 1 AS again
+                FROM (
+                    SELECT image, source_etag, source_size_bytes, place,
+                           (status = {quoted(Status.FAILED.value)}
+                            AND error_code IN ({again}))
+                           OR (status = {quoted(Status.REJECTED.value)}
+                               AND run_id IN (SELECT run_id FROM other_rules)) AS again
+                    FROM history JOIN run_places USING (run_id)
+                )
+                GROUP BY image""")
+        except (OSError, duckdb.Error) as error:
+            raise UserError(
+                f"{self.results.uri}: the predictions of an earlier run cannot be read "
+                f"({str(error).splitlines()[0]}); restore them, or remove the run from runs/"
+            ) from error
+        if self.pseudonyms is not None:
+            connection.create_function("hashed", self.pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
+
+    def without_screened(self, listed: str) -> str:
+        """SQL of the rows of the table `listed` that have to be screened; after `load`."""
+        name = "image" if self.pseudonyms is None else "hashed(image)"
+        return f"""
+            SELECT {listed}.* FROM {listed} ANTI JOIN (SELECT * FROM screened WHERE NOT again) known
+            ON {name} = known.name AND source_etag = known.etag AND source_size_bytes = known.size
+        """

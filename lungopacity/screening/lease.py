@@ -1,0 +1,180 @@
+"""One night at a time: a lease on the results folder, kept in the folder itself.
+
+Held by whoever put `_lock/<name>.json` on the condition that no other had. It is renewed while its
+holder lives, and may be taken over when it was not renewed for as long as it lasts. Ages are told
+by the storage's clock alone; the clocks of the machines may differ, or be set back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from lungopacity.errors import ImageError, UserError
+from lungopacity.storage import ConflictError, Store
+
+log = logging.getLogger(__name__)
+
+LOCKS = "_lock"
+LEASE_S = 90.0
+"""How long a lease outlives its last renewal: what a killed night makes the next one wait."""
+_RENEWALS = 5
+"""Within that time: some may fail."""
+
+
+@dataclass
+class Lease:
+    """`with Lease(store, "nightly", "night 7"): …`. Raises `UserError` where another holds it."""
+
+    store: Store
+    name: str
+    purpose: str
+    """What the next one in line is told, besides host and process."""
+    seconds: float = LEASE_S
+    _token: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
+    _etag: str | None = field(default=None, init=False)
+    _stop: threading.Event = field(default_factory=threading.Event, init=False)
+    _lost: str | None = field(default=None, init=False)
+    _renewed: float = field(default=0.0, init=False)
+
+    @property
+    def key(self) -> str:
+        return f"{LOCKS}/{self.name}.json"
+
+    def __enter__(self) -> Self:
+        self._take()
+        self._thread = threading.Thread(target=self._keep, daemon=True, name=f"lease {self.name}")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        try:
+            if self._lost is None and self._is_ours():
+                self.store.delete(self.key)
+        except (UserError, ImageError) as failure:
+            # It expires by itself.
+            log.warning("the lease could not be given back: %s", failure)
+
+    def check(self) -> None:
+        """Raises `UserError` where the lease was lost; then nothing may be published."""
+        if self._lost is None and not self._is_ours():
+            self._lost = "another job has taken it over"
+        if self._lost is not None:
+            raise UserError(
+                f"{self.store.uri}: the lease '{self.name}' was lost ({self._lost}); "
+                "nothing was published, and the next night goes on with what is done"
+            )
+
+    def _take(self) -> None:
+        try:
+            self._put(if_absent=True)
+        except ConflictError:
+            found = self.store.head(self.key)
+            if found is not None:
+                self._wait_while_in_future(found.etag, found.modified_at)
+                found = self.store.head(self.key)
+            if found is not None:
+                age = self.store.now() - found.modified_at
+                if age <= timedelta(seconds=self.seconds):
+                    raise UserError(self._held(age)) from None
+                log.warning("a lease that was not renewed for %s is taken over", _told(age))
+            try:
+                self._put(if_absent=found is None, if_match=None if found is None else found.etag)
+            except ConflictError:
+                raise UserError(self._held(timedelta(0))) from None
+
+    def _wait_while_in_future(self, etag: str, modified_at: datetime) -> None:
+        """A clock was set back since the lease was renewed, and tells no age. A holder that lives
+        renews it; one that does not within the time of a lease does not live."""
+        ahead = modified_at - self.store.now()
+        if ahead < timedelta(seconds=self.seconds):
+            return
+        log.warning("the lease is dated %s from now; waiting whether it is renewed", _told(ahead))
+        deadline = time.monotonic() + self.seconds
+        while time.monotonic() < deadline:
+            time.sleep(self.seconds / _RENEWALS)
+            found = self.store.head(self.key)
+            if found is None or found.etag != etag:
+                return
+        # Not the holder's any more, whatever its date.
+        try:
+            self.store.write(self.key, b"{}", if_match=etag)
+            self.store.delete(self.key)
+        except ConflictError:
+            pass
+
+    def _held(self, age: timedelta) -> str:
+        holder: dict[str, Any] = {}
+        try:
+            holder = json.loads(self.store.read(self.key))
+        except (ImageError, ValueError):
+            pass
+        return (
+            f"{self.store.uri}: another job is at work there: {holder.get('purpose', 'unknown')}, "
+            f"process {holder.get('process', '?')} on {holder.get('host', '?')}, last sign of life "
+            f"{_told(age)} ago; wait for its end (a killed one's lease ends {self.seconds:.0f} s "
+            "after its last sign of life)"
+        )
+
+    def _put(self, *, if_absent: bool = False, if_match: str | None = None) -> None:
+        content = {
+            "token": self._token,
+            "renewal": uuid.uuid4().hex,
+            "purpose": self.purpose,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+        }
+        try:
+            self.store.write(
+                self.key,
+                json.dumps(content, indent=2).encode(),
+                if_absent=if_absent,
+                if_match=if_match,
+            )
+        except ConflictError:
+            # A lost answer makes the client ask again, and meet what it wrote itself.
+            if not self._is_ours():
+                raise
+        found = self.store.head(self.key)
+        self._etag = None if found is None else found.etag
+        self._renewed = time.monotonic()
+
+    def _is_ours(self) -> bool:
+        try:
+            return bool(json.loads(self.store.read(self.key)).get("token") == self._token)
+        except (ImageError, ValueError):
+            return False
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self.seconds / _RENEWALS):
+            try:
+                self._put(if_match=self._etag)
+            except ConflictError:
+                self._lost = "another job has taken it over"
+                return
+            except UserError as error:
+                # The storage does not answer; it may again before the lease is over.
+                log.warning("the lease could not be renewed: %s", error)
+                if time.monotonic() - self._renewed > self.seconds:
+                    self._lost = "it could not be renewed in time"
+                    return
+
+
+def _told(age: timedelta) -> str:
+    return f"{max(0.0, age.total_seconds()):.0f} s"

@@ -1,0 +1,196 @@
+"""Every night: what no run has screened yet, once, whatever became of the nights before."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lungopacity.archive.inventory import Inventory
+from lungopacity.errors import NOTICE, Status, UserError
+from lungopacity.evaluation.drift import Shift
+from lungopacity.screening.history import History
+from lungopacity.screening.lease import Lease
+from lungopacity.screening.plan import choose, unfinished_runs
+from lungopacity.screening.screen import (
+    ScreeningJob,
+    ScreeningResult,
+    inventory_at,
+    run_job,
+    screening_job,
+)
+from lungopacity.storage import Store, open_store
+
+log = logging.getLogger(__name__)
+
+STATUS = "status.json"
+"""In the results folder: what became of the newest night. `ray job submit` tells no exit code."""
+
+
+@dataclass(frozen=True)
+class Night:
+    """What a night did, or on a dry run would do."""
+
+    results: str
+    runs: tuple[ScreeningResult, ...]
+    """First one that an earlier night left unfinished, if any; then tonight's own."""
+    planned: int | None = None
+    """Of a dry run: objects that a night would screen."""
+    unfinished: tuple[str, ...] = ()
+    """Of a dry run: ids of runs that a night would finish first."""
+
+    @property
+    def exit_code(self) -> int:
+        return max((run.exit_code for run in self.runs), default=0)
+
+
+def nightly(
+    archive: str,
+    model: str,
+    results: str,
+    *,
+    inventory: str | None = None,
+    max_images: int | None = None,
+    dry_run: bool = False,
+    **options: Any,
+) -> Night:
+    """Screen what no published run has screened with this model, and say so in `status.json`.
+
+    archive, model, results: URIs. `inventory`: see `read_inventory`. `max_images`: at most so many
+    objects tonight; the next night goes on. options: those of `screening_job`. Raises `UserError`,
+    also where another night is at work on these results.
+    """
+    if max_images is not None and max_images < 1:
+        raise UserError(f"--max-images must be at least 1, not {max_images}")
+    store = open_store(results)
+    if dry_run:
+        return _rehearsed(store, archive, model, results, inventory, max_images, options)
+    with Lease(store, "nightly", f"nightly screening of {archive}") as lease:
+        status = _Status(store, archive)
+        try:
+            job = screening_job(model, results, **options)
+            runs = []
+            for run_id in _unfinished(job, archive):
+                log.info("run %s of an earlier night is finished first", run_id)
+                uri = open_store(archive).uri
+                runs.append(
+                    run_job(
+                        job,
+                        Inventory(uri, iter(())),
+                        time.monotonic(),
+                        run_id=run_id,
+                        before_commit=lease.check,
+                    )
+                )
+            began = time.monotonic()
+            listed = inventory_at(archive, inventory)
+            runs.append(
+                run_job(
+                    job,
+                    listed,
+                    began,
+                    limit=max_images,
+                    history=_history(job, listed.uri),
+                    before_commit=lease.check,
+                    nightly=True,
+                )
+            )
+        except BaseException as error:
+            status.write("failed", 2, [], str(error) if isinstance(error, UserError) else None)
+            raise
+        night = Night(store.uri, tuple(runs))
+        status.write("finished", night.exit_code, night.runs)
+    return night
+
+
+def _rehearsed(
+    store: Store,
+    archive: str,
+    model: str,
+    results: str,
+    inventory: str | None,
+    max_images: int | None,
+    options: Mapping[str, Any],
+) -> Night:
+    job = screening_job(model, results, **options)
+    listed = inventory_at(archive, inventory)
+    with TemporaryDirectory(prefix="lungopacity-") as folder:
+        files = choose(listed, Path(folder), max_images, _history(job, listed.uri))
+    return Night(
+        store.uri,
+        (),
+        planned=sum(file.rows for file in files),
+        unfinished=tuple(_unfinished(job, archive)),
+    )
+
+
+def _history(job: ScreeningJob, archive: str) -> History:
+    return History.read(job.results, archive, job.model.model_id, job.rules, job.pseudonyms)
+
+
+def _unfinished(job: ScreeningJob, archive: str) -> list[str]:
+    """Runs that earlier nights left behind, and that may be taken up as they were begun."""
+    uri = open_store(archive).uri
+    return [
+        start.run_id
+        for start in unfinished_runs(job.results)
+        if start.nightly
+        and (start.archive, start.model_id) == (uri, job.model.model_id)
+        and dict(start.rules) == job.rules
+    ]
+
+
+class _Status:
+    """`status.json`: written when a night begins, and when it ends."""
+
+    def __init__(self, store: Store, archive: str) -> None:
+        self.store = store
+        self.begun = {"notice": NOTICE, "archive": archive, "started_at": _now()}
+        self.write("running", None, [])
+
+    def write(
+        self,
+        state: str,
+        exit_code: int | None,
+        runs: Sequence[ScreeningResult],
+        message: str | None = None,
+    ) -> None:
+        counts = {
+            status.value: sum(getattr(run, status.value) for run in runs) for status in Status
+        }
+        document = self.begun | {
+            "state": state,
+            "exit_code": exit_code,
+            "finished_at": None if state == "running" else _now(),
+            "message": message,
+            "runs": [run.run_id for run in runs],
+            "images": sum(run.images for run in runs),
+            "counts": counts,
+            "positive": sum(run.positive for run in runs),
+            "broken": any(run.broken for run in runs),
+            "drift": {run.run_id: [_told(shift) for shift in run.drift] for run in runs},
+        }
+        try:
+            self.store.write(STATUS, json.dumps(document, indent=2, allow_nan=False).encode())
+        except UserError as error:
+            # The night itself counts; this is only its echo.
+            log.warning("%s could not be written: %s", STATUS, error)
+
+
+def _told(shift: Shift) -> dict[str, Any]:
+    return {
+        "of": shift.name,
+        "verdict": shift.verdict,
+        "psi": None if shift.verdict == "too_few" else round(shift.psi, 4),
+        "images": shift.n,
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,236 @@
+"""What lies in an archive: listed in parallel, or read from a report that somebody else made."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import threading
+import time
+from datetime import UTC, datetime
+from urllib.parse import quote_plus
+
+import pyarrow as pa
+import pyarrow.orc
+import pyarrow.parquet as pq
+import pytest
+
+from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.inventory_report import read_inventory
+from lungopacity.errors import UserError
+from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.storage import open_store
+from lungopacity.storage.ahead import ahead
+
+WHEN = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
+KEYS = ["a/1.dcm", "a/ü 2+3.png", "b%20c.TAR.GZ", "deep/er/4.zip"]
+
+
+def bucket_and_prefix(uri: str) -> tuple[str, str]:
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    return bucket, prefix
+
+
+def report(uri: str, kind: str, rows: list[dict], *, columns=None, change=None, md5=None) -> str:
+    """An S3 Inventory report of the bucket, in a prefix beside the archive; its manifest's URI."""
+    bucket, prefix = bucket_and_prefix(uri)
+    names = list(rows[0]) if columns is None else columns
+    if kind == "CSV":
+        names = ["".join(part.capitalize() for part in name.split("_")) for name in names]
+        names = ["ETag" if name == "ETag" or name == "ETag".lower() else name for name in names]
+        lines = [
+            ",".join(
+                f'"{quote_plus(str(value)) if name == "Key" else _csv(value)}"'
+                for name, value in zip(names, row.values(), strict=True)
+            )
+            for row in rows
+        ]
+        data = gzip.compress("\n".join(lines).encode())
+    else:
+        sink = io.BytesIO()
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, sink) if kind == "PARQUET" else pa.orc.write_table(table, sink)
+        data = sink.getvalue()
+    store = open_store(f"{uri}-inventory")
+    store.write("data/part", data)
+    manifest = {
+        "sourceBucket": bucket,
+        "destinationBucket": f"arn:aws:s3:::{bucket}",
+        "version": "2016-11-30",
+        "fileFormat": {"PARQUET": "Parquet"}.get(kind, kind),
+        "fileSchema": ", ".join(names) if kind == "CSV" else "message s3.inventory {}",
+        "files": [
+            {
+                "key": f"{prefix}-inventory/data/part",
+                "size": len(data),
+                "MD5checksum": md5 or hashlib.md5(data).hexdigest(),
+            }
+        ],
+    }
+    manifest.update(change or {})
+    store.write("manifest.json", json.dumps(manifest).encode())
+    return f"{uri}-inventory/manifest.json"
+
+
+def _csv(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value.strftime("%Y-%m-%dT%H:%M:%S.000Z") if isinstance(value, datetime) else str(value)
+
+
+def rows_of(uri: str) -> list[dict]:
+    bucket, prefix = bucket_and_prefix(uri)
+    rows = [
+        {"bucket": bucket, "key": f"{prefix}/{key}", "size": 10 + place,
+         "last_modified_date": WHEN, "e_tag": f"{place:032x}"}
+        for place, key in enumerate(KEYS)
+    ]  # fmt: skip
+    return [*rows, {**rows[0], "key": "other/prefix/5.dcm"}, {**rows[0], "key": f"{prefix}/a/",
+                                                              "size": 0}]  # fmt: skip
+
+
+def read(inventory: str, archive: str) -> list[dict]:
+    found = read_inventory(inventory, archive)
+    assert found.uri == open_store(archive).uri
+    tables = list(found.tables)
+    assert all(table.schema == PLAN_SCHEMA for table in tables)
+    return sorted(
+        (row for table in tables for row in table.to_pylist()), key=lambda row: row["image"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["CSV", "PARQUET", "ORC"])
+def test_a_report_names_the_objects_under_the_archives_prefix(s3_uri, kind):
+    seen: list[int] = []
+    found = read(report(s3_uri, kind, rows_of(s3_uri)), s3_uri)
+    assert [row["image"] for row in found] == sorted(KEYS)
+    assert {row["image"]: row["source_etag"] for row in found} == {
+        key: f"{place:032x}" for place, key in enumerate(KEYS)
+    }
+    assert {row["source_modified_at"] for row in found} == {WHEN}
+    assert [row["image"] for row in found if row["is_shard"]] == ["b%20c.TAR.GZ", "deep/er/4.zip"]
+    list(read_inventory(f"{s3_uri}-inventory/manifest.json", s3_uri, seen.append).tables)
+    assert sum(seen) == len(KEYS)
+
+
+@pytest.mark.parametrize("kind", ["CSV", "PARQUET"])
+def test_of_all_versions_the_latest_counts_unless_it_marks_a_deletion(s3_uri, kind):
+    first, second, *_ = rows_of(s3_uri)
+    versions = {"is_latest": True, "is_delete_marker": False}
+    rows = [
+        {**first, **versions},
+        {**first, **versions, "is_latest": False, "e_tag": "0" * 31 + "f"},
+        {**second, **versions, "is_delete_marker": True},
+    ]
+    (found,) = read(report(s3_uri, kind, rows), s3_uri)
+    assert (found["image"], found["source_etag"]) == (KEYS[0], "0" * 32)
+
+
+def test_parquet_times_may_be_milliseconds_since_1970(s3_uri):
+    rows = [{**row, "last_modified_date": int(WHEN.timestamp() * 1000)} for row in rows_of(s3_uri)]
+    assert {row["source_modified_at"] for row in read(report(s3_uri, "PARQUET", rows), s3_uri)} == {
+        WHEN
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"change": {"sourceBucket": "another"}}, "the report is of bucket 'another'"),
+        ({"change": {"fileFormat": "XML"}}, "no reader for reports in XML"),
+        ({"change": {"files": None}}, "no manifest of an S3 Inventory report"),
+        ({"md5": "0" * 32}, "differs from the MD5 in the manifest"),
+        ({"drop": "e_tag"}, "no column source_etag or etag or e_tag"),
+        ({"damage": True}, "the inventory is damaged"),
+    ],
+)
+def test_a_report_that_cannot_be_used_is_named_with_the_mend(s3_uri, options, message):
+    rows = rows_of(s3_uri)
+    if options.pop("drop", None):
+        rows = [{name: value for name, value in row.items() if name != "e_tag"} for row in rows]
+    damaged = options.pop("damage", False)
+    manifest = report(s3_uri, "PARQUET", rows, **options)
+    if damaged:
+        store = open_store(f"{s3_uri}-inventory")
+        store.write("data/part", b"PAR1 and nothing else")
+        told = json.loads(store.read("manifest.json"))
+        told["files"][0]["MD5checksum"] = hashlib.md5(b"PAR1 and nothing else").hexdigest()
+        store.write("manifest.json", json.dumps(told).encode())
+    with pytest.raises(UserError, match=message):
+        read(manifest, s3_uri)
+
+
+def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path):
+    archive = take_inventory(_archive(tmp_path))
+    pq.write_table(archive.objects.drop_columns("is_shard"), tmp_path / "list.parquet")
+    found = read(str(tmp_path / "list.parquet"), archive.uri)
+    assert pa.Table.from_pylist(found, schema=PLAN_SCHEMA).equals(archive.objects)
+    with pytest.raises(UserError, match="the inventory cannot be read: no such file"):
+        read(str(tmp_path / "none.parquet"), archive.uri)
+
+
+def _archive(tmp_path) -> str:
+    store = open_store(str(tmp_path / "archive"))
+    for key in ("b/2.png", "a.tar", "c.dcm"):
+        store.write(key, key.encode())
+    return store.uri
+
+
+def test_a_large_place_is_listed_by_its_folders_and_every_object_comes_once(s3_uri):
+    store = open_store(s3_uri)
+    keys = {f"{year}/{day:02d}/{n}.dcm" for year in (2025, 2026) for day in range(25)
+            for n in range(20)}  # fmt: skip
+    keys |= {f"flat-{n}.dcm" for n in range(120)} | {"2025/notes.txt"}
+    put_all(store, keys)
+    listed = [item.key for item in store.list()]
+    assert len(listed) == len(keys)
+    assert set(listed) == keys
+    assert sorted(item.key for item in store.list("2025/1")) == sorted(
+        key for key in keys if key.startswith("2025/1")
+    )
+    whole, parts = store._parts(store.prefix)
+    assert len(parts) == 50  # one listing a day
+    assert sum(len(page.get("Contents", ())) for page in whole) == 121
+
+
+def test_a_folder_of_very_many_studies_is_not_listed_study_by_study(s3_uri):
+    store = open_store(s3_uri)
+    put_all(store, {f"{study:04d}/1.dcm" for study in range(1100)})
+    _, parts = store._parts(store.prefix)
+    assert parts == [store.prefix]
+    assert len(list(store.list())) == 1100
+
+
+def put_all(store, keys: set[str]) -> None:
+    for _ in ahead(sorted(keys), lambda key: [store.write(key, b"x")], 16):
+        pass
+
+
+def test_items_of_many_iterators_come_once_and_none_runs_far_ahead():
+    begun: list[int] = []
+
+    def make(number: int):
+        for item in range(100):
+            begun.append(item)
+            yield number * 100 + item
+
+    items = ahead(range(20), make, 4)
+    first = next(items)
+    time.sleep(0.5)
+    assert len(begun) <= 4 + 2 * 4 + 1
+    assert {first, *items} == set(range(2000))
+
+
+def test_what_an_iterator_raises_is_raised_and_threads_end_when_nobody_listens():
+    def fail(number: int):
+        yield number
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        list(ahead(range(4), fail, 2))
+    endless = ahead(range(4), lambda number: iter(int, 1), 4)
+    next(endless)
+    before = threading.active_count()
+    endless.close()
+    assert threading.active_count() < before

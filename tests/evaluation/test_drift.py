@@ -1,0 +1,113 @@
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungopacity.evaluation.drift import MIXES, Sample, drift_metrics, psi, shifts
+from lungopacity.evaluation.table import metric_value
+
+
+def sample(scores: np.ndarray, failed: int = 0, views: dict | None = None) -> Sample:
+    n = len(scores)
+    mixes = {
+        "status": {"ok": n, "failed": failed},
+        "view_position": views or {"PA": n},
+        "modality": {"DX": n},
+    }
+    return Sample(scores.astype(np.float32), mixes)
+
+
+def verdicts(before: Sample, now: Sample) -> dict[str, str]:
+    return {shift.name: shift.verdict for shift in shifts(before, now)}
+
+
+def test_psi_is_the_sum_over_bins_worked_by_hand():
+    # p = 60/100 and 40/100, q = 50/100 and 50/100: 0.1 ln 1.2 - 0.1 ln 0.8 = 0.04055
+    index, by_chance = psi([500_000, 500_000], [600_000, 400_000])
+    assert index == pytest.approx(0.040547, abs=1e-4)
+    # χ² of one degree exceeds 3.841 one time in 20.
+    assert by_chance == pytest.approx(3.841459 * 2e-6, rel=1e-4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 500), min_size=2, max_size=12))
+def test_equal_histograms_have_none_and_no_histogram_a_negative_one(counts):
+    other = counts[::-1]
+    if sum(counts) == 0:
+        assert np.isnan(psi(counts, counts)[0])
+        return
+    assert psi(counts, counts)[0] == pytest.approx(0, abs=1e-12)
+    assert psi(counts, other)[0] >= -1e-12
+
+
+def test_chance_alone_exceeds_its_bound_one_time_in_twenty():
+    rng = np.random.default_rng(0)
+    baseline, exceeded = rng.beta(2, 5, 4000), 0
+    for _ in range(400):
+        (score, *_) = shifts(sample(baseline), sample(rng.beta(2, 5, 800)))
+        exceeded += score.psi > score.by_chance
+    assert 0.02 < exceeded / 400 < 0.09
+
+
+def test_a_shift_of_scores_views_or_failures_is_found_and_named():
+    rng = np.random.default_rng(1)
+    before = sample(rng.beta(2, 5, 4000), failed=20, views={"PA": 3000, "AP": 1000, None: 20})
+    assert (
+        verdicts(before, sample(rng.beta(2, 5, 2000), failed=10, views={"PA": 1500, "AP": 510}))[
+            "score"
+        ]
+        == "stable"
+    )
+    assert verdicts(before, sample(rng.beta(5, 2, 2000)))["score"] == "drifted"
+    assert verdicts(before, sample(rng.beta(2, 5, 500), failed=400))["status"] == "drifted"
+    mixed = sample(rng.beta(2, 5, 2000), views={"PA": 300, "AP": 1700})
+    assert verdicts(before, mixed)["view_position"] == "drifted"
+    assert verdicts(before, mixed)["modality"] == "stable"
+
+
+@pytest.mark.parametrize("n", [0, 1, 30])
+def test_a_small_night_is_too_few_to_say(n):
+    rng = np.random.default_rng(2)
+    before, now = sample(rng.beta(2, 5, 4000)), sample(rng.beta(9, 1, n))
+    found = shifts(before, now)
+    assert found[0].verdict == "too_few"
+    values = [metric.value for metric in drift_metrics(found, before, now)]
+    assert np.isfinite(values).all()
+
+
+def test_scores_that_are_all_alike_can_be_compared():
+    same = sample(np.full(3000, 0.5))
+    assert verdicts(same, same)["score"] == "stable"
+    assert verdicts(same, sample(np.full(3000, 0.9)))["score"] == "drifted"
+
+
+def test_metrics_carry_the_comparison_and_both_failure_rates():
+    rng = np.random.default_rng(3)
+    before, now = sample(rng.beta(2, 5, 990), failed=10), sample(rng.beta(2, 5, 900), failed=100)
+    metrics = drift_metrics(shifts(before, now), before, now)
+    assert metric_value(metrics, "failed_rate") == 0.1
+    assert metric_value(metrics, "baseline_failed_rate") == 0.01
+    assert metric_value(metrics, "drift_ks", "score") < 0.1
+    assert {metric.class_name for metric in metrics if metric.metric == "drift_psi"} == {
+        "score",
+        *MIXES,
+    }
+
+
+def test_a_sample_is_taken_from_predictions():
+    rows = duckdb.from_arrow(
+        pa.table(
+            {
+                "status": ["ok", "ok", "failed"],
+                "p_Lung_Opacity": pa.array([0.25, 0.75, None], pa.float32()),
+                "view_position": ["PA", None, None],
+                "modality": pa.array([None] * 3, pa.string()),
+            }
+        )
+    )
+    found = Sample.of(rows, "p_Lung_Opacity")
+    assert sorted(found.scores_N.tolist()) == [0.25, 0.75]
+    assert found.mixes["view_position"] == {"PA": 1, None: 2}
+    assert found.mixes["modality"] == {None: 3}

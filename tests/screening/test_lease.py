@@ -1,0 +1,122 @@
+import json
+import os
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+
+from lungopacity.errors import UserError
+from lungopacity.screening.lease import Lease
+from lungopacity.storage import ConflictError, open_store
+
+SHORT_S = 2.0
+
+
+def lease(store_uri: str, seconds: float = SHORT_S) -> Lease:
+    return Lease(open_store(store_uri), "nightly", "a night", seconds)
+
+
+def test_of_two_the_second_is_told_who_holds_it(store_uri):
+    with lease(store_uri) as held:
+        with pytest.raises(UserError, match=rf"a night, process {os.getpid()} on "):
+            lease(store_uri).__enter__()
+        held.check()
+    # Given back: nothing is left, and the next one need not wait.
+    assert list(open_store(store_uri).list()) == []
+    with lease(store_uri):
+        pass
+
+
+def test_it_is_renewed_for_longer_than_it_lasts(store_uri):
+    with lease(store_uri) as held:
+        time.sleep(2 * SHORT_S)
+        held.check()
+        with pytest.raises(UserError, match="another job is at work"):
+            lease(store_uri).__enter__()
+
+
+def test_a_killed_holders_lease_is_taken_over_when_it_is_over_and_not_before(store_uri):
+    dead = lease(store_uri)
+    dead._take()  # and never renewed: its process was killed
+    began = time.monotonic()
+    with pytest.raises(UserError, match="last sign of life"):
+        lease(store_uri)._take()
+    while True:
+        try:
+            with lease(store_uri) as held:
+                held.check()
+                break
+        except UserError:
+            time.sleep(0.2)
+    assert time.monotonic() - began > SHORT_S - 1.1  # S3 tells whole seconds
+    with pytest.raises(UserError, match="was lost"):
+        dead.check()
+
+
+def test_a_race_for_an_expired_lease_has_one_winner(store_uri):
+    store = open_store(store_uri)
+    store.write("_lock/nightly.json", b"{}")
+    time.sleep(2.5)
+    got: list[Lease] = []
+    gate = threading.Barrier(8)
+
+    def take() -> None:
+        mine = lease(store_uri, 1.0)
+        gate.wait()
+        try:
+            mine._take()
+            got.append(mine)
+        except UserError:
+            pass
+
+    for thread in (threads := [threading.Thread(target=take) for _ in range(8)]):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1
+    got[0].check()
+
+
+def test_whoever_lost_it_may_not_publish(store_uri):
+    with lease(store_uri) as held:
+        open_store(store_uri).write("_lock/nightly.json", json.dumps({"token": "x"}).encode())
+        with pytest.raises(UserError, match="another job has taken it over"):
+            held.check()
+        time.sleep(SHORT_S / 2)  # its thread has noticed, too
+        assert held._lost is not None
+    # And it does not remove what is another's.
+    assert open_store(store_uri).head("_lock/nightly.json") is not None
+
+
+def test_a_clock_that_was_set_back_does_not_lock_for_ever(tmp_path):
+    """A killed holder's lease is dated hours from now; a living one's is renewed."""
+    store = open_store(str(tmp_path))
+    with lease(str(tmp_path)):
+        path = tmp_path / "_lock" / "nightly.json"
+        later = (store.now() + timedelta(hours=3)).timestamp()
+        os.utime(path, (later, later))
+        with pytest.raises(UserError, match="another job is at work"):
+            lease(str(tmp_path)).__enter__()
+    dead = lease(str(tmp_path))
+    dead._take()
+    os.utime(path, (later, later))
+    with lease(str(tmp_path)) as held:
+        held.check()
+
+
+def test_a_lost_answer_is_not_taken_for_another_holder(tmp_path):
+    """The client asks again after a broken connection, and meets its own first request."""
+    store = open_store(str(tmp_path))
+    real, broken = store.write, []
+
+    def write(key: str, data: bytes, **condition) -> None:
+        real(key, data, **condition)
+        if not broken:
+            broken.append(key)
+            raise ConflictError(key)
+
+    store.write = write
+    with Lease(store, "nightly", "a night", SHORT_S) as held:
+        held.check()
+    assert broken
