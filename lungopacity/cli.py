@@ -176,6 +176,19 @@ def _screening_options(command: Any) -> Any:
             "--key-map", metavar="URI", default=None, help="Where --hash-keys keeps the names."
         ),
         gpu_option,
+        click.option(
+            "--gpus-per-actor",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="0.5 puts two copies of the model on one GPU.",
+        ),
+        click.option(
+            "--model-actors",
+            type=int,
+            default=None,
+            help="Copies of the model. Default: as many as the cluster has room for.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -238,6 +251,27 @@ def retry(**options: Any) -> int:
         return 0
     click.echo(summary(result))
     return result.exit_code
+
+
+@cli.command(epilog=_EPILOG)
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+@click.option(
+    "--older-than",
+    "older_than_days",
+    metavar="DAYS",
+    type=float,
+    default=7.0,
+    show_default=True,
+    help="What belongs to no published run is removed when it is older.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def clean(**options: Any) -> int:
+    """Sweep what killed jobs left behind; nothing that a published run needs."""
+    from lungopacity.screening.clean import clean as run
+    from lungopacity.screening.report import clean_summary
+
+    click.echo(clean_summary(run(**options)))
+    return 0
 
 
 @cli.command(epilog=_EPILOG)

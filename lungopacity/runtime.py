@@ -77,6 +77,17 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
+def capacity() -> dict[str, float]:
+    """What the cluster has, or where it autoscales may grow to: at least `CPU` and `GPU`."""
+    import ray
+    from ray._private.state import state
+
+    has: dict[str, float] = {"CPU": 0.0, "GPU": 0.0, **ray.cluster_resources()}
+    # As Ray Train and Ray Data ask for it themselves; None where nothing autoscales.
+    limits = state.get_max_resources_from_cluster_config() or {}
+    return {name: max(has.get(name, 0.0), limits.get(name, 0.0)) for name in {*has, *limits}}
+
+
 def require_resources(cpus: float, gpus: float, what: str) -> None:
     """Refuse what the cluster can never give: Ray itself would wait for it without a word.
 
@@ -84,23 +95,22 @@ def require_resources(cpus: float, gpus: float, what: str) -> None:
     """
     import ray
 
-    has = ray.cluster_resources()
+    has, most = ray.cluster_resources(), capacity()
     for name, wanted, mend in (
-        ("CPU", cpus, "use fewer --workers or a larger cluster"),
-        ("GPU", gpus, "use --no-gpu, fewer --workers or a larger cluster"),
+        ("CPU", cpus, "use fewer --workers or --model-actors, or a larger cluster"),
+        ("GPU", gpus, "use --no-gpu, fewer --workers or --model-actors, or a larger cluster"),
     ):
-        if wanted > has.get(name, 0.0):
+        if wanted > most[name]:
+            now = has.get(name, 0.0)
+            grown = f" and may grow to {most[name]:g}" if most[name] > now else ""
             raise UserError(
-                f"{what} needs {wanted:g} {name}s, the Ray cluster has {has.get(name, 0.0):g}; "
-                f"{mend}"
+                f"{what} needs {wanted:g} {name}s, the Ray cluster has {now:g}{grown}; {mend}"
             )
 
 
 def resolve_gpu(use_gpu: bool | None) -> bool:
-    """None means: if the cluster has any."""
-    import ray
-
-    return ray.cluster_resources().get("GPU", 0.0) > 0 if use_gpu is None else use_gpu
+    """None means: if the cluster has any, or may grow to have some."""
+    return capacity()["GPU"] > 0 if use_gpu is None else use_gpu
 
 
 def versions() -> dict[str, str]:

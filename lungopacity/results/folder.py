@@ -23,6 +23,8 @@ from lungopacity.results.schema import SCHEMA_VERSION
 from lungopacity.storage import ConflictError, Store
 
 RUNS = "runs"
+PREDICTIONS = "predictions"
+METRICS = "metrics"
 WORK = "_work"
 _READ_THREADS = 16
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -49,9 +49,8 @@ def run_metrics(predictions: Any, spec: ModelSpec, seconds: float) -> list[Metri
     )
     metrics += [_count("error_code", count, images, code) for code, count in codes]
     flags = (*QUALITY_FLAGS, OUT_OF_DISTRIBUTION)
-    (flagged,) = asked(
-        f"SELECT {', '.join(f'count(*) FILTER (quality_{flag})' for flag in flags)} FROM predictions"
-    )
+    counts = ", ".join(f"count(*) FILTER (quality_{flag})" for flag in flags)
+    (flagged,) = asked(f"SELECT {counts} FROM predictions")
     metrics += [
         _count("quality_flag", count, images, flag)
         for flag, count in zip(flags, flagged, strict=True)

@@ -20,12 +20,12 @@ import pyarrow as pa
 
 from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.stream import read_tasks, stream_images
-from lungopacity.errors import ErrorCode, ImageError, Stage, Status
+from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
 from lungopacity.models import TrainedModel
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import class_column, part_schema
 from lungopacity.results.workbench import parquet_bytes
-from lungopacity.runtime import require_resources
+from lungopacity.runtime import capacity, require_resources
 from lungopacity.storage import Store
 
 _DISTANCE = "out_of_distribution_score"
@@ -39,37 +39,52 @@ _RETRIES = 3
 class ScoringResources:
     """What the model stage takes of the cluster."""
 
-    use_gpu: bool
     min_actors: int
     max_actors: int
+    actor_cpus: float
+    actor_gpus: float
     threads: int | None
     """CPU threads of one actor's forward pass; None on a GPU."""
 
-    @staticmethod
-    def of_cluster(use_gpu: bool) -> ScoringResources:
-        """Fit the cluster: one actor a GPU; without GPUs as many as leave one CPU to reading.
+    @property
+    def use_gpu(self) -> bool:
+        return self.actor_gpus > 0
 
-        Raises `UserError` where the cluster has too little to begin at all.
+    @staticmethod
+    def of_cluster(
+        use_gpu: bool, gpus_per_actor: float = 1.0, model_actors: int | None = None
+    ) -> ScoringResources:
+        """Fit the cluster, as it is or may autoscale to.
+
+        `model_actors`: so many; None is one for each `gpus_per_actor` of the GPUs, and without GPUs
+        as many as leave one CPU to reading. `gpus_per_actor`: 0.5 puts two actors on one GPU.
+        Raises `UserError` where the cluster has too little: Ray would wait without a word.
         """
         import ray
 
-        require_resources(cpus=1, gpus=1 if use_gpu else 0, what="screening")
-        cluster = ray.cluster_resources()
+        if not 0 < gpus_per_actor <= 1:
+            raise UserError(
+                f"--gpus-per-actor must be above 0 and at most 1, not {gpus_per_actor:g}"
+            )
+        if model_actors is not None and model_actors < 1:
+            raise UserError(f"--model-actors must be at least 1, not {model_actors}")
+        most = capacity()
         if use_gpu:
-            gpus = int(cluster["GPU"])
-            return ScoringResources(True, min_actors=1, max_actors=gpus, threads=None)
-        cpus = int(cluster["CPU"])
+            # An actor lies on one GPU whole: two of 0.6 do not share one.
+            a_gpu = int(1 / gpus_per_actor + 1e-9)
+            wanted_gpus = 1 if model_actors is None else -(-model_actors // a_gpu)
+            require_resources(cpus=1, gpus=wanted_gpus, what="screening")
+            actors = model_actors or int(most["GPU"]) * a_gpu
+            return ScoringResources(1, actors, 0.0, gpus_per_actor, threads=None)
+        # One CPU reads; on a cluster of one CPU the actor must take none.
+        wanted_cpus = 1 if model_actors in (None, 1) else model_actors + 1
+        require_resources(cpus=wanted_cpus, gpus=0, what="screening")
+        cpus = int(most["CPU"])
         largest_node = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
         # A small machine gives its one actor every core: while it computes, reading waits for it.
         threads = largest_node if cpus <= 2 else 1
-        return ScoringResources(False, 1, max_actors=max(1, cpus - 1), threads=threads)
-
-    @property
-    def actor_cpus(self) -> float:
-        import ray
-
-        # On one CPU the actor must take none, or no image would ever be read.
-        return 1.0 if not self.use_gpu and ray.cluster_resources()["CPU"] >= 2 else 0.0
+        actors = model_actors or max(1, cpus - 1)
+        return ScoringResources(1, actors, 1.0 if cpus >= 2 else 0.0, 0.0, threads=threads)
 
 
 class _ScoreImages:
@@ -185,7 +200,7 @@ def screen_objects(
             batch_size=batch_size,
             batch_format="pyarrow",
             num_cpus=resources.actor_cpus,
-            num_gpus=1 if resources.use_gpu else 0,
+            num_gpus=resources.actor_gpus,
             compute=ray.data.ActorPoolStrategy(
                 min_size=resources.min_actors, max_size=resources.max_actors
             ),

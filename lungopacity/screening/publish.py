@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lungopacity.errors import ImageError
-from lungopacity.results.folder import published_meanwhile, read_run
+from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run
 from lungopacity.results.schema import PLAN_SCHEMA, part_schema, predictions_schema
 from lungopacity.results.workbench import export, quoted, view_of_files, workbench
 from lungopacity.screening.plan import Plan
@@ -154,7 +154,7 @@ class Collected:
         for number, file in enumerate(exported):
             data = file.path.read_bytes()
             key = (
-                f"predictions/screened_on={start.screened_on}/"
+                f"{PREDICTIONS}/screened_on={start.screened_on}/"
                 f"{start.run_id}-{attempt}-{number:05d}.parquet"
             )
             results.write(key, data)

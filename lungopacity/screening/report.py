@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lungopacity.errors import NOTICE
 from lungopacity.evaluation.table import metric_value
+from lungopacity.screening.clean import Swept
 from lungopacity.screening.nightly import Night
 from lungopacity.screening.screen import ScreeningResult
 
@@ -21,6 +22,15 @@ def night_summary(night: Night) -> str:
     lines = [f"a night would screen {night.planned} objects; nothing was written (--dry-run)"]
     lines += [f"  and first finish run {run_id} of an earlier night" for run_id in night.unfinished]
     return "\n".join([*lines, NOTICE])
+
+
+def clean_summary(swept: Swept) -> str:
+    """What was removed, by kind."""
+    done = "would be removed (--dry-run)" if swept.dry_run else "removed"
+    if not swept.files:
+        return f"nothing to sweep in {swept.results}"
+    lines = [f"{sum(swept.files.values())} files, {swept.size_bytes / 1e6:.1f} MB, {done}"]
+    return "\n".join([*lines, *(f"  {kind}: {count}" for kind, count in swept.files.items())])
 
 
 def summary(result: ScreeningResult) -> str:

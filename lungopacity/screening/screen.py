@@ -27,7 +27,7 @@ from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.table import metric_value, metrics_table
 from lungopacity.models import TrainedModel, load_model
 from lungopacity.progress import Progress
-from lungopacity.results.folder import commit_run, read_run
+from lungopacity.results.folder import METRICS, commit_run, read_run
 from lungopacity.results.query import predictions_of
 from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import parquet_bytes, workbench
@@ -93,6 +93,8 @@ class ScreeningJob:
     batch_size: int
     max_failed_fraction: float
     use_gpu: bool | None
+    gpus_per_actor: float = 1.0
+    model_actors: int | None = None
     baseline: Sample | None = None
     """Of the run that scores and mixes are compared with."""
     noted: Mapping[str, Any] = field(default_factory=dict)
@@ -148,6 +150,8 @@ def screening_job(
     labels: str | None = None,
     batch_size: int = 64,
     use_gpu: bool | None = None,
+    gpus_per_actor: float = 1.0,
+    model_actors: int | None = None,
     baseline: str | None = None,
     noted: Mapping[str, Any] | None = None,
 ) -> ScreeningJob:
@@ -159,8 +163,8 @@ def screening_job(
     `hmac_key`: URI of a file with the key for `patient_hmac` and `study_hmac`. `hash_keys`: names
     of objects are hashed, too; `key_map`: folder that keeps the names (default: beside `output`).
     `labels`: a labels file, for metrics. `baseline`: id of a published run of the same model, to
-    measure drift against. `use_gpu`: None uses what the cluster has. Raises
-    `UserError`.
+    measure drift against. `use_gpu`: None uses what the cluster has. `gpus_per_actor`,
+    `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
@@ -193,6 +197,8 @@ def screening_job(
         batch_size=batch_size,
         max_failed_fraction=max_failed_fraction,
         use_gpu=use_gpu,
+        gpus_per_actor=gpus_per_actor,
+        model_actors=model_actors,
         baseline=None if baseline is None else _baseline(results, baseline, trained),
         noted={**(noted or {}), **({} if baseline is None else {"baseline": baseline})},
     )
@@ -310,7 +316,9 @@ def _rows(files: Sequence[Path]) -> int:
 def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
     shards = pa.compute.sum(todo["is_shard"]).as_py() or 0
     with ray_session():
-        resources = ScoringResources.of_cluster(resolve_gpu(job.use_gpu))
+        resources = ScoringResources.of_cluster(
+            resolve_gpu(job.use_gpu), job.gpus_per_actor, job.model_actors
+        )
         counts: Counter[str] = Counter()
         # How many images a shard holds is known only once it has been read.
         with Progress("Screening", total=None if shards else todo.num_rows) as progress:
@@ -367,7 +375,7 @@ def _published(
         max_failed_fraction=job.max_failed_fraction,
         drift=tuple(drift),
     )
-    metrics_key = f"metrics/{start.run_id}-{uuid.uuid4().hex[:8]}.parquet"
+    metrics_key = f"{METRICS}/{start.run_id}-{uuid.uuid4().hex[:8]}.parquet"
     job.results.write(
         metrics_key,
         parquet_bytes(metrics_table(metrics, start.run_id, start.model_id, synthetic=synthetic)),

@@ -1,0 +1,89 @@
+"""Sweep what killed jobs left in a results folder, and nothing that a commit record names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from lungopacity.errors import UserError
+from lungopacity.results.folder import METRICS, PREDICTIONS, WORK, read_runs
+from lungopacity.screening.lease import LOCKS
+from lungopacity.storage import ObjectInfo, open_store
+
+OLDER_THAN_DAYS = 7.0
+_TEMPORARY = ".tmp-"
+"""How the names of files begin that a folder's store has not finished."""
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What was removed, or on a dry run would be."""
+
+    results: str
+    files: Counter[str] = field(default_factory=Counter)
+    """By kind: `work of published runs`, `work of unfinished runs`, …"""
+    size_bytes: int = 0
+    dry_run: bool = False
+
+
+def clean(
+    results: str, *, older_than_days: float = OLDER_THAN_DAYS, dry_run: bool = False
+) -> Swept:
+    """Remove work of published runs, and what is older than so many days of: unfinished runs,
+    files that no commit record names, locks, and half-written files.
+
+    An unfinished run that is removed can no longer be taken up. Raises `UserError`.
+    """
+    if older_than_days < 0:
+        raise UserError(f"--older-than must not be negative, but is {older_than_days}")
+    store = open_store(results)
+    # The files first, the records after: a run that is published meanwhile keeps its files.
+    found = list(store.list())
+    records = read_runs(store)
+    now, age = store.now(), timedelta(days=older_than_days)
+    published = {run["run_id"] for run in records}
+    named = {file["key"] for run in records for file in run["files"]}
+    named |= {run["metrics_file"]["key"] for run in records}
+    newest: dict[str, ObjectInfo] = {}
+    for item in found:
+        run_id = _run_of_work(item.key)
+        if run_id is not None:
+            newest[run_id] = max(newest.get(run_id, item), item, key=lambda one: one.modified_at)
+
+    files: Counter[str] = Counter()
+    size_bytes = 0
+    for item in found:
+        kind = _kind(item, published, named)
+        if kind is None:
+            continue
+        # A run that is at work writes part files all the time: its youngest file tells its age.
+        touched = newest.get(_run_of_work(item.key) or "", item).modified_at
+        if kind != _PUBLISHED_WORK and now - touched < age:
+            continue
+        if not dry_run:
+            store.delete(item.key)
+        files[kind] += 1
+        size_bytes += item.size_bytes
+    return Swept(store.uri, files, size_bytes, dry_run)
+
+
+_PUBLISHED_WORK = "work of published runs"
+
+
+def _kind(item: ObjectInfo, published: set[str], named: set[str]) -> str | None:
+    """What the object is left over from; None where it is none of ours, or in use."""
+    run_id = _run_of_work(item.key)
+    top = item.key.split("/")[0]
+    if run_id is not None:
+        return _PUBLISHED_WORK if run_id in published else "work of unfinished runs"
+    if top in (PREDICTIONS, METRICS) and item.key.endswith(".parquet"):
+        return None if item.key in named else "files of runs that were never published"
+    if top == LOCKS:
+        return "locks"
+    return "half-written files" if item.key.rpartition("/")[2].startswith(_TEMPORARY) else None
+
+
+def _run_of_work(key: str) -> str | None:
+    parts = key.split("/")
+    return parts[1] if parts[0] == WORK and len(parts) > 2 else None

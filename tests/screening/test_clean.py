@@ -1,0 +1,87 @@
+import os
+import time
+
+import pytest
+
+from lungopacity.cli import main
+from lungopacity.errors import UserError
+from lungopacity.results.folder import commit_run
+from lungopacity.screening.clean import clean
+from lungopacity.storage import open_store
+
+KEPT = {
+    "predictions/screened_on=2026-01-01/a-1234-00000.parquet",
+    "metrics/a-1234.parquet",
+    "runs/a.json",
+    "status.json",
+    "notes of a user.txt",
+}
+LEFT = {
+    "_work/a/run.json": "work of published runs",
+    "_work/a/attempt=1/p.parquet": "work of published runs",
+    "_work/b/run.json": "work of unfinished runs",
+    "_work/b/attempt=1/p.parquet": "work of unfinished runs",
+    "predictions/screened_on=2026-01-01/a-5678-00000.parquet": "files of runs that were never "
+    "published",
+    "metrics/b-1.parquet": "files of runs that were never published",
+    "_lock/nightly.json": "locks",
+    "runs/.tmp-x": "half-written files",
+}
+
+
+@pytest.fixture
+def results(store_uri):
+    store = open_store(store_uri)
+    record = {
+        "run_id": "a",
+        "started_at": "2026-01-01",
+        "files": [{"key": "predictions/screened_on=2026-01-01/a-1234-00000.parquet"}],
+        "metrics_file": {"key": "metrics/a-1234.parquet"},
+    }
+    commit_run(store, "a", record)
+    for key in [*(KEPT - {"runs/a.json"}), *LEFT]:
+        store.write(key, b"x")
+    return store
+
+
+def keys(store) -> set[str]:
+    return {item.key for item in store.list()}
+
+
+def test_what_is_left_over_goes_and_what_counts_stays(results):
+    rehearsed = clean(results.uri, older_than_days=0, dry_run=True)
+    assert keys(results) == KEPT | set(LEFT)
+    swept = clean(results.uri, older_than_days=0)
+    assert keys(results) == KEPT
+    assert swept.files == rehearsed.files
+    for kind in set(LEFT.values()):
+        assert swept.files[kind] == list(LEFT.values()).count(kind)
+    assert swept.size_bytes == len(LEFT)
+    assert not clean(results.uri, older_than_days=0).files
+
+
+def test_what_may_still_be_in_use_is_left_alone(results):
+    clean(results.uri)
+    assert keys(results) == (KEPT | set(LEFT)) - {"_work/a/run.json", "_work/a/attempt=1/p.parquet"}
+
+
+def test_a_run_is_as_old_as_its_youngest_file(tmp_path):
+    store = open_store(str(tmp_path))
+    store.write("_work/b/run.json", b"x")
+    store.write("_work/b/attempt=1/p.parquet", b"x")
+    old = time.time() - 30 * 86400
+    os.utime(tmp_path / "_work/b/run.json", (old, old))
+    assert not clean(str(tmp_path)).files
+    os.utime(tmp_path / "_work/b/attempt=1/p.parquet", (old, old))
+    assert sum(clean(str(tmp_path)).files.values()) == 2
+
+
+def test_the_command_says_what_it_did(results, capfd):
+    assert main(["clean", "--results", results.uri, "--older-than", "0", "--dry-run"]) == 0
+    assert "8 files, 0.0 MB, would be removed (--dry-run)" in capfd.readouterr().out
+    assert main(["clean", "--results", results.uri, "--older-than", "0"]) == 0
+    assert "work of unfinished runs: 2" in capfd.readouterr().out
+    assert main(["clean", "--results", results.uri]) == 0
+    assert "nothing to sweep" in capfd.readouterr().out
+    with pytest.raises(UserError, match="--older-than must not be negative"):
+        clean(results.uri, older_than_days=-1)

@@ -1,0 +1,86 @@
+"""What the job asks of a cluster, compared with what it has or may grow to before an actor starts.
+
+Each cluster is a real Ray of its own: GPUs that Ray is told of need not exist to be counted.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+SCRIPT = """
+import json, logging, sys
+from dataclasses import asdict
+import ray
+from lungopacity.errors import UserError
+from lungopacity.runtime import resolve_gpu
+from lungopacity.screening.pipeline import ScoringResources
+told = json.loads(sys.argv[1])
+ray.init(address="local", num_cpus=told["cpus"], num_gpus=told["gpus"], include_dashboard=False,
+         log_to_driver=False, logging_level=logging.ERROR)
+if told.get("grows"):
+    # What the autoscaler's monitor reports of its configuration.
+    from ray._private.worker import global_worker
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+    group = NodeGroupConfig(name="gpu", resources={"CPU": 4, "GPU": 1}, max_count=3)
+    config = ClusterConfig(node_group_configs=[group])
+    global_worker.gcs_client.report_cluster_config(config.SerializeToString())
+for case in told["cases"]:
+    try:
+        use_gpu = resolve_gpu(case.pop("use_gpu", None))
+        print(json.dumps(asdict(ScoringResources.of_cluster(use_gpu, **case))))
+    except UserError as error:
+        print(json.dumps({"error": str(error)}))
+"""
+
+
+def asked(cpus: int, gpus: int, *cases: dict, grows: bool = False) -> list[dict]:
+    told = {"cpus": cpus, "gpus": gpus, "cases": cases, "grows": grows}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(told)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_cluster_of_cpus_alone_keeps_one_to_read():
+    fits, two, many, gpu = asked(
+        4, 0, {}, {"model_actors": 2}, {"model_actors": 4}, {"use_gpu": True}
+    )
+    assert (fits["max_actors"], fits["actor_cpus"], fits["actor_gpus"]) == (3, 1.0, 0.0)
+    assert two["max_actors"] == 2
+    assert many["error"].startswith("screening needs 5 CPUs, the Ray cluster has 4; use fewer")
+    assert gpu["error"].startswith("screening needs 1 GPUs, the Ray cluster has 0; use --no-gpu")
+
+
+def test_one_gpu_or_many_whole_or_in_shares():
+    whole, shared, thirds, six, seven, cpu, wrong, none = asked(
+        4,
+        2,
+        {},
+        {"gpus_per_actor": 0.5},
+        {"gpus_per_actor": 1 / 3},
+        {"gpus_per_actor": 1 / 3, "model_actors": 6},
+        {"gpus_per_actor": 0.6, "model_actors": 3},
+        {"use_gpu": False},
+        {"gpus_per_actor": 1.5},
+        {"model_actors": 0},
+    )
+    assert (whole["max_actors"], whole["actor_cpus"], whole["actor_gpus"]) == (2, 0.0, 1.0)
+    assert (shared["max_actors"], shared["actor_gpus"]) == (4, 0.5)
+    assert thirds["max_actors"] == six["max_actors"] == 6
+    assert "needs 3 GPUs, the Ray cluster has 2;" in seven["error"]  # 0.6 and 0.6 share none
+    assert (cpu["max_actors"], cpu["actor_gpus"]) == (3, 0.0)
+    assert "--gpus-per-actor must be above 0 and at most 1, not 1.5" in wrong["error"]
+    assert "--model-actors must be at least 1" in none["error"]
+
+
+def test_what_the_cluster_may_grow_to_counts_and_more_is_refused():
+    fits, three, four = asked(2, 0, {}, {"model_actors": 3}, {"model_actors": 4}, grows=True)
+    assert (fits["max_actors"], fits["actor_gpus"]) == (3, 1.0)
+    assert three["max_actors"] == 3
+    assert "needs 4 GPUs, the Ray cluster has 0 and may grow to 3;" in four["error"]
