@@ -9,7 +9,6 @@ why, or done with more failures than `--max-failed-fraction`; 130 stopped by Ctr
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -74,8 +73,18 @@ def rule_options(command: Any) -> Any:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
 @click.version_option(package_name="lungopacity")
-def cli() -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    envvar="LUNGOPACITY_LOG_FORMAT",
+    help="Log lines for people, or JSON objects with the run id. Also: LUNGOPACITY_LOG_FORMAT.",
+)
+def cli(log_format: str) -> None:
     """Distributed screening of chest radiographs for lung opacity."""
+    from lungopacity.observe import log_lines
+
+    log_lines(log_format)
 
 
 @cli.command(epilog=_EPILOG)
@@ -342,12 +351,10 @@ def decode(as_json: bool, **options: Any) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    from lungopacity.observe import log_lines
     from lungopacity.progress import show_on_terminal
 
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    logging.getLogger("lungopacity").setLevel(logging.INFO)
+    log_lines("text")
     show_on_terminal()
     # A scheduler ends a job with SIGTERM: what is held is given back then, as on Ctrl-C.
     if threading.current_thread() is threading.main_thread():

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Decoder:
         self._settings = settings
         self._command = list(command or (sys.executable, "-m", "lungopacity.archive.decoder"))
         self._files = [_anonymous_file() for _ in range(_SLOTS)]
+        self.cpu_seconds = 0.0
+        """Of decoding, so far; what crashed or hung is not counted."""
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
@@ -128,7 +131,8 @@ class Decoder:
             if not self._connection.poll(_PATIENCE * self._settings.limits.max_seconds):
                 raise TimeoutError
             row = self._connection.recv()
-            if row is None:
+            if isinstance(row, float):
+                self.cpu_seconds += row
                 return
             job.rows.append(row)
 
@@ -244,13 +248,14 @@ def serve(
         while True:
             slot, length = connection.recv()
             rows = rows_of(_read(files[slot], length), settings)
+            began = time.process_time()
             while True:
                 # Of CPU time, so that a busy neighbour fails no film; SIGPROF ends the process even
                 # inside a codec.
                 signal.setitimer(signal.ITIMER_PROF, settings.limits.max_seconds)
                 row = next(rows, None)
                 signal.setitimer(signal.ITIMER_PROF, 0)
-                connection.send(row)
+                connection.send(time.process_time() - began if row is None else row)
                 if row is None:
                     break
 

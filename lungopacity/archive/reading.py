@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -58,20 +59,40 @@ class _File:
         return str(self.columns.get("member") or self.columns["image"])
 
 
+@dataclass
+class ReadFigures:
+    """What reading took, for those who watch over it."""
+
+    fetch_seconds: float = 0.0
+    """Of all requests together; several run at once."""
+    fetched_bytes: int = 0
+    decode_seconds: float = 0.0
+    """CPU seconds of the decoder's process."""
+
+    def taken(self) -> dict[str, float]:
+        """The figures since the last time."""
+        figures = dict(vars(self))
+        self.fetch_seconds, self.fetched_bytes, self.decode_seconds = 0.0, 0, 0.0
+        return figures
+
+
 def read_images(
     store: Store,
     objects: pa.Table,
     settings: ReadSettings,
     *,
     wanted: frozenset[str] | None = None,
+    figures: ReadFigures | None = None,
 ) -> Iterator[pa.Table]:
     """Tables of `READ_SCHEMA`, up to `rows_per_table` rows each, in the order of `objects`.
 
     objects: rows of `PLAN_SCHEMA`. `wanted`: only images of these names (key, or member name inside
-    a shard) are decoded and given; for training on the labelled part of an archive.
+    a shard) are decoded and given; for training on the labelled part of an archive. `figures` are
+    added to.
     """
     rows: list[dict[str, Any]] = []
-    for row in _rows(_files(store, objects, settings, wanted), settings):
+    figures = figures or ReadFigures()
+    for row in _rows(_files(store, objects, settings, wanted, figures), settings, figures):
         rows.append(row)
         if len(rows) == settings.rows_per_table:
             yield pa.Table.from_pylist(rows, schema=READ_SCHEMA)
@@ -82,14 +103,19 @@ def read_images(
 
 def read_files(store: Store, objects: pa.Table, settings: ReadSettings) -> Iterator[bytes]:
     """The bytes of every image file of the objects, containers unpacked; errors are passed over."""
-    for file in _files(store, objects, settings, None):
+    for file in _files(store, objects, settings, None, ReadFigures()):
         if file.data is not None:
             yield file.data
 
 
-def _rows(files: Iterator[_File], settings: ReadSettings) -> Iterator[dict[str, Any]]:
+def _rows(
+    files: Iterator[_File], settings: ReadSettings, figures: ReadFigures
+) -> Iterator[dict[str, Any]]:
     with borrowed_decoder(settings) as decoder:
+        before = decoder.cpu_seconds
         for file, contents in decoder.rows((file, file.data) for file in files):
+            figures.decode_seconds += decoder.cpu_seconds - before
+            before = decoder.cpu_seconds
             if file.error is not None:
                 contents = [error_columns(file.error)]
             found = file.of or (_Pass() if len(contents) > 1 else None)
@@ -111,7 +137,11 @@ def _rows(files: Iterator[_File], settings: ReadSettings) -> Iterator[dict[str, 
 
 
 def _files(
-    store: Store, objects: pa.Table, settings: ReadSettings, wanted: frozenset[str] | None
+    store: Store,
+    objects: pa.Table,
+    settings: ReadSettings,
+    wanted: frozenset[str] | None,
+    figures: ReadFigures,
 ) -> Iterator[_File]:
     planned = [
         ({name: value for name, value in row.items() if name != "is_shard"}, row["is_shard"])
@@ -125,34 +155,44 @@ def _files(
             if not is_shard and (wanted is None or source["image"] in wanted)
         ],
         settings,
+        figures,
     )
     for source, is_shard in planned:
         if is_shard:
-            yield from _shard(store, source, settings, wanted)
+            yield from _shard(store, source, settings, wanted, figures)
 
 
-def _loose(store: Store, sources: list[dict[str, Any]], settings: ReadSettings) -> Iterator[_File]:
-    def fetch(source: dict[str, Any]) -> bytes:
+def _loose(
+    store: Store, sources: list[dict[str, Any]], settings: ReadSettings, figures: ReadFigures
+) -> Iterator[_File]:
+    def fetch(source: dict[str, Any]) -> tuple[bytes, float]:
         # The listed size is enough to refuse a giant before its bytes are taken.
         settings.limits.check_size(source["source_size_bytes"])
-        return store.read(source["image"], etag=source["source_etag"])
+        began = time.perf_counter()
+        data = store.read(source["image"], etag=source["source_etag"])
+        return data, time.perf_counter() - began
 
-    waiting: deque[tuple[dict[str, Any], Future[bytes]]] = deque()
+    waiting: deque[tuple[dict[str, Any], Future[tuple[bytes, float]]]] = deque()
     with ThreadPoolExecutor(settings.fetch_threads) as threads:
         for source in sources:
             waiting.append((source, threads.submit(fetch, source)))
             # Twice the threads: always work in hand, never the whole chunk in memory.
             if len(waiting) > 2 * settings.fetch_threads:
-                yield from _loose_file(*waiting.popleft(), settings)
+                yield from _loose_file(*waiting.popleft(), settings, figures)
         while waiting:
-            yield from _loose_file(*waiting.popleft(), settings)
+            yield from _loose_file(*waiting.popleft(), settings, figures)
 
 
 def _loose_file(
-    source: dict[str, Any], fetched: Future[bytes], settings: ReadSettings
+    source: dict[str, Any],
+    fetched: Future[tuple[bytes, float]],
+    settings: ReadSettings,
+    figures: ReadFigures,
 ) -> Iterator[_File]:
     try:
-        data = fetched.result()
+        data, seconds = fetched.result()
+        figures.fetch_seconds += seconds
+        figures.fetched_bytes += len(data)
     except Exception as error:
         yield _File(source, error=_reported(error))
         return
@@ -164,11 +204,18 @@ def _loose_file(
 
 
 def _shard(
-    store: Store, source: dict[str, Any], settings: ReadSettings, wanted: frozenset[str] | None
+    store: Store,
+    source: dict[str, Any],
+    settings: ReadSettings,
+    wanted: frozenset[str] | None,
+    figures: ReadFigures,
 ) -> Iterator[_File]:
     found = _Pass()
+    began = time.perf_counter()
     try:
         with store.open_local(source["image"], etag=source["source_etag"]) as file:
+            figures.fetch_seconds += time.perf_counter() - began
+            figures.fetched_bytes += source["source_size_bytes"]
             head = file.read(512)
             file.seek(0)
             if is_container(head, source["image"]):

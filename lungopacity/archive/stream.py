@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from lungopacity import observe
 from lungopacity.archive.content import ReadSettings
-from lungopacity.archive.reading import read_images
+from lungopacity.archive.reading import ReadFigures, read_images
 from lungopacity.runtime import quiet_ray_data
 from lungopacity.storage import open_store
 
@@ -47,7 +48,11 @@ def stream_images(
 
     def read(objects: pa.Table) -> Iterator[pa.Table]:
         names = ray.get(shared)
-        yield from read_images(open_store(uri), objects, settings, wanted=names)
+        figures = ReadFigures()
+        for table in read_images(open_store(uri), objects, settings, wanted=names, figures=figures):
+            yield table
+            for name, value in figures.taken().items():
+                observe.count(name, value)
 
     # from_arrow keeps one block a table; other sources merge small blocks into one task.
     return ray.data.from_arrow(list(tasks)).map_batches(

@@ -133,8 +133,12 @@ def _decode_plain_png(data: bytes, limits: DecodeLimits) -> Radiograph | None:
     if header is None:
         return None
     limits.check_pixels(header.rows, header.columns)
+    try:
+        pixels = decode_grey_png(data)
+    except Exception as error:
+        raise _as_image_error(error) from error
     return Radiograph(
-        pixels=decode_grey_png(data),
+        pixels=pixels,
         format="png",
         rows=header.rows,
         columns=header.columns,

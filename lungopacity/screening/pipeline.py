@@ -6,6 +6,7 @@ Ray runs twice does no harm, and the driver holds no image and no row: a few num
 
 from __future__ import annotations
 
+import time
 import uuid
 import warnings
 from collections import Counter
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from lungopacity import observe
 from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.stream import read_tasks, stream_images
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
@@ -28,6 +30,7 @@ from lungopacity.results.workbench import parquet_bytes
 from lungopacity.runtime import capacity, require_resources
 from lungopacity.storage import Store
 
+OBJECTS = "objects"
 _DISTANCE = "out_of_distribution_score"
 _ROWS_PER_PART = 512
 """What a killed job loses of finished work at most; publishing merges the small files."""
@@ -105,8 +108,10 @@ class _ScoreImages:
         has_pixels = pa.compute.is_valid(read["pixels"])
         images = read["pixels"].filter(has_pixels)
         pixels_NHW = np.frombuffer(b"".join(images.to_pylist()), np.uint8).reshape(-1, size, size)
+        began = time.perf_counter()
         scores = self.scorer.scores(pixels_NHW, batch_size=max(1, len(pixels_NHW)))
         unlike = self.scorer.out_of_distribution(scores.features_NF)
+        observe.count("model_seconds", time.perf_counter() - began)
         found = self._score_columns(scores.logits_NK) | _distance_columns(unlike, len(pixels_NHW))
         rows = np.flatnonzero(np.asarray(has_pixels))
         place = np.full(read.num_rows, -1)
@@ -175,7 +180,7 @@ def screen_objects(
     batch_size: int,
 ) -> Iterator[Counter[str]]:
     """Screen the objects of `PLAN_SCHEMA`; yields, for each part file that has landed, its counts
-    (`ok`, `rejected`, `failed`)."""
+    of images (`ok`, `rejected`, `failed`) and of finished `objects`."""
     import ray
 
     attempt = f"{work}attempt={uuid.uuid4().hex}/"
@@ -183,8 +188,17 @@ def screen_objects(
     def write_part(rows: pa.Table) -> pa.Table:
         results.write(f"{attempt}{uuid.uuid4().hex}.parquet", parquet_bytes(rows))
         images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
+        codes = images["error_code"].to_pylist()
+        found = Counter(zip(images["status"].to_pylist(), codes, strict=True))
+        for (status, code), number in found.items():
+            observe.count("images", number, {"status": status, "error_code": code or ""})
         counts = Counter(images["status"].to_pylist())
-        return pa.table({status.value: [counts[status.value]] for status in Status})
+        # An object is done with its one row, or with the row that closes the pass over it.
+        ends = pa.compute.or_(
+            pa.compute.is_valid(rows["shard_rows"]), pa.compute.is_null(rows["reading"])
+        )
+        objects = pa.compute.sum(ends).as_py()
+        return pa.table({name: [counts[name]] for name in map(str, Status)} | {OBJECTS: [objects]})
 
     images = stream_images(archive_uri, read_tasks(objects), settings)
     with warnings.catch_warnings():

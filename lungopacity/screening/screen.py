@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lungopacity import observe
 from lungopacity.archive.content import ReadSettings, rules_from
 from lungopacity.archive.inventory import Inventory, list_archive
 from lungopacity.archive.inventory_report import read_inventory
@@ -34,7 +35,7 @@ from lungopacity.results.workbench import parquet_bytes, workbench
 from lungopacity.runtime import ray_session, resolve_gpu, versions
 from lungopacity.screening.aggregate import label_metrics, run_metrics
 from lungopacity.screening.history import History
-from lungopacity.screening.pipeline import ScoringResources, screen_objects
+from lungopacity.screening.pipeline import OBJECTS, ScoringResources, screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id
 from lungopacity.screening.pseudonyms import Pseudonyms, read_pseudonyms
 from lungopacity.screening.publish import collect, remove_work
@@ -251,6 +252,7 @@ def run_job(
     """
     model_id = job.model.model_id
     run_id = run_id or new_run_id(model_id)
+    observe.set_run(run_id)
     with TemporaryDirectory(prefix="lungopacity-") as name:
         folder = Path(name)
         plan = make_plan(
@@ -315,11 +317,13 @@ def _rows(files: Sequence[Path]) -> int:
 
 def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
     shards = pa.compute.sum(todo["is_shard"]).as_py() or 0
+    objects = 0
     with ray_session():
         resources = ScoringResources.of_cluster(
             resolve_gpu(job.use_gpu), job.gpus_per_actor, job.model_actors
         )
         counts: Counter[str] = Counter()
+        observe.gauge("objects_planned", plan.start.objects)
         # How many images a shard holds is known only once it has been read.
         with Progress("Screening", total=None if shards else todo.num_rows) as progress:
             for part in screen_objects(
@@ -333,7 +337,13 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
                 job.batch_size,
             ):
                 counts += part
-                progress.advance(part.total(), note=f"{counts[Status.FAILED]} failed")
+                objects += counts.pop(OBJECTS, 0)
+                observe.gauge("objects_waiting", todo.num_rows - objects)
+                observe.gauge("images_done", counts.total())
+                of = f", {objects} of {todo.num_rows} objects" if shards else ""
+                progress.advance(
+                    counts.total() - progress.done, note=f"{counts[Status.FAILED]} failed{of}"
+                )
 
 
 def _published(

@@ -1,0 +1,86 @@
+"""What a running job tells its operators: Prometheus figures by Ray, and log lines with the run id.
+
+Ray exports the figures on each node with the prefix `ray_`; `cluster/grafana-dashboard.json`
+draws them. Their tags are few and fixed: no key, no patient, no run id.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+NAMES = {
+    "images": "images finished, by status and error code",
+    "fetch_seconds": "seconds that requests to object storage took",
+    "fetched_bytes": "bytes fetched from object storage",
+    "decode_seconds": "CPU seconds of decoding",
+    "model_seconds": "seconds of forward passes",
+    "objects_planned": "objects that the newest run has to screen",
+    "objects_waiting": "objects that the newest run has not finished",
+    "images_done": "images that the newest run has finished",
+}
+"""Each figure and what it is; exported as `ray_lungopacity_<name>`, counters with `_total`."""
+_TAGS = {"images": ("status", "error_code")}
+_run_id = "-"
+
+
+def count(name: str, value: float, tags: Mapping[str, str] | None = None) -> None:
+    """Add to a counter. Outside Ray nothing happens."""
+    if value > 0:
+        _counter(name).inc(value, dict(tags or {}))
+
+
+def gauge(name: str, value: float) -> None:
+    """Set a gauge."""
+    _gauge(name).set(value)
+
+
+@cache
+def _counter(name: str) -> Any:
+    from ray.util.metrics import Counter
+
+    return Counter(f"lungopacity_{name}", NAMES[name], _TAGS.get(name, ()))
+
+
+@cache
+def _gauge(name: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    return Gauge(f"lungopacity_{name}", NAMES[name])
+
+
+def set_run(run_id: str) -> None:
+    """The run that this process's log lines are about from now on."""
+    global _run_id
+    _run_id = run_id
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, run_id, logger, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "run_id": _run_id,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log_lines(output_format: str) -> None:
+    """Log to standard error: `text`, for people, or `json`, for collectors."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    if output_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())
+    logging.getLogger("lungopacity").setLevel(logging.INFO)
