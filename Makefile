@@ -1,6 +1,7 @@
 # make demo    the main job on a phantom archive, on this machine alone
 # make test    every test
 # make fuzz    20,000 damaged files through fetching and decoding, about ten minutes
+# make faults  kill -9, lost nodes, bad networks, full disks: writes docs/reliability.md, 20 minutes
 # make check   format, lint, types, import direction
 # Each does its own set-up: a .venv from requirements.lock.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz check format lock clean
+.PHONY: demo test fuzz faults check format lock clean
 
 demo: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python cluster/demo.py
@@ -18,6 +19,9 @@ test: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz --inputs 20000
+
+faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults.run --table docs/reliability.md
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -100,7 +100,8 @@ class _PortClashError(RuntimeError):
 class LocalS3:
     """An S3 server whose data and log lie in `folder`; a context manager.
 
-    Credentials and ports are new at every start; what was stored in `folder` before is still there.
+    Ports, and unless told otherwise credentials, are new at every start; what was stored in
+    `folder` before is still there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -152,9 +153,10 @@ class LocalS3:
     ) -> None:
         self.stop()
 
-    def start(self) -> None:
+    def start(self, *, keep_credentials: bool = False) -> None:
         """Start the server and wait until it stores and returns an object.
 
+        `keep_credentials`: clients of the last start may go on with theirs, at the new endpoint.
         Raises `RuntimeError` with the end of its log where it does not within 30 seconds, or where
         `weed` is not installed or the server is running already.
         """
@@ -163,7 +165,7 @@ class LocalS3:
         weed = _find_weed()
         for attempt in range(1, _START_ATTEMPTS + 1):
             try:
-                self._launch(weed)
+                self._launch(weed, keep_credentials)
                 self._wait_until_ready()
                 return
             except _PortClashError:
@@ -227,15 +229,16 @@ class LocalS3:
             return "(no log)"
         return "\n".join(lines[-_LOG_TAIL_LINES:])
 
-    def _launch(self, weed: str) -> None:
+    def _launch(self, weed: str, keep_credentials: bool) -> None:
         data = self.folder / "data"
         data.mkdir(parents=True, exist_ok=True)
         # It holds the ports of the last start, and is read at the next.
         (data / "mini.options").unlink(missing_ok=True)
         self._ports = _free_ports()
         self.endpoint_url = f"http://{_HOST}:{self._ports['s3.port']}"
-        self.access_key = f"LOCAL{secrets.token_hex(8).upper()}"
-        self.secret_key = secrets.token_urlsafe(30)
+        if not (keep_credentials and self.access_key):
+            self.access_key = f"LOCAL{secrets.token_hex(8).upper()}"
+            self.secret_key = secrets.token_urlsafe(30)
         command = [weed, "-logtostderr", "mini", f"-dir={data}", *_FLAGS]
         command += [f"-{flag}={port}" for flag, port in self._ports.items()]
         inherited = {

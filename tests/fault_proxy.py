@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["503", "404", "403", "reset", "cut", "flip"]
+Fault = Literal["503", "404", "403", "reset", "cut", "flip", "delay", "lost answer"]
+_DELAY_S = 1.0
 
 _CODES = {"503": "SlowDown", "404": "NoSuchKey", "403": "AccessDenied"}
 
@@ -30,7 +33,12 @@ class FaultProxy(ThreadingHTTPServer):
         self.times = 0
         self.choose: Callable[[str, int], Fault | None] | None = None
         """Of the path, and how often it has been asked for."""
+        self.choose_any: Callable[[str, str, int], Fault | None] | None = None
+        """Of method, path, and how often that has been asked for: for requests of every kind."""
+        self.on_request: Callable[[str, str], None] | None = None
+        """Called with method and path before a request is handed on."""
         self.gets: Counter[str] = Counter()
+        self.asked: Counter[tuple[str, str]] = Counter()
         self.lock = threading.Lock()
 
     @property
@@ -45,6 +53,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self) -> None:
         server = self.server
         fault = None
+        if server.on_request is not None:
+            server.on_request(self.command, self.path)
+        if server.choose_any is not None:
+            with server.lock:
+                server.asked[self.command, self.path] += 1
+                times = server.asked[self.command, self.path]
+            fault = server.choose_any(self.command, self.path, times)
         if self.command == "GET" and "list-type" not in self.path:
             with server.lock:
                 server.gets[self.path] += 1
@@ -60,14 +75,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
             return
+        if fault == "delay":
+            time.sleep(_DELAY_S)
         length = int(self.headers.get("Content-Length") or 0)
         # The Host header stays: the signature covers it.
         upstream = http.client.HTTPConnection(server.upstream, timeout=30)
-        upstream.request(
-            self.command, self.path, self.rfile.read(length) or None, dict(self.headers)
-        )
-        answer = upstream.getresponse()
-        body = answer.read()
+        sent = self.rfile.read(length) or None
+        try:
+            upstream.request(self.command, self.path, sent, dict(self.headers))
+            answer = upstream.getresponse()
+            body = answer.read()
+        except (OSError, http.client.HTTPException):  # the server is down
+            self.close_connection = True
+            return
+        if fault == "lost answer":  # what was asked for is done, and nobody hears of it
+            upstream.close()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
         headers = {
             name: value
             for name, value in answer.getheaders()
@@ -87,7 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
+            with contextlib.suppress(OSError):  # whoever asked may have been killed
+                self.wfile.write(body[: len(body) // 2] if cut else body)
         if cut:
             self.close_connection = True
 

@@ -10,7 +10,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -180,13 +180,20 @@ def screen_objects(
     batch_size: int,
 ) -> Iterator[Counter[str]]:
     """Screen the objects of `PLAN_SCHEMA`; yields, for each part file that has landed, its counts
-    of images (`ok`, `rejected`, `failed`) and of finished `objects`."""
+    of images (`ok`, `rejected`, `failed`) and of finished `objects`.
+
+    Raises `UserError` where part files cannot be written.
+    """
     import ray
 
     attempt = f"{work}attempt={uuid.uuid4().hex}/"
 
     def write_part(rows: pa.Table) -> pa.Table:
-        results.write(f"{attempt}{uuid.uuid4().hex}.parquet", parquet_bytes(rows))
+        try:
+            results.write(f"{attempt}{uuid.uuid4().hex}.parquet", parquet_bytes(rows))
+        except UserError as error:
+            # As a row: of what a task raises, Ray hands on the text of a traceback alone.
+            return _part_report({}, error=str(error))
         images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
         codes = images["error_code"].to_pylist()
         found = Counter(zip(images["status"].to_pylist(), codes, strict=True))
@@ -198,7 +205,7 @@ def screen_objects(
             pa.compute.is_valid(rows["shard_rows"]), pa.compute.is_null(rows["reading"])
         )
         objects = pa.compute.sum(ends).as_py()
-        return pa.table({name: [counts[name]] for name in map(str, Status)} | {OBJECTS: [objects]})
+        return _part_report({**counts, OBJECTS: objects})
 
     images = stream_images(archive_uri, read_tasks(objects), settings)
     with warnings.catch_warnings():
@@ -227,4 +234,13 @@ def screen_objects(
     )
     for part in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in part.to_pylist():
+            error = row.pop("error")
+            if error is not None:
+                raise UserError(error)
             yield Counter(row)
+
+
+def _part_report(counts: Mapping[str, int], error: str | None = None) -> pa.Table:
+    """What the driver is told of a part file; `error`: why it did not land."""
+    columns = {name: [counts.get(name, 0)] for name in (*map(str, Status), OBJECTS)}
+    return pa.table({**columns, "error": pa.array([error], pa.string())})

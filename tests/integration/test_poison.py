@@ -19,14 +19,13 @@ POISON = encoded(grey_film()) + b"POISON"
 
 # Loaded by every Python of the job: one codec dies of one file, as C libraries do.
 CODEC = """
-import ctypes
-from PIL import Image
-whole = Image.open
-def open(file, *args, **kwargs):
-    if b"POISON" in file.getvalue():
+import ctypes, imagecodecs
+whole = imagecodecs.png_decode
+def png_decode(data, *args, **kwargs):
+    if b"POISON" in data:
         ctypes.string_at(0)
-    return whole(file, *args, **kwargs)
-Image.open = open
+    return whole(data, *args, **kwargs)
+imagecodecs.png_decode = png_decode
 """
 
 

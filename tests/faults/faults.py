@@ -1,0 +1,349 @@
+"""The faults: each breaks a run in its own way, once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lungopacity.results.query import query
+from lungopacity.storage import open_store
+from tests.faults.scene import LOOSE, Outcome, Scene, processes_of, wait_for
+from tests.films import encoded, grey_film
+
+Trial = Callable[[Scene], Outcome]
+
+
+def _kill(job: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(job.pid, signal.SIGKILL)
+
+
+def driver_killed_while_reading(scene: Scene, seed: int = 0) -> Outcome:
+    """At a moment drawn at random: when so many objects have been asked for."""
+    moment = random.Random(seed).randrange(10, LOOSE)
+    with scene.trial() as outcome:
+        job = scene.start()
+        wait_for(
+            lambda: len(scene.fetched()) >= moment or job.poll() is not None, "objects are fetched"
+        )
+        _kill(job)
+    return outcome
+
+
+def _killed_at_put(scene: Scene, part: str, *, after: bool) -> Outcome:
+    struck = threading.Event()
+    with scene.trial() as outcome:
+        job = scene.start()
+
+        def strike(method: str, path: str) -> None:
+            if method == "PUT" and f"/{part}/" in path and "/_work/" not in path:
+                if after:
+                    # The request goes on to the server; its answer finds nobody.
+                    threading.Timer(0.05, _kill, [job]).start()
+                else:
+                    _kill(job)
+                struck.set()
+
+        scene.proxy.on_request = strike
+        wait_for(lambda: struck.is_set() or job.poll() is not None, f"a PUT to {part}/")
+        scene.ended(job)
+        scene.proxy.on_request = None
+        assert struck.is_set()
+    return outcome
+
+
+def driver_killed_writing_predictions(scene: Scene) -> Outcome:
+    return _killed_at_put(scene, "predictions", after=True)
+
+
+def driver_killed_writing_metrics(scene: Scene) -> Outcome:
+    return _killed_at_put(scene, "metrics", after=True)
+
+
+def driver_killed_before_the_commit(scene: Scene) -> Outcome:
+    return _killed_at_put(scene, "runs", after=False)
+
+
+def driver_killed_after_the_commit(scene: Scene) -> Outcome:
+    """Published, and its work not yet removed."""
+    struck = threading.Event()
+    with scene.trial() as outcome:
+        job = scene.start()
+
+        def strike(method: str, path: str) -> None:
+            if method == "DELETE" and "/_work/" in path:
+                _kill(job)
+                struck.set()
+
+        scene.proxy.on_request = strike
+        wait_for(lambda: struck.is_set() or job.poll() is not None, "the work is removed")
+        scene.ended(job)
+        scene.proxy.on_request = None
+        assert struck.is_set()
+    return outcome
+
+
+def _process_killed(scene: Scene, title: str) -> Outcome:
+    """A process of Ray's, in the middle of the run: the run itself goes on."""
+    with scene.trial() as outcome:
+        job = scene.start()
+        wait_for(lambda: len(scene.fetched()) >= 60 or job.poll() is not None, "objects come")
+        victims = processes_of(job, title)
+        assert victims, f"no process '{title}'"
+        os.kill(victims[0], signal.SIGKILL)
+        told = scene.ended(job)
+        assert job.returncode == 0, told[-3000:]
+        assert outcome.attempts == 1
+    return outcome
+
+
+def model_actor_killed(scene: Scene) -> Outcome:
+    return _process_killed(scene, "ray::MapWorker(MapBatches(_ScoreImages))")
+
+
+def reading_worker_killed(scene: Scene) -> Outcome:
+    return _process_killed(scene, "ray::MapBatches(read)")
+
+
+NODES = """
+import logging, os, signal, sys, threading, time
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+for _ in range(2):
+    cluster.add_node(num_cpus=1)
+os.environ["RAY_ADDRESS"] = cluster.address
+doomed = sorted(cluster.worker_nodes, key=lambda node: node.unique_id)[0]
+def strike():
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.01)
+    for kind, processes in doomed.all_processes.items():
+        for process in processes:
+            os.kill(process.process.pid, signal.SIGKILL)
+threading.Thread(target=strike, daemon=True).start()
+from lungopacity.cli import main
+code = main(sys.argv[2:])
+cluster.shutdown()
+sys.exit(code)
+"""
+
+
+def node_lost(scene: Scene) -> Outcome:
+    """One of three, with all that runs on it."""
+    signal_file = Path(tempfile.mkdtemp()) / "strike"
+    with scene.trial() as outcome:
+        job = subprocess.Popen(
+            [sys.executable, "-c", NODES, str(signal_file), *scene.command()[3:]],
+            env={**os.environ, **scene.server.environment, "AWS_ENDPOINT_URL": scene.proxy.url},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        wait_for(lambda: len(scene.fetched()) >= 60 or job.poll() is not None, "objects come")
+        signal_file.touch()
+        told = scene.ended(job)
+        assert job.returncode == 0, told[-3000:]
+    return outcome
+
+
+def storage_restarted(scene: Scene) -> Outcome:
+    """The S3 server is killed, and comes back three seconds later."""
+    with scene.trial() as outcome:
+        job = scene.start()
+        wait_for(lambda: len(scene.fetched()) >= 60 or job.poll() is not None, "objects come")
+        assert scene.server.process_group is not None
+        os.killpg(scene.server.process_group, signal.SIGKILL)
+        scene.server.stop()
+        time.sleep(3)
+        scene.server.start(keep_credentials=True)
+        os.environ.update(scene.server.environment)
+        scene.proxy.upstream = scene.server.endpoint_url.removeprefix("http://")
+        told = scene.ended(job)
+        assert job.returncode in (0, 2), told[-3000:]
+    return outcome
+
+
+def bad_network(scene: Scene, seed: int = 0) -> Outcome:
+    """One request in twenty is refused, broken off, cut, altered, delayed, or done unheard."""
+    faults = {
+        "GET": ("503", "reset", "cut", "flip", "delay"),
+        "LIST": ("503", "reset", "cut", "delay"),
+        "HEAD": ("503", "reset", "delay"),
+        "PUT": ("503", "reset", "delay", "lost answer"),
+        "DELETE": ("503", "reset", "delay", "lost answer"),
+    }
+
+    def choose(method: str, path: str, asked: int) -> str | None:
+        draw = random.Random(f"{seed} {method} {path} {asked}")
+        kind = "LIST" if "list-type" in path else method
+        return draw.choice(faults.get(kind, ("503",))) if draw.random() < 0.05 else None
+
+    with scene.trial() as outcome:
+        scene.proxy.choose_any = choose
+        job = scene.start()
+        told = scene.ended(job)
+        assert job.returncode == 0, told[-3000:]
+    return outcome
+
+
+def two_drivers(scene: Scene) -> Outcome:
+    """Under one run id, at once: one publishes, the other says so."""
+    with scene.trial() as outcome:
+        jobs = [scene.start() for _ in range(2)]
+        told = [scene.ended(job) for job in jobs]
+        codes = sorted(job.returncode for job in jobs)
+        assert codes == [0, 2], told
+        (loser,) = (text for job, text in zip(jobs, told, strict=True) if job.returncode == 2)
+        assert "published" in loser, loser
+    return outcome
+
+
+def disk_full(scene: Scene) -> Outcome:
+    """The results lie on a small disk; when there is room again, the run goes on."""
+    folder = Path(tempfile.mkdtemp(prefix="lungopacity-small-"))
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        folder.rmdir()
+        raise NotPossibleHereError("mounting a small disk needs root")
+    try:
+        with scene.trial() as outcome:
+            scene.results = str(folder / "results")
+            job = scene.start()
+            told = scene.ended(job)
+            assert job.returncode == 2, told[-3000:]
+            assert "cannot be written (No space left on device)" in told, told[-3000:]
+            subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        shutil.rmtree(folder)
+    return outcome
+
+
+TRAIN = """
+import json, os, signal, sys
+from tests.faults.scene import processes_of
+import subprocess
+from dataclasses import replace
+import ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+from lungopacity.training.fit import fit
+from tests.training.blobs import SMALL_RUN, blob_films
+class Me: pid = os.getpid()
+killed = []
+def strike(row):
+    if row["epoch"] == 2 and not killed:
+        # The third epoch is under way in both ranks.
+        killed.append(processes_of(Me, "ray::RayTrainWorker")[0])
+        os.kill(killed[0], signal.SIGKILL)
+seen = []
+result = fit(blob_films(train=97, validation=43), replace(SMALL_RUN, workers=2, epochs=6),
+             sys.argv[1], on_epoch=lambda row: (seen.append(row["epoch"]), strike(row)))
+assert killed
+print(json.dumps({"seen": seen, "kept": [row["epoch"] for row in result.history]}))
+"""
+
+
+def training_rank_killed(scene: Scene) -> Outcome:
+    """In the third epoch: the run goes on after the second, and every epoch counts once."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN, f"{folder}/model"], capture_output=True, text=True,
+            timeout=200, env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        told = json.loads(done.stdout.splitlines()[-1])
+    assert told["seen"] == told["kept"], told
+    return Outcome(
+        expected=6,
+        rows=len(told["kept"]),
+        twice=len(told["kept"]) - len(set(told["kept"])),
+        finished=2,
+        refetched=len(told["seen"]) - len(set(told["seen"])),
+    )
+
+
+# Loaded by every Python of the job.
+CLOCK = """
+import datetime, time
+_real, _time = datetime.datetime, time.time
+class datetime_set_back(_real):
+    @classmethod
+    def now(cls, tz=None):
+        return _real.now(tz) - datetime.timedelta(days=2)
+datetime.datetime = datetime_set_back
+time.time = lambda: _time() - 2 * 86400
+"""
+
+
+def clock_set_back(scene: Scene) -> Outcome:
+    """By two days, between two nights: what is newest is still known."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        archive = open_store(f"{name}/archive")
+        for number in range(20):
+            archive.write(f"{number}.png", encoded(grey_film(number)))
+        (folder / "clock").mkdir()
+        (folder / "clock" / "sitecustomize.py").write_text(CLOCK)
+
+        def night(**env: str) -> None:
+            done = subprocess.run(
+                [sys.executable, "-m", "lungopacity.cli", "nightly", "--archive", archive.uri,
+                 "--model", str(scene.folder / "model"), "--results", f"{name}/results"],
+                capture_output=True, text=True, timeout=120, env={**os.environ, **env},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+
+        night()
+        archive.write("7.png", encoded(grey_film(77)))
+        night(PYTHONPATH=f"{folder / 'clock'}{os.pathsep}{os.getcwd()}")
+        night()
+        asked = query(
+            f"{name}/results",
+            "SELECT (SELECT list(images ORDER BY images) FROM runs) AS runs, count(*) AS n, "
+            "count(DISTINCT image) AS d, min(screened_on) < max(screened_on) AS back, "
+            "any_value(source_etag) FILTER (image = '7.png') AS etag FROM latest",
+        ).to_pylist()[0]
+        newest = archive.head("7.png")
+        assert newest is not None
+        assert asked["back"], "the clock was not set back"
+        return Outcome(
+            expected=20,
+            rows=asked["n"],
+            twice=asked["n"] - asked["d"],
+            finished=20,
+            refetched=sum(asked["runs"]) - 21,
+            parts_seen=int(asked["etag"] != newest.etag),
+        )
+
+
+class NotPossibleHereError(Exception):
+    """This machine lacks what the fault needs."""
+
+
+FAULTS: dict[str, tuple[Trial, int]] = {
+    "kill -9 of the driver at a random moment": (driver_killed_while_reading, 6),
+    "kill -9 of the driver while it writes predictions": (driver_killed_writing_predictions, 1),
+    "kill -9 of the driver while it writes metrics": (driver_killed_writing_metrics, 1),
+    "kill -9 of the driver before the commit": (driver_killed_before_the_commit, 1),
+    "kill -9 of the driver after the commit": (driver_killed_after_the_commit, 1),
+    "kill -9 of a model actor": (model_actor_killed, 2),
+    "kill -9 of a reading worker": (reading_worker_killed, 2),
+    "kill -9 of one node of three": (node_lost, 2),
+    "kill -9 and restart of the S3 server": (storage_restarted, 2),
+    "5 % of requests broken": (bad_network, 3),
+    "two drivers with one run id": (two_drivers, 2),
+    "a full disk under _work": (disk_full, 1),
+    "a clock set back by two days": (clock_set_back, 1),
+    "kill -9 of a training rank in its third epoch": (training_rank_killed, 1),
+}
+"""Each fault, and how often `make faults` tries it."""

@@ -1,0 +1,31 @@
+"""Each fault once; `make faults` tries them more often, and writes docs/reliability.md."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.faults import FAULTS, NotPossibleHereError
+from tests.faults.scene import Scene, scene
+
+
+@pytest.fixture(scope="module")
+def broken_scene(tmp_path_factory: pytest.TempPathFactory):
+    from cluster.local_s3 import LocalS3
+
+    folder = tmp_path_factory.mktemp("faults")
+    # Its own: one fault kills it.
+    with LocalS3(folder / "s3") as server, server.as_environment():
+        server.create_bucket("faults")
+        with scene(server, "s3://faults/scene", folder) as made:
+            yield made
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_image_is_published_once_whatever_breaks(broken_scene: Scene, fault: str) -> None:
+    strike, _ = FAULTS[fault]
+    try:
+        outcome = strike(broken_scene)
+    except NotPossibleHereError as reason:
+        pytest.skip(str(reason))
+    assert outcome.sound, outcome
