@@ -42,10 +42,13 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Needs uv. Pins every package for all platforms, with hashes and no index address.
+# Needs uv. Pins every package for all platforms, with hashes and no index address; for the image
+# of the cluster without what only tests need.
+LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-header --quiet
 lock:
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --no-header --quiet -o requirements.lock
+	$(LOCK) --extra dev -o requirements.lock
+	$(LOCK) -o cluster/requirements.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

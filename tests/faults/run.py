@@ -31,8 +31,8 @@ make faults
 {machine}; {images} images a run: {loose} loose objects and {shards} tars of {members};
 {date}; {minutes:.0f} minutes.
 
-| fault | tried | images expected | lost | twice | finished when it struck | of these fetched again \
-| readers saw a part | left after `clean` | starts |
+| fault | tried | images expected | lost | twice | finished when it struck | of these fetched \
+again | readers saw a part | left after `clean` | starts |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 """
 TAIL = """

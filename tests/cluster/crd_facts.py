@@ -1,0 +1,194 @@
+"""What the API servers know of the objects that our manifests make: JSON Schemas of our own.
+
+Facts of KubeRay 1.6 (ray.io/v1) and of Kubernetes (batch/v1, core/v1): names, types, enumerations
+and required fields of what we use. A name that is not here is refused, as a typing error would be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+STRING: Schema = {"type": "string", "minLength": 1}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+FLAG: Schema = {"type": "boolean"}
+QUANTITY: Schema = {
+    "type": "string",
+    "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
+}
+NAME: Schema = {"type": "string", "pattern": r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"}
+
+
+def fields(required: tuple[str, ...] = (), **known: Schema) -> Schema:
+    return {
+        "type": "object",
+        "properties": known,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def many(item: Schema, at_least: int = 0) -> Schema:
+    return {"type": "array", "items": item, "minItems": at_least}
+
+
+REFERENCE = fields(("name",), name=NAME, optional=FLAG)
+KEY_REFERENCE = fields(("name", "key"), name=NAME, key=STRING, optional=FLAG)
+# A value that stands in the file is refused: it may be a secret.
+ENV = fields(
+    ("name", "valueFrom"),
+    name=STRING,
+    valueFrom=fields(secretKeyRef=KEY_REFERENCE, configMapKeyRef=KEY_REFERENCE),
+)
+AMOUNTS: Schema = {"type": "object", "additionalProperties": QUANTITY, "minProperties": 1}
+RESOURCES = fields(("requests", "limits"), requests=AMOUNTS, limits=AMOUNTS)
+CONTAINER = fields(
+    ("name", "image", "resources", "securityContext"),
+    name=NAME,
+    image=STRING,
+    command=many(STRING),
+    args=many(STRING),
+    env=many(ENV),
+    envFrom=many(fields(secretRef=REFERENCE, configMapRef=REFERENCE)),
+    ports=many(
+        fields(
+            ("containerPort",),
+            name={"type": "string", "pattern": r"^[a-z0-9-]{1,15}$"},
+            containerPort={"type": "integer", "minimum": 1, "maximum": 65535},
+        )
+    ),
+    resources=RESOURCES,
+    securityContext=fields(
+        ("allowPrivilegeEscalation",),
+        allowPrivilegeEscalation={"const": False},
+        capabilities=fields(drop=many(STRING), add=many(STRING)),
+        readOnlyRootFilesystem=FLAG,
+    ),
+    volumeMounts=many(fields(("name", "mountPath"), name=NAME, mountPath=STRING, readOnly=FLAG)),
+)
+POD = fields(
+    ("containers", "securityContext"),
+    serviceAccountName=NAME,
+    restartPolicy={"enum": ["Always", "OnFailure", "Never"]},
+    securityContext=fields(
+        ("runAsNonRoot", "runAsUser"),
+        runAsNonRoot={"const": True},
+        runAsUser={"type": "integer", "minimum": 1},
+        fsGroup=COUNT,
+    ),
+    nodeSelector={"type": "object", "additionalProperties": STRING},
+    tolerations=many(
+        fields(
+            key=STRING,
+            operator={"enum": ["Exists", "Equal"]},
+            value=STRING,
+            effect={"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]},
+        )
+    ),
+    containers=many(CONTAINER, 1),
+    volumes=many(
+        fields(
+            ("name",), name=NAME, emptyDir=fields(medium={"enum": ["Memory"]}, sizeLimit=QUANTITY)
+        )
+    ),
+)
+METADATA = fields(("name",), name=NAME, labels={"type": "object"}, annotations={"type": "object"})
+TEMPLATE = fields(("spec",), metadata={"type": "object"}, spec=POD)
+# Parameters of `ray start` are strings to KubeRay, numbers too.
+START_PARAMS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+CLUSTER_SPEC = fields(
+    ("headGroupSpec",),
+    rayVersion={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
+    enableInTreeAutoscaling=FLAG,
+    autoscalerOptions=fields(
+        version={"enum": ["v1", "v2"]},
+        idleTimeoutSeconds=COUNT,
+        upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
+        resources=RESOURCES,
+    ),
+    headGroupSpec=fields(
+        ("template",),
+        rayStartParams=START_PARAMS,
+        serviceType={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+        template=TEMPLATE,
+    ),
+    workerGroupSpecs=many(
+        fields(
+            ("groupName", "template", "minReplicas", "maxReplicas"),
+            groupName=NAME,
+            replicas=COUNT,
+            minReplicas=COUNT,
+            maxReplicas=COUNT,
+            numOfHosts=COUNT,
+            rayStartParams=START_PARAMS,
+            template=TEMPLATE,
+        )
+    ),
+    suspend=FLAG,
+)
+JOB_SPEC = fields(
+    ("entrypoint",),
+    entrypoint=STRING,
+    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+    runtimeEnvYAML=STRING,
+    shutdownAfterJobFinishes=FLAG,
+    ttlSecondsAfterFinished=COUNT,
+    backoffLimit=COUNT,
+    activeDeadlineSeconds=COUNT,
+    suspend=FLAG,
+    clusterSelector={"type": "object", "additionalProperties": STRING},
+    rayClusterSpec=CLUSTER_SPEC,
+)
+CRON: Schema = {"type": "string", "pattern": r"^([0-9*/,-]+ ){4}[0-9*/,-]+$"}
+
+
+def kind(api: str, name: str, spec: Schema) -> Schema:
+    return fields(
+        ("apiVersion", "kind", "metadata", "spec"),
+        apiVersion={"const": api},
+        kind={"const": name},
+        metadata=METADATA,
+        spec=spec,
+    )
+
+
+KINDS: dict[str, Schema] = {
+    "RayCluster": kind("ray.io/v1", "RayCluster", CLUSTER_SPEC),
+    "RayJob": kind("ray.io/v1", "RayJob", JOB_SPEC),
+    "RayCronJob": kind(
+        "ray.io/v1",
+        "RayCronJob",
+        fields(
+            ("schedule", "jobTemplate"),
+            schedule=CRON,
+            timeZone=STRING,
+            suspend=FLAG,
+            jobTemplate=JOB_SPEC,
+        ),
+    ),
+    "CronJob": kind(
+        "batch/v1",
+        "CronJob",
+        fields(
+            ("schedule", "jobTemplate"),
+            schedule=CRON,
+            timeZone=STRING,
+            suspend=FLAG,
+            concurrencyPolicy={"enum": ["Allow", "Forbid", "Replace"]},
+            startingDeadlineSeconds=COUNT,
+            successfulJobsHistoryLimit=COUNT,
+            failedJobsHistoryLimit=COUNT,
+            jobTemplate=fields(
+                ("spec",),
+                spec=fields(
+                    ("template",),
+                    backoffLimit=COUNT,
+                    activeDeadlineSeconds=COUNT,
+                    ttlSecondsAfterFinished=COUNT,
+                    template=TEMPLATE,
+                ),
+            ),
+        ),
+    ),
+}

