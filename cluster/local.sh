@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# A cluster on this machine: a head, a second node, and an S3 server; for trying what a real one does.
+#
+#   cluster/local.sh ray job submit --working-dir . -- python jobs/nightly.py \
+#       --archive s3://films/archive --model s3://films/model --results s3://films/results
+#
+# COMMAND runs with RAY_ADDRESS and the AWS variables set; afterwards everything that was started
+# here is ended. With AWS_ENDPOINT_URL set, that server is used and none is started.
+# Research use only. Not a medical device.
+set -euo pipefail
+
+if (($# == 0)); then
+    sed -n '2,9s/^# \?//p' "$0" >&2
+    exit 2
+fi
+home=$(cd "$(dirname "$0")/.." && pwd)
+if [[ -d $home/.venv/bin ]]; then
+    export PATH=$home/.venv/bin:$PATH
+fi
+if [[ -z ${AWS_ENDPOINT_URL:-} ]]; then
+    exec python "$home/cluster/local_s3.py" --bucket films -- "$0" "$@"
+fi
+
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+unset RAY_ADDRESS
+export RAY_USAGE_STATS_ENABLED=0
+# `ray start` asks for a token by default, `ray job` gives none: both must be told alike.
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN
+logs=$(mktemp -d)
+started=()
+
+# By pid: other Rays on this machine are left alone. A node ends its own children.
+end() {
+    trap - EXIT
+    if ((${#started[@]})); then
+        kill -TERM "${started[@]}" 2>/dev/null || true
+        wait "${started[@]}" 2>/dev/null || true
+    fi
+    rm -rf "$logs"
+}
+trap end EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+gcs=$(free_port)
+dashboard=$(free_port)
+ray start --head --block --num-cpus="${HEAD_CPUS:-1}" --port="$gcs" \
+    --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
+    --dashboard-agent-listen-port="$(free_port)" --ray-client-server-port="$(free_port)" \
+    >"$logs/head" 2>&1 &
+started+=($!)
+for _ in {1..60}; do
+    if ray job list --address "http://127.0.0.1:$dashboard" >/dev/null 2>&1; then
+        break
+    fi
+    if ! kill -0 "${started[0]}" 2>/dev/null; then
+        echo "the head did not start:" >&2
+        tail -n 20 "$logs/head" >&2
+        exit 2
+    fi
+    sleep 1
+done
+ray start --address="127.0.0.1:$gcs" --block --num-cpus="${NODE_CPUS:-1}" \
+    --dashboard-agent-listen-port="$(free_port)" >"$logs/node" 2>&1 &
+started+=($!)
+if ! python - "127.0.0.1:$gcs" <<'END'
+import logging, sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
+for _ in range(120):
+    if sum(node["Alive"] for node in ray.nodes()) == 2:
+        sys.exit(0)
+    time.sleep(0.5)
+sys.exit(1)
+END
+then
+    echo "the second node did not join:" >&2
+    tail -n 20 "$logs/node" >&2
+    exit 2
+fi
+echo "a Ray of two nodes at http://127.0.0.1:$dashboard, S3 at $AWS_ENDPOINT_URL" >&2
+
+export RAY_ADDRESS=http://127.0.0.1:$dashboard
+"$@"
