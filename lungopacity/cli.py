@@ -349,6 +349,35 @@ def decode(as_json: bool, **options: Any) -> int:
     return 0
 
 
+@benchmark.command(epilog=_EPILOG)
+@click.option(
+    "--keys",
+    "sizes",
+    metavar="N,N,…",
+    default="10000,100000,1000000",
+    show_default=True,
+    callback=lambda _context, _option, text: _numbers(text),
+    help="Sizes of the archive, in objects.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def plan(sizes: list[int], as_json: bool) -> int:
+    """Seconds and memory of planning a night, from an inventory file against a history."""
+    import json
+
+    from lungopacity.benchmark.plan import plan_costs, table
+
+    costs = plan_costs(sizes)
+    click.echo(json.dumps([vars(cost) for cost in costs]) if as_json else table(costs))
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is no list of whole numbers") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     from lungopacity.observe import log_lines

@@ -117,6 +117,10 @@ class _Handler(BaseHTTPRequestHandler):
         if cut:
             self.close_connection = True
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # whoever asked may have been killed
+            super().handle()
+
     def log_message(self, *_: object) -> None:
         pass
 

@@ -56,10 +56,7 @@ def query(results_uri: str, sql: str) -> pa.Table:
     try:
         predictions, metrics = predictions_of(store, records), _metrics(store, records)
     except OSError as error:
-        raise UserError(
-            f"{store.uri}: a file that a commit record names cannot be read "
-            f"({str(error).splitlines()[0]}); restore it, or remove its run from runs/"
-        ) from error
+        raise _unreadable(store, error) from error
     with duckdb.connect() as connection:
         connection.register("predictions", predictions)
         connection.register("metrics", metrics)
@@ -74,7 +71,16 @@ def query(results_uri: str, sql: str) -> pa.Table:
                 raise UserError("SQL: one question is answered at a time; begin with SELECT")
             return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
+            if "reading the stream registered" in str(error):
+                raise _unreadable(store, error) from error
             raise UserError(f"SQL: {_first_lines(str(error))}") from error
+
+
+def _unreadable(store: Store, error: Exception) -> UserError:
+    return UserError(
+        f"{store.uri}: a file that a commit record names cannot be read "
+        f"({str(error).splitlines()[0]}); restore it, or remove its run from runs/"
+    )
 
 
 def runs(results_uri: str) -> pa.Table:

@@ -49,10 +49,10 @@ class History:
             run
             for run in read_runs(results)
             if (run["archive"], run["model_id"]) == (archive, model_id)
-            and (run["settings"].get("key_map") is not None) == hashed
+            and (_settings(run).get("key_map") is not None) == hashed
             and (
                 not hashed
-                or run["settings"]["hmac_key_fingerprint"] == rules["hmac_key_fingerprint"]
+                or _settings(run).get("hmac_key_fingerprint") == rules["hmac_key_fingerprint"]
             )
         ]
         return History(results, runs, rules, pseudonyms if hashed else None)
@@ -65,7 +65,7 @@ class History:
         other_rules = [
             run["run_id"]
             for run in self.runs
-            if any(run["settings"].get(name) != self.rules.get(name) for name in _RULES)
+            if any(_settings(run).get(name) != self.rules.get(name) for name in _RULES)
         ]
         connection.register("history", predictions_of(self.results, self.runs))
         connection.register("run_places", run_places(self.runs))
@@ -103,3 +103,9 @@ class History:
             SELECT {listed}.* FROM {listed} ANTI JOIN (SELECT * FROM screened WHERE NOT again) known
             ON {name} = known.name AND source_etag = known.etag AND source_size_bytes = known.size
         """
+
+
+def _settings(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a commit record; the first version had none."""
+    settings: Mapping[str, Any] = run.get("settings", {})
+    return settings

@@ -6,7 +6,8 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -301,7 +302,8 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path) -> None
         if number:
             log.warning("%d objects were lost on the way and are read again", _rows(todo))
         for path in todo:
-            _run_pipeline(job, plan, pq.read_table(path))
+            with _surviving_lost_nodes():
+                _run_pipeline(job, plan, pq.read_table(path))
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, f"round-{number}")
     if todo:
@@ -309,6 +311,20 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path) -> None
             f"{_rows(todo)} of {plan.start.objects} objects have no result after {_ROUNDS} "
             f"rounds; nothing was published. Go on with --run-id {plan.start.run_id}"
         )
+
+
+@contextmanager
+def _surviving_lost_nodes() -> Iterator[None]:
+    """A node that goes takes actors with it, and Ray Data may give up then; the next round reads
+    what is missing. What a task of ours raises is no such thing."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        yield
+    except RayTaskError:
+        raise
+    except RayError as error:
+        log.warning("Ray lost what it was working on (%s)", type(error).__name__)
 
 
 def _rows(files: Sequence[Path]) -> int:

@@ -2,13 +2,15 @@ import json
 from datetime import UTC, datetime
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run, run_key
 from lungopacity.results.query import query, runs
 from lungopacity.results.schema import METRICS_SCHEMA, class_column, predictions_schema
-from lungopacity.results.workbench import parquet_bytes
+from lungopacity.results.workbench import parquet_bytes, workbench
+from lungopacity.screening.history import History
 from lungopacity.storage import open_store
 
 NOW = datetime(2026, 3, 4, 23, 59, tzinfo=UTC)
@@ -115,3 +117,52 @@ def test_a_predictions_file_that_is_gone_is_said(tmp_path):
     open_store(str(tmp_path)).delete("predictions/screened_on=2026-03-04/one-00000.parquet")
     with pytest.raises(UserError, match="one-00000"):
         query(str(tmp_path), "SELECT count(*) FROM predictions WHERE p_Normal > 0")
+
+
+V1_COLUMNS = [
+    "run_id", "model_id", "screened_at", "archive", "image", "member", "member_index",
+    "source_etag", "source_size_bytes", "source_modified_at", "content_sha256", "format", "rows",
+    "columns", "photometric_interpretation", "view_position", "patient_sex", "patient_age_years",
+    "synthetic", "status", "error_code", "error_stage", "error_message", "p_Normal",
+    "p_Lung_Opacity", "logit_Normal", "logit_Lung_Opacity", "predicted_label", "decision", "label",
+]  # fmt: skip
+"""Of the first schema, before frames, quality flags and pseudonyms."""
+
+
+def test_results_of_the_first_schema_are_read_beside_those_of_today(tmp_path):
+    store = open_store(str(tmp_path))
+    write_run(str(tmp_path), "old", ("Normal", "Lung_Opacity"), 3)
+    (item,) = store.list("predictions/")
+    table = pq.read_table(pa.BufferReader(store.read(item.key))).select(V1_COLUMNS)
+    store.write(item.key, parquet_bytes(table.replace_schema_metadata({"schema_version": "1"})))
+    record = json.loads(store.read(run_key("old"))) | {"schema_version": 1}
+    del record["sequence"], record["attempt"]
+    store.write(run_key("old"), json.dumps(record).encode())
+    write_run(str(tmp_path), "new", ("Normal", "Lung_Opacity"), 2)
+    answer = query(
+        str(tmp_path),
+        "SELECT run_id, count(*) AS n, count(quality_blank) AS q FROM predictions GROUP BY ALL "
+        "ORDER BY run_id",
+    ).to_pylist()
+    assert answer == [{"run_id": "new", "n": 2, "q": 0}, {"run_id": "old", "n": 3, "q": 0}]
+    # Of an object that both have, the newer run's row counts, though their clocks agree.
+    newest = query(str(tmp_path), "SELECT image, run_id FROM latest ORDER BY image").to_pylist()
+    assert [row["run_id"] for row in newest] == ["new", "new", "old"]
+    # And a night does not screen again what the old run has screened.
+    history = History.read(store, "a", "m", {}, None)
+    with workbench() as (connection, _):
+        history.load(connection)
+        assert connection.sql("SELECT count(*) FROM screened").fetchall() == [(3,)]
+
+
+def test_a_flipped_byte_in_a_published_file_is_no_answer(store_uri):
+    write_run(store_uri, "one", ("Normal", "Lung_Opacity"), 500)
+    store = open_store(store_uri)
+    (item,) = store.list("predictions/")
+    data = bytearray(store.read(item.key))
+    place = pq.read_metadata(pa.BufferReader(bytes(data))).row_group(0).column(4)
+    assert place.path_in_schema == "image"
+    data[place.data_page_offset + place.total_compressed_size // 2] ^= 1
+    store.write(item.key, bytes(data))
+    with pytest.raises(UserError, match="cannot be read"):
+        query(store_uri, "SELECT image FROM predictions")

@@ -1,0 +1,166 @@
+"""What planning a night costs, as the archive grows: from an inventory file, against a history."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lungopacity.archive.inventory_report import read_inventory
+from lungopacity.errors import UserError
+from lungopacity.progress import Progress
+from lungopacity.results.folder import METRICS, PREDICTIONS, commit_run
+from lungopacity.results.schema import PLAN_SCHEMA, predictions_schema
+from lungopacity.results.workbench import PARQUET_OPTIONS, workbench
+from lungopacity.screening.history import History
+from lungopacity.screening.plan import make_plan
+from lungopacity.storage import open_store
+
+_CLASSES = ("Normal", "Lung_Opacity")
+_ROWS_PER_BATCH = 100_000
+_ROWS_PER_FILE = 1_000_000
+_SCREENED = 0.99
+"""Of the archive, by earlier runs; the rest is the night's."""
+_WHEN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """One size of archive."""
+
+    keys: int
+    """In the inventory."""
+    history_rows: int
+    """Published predictions that the inventory is compared with."""
+    planned: int
+    seconds: float
+    """From opening the inventory to the plan in the results folder."""
+    peak_mib: float
+    """Largest resident memory of the process that plans."""
+
+
+def plan_costs(sizes: Sequence[int]) -> list[PlanCost]:
+    """Make an archive's inventory and history of each size, and plan one night over it.
+
+    Each plan is made in a process of its own, for its memory. Raises `UserError` for a size below
+    100.
+    """
+    if min(sizes, default=0) < 100:
+        raise UserError("--keys must be at least 100")
+    costs = []
+    with Progress("Planning", total=len(sizes), unit="sizes") as progress:
+        for keys in sizes:
+            with TemporaryDirectory(prefix="lungopacity-") as folder:
+                _write_archive(Path(folder), keys)
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    costs.append(pool.apply(_measured, (folder, keys)))
+            progress.advance(1)
+    return costs
+
+
+def table(costs: Sequence[PlanCost]) -> str:
+    """The costs as aligned text; `us a key`: microseconds for each key of the inventory."""
+    titles = ("keys", "history", "planned", "seconds", "MiB", "us a key")
+    lines = ["{:>12} {:>12} {:>10} {:>9} {:>7} {:>9}".format(*titles)]
+    lines += [
+        f"{cost.keys:>12,} {cost.history_rows:>12,} {cost.planned:>10,} {cost.seconds:>9.2f} "
+        f"{cost.peak_mib:>7.0f} {1e6 * cost.seconds / cost.keys:>9.2f}"
+        for cost in costs
+    ]
+    return "\n".join(lines)
+
+
+def _measured(folder: str, keys: int) -> PlanCost:
+    """In a process of its own."""
+    archive, results = f"{folder}/archive", open_store(f"{folder}/results")
+    began = time.perf_counter()
+    inventory = read_inventory(f"{folder}/inventory.parquet", archive)
+    history = History.read(results, inventory.uri, "model", {}, None)
+    with TemporaryDirectory(prefix="lungopacity-") as scratch:
+        plan = make_plan(results, inventory, "model", "night", Path(scratch), history=history)
+    seconds = time.perf_counter() - began
+    return PlanCost(
+        keys=keys,
+        history_rows=int(keys * _SCREENED),
+        planned=plan.start.objects,
+        seconds=seconds,
+        peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
+
+
+def _write_archive(folder: Path, keys: int) -> None:
+    """An inventory of so many keys, and one published run over all but the last hundredth."""
+    with pq.ParquetWriter(folder / "inventory.parquet", _INVENTORY, **PARQUET_OPTIONS) as writer:
+        for objects in _objects(0, keys):
+            writer.write_table(objects.select(_INVENTORY.names))
+    schema = predictions_schema(_CLASSES)
+    files = []
+    results = folder / "results"
+    (results / PREDICTIONS).mkdir(parents=True)
+    screened = int(keys * _SCREENED)
+    for number, start in enumerate(range(0, screened, _ROWS_PER_FILE)):
+        key = f"{PREDICTIONS}/screened_on=2026-01-01/first-{number:05d}.parquet"
+        (results / key).parent.mkdir(exist_ok=True)
+        rows = min(_ROWS_PER_FILE, screened - start)
+        with pq.ParquetWriter(results / key, schema, **PARQUET_OPTIONS) as writer:
+            for objects in _objects(start, start + rows):
+                writer.write_table(_predictions(objects, f"{folder}/archive", schema))
+        files.append({"key": key, "rows": rows})
+    commit_run(
+        open_store(str(results)),
+        "first",
+        {
+            "run_id": "first",
+            "model_id": "model",
+            "archive": open_store(f"{folder}/archive").uri,
+            "started_at": _WHEN.isoformat(),
+            "class_names": list(_CLASSES),
+            "settings": {},
+            "files": files,
+            "metrics_file": {"key": f"{METRICS}/first.parquet"},
+        },
+    )
+
+
+_INVENTORY = pa.schema([field for field in PLAN_SCHEMA if field.name != "is_shard"])
+
+
+def _objects(start: int, stop: int) -> Iterator[pa.Table]:
+    """Keys as archives have them: a folder a study, in no order; etags are MD5 sums."""
+    with workbench() as (connection, _):
+        for at in range(start, stop, _ROWS_PER_BATCH):
+            end = min(stop, at + _ROWS_PER_BATCH)
+            yield (
+                connection.sql(f"""
+                    SELECT printf('2026/%08d/%s.dcm', i % 99991, md5(i::VARCHAR)) AS image,
+                           md5('content ' || i) AS source_etag,
+                           (300000 + i % 50000)::BIGINT AS source_size_bytes,
+                           TIMESTAMPTZ '2026-01-01 00:00:00+00' AS source_modified_at
+                    FROM range({at}, {end}) numbers(i)""")
+                .to_arrow_table()
+                .cast(_INVENTORY)
+            )
+
+
+def _predictions(objects: pa.Table, archive: str, schema: pa.Schema) -> pa.Table:
+    count = objects.num_rows
+    known = {name: objects[name] for name in objects.column_names} | {
+        name: pa.repeat(pa.scalar(value), count)
+        for name, value in (
+            ("run_id", "first"),
+            ("model_id", "model"),
+            ("archive", archive),
+            ("status", "ok"),
+            ("screened_at", pa.scalar(_WHEN, pa.timestamp("us", tz="UTC"))),
+        )
+    }
+    columns = {field.name: known.get(field.name, pa.nulls(count, field.type)) for field in schema}
+    return pa.table(columns).cast(schema)
