@@ -10,9 +10,7 @@ why, or done with more failures than `--max-failed-fraction`; 130 stopped by Ctr
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -382,12 +380,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     from lungopacity.observe import log_lines
     from lungopacity.progress import show_on_terminal
+    from lungopacity.runtime import end_on_sigterm
 
     log_lines("text")
     show_on_terminal()
-    # A scheduler ends a job with SIGTERM: what is held is given back then, as on Ctrl-C.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stopped)
+    end_on_sigterm()
     try:
         return int(cli.main(arguments, prog_name="lungopacity", standalone_mode=False) or 0)
     except click.exceptions.Abort:
@@ -404,10 +401,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         click.echo(f"error: {_one_line(error)}", err=True)
         return 2
-
-
-def _stopped(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _one_line(error: BaseException) -> str:

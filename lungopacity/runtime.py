@@ -6,6 +6,8 @@ import importlib.metadata
 import logging
 import os
 import platform
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +29,30 @@ _QUIET = {
     # driver's, and an actor does not outlive it.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+
+
+_told_to_end = threading.Event()
+_ends_on_sigterm = False
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM, by which schedulers end a job, unwind as Ctrl-C does: leases are given back."""
+    global _ends_on_sigterm
+
+    def end(*_: object) -> None:
+        _told_to_end.set()
+        end_if_told()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
+        _ends_on_sigterm = True
+
+
+def end_if_told() -> None:
+    """For long loops: Python drops what a signal handler raises in the middle of an import or of a
+    destructor. Raises `SystemExit` after a SIGTERM."""
+    if _told_to_end.is_set():
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 @contextmanager
@@ -60,6 +86,8 @@ def ray_session() -> Iterator[None]:
             f"Ray at '{address}' cannot be joined: {str(error).splitlines()[0]}; "
             "check RAY_ADDRESS, or unset it to run on this machine alone"
         ) from error
+    if _ends_on_sigterm:
+        end_on_sigterm()  # Ray has put its own handler there
     try:
         yield
     finally:

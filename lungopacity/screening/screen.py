@@ -33,7 +33,7 @@ from lungopacity.results.folder import METRICS, commit_run, read_run
 from lungopacity.results.query import predictions_of
 from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import parquet_bytes, workbench
-from lungopacity.runtime import ray_session, resolve_gpu, versions
+from lungopacity.runtime import end_if_told, ray_session, resolve_gpu, versions
 from lungopacity.screening.aggregate import label_metrics, run_metrics
 from lungopacity.screening.history import History
 from lungopacity.screening.pipeline import OBJECTS, ScoringResources, screen_objects
@@ -352,6 +352,7 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
                 resources,
                 job.batch_size,
             ):
+                end_if_told()
                 counts += part
                 objects += counts.pop(OBJECTS, 0)
                 observe.gauge("objects_waiting", todo.num_rows - objects)

@@ -1,4 +1,5 @@
-"""Each fault once; `make faults` tries them more often, and writes docs/reliability.md."""
+"""Some faults once, for time's sake; `make faults` strikes them all, and more often, and writes
+docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -20,8 +21,16 @@ def broken_scene(tmp_path_factory: pytest.TempPathFactory):
             yield made
 
 
+STRUCK_HERE = [
+    "kill -9 of the driver before the commit",
+    "kill -9 of one node of three",
+    "5 % of requests broken",
+    "two drivers with one run id",
+]
+
+
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", STRUCK_HERE)
 def test_each_image_is_published_once_whatever_breaks(broken_scene: Scene, fault: str) -> None:
     strike, _ = FAULTS[fault]
     try:

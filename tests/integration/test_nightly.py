@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -197,3 +200,26 @@ def test_a_night_may_go_by_an_inventory(place, tmp_path):
     pq.write_table(listed.slice(0, 4), tmp_path / "list.parquet")
     assert place.night(inventory=str(tmp_path / "list.parquet")).runs[0].images == 4
     assert place.night().runs[0].images == 5
+
+
+def test_a_night_that_is_told_to_end_gives_its_lease_back(place):
+    for number in range(1500):
+        place.archive.write(f"more/{number}.png", encoded(grey_film(number % 9)))
+    night = subprocess.Popen(
+        [sys.executable, "-m", "lungopacity.cli", "nightly", "--archive", place.archive.uri,
+         "--model", place.model, "--results", place.results],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not [item for item in place.store.list("_work/") if "run.json" in item.key]:
+        assert night.poll() is None, night.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert list(place.store.list("_lock/"))
+    night.terminate()
+    told = night.communicate(timeout=60)[0]
+    assert night.returncode != 0, told
+    assert not list(place.store.list("_lock/")), told
+    assert place.status()["state"] == "failed"
+    finished, own = place.night().runs
+    assert (finished.images, own.images) == (1509, 0)

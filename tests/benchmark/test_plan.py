@@ -1,0 +1,23 @@
+import json
+
+import pytest
+
+from lungopacity.benchmark.plan import plan_costs
+from lungopacity.cli import main
+from lungopacity.errors import UserError
+
+
+def test_a_night_is_planned_over_each_size_and_its_cost_told(capfd):
+    assert main(["benchmark", "plan", "--keys", "1000,20000", "--json"]) == 0
+    small, large = json.loads(capfd.readouterr().out)
+    assert (small["keys"], small["history_rows"], small["planned"]) == (1000, 990, 10)
+    assert (large["keys"], large["planned"]) == (20_000, 200)
+    assert 0 < small["seconds"] < 30
+    assert 50 < large["peak_mib"] < 2048
+
+
+def test_sizes_that_are_none_are_refused(capfd):
+    with pytest.raises(UserError, match="--keys must be at least 100"):
+        plan_costs([99])
+    assert main(["benchmark", "plan", "--keys", "many"]) == 2
+    assert "'many' is no list of whole numbers" in capfd.readouterr().err
