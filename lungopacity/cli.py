@@ -151,6 +151,19 @@ def evaluate(as_json: bool, **options: Any) -> int:
     return result.exit_code
 
 
+@cli.command(epilog=_EPILOG)
+@click.option("--first", metavar="URI", required=True, help="Report of `evaluate`.")
+@click.option("--second", metavar="URI", required=True, help="Report of another model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def compare(first: str, second: str, as_json: bool) -> int:
+    """Whether one of two models is better on the same images, or the difference may be chance."""
+    from lungopacity.evaluation.compare import compare as run
+
+    found = run(first, second)
+    click.echo(found.to_json() if as_json else found.summary())
+    return 0
+
+
 def _screening_options(command: Any) -> Any:
     """How an archive is screened, whether by hand or by the night."""
     options: list[Any] = [

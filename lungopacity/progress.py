@@ -39,6 +39,7 @@ class Progress:
         self.unit = unit
         self.done = 0
         self.note = ""
+        self._told: int | None = None
         self._started = self._last_line = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -80,7 +81,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._told != self.done:
             self._line()
 
     def around(self, items: Iterable[T]) -> Iterator[T]:
@@ -109,7 +110,7 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._told = time.monotonic(), self.done
         of = f" of {self.total}" if self.total is not None else ""
         note = f", {self.note}" if self.note else ""
         log.info(

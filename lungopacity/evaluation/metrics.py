@@ -247,14 +247,11 @@ def roc_auc(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> RocAuc:
     After Sun & Xu 2014: the components of DeLong's variance are differences of midranks. On the
     logit scale the interval stays within 0 … 1.
     """
-    positives, negatives = scores_N[positive_N], scores_N[~positive_N]
-    m, n = len(positives), len(negatives)
+    m = int(positive_N.sum())
+    n = len(positive_N) - m
     if m == 0 or n == 0:
         return RocAuc(math.nan, None, None)
-    ranks = _midranks(np.concatenate([positives, negatives]))
-    # Of each positive the share of negatives below it; of each negative, of positives above it.
-    negatives_below = (ranks[:m] - _midranks(positives)) / n
-    positives_above = 1 - (ranks[m:] - _midranks(negatives)) / m
+    negatives_below, positives_above = roc_components(positive_N, scores_N)
     auc = float(negatives_below.mean())
     if m < 2 or n < 2 or not 0 < auc < 1:
         return RocAuc(auc, None, None)
@@ -262,6 +259,17 @@ def roc_auc(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> RocAuc:
     logit = math.log(auc / (1 - auc))
     half = _Z_95 * math.sqrt(variance) / (auc * (1 - auc))
     return RocAuc(auc, _logistic(logit - half), _logistic(logit + half))
+
+
+def roc_components(
+    positive_N: npt.NDArray[np.bool_], scores_N: Floats
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """DeLong's components: of each positive the share of negatives that score below it, and of each
+    negative the share of positives above it; equal scores count half. Both kinds must occur."""
+    positives, negatives = scores_N[positive_N], scores_N[~positive_N]
+    m, n = len(positives), len(negatives)
+    ranks = _midranks(np.concatenate([positives, negatives]))
+    return (ranks[:m] - _midranks(positives)) / n, 1 - (ranks[m:] - _midranks(negatives)) / m
 
 
 def average_precision(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> float:

@@ -1,0 +1,129 @@
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import norm
+
+from lungopacity.cli import main
+from lungopacity.errors import UserError
+from lungopacity.evaluation.compare import accuracy_difference, auc_difference, compare
+from lungopacity.storage import open_store
+
+
+def kernel_delong(positive_N, first_N, second_N):
+    """The test as the paper of 1988 writes it: placements by counting pairs, and a covariance."""
+
+    def placements(scores):
+        x, y = scores[positive_N], scores[~positive_N]
+        psi = (x[:, None] > y[None, :]) + 0.5 * (x[:, None] == y[None, :])
+        return psi.mean(axis=1), psi.mean(axis=0)
+
+    (v10a, v01a), (v10b, v01b) = placements(first_N), placements(second_N)
+    s10, s01 = np.cov(v10a, v10b), np.cov(v01a, v01b)
+    s = s10 / len(v10a) + s01 / len(v01a)
+    variance = s[0, 0] + s[1, 1] - 2 * s[0, 1]
+    z = (v10b.mean() - v10a.mean()) / math.sqrt(variance)
+    return v10a.mean(), v10b.mean(), 2 * norm.sf(abs(z))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_delong_is_that_of_the_paper(seed):
+    rng = np.random.default_rng(seed)
+    positive = rng.random(160) < 0.4
+    first = np.round(positive * 0.8 + rng.normal(0, 1, 160), seed % 3)  # with ties, too
+    second = first * 0.5 + positive * 0.6 + rng.normal(0, 1, 160)
+    found = auc_difference(positive, first, second)
+    auc_a, auc_b, p_value = kernel_delong(positive, first, second)
+    assert (found.first, found.second) == pytest.approx((auc_a, auc_b))
+    assert found.p_value == pytest.approx(p_value, rel=1e-9)
+    assert found.ci_low < found.difference < found.ci_high
+    back = auc_difference(positive, second, first)
+    assert back.difference == pytest.approx(-found.difference)
+    assert back.p_value == pytest.approx(found.p_value)
+
+
+def test_of_equal_models_one_in_twenty_differs_by_chance():
+    rng, significant = np.random.default_rng(1), 0
+    for _ in range(400):
+        positive = rng.random(200) < 0.5
+        shared = positive + rng.normal(0, 1, 200)
+        scores = [shared + rng.normal(0, 0.7, 200) for _ in range(2)]
+        significant += auc_difference(positive, *scores).p_value < 0.05
+    assert 0.02 < significant / 400 < 0.09
+
+
+def test_models_that_never_differ_are_equal():
+    positive = np.array([True, False] * 20)
+    scores = np.linspace(0, 1, 40)
+    same = auc_difference(positive, scores, scores)
+    assert (same.difference, same.p_value) == (0, 1)
+    assert accuracy_difference(np.ones((5, 2), bool)).p_value == 1
+
+
+def test_mcnemar_counts_the_films_that_one_alone_gets_right():
+    right = np.array([[True, False]] * 9 + [[False, True]] * 1 + [[True, True]] * 90)
+    found = accuracy_difference(right)
+    assert (found.only_first_right, found.only_second_right) == (9, 1)
+    assert found.p_value == pytest.approx(2 * (1 + 10) / 2**10)
+    assert (found.first, found.second) == pytest.approx((0.99, 0.91))
+
+
+def report(uri: str, model: str, seed: int, **change) -> str:
+    rng = np.random.default_rng(seed)
+    labels = np.where(np.arange(60) % 3 == 0, "Lung_Opacity", "Normal")
+    score = np.clip((labels == "Lung_Opacity") * 0.4 + rng.random(60) * 0.6, 0, 1)
+    frame = pd.DataFrame(
+        {
+            "image": [f"{number}.png" for number in range(60)],
+            "label": labels,
+            "model_id": model,
+            "synthetic": False,
+            "p_Normal": 1 - score,
+            "p_Lung_Opacity": score,
+            "predicted_label": np.where(score >= 0.5, "Lung_Opacity", "Normal"),
+        }
+    ).assign(**change)
+    store = open_store(uri)
+    store.write("predictions.parquet", frame.to_parquet())
+    store.write("evaluation.json", json.dumps({"positive_class": "Lung_Opacity"}).encode())
+    return uri
+
+
+def test_two_reports_are_compared_image_by_image(store_uri, capfd):
+    first, second = report(f"{store_uri}/1", "aaa", 1), report(f"{store_uri}/2", "bbb", 2)
+    assert main(["compare", "--first", first, "--second", second]) == 0
+    told = capfd.readouterr().out
+    assert "first aaa, second bbb: 60 images" in told
+    assert "DeLong p = " in told
+    assert "McNemar p = " in told
+    assert main(["compare", "--first", first, "--second", second, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["auc"]["p_value"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": "Normal"}, "label some images differently"),
+        ({"image": [f"other-{n}" for n in range(60)]}, "share no image"),
+        ({"p_COVID": 0.0}, "models with different classes"),
+    ],
+)
+def test_reports_that_cannot_be_compared_are_told_why(tmp_path, change, message):
+    first = report(str(tmp_path / "1"), "aaa", 1)
+    second = report(str(tmp_path / "2"), "bbb", 2, **change)
+    with pytest.raises(UserError, match=message):
+        compare(first, second)
+
+
+def test_what_is_no_report_is_told(tmp_path):
+    first = report(str(tmp_path / "1"), "aaa", 1)
+    with pytest.raises(UserError, match="no report lies there"):
+        compare(first, str(tmp_path / "none"))
+    open_store(first).delete("evaluation.json")
+    with pytest.raises(UserError, match="evaluate again"):
+        compare(first, first)
+    same = report(str(tmp_path / "3"), "ccc", 1, label="Normal")
+    with pytest.raises(UserError, match="all, or none of them, Lung_Opacity"):
+        compare(same, same)
