@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 from lungopacity.errors import UserError
-from lungopacity.results.folder import METRICS, PREDICTIONS, WORK, read_runs
+from lungopacity.results.folder import METRICS, PREDICTIONS, RUNS, WORK, read_runs
 from lungopacity.screening.lease import LOCKS
 from lungopacity.storage import ObjectInfo, open_store
 
 OLDER_THAN_DAYS = 7.0
-_TEMPORARY = ".tmp-"
-"""How the names of files begin that a folder's store has not finished."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +68,27 @@ def clean(
 
 
 _PUBLISHED_WORK = "work of published runs"
+# The names that we give, and nothing else: a slip in --results must not cost anybody's files.
+_WORK_FILE = re.compile(rf"{WORK}/([^/]+)/(?:run\.json|plan-[0-9a-f]+-\d+\.parquet|attempt=.+)")
+_ORPHAN = re.compile(
+    rf"{PREDICTIONS}/screened_on=[0-9-]+/[^/]+-\d{{5}}\.parquet|{METRICS}/[^/]+\.parquet"
+)
+_HALF_WRITTEN = re.compile(rf"(?:(?:{PREDICTIONS}|{METRICS}|{RUNS}|{LOCKS})/(?:.*/)?)?\.tmp-[^/]+")
 
 
 def _kind(item: ObjectInfo, published: set[str], named: set[str]) -> str | None:
     """What the object is left over from; None where it is none of ours, or in use."""
     run_id = _run_of_work(item.key)
-    top = item.key.split("/")[0]
     if run_id is not None:
         return _PUBLISHED_WORK if run_id in published else "work of unfinished runs"
-    if top in (PREDICTIONS, METRICS) and item.key.endswith(".parquet"):
+    # Only beside published runs: without one, this may be no results folder at all.
+    if published and _ORPHAN.fullmatch(item.key):
         return None if item.key in named else "files of runs that were never published"
-    if top == LOCKS:
+    if re.fullmatch(rf"{LOCKS}/[^/.]+\.json", item.key):
         return "locks"
-    return "half-written files" if item.key.rpartition("/")[2].startswith(_TEMPORARY) else None
+    return "half-written files" if _HALF_WRITTEN.fullmatch(item.key) else None
 
 
 def _run_of_work(key: str) -> str | None:
-    parts = key.split("/")
-    return parts[1] if parts[0] == WORK and len(parts) > 2 else None
+    found = _WORK_FILE.fullmatch(key) or re.fullmatch(rf"{WORK}/([^/]+)/(?:.*/)?\.tmp-[^/]+", key)
+    return found and found[1]

@@ -15,6 +15,10 @@ KEPT = {
     "runs/a.json",
     "status.json",
     "notes of a user.txt",
+    "metrics/notes of a user.csv",
+    "predictions/exported.parquet",
+    "_work/a/notes of a user.txt",
+    "photos/.tmp-of-another-program",
 }
 LEFT = {
     "_work/a/run.json": "work of published runs",
@@ -26,6 +30,7 @@ LEFT = {
     "metrics/b-1.parquet": "files of runs that were never published",
     "_lock/nightly.json": "locks",
     "runs/.tmp-x": "half-written files",
+    "_work/b/.tmp-y": "work of unfinished runs",
 }
 
 
@@ -78,10 +83,20 @@ def test_a_run_is_as_old_as_its_youngest_file(tmp_path):
 
 def test_the_command_says_what_it_did(results, capfd):
     assert main(["clean", "--results", results.uri, "--older-than", "0", "--dry-run"]) == 0
-    assert "8 files, 0.0 MB, would be removed (--dry-run)" in capfd.readouterr().out
+    assert "9 files, 0.0 MB, would be removed (--dry-run)" in capfd.readouterr().out
     assert main(["clean", "--results", results.uri, "--older-than", "0"]) == 0
-    assert "work of unfinished runs: 2" in capfd.readouterr().out
+    assert "work of unfinished runs: 3" in capfd.readouterr().out
     assert main(["clean", "--results", results.uri]) == 0
     assert "nothing to sweep" in capfd.readouterr().out
     with pytest.raises(UserError, match="--older-than must not be negative"):
         clean(results.uri, older_than_days=-1)
+
+
+def test_where_no_run_was_ever_published_nothing_but_work_goes(store_uri):
+    """A slip in --results: a bucket of somebody else's, with a folder that is named alike."""
+    store = open_store(store_uri)
+    theirs = {"predictions/screened_on=2026-01-01/x-00000.parquet", "metrics/x.parquet", "a.dcm"}
+    for key in [*theirs, "_work/b/run.json"]:
+        store.write(key, b"x")
+    clean(store.uri, older_than_days=0)
+    assert keys(store) == theirs
