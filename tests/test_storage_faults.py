@@ -1,5 +1,10 @@
 """What the network does to a fetch, between the real server and our client."""
 
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from lungopacity.errors import ErrorCode, ImageError
@@ -12,6 +17,7 @@ CONTENT = bytes(range(256)) * 300
 @pytest.fixture
 def proxy(s3_server, monkeypatch):
     monkeypatch.setattr("lungopacity.storage.s3._BACKOFF_S", 0.005)
+    monkeypatch.setattr("lungopacity.storage.outage._PAUSE_S", 0.2)
     with fault_proxy(s3_server.endpoint_url) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
         yield running
@@ -56,3 +62,56 @@ def test_a_server_that_only_fails_is_unavailable(proxy, s3_uri, monkeypatch):
         store.read("a")
     assert caught.value.code is ErrorCode.UNAVAILABLE
     assert sum(proxy.gets.values()) == 2
+
+
+def server_down(proxy, seconds: float) -> threading.Timer:
+    """Nothing listens at the proxy's address for so long."""
+    proxy.choose_any = lambda method, path, asked: "reset"
+    back = threading.Timer(seconds, setattr, (proxy, "choose_any", None))
+    back.start()
+    return back
+
+
+def test_a_server_that_comes_back_within_a_minute_is_waited_for(proxy, s3_uri, monkeypatch):
+    monkeypatch.setattr("lungopacity.storage.s3._REQUEST_ATTEMPTS", 1)
+    store = open_store(s3_uri)
+    store.write("a", CONTENT)
+    server_down(proxy, 2)
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(store.read, ["a"] * 8)) == {CONTENT}
+    server_down(proxy, 1)
+    store.write("b", CONTENT)
+    assert [item.key for item in store.list("b")] == ["b"]
+
+
+def test_one_that_stays_away_is_waited_for_once_and_not_by_every_object(proxy, s3_uri, monkeypatch):
+    monkeypatch.setattr("lungopacity.storage.s3._REQUEST_ATTEMPTS", 1)
+    monkeypatch.setattr("lungopacity.storage.outage.PATIENCE_S", 1.5)
+    store = open_store(s3_uri)
+    store.write("a", CONTENT)
+    timer = server_down(proxy, 600)
+    began = time.monotonic()
+    for _ in range(20):
+        assert code_of(lambda: store.read("a")) is ErrorCode.UNAVAILABLE
+    assert 1.5 < time.monotonic() - began < 6
+    timer.cancel()
+    proxy.choose_any = None
+    assert store.read("a") == CONTENT
+    server_down(proxy, 0.5).join()
+    assert store.read("a") == CONTENT
+
+
+def test_a_server_that_never_answered_is_not_waited_for(monkeypatch, s3_server):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr("lungopacity.storage.s3._REQUEST_ATTEMPTS", 1)
+        began = time.monotonic()
+        assert code_of(lambda: open_store("s3://films").read("a")) is ErrorCode.UNAVAILABLE
+        assert time.monotonic() - began < 10
+
+
+def code_of(act) -> ErrorCode:
+    with pytest.raises(ImageError) as caught:
+        act()
+    return caught.value.code

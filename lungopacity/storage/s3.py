@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.ahead import ahead
 from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
+from lungopacity.storage.outage import patiently
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -57,6 +58,10 @@ class S3Store:
             self._client = _s3_client()
         return self._client
 
+    def _ask(self, method: str, **arguments: Any) -> Any:
+        ask = getattr(self.client, method)
+        return patiently(self.client.meta.endpoint_url, lambda: ask(**arguments))
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         with self._user_errors("listed"):
             first = self._page(self.prefix + prefix)
@@ -71,8 +76,8 @@ class S3Store:
                 yield from self._objects(page)
 
     def _page(self, prefix: str, **more: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self.client.list_objects_v2(
-            Bucket=self.bucket, Prefix=prefix, **more
+        answer: dict[str, Any] = self._ask(
+            "list_objects_v2", Bucket=self.bucket, Prefix=prefix, **more
         )
         return answer
 
@@ -123,7 +128,7 @@ class S3Store:
 
         with self._user_errors("read"):
             try:
-                found = self.client.head_object(Bucket=self.bucket, Key=self.prefix + key)
+                found = self._ask("head_object", Bucket=self.bucket, Key=self.prefix + key)
             except ClientError as error:
                 # HEAD has no body, so a missing bucket and a missing key look alike here.
                 if _status_of(error) == 404:
@@ -191,7 +196,7 @@ class S3Store:
 
         condition = {"IfMatch": f'"{etag}"'} if etag else {}
         try:
-            answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + key, **condition)
+            answer = self._ask("get_object", Bucket=self.bucket, Key=self.prefix + key, **condition)
         except ClientError as error:
             raise _image_error_of(error) from error
         except (ConnectTimeoutError, ReadTimeoutError) as error:
@@ -234,8 +239,8 @@ class S3Store:
             condition = {"IfMatch": f'"{if_match}"'}
         with self._user_errors("written"):
             try:
-                self.client.put_object(
-                    Bucket=self.bucket, Key=self.prefix + key, Body=data, **condition
+                self._ask(
+                    "put_object", Bucket=self.bucket, Key=self.prefix + key, Body=data, **condition
                 )
             except ClientError as error:
                 # 404: what was to be replaced is gone.
@@ -245,11 +250,11 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         with self._user_errors("deleted"):
-            self.client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
+            self._ask("delete_object", Bucket=self.bucket, Key=self.prefix + key)
 
     def now(self) -> datetime:
         with self._user_errors("read"):
-            answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+            answer = self._ask("list_objects_v2", Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
         told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return parsedate_to_datetime(told) if told else datetime.now(UTC)
 
