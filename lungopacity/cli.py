@@ -33,9 +33,37 @@ labels_option = click.option(
     "--labels", metavar="FILE", required=True, help="CSV or Parquet: image, label, split, …"
 )
 model_option = click.option("--model", metavar="URI", required=True, help="Model folder.")
-gpu_option = click.option(
-    "--use-gpu/--no-gpu", default=None, help="Default: GPUs where the Ray cluster has any."
-)
+
+
+def _told_limits(_context: click.Context, _option: click.Parameter, text: str | None) -> None:
+    """`CPU=80,GPU=4`, for `runtime.capacity`."""
+    from lungopacity.runtime import grows_to
+
+    try:
+        pairs = [word.split("=") for word in (text or "").split(",") if word]
+        limits = {name.strip().upper(): float(number) for name, number in pairs}
+    except ValueError:
+        limits = {"": 0.0}
+    if not set(limits) <= {"CPU", "GPU"}:
+        raise click.BadParameter(f"'{text}' is not of the form CPU=80,GPU=4")
+    grows_to(limits)
+
+
+def gpu_option(command: Any) -> Any:
+    """What a command takes of a Ray cluster."""
+    use = click.option(
+        "--use-gpu/--no-gpu", default=None, help="Default: GPUs where the Ray cluster has any."
+    )
+    grows = click.option(
+        "--grows-to",
+        metavar="CPU=N,GPU=N",
+        default=None,
+        expose_value=False,
+        callback=_told_limits,
+        help="What the Ray cluster may autoscale to. Default: what it is now.",
+    )
+    return use(grows(command))
+
 
 hmac_key_option = click.option(
     "--hmac-key", metavar="FILE", default=None, help="Key of patient_hmac and study_hmac."

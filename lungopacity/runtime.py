@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from lungopacity.errors import UserError
@@ -105,15 +105,21 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def capacity() -> dict[str, float]:
-    """What the cluster has, or where it autoscales may grow to: at least `CPU` and `GPU`."""
-    import ray
-    from ray._private.state import state
+_grows_to: dict[str, float] = {}
 
-    has: dict[str, float] = {"CPU": 0.0, "GPU": 0.0, **ray.cluster_resources()}
-    # As Ray Train and Ray Data ask for it themselves; None where nothing autoscales.
-    limits = state.get_max_resources_from_cluster_config() or {}
-    return {name: max(has.get(name, 0.0), limits.get(name, 0.0)) for name in {*has, *limits}}
+
+def grows_to(limits: Mapping[str, float]) -> None:
+    """Tell what the cluster may autoscale to, as `{"CPU": 80, "GPU": 4}`: Ray 2.60 does not."""
+    _grows_to.clear()
+    _grows_to.update(limits)
+
+
+def capacity() -> dict[str, float]:
+    """CPUs and GPUs that the cluster has, or as it was told by `grows_to`, may grow to."""
+    import ray
+
+    has = ray.cluster_resources()
+    return {name: max(has.get(name, 0.0), _grows_to.get(name, 0.0)) for name in ("CPU", "GPU")}
 
 
 def require_resources(cpus: float, gpus: float, what: str) -> None:
@@ -125,8 +131,18 @@ def require_resources(cpus: float, gpus: float, what: str) -> None:
 
     has, most = ray.cluster_resources(), capacity()
     for name, wanted, mend in (
-        ("CPU", cpus, "use fewer --workers or --model-actors, or a larger cluster"),
-        ("GPU", gpus, "use --no-gpu, fewer --workers or --model-actors, or a larger cluster"),
+        (
+            "CPU",
+            cpus,
+            "use fewer --workers or --model-actors, or a larger cluster (of one that grows, tell "
+            "--grows-to)",
+        ),
+        (
+            "GPU",
+            gpus,
+            "use --no-gpu, fewer --workers or --model-actors, or a larger cluster (of one that "
+            "grows, tell --grows-to)",
+        ),
     ):
         if wanted > most[name]:
             now = has.get(name, 0.0)

@@ -72,10 +72,11 @@ POD = fields(
     serviceAccountName=NAME,
     restartPolicy={"enum": ["Always", "OnFailure", "Never"]},
     securityContext=fields(
-        ("runAsNonRoot", "runAsUser"),
+        ("runAsNonRoot", "runAsUser", "seccompProfile"),
         runAsNonRoot={"const": True},
         runAsUser={"type": "integer", "minimum": 1},
         fsGroup=COUNT,
+        seccompProfile=fields(("type",), type={"enum": ["RuntimeDefault", "Localhost"]}),
     ),
     nodeSelector={"type": "object", "additionalProperties": STRING},
     tolerations=many(
@@ -101,6 +102,7 @@ CLUSTER_SPEC = fields(
     ("headGroupSpec",),
     rayVersion={"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
     enableInTreeAutoscaling=FLAG,
+    authOptions=fields(("mode",), mode={"enum": ["token", "disabled"]}, secretName=NAME),
     autoscalerOptions=fields(
         version={"enum": ["v1", "v2"]},
         idleTimeoutSeconds=COUNT,

@@ -100,7 +100,7 @@ class TestManifest:
         for pod in pods_of(document):
             for container in pod["containers"]:
                 assert re.search(r":\d+\.\d+\.\d+$", container["image"])
-                assert not container.get("env")
+                assert all("valueFrom" in entry for entry in container.get("env", ()))
                 assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
                 resources = container["resources"]
                 assert resources["requests"] == resources["limits"]
@@ -119,16 +119,39 @@ class TestManifest:
                 for container in group["template"]["spec"]["containers"]
             )
 
-        # Reading needs a CPU from the first moment; GPUs may be grown to.
+        # A job can begin with what is there from the first moment, and is told what may come.
         assert most("cpu", "minReplicas") >= 1
         assert cluster["enableInTreeAutoscaling"]
         words = command_of(document)
         workers = parsed(words).get("workers", 1) if words else 1
-        assert most("nvidia.com/gpu", "maxReplicas") >= workers
+        if words and words[1] != "train":
+            told = dict(re.findall(r"(CPU|GPU)=(\d+)", words[words.index("--grows-to") + 1]))
+            assert int(told["CPU"]) == most("cpu", "maxReplicas")
+            assert int(told["GPU"]) == most("nvidia.com/gpu", "maxReplicas")
+        assert most("nvidia.com/gpu", "minReplicas") >= workers
         # The head runs no task, or a night would share its memory.
         assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         for group in groups:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+    def test_keeps_the_object_store_in_memory(self, path: Path):
+        cluster = cluster_of(manifest(path.name))
+        for group in cluster["workerGroupSpecs"] if cluster else ():
+            pod = group["template"]["spec"]
+            (container,) = pod["containers"]
+            memory = int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
+            (shared,) = (v for v in pod["volumes"] if v["emptyDir"].get("medium") == "Memory")
+            assert int(shared["emptyDir"]["sizeLimit"].removesuffix("Gi")) >= 0.3 * memory
+
+    def test_asks_for_a_token(self, path: Path):
+        cluster = cluster_of(manifest(path.name))
+        if cluster is not None:
+            assert cluster["authOptions"] == {"mode": "token"}
+            return
+        (pod,) = pods_of(manifest(path.name))
+        (entry,) = pod["containers"][0]["env"]
+        name = manifest("raycluster.yaml")["metadata"]["name"]
+        assert entry["valueFrom"]["secretKeyRef"] == {"name": name, "key": "auth_token"}
 
     def test_names_volumes_that_are_there(self, path: Path):
         for pod in pods_of(manifest(path.name)):
@@ -194,6 +217,11 @@ def test_ray_up_takes_the_cluster_and_would_refuse_a_mistake():
         assert node["node_config"]["IamInstanceProfile"] == {"Name": "lungopacity-node"}
     for name in ("cpu", "gpu"):
         assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    # A group's first node is there before the first job asks what the cluster has.
+    assert types["cpu"]["min_workers"] >= 1
+    assert types["gpu"]["min_workers"] >= 1
+    commands = [line for key in prepared if key.endswith("_commands") for line in prepared[key]]
+    assert not any("pip" in line for line in commands), "Ray's own defaults install a nightly Ray"
     with pytest.raises(jsonschema.ValidationError):
         validate_config(prepare_config({**copy.deepcopy(config), "max_workerz": 3}))
 
@@ -212,6 +240,10 @@ def test_the_image_is_pinned_small_and_not_root():
     assert words.index(["USER", "1000"]) > last
     assert not any(line[0] in ("ADD", "ENTRYPOINT", "ARG") for line in words)
     assert RESEARCH in text
+    # What `ray up` does in the container, and KubeRay's probes.
+    assert {"openssh-client", "rsync", "wget"} <= {word for line in words for word in line}
+    assert "/etc/profile.d/" in text
+    assert {"HOME=/home/ray", "RAY_AUTH_MODE=token"} <= {word for line in words for word in line}
     copied = [line for line in words if line[0] == "COPY" and "--from=build" not in line]
     sources = [word for line in copied for word in line[1:-1] if not word.startswith("--")]
     allowed = (ROOT / ".dockerignore").read_text().splitlines()

@@ -9,23 +9,20 @@ import json
 import subprocess
 import sys
 
+from lungopacity.cli import main
+from lungopacity.runtime import grows_to
+
 SCRIPT = """
 import json, logging, sys
 from dataclasses import asdict
 import ray
 from lungopacity.errors import UserError
-from lungopacity.runtime import resolve_gpu
+from lungopacity.runtime import grows_to, resolve_gpu
 from lungopacity.screening.pipeline import ScoringResources
 told = json.loads(sys.argv[1])
 ray.init(address="local", num_cpus=told["cpus"], num_gpus=told["gpus"], include_dashboard=False,
          log_to_driver=False, logging_level=logging.ERROR)
-if told.get("grows"):
-    # What the autoscaler's monitor reports of its configuration.
-    from ray._private.worker import global_worker
-    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
-    group = NodeGroupConfig(name="gpu", resources={"CPU": 4, "GPU": 1}, max_count=3)
-    config = ClusterConfig(node_group_configs=[group])
-    global_worker.gcs_client.report_cluster_config(config.SerializeToString())
+grows_to(told["grows"])
 for case in told["cases"]:
     try:
         use_gpu = resolve_gpu(case.pop("use_gpu", None))
@@ -35,8 +32,8 @@ for case in told["cases"]:
 """
 
 
-def asked(cpus: int, gpus: int, *cases: dict, grows: bool = False) -> list[dict]:
-    told = {"cpus": cpus, "gpus": gpus, "cases": cases, "grows": grows}
+def asked(cpus: int, gpus: int, *cases: dict, grows: dict | None = None) -> list[dict]:
+    told = {"cpus": cpus, "gpus": gpus, "cases": cases, "grows": grows or {}}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(told)],
         capture_output=True,
@@ -80,7 +77,19 @@ def test_one_gpu_or_many_whole_or_in_shares():
 
 
 def test_what_the_cluster_may_grow_to_counts_and_more_is_refused():
-    fits, three, four = asked(2, 0, {}, {"model_actors": 3}, {"model_actors": 4}, grows=True)
+    fits, three, four = asked(
+        2, 0, {}, {"model_actors": 3}, {"model_actors": 4}, grows={"CPU": 14, "GPU": 3}
+    )
     assert (fits["max_actors"], fits["actor_gpus"]) == (3, 1.0)
     assert three["max_actors"] == 3
     assert "needs 4 GPUs, the Ray cluster has 0 and may grow to 3;" in four["error"]
+
+
+def test_what_the_cluster_may_grow_to_is_told_as_an_option(capfd):
+    arguments = ["evaluate", "--model", "m", "--images", "i", "--labels", "l", "--output", "o"]
+    for wrong in ("GPU", "GPU=many", "TPU=1", "4"):
+        assert main([*arguments, "--grows-to", wrong]) == 2
+        assert "is not of the form CPU=80,GPU=4" in capfd.readouterr().err
+    assert main([*arguments, "--grows-to", "cpu=80,GPU=4"]) == 2
+    assert "no model folder there" in capfd.readouterr().err
+    grows_to({})
