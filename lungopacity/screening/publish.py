@@ -175,6 +175,9 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
             for item in results.list(f"{plan.work}attempt=")
             if item.key.endswith(".parquet")
         ]
+        # After the listing: whoever publishes removes the parts, and they would seem to be lost.
+        if read_run(results, plan.start.run_id) is not None:
+            raise published_meanwhile(plan.start.run_id)
         parts = folder / "parts"
         parts.mkdir()
         try:
