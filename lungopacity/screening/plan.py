@@ -66,8 +66,8 @@ class Plan:
 
 
 def new_run_id(model_id: str) -> str:
-    """Sorts by time; two runs never share one."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model_id[:8]}-{uuid.uuid4().hex[:4]}"
+    """Sorts by time. 32 random bits keep apart the runs that start in one second."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model_id[:8]}-{uuid.uuid4().hex[:8]}"
 
 
 def make_plan(
