@@ -9,6 +9,7 @@ import platform
 import sys
 import tempfile
 import time
+import traceback
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -43,11 +44,12 @@ TAIL = """
   writes and deletions also done with the answer lost. A listing is not flipped: S3 gives it no
   checksum.
 """
+FAILED = "**failed**"
 
 
 def line(name: str, outcomes: list[Outcome] | str) -> str:
     if isinstance(outcomes, str):
-        return f"| {name} | not tried: {outcomes} | | | | | | | | |\n"
+        return f"| {name} | {outcomes} | | | | | | | | |\n"
     sums = [
         sum(getattr(outcome, what) for outcome in outcomes)
         for what in ("expected", "lost", "twice", "finished", "refetched", "parts_seen", "left")
@@ -57,6 +59,8 @@ def line(name: str, outcomes: list[Outcome] | str) -> str:
 
 
 def tried(place: Scene, name: str) -> list[Outcome] | str:
+    """What came of each trial, or why there is none; what a trial fails by ends that fault alone:
+    the others take twenty minutes."""
     strike, times = FAULTS[name]
     outcomes = []
     seeded = "seed" in inspect.signature(strike).parameters
@@ -65,7 +69,10 @@ def tried(place: Scene, name: str) -> list[Outcome] | str:
         try:
             outcome = strike(place, seed=trial) if seeded else strike(place)  # type: ignore[call-arg]
         except NotPossibleHereError as reason:
-            return str(reason)
+            return f"not tried: {reason}"
+        except Exception as error:
+            traceback.print_exc()
+            return f"{FAILED} in trial {trial + 1}: {type(error).__name__}"
         print(f"{name} ({trial + 1} of {times}), {time.monotonic() - began:.0f} s: {outcome}",
               flush=True)  # fmt: skip
         outcomes.append(outcome)
@@ -96,10 +103,10 @@ def main() -> int:
         options.table.write_text(document)
     print(document)
     sound = all(
-        outcome.sound
+        not outcomes.startswith(FAILED)
+        if isinstance(outcomes, str)
+        else all(outcome.sound for outcome in outcomes)
         for outcomes in found.values()
-        if not isinstance(outcomes, str)
-        for outcome in outcomes
     )
     return 0 if sound else 1
 
