@@ -1,6 +1,9 @@
 """What the network does to a fetch, between the real server and our client."""
 
+import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +102,30 @@ def test_one_that_stays_away_is_waited_for_once_and_not_by_every_object(proxy, s
     assert store.read("a") == CONTENT
     server_down(proxy, 0.5).join()
     assert store.read("a") == CONTENT
+
+
+IN_ANOTHER_PROCESS = """
+import pickle, sys
+from lungopacity.storage import s3
+s3._REQUEST_ATTEMPTS = 1
+print(pickle.load(sys.stdin.buffer).read("a").decode())
+"""
+
+
+def test_a_process_that_begins_in_an_outage_waits_as_the_one_that_sent_it_would(
+    proxy, s3_uri, monkeypatch
+):
+    monkeypatch.setattr("lungopacity.storage.s3._REQUEST_ATTEMPTS", 1)
+    store = open_store(s3_uri)
+    store.write("a", b"here")
+    sent = pickle.dumps(store)
+    timer = server_down(proxy, 5)
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS], input=sent, capture_output=True, timeout=60
+    )
+    timer.join()
+    assert done.stdout == b"here\n", done.stderr
+    assert b"cannot be reached; waiting for it" in done.stderr
 
 
 def test_a_server_that_never_answered_is_not_waited_for(monkeypatch, s3_server):

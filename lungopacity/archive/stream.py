@@ -44,12 +44,12 @@ def stream_images(
 
     quiet_ray_data()
     ray.data.DataContext.get_current().target_max_block_size = _BLOCK_BYTES
-    shared = ray.put(wanted)
+    shared, store = ray.put(wanted), open_store(uri)
 
     def read(objects: pa.Table) -> Iterator[pa.Table]:
         names = ray.get(shared)
         figures = ReadFigures()
-        for table in read_images(open_store(uri), objects, settings, wanted=names, figures=figures):
+        for table in read_images(store, objects, settings, wanted=names, figures=figures):
             yield table
             for name, value in figures.taken().items():
                 observe.count(name, value)

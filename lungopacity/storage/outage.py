@@ -2,7 +2,9 @@
 
 botocore's own attempts are over in seconds, and a thousand images would fail for the half minute
 that a server takes to come back. A server that has never answered gets no patience: most likely its
-address is wrong. One that stays away gets it once, or every object would wait anew.
+address is wrong. One that stays away gets it once, or every object would wait anew. A store that
+travels to another process takes along which servers have answered, for that process may begin in
+the middle of an outage.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,17 @@ T = TypeVar("T")
 
 _silent_since: dict[str, float | None] = {}
 """By endpoint, once it has answered: since when it does not; None while it does."""
+
+
+def answered() -> tuple[str, ...]:
+    """The endpoints that have answered this process, or the one that a store came from."""
+    return tuple(_silent_since)
+
+
+def trust(endpoints: Iterable[str]) -> None:
+    """These have answered elsewhere: they get patience from the first request on."""
+    for endpoint in endpoints:
+        _silent_since.setdefault(endpoint, None)
 
 
 def patiently(endpoint: str, request: Callable[[], T]) -> T:

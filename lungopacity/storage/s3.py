@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.ahead import ahead
 from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
-from lungopacity.storage.outage import patiently
+from lungopacity.storage.outage import answered, patiently, trust
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -50,7 +50,11 @@ class S3Store:
         self._client: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None}
+        return {**self.__dict__, "_client": None, "_answered": answered()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        trust(state.pop("_answered"))
+        self.__dict__.update(state)
 
     @property
     def client(self) -> Any:
