@@ -157,7 +157,8 @@ def choose(
     with workbench() as (connection, _):
         connection.execute(f"CREATE VIEW listed AS SELECT * FROM read_parquet({quoted(listed)})")
         ((twice,),) = connection.execute(
-            "SELECT count(*) FROM (SELECT 1 FROM listed GROUP BY image HAVING count(*) > 1)"
+            "SELECT count(*) FROM "
+            "(SELECT 1 FROM listed GROUP BY md5_number(image) HAVING count(*) > 1)"
         ).fetchall()
         if twice:
             raise UserError(f"the inventory names {twice} objects more than once; take it again")
