@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lungopacity.errors import UserError
+    from lungopacity.evaluation.compare import compare
     from lungopacity.evaluation.evaluate import EvaluationResult, evaluate
     from lungopacity.results.query import query, runs
     from lungopacity.screening.nightly import Night, nightly
     from lungopacity.screening.retry import retry
     from lungopacity.screening.screen import ScreeningResult, screen
+    from lungopacity.training.ensemble import ensemble
     from lungopacity.training.fit import TrainingResult
     from lungopacity.training.train import train
 
@@ -24,6 +26,8 @@ __all__ = [
     "ScreeningResult",
     "TrainingResult",
     "UserError",
+    "compare",
+    "ensemble",
     "evaluate",
     "nightly",
     "query",
@@ -40,6 +44,8 @@ _HOME = {
     "ScreeningResult": "screening.screen",
     "TrainingResult": "training.fit",
     "UserError": "errors",
+    "compare": "evaluation.compare",
+    "ensemble": "training.ensemble",
     "evaluate": "evaluation.evaluate",
     "nightly": "screening.nightly",
     "query": "results.query",

@@ -117,7 +117,15 @@ def cli(log_format: str) -> None:
 @images_option
 @labels_option
 @click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
-@click.option("--model", default="classical-cnn", show_default=True, help="Network.")
+@click.option(
+    "--model", default="classical-cnn", show_default=True, help="See `lungopacity models`."
+)
+@click.option(
+    "--weights",
+    metavar="none|imagenet|FILE",
+    default=None,
+    help="First weights. Default: imagenet where they are installed, else none.",
+)
 @click.option(
     "--classes",
     default="Normal,Lung_Opacity",
@@ -133,6 +141,14 @@ def cli(log_format: str) -> None:
 @click.option("--epochs", type=int, default=None)
 @click.option("--batch-size", type=int, default=None, help="Over all workers together.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Ray Train workers.")
+@click.option(
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=lambda _context, _option, words: _pairs(words),
+    help="Any other setting of the recipe, as learning_rate=0.001; `lungopacity models NAME`.",
+)
 @rule_options
 @gpu_option
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -153,6 +169,34 @@ def train(classes: str, **options: Any) -> int:
         f"{kept['validation_loss']:.4f}, accuracy {kept['validation_accuracy']:.4f}"
     )
     click.echo(NOTICE)
+    return 0
+
+
+@cli.command(epilog=_EPILOG)
+@click.option(
+    "--model", "members", metavar="URI", multiple=True, required=True, help="Two or more folders."
+)
+@click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
+def ensemble(members: Sequence[str], output: str) -> int:
+    """Make one model of several that learnt from the same films; their logits are averaged."""
+    from lungopacity.training.ensemble import ensemble as run
+
+    model = run(members, output)
+    click.echo(
+        f"model {model.model_id} in {output}: {len(members)} members, on validation accuracy "
+        f"{model.spec.metrics['accuracy']:.4f}, AUC {model.spec.metrics['auc']:.4f}"
+    )
+    click.echo(NOTICE)
+    return 0
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("name", required=False)
+def models(name: str | None) -> int:
+    """List the networks, or the settings that NAME is trained with and what each does."""
+    from lungopacity.training.catalogue import networks_table, recipe_table
+
+    click.echo(networks_table() if name is None else recipe_table(name))
     return 0
 
 
@@ -408,6 +452,15 @@ def plan(sizes: list[int], as_json: bool) -> int:
     costs = plan_costs(sizes)
     click.echo(json.dumps([vars(cost) for cost in costs]) if as_json else table(costs))
     return 0
+
+
+def _pairs(words: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE` words as a mapping."""
+    pairs = [word.partition("=") for word in words]
+    for name, sign, _ in pairs:
+        if not name or not sign:
+            raise click.BadParameter(f"'{name}' is not of the form NAME=VALUE")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _numbers(text: str) -> list[int]:

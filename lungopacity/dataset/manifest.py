@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import pandas as pd
 
@@ -68,21 +68,26 @@ def read_labels(uri: str) -> pd.DataFrame:
     return frame[["image", "label", "split", "patient_id", *FACT_COLUMNS]]
 
 
-def select_classes(labels: pd.DataFrame, class_names: Sequence[str], uri: str) -> pd.DataFrame:
-    """The rows of these classes alone. Raises `UserError` for a class without an image."""
+def select_classes(labels: pd.DataFrame, label_map: Mapping[str, str], uri: str) -> pd.DataFrame:
+    """The rows whose label has a class, with the class for a label.
+
+    label_map: label to class. Raises `UserError` for a class without an image.
+    """
     counts = labels["label"].value_counts()
-    for name in class_names:
-        if name not in counts:
+    for name in dict.fromkeys(label_map.values()):
+        sources = [label for label, its in label_map.items() if its == name]
+        if not set(sources) & set(counts.index):
+            merged = "" if sources == [name] else f" ({' + '.join(sources)})"
             raise UserError(
-                f"{uri}: no image of class '{name}'; the labels have "
+                f"{uri}: no image of class '{name}'{merged}; the labels have "
                 + ", ".join(f"{label} ({count})" for label, count in counts.items())
                 + " (choose with --classes)"
             )
-    chosen = labels[labels["label"].isin(list(class_names))].reset_index(drop=True)
+    chosen = labels[labels["label"].isin(list(label_map))].reset_index(drop=True)
     if len(chosen) < len(labels):
-        others = ", ".join(f"{k} ({v})" for k, v in counts.items() if k not in class_names)
-        log.info("left out, not among --classes: %s", others)
-    return chosen
+        others = ", ".join(f"{k} ({v})" for k, v in counts.items() if k not in label_map)
+        log.info("left out, of no class: %s", others)
+    return chosen.assign(label=chosen["label"].map(dict(label_map)))
 
 
 def assign_splits(labels: pd.DataFrame, uri: str, seed: int) -> pd.DataFrame:

@@ -120,7 +120,7 @@ def evaluate(
     accepted, rejecting = rules_from(accept, reject_quality)
     trained = load_model(model)
     spec = trained.spec
-    frame = select_classes(read_labels(labels), spec.class_names, labels)
+    frame = select_classes(read_labels(labels), spec.class_of_label, labels)
     given = frame["split"].notna().all() and split != "validation"
     if split != "all" and not given:
         seed = int(spec.training.get("settings", {}).get("seed", 0))
@@ -231,12 +231,11 @@ def _write_figures(
     result: EvaluationResult,
     data: LabelledPixels,
     exact_NK: npt.NDArray[np.float64],
-    history_parquet: bytes,
+    history_parquet: bytes | None,
 ) -> None:
     labels_N, names = data.labels_N, result.class_names
     note = "synthetic" if result.synthetic else ""
     title = f"{result.model_id} · {result.split} · n = {result.images}"
-    history = pd.read_parquet(io.BytesIO(history_parquet))
     matrix = confusion_matrix(labels_N, exact_NK.argmax(axis=1), len(names))
     figures = {
         "confusion_matrix.png": plots.confusion_matrix_figure(matrix, names, title, note=note),
@@ -245,8 +244,12 @@ def _write_figures(
             labels_N, exact_NK, names, title, note=note
         ),
         "reliability.png": plots.reliability_figure(labels_N, exact_NK, names, title, note=note),
-        "history.png": plots.history_figure(history, f"{result.model_id} · training", note=note),
     }
+    if history_parquet is not None:
+        history = pd.read_parquet(io.BytesIO(history_parquet))
+        figures["history.png"] = plots.history_figure(
+            history, f"{result.model_id} · training", note=note
+        )
     for name, figure in figures.items():
         store.write(name, plots.figure_png(figure))
 

@@ -7,21 +7,33 @@ from lungopacity.models.folder import (
     is_model,
     load_model,
     read_history,
+    read_validation,
     save_model,
     weights_of,
 )
-from lungopacity.models.networks import NETWORK_NAMES, build_network, check_network
+from lungopacity.models.networks import (
+    ENSEMBLE,
+    NETWORK_NAMES,
+    NetworkCard,
+    build_network,
+    check_network,
+    network_card,
+)
 
 __all__ = [
+    "ENSEMBLE",
     "NETWORK_NAMES",
     "ModelSpec",
+    "NetworkCard",
     "OperatingPoint",
     "TrainedModel",
     "build_network",
     "check_network",
     "is_model",
     "load_model",
+    "network_card",
     "read_history",
+    "read_validation",
     "save_model",
     "weights_of",
 ]

@@ -3,7 +3,9 @@
 model.safetensors          the weights, no pickle
 model.json                 everything else that decides a score, and what the model earned
 distribution.safetensors   where the training films lie in the model's feature space
-history.parquet            loss and accuracy by epoch
+history.parquet            loss and accuracy by epoch; an ensemble has none
+validation.parquet         what the kept weights say of each validation film, for thresholds and
+                           ensembles: content_sha256, label, and a raw logit a class
 SHA256SUMS                 of the files above, written last: a folder without it is unfinished.
                            `sha256sum -c SHA256SUMS` checks it, and so does every load.
 """
@@ -12,12 +14,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from lungopacity.errors import NOTICE, ImageError, UserError
-from lungopacity.models.distribution import TrainingDistribution
+from lungopacity.models.distribution import (
+    JointDistribution,
+    TrainingDistribution,
+    distribution_of_bytes,
+)
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import Store, open_store
 
@@ -28,9 +39,10 @@ WEIGHTS_FILE = "model.safetensors"
 SPEC_FILE = "model.json"
 DISTRIBUTION_FILE = "distribution.safetensors"
 HISTORY_FILE = "history.parquet"
+VALIDATION_FILE = "validation.parquet"
 SUMS_FILE = "SHA256SUMS"
-FORMAT_VERSION = 2
-"""1 had no distribution; such folders are still read."""
+FORMAT_VERSION = 3
+"""1 had no distribution, 2 no validation.parquet and no label map; such folders are still read."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ class ModelSpec:
     """The class whose probability the operating point judges."""
     preprocessing: Preprocessing
     operating_point: OperatingPoint
+    label_map: Mapping[str, str] = field(default_factory=dict)
+    """Label to class, where labels were merged or renamed."""
     temperature: float = 1.0
     """Logits are divided by it before the softmax (Guo et al. 2017)."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -94,6 +108,11 @@ class ModelSpec:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
 
     @property
+    def class_of_label(self) -> dict[str, str]:
+        """Of every label that means a class: its own name, and those that were merged into it."""
+        return {name: name for name in self.class_names} | dict(self.label_map)
+
+    @property
     def positive_index(self) -> int:
         return self.class_names.index(self.positive_class)
 
@@ -106,7 +125,7 @@ class TrainedModel:
     weights: bytes
     """The safetensors file."""
     distribution: bytes | None = None
-    """Of `TrainingDistribution`, another."""
+    """Of `TrainingDistribution`, or of an ensemble's `JointDistribution`, another."""
 
     @property
     def model_id(self) -> str:
@@ -124,11 +143,11 @@ class TrainedModel:
             decides["distribution_sha256"] = _sha256(self.distribution)
         return _sha256(json.dumps(decides, sort_keys=True).encode())[:16]
 
-    def training_distribution(self) -> TrainingDistribution | None:
+    def training_distribution(self) -> TrainingDistribution | JointDistribution | None:
         """Where the training films lie; None for a folder of format 1."""
         if self.distribution is None:
             return None
-        return TrainingDistribution.from_bytes(self.distribution)
+        return distribution_of_bytes(self.distribution)
 
     def network(self) -> torch.nn.Module:
         """The network with its weights, in evaluation mode, on the CPU."""
@@ -151,7 +170,12 @@ def weights_of(network: torch.nn.Module) -> bytes:
     return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
 
 
-def save_model(uri: str, model: TrainedModel, history_parquet: bytes) -> None:
+def save_model(
+    uri: str,
+    model: TrainedModel,
+    history_parquet: bytes | None = None,
+    validation_parquet: bytes | None = None,
+) -> None:
     """Write a model folder; `SHA256SUMS` last, so that an interrupted write is no model."""
     store = open_store(uri)
     document = {
@@ -163,14 +187,33 @@ def save_model(uri: str, model: TrainedModel, history_parquet: bytes) -> None:
     files = {
         WEIGHTS_FILE: model.weights,
         SPEC_FILE: json.dumps(document, indent=2, sort_keys=True).encode() + b"\n",
-        HISTORY_FILE: history_parquet,
     }
-    if model.distribution is not None:
-        files[DISTRIBUTION_FILE] = model.distribution
+    more = {
+        DISTRIBUTION_FILE: model.distribution,
+        HISTORY_FILE: history_parquet,
+        VALIDATION_FILE: validation_parquet,
+    }
+    files |= {name: data for name, data in more.items() if data is not None}
     for name, data in files.items():
         store.write(name, data)
     sums = "".join(f"{_sha256(data)}  {name}\n" for name, data in files.items())
     store.write(SUMS_FILE, sums.encode())
+
+
+def validation_parquet(
+    digests: Sequence[str],
+    labels: Sequence[str],
+    logits_VK: npt.NDArray[np.float32],
+    class_names: Sequence[str],
+) -> bytes:
+    """The file `validation.parquet`: digests of the films' files, their classes, and raw logits."""
+    columns = {"content_sha256": pa.array(digests, pa.string()), "label": pa.array(labels)}
+    for index, name in enumerate(class_names):
+        columns[f"logit_{name}"] = pa.array(logits_VK[:, index], pa.float32())
+    sink = pa.BufferOutputStream()
+    table = pa.table(columns).replace_schema_metadata({"notice": NOTICE})
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def is_model(uri: str) -> bool:
@@ -191,7 +234,8 @@ def load_model(uri: str) -> TrainedModel:
             f"{uri}: model format {document['format_version']} is newer than {FORMAT_VERSION}, "
             "the newest that this lungopacity reads; upgrade it"
         )
-    known = {name: document[name] for name in ModelSpec.__dataclass_fields__}
+    # What older folders lack has a default.
+    known = {name: document[name] for name in ModelSpec.__dataclass_fields__ if name in document}
     spec = ModelSpec(
         **{
             **known,
@@ -209,9 +253,18 @@ def load_model(uri: str) -> TrainedModel:
     return model
 
 
-def read_history(uri: str) -> bytes:
-    """The folder's `history.parquet`, verified."""
-    return _verified_files(open_store(uri), uri)[HISTORY_FILE]
+def read_history(uri: str) -> bytes | None:
+    """The folder's `history.parquet`, verified; None for an ensemble."""
+    return _verified_files(open_store(uri), uri).get(HISTORY_FILE)
+
+
+def read_validation(uri: str) -> bytes:
+    """The folder's `validation.parquet`, verified. Raises `UserError` where an older lungopacity
+    wrote the folder."""
+    found = _verified_files(open_store(uri), uri).get(VALIDATION_FILE)
+    if found is None:
+        raise UserError(f"{uri}: has no {VALIDATION_FILE} (an older folder); train it again")
+    return found
 
 
 def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
@@ -226,8 +279,8 @@ def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
     try:
         lines = store.read(SUMS_FILE).decode("ascii").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        names = [WEIGHTS_FILE, SPEC_FILE, HISTORY_FILE]
-        names += [DISTRIBUTION_FILE] if DISTRIBUTION_FILE in sums else []
+        optional = {DISTRIBUTION_FILE, HISTORY_FILE, VALIDATION_FILE} & set(sums)
+        names = [WEIGHTS_FILE, SPEC_FILE, *sorted(optional)]
         files = {name: store.read(name) for name in names if sums[name]}
     except ImageError as error:
         raise UserError(f"{uri}: cannot be read whole ({error.message}); restore it") from error

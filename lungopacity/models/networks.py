@@ -1,18 +1,38 @@
-"""The networks by name. Every network takes x_B1HW, float32, normalised, and returns logits_BK."""
+"""The networks by name. Every network takes x_B1HW, float32, normalised, and returns logits_BK.
+
+Importing this module does not import torch: `lungopacity models` and `--help` answer at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lungopacity.errors import UserError
+from lungopacity.radiograph import Preprocessing
 
 if TYPE_CHECKING:
     import torch
 
+TORCHVISION = "torchvision:"
+"""Begins the name of any other classifier of torchvision, as torchvision:convnext_tiny."""
+
+ENSEMBLE = "ensemble"
+"""Of trained networks: made by `lungopacity ensemble`, and never trained itself."""
+
+IMAGENET_GREY = {"mean": 0.449, "std": 0.226}
+"""What networks of ImageNet expect: the means over red, green and blue of its usual figures."""
+
 
 class Network(Protocol):
-    """What every network offers: `forward` is `classify` of `describe`."""
+    """What every network offers: `forward` is `classify` of `describe`.
+
+    Its last layer, and nothing else, is named `head`: a model of other classes leaves that out.
+    `settings`: the dataclass that builds it again.
+    """
+
+    settings: Any
 
     def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
         """features_BF: what the last layers decide on, and what else tells films from other
@@ -24,23 +44,142 @@ class Network(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class NetworkCard:
+    """What there is to know of a network before it is built."""
+
+    name: str
+    source: str
+    """The paper."""
+    image_size: int
+    """Side of the input that it was made for, in pixels."""
+    build: Callable[[int, Mapping[str, Any]], torch.nn.Module]
+    """Of the number of classes and its settings; fresh weights."""
+    backbone: str | None = None
+    """torchvision's or timm's name of it; None for networks that are written here."""
+    weights: str | None = None
+    """Where its ImageNet weights come from: `installed`, `download`, or None: there are none."""
+    fixed_size: bool = False
+    """It takes inputs of one size alone, and has it among its settings."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The recipe's, unless the user gives another size."""
+        grey = {} if self.backbone is None else IMAGENET_GREY
+        return Preprocessing(image_size=self.image_size, **grey)
+
+
 def _classical_cnn(classes: int, settings: Mapping[str, Any]) -> torch.nn.Module:
     from lungopacity.models.classical_cnn import ClassicalCNN, ClassicalCNNSettings
 
     return ClassicalCNN(classes, ClassicalCNNSettings(**settings))
 
 
-_BUILDERS: dict[str, Callable[[int, Mapping[str, Any]], torch.nn.Module]] = {
-    "classical-cnn": _classical_cnn,
+def _cov_net(classes: int, settings: Mapping[str, Any]) -> torch.nn.Module:
+    from lungopacity.models.cov_net import CovNet, CovNetSettings
+
+    return CovNet(classes, CovNetSettings(**settings))
+
+
+def _ensemble(classes: int, settings: Mapping[str, Any]) -> torch.nn.Module:
+    from lungopacity.models.ensemble import Ensemble, EnsembleSettings
+
+    return Ensemble(classes, EnsembleSettings(**settings))
+
+
+def _torchvision(backbone: str) -> Callable[[int, Mapping[str, Any]], torch.nn.Module]:
+    def build(classes: int, settings: Mapping[str, Any]) -> torch.nn.Module:
+        from lungopacity.models.published import PublishedNetwork, PublishedSettings
+
+        return PublishedNetwork.of_torchvision(backbone, classes, PublishedSettings(**settings))
+
+    return build
+
+
+def _timm(backbone: str) -> Callable[[int, Mapping[str, Any]], torch.nn.Module]:
+    def build(classes: int, settings: Mapping[str, Any]) -> torch.nn.Module:
+        from lungopacity.models.published import PublishedNetwork, PublishedSettings
+
+        return PublishedNetwork.of_timm(backbone, classes, PublishedSettings(**settings))
+
+    return build
+
+
+def _efficientnet_lite(number: int, image_size: int) -> NetworkCard:
+    name, backbone = f"efficientnet-lite{number}", f"tf_efficientnet_lite{number}"
+    source = "Tan & Le 2019, arXiv:1905.11946; Lite: Liu 2020, TensorFlow blog, 16 March"
+    return NetworkCard(name, source, image_size, _timm(backbone), backbone, "installed")
+
+
+_CARDS = {
+    card.name: card
+    for card in (
+        NetworkCard(
+            "classical-cnn", "LeCun et al. 1998, Proc. IEEE 86(11); the paper", 160, _classical_cnn
+        ),
+        NetworkCard(
+            "alexnet",
+            "Krizhevsky 2014, arXiv:1404.5997; Senan et al. 2021",
+            224,
+            _torchvision("alexnet"),
+            "alexnet",
+            "download",
+        ),
+        NetworkCard(
+            "resnet-50",
+            "He et al. 2016, arXiv:1512.03385; Senan et al. 2021",
+            224,
+            _torchvision("resnet50"),
+            "resnet50",
+            "download",
+        ),
+        NetworkCard("cov-net", "Li et al. 2022, doi:10.1016/j.eswa.2022.118029", 224, _cov_net),
+        NetworkCard(
+            "densenet-121",
+            "Huang et al. 2017, arXiv:1608.06993; CheXNet: Rajpurkar et al. 2017, arXiv:1711.05225",
+            224,
+            _torchvision("densenet121"),
+            "densenet121",
+            "download",
+        ),
+        _efficientnet_lite(0, 224),
+        _efficientnet_lite(1, 240),
+        _efficientnet_lite(2, 260),
+    )
 }
 
-NETWORK_NAMES = tuple(_BUILDERS)
+NETWORK_NAMES = tuple(_CARDS)
+
+
+def network_card(name: str) -> NetworkCard:
+    """Of a name in `NETWORK_NAMES`, or of torchvision:NAME. Raises `UserError` for another."""
+    if name in _CARDS:
+        return _CARDS[name]
+    known = f"known: {', '.join(NETWORK_NAMES)}, and {TORCHVISION}NAME"
+    if not name.startswith(TORCHVISION):
+        raise UserError(f"unknown model '{name}'; {known}")
+    from torchvision import models
+
+    backbone = name.removeprefix(TORCHVISION)
+    if backbone not in models.list_models(module=models):
+        raise UserError(f"unknown model '{name}': torchvision has no classifier of that name")
+    weights = models.get_model_weights(backbone).DEFAULT
+    smallest = min(weights.meta["min_size"])
+    return NetworkCard(
+        name,
+        "torchvision",
+        max(224, smallest),
+        _torchvision(backbone),
+        backbone,
+        "download",
+        # Of the transformers, those whose positions or windows are counted out beforehand.
+        fixed_size=backbone.startswith(("vit_", "maxvit")),
+    )
 
 
 def check_network(name: str) -> None:
-    """Raises `UserError` for a name that is not in `NETWORK_NAMES`."""
-    if name not in _BUILDERS:
-        raise UserError(f"unknown model '{name}'; known: {', '.join(NETWORK_NAMES)}")
+    """Raises `UserError` for a name that `network_card` does not know."""
+    network_card(name)
 
 
 def build_network(
@@ -50,5 +189,8 @@ def build_network(
 
     Raises `UserError` for an unknown name, `ValueError` for wrong settings.
     """
-    check_network(name)
-    return _BUILDERS[name](classes, settings or {})
+    build = _ensemble if name == ENSEMBLE else network_card(name).build
+    try:
+        return build(classes, settings or {})
+    except TypeError as error:
+        raise ValueError(f"settings of {name}: {error}") from error

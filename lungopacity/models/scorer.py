@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.models.folder import TrainedModel
+from lungopacity.models.networks import ENSEMBLE
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Scores:
     """Raw, before temperature."""
     features_NF: npt.NDArray[np.float32]
     """What the logits were decided on."""
+    disagreement_N: npt.NDArray[np.float32] | None = None
+    """Of an ensemble: the standard deviation over its members of the positive class's probability,
+    0 … 0.5."""
 
 
 class Scorer:
@@ -32,8 +36,12 @@ class Scorer:
             torch.set_num_threads(threads)
         self.model = model
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        network = model.network().to(self.device)
+        network = model.network()
+        if hasattr(network, "fused"):
+            network = network.fused()  # type: ignore[operator]
+        network = network.to(self.device)
         self.network: Any = network.to(memory_format=torch.channels_last)
+        self.is_ensemble = model.spec.architecture == ENSEMBLE
         self.distribution = model.training_distribution()
 
     def scores(self, pixels_NHW: npt.NDArray[np.uint8], batch_size: int = 64) -> Scores:
@@ -49,16 +57,26 @@ class Scorer:
         classes = len(self.model.spec.class_names)
         assert pixels_NHW.shape[1:] == (size, size), pixels_NHW.shape
         logits, features = [np.empty((0, classes), np.float32)], []
+        disagreement = [np.empty(0, np.float32)]
         with torch.inference_mode():
             for start in range(0, len(pixels_NHW), batch_size):
                 batch_BHW = torch.from_numpy(pixels_NHW[start : start + batch_size])
                 x_B1HW = normalise(batch_BHW.to(self.device), self.model.spec.preprocessing)
                 features_BF = self.network.describe(x_B1HW)
-                logits.append(self.network.classify(features_BF).float().cpu().numpy())
+                if self.is_ensemble:
+                    logits_MBK = self.network.member_logits(features_BF).float()
+                    logits_BK = logits_MBK.mean(dim=0)
+                    positive_MB = logits_MBK.softmax(dim=2)[:, :, self.model.spec.positive_index]
+                    disagreement.append(positive_MB.std(dim=0, correction=0).cpu().numpy())
+                else:
+                    logits_BK = self.network.classify(features_BF).float()
+                logits.append(logits_BK.cpu().numpy())
                 features.append(features_BF.float().cpu().numpy())
         width = features[0].shape[1] if features else 0
         return Scores(
-            np.concatenate(logits), np.concatenate([np.empty((0, width), np.float32), *features])
+            np.concatenate(logits),
+            np.concatenate([np.empty((0, width), np.float32), *features]),
+            np.concatenate(disagreement) if self.is_ensemble else None,
         )
 
     def logits(

@@ -101,7 +101,7 @@ def class_column(prefix: str, class_name: str) -> str:
 
 
 def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
-    """Probabilities, logits, label and decision of a model with these classes.
+    """What a model with these classes says of a film.
 
     Raises `ValueError` where two class names give the same column.
     """
@@ -113,6 +113,7 @@ def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
         *(pa.field(class_column("logit", name), pa.float32()) for name in class_names),
         pa.field("predicted_label", pa.string()),
         pa.field("decision", pa.string()),
+        pa.field("ensemble_disagreement", pa.float32()),
         pa.field("out_of_distribution_score", pa.float32()),
         pa.field(f"quality_{OUT_OF_DISTRIBUTION}", pa.bool_()),
     ]

@@ -79,19 +79,19 @@ def label_metrics(predictions: Any, spec: ModelSpec, labels: pd.DataFrame) -> li
     and age where the header is silent.
     """
     columns = [class_column("p", name) for name in spec.class_names]
-    classes = ", ".join(quoted(name) for name in spec.class_names)
+    known = ", ".join(quoted(label) for label in spec.class_of_label)
     rows = predictions.query(
         "predictions",
         f"SELECT coalesce(member, image) AS name, label, {', '.join(columns)}, "
-        f"{', '.join(FACT_COLUMNS)} FROM predictions {_SCORED} AND label IN ({classes})",
+        f"{', '.join(FACT_COLUMNS)} FROM predictions {_SCORED} AND label IN ({known})",
     ).to_arrow_table()
     if rows.num_rows == 0:
         return []
     probabilities_NK = np.stack([rows[name].to_numpy() for name in columns], axis=1).astype(
         np.float64
     )
-    index_of = {name: index for index, name in enumerate(spec.class_names)}
-    labels_N = np.array([index_of[name] for name in rows["label"].to_pylist()])
+    index_of = {label: spec.class_names.index(name) for label, name in spec.class_of_label.items()}
+    labels_N = np.array([index_of[label] for label in rows["label"].to_pylist()])
     facts = labels.set_index("image").loc[rows["name"].to_pylist()]
     merged = {
         name: [

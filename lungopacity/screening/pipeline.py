@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ from lungopacity.results.schema import class_column, part_schema
 from lungopacity.results.workbench import parquet_bytes
 from lungopacity.runtime import capacity, require_resources
 from lungopacity.storage import Store
+
+if TYPE_CHECKING:
+    from lungopacity.models.scorer import Scores
 
 OBJECTS = "objects"
 _DISTANCE = "out_of_distribution_score"
@@ -112,7 +115,7 @@ class _ScoreImages:
         scores = self.scorer.scores(pixels_NHW, batch_size=max(1, len(pixels_NHW)))
         unlike = self.scorer.out_of_distribution(scores.features_NF)
         observe.count("model_seconds", time.perf_counter() - began)
-        found = self._score_columns(scores.logits_NK) | _distance_columns(unlike, len(pixels_NHW))
+        found = self._score_columns(scores) | _distance_columns(unlike, len(pixels_NHW))
         rows = np.flatnonzero(np.asarray(has_pixels))
         place = np.full(read.num_rows, -1)
         place[rows] = np.arange(len(rows))
@@ -124,13 +127,13 @@ class _ScoreImages:
         columns["screened_at"] = pa.array([datetime.now(UTC)] * read.num_rows)
         return pa.table({name: columns[name] for name in self.schema.names}).cast(self.schema)
 
-    def _score_columns(self, logits_NK: npt.NDArray[np.float32]) -> dict[str, pa.Array]:
+    def _score_columns(self, scores: Scores) -> dict[str, pa.Array]:
         spec = self.model.spec
-        probabilities_NK = self.scorer.probabilities(logits_NK)
+        probabilities_NK = self.scorer.probabilities(scores.logits_NK)
         columns: dict[str, pa.Array] = {}
         for index, name in enumerate(spec.class_names):
             columns[class_column("p", name)] = pa.array(probabilities_NK[:, index])
-            columns[class_column("logit", name)] = pa.array(logits_NK[:, index])
+            columns[class_column("logit", name)] = pa.array(scores.logits_NK[:, index])
         predicted = probabilities_NK.argmax(axis=1)
         columns["predicted_label"] = pa.array(
             [spec.class_names[index] for index in predicted], pa.string()
@@ -141,6 +144,11 @@ class _ScoreImages:
                 for probability in probabilities_NK[:, spec.positive_index]
             ],
             pa.string(),
+        )
+        columns["ensemble_disagreement"] = (
+            pa.nulls(len(predicted), pa.float32())
+            if scores.disagreement_N is None
+            else pa.array(scores.disagreement_N)
         )
         return columns
 
@@ -160,7 +168,7 @@ def _distance_columns(unlike_N: npt.NDArray[np.float32] | None, count: int) -> d
 def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
     """The user wants no score of a film that is unlike the training films."""
     error = error_columns(ImageError(ErrorCode.POOR_QUALITY, Stage.SCORE, OUT_OF_DISTRIBUTION))
-    scores = ("p_", "logit_", "predicted_label", "decision")
+    scores = ("p_", "logit_", "predicted_label", "decision", "ensemble_disagreement")
     unlike = pa.compute.fill_null(columns[f"quality_{OUT_OF_DISTRIBUTION}"], False)
     instead = {name: None for name in columns if name.startswith(scores)} | error
     return columns | {

@@ -48,4 +48,25 @@ def augment(
     x_B1HW = functional.grid_sample(x_B1HW, grid_BHW2, padding_mode="zeros", align_corners=False)
     x_B1HW = x_B1HW.clamp_(0, 1).pow_(gamma_B.to(device)[:, None, None, None])
     x_B1HW = x_B1HW.mul_(gain_B.to(device)[:, None, None, None])
+    if settings.erase_probability:
+        x_B1HW = _erase(x_B1HW, settings, generator)
     return x_B1HW.mul_(255.0).round_().clamp_(0, 255).to(torch.uint8).squeeze(1)
+
+
+def _erase(
+    x_B1HW: torch.Tensor, settings: AugmentationSettings, generator: torch.Generator
+) -> torch.Tensor:
+    """Black out one rectangle, of up to `erase_fraction` of the area and sides up to 1 : 3, in a
+    share of the films. Black is what lies outside of films and outside of lung fields."""
+    batch, _, height, width = x_B1HW.shape
+    chance_B, area_B, ratio_B, y_B, x_B = torch.rand(5, batch, generator=generator)
+    area_B = area_B * settings.erase_fraction * height * width
+    ratio_B = ((ratio_B * 2 - 1) * math.log(3.0)).exp()
+    tall_B, wide_B = (area_B * ratio_B).sqrt(), (area_B / ratio_B).sqrt()
+    top_B, left_B = y_B * (height - tall_B), x_B * (width - wide_B)
+    rows_H, columns_W = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    rows_BH = (rows_H > top_B[:, None]) & (rows_H < (top_B + tall_B)[:, None])
+    columns_BW = (columns_W > left_B[:, None]) & (columns_W < (left_B + wide_B)[:, None])
+    erased_BHW = rows_BH[:, :, None] & columns_BW[:, None, :]
+    erased_BHW &= (chance_B < settings.erase_probability)[:, None, None]
+    return x_B1HW.masked_fill_(erased_BHW[:, None].to(x_B1HW.device), 0.0)

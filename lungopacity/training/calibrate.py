@@ -5,12 +5,48 @@ Array names carry their shape: V validation films, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 from lungopacity.models import OperatingPoint
 
 _LOG_TEMPERATURE_LIMIT = np.log(20.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What validation says of a model: how far to trust its logits, and where to decide."""
+
+    temperature: float
+    operating_point: OperatingPoint
+    metrics: Mapping[str, float]
+    """At this temperature and point; `loss` in nats."""
+
+
+def calibrate(
+    logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64], positive: int
+) -> Calibration:
+    """Fit to validation alone. labels_V: index of the class. `positive`: index of the class that
+    decisions are about; it and another must occur."""
+    from sklearn.metrics import roc_auc_score
+
+    temperature = fit_temperature(logits_VK, labels_V)
+    probabilities_V = softmax(logits_VK, temperature)[:, positive]
+    point = youden_point(probabilities_V, labels_V == positive)
+    assert point.sensitivity is not None
+    assert point.specificity is not None
+    metrics = {
+        "loss": negative_log_likelihood(logits_VK, labels_V, temperature),
+        "loss_before_temperature": negative_log_likelihood(logits_VK, labels_V),
+        "accuracy": float((logits_VK.argmax(axis=1) == labels_V).mean()),
+        "auc": float(roc_auc_score(labels_V == positive, probabilities_V)),
+        "sensitivity": point.sensitivity,
+        "specificity": point.specificity,
+    }
+    return Calibration(temperature, point, metrics)
 
 
 def softmax(

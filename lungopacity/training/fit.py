@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import safetensors.numpy
+import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
-from sklearn.metrics import roc_auc_score
 
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import ImageError, UserError
@@ -34,22 +35,21 @@ from lungopacity.models import (
     ModelSpec,
     TrainedModel,
     build_network,
-    check_network,
     is_model,
+    network_card,
     save_model,
 )
+from lungopacity.models.folder import validation_parquet
+from lungopacity.models.pretrained import first_weights, take_weights
 from lungopacity.runtime import require_resources, versions
 from lungopacity.storage import join_uri, open_store
-from lungopacity.training.calibrate import (
-    fit_temperature,
-    negative_log_likelihood,
-    softmax,
-    youden_point,
-)
+from lungopacity.training.calibrate import calibrate
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
 from lungopacity.training.loop import Films, train_loop
 from lungopacity.training.relay import relayed_rows
 from lungopacity.training.settings import TrainingSettings
+
+log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """Of a run's workers, before the run is given up."""
@@ -85,24 +85,33 @@ def fit(
     settings: TrainingSettings,
     output: str,
     *,
+    label_map: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainingResult:
     """Train on `data`, and write the model folder `output`. Needs a running Ray.
 
-    provenance: JSON-able facts for the model folder, as the label file's name. on_epoch: called
-    with each history row while training runs, from another thread; a resumed run begins with its
-    first new epoch. Raises `UserError` where the output has a model, a class lacks films, the
-    cluster is too small or the training fails; `ValueError` for settings the network refuses.
+    label_map: which labels became which class. provenance: JSON-able facts for the model folder, as
+    the label file's name. on_epoch: called with each history row while training runs, from another
+    thread; a resumed run begins with its first new epoch. Raises `UserError` where the output has a
+    model, a class lacks films, the first weights cannot be had, the cluster is too small or the
+    training fails; `ValueError` for settings the network refuses.
     """
-    check_network(settings.model)
+    card = network_card(settings.model)
     if is_model(output):
         raise UserError(f"{output}: a trained model is there already; give another --output")
     counts = _count_films(data, settings)
     require_resources(settings.workers, settings.workers * settings.use_gpu, "training")
     network = build_network(settings.model, len(data.class_names), settings.model_settings)
+    given = first_weights(card, settings.weights)
+    first: dict[str, torch.Tensor] | None = None
+    if given is not None:
+        fresh = take_weights(network, card, given, settings.preprocessing.std)
+        first = {name: part for name, part in network.state_dict().items() if name not in fresh}
+        log.info("first weights: %s", given.facts["source"])
+    weights = None if given is None else dict(given.facts)
 
-    run = _run_name(data, settings)
+    run = _run_name(data, settings, weights)
     work_uri = join_uri(output, "_training")
     films = Films(
         pixels_NHW=data.pixels_NHW,
@@ -111,7 +120,7 @@ def fit(
         validation=np.flatnonzero(data.split_N == "validation"),
         classes=len(data.class_names),
     )
-    result = _run_ray_train(films, settings, work_uri, run, on_epoch)
+    result = _run_ray_train(films, first, settings, work_uri, run, on_epoch)
     diverged = result.return_value["diverged_in_epoch"]
     if diverged:
         raise UserError(
@@ -129,14 +138,24 @@ def fit(
     training = {
         "settings": settings.as_json(),
         "data": {"fingerprint": data.fingerprint, "images": counts},
+        "weights": weights,
         "versions": versions(),
         "best_epoch": int(best_metrics["epoch"]),
         "seconds": round(sum(row["seconds"] for row in history), 1),
         "provenance": dict(provenance or {}),
     }
-    model = TrainedModel(ModelSpec(**spec, training=training), _read(kept, NETWORK_FILE))
+    model = TrainedModel(
+        ModelSpec(**spec, label_map=dict(label_map or {}), training=training),
+        _read(kept, NETWORK_FILE),
+    )
     model = replace(model, distribution=_distribution(model, films, settings.use_gpu))
-    save_model(output, model, _history_parquet(history))
+    validation = validation_parquet(
+        data.images["content_sha256"].iloc[films.validation].to_list(),
+        [data.class_names[label] for label in data.labels_N[films.validation]],
+        logits_VK,
+        data.class_names,
+    )
+    save_model(output, model, _history_parquet(history), validation)
     filesystem, root = open_store(work_uri).arrow_filesystem()
     filesystem.delete_dir(root)
     return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])
@@ -194,13 +213,22 @@ def _count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, 
     return counts
 
 
-def _run_name(data: LabelledPixels, settings: TrainingSettings) -> str:
-    facts = [settings.as_json(), data.class_names, data.fingerprint, versions()["lungopacity"]]
+def _run_name(
+    data: LabelledPixels, settings: TrainingSettings, weights: dict[str, Any] | None
+) -> str:
+    facts = [
+        settings.as_json(),
+        weights,
+        data.class_names,
+        data.fingerprint,
+        versions()["lungopacity"],
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _run_ray_train(
     films: Films,
+    first: dict[str, torch.Tensor] | None,
     settings: TrainingSettings,
     work_uri: str,
     run: str,
@@ -210,7 +238,11 @@ def _run_ray_train(
     with relayed_rows(on_epoch) as callbacks, _own_interrupt_handler():
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config={"settings": settings, "films": ray.put(films)},
+            train_loop_config={
+                "settings": settings,
+                "films": ray.put(films),
+                "first": None if first is None else ray.put(first),
+            },
             scaling_config=ScalingConfig(
                 num_workers=settings.workers,
                 use_gpu=settings.use_gpu,
@@ -270,28 +302,18 @@ def _spec(
     validation: npt.NDArray[np.int64],
 ) -> dict[str, Any]:
     """The fields of `ModelSpec` but `training`, with what validation says of the kept weights."""
-    labels_V = data.labels_N[validation]
     positive = data.class_names.index(settings.positive_class)
-    temperature = fit_temperature(logits_VK, labels_V)
-    probabilities_V = softmax(logits_VK, temperature)[:, positive]
-    point = youden_point(probabilities_V, labels_V == positive)
+    found = calibrate(logits_VK, data.labels_N[validation], positive)
     return {
         "architecture": settings.model,
         "architecture_settings": architecture_settings,
         "class_names": tuple(data.class_names),
         "positive_class": settings.positive_class,
         "preprocessing": settings.preprocessing,
-        "operating_point": point,
-        "temperature": temperature,
+        "operating_point": found.operating_point,
+        "temperature": found.temperature,
         "synthetic": data.synthetic,
-        "metrics": {
-            "loss": negative_log_likelihood(logits_VK, labels_V, temperature),
-            "loss_before_temperature": negative_log_likelihood(logits_VK, labels_V),
-            "accuracy": float((logits_VK.argmax(axis=1) == labels_V).mean()),
-            "auc": float(roc_auc_score(labels_V == positive, probabilities_V)),
-            "sensitivity": point.sensitivity,
-            "specificity": point.specificity,
-        },
+        "metrics": dict(found.metrics),
     }
 
 

@@ -10,6 +10,7 @@ H height, W width, K classes.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
@@ -71,14 +72,37 @@ class _Worker:
         As torch's DistributedSampler does, the order is filled up from its start until it divides;
         unlike there, batches are of even size, so that none is too small for batch normalisation.
         """
-        order = np.random.default_rng([self.settings.seed, epoch]).permutation(self.films.train)
+        order = self._order(np.random.default_rng([self.settings.seed, epoch]))
         share = math.ceil(len(order) / self.workers)
         mine = np.resize(order, share * self.workers)[self.rank :: self.workers]
         return np.array_split(mine, math.ceil(share / (self.settings.batch_size // self.workers)))
 
+    def _order(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """The training films in a random order; if classes are balanced, the same number of each,
+        for which films of small classes are repeated and some of large ones wait."""
+        train = self.films.train
+        if self.settings.class_balance != "sampling":
+            return rng.permutation(train)
+        labels = self.films.labels_N[train]
+        share = math.ceil(len(train) / self.films.classes)
+        each = [
+            np.resize(rng.permutation(train[labels == label]), share)
+            for label in range(self.films.classes)
+        ]
+        return rng.permutation(np.concatenate(each))
+
+    def class_weights(self) -> torch.Tensor | None:
+        """(classes,) float32: what a film of each class counts, 1 on average over the films."""
+        if self.settings.class_balance != "weights":
+            return None
+        counts = np.bincount(self.films.labels_N[self.films.train], minlength=self.films.classes)
+        weights = counts.sum() / (self.films.classes * counts)
+        return torch.from_numpy(weights.astype(np.float32)).to(self.device)
+
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """One worker. config: `settings` (`TrainingSettings`) and `films`, a reference to `Films`.
+    """One worker. config: `settings` (`TrainingSettings`), `films`, a reference to `Films`, and
+    `first`, one to the tensors by name that training starts from, or None.
 
     Reports a history row and a checkpoint after each epoch. Returns `diverged_in_epoch`: the epoch
     whose loss was not a number, or None.
@@ -102,9 +126,12 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(_seed(settings.seed))
     network = build_network(settings.model, worker.films.classes, settings.model_settings)
-    network = network.to(memory_format=torch.channels_last)
-    distributed = ray.train.torch.prepare_model(network)
-    network = getattr(distributed, "module", distributed)
+    if config["first"] is not None:
+        network.load_state_dict(ray.get(config["first"]), strict=False)
+    network = network.to(worker.device).to(memory_format=torch.channels_last)
+    # What is validated and kept: the network, or the average of its weights over the steps.
+    kept = copy.deepcopy(network) if settings.ema_decay else network
+    averaged = kept if settings.ema_decay else None
     optimizer = torch.optim.Adam(
         network.parameters(),
         betas=(0.9, 0.99),
@@ -115,15 +142,20 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            history = read_checkpoint(folder, network, optimizer)
+            history = read_checkpoint(folder, network, optimizer, averaged)
 
     labels_V = torch.from_numpy(worker.films.labels_N[worker.films.validation])
+    distributed: torch.nn.Module | None = None
     for epoch in range(len(history) + 1, settings.epochs + 1):
         if _patience_spent(history, settings.patience):
             break
         started = time.monotonic()
-        trained = _train_epoch(worker, distributed, optimizer, epoch)
-        logits_VK = _validation_logits(worker, network)
+        if distributed is None or epoch == settings.frozen_epochs + 1:
+            # DDP asks once, when it is made, which weights learn.
+            _freeze(network, epoch <= settings.frozen_epochs)
+            distributed = ray.train.torch.prepare_model(network)
+        trained = _train_epoch(worker, distributed, optimizer, epoch, averaged)
+        logits_VK = _validation_logits(worker, kept)
         validation_loss = functional.cross_entropy(logits_VK, labels_V).item()
         if not math.isfinite(trained["train_loss"] + validation_loss):
             return {"diverged_in_epoch": epoch}
@@ -138,7 +170,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             saved = None
             if worker.rank == 0:
-                write_checkpoint(folder, network, optimizer, history, logits_VK)
+                write_checkpoint(folder, network, optimizer, history, logits_VK, averaged)
                 saved = Checkpoint.from_directory(folder)
             # SYNC: uploaded in the background, a checkpoint is lost with the worker that made it.
             ray.train.report(row, saved, checkpoint_upload_mode=CheckpointUploadMode.SYNC)
@@ -156,18 +188,35 @@ def learning_rate_at(progress: float, settings: TrainingSettings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
+def _freeze(network: torch.nn.Module, frozen: bool) -> None:
+    """Whether all but the last layer is left as it is."""
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(not frozen or name.startswith("head."))
+
+
 def _train_epoch(
-    worker: _Worker, distributed: torch.nn.Module, optimizer: torch.optim.Optimizer, epoch: int
+    worker: _Worker,
+    distributed: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    averaged: torch.nn.Module | None,
 ) -> dict[str, float]:
     """Once over the training films. Returns their part of the history row."""
     settings, films, device = worker.settings, worker.films, worker.device
     started = time.monotonic()
     torch.manual_seed(_seed(settings.seed, epoch, worker.rank))
     amounts = torch.Generator().manual_seed(_seed(settings.seed, epoch, worker.rank, 1))
+    shares = np.random.default_rng([settings.seed, epoch, worker.rank, 2])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=_use_bfloat16(settings, device))
     batches = worker.batches(epoch)
     sums = torch.zeros(2, device=device)
+    weights_K = worker.class_weights()
+    network = getattr(distributed, "module", distributed)
     distributed.train()
+    if epoch <= settings.frozen_epochs:
+        # The running statistics of what is frozen stay as they are, too.
+        for name, part in network.named_children():
+            part.train(name == "head")
     for number, index_B in enumerate(batches, start=1):
         # Counted to the end of the step, so that the first step moves and the last does too.
         progress = (epoch - 1 + (number - 0.5) / len(batches)) / settings.epochs
@@ -176,15 +225,30 @@ def _train_epoch(
         pixels_BHW = torch.from_numpy(films.pixels_NHW[index_B]).to(device)
         labels_B = torch.from_numpy(films.labels_N[index_B]).to(device)
         pixels_BHW = augment(pixels_BHW, settings.augmentation, amounts)
+        x_B1HW = normalise(pixels_BHW, settings.preprocessing)
+        share = 1.0
+        if settings.mixup_alpha:
+            # The order is random: the film at the other end is any other film.
+            share = float(shares.beta(settings.mixup_alpha, settings.mixup_alpha))
+            x_B1HW = torch.lerp(x_B1HW.flip(0), x_B1HW, share)
         with autocast:
-            logits_BK = distributed(normalise(pixels_BHW, settings.preprocessing))
+            logits_BK = distributed(x_B1HW)
         logits_BK = logits_BK.float()
-        loss = functional.cross_entropy(
-            logits_BK, labels_B, label_smoothing=settings.label_smoothing
-        )
+
+        def loss_of(labels_B: torch.Tensor, logits_BK: torch.Tensor = logits_BK) -> torch.Tensor:
+            return functional.cross_entropy(
+                logits_BK, labels_B, weights_K, label_smoothing=settings.label_smoothing
+            )
+
+        loss = loss_of(labels_B)
+        if settings.mixup_alpha:
+            loss = torch.lerp(loss_of(labels_B.flip(0)), loss, share)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        if averaged is not None:
+            step = (epoch - 1) * len(batches) + number
+            _average(averaged, network, settings.ema_decay, step)
         right = (logits_BK.argmax(1) == labels_B).sum()
         sums += torch.stack([loss.detach() * len(labels_B), right])
     worker.add_up(sums)
@@ -195,6 +259,19 @@ def _train_epoch(
         "learning_rate": optimizer.param_groups[0]["lr"],
         "images_per_s": seen / (time.monotonic() - started),
     }
+
+
+@torch.no_grad()
+def _average(averaged: torch.nn.Module, network: torch.nn.Module, decay: float, step: int) -> None:
+    """Move the average towards the network. In the first steps it follows fast, as TensorFlow's
+    ExponentialMovingAverage does, lest the first weights weigh on it."""
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = zip(averaged.state_dict().values(), network.state_dict().values(), strict=True)
+    for mean, latest in pairs:
+        if mean.is_floating_point():
+            mean.lerp_(latest, 1 - decay)
+        else:
+            mean.copy_(latest)
 
 
 def _validation_logits(worker: _Worker, network: torch.nn.Module) -> torch.Tensor:

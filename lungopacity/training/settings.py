@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from lungopacity.models import network_card
 from lungopacity.radiograph import Preprocessing
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+BALANCES = ("none", "weights", "sampling")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class AugmentationSettings:
     flip_probability: float = 0.5
     """Share of films mirrored left to right: opacities have no side, even if the heart has one. Set
     it to 0 where the side matters."""
+    erase_probability: float = 0.0
+    """Share of films of which a rectangle is blacked out (Zhong et al. 2020, arXiv:1708.04896), so
+    that no single spot decides."""
+    erase_fraction: float = 0.15
+    """Of the film's area, the most that the rectangle takes."""
 
     def __post_init__(self) -> None:
         for name in ("rotation_degrees", "gamma"):
@@ -36,8 +44,9 @@ class AugmentationSettings:
         for name in ("scale", "shift", "gain"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"flip_probability must be from 0 to 1, not {self.flip_probability}")
+        for name in ("flip_probability", "erase_probability", "erase_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class TrainingSettings:
     """A name that `lungopacity.models.build_network` knows."""
     model_settings: Mapping[str, Any] = field(default_factory=dict)
     """What differs from that network's own defaults."""
+    weights: str = "none"
+    """First weights: none (fresh), imagenet, or the URI of a file; see `first_weights`."""
     positive_class: str = "Lung_Opacity"
     """The class whose probability the operating point judges."""
     preprocessing: Preprocessing = Preprocessing()
@@ -72,6 +83,18 @@ class TrainingSettings:
     """Decoupled (Loshchilov & Hutter 2019), times the learning rate."""
     label_smoothing: float = 0.05
     """Probability that the training target gives away evenly (Szegedy et al. 2016)."""
+    class_balance: str = "none"
+    """Of classes of unequal size: none; weights: a film's loss counts by the inverse of its class's
+    share; sampling: an epoch draws as many films of each class, rare ones more than once."""
+    mixup_alpha: float = 0.0
+    """Films are blended in pairs, by shares of a Beta(alpha, alpha) distribution, and their labels
+    with them (Zhang et al. 2018, arXiv:1710.09412); 0: never."""
+    ema_decay: float = 0.0
+    """The model that is kept is the exponential moving average of the weights, with this decay a
+    step (Polyak & Juditsky 1992); 0: the weights themselves."""
+    frozen_epochs: int = 0
+    """First epochs in which the last layer alone learns, so that its fresh weights do not spoil
+    those that were learnt elsewhere."""
     precision: str = "auto"
     """Of the forward and backward pass: float32, bfloat16, or auto: bfloat16 where it is fast."""
     patience: int = 0
@@ -81,10 +104,10 @@ class TrainingSettings:
         for name in ("epochs", "batch_size", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("seed", "weight_decay", "patience"):
+        for name in ("seed", "weight_decay", "patience", "mixup_alpha", "frozen_epochs"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("warmup_fraction", "label_smoothing"):
+        for name in ("warmup_fraction", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -93,9 +116,78 @@ class TrainingSettings:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of workers ({self.workers})"
             )
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, not {self.precision!r}")
+        for name, known in (("precision", PRECISIONS), ("class_balance", BALANCES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
+                )
 
     def as_json(self) -> dict[str, Any]:
         """Every setting, in values that JSON has."""
         return {**asdict(self), "model_settings": dict(self.model_settings)}
+
+
+_TRANSFER: dict[str, Any] = {
+    "weights": "imagenet",
+    "epochs": 8,
+    "learning_rate": 1e-3,
+    "ema_decay": 0.99,
+}
+"""Of networks whose ImageNet weights are installed."""
+_FRESH: dict[str, Any] = {"epochs": 30, "learning_rate": 1e-3, "ema_decay": 0.99}
+"""Of the other networks of the literature, from fresh weights."""
+
+
+def recipe(model: str) -> TrainingSettings:
+    """What a network is trained with unless the user says otherwise. Raises `UserError` for an
+    unknown name."""
+    card = network_card(model)
+    chosen: dict[str, Any] = {}
+    if card.weights == "installed":
+        chosen = _TRANSFER
+    elif model != "classical-cnn":
+        chosen = _FRESH
+    return TrainingSettings(model=model, preprocessing=card.preprocessing, **chosen)
+
+
+def with_words(settings: TrainingSettings, words: Mapping[str, str]) -> TrainingSettings:
+    """The settings with some changed, each by its name and a word, as `learning_rate` and `1e-3`.
+
+    `augmentation.NAME`, `preprocessing.NAME` and `model_settings.NAME` reach inside; what goes
+    there is JSON. Raises `ValueError` for an unknown name or a word that is no such value.
+    """
+    for path, word in words.items():
+        settings = _with_word(settings, path, word)
+    return settings
+
+
+def _with_word(settings: Any, path: str, word: str) -> Any:
+    name, _, rest = path.partition(".")
+    own = {item.name for item in fields(settings)}
+    if name not in own or name == "model":
+        known = ", ".join(sorted(own - {"model"}))
+        raise ValueError(f"set: there is no setting '{name}'; there are {known}")
+    old = getattr(settings, name)
+    if isinstance(old, Mapping):
+        if not rest:
+            raise ValueError(f"set: {name} wants the name of one of them, as {name}.dropout")
+        return replace(settings, **{name: {**old, rest: _json(path, word)}})
+    if rest:
+        if not hasattr(old, "__dataclass_fields__"):
+            raise ValueError(f"set: {name} has no parts")
+        return replace(settings, **{name: _with_word(old, rest, word)})
+    if hasattr(old, "__dataclass_fields__"):
+        raise ValueError(f"set: {name} wants the name of one of its parts, as {name}.image_size")
+    value = word if isinstance(old, str) else _json(path, word)
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(old):
+        raise ValueError(f"set: {path} must be a {type(old).__name__}, not '{word}'")
+    return replace(settings, **{name: value})
+
+
+def _json(path: str, word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        raise ValueError(f"set: {path} cannot be '{word}'") from None

@@ -86,12 +86,20 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
 
 def test_other_classes_are_left_out_and_a_missing_one_refused():
     frame = labels()
-    chosen = select_classes(frame, ["Normal"], URI)
-    assert set(chosen["label"]) == {"Normal"}
+    chosen = select_classes(frame, {"Normal": "Healthy"}, URI)
+    assert set(chosen["label"]) == {"Healthy"}
     with pytest.raises(
         UserError, match=r"no image of class 'COVID'; the labels have Normal \(78\)"
     ):
-        select_classes(frame, ["Normal", "COVID"], URI)
+        select_classes(frame, {"Normal": "Normal", "COVID": "COVID"}, URI)
+
+
+def test_merged_classes_need_one_of_their_labels_alone():
+    frame = labels()
+    merged = {"Normal": "Normal", "COVID": "Ill", "Lung_Opacity": "Ill"}
+    assert set(select_classes(frame, merged, URI)["label"]) == {"Normal", "Ill"}
+    with pytest.raises(UserError, match=r"class 'Ill' \(COVID \+ Flu\)"):
+        select_classes(frame, {"Normal": "Normal", "COVID": "Ill", "Flu": "Ill"}, URI)
 
 
 def test_splits_never_part_a_patient_and_hold_every_class():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.radiograph import Preprocessing
-from lungopacity.training import TrainingSettings
+from lungopacity.training import AugmentationSettings, TrainingSettings
 
 SMALL_RUN = TrainingSettings(
     model_settings={"channels": (8, 16, 32), "convolutions": (1, 1, 1)},
@@ -18,6 +19,16 @@ SMALL_RUN = TrainingSettings(
     batch_size=16,
     learning_rate=4e-3,
 )
+
+EVERYTHING = replace(
+    SMALL_RUN,
+    augmentation=AugmentationSettings(erase_probability=0.3),
+    class_balance="sampling",
+    mixup_alpha=0.1,
+    ema_decay=0.8,
+    frozen_epochs=1,
+)
+"""The same with whatever else a run can do."""
 
 CLASS_NAMES = ("Normal", "Lung_Opacity")
 

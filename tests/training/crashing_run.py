@@ -7,14 +7,14 @@ import sys
 import ray
 
 from lungopacity.training.fit import fit
-from tests.training.blobs import SMALL_RUN, blob_films
+from tests.training.blobs import EVERYTHING, blob_films
 
 if __name__ == "__main__":
     address, output = sys.argv[1:]
     ray.init(address=address, log_to_driver=False)
     fit(
         blob_films(),
-        SMALL_RUN,
+        EVERYTHING,
         output,
         on_epoch=lambda row: print("epoch", row["epoch"], flush=True),
     )

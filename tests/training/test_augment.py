@@ -82,3 +82,16 @@ def test_a_shift_moves_by_at_most_its_share_of_the_side() -> None:
 def test_refuses_strengths_without_meaning(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         AugmentationSettings(**{name: value})
+
+
+def test_erases_one_rectangle_of_a_share_of_the_films() -> None:
+    erasing = AugmentationSettings(0, 0, 0, 0, 0, 0, erase_probability=0.5, erase_fraction=0.2)
+    white_BHW = torch.full((400, 40, 60), 255, dtype=torch.uint8)
+    black_BHW = augment(white_BHW, erasing, generator()) == 0
+    area_B = black_BHW.float().mean(dim=(1, 2))
+    assert 0.4 < (area_B > 0).float().mean() < 0.6
+    assert 0.15 < area_B.max() <= 0.21
+    for film_HW in black_BHW[area_B > 0]:
+        rows, columns = film_HW.any(1).sum(), film_HW.any(0).sum()
+        assert film_HW.sum() == rows * columns  # a rectangle is full
+        assert film_HW.any(1).nonzero().diff(dim=0).eq(1).all()

@@ -19,10 +19,10 @@ import ray
 
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
-from lungopacity.models import load_model, read_history
+from lungopacity.models import load_model, read_history, read_validation
 from lungopacity.models.scorer import Scorer
 from lungopacity.training.fit import HISTORY_SCHEMA, TrainingResult, fit
-from tests.training.blobs import SMALL_RUN, blob_films, chosen
+from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
 
 ROOT = Path(__file__).parents[2]
 FILMS = blob_films()
@@ -42,8 +42,9 @@ def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     seen: list[int] = []
     result = fit(
         FILMS,
-        SMALL_RUN,
+        EVERYTHING,
         output,
+        label_map={"Healthy": "Normal", "Lung_Opacity": "Lung_Opacity"},
         provenance={"labels": "labels.csv"},
         on_epoch=lambda row: seen.append(row["epoch"]),
     )
@@ -101,6 +102,18 @@ def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
     assert spec.training["provenance"] == {"labels": "labels.csv"}
     assert spec.training["best_epoch"] == run.result.best_epoch
     assert spec.operating_point.images == 41
+    assert spec.label_map == {"Healthy": "Normal", "Lung_Opacity": "Lung_Opacity"}
+
+
+def test_model_folder_keeps_what_its_weights_say_of_the_validation_films(run: Run) -> None:
+    kept = pq.read_table(io.BytesIO(read_validation(run.output)))
+    validation = FILMS.split_N == "validation"
+    logits_VK = Scorer(run.result.model).logits(FILMS.pixels_NHW[validation])
+    stored_VK = np.stack([kept["logit_Normal"], kept["logit_Lung_Opacity"]], axis=1)
+    np.testing.assert_allclose(stored_VK, logits_VK, atol=1e-4)
+    images = FILMS.images[validation]
+    assert kept["content_sha256"].to_pylist() == images["content_sha256"].to_list()
+    assert kept["label"].to_pylist() == images["label"].to_list()
 
 
 def test_leaves_nothing_but_the_model(run: Run) -> None:
@@ -110,6 +123,7 @@ def test_leaves_nothing_but_the_model(run: Run) -> None:
         "model.json",
         "distribution.safetensors",
         "history.parquet",
+        "validation.parquet",
         "SHA256SUMS",
     }
 
@@ -134,7 +148,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
     assert list(Path(output, "_training").glob("*/checkpoint_*"))
 
     seen: list[int] = []
-    result = fit(FILMS, SMALL_RUN, output, on_epoch=lambda row: seen.append(row["epoch"]))
+    result = fit(FILMS, EVERYTHING, output, on_epoch=lambda row: seen.append(row["epoch"]))
     assert seen[0] > 2
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert result.model.model_id == run.result.model.model_id
@@ -155,7 +169,7 @@ def test_two_workers_train_one_model_and_bear_the_loss_of_one(
             killed.append(_own_processes("ray::RayTrainWorker")[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    settings = replace(SMALL_RUN, workers=2, epochs=8)
+    settings = replace(SMALL_RUN, workers=2, epochs=8, class_balance="weights")
     result = fit(films, settings, str(tmp_path / "model"), on_epoch=kill_one_worker)
     assert killed
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -4,7 +4,11 @@ import json
 
 import pytest
 
-from lungopacity.training import TrainingSettings
+from lungopacity.errors import UserError
+from lungopacity.models import NETWORK_NAMES, build_network
+from lungopacity.training import AugmentationSettings, TrainingSettings
+from lungopacity.training.catalogue import field_texts, networks_table, recipe_table
+from lungopacity.training.settings import recipe, with_words
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,10 @@ from lungopacity.training import TrainingSettings
         ("label_smoothing", 1.0),
         ("patience", -1),
         ("precision", "float8"),
+        ("class_balance", "maybe"),
+        ("mixup_alpha", -0.1),
+        ("ema_decay", 1.0),
+        ("frozen_epochs", -1),
     ],
 )
 def test_refuses_what_no_run_can_use(name: str, value: object) -> None:
@@ -38,3 +46,75 @@ def test_every_setting_can_be_written_as_json() -> None:
     assert document["model_settings"] == {"dropout": 0.1}
     assert document["augmentation"]["rotation_degrees"] > 0
     assert document["preprocessing"]["image_size"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ({"learning_rate": "1e-4"}, "learning_rate", 1e-4),
+        ({"weight_decay": "0"}, "weight_decay", 0.0),
+        ({"patience": "3"}, "patience", 3),
+        ({"class_balance": "weights"}, "class_balance", "weights"),
+        ({"model_settings.channels": "[4, 8]"}, "model_settings", {"channels": [4, 8]}),
+    ],
+)
+def test_a_setting_is_changed_by_its_name(words, name, value) -> None:
+    assert getattr(with_words(TrainingSettings(), words), name) == value
+
+
+def test_settings_inside_settings_are_reached() -> None:
+    words = {"augmentation.flip_probability": "0", "preprocessing.mean": "0.4"}
+    changed = with_words(TrainingSettings(), words)
+    assert changed.augmentation == AugmentationSettings(flip_probability=0.0)
+    assert changed.preprocessing.mean == 0.4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"rate": "1"}, "no setting 'rate'; there are augmentation"),
+        ({"model": "alexnet"}, "no setting 'model'"),
+        ({"patience": "1.5"}, "patience must be a int"),
+        ({"patience": "x"}, "patience cannot be 'x'"),
+        ({"use_gpu": "1"}, "use_gpu must be a bool"),
+        ({"augmentation": "none"}, "wants the name of one of its parts"),
+        ({"model_settings": "{}"}, "as model_settings.dropout"),
+        ({"augmentation.size": "1"}, "no setting 'size'"),
+        ({"epochs.more": "1"}, "epochs has no parts"),
+        ({"learning_rate": "-1"}, "learning_rate must be above 0"),
+        ({"augmentation.erase_probability": "2"}, "erase_probability must be from 0 to 1"),
+    ],
+)
+def test_a_word_that_is_no_such_value_is_refused(words, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        with_words(TrainingSettings(), words)
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_every_network_has_a_recipe_that_builds_it(name) -> None:
+    settings = recipe(name)
+    assert settings.model == name
+    build_network(name, 2, settings.model_settings)
+    assert settings.weights == ("imagenet" if name.startswith("efficientnet") else "none")
+
+
+def test_every_setting_is_explained_where_it_is_defined() -> None:
+    for kind in (TrainingSettings, AugmentationSettings):
+        assert set(field_texts(kind)) == set(kind.__dataclass_fields__)
+    table = recipe_table("efficientnet-lite0")
+    assert "weights = imagenet" in table
+    assert "augmentation.flip_probability = 0.5\n    Share of films mirrored" in table
+    assert "model_settings.drop_path = 0.0" in table
+
+
+def test_the_networks_are_listed_with_what_they_weigh() -> None:
+    lines = networks_table().splitlines()
+    row = next(line for line in lines if line.startswith("resnet-50"))
+    assert row.split()[1:5] == ["23,505,858", "224", "x", "224"]
+    assert "arXiv:1512.03385" in row
+    assert len(lines) == 1 + len(NETWORK_NAMES) + 2
+
+
+def test_the_recipe_of_an_unknown_network_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown model 'lenet'"):
+        recipe_table("lenet")

@@ -1,0 +1,43 @@
+"""Which label is which class: labels are merged, renamed and left out without another file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lungopacity.errors import UserError
+
+
+def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """Label to class, in the order of the classes; labels that are left out have none.
+
+    words: `A` is the class of label A; `A+B=Name` merges the labels A and B into the class Name;
+    `A=Name` renames; `-A` leaves A out. Of words that only leave out, the rest of `known`, the
+    labels that there are, are the classes, by name. Raises `UserError` for words that give less
+    than two classes, or one label two classes.
+    """
+    found: dict[str, str] = {}
+    dropped = {word[1:].strip() for word in words if word.startswith("-")}
+    kept = [word for word in words if not word.startswith("-")]
+    for word in kept or sorted(set(known) - dropped):
+        sources, sign, name = word.partition("=")
+        labels = [label.strip() for label in sources.split("+")] if sign else [word.strip()]
+        name = name.strip() if sign else word.strip()
+        if not name or not all(labels):
+            raise UserError(f"--classes: '{word}' is not of the form A+B=Name")
+        for label in labels:
+            if label in found:
+                raise UserError(f"--classes: label '{label}' is given to two classes")
+            if label in dropped:
+                raise UserError(f"--classes: label '{label}' is both given and left out")
+            found[label] = name
+    if len(set(found.values())) < 2:
+        raise UserError(
+            "--classes: give two or more different names, as Normal,Lung_Opacity; merged, as "
+            "COVID+Viral_Pneumonia=Infection; or those to leave out, as -Not_Normal"
+        )
+    return found
+
+
+def class_names_of(label_map: dict[str, str]) -> tuple[str, ...]:
+    """The classes in order, each once."""
+    return tuple(dict.fromkeys(label_map.values()))

@@ -1,0 +1,105 @@
+"""Several networks in one: each film is fetched and decoded once, and scored by all of them.
+
+Tensor names carry their shape: B batch, H height, W width, F features of all members in a row,
+M members, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lungopacity.models.networks import build_network
+
+
+@dataclass(frozen=True)
+class EnsembleMember:
+    """One of the networks, and how its logits count."""
+
+    model_id: str
+    """Of the folder that it came from."""
+    architecture: str
+    architecture_settings: Mapping[str, Any]
+    image_size: int
+    """Side of its input, pixels."""
+    mean: float
+    std: float
+    """Its `Preprocessing`: grey values 0 … 1 less the mean, over the std."""
+    temperature: float
+    """Its logits are divided by it, so that each member counts by what it knows."""
+    features: int
+    """Width of what its `describe` returns."""
+
+
+@dataclass(frozen=True)
+class EnsembleSettings:
+    """In the model folder as `architecture_settings`."""
+
+    members: tuple[EnsembleMember, ...]
+
+    def __post_init__(self) -> None:
+        members = tuple(
+            item if isinstance(item, EnsembleMember) else EnsembleMember(**item)
+            for item in self.members
+        )
+        object.__setattr__(self, "members", members)
+        if len(members) < 2:
+            raise ValueError(f"members must be two or more, not {len(members)}")
+
+
+class Ensemble(nn.Module):
+    """x_B1HW float32 from 0 to 1, of the largest member's size, to logits_BK: the mean over the
+    members of their logits over their temperatures, which is their calibrated log probabilities'
+    mean but for a constant (a product of experts, Hinton 2002)."""
+
+    def __init__(self, classes: int, settings: EnsembleSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.members = nn.ModuleList(
+            build_network(member.architecture, classes, member.architecture_settings)
+            for member in settings.members
+        )
+
+    def forward(self, x_B1HW: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.describe(x_B1HW))
+
+    def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
+        features = []
+        for network, member in zip(self.members, self.settings.members, strict=True):
+            own_B1HW = x_B1HW
+            if x_B1HW.shape[-1] != member.image_size:
+                own_B1HW = functional.interpolate(
+                    x_B1HW, (member.image_size,) * 2, mode="bilinear", antialias=True
+                )
+            features.append(network.describe((own_B1HW - member.mean) / member.std))  # type: ignore[operator]
+        return torch.cat(features, dim=1)
+
+    def classify(self, features_BF: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
+        return self.member_logits(features_BF).mean(dim=0)
+
+    def fused(self) -> Self:
+        """See `CovNet.fused`: of the members that have it."""
+        for network in self.members:
+            if hasattr(network, "fused"):
+                network.fused()  # type: ignore[operator]
+        return self
+
+    def member_logits(self, features_BF: torch.Tensor) -> torch.Tensor:
+        """logits_MBK, each member's over its temperature: their softmax is what it alone says."""
+        widths = [member.features for member in self.settings.members]
+        parts = torch.split(features_BF, widths, dim=1)
+        return torch.stack(
+            [
+                network.classify(part_BF) / member.temperature  # type: ignore[operator]
+                for network, member, part_BF in zip(
+                    self.members, self.settings.members, parts, strict=True
+                )
+            ]
+        )

