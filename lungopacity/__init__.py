@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lungopacity.errors import UserError
     from lungopacity.evaluation.compare import compare
     from lungopacity.evaluation.evaluate import EvaluationResult, evaluate
+    from lungopacity.evaluation.threshold import threshold
     from lungopacity.results.query import query, runs
     from lungopacity.screening.nightly import Night, nightly
     from lungopacity.screening.retry import retry
@@ -34,6 +35,7 @@ __all__ = [
     "retry",
     "runs",
     "screen",
+    "threshold",
     "train",
 ]
 
@@ -52,6 +54,7 @@ _HOME = {
     "retry": "screening.retry",
     "runs": "results.query",
     "screen": "screening.screen",
+    "threshold": "evaluation.threshold",
     "train": "training.train",
 }
 

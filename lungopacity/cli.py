@@ -65,6 +65,13 @@ def gpu_option(command: Any) -> Any:
     return use(grows(command))
 
 
+operating_point_option = click.option(
+    "--operating-point",
+    metavar="NAME",
+    default=None,
+    help="Where scores become decisions: youden (the default), sensitivity=0.95, "
+    "specificity=0.95, band=0.99,0.95, or one of `lungopacity threshold`.",
+)
 hmac_key_option = click.option(
     "--hmac-key", metavar="FILE", default=None, help="Key of patient_hmac and study_hmac."
 )
@@ -224,6 +231,33 @@ def evaluate(as_json: bool, **options: Any) -> int:
 
 
 @cli.command(epilog=_EPILOG)
+@model_option
+@click.option("--results", metavar="URI", required=True, help="Where it has screened films.")
+@click.option(
+    "--rule",
+    required=True,
+    help="youden, sensitivity=S, specificity=S, cost=C, cost=C@PREVALENCE or band=SENS,SPEC.",
+)
+@click.option("--name", required=True, help="To screen with it: --operating-point NAME.")
+@click.option("--run-id", default=None, help="Of this run alone. Default: the newest scores.")
+@click.option("--labels", metavar="FILE", default=None, help="Default: those the runs were given.")
+def threshold(**options: Any) -> int:
+    """Pick a threshold for a site, from films that were screened and labelled there."""
+    from lungopacity.evaluation.threshold import threshold as run
+
+    point = run(**options)
+    click.echo(
+        f"operating point {options['name']} in {options['model']}: positive from "
+        f"{point.threshold:.4f}"
+        + ("" if point.review_from is None else f", review from {point.review_from:.4f}")
+        + f"; sensitivity {point.sensitivity:.4f}, specificity {point.specificity:.4f} on "
+        f"{point.images} films"
+    )
+    click.echo(NOTICE)
+    return 0
+
+
+@cli.command(epilog=_EPILOG)
 @click.option("--first", metavar="URI", required=True, help="Report of `evaluate`.")
 @click.option("--second", metavar="URI", required=True, help="Report of another model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
@@ -248,6 +282,7 @@ def _screening_options(command: Any) -> Any:
             help="Instead of listing: manifest.json of an S3 Inventory report, or a Parquet list.",
         ),
         click.option("--batch-size", type=int, default=64, show_default=True),
+        operating_point_option,
         click.option("--labels", metavar="FILE", default=None, help="Labels to measure against."),
         click.option(
             "--baseline", metavar="RUN", default=None, help="Run id to measure drift against."

@@ -34,6 +34,7 @@ from lungopacity.evaluation.metrics import (
     confusion_matrix,
     subgroup_metrics,
 )
+from lungopacity.evaluation.operating_points import decision_metrics
 from lungopacity.evaluation.paper import format_table1, table1
 from lungopacity.evaluation.table import fact_groups, metric_value, metrics_table
 from lungopacity.models import TrainedModel, load_model, read_history
@@ -89,7 +90,20 @@ class EvaluationResult:
                 )
                 name = f"{item.metric} {item.class_name or ''}".strip()
                 lines.append(f"{name:28}{item.value:.4f}{interval}")
+        lines += self._decisions()
         return "\n".join([*lines, f"report in {self.output}", NOTICE])
+
+    def _decisions(self) -> list[str]:
+        """A line for each operating point."""
+        shares: dict[str, list[str]] = {}
+        for item in self.metrics:
+            if item.group == "all" and item.metric in (
+                "decision_sensitivity",
+                "decision_specificity",
+            ):
+                word = item.metric.removeprefix("decision_")
+                shares.setdefault(str(item.class_name), []).append(f"{word} {item.value:.4f}")
+        return [f"{'at ' + name:28}{', '.join(words)}" for name, words in shares.items()]
 
     def to_json(self) -> str:
         """Everything, undefined values as null."""
@@ -138,6 +152,11 @@ def evaluate(
     exact_NK = probabilities_NK.astype(np.float64)
     exact_NK /= exact_NK.sum(axis=1, keepdims=True)
     metrics = _metrics(data, exact_NK, spec.positive_class)
+    metrics += decision_metrics(
+        exact_NK[:, spec.positive_index],
+        data.labels_N == spec.positive_index,
+        spec.operating_points or {"default": spec.operating_point},
+    )
     synthetic = data.synthetic or spec.synthetic
     result = EvaluationResult(
         model_id=trained.model_id,

@@ -145,7 +145,7 @@ def classification_metrics(
         return Metric(group, name, class_name, float(number), None, None, n)
 
     metrics = [
-        _proportion(group, "accuracy", None, matrix_KK.trace(), n),
+        proportion(group, "accuracy", None, matrix_KK.trace(), n),
         value("balanced_accuracy", float(np.mean(recalls))),
         value("roc_auc", float(np.mean([auc.value for auc in aucs]))),
         value("brier", _ratio(squares_NK.sum(), n)),
@@ -304,14 +304,15 @@ def _counted(group: str, name: str, matrix_KK: npt.NDArray[np.int64], index: int
     f1 = _ratio(2 * hits, actual + predicted)
     return [
         Metric(group, "support", name, float(actual), None, None, n),
-        _proportion(group, "precision", name, hits, predicted),
-        _proportion(group, "recall", name, hits, actual),
+        proportion(group, "precision", name, hits, predicted),
+        proportion(group, "recall", name, hits, actual),
         Metric(group, "f1", name, f1, None, None, n),
-        _proportion(group, "specificity", name, rejected, n - actual),
+        proportion(group, "specificity", name, rejected, n - actual),
     ]
 
 
-def _proportion(group: str, metric: str, class_name: str | None, successes: int, n: int) -> Metric:
+def proportion(group: str, metric: str, class_name: str | None, successes: int, n: int) -> Metric:
+    """A share with Wilson's interval; NaN of none."""
     low, high = wilson_interval(int(successes), int(n)) if n else (None, None)
     return Metric(group, metric, class_name, _ratio(successes, n), low, high, int(n))
 

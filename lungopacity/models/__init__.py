@@ -9,7 +9,9 @@ from lungopacity.models.folder import (
     read_history,
     read_validation,
     save_model,
+    save_operating_point,
     weights_of,
+    with_operating_point,
 )
 from lungopacity.models.networks import (
     ENSEMBLE,
@@ -35,5 +37,7 @@ __all__ = [
     "read_history",
     "read_validation",
     "save_model",
+    "save_operating_point",
     "weights_of",
+    "with_operating_point",
 ]

@@ -6,6 +6,8 @@ distribution.safetensors   where the training films lie in the model's feature s
 history.parquet            loss and accuracy by epoch; an ensemble has none
 validation.parquet         what the kept weights say of each validation film, for thresholds and
                            ensembles: content_sha256, label, and a raw logit a class
+operating_points/NAME.json thresholds of sites, added later by `lungopacity threshold`; bound to
+                           the model by its id, and not among the sums
 SHA256SUMS                 of the files above, written last: a folder without it is unfinished.
                            `sha256sum -c SHA256SUMS` checks it, and so does every load.
 """
@@ -14,8 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +33,7 @@ from lungopacity.models.distribution import (
     distribution_of_bytes,
 )
 from lungopacity.radiograph import Preprocessing
-from lungopacity.storage import Store, open_store
+from lungopacity.storage import ConflictError, Store, open_store
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +43,8 @@ SPEC_FILE = "model.json"
 DISTRIBUTION_FILE = "distribution.safetensors"
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
+OPERATING_POINTS = "operating_points"
+_POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SUMS_FILE = "SHA256SUMS"
 FORMAT_VERSION = 3
 """1 had no distribution, 2 no validation.parquet and no label map; such folders are still read."""
@@ -88,6 +93,9 @@ class ModelSpec:
     """The class whose probability the operating point judges."""
     preprocessing: Preprocessing
     operating_point: OperatingPoint
+    """Decides, unless another is asked for by name."""
+    operating_points: Mapping[str, OperatingPoint] = field(default_factory=dict)
+    """By name: the rules that chose them, as sensitivity=0.95."""
     label_map: Mapping[str, str] = field(default_factory=dict)
     """Label to class, where labels were merged or renamed."""
     temperature: float = 1.0
@@ -242,6 +250,10 @@ def load_model(uri: str) -> TrainedModel:
             "class_names": tuple(known["class_names"]),
             "preprocessing": Preprocessing(**known["preprocessing"]),
             "operating_point": OperatingPoint(**known["operating_point"]),
+            "operating_points": {
+                name: OperatingPoint(**point)
+                for name, point in known.get("operating_points", {}).items()
+            },
         }
     )
     model = TrainedModel(spec, files[WEIGHTS_FILE], files.get(DISTRIBUTION_FILE))
@@ -251,6 +263,59 @@ def load_model(uri: str) -> TrainedModel:
             f"{model.model_id}; restore the folder or train again"
         )
     return model
+
+
+def save_operating_point(uri: str, model: TrainedModel, name: str, point: OperatingPoint) -> None:
+    """Keep a site's operating point in the model's folder at `uri`.
+
+    Raises `UserError` where the name cannot be one of a file, or is taken.
+    """
+    if not _POINT_NAME.fullmatch(name):
+        raise UserError(
+            f"--name {name!r}: use up to 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    document = {"notice": NOTICE, "model_id": model.model_id, "name": name, **asdict(point)}
+    data = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
+    try:
+        open_store(uri).write(f"{OPERATING_POINTS}/{name}.json", data, if_absent=True)
+    except ConflictError as error:
+        raise UserError(
+            f"{uri}: an operating point '{name}' is there already; choose another --name"
+        ) from error
+
+
+def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> TrainedModel:
+    """The model, deciding at another of its operating points; None leaves it as it is.
+
+    Raises `UserError` where the folder at `uri` has none of that name, or one that was chosen for
+    another model: a threshold means something for the scores that it was chosen on alone.
+    """
+    if name is None:
+        return model
+    known = model.spec.operating_points.get(name)
+    if known is None:
+        store = open_store(uri)
+        try:
+            document = json.loads(store.read(f"{OPERATING_POINTS}/{name}.json"))
+            fields = OperatingPoint.__dataclass_fields__
+            known = OperatingPoint(**{key: document[key] for key in fields})
+            chosen_for = document["model_id"]
+        except ImageError as error:
+            folder = f"{OPERATING_POINTS}/"
+            added = [item.key.removeprefix(folder)[:-5] for item in store.list(folder)]
+            raise UserError(
+                f"{uri}: has no operating point '{name}'; it has "
+                + ", ".join([*model.spec.operating_points, *sorted(added)])
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{uri}: operating point '{name}' is damaged; pick it again") from error
+        if chosen_for != model.model_id:
+            raise UserError(
+                f"{uri}: operating point '{name}' was chosen for model {chosen_for}, not for "
+                f"{model.model_id}; pick it again with `lungopacity threshold`"
+            )
+    return replace(model, spec=replace(model.spec, operating_point=known))
 
 
 def read_history(uri: str) -> bytes | None:

@@ -17,6 +17,7 @@ from lungopacity.evaluation.metrics import (
     subgroup_metrics,
     wilson_interval,
 )
+from lungopacity.evaluation.operating_points import decision_metrics
 from lungopacity.evaluation.table import fact_groups
 from lungopacity.models import ModelSpec
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
@@ -101,10 +102,20 @@ def label_metrics(predictions: Any, spec: ModelSpec, labels: pd.DataFrame) -> li
         for name in FACT_COLUMNS
     }
     groups = fact_groups(merged)
-    return classification_metrics(
+    decided = decision_metrics(
+        probabilities_NK[:, spec.positive_index],
+        labels_N == spec.positive_index,
+        {"chosen": spec.operating_point},
+    )
+    whole = classification_metrics(
         labels_N, probabilities_NK, spec.class_names, positive=spec.positive_class
-    ) + subgroup_metrics(
-        labels_N, probabilities_NK, spec.class_names, groups, positive=spec.positive_class
+    )
+    return (
+        whole
+        + decided
+        + subgroup_metrics(
+            labels_N, probabilities_NK, spec.class_names, groups, positive=spec.positive_class
+        )
     )
 
 

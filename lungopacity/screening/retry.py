@@ -56,6 +56,7 @@ def retry(
         hash_keys=settings.get("key_map") is not None,
         key_map=settings.get("key_map"),
         labels=labels,
+        operating_point=settings.get("operating_point"),
         batch_size=settings.get("batch_size", 64),
         use_gpu=use_gpu,
         noted={"retry_of": run_id},

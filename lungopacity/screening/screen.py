@@ -27,7 +27,7 @@ from lungopacity.errors import NOTICE, Status, UserError
 from lungopacity.evaluation.drift import Sample, Shift, drift_metrics, shifts
 from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.table import metric_value, metrics_table
-from lungopacity.models import TrainedModel, load_model
+from lungopacity.models import TrainedModel, load_model, with_operating_point
 from lungopacity.progress import Progress
 from lungopacity.results.folder import METRICS, commit_run, read_run
 from lungopacity.results.query import predictions_of
@@ -97,6 +97,8 @@ class ScreeningJob:
     use_gpu: bool | None
     gpus_per_actor: float = 1.0
     model_actors: int | None = None
+    operating_point: str | None = None
+    """Its name, where it is not the model's own choice."""
     baseline: Sample | None = None
     """Of the run that scores and mixes are compared with."""
     noted: Mapping[str, Any] = field(default_factory=dict)
@@ -111,6 +113,9 @@ class ScreeningJob:
             "reject_quality": sorted(self.read_settings.reject_quality),
             "hmac_key_fingerprint": None if names is None else names.fingerprint,
             "key_map": None if names is None else names.key_map,
+            "operating_point": self.operating_point,
+            "threshold": self.model.spec.operating_point.threshold,
+            "review_from": self.model.spec.operating_point.review_from,
         }
 
 
@@ -155,6 +160,7 @@ def screening_job(
     gpus_per_actor: float = 1.0,
     model_actors: int | None = None,
     baseline: str | None = None,
+    operating_point: str | None = None,
     noted: Mapping[str, Any] | None = None,
 ) -> ScreeningJob:
     """Read and check what a run needs, before anything is listed.
@@ -164,6 +170,7 @@ def screening_job(
     `max_failed_fraction`: of images that cannot be read, above which the run is called broken.
     `hmac_key`: URI of a file with the key for `patient_hmac` and `study_hmac`. `hash_keys`: names
     of objects are hashed, too; `key_map`: folder that keeps the names (default: beside `output`).
+    `operating_point`: name of one that the model folder has; None is its own choice.
     `labels`: a labels file, for metrics. `baseline`: id of a published run of the same model, to
     measure drift against. `use_gpu`: None uses what the cluster has. `gpus_per_actor`,
     `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
@@ -177,7 +184,7 @@ def screening_job(
     if key_map is not None and not hash_keys:
         raise UserError("--key-map is for --hash-keys; give both or none")
     accepted, rejecting = rules_from(accept, reject_quality)
-    trained = load_model(model)
+    trained = with_operating_point(model, load_model(model), operating_point)
     results = open_store(output)
     pseudonyms = None
     if hmac_key is not None:
@@ -201,6 +208,7 @@ def screening_job(
         use_gpu=use_gpu,
         gpus_per_actor=gpus_per_actor,
         model_actors=model_actors,
+        operating_point=operating_point,
         baseline=None if baseline is None else _baseline(results, baseline, trained),
         noted={**(noted or {}), **({} if baseline is None else {"baseline": baseline})},
     )

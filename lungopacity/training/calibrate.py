@@ -1,4 +1,4 @@
-"""From validation logits: the temperature, and the operating point.
+"""From validation logits: the temperature, and the operating points.
 
 Array names carry their shape: V validation films, K classes.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lungopacity.evaluation.operating_points import STANDARD, pick
 from lungopacity.models import OperatingPoint
 
 _LOG_TEMPERATURE_LIMIT = np.log(20.0)
@@ -22,6 +23,9 @@ class Calibration:
 
     temperature: float
     operating_point: OperatingPoint
+    """That decides unless another is asked for: Youden's."""
+    operating_points: Mapping[str, OperatingPoint]
+    """All of `STANDARD`, by their rules."""
     metrics: Mapping[str, float]
     """At this temperature and point; `loss` in nats."""
 
@@ -35,7 +39,8 @@ def calibrate(
 
     temperature = fit_temperature(logits_VK, labels_V)
     probabilities_V = softmax(logits_VK, temperature)[:, positive]
-    point = youden_point(probabilities_V, labels_V == positive)
+    points = {rule: pick(rule, probabilities_V, labels_V == positive) for rule in STANDARD}
+    point = points[STANDARD[0]]
     assert point.sensitivity is not None
     assert point.specificity is not None
     metrics = {
@@ -46,7 +51,7 @@ def calibrate(
         "sensitivity": point.sensitivity,
         "specificity": point.specificity,
     }
-    return Calibration(temperature, point, metrics)
+    return Calibration(temperature, point, points, metrics)
 
 
 def softmax(
@@ -94,31 +99,3 @@ def fit_temperature(logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[n
             right = low + golden * (high - low)
             loss_right = loss(right)
     return float(np.exp((low + high) / 2))
-
-
-def youden_point(
-    probabilities_V: npt.NDArray[np.floating], positive_V: npt.NDArray[np.bool_]
-) -> OperatingPoint:
-    """The threshold with the highest sensitivity + specificity - 1 (Youden 1950).
-
-    probabilities_V: of the positive class, calibrated. positive_V: whether it is the true one; both
-    kinds must occur. Of thresholds that do equally well, the most sensitive. It lies midway to the
-    next lower score, so that no score stands on it and rounding decides nothing.
-    """
-    assert positive_V.any()
-    assert not positive_V.all()
-    scores, which = np.unique(probabilities_V.astype(np.float64), return_inverse=True)
-    positives = np.bincount(which, positive_V, len(scores))
-    negatives = np.bincount(which, ~positive_V, len(scores))
-    # Entry i: the decision is positive from score i upwards.
-    sensitivity = positives[::-1].cumsum()[::-1] / positives.sum()
-    specificity = 1 - negatives[::-1].cumsum()[::-1] / negatives.sum()
-    best = int(np.argmax(np.round(sensitivity + specificity, 9)))
-    below = scores[best - 1] if best else 0.0
-    return OperatingPoint(
-        threshold=float((below + scores[best]) / 2),
-        chosen_by="Youden J on validation",
-        sensitivity=float(sensitivity[best]),
-        specificity=float(specificity[best]),
-        images=len(positive_V),
-    )

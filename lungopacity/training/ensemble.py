@@ -62,6 +62,7 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
         positive_class=first.positive_class,
         preprocessing=Preprocessing(max(item.image_size for item in members.members), 0.0, 1.0),
         operating_point=found.operating_point,
+        operating_points=found.operating_points,
         label_map=first.label_map,
         temperature=found.temperature,
         metrics=found.metrics,

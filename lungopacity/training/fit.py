@@ -311,6 +311,7 @@ def _spec(
         "positive_class": settings.positive_class,
         "preprocessing": settings.preprocessing,
         "operating_point": found.operating_point,
+        "operating_points": found.operating_points,
         "temperature": found.temperature,
         "synthetic": data.synthetic,
         "metrics": dict(found.metrics),

@@ -129,6 +129,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if config["first"] is not None:
         network.load_state_dict(ray.get(config["first"]), strict=False)
     network = network.to(worker.device).to(memory_format=torch.channels_last)
+    if worker.device.type == "cpu":
+        _depthwise_in_float32(network)
     # What is validated and kept: the network, or the average of its weights over the steps.
     kept = copy.deepcopy(network) if settings.ema_decay else network
     averaged = kept if settings.ema_decay else None
@@ -186,6 +188,19 @@ def learning_rate_at(progress: float, settings: TrainingSettings) -> float:
         return settings.learning_rate * progress / settings.warmup_fraction
     fallen = (progress - settings.warmup_fraction) / (1 - settings.warmup_fraction)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
+
+
+def _depthwise_in_float32(network: torch.nn.Module) -> None:
+    """On a CPU oneDNN's backward pass of a depthwise convolution is slower in bfloat16: with these
+    few in float32, efficientnet-lite0 trains 1.5 times as fast."""
+
+    def forward(self: torch.nn.Conv2d, x_BCHW: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return type(self).forward(self, x_BCHW.float())
+
+    for part in network.modules():
+        if isinstance(part, torch.nn.Conv2d) and part.groups == part.in_channels > 1:
+            part.forward = forward.__get__(part)  # type: ignore[method-assign]
 
 
 def _freeze(network: torch.nn.Module, frozen: bool) -> None:

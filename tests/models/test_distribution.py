@@ -3,9 +3,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.covariance import LedoitWolf
 
 from lungopacity.models import build_network
-from lungopacity.models.distribution import TrainingDistribution
+from lungopacity.models.distribution import (
+    JointDistribution,
+    TrainingDistribution,
+    distribution_of_bytes,
+)
 from lungopacity.models.networks import NETWORK_NAMES
 from lungopacity.models.scorer import Scorer
 from tests.models.tiny import tiny_model, with_distribution
@@ -68,9 +73,32 @@ def test_features_without_spread_give_numbers_all_the_same(train):
 def test_it_comes_back_from_its_file():
     rng = np.random.default_rng(0)
     saved = TrainingDistribution.of(correlated(rng, 100), correlated(rng, 50))
-    loaded = TrainingDistribution.from_bytes(saved.to_bytes())
+    loaded = distribution_of_bytes(saved.to_bytes())
     films = correlated(rng, 30)
     np.testing.assert_array_equal(saved.score(films), loaded.score(films))
+
+
+@pytest.mark.parametrize("films", [20, 200])
+def test_the_distance_is_that_of_ledoit_and_wolfs_covariance(films):
+    rng = np.random.default_rng(0)
+    train = rng.normal(size=(films, 60)) @ rng.normal(size=(60, 60))
+    found = TrainingDistribution.of(train, train)
+    scaled = (train - train.mean(axis=0)) / train.std(axis=0)
+    covariance = LedoitWolf(assume_centered=True).fit(scaled).covariance_
+    squares = np.einsum("nf,fg,ng->n", scaled, np.linalg.inv(covariance), scaled)
+    np.testing.assert_allclose(found.score(train) * found.threshold, np.sqrt(squares), rtol=2e-3)
+
+
+def test_a_joint_one_comes_back_from_its_file():
+    rng = np.random.default_rng(0)
+    parts = tuple(
+        TrainingDistribution.of(correlated(rng, 100), correlated(rng, 50)) for _ in range(2)
+    )
+    joint = JointDistribution(parts)
+    films = [correlated(rng, 30) for _ in parts]
+    loaded = distribution_of_bytes(joint.to_bytes())
+    expected = np.sqrt((parts[0].score(films[0]) ** 2 + parts[1].score(films[1]) ** 2) / 2)
+    np.testing.assert_allclose(loaded.score(np.concatenate(films, axis=1)), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NETWORK_NAMES)

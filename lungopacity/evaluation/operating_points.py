@@ -1,0 +1,160 @@
+"""Where a score becomes a decision: rules for a threshold, on labelled scores.
+
+Array names carry their shape: N images, S different scores in rising order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lungopacity.errors import UserError
+from lungopacity.evaluation.metrics import Metric, proportion
+from lungopacity.models import OperatingPoint
+
+RULES = """youden                 the highest sensitivity + specificity - 1 (Youden 1950)
+sensitivity=0.95       at least this sensitivity, and then the highest specificity
+specificity=0.95       at least this specificity, and then the highest sensitivity
+cost=5                 the least cost, a missed opacity costing five false alarms
+cost=5@0.02            the same where 2 % of the films have one, and not as many as here
+band=0.99,0.95         positive from a specificity of 0.95, review from a sensitivity of 0.99"""
+"""Of `pick`: how each is written, and what it does."""
+
+STANDARD = ("youden", "sensitivity=0.95", "specificity=0.95", "band=0.99,0.95")
+"""What every model folder has."""
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Each threshold that the scores offer, and what it achieves."""
+
+    threshold_S: npt.NDArray[np.float64]
+    sensitivity_S: npt.NDArray[np.float64]
+    specificity_S: npt.NDArray[np.float64]
+
+    @staticmethod
+    def of(scores_N: npt.NDArray[np.floating], positive_N: npt.NDArray[np.bool_]) -> _Curve:
+        scores_S, which_N = np.unique(scores_N.astype(np.float64), return_inverse=True)
+        positives = np.bincount(which_N, positive_N, len(scores_S))
+        negatives = np.bincount(which_N, ~positive_N, len(scores_S))
+        # Midway to the next lower score: no score stands on it, and rounding decides nothing.
+        threshold_S = (np.concatenate([[0.0], scores_S[:-1]]) + scores_S) / 2
+        # Entry i is positive from score i upwards.
+        sensitivity_S = positives[::-1].cumsum()[::-1] / positives.sum()
+        specificity_S = 1 - negatives[::-1].cumsum()[::-1] / negatives.sum()
+        if scores_S[-1] < 1:
+            threshold_S = np.append(threshold_S, (scores_S[-1] + 1) / 2)
+            sensitivity_S, specificity_S = np.append(sensitivity_S, 0), np.append(specificity_S, 1)
+        return _Curve(threshold_S, sensitivity_S, specificity_S)
+
+    def at_sensitivity(self, least: float) -> int:
+        """The highest threshold that reaches it; the lowest of all reaches 1."""
+        return int(np.flatnonzero(self.sensitivity_S >= least - 1e-12)[-1])
+
+    def at_specificity(self, least: float) -> int:
+        """The lowest threshold that reaches it; the highest where scores of 1 prevent it."""
+        reached = np.flatnonzero(self.specificity_S >= least - 1e-12)
+        return int(reached[0]) if len(reached) else len(self.specificity_S) - 1
+
+
+def pick(
+    rule: str,
+    probabilities_N: npt.NDArray[np.floating],
+    positive_N: npt.NDArray[np.bool_],
+    where: str = "validation",
+) -> OperatingPoint:
+    """The threshold by one of `RULES`.
+
+    probabilities_N: of the positive class, calibrated. positive_N: whether it is the true one. Of
+    thresholds that do equally well, the most sensitive. `where`: which images they are, in words.
+    Raises `UserError` for another rule, and where not both kinds of image occur.
+    """
+    name, numbers = _parsed(rule)
+    if not positive_N.any() or positive_N.all():
+        raise UserError(
+            f"a threshold needs images with and without the positive class; {where} has "
+            f"{int(positive_N.sum())} and {int((~positive_N).sum())}"
+        )
+    curve = _Curve.of(probabilities_N, positive_N)
+    review: int | None = None
+    if name == "youden":
+        found = int(np.argmax(np.round(curve.sensitivity_S + curve.specificity_S, 9)))
+    elif name == "sensitivity":
+        found = curve.at_sensitivity(numbers[0])
+    elif name == "specificity":
+        found = curve.at_specificity(numbers[0])
+    elif name == "cost":
+        prevalence = numbers[1] if len(numbers) > 1 else float(positive_N.mean())
+        missed_S = numbers[0] * prevalence * (1 - curve.sensitivity_S)
+        found = int(np.argmin(missed_S + (1 - prevalence) * (1 - curve.specificity_S)))
+    else:
+        review, found = curve.at_sensitivity(numbers[0]), curve.at_specificity(numbers[1])
+        # A model so good that it reaches both at one threshold needs no band.
+        review = None if review >= found else review
+    return OperatingPoint(
+        threshold=float(curve.threshold_S[found]),
+        review_from=None if review is None else float(curve.threshold_S[review]),
+        chosen_by=f"{rule} on {where}",
+        sensitivity=float(curve.sensitivity_S[found]),
+        specificity=float(curve.specificity_S[found]),
+        images=len(positive_N),
+    )
+
+
+def check_rule(rule: str) -> None:
+    """Raises `UserError` for what is none of `RULES`."""
+    _parsed(rule)
+
+
+def _parsed(rule: str) -> tuple[str, list[float]]:
+    name, _, rest = rule.partition("=")
+    numbers: list[float] = []
+    try:
+        words: Sequence[str] = rest.replace("@", ",").split(",") if rest else []
+        numbers = [float(word) for word in words]
+        fits = {
+            "youden": not numbers,
+            "sensitivity": len(numbers) == 1 and 0 < numbers[0] <= 1,
+            "specificity": len(numbers) == 1 and 0 < numbers[0] <= 1,
+            "cost": 1 <= len(numbers) <= 2
+            and numbers[0] > 0
+            and ("@" in rest) == (len(numbers) == 2)
+            and all(0 < share < 1 for share in numbers[1:]),
+            "band": len(numbers) == 2 and all(0 < share <= 1 for share in numbers),
+        }[name]
+    except (KeyError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(f"'{rule}' is no rule for a threshold; the rules are\n{RULES}")
+    return name, numbers
+
+
+def decision_metrics(
+    probabilities_N: npt.NDArray[np.floating],
+    positive_N: npt.NDArray[np.bool_],
+    points: Mapping[str, OperatingPoint],
+    group: str = "all",
+) -> list[Metric]:
+    """Of the decisions at each operating point, by its name: decision_sensitivity,
+    decision_specificity, positive_predictive_value and negative_predictive_value, with Wilson's
+    intervals; with a review band, review_rate. What is under review is not positive."""
+    metrics = []
+    for name, point in points.items():
+        decided_N = probabilities_N >= point.threshold
+        hits, false = int((decided_N & positive_N).sum()), int((decided_N & ~positive_N).sum())
+        missed = int(positive_N.sum()) - hits
+        right = int((~positive_N).sum()) - false
+        shares = {
+            "decision_sensitivity": (hits, hits + missed),
+            "decision_specificity": (right, right + false),
+            "positive_predictive_value": (hits, hits + false),
+            "negative_predictive_value": (right, right + missed),
+        }
+        if point.review_from is not None:
+            band_N = (probabilities_N >= point.review_from) & ~decided_N
+            shares["review_rate"] = (int(band_N.sum()), len(band_N))
+        metrics += [proportion(group, what, name, *share) for what, share in shares.items()]
+    return metrics

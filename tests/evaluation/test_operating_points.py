@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_curve
+
+from lungopacity.errors import UserError
+from lungopacity.evaluation.operating_points import RULES, STANDARD, decision_metrics, pick
+from lungopacity.models import OperatingPoint
+
+
+def films(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Calibrated scores, and whether each film is positive."""
+    rng = np.random.default_rng(seed)
+    scores_V = rng.random(count)
+    return scores_V, rng.random(count) < scores_V
+
+
+def achieved(point: OperatingPoint, scores_V: np.ndarray, positive_V: np.ndarray) -> tuple:
+    decided_V = scores_V >= point.threshold
+    return decided_V[positive_V].mean(), (~decided_V)[~positive_V].mean()
+
+
+def test_operating_point_reaches_the_best_sum_of_sensitivity_and_specificity() -> None:
+    scores_V, positive_V = films(500)
+    point = pick("youden", scores_V, positive_V)
+    decided_V = scores_V >= point.threshold
+    assert point.sensitivity == pytest.approx(decided_V[positive_V].mean())
+    assert point.specificity == pytest.approx(1 - decided_V[~positive_V].mean())
+    false_positive_rate, true_positive_rate, _ = roc_curve(positive_V, scores_V)
+    best = (true_positive_rate - false_positive_rate).max()
+    assert point.sensitivity + point.specificity - 1 == pytest.approx(best)
+    assert point.images == 500
+
+
+def test_operating_point_lies_between_scores() -> None:
+    scores_V = np.array([0.1, 0.2, 0.7, 0.9], np.float32)
+    point = pick("youden", scores_V, np.array([False, False, True, True]))
+    assert point.threshold == pytest.approx(0.45)
+    assert (point.sensitivity, point.specificity) == (1.0, 1.0)
+
+
+def test_of_equally_good_thresholds_the_more_sensitive_is_chosen() -> None:
+    point = pick("youden", np.array([0.1, 0.4, 0.6, 0.9]), np.array([False, True, False, True]))
+    assert (point.sensitivity, point.specificity) == (1.0, 0.5)
+
+
+def test_operating_point_of_constant_scores_calls_all_positive() -> None:
+    point = pick("youden", np.full(4, 0.5), np.array([False, True, False, True]))
+    assert point.threshold == 0.25
+
+
+@pytest.mark.parametrize("rule", [*STANDARD, "cost=5", "cost=5@0.02", "specificity=1"])
+@given(
+    scores=st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.30001, 0.7, 0.9, 1.0]), min_size=4),
+    flips=st.randoms(),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_threshold_does_what_it_says_it_does(rule, scores, flips) -> None:
+    scores_V = np.array(scores, np.float32)
+    positive_V = np.array([flips.random() < 0.5 for _ in scores])
+    positive_V[0], positive_V[1] = True, False
+    point = pick(rule, scores_V, positive_V)
+    sensitivity, specificity = achieved(point, scores_V.astype(np.float64), positive_V)
+    assert (point.sensitivity, point.specificity) == pytest.approx((sensitivity, specificity))
+
+
+@pytest.mark.parametrize("least", [0.5, 0.9, 0.95, 0.999, 1.0])
+def test_a_sensitivity_is_reached_at_the_highest_threshold_that_can(least) -> None:
+    scores_V, positive_V = films(400)
+    point = pick(f"sensitivity={least}", scores_V, positive_V)
+    assert achieved(point, scores_V, positive_V)[0] >= least
+    higher = np.sort(scores_V[scores_V > point.threshold])[1]
+    assert (scores_V[positive_V] >= higher).mean() < least
+
+
+@pytest.mark.parametrize("least", [0.5, 0.9, 0.95, 0.999, 1.0])
+def test_a_specificity_is_reached_at_the_lowest_threshold_that_can(least) -> None:
+    scores_V, positive_V = films(400)
+    point = pick(f"specificity={least}", scores_V, positive_V)
+    assert achieved(point, scores_V, positive_V)[1] >= least
+    lower = np.sort(scores_V[scores_V < point.threshold])[-1]
+    assert (scores_V[~positive_V] < lower).mean() < least
+
+
+def test_of_calibrated_scores_a_cost_gives_the_threshold_of_decision_theory() -> None:
+    # Treat where p * cost of a miss > (1 - p) * cost of a false alarm: from 1 / (1 + 4).
+    scores_V, positive_V = films(60_000)
+    assert pick("cost=4", scores_V, positive_V).threshold == pytest.approx(0.2, abs=0.03)
+
+
+def test_the_rarer_the_disease_the_higher_the_threshold_of_a_cost() -> None:
+    scores_V, positive_V = films(2000)
+    rare, common = (pick(f"cost=4@{p}", scores_V, positive_V).threshold for p in (0.02, 0.5))
+    assert rare > common
+
+
+def test_a_band_lies_between_a_sensitive_and_a_specific_threshold() -> None:
+    scores_V, positive_V = films(2000)
+    point = pick("band=0.99,0.95", scores_V, positive_V)
+    assert point.review_from == pick("sensitivity=0.99", scores_V, positive_V).threshold
+    assert point.threshold == pick("specificity=0.95", scores_V, positive_V).threshold
+
+
+def test_a_model_that_needs_no_band_has_none() -> None:
+    scores_V = np.array([0.1, 0.2, 0.8, 0.9])
+    point = pick("band=0.99,0.95", scores_V, np.array([False, False, True, True]))
+    assert point.review_from is None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    "best sensitivity sensitivity=0 sensitivity=1.1 specificity=x cost cost=-1 cost=1,0.5 cost=1@2 "
+    "band=0.9 band=0.9,0.9,0.9 youden=1 =0.5".split(),
+)
+def test_another_rule_is_refused_with_those_there_are(rule) -> None:
+    with pytest.raises(UserError, match=r"is no rule for a threshold; the rules are\nyouden"):
+        pick(rule, *films(20))
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_one_kind_of_image_gives_no_threshold(kind) -> None:
+    with pytest.raises(UserError, match="with and without"):
+        pick("youden", np.array([0.2, 0.8]), np.array([kind, kind]))
+
+
+def test_every_rule_that_is_explained_is_one() -> None:
+    for line in RULES.splitlines():
+        pick(line.split()[0], *films(100))
+
+
+def test_decisions_are_counted_at_each_point() -> None:
+    scores_N = np.array([0.1, 0.4, 0.5, 0.6, 0.9])
+    positive_N = np.array([False, True, False, True, True])
+    points = {"a": OperatingPoint(0.55), "b": OperatingPoint(0.95, review_from=0.45)}
+    found = {
+        (item.class_name, item.metric): (item.value, item.n)
+        for item in decision_metrics(scores_N, positive_N, points)
+    }
+    assert found["a", "decision_sensitivity"] == (pytest.approx(2 / 3), 3)
+    assert found["a", "decision_specificity"] == (1.0, 2)
+    assert found["a", "positive_predictive_value"] == (1.0, 2)
+    assert found["a", "negative_predictive_value"] == (pytest.approx(2 / 3), 3)
+    assert ("a", "review_rate") not in found
+    assert found["b", "review_rate"] == (pytest.approx(3 / 5), 5)
+    assert np.isnan(found["b", "positive_predictive_value"][0])

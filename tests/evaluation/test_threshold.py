@@ -1,0 +1,123 @@
+"""A site's own threshold: from labelled results to the decisions of the next run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import lungopacity
+from lungopacity.errors import UserError
+from lungopacity.models import load_model
+from lungopacity.storage import open_store
+from tests.films import encoded, grey_film
+from tests.models.tiny import write_tiny_model
+
+FILMS = 90
+
+
+@pytest.fixture(scope="module")
+def site(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory):
+    """An archive that was screened once, and its labels: every third film is positive."""
+    folder = tmp_path_factory.mktemp("site")
+    store = open_store(str(folder / "archive"))
+    names = [f"{number:02}.png" for number in range(FILMS)]
+    for number, name in enumerate(names):
+        store.write(name, encoded(grey_film(number)))
+    write_tiny_model(str(folder / "model"))
+    labels = pd.DataFrame(
+        {
+            "image": names,
+            "label": [("Lung_Opacity", "Normal", "Normal")[n % 3] for n in range(FILMS)],
+        }
+    )
+    labels.to_csv(folder / "labels.csv", index=False)
+    run = lungopacity.screen(
+        str(folder / "archive"), str(folder / "model"), str(folder / "results"),
+        run_id="first", labels=str(folder / "labels.csv"),
+    )  # fmt: skip
+    assert run.ok == FILMS
+    return folder
+
+
+def test_a_sites_threshold_is_picked_kept_and_decides(site):
+    model, results = str(site / "model"), str(site / "results")
+    point = lungopacity.threshold(model, results, "sensitivity=0.8", "ours", run_id="first")
+    assert point.images == FILMS
+    assert point.sensitivity >= 0.8
+    document = json.loads((site / "model" / "operating_points" / "ours.json").read_text())
+    assert document["model_id"] == load_model(model).model_id
+    assert "Research use only" in document["notice"]
+
+    again = lungopacity.screen(
+        str(site / "archive"), model, results, run_id="second", operating_point="ours"
+    )
+    rows = lungopacity.query(
+        results, "SELECT p_Lung_Opacity p, decision FROM predictions WHERE run_id = 'second'"
+    ).to_pandas()
+    expected = np.where(rows["p"] >= point.threshold, "positive", "negative")
+    assert (rows["decision"] == expected).all()
+    assert 0 < again.positive == (rows["decision"] == "positive").sum()
+    record = lungopacity.query(results, "SELECT record FROM runs WHERE run_id = 'second'")
+    assert json.loads(record["record"][0].as_py())["settings"]["operating_point"] == "ours"
+
+
+def test_labels_may_come_later_and_from_a_file(site):
+    point = lungopacity.threshold(
+        str(site / "model"), str(site / "results"), "youden", "from-file",
+        labels=str(site / "labels.csv"),
+    )  # fmt: skip
+    assert point.images == FILMS
+
+
+def test_a_name_is_given_once_and_must_be_one(site):
+    model, results = str(site / "model"), str(site / "results")
+    lungopacity.threshold(model, results, "youden", "taken", run_id="first")
+    for name, said in (("taken", "there already"), ("../x", "letters, digits"), ("", "letters")):
+        with pytest.raises(UserError, match=said):
+            lungopacity.threshold(model, results, "youden", name, run_id="first")
+
+
+def test_what_gives_no_threshold_is_refused(site, tmp_path):
+    model, results = str(site / "model"), str(site / "results")
+    few = pd.read_csv(site / "labels.csv").head(40)
+    few.to_csv(tmp_path / "few.csv", index=False)
+    write_tiny_model(str(tmp_path / "other"), seed=5)
+    for arguments, options, said in (
+        ((model, results, "best", "x"), {}, "no rule"),
+        (
+            (model, results, "youden", "x"),
+            {"run_id": "absent"},
+            "no scores .* with labels in run 'absent'",
+        ),
+        ((model, results, "youden", "x"), {"labels": str(tmp_path / "few.csv")}, "14 are labelled"),
+        ((str(tmp_path / "other"), results, "youden", "x"), {}, "no scores of model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            lungopacity.threshold(*arguments, **options)
+
+
+def test_another_models_threshold_is_refused(site, tmp_path):
+    lungopacity.threshold(
+        str(site / "model"), str(site / "results"), "youden", "moved", run_id="first"
+    )
+    write_tiny_model(str(tmp_path / "other"), seed=5)
+    shutil.copytree(site / "model" / "operating_points", tmp_path / "other" / "operating_points")
+    for name, said in (
+        ("moved", "was chosen for model"),
+        ("absent", "has no operating point 'absent'; it has .*moved"),
+    ):
+        with pytest.raises(UserError, match=said):
+            lungopacity.screen(
+                str(site / "archive"), str(tmp_path / "other"), str(tmp_path / "results"),
+                operating_point=name,
+            )  # fmt: skip
+    (tmp_path / "other" / "operating_points" / "moved.json").write_text('{"threshold": 3}')
+    with pytest.raises(UserError, match="is damaged"):
+        lungopacity.screen(
+            str(site / "archive"), str(tmp_path / "other"), str(tmp_path / "results"),
+            operating_point="moved",
+        )  # fmt: skip
