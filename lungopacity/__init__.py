@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lungopacity.errors import UserError
+    from lungopacity.evaluation.audit import audit
     from lungopacity.evaluation.compare import compare
     from lungopacity.evaluation.evaluate import EvaluationResult, evaluate
     from lungopacity.evaluation.threshold import threshold
@@ -27,6 +28,7 @@ __all__ = [
     "ScreeningResult",
     "TrainingResult",
     "UserError",
+    "audit",
     "compare",
     "ensemble",
     "evaluate",
@@ -46,6 +48,7 @@ _HOME = {
     "ScreeningResult": "screening.screen",
     "TrainingResult": "training.fit",
     "UserError": "errors",
+    "audit": "evaluation.audit",
     "compare": "evaluation.compare",
     "ensemble": "training.ensemble",
     "evaluate": "evaluation.evaluate",

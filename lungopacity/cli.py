@@ -166,8 +166,7 @@ def train(classes: str, **options: Any) -> int:
     """
     from lungopacity.training.train import train as run
 
-    names = tuple(name.strip() for name in classes.split(",") if name.strip())
-    result = run(classes=names, **options)
+    result = run(classes=_names(classes), **options)
     kept = result.history[result.best_epoch - 1]
     click.echo(
         f"model {result.model.model_id} in {options['output']}"
@@ -228,6 +227,26 @@ def evaluate(as_json: bool, **options: Any) -> int:
     result = run(**options)
     click.echo(result.to_json() if as_json else result.summary())
     return result.exit_code
+
+
+@cli.command(epilog=_EPILOG)
+@images_option
+@labels_option
+@click.option("--classes", default=None, help="As for train. Default: every label.")
+@click.option("--positive-class", default=None, help="As for train.")
+@click.option("--output", metavar="URI", default=None, help="Where audit.json goes.")
+@rule_options
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def audit(classes: str | None, as_json: bool, **options: Any) -> int:
+    """Look for what would flatter a model on these films: copies, torn patients, shortcuts.
+
+    Exits with 1 where films or patients leak from one split into another.
+    """
+    from lungopacity.evaluation.audit import audit as run
+
+    found = run(classes=None if classes is None else _names(classes), **options)
+    click.echo(found.to_json() if as_json else found.summary())
+    return 1 if found.leaks else 0
 
 
 @cli.command(epilog=_EPILOG)
@@ -487,6 +506,11 @@ def plan(sizes: list[int], as_json: bool) -> int:
     costs = plan_costs(sizes)
     click.echo(json.dumps([vars(cost) for cost in costs]) if as_json else table(costs))
     return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """`A,B` as its words."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:

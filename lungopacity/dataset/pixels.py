@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MAX_UNREADABLE_FRACTION = 0.05
 """Above it, training on what is left would hide a broken archive."""
+_CONTENT = ["content_sha256", "format", "rows", "columns", "photometric_interpretation"]
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,7 @@ def _joined(
         labels_N=frame["label"].map(index_of).to_numpy().astype(np.int64),
         split_N=frame["split"].to_numpy(str),
         class_names=tuple(class_names),
-        images=frame[
-            ["image", "label", "split", "patient_id", *facts, "source", "content_sha256", "format"]
-        ],
+        images=frame[["image", "label", "split", "patient_id", *facts, "source", *_CONTENT]],
         unreadable=unreadable.reset_index(drop=True),
         synthetic=bool(frame["synthetic"].astype(bool).any()),
     )

@@ -1,0 +1,318 @@
+"""Whether labelled films can be trusted to measure a model: copies, torn patients, conflicting
+labels, and what gives the label away without a look at the lungs.
+
+Array names carry their shape: N images, H height, W width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from lungopacity.archive.content import ReadSettings, rules_from
+from lungopacity.dataset.classes import class_names_of, classes_of_labels
+from lungopacity.dataset.manifest import assign_splits, read_labels, select_classes
+from lungopacity.dataset.pixels import LabelledPixels, load_pixels
+from lungopacity.errors import NOTICE
+from lungopacity.evaluation.metrics import RocAuc, age_band, roc_auc
+from lungopacity.progress import Progress
+from lungopacity.radiograph import Preprocessing
+from lungopacity.runtime import ray_session
+from lungopacity.storage import open_store
+
+log = logging.getLogger(__name__)
+
+SIDE = 64
+"""Of the films that are compared, in pixels."""
+NEAR_BITS = 6
+"""Of the 64 of a perceptual hash: two films that differ in more are no copies of each other."""
+NEAR_CORRELATION = 0.99
+"""Of two films of 64 x 64 pixels; of 7,629 lung-field films no two reach 0.975."""
+SUSPICIOUS_AUC = 0.7
+"""Of a fact that knows nothing of the lungs: from here on a model may live on it."""
+_BORDER = 0.15
+"""Of the film's side, on each of the four sides, is what the border probe sees."""
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Two labelled images that show one film."""
+
+    first: str
+    second: str
+    kind: str
+    """exact: the same bytes; near: pixels that are all but the same."""
+    splits: tuple[str, str]
+    labels: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """How well one fact alone tells the positive class from the rest, on films it has not seen."""
+
+    fact: str
+    values: int
+    auc: float
+    ci_low: float | None
+    ci_high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found."""
+
+    images: int
+    unreadable: int
+    torn_patients: int
+    """Patients with films in more than one split."""
+    unknown_patients: int
+    """Films without a patient: whether they are torn cannot be known."""
+    copies: tuple[Copies, ...]
+    shortcuts: tuple[Shortcut, ...]
+    positive_class: str
+    split_given: bool
+    """The labels have splits; without, patients are divided when a model is trained."""
+
+    @property
+    def leaking(self) -> tuple[Copies, ...]:
+        """Copies on two sides of a split."""
+        return tuple(pair for pair in self.copies if len(set(pair.splits)) > 1)
+
+    @property
+    def conflicts(self) -> tuple[Copies, ...]:
+        """Copies with two labels: at least one is wrong."""
+        return tuple(pair for pair in self.copies if len(set(pair.labels)) > 1)
+
+    @property
+    def leaks(self) -> bool:
+        """Whether any figure of a model on these splits would flatter it."""
+        return bool(self.torn_patients or (self.split_given and self.leaking))
+
+    def summary(self) -> str:
+        """What was found, a line each, the worst first."""
+        kinds = [pair.kind for pair in self.copies]
+        lines = [
+            f"{self.images} labelled images, {self.unreadable} more unreadable",
+            f"patients in two splits: {self.torn_patients}"
+            + (f" ({self.unknown_patients} films name none)" if self.unknown_patients else ""),
+            f"copies: {kinds.count('exact')} exact, {kinds.count('near')} near; across splits: "
+            f"{len(self.leaking)}; with two labels: {len(self.conflicts)}",
+            *(
+                f"  {pair.kind}: {pair.first} ({pair.labels[0]}, {pair.splits[0]}) = "
+                f"{pair.second} ({pair.labels[1]}, {pair.splits[1]})"
+                for pair in [*self.leaking, *self.conflicts][:10]
+            ),
+            f"AUC for {self.positive_class} of what does not look at the lungs:",
+        ]
+        for item in self.shortcuts:
+            interval = "" if item.ci_low is None else f" ({item.ci_low:.3f} to {item.ci_high:.3f})"
+            warning = "  <- a model may live on it" if item.auc >= SUSPICIOUS_AUC else ""
+            lines.append(f"  {item.fact:28}{item.auc:.3f}{interval}{warning}")
+        verdict = "leakage found" if self.leaks else "no leakage found"
+        return "\n".join([*lines, verdict, NOTICE])
+
+    def to_json(self) -> str:
+        """Everything."""
+        return json.dumps({"notice": NOTICE, **asdict(self), "leaks": self.leaks}, indent=2)
+
+
+def audit(
+    images: Sequence[str],
+    labels: str,
+    *,
+    classes: Sequence[str] | None = None,
+    positive_class: str | None = None,
+    output: str | None = None,
+    accept: Sequence[str] = (),
+    reject_quality: Sequence[str] | None = None,
+) -> Audit:
+    """Read every labelled film once, small, and look for what would flatter a model.
+
+    images, labels: as for training; None of `classes` takes every label as one. `positive_class`:
+    None takes Lung_Opacity where it is one of them, else the last. `output`: URI of a folder for
+    audit.json. Raises `UserError`.
+    """
+    accepted, rejecting = rules_from(accept, reject_quality)
+    frame = read_labels(labels)
+    known = sorted(frame["label"].unique())
+    label_map = classes_of_labels(known if classes is None else classes, known)
+    names = class_names_of(label_map)
+    positive = positive_class or ("Lung_Opacity" if "Lung_Opacity" in names else names[-1])
+    frame = select_classes(frame, label_map, labels)
+    split_given = bool(frame["split"].notna().all())
+    frame = assign_splits(frame, labels, seed=0)
+    rules = ReadSettings(Preprocessing(SIDE), accept=accepted, reject_quality=rejecting)
+    with ray_session():
+        data = load_pixels(images, frame, names, rules, labels)
+    positive_N = (data.images["label"] == positive).to_numpy(bool)
+    found = Audit(
+        images=len(data.images),
+        unreadable=len(data.unreadable),
+        torn_patients=_torn(data.images),
+        unknown_patients=int(data.images["patient_id"].isna().sum()),
+        copies=tuple(_copies(data)),
+        shortcuts=tuple(_shortcuts(data, positive_N)),
+        positive_class=positive,
+        split_given=split_given,
+    )
+    if output is not None:
+        open_store(output).write("audit.json", found.to_json().encode())
+    return found
+
+
+def _torn(images: pd.DataFrame) -> int:
+    known = images.dropna(subset=["patient_id"])
+    return int((known.groupby("patient_id")["split"].nunique() > 1).sum())
+
+
+def _copies(data: LabelledPixels) -> Iterator[Copies]:
+    frame = data.images
+    exact: set[tuple[int, int]] = set()
+    for rows in frame.groupby("content_sha256").indices.values():
+        exact |= {(int(rows[0]), int(row)) for row in rows[1:]}
+    near = set(near_pairs(data.pixels_NHW)) - exact
+    # Of films that are exact copies of each other, one is enough to compare with.
+    repeated = {second for _, second in exact}
+    near = {pair for pair in near if not repeated & set(pair)}
+    for kind, pairs in (("exact", exact), ("near", near)):
+        for first, second in sorted(pairs):
+            a, b = frame.iloc[first], frame.iloc[second]
+            yield Copies(
+                a["image"],
+                b["image"],
+                kind,
+                (str(a["split"]), str(b["split"])),
+                (str(a["label"]), str(b["label"])),
+            )
+
+
+def perceptual_hashes(pixels_NHW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """(n,) uint64: the signs of the lowest 8 x 8 frequencies against their median (Zauner 2010,
+    Implementation and Benchmarking of Perceptual Image Hash Functions, section 3.2.2)."""
+    from scipy.fft import dctn
+
+    low_NHW = dctn(pixels_NHW.astype(np.float32), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
+    # The first is the mean brightness; its sign says nothing.
+    bits_NB = low_NHW > np.median(low_NHW[:, 1:], axis=1, keepdims=True)
+    return np.packbits(bits_NB, axis=1).view(">u8").astype(np.uint64).ravel()
+
+
+def near_pairs(pixels_NHW: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
+    """Pairs of rows whose films are all but the same: made lighter, smaller, or compressed anew.
+
+    Candidates by their hashes, then by the correlation of their pixels.
+    """
+    hashes_N = perceptual_hashes(pixels_NHW)
+    with Progress("Comparing images", total=len(hashes_N)) as progress:
+        for row in range(len(hashes_N)):
+            differ = np.bitwise_count(hashes_N[row + 1 :] ^ hashes_N[row])
+            for other in np.flatnonzero(differ <= NEAR_BITS) + row + 1:
+                if _correlation(pixels_NHW[row], pixels_NHW[other]) >= NEAR_CORRELATION:
+                    yield row, int(other)
+            if row % 1000 == 0:
+                progress.advance(row - progress.done)
+
+
+def _correlation(first_HW: npt.NDArray[np.uint8], second_HW: npt.NDArray[np.uint8]) -> float:
+    a, b = (film.astype(np.float64).ravel() for film in (first_HW, second_HW))
+    a, b = a - a.mean(), b - b.mean()
+    length = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / length if length else float((first_HW == second_HW).all())
+
+
+def _shortcuts(data: LabelledPixels, positive_N: npt.NDArray[np.bool_]) -> Iterator[Shortcut]:
+    if not positive_N.any() or positive_N.all():
+        return
+    frame = data.images
+    patients = frame["patient_id"].fillna("image " + frame["image"]).to_numpy(str)
+    for fact, values in _facts(frame).items():
+        known_N = np.array([value is not None for value in values])
+        if len({value for value in values if value is not None}) < 2:
+            continue
+        scores_N, seen = _rates(values, positive_N, patients)
+        auc = roc_auc(positive_N, scores_N)
+        yield _shortcut(fact, seen, auc, int(known_N.sum()))
+    scores_N = _border_scores(data.pixels_NHW, positive_N, patients)
+    yield _shortcut("border of the film alone", 0, roc_auc(positive_N, scores_N), len(positive_N))
+
+
+def _shortcut(fact: str, values: int, auc: RocAuc, n: int) -> Shortcut:
+    return Shortcut(fact, values, auc.value, auc.ci_low, auc.ci_high, n)
+
+
+def _facts(frame: pd.DataFrame) -> dict[str, list[str | None]]:
+    """What is known of each film beside its pixels, None where it is not."""
+
+    def words(column: str) -> list[str | None]:
+        return [None if pd.isna(value) else str(value) for value in frame[column]]
+
+    ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
+    return {
+        "view_position": words("view_position"),
+        "patient_sex": words("patient_sex"),
+        "age": [None if pd.isna(age) else age_band(float(age)) for age in ages],
+        # Loose films are objects of their own, and say nothing of each other.
+        "shard": words("source") if frame["source"].nunique() < len(frame) / 2 else [],
+        "format": words("format"),
+        "rows x columns": [
+            f"{rows} x {columns}"
+            for rows, columns in zip(frame["rows"], frame["columns"], strict=True)
+        ],
+        "photometric_interpretation": words("photometric_interpretation"),
+    }
+
+
+def _folds(
+    positive_N: npt.NDArray[np.bool_], patients: npt.NDArray[np.str_]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    folds = StratifiedGroupKFold(n_splits=_FOLDS, shuffle=True, random_state=0)
+    yield from folds.split(positive_N, positive_N, patients)
+
+
+def _rates(
+    values: Sequence[str | None],
+    positive_N: npt.NDArray[np.bool_],
+    patients: npt.NDArray[np.str_],
+) -> tuple[npt.NDArray[np.float64], int]:
+    """For each film the share of positives among other patients' films of the same value."""
+    named = pd.Series(["unknown" if value is None else value for value in values])
+    scores_N = np.zeros(len(named))
+    for train, test in _folds(positive_N, patients):
+        share = pd.Series(positive_N[train]).groupby(named.iloc[train].to_numpy()).mean()
+        mean = float(positive_N[train].mean())
+        scores_N[test] = named.iloc[test].map(share).fillna(mean)
+    return scores_N, int(named.nunique())
+
+
+def _border_scores(
+    pixels_NHW: npt.NDArray[np.uint8],
+    positive_N: npt.NDArray[np.bool_],
+    patients: npt.NDArray[np.str_],
+) -> npt.NDArray[np.float64]:
+    """Of a logistic regression that sees the border alone, on patients that it has not seen."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    width = round(_BORDER * SIDE)
+    border_HW = np.ones((SIDE, SIDE), bool)
+    border_HW[width:-width, width:-width] = False
+    seen_NF = pixels_NHW[:, border_HW].astype(np.float32)
+    scores_N = np.zeros(len(positive_N))
+    with Progress("Reading borders", total=_FOLDS, unit="folds") as progress:
+        for train, test in _folds(positive_N, patients):
+            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
+            probe.fit(seen_NF[train], positive_N[train])
+            scores_N[test] = probe.decision_function(seen_NF[test])
+            progress.advance(1)
+    return scores_N

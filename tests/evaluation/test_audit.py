@@ -1,0 +1,139 @@
+"""An audit of labelled films in which the faults were planted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import lungopacity
+from lungopacity.cli import main
+from lungopacity.evaluation.audit import near_pairs, perceptual_hashes
+from lungopacity.storage import open_store
+from tests.films import encoded, grey_film
+
+FILMS = 60
+
+
+def write_films(folder, spoil=None) -> tuple[str, str]:
+    """An archive and its labels; `spoil` changes both before they are written."""
+    films = {f"{number:02}.png": grey_film(number, 128, 120) for number in range(FILMS)}
+    labels = pd.DataFrame(
+        {
+            "image": list(films),
+            "label": [("Normal", "Lung_Opacity")[number % 2] for number in range(FILMS)],
+            "split": [("train", "train", "validation", "test")[n // 2 % 4] for n in range(FILMS)],
+            "patient_id": [f"p{number}" for number in range(FILMS)],
+            "view_position": [
+                ("PA", "AP")[(number % 2) ^ (number % 10 == 0)] for number in range(FILMS)
+            ],
+            "patient_sex": [("M", "F")[number // 2 % 2] for number in range(FILMS)],
+        }
+    ).set_index("image", drop=False)
+    if spoil is not None:
+        spoil(films, labels)
+    store = open_store(str(folder / "archive"))
+    for name, film in films.items():
+        store.write(name, encoded(film))
+    labels.to_csv(folder / "labels.csv", index=False)
+    return str(folder / "archive"), str(folder / "labels.csv")
+
+
+def darker_and_smaller(film: np.ndarray) -> np.ndarray:
+    darker = Image.fromarray((film.astype(float) * 0.8).astype(np.uint8))
+    return np.asarray(darker.resize((100, 107), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_films_without_a_fault_are_passed_and_a_shortcut_is_named(tmp_path):
+    archive, labels = write_films(tmp_path)
+    found = lungopacity.audit([archive], labels, output=str(tmp_path / "report"))
+    assert not found.leaks
+    assert (found.images, found.copies, found.torn_patients) == (FILMS, (), 0)
+    aucs = {item.fact: item.auc for item in found.shortcuts}
+    assert aucs["view_position"] > 0.8
+    assert 0.2 < aucs["patient_sex"] < 0.7
+    assert 0.2 < aucs["border of the film alone"] < 0.8
+    assert "rows x columns" not in aucs  # all alike
+    text = found.summary()
+    assert "no leakage found" in text
+    assert "<- a model may live on it" in next(
+        line for line in text.splitlines() if "view_position" in line
+    )
+    kept = json.loads((tmp_path / "report" / "audit.json").read_text())
+    assert kept["leaks"] is False
+    assert "Research use only" in kept["notice"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_planted_copies_conflicts_and_torn_patients_are_found(tmp_path, capsys):
+    def spoil(films, labels):
+        films["01.png"] = films["00.png"]  # train and train, two labels
+        films["06.png"] = films["02.png"]  # train and test, one label
+        films["04.png"] = darker_and_smaller(films["08.png"])  # validation and train
+        labels.loc["10.png", "patient_id"] = "p14"  # train and test
+
+    archive, labels = write_films(tmp_path, spoil)
+    assert main(["audit", "--images", archive, "--labels", labels, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    pairs = {(item["first"], item["second"]): item for item in found["copies"]}
+    assert set(pairs) == {("00.png", "01.png"), ("02.png", "06.png"), ("04.png", "08.png")}
+    assert pairs["00.png", "01.png"]["labels"] == ["Normal", "Lung_Opacity"]
+    assert pairs["02.png", "06.png"]["splits"] == ["train", "test"]
+    assert pairs["02.png", "06.png"]["kind"] == "exact"
+    assert pairs["04.png", "08.png"]["kind"] == "near"
+    assert found["torn_patients"] == 1
+
+    assert main(["audit", "--images", archive, "--labels", labels]) == 1
+    text = capsys.readouterr().out
+    assert "across splits: 2; with two labels: 1" in text
+    assert "near: 04.png (Normal, validation) = 08.png (Normal, train)" in text
+    assert "leakage found" in text
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_border_that_knows_the_label_is_found(tmp_path):
+    def spoil(films, labels):
+        for name, label in zip(labels["image"], labels["label"], strict=True):
+            film = films[name] = films[name].copy()
+            film[:6, :40] = 255 if label == "Normal" else 0  # a burnt-in marker
+
+    archive, labels = write_films(tmp_path, spoil)
+    found = lungopacity.audit([archive], labels)
+    assert {item.fact: item.auc for item in found.shortcuts}["border of the film alone"] > 0.95
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_labels_without_splits_or_patients_are_audited_too(tmp_path):
+    def spoil(films, labels):
+        films["06.png"] = films["02.png"]
+        labels.drop(columns=["split", "patient_id"], inplace=True)
+
+    archive, labels = write_films(tmp_path, spoil)
+    found = lungopacity.audit([archive], labels, classes=["Lung_Opacity", "Normal=Healthy"])
+    assert found.unknown_patients == FILMS
+    assert len(found.copies) == 1
+    assert not found.leaks  # there is no split yet that could leak
+    assert found.copies[0].labels == ("Healthy", "Healthy")
+
+
+def test_other_films_are_no_copies_and_flat_ones_are():
+    rng = np.random.default_rng(0)
+    films = np.stack([grey_film(number, 64, 64) for number in range(200)])
+    assert list(near_pairs(films)) == []
+    noisy = np.clip(films[:3] + rng.normal(0, 2, (3, 64, 64)), 0, 255).astype(np.uint8)
+    assert list(near_pairs(np.concatenate([films, noisy]))) == [(0, 200), (1, 201), (2, 202)]
+    flat = np.full((2, 64, 64), 7, np.uint8)
+    assert list(near_pairs(flat)) == [(0, 1)]
+
+
+def test_a_hash_is_of_64_bits_and_bears_brightness():
+    film = grey_film(1, 64, 64)
+    lighter = (film.astype(float) * 0.7 + 20).astype(np.uint8)
+    hashes = perceptual_hashes(np.stack([film, lighter, 255 - film]))
+    assert hashes.dtype == np.uint64
+    assert np.bitwise_count(hashes[0] ^ hashes[1]) <= 2
+    assert np.bitwise_count(hashes[0] ^ hashes[2]) > 50
