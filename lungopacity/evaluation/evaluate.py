@@ -257,20 +257,21 @@ def _write_figures(
     title = f"{result.model_id} · {result.split} · n = {result.images}"
     matrix = confusion_matrix(labels_N, exact_NK.argmax(axis=1), len(names))
     figures = {
-        "confusion_matrix.png": plots.confusion_matrix_figure(matrix, names, title, note=note),
-        "roc.png": plots.roc_figure(labels_N, exact_NK, names, title, note=note),
-        "precision_recall.png": plots.precision_recall_figure(
+        "confusion_matrix": plots.confusion_matrix_figure(matrix, names, title, note=note),
+        "roc": plots.roc_figure(labels_N, exact_NK, names, title, note=note),
+        "precision_recall": plots.precision_recall_figure(
             labels_N, exact_NK, names, title, note=note
         ),
-        "reliability.png": plots.reliability_figure(labels_N, exact_NK, names, title, note=note),
+        "reliability": plots.reliability_figure(labels_N, exact_NK, names, title, note=note),
     }
     if history_parquet is not None:
         history = pd.read_parquet(io.BytesIO(history_parquet))
-        figures["history.png"] = plots.history_figure(
+        figures["history"] = plots.history_figure(
             history, f"{result.model_id} · training", note=note
         )
     for name, figure in figures.items():
-        store.write(name, plots.figure_png(figure))
+        store.write(f"{name}.png", plots.figure_png(figure))
+        store.write(f"{name}.svg", plots.figure_svg(figure))
 
 
 def _finite(value: object) -> object:

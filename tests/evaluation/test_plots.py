@@ -95,3 +95,15 @@ def test_what_cannot_be_drawn_is_refused():
     for draw in CURVES:
         with pytest.raises(ValueError, match="sum to 1"):
             draw(LABELS, SCORES * 0.5, NAMES, "model")
+
+
+@pytest.mark.parametrize("draw", CURVES)
+def test_an_svg_holds_its_words_as_text_and_is_the_same_each_time(draw):
+    first, second = (
+        plots.figure_svg(draw(LABELS, SCORES, NAMES, "model", note="synthetic")) for _ in range(2)
+    )
+    assert first == second
+    text = first.decode()
+    assert text.lstrip().startswith("<?xml")
+    assert ">model<" in text
+    assert "Research use only" in text
