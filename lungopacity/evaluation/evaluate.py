@@ -30,13 +30,19 @@ from lungopacity.errors import NOTICE, UserError
 from lungopacity.evaluation import plots
 from lungopacity.evaluation.metrics import (
     Metric,
+    calibration_bins,
     classification_metrics,
     confusion_matrix,
     subgroup_metrics,
 )
 from lungopacity.evaluation.operating_points import decision_metrics
 from lungopacity.evaluation.paper import format_table1, table1
-from lungopacity.evaluation.table import fact_groups, metric_value, metrics_table
+from lungopacity.evaluation.table import (
+    fact_groups,
+    largest_gaps,
+    metric_value,
+    metrics_table,
+)
 from lungopacity.models import TrainedModel, load_model, read_history
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import ray_session, require_resources, resolve_gpu
@@ -80,7 +86,13 @@ class EvaluationResult:
             + (", synthetic" if self.synthetic else ""),
             format_table1(table1(self.metrics, self.class_names)),
         ]
-        told = {("accuracy", None), ("brier", None), ("roc_auc", self.positive_class)}
+        told = {
+            ("accuracy", None),
+            ("brier", None),
+            ("expected_calibration_error", None),
+            ("expected_calibration_error_before_temperature", None),
+            ("roc_auc", self.positive_class),
+        }
         for item in self.metrics:
             if item.group == "all" and (item.metric, item.class_name) in told:
                 interval = (
@@ -89,8 +101,14 @@ class EvaluationResult:
                     else ""
                 )
                 name = f"{item.metric} {item.class_name or ''}".strip()
+                name = name.replace("expected_calibration_error", "ECE").replace("_", " ")
                 lines.append(f"{name:28}{item.value:.4f}{interval}")
         lines += self._decisions()
+        lines += [
+            f"{'AUC by ' + gap.worst.group.partition('=')[0]:28}{_with_interval(gap.worst)}, "
+            f"{_with_interval(gap.best)}"
+            for gap in largest_gaps(self.metrics, self.positive_class)
+        ]
         return "\n".join([*lines, f"report in {self.output}", NOTICE])
 
     def _decisions(self) -> list[str]:
@@ -152,6 +170,7 @@ def evaluate(
     exact_NK = probabilities_NK.astype(np.float64)
     exact_NK /= exact_NK.sum(axis=1, keepdims=True)
     metrics = _metrics(data, exact_NK, spec.positive_class)
+    metrics.append(_calibration_before(data, logits_NK))
     metrics += decision_metrics(
         exact_NK[:, spec.positive_index],
         data.labels_N == spec.positive_index,
@@ -199,6 +218,15 @@ def _scores(
         .remote(model, pixels_NHW)
     )
     return scores
+
+
+def _calibration_before(data: LabelledPixels, logits_NK: npt.NDArray[np.float32]) -> Metric:
+    """What the calibration error would be without the temperature."""
+    raw_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True).astype(np.float64))
+    raw_NK /= raw_NK.sum(axis=1, keepdims=True)
+    error = calibration_bins(data.labels_N, raw_NK).expected_calibration_error
+    name = "expected_calibration_error_before_temperature"
+    return Metric("all", name, None, error, None, None, len(data.labels_N))
 
 
 def _metrics(
@@ -272,6 +300,11 @@ def _write_figures(
     for name, figure in figures.items():
         store.write(f"{name}.png", plots.figure_png(figure))
         store.write(f"{name}.svg", plots.figure_svg(figure))
+
+
+def _with_interval(item: Metric) -> str:
+    value = item.group.partition("=")[2]
+    return f"{value} {item.value:.4f} ({item.ci_low:.4f} to {item.ci_high:.4f}, n = {item.n})"
 
 
 def _finite(value: object) -> object:

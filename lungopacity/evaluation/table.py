@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -41,6 +42,39 @@ def metric_value(
         if (metric.group, metric.metric, metric.class_name) == ("all", name, class_name):
             return metric.value
     return None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The two subgroups of one column between which a model differs most."""
+
+    worst: Metric
+    best: Metric
+
+    @property
+    def size(self) -> float:
+        """Of the AUC."""
+        return self.best.value - self.worst.value
+
+
+def largest_gaps(metrics: Sequence[Metric], positive: str, fewest: int = 30) -> list[Gap]:
+    """The gap in AUC of each column of subgroups, the largest first.
+
+    `fewest`: subgroups of fewer images are left out, and those whose AUC has no interval: between
+    a handful of films any gap is chance.
+    """
+    columns: dict[str, list[Metric]] = {}
+    for item in metrics:
+        column, sign, _ = item.group.partition("=")
+        told = item.metric == "roc_auc" and item.class_name == positive and item.n >= fewest
+        if sign and told and item.ci_low is not None:
+            columns.setdefault(column, []).append(item)
+    gaps = [
+        Gap(min(items, key=lambda item: item.value), max(items, key=lambda item: item.value))
+        for items in columns.values()
+        if len(items) > 1
+    ]
+    return sorted(gaps, key=lambda gap: -gap.size)
 
 
 def fact_groups(facts: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:

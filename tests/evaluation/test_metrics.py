@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungopacity.evaluation.metrics import (
+    Metric,
     age_band,
     calibration_bins,
     classification_metrics,
@@ -14,6 +15,7 @@ from lungopacity.evaluation.metrics import (
     subgroup_metrics,
     wilson_interval,
 )
+from lungopacity.evaluation.table import largest_gaps
 
 NAMES = ("Normal", "Lung_Opacity")
 
@@ -212,3 +214,27 @@ def test_scores_that_are_none_are_refused(labels, probabilities, message):
 def test_a_positive_class_that_is_none_is_refused():
     with pytest.raises(ValueError, match="positive class 'COVID'"):
         classification_metrics(LABELS, SCORES, NAMES, positive="COVID")
+
+
+def test_the_largest_gap_between_subgroups_comes_first():
+    def auc(group, value, n=100, known=True):
+        bound = value if known else None
+        return Metric(group, "roc_auc", "Lung_Opacity", value, bound, bound, n)
+
+    metrics = [
+        auc("all", 0.97),
+        auc("patient_sex=M", 0.96),
+        auc("patient_sex=F", 0.97),
+        auc("view_position=PA", 0.91),
+        auc("view_position=AP", 0.98),
+        auc("view_position=unknown", 0.2, n=29),
+        auc("age=90+", 1.0, known=False),
+        auc("age=18-39", 0.9),
+        Metric("age=18-39", "roc_auc", "Normal", 0.5, 0.4, 0.6, 100),
+    ]
+    gaps = largest_gaps(metrics, "Lung_Opacity")
+    assert [(gap.worst.group, gap.best.group) for gap in gaps] == [
+        ("view_position=PA", "view_position=AP"),
+        ("patient_sex=M", "patient_sex=F"),
+    ]
+    assert gaps[0].size == pytest.approx(0.07)
