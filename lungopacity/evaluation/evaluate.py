@@ -28,6 +28,7 @@ from lungopacity.dataset.manifest import (
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import NOTICE, UserError
 from lungopacity.evaluation import plots
+from lungopacity.evaluation.card import model_card
 from lungopacity.evaluation.metrics import (
     Metric,
     calibration_bins,
@@ -190,6 +191,8 @@ def evaluate(
     )
     store = open_store(output)
     _write_tables(store, result, data, logits_NK, probabilities_NK)
+    card = model_card(spec, trained.model_id, metrics, split=split, unreadable=result.unreadable)
+    store.write("model_card.md", card.encode())
     _write_figures(store, result, data, exact_NK, read_history(model))
     return result
 

@@ -35,6 +35,7 @@ def test_films_labels_checkpoints_model_and_report_may_all_lie_in_s3(s3_uri):
 
     report = lungopacity.evaluate(model, [archive], labels, f"{s3_uri}/report", split="all")
     assert (report.images, report.unreadable, report.synthetic) == (80, 0, True)
-    assert open_store(f"{s3_uri}/report").head("confusion_matrix.png") is not None
+    for name in ("confusion_matrix.png", "roc.svg", "model_card.md"):
+        assert open_store(f"{s3_uri}/report").head(name) is not None
     with pytest.raises(lungopacity.UserError, match="holds a finished model"):
         lungopacity.train([archive], labels, model)

@@ -1,0 +1,199 @@
+"""The model card: what a model is, learnt from and earned, as measured, in Markdown.
+
+Sections after Mitchell et al. 2019 (Model Cards for Model Reporting, arXiv:1810.03993); in brackets
+the items of CLAIM that a line answers (Mongan, Moy & Kahn 2020, Radiology: Artificial Intelligence
+2:e200029). Items that only people can answer are listed as open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lungopacity.errors import NOTICE
+from lungopacity.evaluation.metrics import Metric
+from lungopacity.models import ENSEMBLE, ModelSpec
+
+_OPEN_ITEMS = (
+    "7 where the films came from, 8 who was eligible, 14 to 18 how and by whom the labels were set "
+    "and how far readers agreed, 19 why so many films, 32 films of another hospital, 39 what "
+    "follows for practice, 40 to 42 registration, protocol and funding"
+)
+
+
+def model_card(
+    spec: ModelSpec, model_id: str, metrics: Sequence[Metric], *, split: str, unreadable: int
+) -> str:
+    """The card of a model that was evaluated on `split`; `metrics` are those of the evaluation."""
+    return "\n".join(
+        [
+            f"# Model card: {spec.architecture} {model_id}",
+            "",
+            f"**{NOTICE}**" + (" **Trained on synthetic films.**" if spec.synthetic else ""),
+            "",
+            "## What it is",
+            *_model(spec),
+            "",
+            "## Intended use and limits",
+            *_use(spec),
+            "",
+            "## Data",
+            *_data(spec),
+            "",
+            f"## What it earned on the split '{split}'",
+            *_results(spec, metrics, unreadable),
+            "",
+            "## Subgroups",
+            *_subgroups(spec, metrics),
+            "",
+            "## Open items of CLAIM",
+            f"Whoever publishes figures of this model has to tell: {_OPEN_ITEMS}.",
+            "",
+        ]
+    )
+
+
+def _model(spec: ModelSpec) -> Iterator[str]:
+    training = spec.training
+    yield f"- Network [22]: {spec.architecture}, settings {_words(spec.architecture_settings)}"
+    if spec.architecture == ENSEMBLE:
+        yield "- Ensemble [27]: the mean of its members' calibrated logits; members:"
+        for member in spec.architecture_settings["members"]:
+            yield f"  - {member['architecture']} {member['model_id']}, {member['image_size']} px"
+    pixels = spec.preprocessing
+    yield (
+        f"- Input [9]: one grey channel, {pixels.image_size} x {pixels.image_size} pixels, the "
+        f"aspect ratio kept and padded black; (value / 255 - {pixels.mean:g}) / {pixels.std:g}"
+    )
+    names = ", ".join(spec.class_names)
+    yield f"- Classes [11]: {names}; decisions are about {spec.positive_class}"
+    merged = {label: name for label, name in spec.label_map.items() if label != name}
+    if merged:
+        told = ", ".join(f"{label} as {name}" for label, name in merged.items())
+        yield f"- Labels were merged or renamed [11]: {told}"
+    versions = training.get("versions", {})
+    if versions:
+        yield f"- Software [23]: {_words(versions)}"
+    weights = training.get("weights")
+    if weights:
+        yield f"- First weights [24]: {weights['source']}; licence: {weights['licence']}"
+    settings = training.get("settings", {})
+    if "epochs" in settings:
+        yield (
+            f"- Training [25]: {settings['epochs']} epochs, batches of {settings['batch_size']}, "
+            f"seed {settings['seed']}; every setting is in model.json"
+        )
+        yield (
+            f"- Kept [26]: epoch {training['best_epoch']}, that of the lowest loss on validation"
+        )
+    yield (
+        f"- Calibration [25]: logits over a temperature of {spec.temperature:.3f}, fitted to the "
+        "validation split"
+    )
+
+
+def _use(spec: ModelSpec) -> Iterator[str]:
+    yield (
+        f"- Made to sort frontal chest radiographs of adults by the probability of "
+        f"{spec.positive_class} in research. Not for diagnosis, triage or treatment."
+    )
+    yield (
+        "- Out of its scope: children, lateral views, other body parts, and films unlike the "
+        "training films, which are flagged `quality_out_of_distribution`."
+    )
+    yield (
+        "- Scores are calibrated for a population like the validation split. Where disease is "
+        "rarer or films differ, pick a threshold anew (`lungopacity threshold`)."
+    )
+
+
+def _data(spec: ModelSpec) -> Iterator[str]:
+    data = spec.training.get("data", {})
+    yield "- Splits [20, 21]: by patient; the test split is read by no training"
+    counts: Mapping[str, Mapping[str, int]] = data.get("images", {})
+    if counts:
+        yield ""
+        yield f"| split [34] | {' | '.join(spec.class_names)} |"
+        yield f"|---|{'---:|' * len(spec.class_names)}"
+        for split, each in counts.items():
+            if any(each.values()):
+                cells = " | ".join(f"{each[name]:,}" for name in spec.class_names)
+                yield f"| {split} | {cells} |"
+        yield ""
+    if data:
+        yield f"- Fingerprint of films, labels and splits: `{data['fingerprint']}`"
+
+
+def _results(spec: ModelSpec, metrics: Sequence[Metric], unreadable: int) -> Iterator[str]:
+    overall = [item for item in metrics if item.group == "all"]
+    yield f"{unreadable} labelled films could not be read and are in no figure [13, 33]."
+    yield ""
+    yield "| metric [28, 35, 36] | of | value | 95 % interval [29] | films |"
+    yield "|---|---|---:|---|---:|"
+    shown = (
+        "accuracy",
+        "balanced_accuracy",
+        "roc_auc",
+        "average_precision",
+        "recall",
+        "specificity",
+        "precision",
+        "brier",
+        "expected_calibration_error",
+        "expected_calibration_error_before_temperature",
+    )
+    for name in shown:
+        yield from (_row(item) for item in overall if item.metric == name)
+    decided = [item for item in overall if item.metric.startswith("decision_")]
+    if decided:
+        yield ""
+        yield "| operating point | decision | value | 95 % interval | films |"
+        yield "|---|---|---:|---|---:|"
+        for item in decided:
+            what = item.metric.removeprefix("decision_")
+            yield _line(str(item.class_name), what, _value(item), _interval(item), f"{item.n:,}")
+        yield ""
+        for name, point in spec.operating_points.items():
+            review = "" if point.review_from is None else f", review from {point.review_from:.4f}"
+            yield f"- {name}: positive from {point.threshold:.4f}{review}; {point.chosen_by}"
+
+
+def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
+    found = [
+        item
+        for item in metrics
+        if item.group != "all"
+        and item.metric == "roc_auc"
+        and item.class_name == spec.positive_class
+    ]
+    if not found:
+        yield "The labels and headers say nothing to form subgroups of [30, 34]."
+        return
+    yield f"| subgroup [30, 34] | AUC for {spec.positive_class} | 95 % interval | films |"
+    yield "|---|---:|---|---:|"
+    for item in found:
+        yield _line(item.group, _value(item), _interval(item), f"{item.n:,}")
+
+
+def _row(item: Metric) -> str:
+    name, of = item.metric.replace("_", " "), item.class_name or "all"
+    return _line(name, of, _value(item), _interval(item), f"{item.n:,}")
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _value(item: Metric) -> str:
+    return "not defined" if item.value != item.value else f"{item.value:.4f}"
+
+
+def _interval(item: Metric) -> str:
+    if item.ci_low is None or item.ci_high is None:
+        return ""
+    return f"{item.ci_low:.4f} to {item.ci_high:.4f}"
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    plain = {name: value for name, value in settings.items() if name != "members"}
+    return ", ".join(f"{name} {value}" for name, value in plain.items()) or "none"
