@@ -230,6 +230,39 @@ def evaluate(as_json: bool, **options: Any) -> int:
 
 
 @cli.command(epilog=_EPILOG)
+@click.option("--folders", metavar="URI", default=None, help="Images in a folder for each class.")
+@click.option(
+    "--layout", metavar="NAME", default=None, help="rsna, nih, chexpert, padchest or vindr."
+)
+@click.option("--sql", default=None, help="SELECT … AS image, … AS label FROM NAME.")
+@click.option(
+    "--table",
+    "tables",
+    metavar="NAME=FILE",
+    multiple=True,
+    callback=lambda _context, _option, words: _pairs(words),
+    help="A CSV or Parquet file for --layout or --sql, and its name there.",
+)
+@click.option("--output", metavar="FILE", required=True, help="The labels file, CSV.")
+def labels(
+    folders: str | None, layout: str | None, sql: str | None, tables: dict[str, str], output: str
+) -> int:
+    """Make a labels file of folders, of a public set's tables, or of any tables by SQL."""
+    from lungopacity.dataset import layouts
+
+    if sum(way is not None for way in (folders, layout, sql)) != 1:
+        raise UserError("give one of --folders, --layout and --sql")
+    if folders is not None:
+        found = layouts.labels_of_folders(folders)
+    elif layout is not None:
+        found = layouts.labels_of_layout(layout, tables)
+    else:
+        found = layouts.labels_of_tables(sql or "", tables)
+    click.echo(layouts.summary(layouts.write_labels(found, output)))
+    return 0
+
+
+@cli.command(epilog=_EPILOG)
 @images_option
 @labels_option
 @click.option("--classes", default=None, help="As for train. Default: every label.")

@@ -1,0 +1,205 @@
+"""Labels of other layouts to a labels file: a folder for each class, and the tables of public sets.
+
+One labels file, which a person can read, lies between all those layouts and everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import duckdb
+import pandas as pd
+
+from lungopacity.archive.inventory import list_archive
+from lungopacity.dataset.manifest import FACT_COLUMNS, read_labels
+from lungopacity.errors import ImageError, UserError
+from lungopacity.results.workbench import quoted
+from lungopacity.storage import open_store, split_uri
+
+_COLUMNS = ("image", "label", "split", "patient_id", *FACT_COLUMNS)
+SKIPPED_FOLDERS = ("masks",)
+"""Beside the images of the COVID-19 Radiography Database."""
+_FOLDERS_OF_IMAGES = ("images",)
+_SHEETS = (".csv", ".txt", ".md", ".xlsx", ".json")
+"""Beside the images, too."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A public set's tables, and the SQL that makes labels of them. Where a set does not say which
+    films are of one patient (rsna, vindr), neither do the labels."""
+
+    source: str
+    tables: tuple[str, ...]
+    """Names that the SQL has for them; each is given as NAME=FILE."""
+    sql: str
+
+
+LAYOUTS = {
+    "rsna": Layout(
+        "RSNA Pneumonia Detection Challenge 2018: classes = stage_2_detailed_class_info.csv",
+        ("classes",),
+        """
+        SELECT DISTINCT patientId || '.dcm' AS image,
+               CASE class WHEN 'Normal' THEN 'Normal' WHEN 'Lung Opacity' THEN 'Lung_Opacity'
+                          ELSE 'Not_Normal' END AS label
+        FROM classes""",
+    ),
+    "nih": Layout(
+        "NIH ChestX-ray14: entries = Data_Entry_2017.csv",
+        ("entries",),
+        """
+        SELECT "Image Index" AS image, "Patient ID" AS patient_id,
+               "View Position" AS view_position, "Patient Gender" AS patient_sex,
+               TRY_CAST(regexp_extract("Patient Age"::VARCHAR, '[0-9]+') AS INTEGER)
+                   AS patient_age_years,
+               CASE WHEN "Finding Labels" = 'No Finding' THEN 'Normal'
+                    WHEN regexp_matches("Finding Labels",
+                         'Infiltration|Consolidation|Pneumonia|Edema|Atelectasis|Mass|Nodule')
+                    THEN 'Lung_Opacity' ELSE 'Not_Normal' END AS label
+        FROM entries""",
+    ),
+    "chexpert": Layout(
+        "CheXpert: entries = train.csv or valid.csv; frontal films, uncertain ones left out",
+        ("entries",),
+        """
+        SELECT "Path" AS image, regexp_extract("Path", 'patient[0-9]+') AS patient_id,
+               "AP/PA" AS view_position, left("Sex", 1) AS patient_sex, "Age" AS patient_age_years,
+               CASE WHEN "Lung Opacity" = 1 THEN 'Lung_Opacity'
+                    WHEN "No Finding" = 1 THEN 'Normal' ELSE 'Not_Normal' END AS label
+        FROM entries
+        WHERE "Frontal/Lateral" = 'Frontal' AND coalesce("Lung Opacity", 0) != -1""",
+    ),
+    "padchest": Layout(
+        "PadChest: entries = PADCHEST_chest_x_ray_images_labels_160K.csv; frontal films",
+        ("entries",),
+        """
+        SELECT "ImageID" AS image, "PatientID" AS patient_id,
+               CASE WHEN "Projection" = 'PA' THEN 'PA' ELSE 'AP' END AS view_position,
+               "PatientSex_DICOM" AS patient_sex,
+               "StudyDate_DICOM"::BIGINT // 10000 - TRY_CAST("PatientBirth" AS INTEGER)
+                   AS patient_age_years,
+               CASE WHEN regexp_matches("Labels", '^\\[''normal''\\]$') THEN 'Normal'
+                    WHEN regexp_matches("Labels", 'infiltrates|consolidation|pneumonia|pattern|'
+                                                  'atelectasis|nodule|mass|opacity|edema')
+                    THEN 'Lung_Opacity' ELSE 'Not_Normal' END AS label
+        FROM entries
+        WHERE "Projection" IN ('PA', 'AP', 'AP_horizontal') AND "Labels" IS NOT NULL
+              AND NOT regexp_matches("Labels", 'unchanged|exclude')""",
+    ),
+    "vindr": Layout(
+        "VinDr-CXR: readings = image_labels_train.csv; the majority of each film's readers",
+        ("readings",),
+        """
+        SELECT image_id || '.dicom' AS image,
+               CASE WHEN 2 * sum("Lung Opacity") > count(*) THEN 'Lung_Opacity'
+                    WHEN 2 * sum("No finding") > count(*) THEN 'Normal'
+                    ELSE 'Not_Normal' END AS label
+        FROM readings GROUP BY image_id""",
+    ),
+}
+
+
+def labels_of_folders(images: str) -> pd.DataFrame:
+    """`image` and `label` of loose images that lie in a folder for each class.
+
+    images: URI of an archive. The class is the folder next to the image; `images` folders count as
+    the one above them, and what lies under `masks` is left out, as in the COVID-19 Radiography
+    Database. Raises `UserError` where images lie in no folder, or in shards.
+    """
+    rows: list[tuple[str, str]] = []
+    for table in list_archive(images).tables:
+        for name, is_shard in zip(
+            table["image"].to_pylist(), table["is_shard"].to_pylist(), strict=True
+        ):
+            folders = name.split("/")[:-1]
+            if is_shard:
+                raise UserError(
+                    f"{images}: {name} is a shard; of shards the labels are needed as a table"
+                )
+            if set(folders) & set(SKIPPED_FOLDERS):
+                continue
+            if name.lower().endswith(_SHEETS):
+                continue
+            classes = [folder for folder in folders if folder.lower() not in _FOLDERS_OF_IMAGES]
+            if not classes:
+                raise UserError(f"{images}: {name} lies in no folder that could name its class")
+            rows.append((name, classes[-1].strip().replace(" ", "_")))
+    if not rows:
+        raise UserError(f"{images}: no image lies there")
+    return pd.DataFrame(rows, columns=["image", "label"])
+
+
+def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:
+    """What DuckDB answers to `sql` over the tables, by name: URIs of CSV or Parquet files.
+
+    It must give `image` and `label`, and may give the other columns of a labels file. Raises
+    `UserError` for SQL that is refused, and for other columns.
+    """
+    with TemporaryDirectory(prefix="lungopacity-") as folder, duckdb.connect() as connection:
+        for name, uri in tables.items():
+            path = Path(folder) / f"{name}.table"
+            path.write_bytes(_bytes_of(uri))
+            reader = "read_parquet" if path.read_bytes()[:4] == b"PAR1" else "read_csv"
+            try:
+                connection.execute(
+                    f'CREATE TABLE "{name}" AS SELECT * FROM {reader}({quoted(path)})'
+                )
+            except duckdb.Error as error:
+                raise UserError(f"{uri}: is neither CSV nor Parquet ({_line(error)})") from error
+        connection.execute("SET enable_external_access = false")
+        try:
+            frame: pd.DataFrame = connection.sql(sql).df()
+        except duckdb.Error as error:
+            raise UserError(f"--sql: {_line(error)}") from error
+    wrong = [name for name in frame.columns if name not in _COLUMNS]
+    if wrong or not {"image", "label"} <= set(frame.columns):
+        raise UserError(
+            f"--sql: gives the columns {', '.join(frame.columns)}; image and label are needed, and "
+            f"known are {', '.join(_COLUMNS)}"
+        )
+    return frame.sort_values("image")
+
+
+def write_labels(frame: pd.DataFrame, output: str) -> pd.DataFrame:
+    """Write a labels file as CSV, and read it back as every command will. Raises `UserError`."""
+    parent, name = split_uri(output)
+    open_store(parent).write(name, frame.to_csv(index=False).encode())
+    return read_labels(output)
+
+
+def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
+    """The labels of a public set of `LAYOUTS`. Raises `UserError` for another name or tables."""
+    if name not in LAYOUTS:
+        raise UserError(f"--layout {name}: is none of {', '.join(LAYOUTS)}")
+    chosen = LAYOUTS[name]
+    if set(tables) != set(chosen.tables):
+        wanted = " ".join(f"--table {table}=FILE" for table in chosen.tables)
+        raise UserError(f"--layout {name} takes {wanted}: {chosen.source}")
+    return labels_of_tables(chosen.sql, tables)
+
+
+def summary(labels: pd.DataFrame) -> str:
+    """How many images and patients of each label there are."""
+    counts = labels.groupby("label").agg(
+        images=("image", "size"), patients=("patient_id", "nunique")
+    )
+    lines = [
+        f"  {name}: {row.images} images, {row.patients} patients" for name, row in counts.iterrows()
+    ]
+    return "\n".join([f"{len(labels)} labelled images", *lines])
+
+
+def _bytes_of(uri: str) -> bytes:
+    parent, name = split_uri(uri)
+    try:
+        return open_store(parent).read(name)
+    except ImageError as error:
+        raise UserError(f"{uri}: cannot be read ({error.message})") from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

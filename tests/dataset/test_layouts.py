@@ -1,0 +1,171 @@
+"""Labels files out of the layouts that people have. Tables have the columns of the public sets."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lungopacity.cli import main
+from lungopacity.dataset.layouts import LAYOUTS, labels_of_folders
+from lungopacity.dataset.manifest import read_labels
+from lungopacity.errors import UserError
+from lungopacity.storage import open_store
+from tests.films import encoded, grey_film
+
+TABLES = {
+    "rsna": """patientId,class
+a,Normal
+b,Lung Opacity
+b,Lung Opacity
+c,No Lung Opacity / Not Normal
+""",
+    "nih": """Image Index,Finding Labels,Patient ID,Patient Age,Patient Gender,View Position
+a.png,No Finding,1,058Y,M,PA
+b.png,Effusion|Infiltration,2,33,F,AP
+c.png,Cardiomegaly,2,34,F,AP
+""",
+    "chexpert": """Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Lung Opacity
+v1/train/patient1/s1/view1.jpg,Female,68,Frontal,AP,1.0,
+v1/train/patient2/s1/view1.jpg,Male,87,Frontal,PA,,1.0
+v1/train/patient3/s1/view1.jpg,Male,20,Frontal,PA,,
+v1/train/patient4/s1/view1.jpg,Male,21,Frontal,PA,,-1.0
+v1/train/patient5/s1/view2.jpg,Male,22,Lateral,,1.0,
+""",
+    "padchest": """ImageID,PatientID,StudyDate_DICOM,Projection,PatientBirth,PatientSex_DICOM,Labels
+a.png,1,20140915,PA,1950.0,M,['normal']
+b.png,2,20140915,AP_horizontal,1930.0,F,"['pleural effusion', 'alveolar pattern']"
+c.png,3,20140915,PA,1931.0,F,['cardiomegaly']
+d.png,3,20140915,L,1931.0,F,['normal']
+e.png,4,20140915,PA,1931.0,F,"['normal', 'unchanged']"
+""",
+    "vindr": """image_id,rad_id,Lung Opacity,No finding
+a,R1,0,1
+a,R2,0,1
+a,R3,1,0
+b,R1,1,0
+b,R2,1,0
+b,R3,0,1
+c,R1,1,0
+c,R2,0,1
+c,R3,0,0
+""",
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_tables_of_public_sets_become_labels(name, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(TABLES[name])
+    (table,) = LAYOUTS[name].tables
+    output = str(tmp_path / "labels.csv")
+    arguments = ["--layout", name, "--table", f"{table}={tmp_path / 't.csv'}", "--output", output]
+    assert main(["labels", *arguments]) == 0
+    assert capsys.readouterr().out.startswith("3 labelled images")
+    frame = read_labels(output)
+    assert frame["label"].tolist() == ["Normal", "Lung_Opacity", "Not_Normal"]
+    assert frame["image"].str.contains(r"\.(?:dcm|dicom|png|jpg)$").all()
+
+
+def test_what_tables_say_of_patients_comes_along(tmp_path):
+    for name in ("nih", "chexpert", "padchest"):
+        (tmp_path / "t.csv").write_text(TABLES[name])
+        output = str(tmp_path / f"{name}.csv")
+        table = f"{LAYOUTS[name].tables[0]}={tmp_path / 't.csv'}"
+        assert main(["labels", "--layout", name, "--table", table, "--output", output]) == 0
+    nih, chexpert, padchest = (
+        read_labels(str(tmp_path / f"{name}.csv")) for name in ("nih", "chexpert", "padchest")
+    )
+    assert nih["patient_id"].tolist() == ["1", "2", "2"]
+    assert nih["patient_age_years"].tolist() == [58, 33, 34]
+    assert nih["view_position"].tolist() == ["PA", "AP", "AP"]
+    assert chexpert["patient_id"].tolist() == ["patient1", "patient2", "patient3"]
+    assert chexpert["patient_sex"].tolist() == ["F", "M", "M"]
+    assert padchest["patient_age_years"].tolist() == [64, 84, 83]
+    assert padchest["view_position"].tolist() == ["PA", "AP", "PA"]
+
+
+def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
+    store = open_store(str(tmp_path / "archive"))
+    for name in (
+        "COVID/images/COVID-1.png",
+        "COVID/masks/COVID-1.png",
+        "COVID.metadata.xlsx",
+        "Viral Pneumonia/images/V-1.png",
+        "Normal/N-1.png",
+        "README.md.txt",
+    ):
+        store.write(name, encoded(grey_film()) if name.endswith("png") else b"text")
+    output = str(tmp_path / "labels.csv")
+    assert main(["labels", "--folders", str(tmp_path / "archive"), "--output", output]) == 0
+    assert "Viral_Pneumonia: 1 images" in capsys.readouterr().out
+    frame = read_labels(output).set_index("image")["label"].to_dict()
+    assert frame == {
+        "COVID/images/COVID-1.png": "COVID",
+        "Normal/N-1.png": "Normal",
+        "Viral Pneumonia/images/V-1.png": "Viral_Pneumonia",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("loose.png", "no folder that could name"),
+        ("a/films.tar", "is a shard"),
+        ("a/x.csv", "no image"),
+    ],
+)
+def test_what_lies_in_no_class_is_refused(tmp_path, name, said):
+    open_store(str(tmp_path)).write(name, b"x")
+    with pytest.raises(UserError, match=said):
+        labels_of_folders(str(tmp_path))
+
+
+def test_any_tables_become_labels_by_sql(tmp_path, capsys):
+    pd.DataFrame({"key": ["a", "b"], "who": [1, 2]}).to_parquet(tmp_path / "films.parquet")
+    (tmp_path / "findings.csv").write_text("who,finding\n1,yes\n2,no\n")
+    output = str(tmp_path / "labels.csv")
+    sql = (
+        "SELECT key || '.png' AS image, if(finding = 'yes', 'Lung_Opacity', 'Normal') AS label, "
+        "who AS patient_id FROM films JOIN findings USING (who)"
+    )
+    tables = [f"films={tmp_path}/films.parquet", f"findings={tmp_path}/findings.csv"]
+    words = [word for table in tables for word in ("--table", table)]
+    assert main(["labels", "--sql", sql, *words, "--output", output]) == 0
+    assert read_labels(output)["label"].tolist() == ["Lung_Opacity", "Normal"]
+    for wrong, said in (
+        ("SELECT key AS image FROM films", "image and label are needed"),
+        ("SELECT key AS image, 1 AS label, 2 AS diagnosis FROM films", "diagnosis"),
+        ("SELECT nothing FROM films", "--sql: Binder Error"),
+        ("SELECT * FROM read_csv('/etc/passwd')", "--sql: "),
+    ):
+        assert main(["labels", "--sql", wrong, *words, "--output", output]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give one of --folders, --layout and --sql"),
+        (["--sql", "SELECT 1", "--folders", "x"], "give one of"),
+        (["--layout", "mimic"], "is none of rsna, nih"),
+        (["--layout", "nih"], "takes --table entries=FILE: NIH ChestX-ray14"),
+        (["--layout", "nih", "--table", "entries=/nowhere/x.csv"], "x.csv: cannot be read"),
+        (["--sql", "SELECT 1", "--table", "nothing"], "NAME=VALUE"),
+    ],
+)
+def test_a_wrong_call_says_what_is_missing(arguments, said, tmp_path, capsys):
+    assert main(["labels", *arguments, "--output", str(tmp_path / "l.csv")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(b"PAR1" + bytes(100))
+    arguments = [
+        "--sql",
+        "SELECT 1",
+        "--table",
+        f"x={tmp_path}/x.png",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main(["labels", *arguments]) == 2
+    assert "x.png: is neither CSV nor Parquet" in capsys.readouterr().err
