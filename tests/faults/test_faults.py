@@ -25,7 +25,6 @@ STRUCK_HERE = [
     "kill -9 of the driver before the commit",
     "kill -9 of one node of three",
     "5 % of requests broken",
-    "two drivers with one run id",
 ]
 
 
