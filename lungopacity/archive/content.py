@@ -73,7 +73,7 @@ def content_rows(data: bytes, settings: ReadSettings) -> Iterator[dict[str, Any]
         for found in decode_radiographs(
             data,
             limits=settings.limits,
-            at_least=settings.preprocessing.image_size,
+            at_least=settings.preprocessing.at_least,
             accept=settings.accept,
             hmac_key=settings.hmac_key,
         ):
@@ -93,6 +93,9 @@ def _film_columns(film: Radiograph, settings: ReadSettings) -> dict[str, Any]:
     if rejecting:
         error = ImageError(ErrorCode.POOR_QUALITY, Stage.DECODE, ", ".join(rejecting), facts)
         return error_columns(error)
+    cropped = settings.preprocessing.crop(film.pixels)
+    if cropped.shape != film.pixels.shape:
+        content = settings.preprocessing.fit(cropped)
     pixels = settings.preprocessing.pad(content).tobytes()
     return {**facts, "status": Status.OK.value, "pixels": pixels}
 

@@ -35,3 +35,39 @@ def test_shrinking_averages_instead_of_picking():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Preprocessing(**wrong)
+
+
+def bordered(content: np.ndarray, border: int) -> np.ndarray:
+    return np.pad(content, border)
+
+
+@pytest.mark.parametrize("size", [64, 48])
+def test_borders_are_cut_away_where_that_is_wanted(size):
+    content = grey_film(height=160, width=120).clip(30, None)
+    film = bordered(content, 70)
+    film[5:7, 40:42] = 255  # a speck
+    cut = Preprocessing(image_size=size, crop_borders=True)
+    np.testing.assert_array_equal(cut.crop(film), content)
+    np.testing.assert_array_equal(cut.square(film), cut.square(content))
+    assert Preprocessing(image_size=size).crop(film) is film
+
+
+def test_the_borders_of_a_large_film_are_found_to_a_few_pixels():
+    content = np.full((1500, 1200), 120, np.uint8)
+    cropped = Preprocessing(crop_borders=True).crop(bordered(content, 333))
+    assert all(
+        0 <= cut - kept <= 16 for cut, kept in zip(cropped.shape, content.shape, strict=True)
+    )
+    assert (cropped > 0).mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    "film", [np.zeros((90, 70), np.uint8), bordered(grey_film(height=9, width=9), 60)]
+)
+def test_a_film_that_is_all_border_stays_whole(film):
+    assert Preprocessing(crop_borders=True).crop(film).shape == film.shape
+
+
+def test_a_film_is_decoded_large_enough_to_be_cut():
+    assert Preprocessing(image_size=100, crop_borders=True).at_least == 200
+    assert Preprocessing(image_size=100).at_least == 100
