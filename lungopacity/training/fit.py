@@ -41,7 +41,7 @@ from lungopacity.models import (
 )
 from lungopacity.models.folder import validation_parquet
 from lungopacity.models.pretrained import first_weights, take_weights
-from lungopacity.runtime import require_resources, versions
+from lungopacity.runtime import KEEP_FREED_MEMORY, require_resources, versions
 from lungopacity.storage import join_uri, open_store
 from lungopacity.training.calibrate import calibrate
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
@@ -260,6 +260,8 @@ def _run_ray_train(
                     checkpoint_score_order="min",
                 ),
                 callbacks=callbacks,
+                # Training runs in a thread: what it allocates with was chosen before it began.
+                worker_runtime_env={"env_vars": {} if settings.use_gpu else KEEP_FREED_MEMORY},
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )

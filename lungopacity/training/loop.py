@@ -31,7 +31,6 @@ from torch.nn import functional
 
 from lungopacity.models import build_network
 from lungopacity.models.normalise import normalise
-from lungopacity.runtime import keep_freed_memory
 from lungopacity.training.augment import augment
 from lungopacity.training.checkpoint import read_checkpoint, write_checkpoint
 from lungopacity.training.settings import TrainingSettings
@@ -118,7 +117,6 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         device=ray.train.torch.get_device(),
     )
     if worker.device.type == "cpu":
-        keep_freed_memory()
         # Ray allows as many threads as CPUs are reserved: one. Training has the machine to itself.
         cpus = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cpus // context.get_local_world_size()))

@@ -51,7 +51,7 @@ class AugmentationSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """One training run. The defaults are the recipe of the classical CNN."""
+    """One training run. Of each network's `recipe` these are what all have in common."""
 
     model: str = "classical-cnn"
     """A name that `lungopacity.models.build_network` knows."""
@@ -65,7 +65,7 @@ class TrainingSettings:
     """How the films became pixels; carried into the model folder."""
     augmentation: AugmentationSettings = AugmentationSettings()
     """Random changes to the training films."""
-    epochs: int = 22
+    epochs: int = 30
     """Times that every training film is seen."""
     batch_size: int = 32
     """Films a step, over all workers together."""
@@ -127,26 +127,27 @@ class TrainingSettings:
         return {**asdict(self), "model_settings": dict(self.model_settings)}
 
 
+_CLASSICAL: dict[str, Any] = {"epochs": 40, "ema_decay": 0.995}
 _TRANSFER: dict[str, Any] = {
     "weights": "imagenet",
+    "model_settings": {"dropout": 0.3, "drop_path": 0.1},
     "epochs": 8,
     "learning_rate": 1e-3,
     "ema_decay": 0.99,
 }
 """Of networks whose ImageNet weights are installed."""
-_FRESH: dict[str, Any] = {"epochs": 30, "learning_rate": 1e-3, "ema_decay": 0.99}
+_FRESH: dict[str, Any] = {"learning_rate": 1e-3, "ema_decay": 0.99}
 """Of the other networks of the literature, from fresh weights."""
 
 
 def recipe(model: str) -> TrainingSettings:
-    """What a network is trained with unless the user says otherwise. Raises `UserError` for an
-    unknown name."""
+    """What a network is trained with unless the user says otherwise: docs/models.md has the runs by
+    which it was chosen. Raises `UserError` for an unknown name."""
     card = network_card(model)
-    chosen: dict[str, Any] = {}
-    if card.weights == "installed":
-        chosen = _TRANSFER
-    elif model != "classical-cnn":
-        chosen = _FRESH
+    if model == "classical-cnn":
+        chosen = _CLASSICAL
+    else:
+        chosen = _TRANSFER if card.weights == "installed" else _FRESH
     return TrainingSettings(model=model, preprocessing=card.preprocessing, **chosen)
 
 
