@@ -28,21 +28,19 @@ from lungopacity.dataset.manifest import (
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import NOTICE, UserError
 from lungopacity.evaluation import plots
+from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.card import model_card
-from lungopacity.evaluation.metrics import (
-    Metric,
-    calibration_bins,
-    classification_metrics,
-    confusion_matrix,
-    subgroup_metrics,
-)
-from lungopacity.evaluation.operating_points import decision_metrics
+from lungopacity.evaluation.measure import ScoredImages, measure
+from lungopacity.evaluation.metrics import Metric, confusion_matrix
 from lungopacity.evaluation.paper import format_table1, table1
+from lungopacity.evaluation.subgroups import check_columns, column_groups
 from lungopacity.evaluation.table import (
     fact_groups,
     largest_gaps,
     metric_value,
     metrics_table,
+    small_groups,
+    with_interval,
 )
 from lungopacity.models import TrainedModel, load_model, read_history
 from lungopacity.results.schema import class_column
@@ -62,6 +60,12 @@ class EvaluationResult:
     images: int
     unreadable: int
     """Labelled images of the split that could not be read: not in the figures."""
+    patients: int
+    """Of whom the images are; an image without patient_id counts as a patient of its own."""
+    unknown_patients: int
+    """Images without patient_id."""
+    intervals: str
+    """How the 95 % intervals were made."""
     synthetic: bool
     class_names: tuple[str, ...]
     positive_class: str
@@ -85,44 +89,44 @@ class EvaluationResult:
             f"model {self.model_id} on {self.images} images of split '{self.split}'"
             + (f", {self.unreadable} unreadable" if self.unreadable else "")
             + (", synthetic" if self.synthetic else ""),
+            f"95 % intervals: {self.intervals}",
             format_table1(table1(self.metrics, self.class_names)),
         ]
         told = {
-            ("accuracy", None),
-            ("brier", None),
-            ("expected_calibration_error", None),
-            ("expected_calibration_error_before_temperature", None),
-            ("roc_auc", self.positive_class),
+            ("accuracy", None): "accuracy",
+            ("balanced_accuracy", None): "balanced accuracy",
+            ("roc_auc", self.positive_class): f"AUC {self.positive_class}",
+            ("average_precision", self.positive_class): f"av. precision {self.positive_class}",
+            ("brier", None): "Brier score",
+            ("log_loss", None): "log loss (nats)",
+            ("expected_calibration_error", None): "ECE",
+            ("expected_calibration_error_before_temperature", None): "ECE before temperature",
         }
-        for item in self.metrics:
-            if item.group == "all" and (item.metric, item.class_name) in told:
-                interval = (
-                    f" (95 % interval {item.ci_low:.4f} to {item.ci_high:.4f})"
-                    if item.ci_low is not None and item.ci_high is not None
-                    else ""
-                )
-                name = f"{item.metric} {item.class_name or ''}".strip()
-                name = name.replace("expected_calibration_error", "ECE").replace("_", " ")
-                lines.append(f"{name:28}{item.value:.4f}{interval}")
+        overall = {(item.metric, item.class_name): item for item in self.metrics if _whole(item)}
+        lines += [
+            f"{name:32}{with_interval(overall[key])}"
+            for key, name in told.items()
+            if key in overall
+        ]
         lines += self._decisions()
         lines += [
-            f"{'AUC by ' + gap.worst.group.partition('=')[0]:28}{_with_interval(gap.worst)}, "
-            f"{_with_interval(gap.best)}"
+            f"{'AUC by ' + gap.column:32}{_of_group(gap.worst)}; {_of_group(gap.best)}"
             for gap in largest_gaps(self.metrics, self.positive_class)
         ]
+        few = small_groups(self.metrics)
+        if few:
+            told_few = ", ".join(f"{item.group} ({item.n})" for item in few)
+            lines.append(f"{'too few films to compare':32}{told_few}")
         return "\n".join([*lines, f"report in {self.output}", NOTICE])
 
     def _decisions(self) -> list[str]:
         """A line for each operating point."""
         shares: dict[str, list[str]] = {}
         for item in self.metrics:
-            if item.group == "all" and item.metric in (
-                "decision_sensitivity",
-                "decision_specificity",
-            ):
+            if _whole(item) and item.metric in ("decision_sensitivity", "decision_specificity"):
                 word = item.metric.removeprefix("decision_")
-                shares.setdefault(str(item.class_name), []).append(f"{word} {item.value:.4f}")
-        return [f"{'at ' + name:28}{', '.join(words)}" for name, words in shares.items()]
+                shares.setdefault(str(item.class_name), []).append(f"{word} {with_interval(item)}")
+        return [f"{'at ' + name:32}{', '.join(words)}" for name, words in shares.items()]
 
     def to_json(self) -> str:
         """Everything, undefined values as null."""
@@ -141,19 +145,22 @@ def evaluate(
     *,
     split: str = "test",
     accept: Sequence[str] = (),
+    by: Sequence[str] = (),
     reject_quality: Sequence[str] | None = None,
     use_gpu: bool | None = None,
 ) -> EvaluationResult:
     """Score the labelled images of one split and write metrics, scores and figures to `output`.
 
     Where the labels carry no split, it is the one that training with the model's seed made of them.
-    `split`: train, validation, test or all. `accept`, `reject_quality`: as in screening; what is
-    rejected is left out. Raises `UserError`.
+    `split`: train, validation, test or all. `by`: columns of the labels to form subgroups of,
+    besides view, sex, age and `site`: see `subgroups`. `accept`, `reject_quality`: as in screening;
+    what is rejected is left out. Raises `UserError`.
     """
+    check_columns(by)
     accepted, rejecting = rules_from(accept, reject_quality)
     trained = load_model(model)
     spec = trained.spec
-    frame = select_classes(read_labels(labels), spec.class_of_label, labels)
+    frame = select_classes(read_labels(labels, by), spec.class_of_label, labels)
     given = frame["split"].notna().all() and split != "validation"
     if split != "all" and not given:
         seed = int(spec.training.get("settings", {}).get("seed", 0))
@@ -162,21 +169,24 @@ def evaluate(
     chosen = frame if split == "all" else frame[frame["split"] == split].reset_index(drop=True)
     if chosen.empty:
         raise UserError(f"{labels}: no image in split '{split}'; give --split all or another")
+    further = column_groups(chosen, by, labels)
+    # What was only kept to form subgroups must not meet the columns of what is read.
+    chosen = chosen.drop(columns=[name for name in further if name != "split"])
     with ray_session():
         rules = ReadSettings(spec.preprocessing, accept=accepted, reject_quality=rejecting)
         data = load_pixels(images, chosen, spec.class_names, rules, labels)
         check_contents(data.images, labels)
         logits_NK, probabilities_NK = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
-    # Sums of float32 are off by a rounding, which some metrics warn of.
-    exact_NK = probabilities_NK.astype(np.float64)
-    exact_NK /= exact_NK.sum(axis=1, keepdims=True)
-    metrics = _metrics(data, exact_NK, spec.positive_class)
-    metrics.append(_calibration_before(data, logits_NK))
-    metrics += decision_metrics(
-        exact_NK[:, spec.positive_index],
-        data.labels_N == spec.positive_index,
+    scored = ScoredImages(
+        data.labels_N,
+        _exact(probabilities_NK),
+        spec.class_names,
+        spec.positive_class,
+        _exact(np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True).astype(np.float64))),
         spec.operating_points or {"default": spec.operating_point},
     )
+    resampling = Resampling.of(data.images["patient_id"].tolist())
+    metrics = measure(scored, _groups(data, further), resampling)
     synthetic = data.synthetic or spec.synthetic
     result = EvaluationResult(
         model_id=trained.model_id,
@@ -184,16 +194,26 @@ def evaluate(
         split=split,
         images=len(data.labels_N),
         unreadable=len(data.unreadable),
+        patients=resampling.patients,
+        unknown_patients=int(data.images["patient_id"].isna().sum()),
+        intervals=resampling.described(),
         synthetic=synthetic,
         class_names=spec.class_names,
         positive_class=spec.positive_class,
         metrics=metrics,
     )
     store = open_store(output)
-    _write_tables(store, result, data, logits_NK, probabilities_NK)
-    card = model_card(spec, trained.model_id, metrics, split=split, unreadable=result.unreadable)
+    _write_tables(store, result, data, resampling, logits_NK, probabilities_NK)
+    card = model_card(
+        spec,
+        trained.model_id,
+        metrics,
+        split=split,
+        unreadable=result.unreadable,
+        intervals=result.intervals,
+    )
     store.write("model_card.md", card.encode())
-    _write_figures(store, result, data, exact_NK, read_history(model))
+    _write_figures(store, result, scored, resampling, read_history(model))
     return result
 
 
@@ -223,33 +243,28 @@ def _scores(
     return scores
 
 
-def _calibration_before(data: LabelledPixels, logits_NK: npt.NDArray[np.float32]) -> Metric:
-    """What the calibration error would be without the temperature."""
-    raw_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True).astype(np.float64))
-    raw_NK /= raw_NK.sum(axis=1, keepdims=True)
-    error = calibration_bins(data.labels_N, raw_NK).expected_calibration_error
-    name = "expected_calibration_error_before_temperature"
-    return Metric("all", name, None, error, None, None, len(data.labels_N))
+def _exact(shares_NK: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Divided by their sums: those of float32 are off by a rounding, which some metrics warn of."""
+    exact_NK = shares_NK.astype(np.float64)
+    exact_NK /= exact_NK.sum(axis=1, keepdims=True)
+    return exact_NK
 
 
-def _metrics(
-    data: LabelledPixels, exact_NK: npt.NDArray[np.float64], positive: str
-) -> list[Metric]:
-    groups = fact_groups(
-        {
-            name: [None if pd.isna(value) else value for value in data.images[name]]
-            for name in FACT_COLUMNS
-        }
-    )
-    return classification_metrics(
-        data.labels_N, exact_NK, data.class_names, positive=positive
-    ) + subgroup_metrics(data.labels_N, exact_NK, data.class_names, groups, positive=positive)
+def _groups(data: LabelledPixels, further: pd.DataFrame) -> dict[str, list[str | None]]:
+    """The subgroups of every report, and those of `further`, by column."""
+    facts = {
+        name: [None if pd.isna(value) else value for value in data.images[name]]
+        for name in FACT_COLUMNS
+    }
+    asked = further.loc[data.images["image"]]
+    return fact_groups(facts) | {str(name): asked[name].tolist() for name in asked}
 
 
 def _write_tables(
     store: Store,
     result: EvaluationResult,
     data: LabelledPixels,
+    resampling: Resampling,
     logits_NK: npt.NDArray[np.float32],
     probabilities_NK: npt.NDArray[np.float32],
 ) -> None:
@@ -259,7 +274,8 @@ def _write_tables(
     # Above 89 an age identifies (HIPAA safe harbour): 90 stands for all of them.
     ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
     frame["patient_age_years"] = ages.clip(upper=90)
-    # Who the patient is does not belong into a report.
+    # Who the patient is does not belong into a report; which films are of one, `compare` needs.
+    frame["patient_cluster"] = resampling.patient_N
     frame = frame.drop(columns="patient_id")
     for index, name in enumerate(result.class_names):
         frame[class_column("p", name)] = probabilities_NK[:, index]
@@ -279,19 +295,22 @@ def _write_tables(
 def _write_figures(
     store: Store,
     result: EvaluationResult,
-    data: LabelledPixels,
-    exact_NK: npt.NDArray[np.float64],
+    scored: ScoredImages,
+    resampling: Resampling,
     history_parquet: bytes | None,
 ) -> None:
-    labels_N, names = data.labels_N, result.class_names
+    labels_N, exact_NK, names = scored.labels_N, scored.probabilities_NK, result.class_names
     note = "synthetic" if result.synthetic else ""
     title = f"{result.model_id} · {result.split} · n = {result.images}"
     matrix = confusion_matrix(labels_N, exact_NK.argmax(axis=1), len(names))
+    points = {result.positive_class: scored.points}
     figures = {
         "confusion_matrix": plots.confusion_matrix_figure(matrix, names, title, note=note),
-        "roc": plots.roc_figure(labels_N, exact_NK, names, title, note=note),
+        "roc": plots.roc_figure(
+            labels_N, exact_NK, names, title, note, resampling=resampling, points=points
+        ),
         "precision_recall": plots.precision_recall_figure(
-            labels_N, exact_NK, names, title, note=note
+            labels_N, exact_NK, names, title, note, resampling=resampling
         ),
         "reliability": plots.reliability_figure(labels_N, exact_NK, names, title, note=note),
     }
@@ -305,9 +324,13 @@ def _write_figures(
         store.write(f"{name}.svg", plots.figure_svg(figure))
 
 
-def _with_interval(item: Metric) -> str:
-    value = item.group.partition("=")[2]
-    return f"{value} {item.value:.4f} ({item.ci_low:.4f} to {item.ci_high:.4f}, n = {item.n})"
+def _whole(item: Metric) -> bool:
+    return item.group == "all"
+
+
+def _of_group(item: Metric) -> str:
+    """`PA 0.9412 (0.9200 to 0.9600), n = 440`."""
+    return f"{item.group.partition('=')[2]} {with_interval(item)}, n = {item.n}"
 
 
 def _finite(value: object) -> object:

@@ -33,8 +33,8 @@ def test_the_area_under_the_drawn_precision_steps_is_the_average_precision():
 
 @pytest.mark.parametrize("draw", CURVES[:2])
 def test_the_legend_lies_outside_the_curves(draw):
-    axes = drawn(draw(LABELS, SCORES, NAMES, "model")).axes[0]
-    legend = axes.get_legend().get_window_extent()
+    axes, below = drawn(draw(LABELS, SCORES, NAMES, "model")).axes
+    legend = below.get_legend().get_window_extent()
     assert not legend.overlaps(axes.get_window_extent())
     assert not legend.overlaps(axes.xaxis.label.get_window_extent())
 
