@@ -138,6 +138,7 @@ def _results(
 ) -> Iterator[str]:
     overall = [item for item in metrics if item.group == "all"]
     yield f"{unreadable} labelled films could not be read and are in no figure [13, 33]."
+    yield ""
     yield f"95 % intervals [29]: {intervals}."
     yield ""
     yield "| metric [28, 35, 36] | of | value | 95 % interval | films |"
