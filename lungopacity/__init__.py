@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from lungopacity.errors import UserError
     from lungopacity.evaluation.audit import audit
     from lungopacity.evaluation.compare import compare
-    from lungopacity.evaluation.evaluate import EvaluationResult, evaluate
+    from lungopacity.evaluation.evaluate import evaluate
+    from lungopacity.evaluation.report import EvaluationResult
     from lungopacity.evaluation.threshold import threshold
     from lungopacity.results.query import query, runs
     from lungopacity.screening.nightly import Night, nightly
@@ -43,7 +44,7 @@ __all__ = [
 
 # Imported when first used: `lungopacity --help` must not wait for torch and ray.
 _HOME = {
-    "EvaluationResult": "evaluation.evaluate",
+    "EvaluationResult": "evaluation.report",
     "Night": "screening.nightly",
     "ScreeningResult": "screening.screen",
     "TrainingResult": "training.fit",

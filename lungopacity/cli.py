@@ -217,6 +217,13 @@ def models(name: str | None) -> int:
     show_default=True,
 )
 @click.option("--output", metavar="URI", required=True, help="Where the report goes.")
+@click.option(
+    "--by",
+    metavar="COLUMN",
+    multiple=True,
+    help="Column of the labels to form subgroups of; may be given more than once. View, sex, age "
+    "and site are always taken.",
+)
 @rule_options
 @gpu_option
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")

@@ -90,9 +90,12 @@ METRICS_SCHEMA = pa.schema(
         pa.field("ci_low", pa.float64()),
         pa.field("ci_high", pa.float64()),
         pa.field("n", pa.int64()),
+        pa.field("ci_method", pa.string()),
+        pa.field("patients", pa.int64()),
     ],
     metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
 )
+"""One row a figure; what each column says is told by `evaluation.metrics.Metric`."""
 
 
 def class_column(prefix: str, class_name: str) -> str:
