@@ -71,11 +71,13 @@ class _Worker:
 
         As torch's DistributedSampler does, the order is filled up from its start until it divides;
         unlike there, batches are of even size, so that none is too small for batch normalisation.
+        The steps are the same however many workers share them, for their number may change in a
+        run: learning rate and average go by steps.
         """
         order = self._order(np.random.default_rng([self.settings.seed, epoch]))
         share = math.ceil(len(order) / self.workers)
         mine = np.resize(order, share * self.workers)[self.rank :: self.workers]
-        return np.array_split(mine, math.ceil(share / (self.settings.batch_size // self.workers)))
+        return np.array_split(mine, math.ceil(len(order) / self.settings.batch_size))
 
     def _order(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """The training films in a random order; if classes are balanced, the same number of each,
@@ -167,6 +169,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
             "validation_loss": validation_loss,
             "validation_accuracy": (logits_VK.argmax(1) == labels_V).double().mean().item(),
             "seconds": time.monotonic() - started,
+            "workers": worker.workers,
         }
         history.append(row)
         with tempfile.TemporaryDirectory() as folder:

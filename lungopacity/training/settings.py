@@ -71,6 +71,9 @@ class TrainingSettings:
     """Films a step, over all workers together."""
     workers: int = 1
     """Processes that train together, one CPU or one GPU reserved for each."""
+    max_workers: int = 0
+    """If above 0, as many as the cluster has room for, from `workers` to this; a node that is lost
+    or joins changes their number. 0: always `workers`."""
     use_gpu: bool = False
     """One GPU a worker."""
     seed: int = 0
@@ -104,7 +107,9 @@ class TrainingSettings:
         for name in ("epochs", "batch_size", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("seed", "weight_decay", "patience", "mixup_alpha", "frozen_epochs"):
+        for name in (
+            "seed", "weight_decay", "patience", "mixup_alpha", "frozen_epochs", "max_workers"
+        ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("warmup_fraction", "label_smoothing", "ema_decay"):
@@ -112,7 +117,17 @@ class TrainingSettings:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
-        if self.batch_size % self.workers:
+        if self.max_workers:
+            if self.workers > self.max_workers:
+                raise ValueError(
+                    f"workers {self.workers}:{self.max_workers} must be the fewest and the most"
+                )
+            if self.batch_size < self.max_workers:
+                raise ValueError(
+                    f"batch_size {self.batch_size} must be a film for each of up to "
+                    f"{self.max_workers} workers"
+                )
+        elif self.batch_size % self.workers:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of workers ({self.workers})"
             )
