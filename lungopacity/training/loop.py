@@ -104,7 +104,9 @@ class _Worker:
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """One worker. config: `settings` (`TrainingSettings`), `films`, a reference to `Films`, and
-    `first`, one to the tensors by name that training starts from, or None.
+    `first`, one to the tensors by name that training starts from, or None. Where it has them:
+    `threads`, how many on a CPU, by default the machine's shared among its workers; `on_epoch`,
+    called with each history row and the validation logits (V, K), float32 on the CPU.
 
     Reports a history row and a checkpoint after each epoch. Returns `diverged_in_epoch`: the epoch
     whose loss was not a number, or None.
@@ -121,7 +123,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if worker.device.type == "cpu":
         # Ray allows as many threads as CPUs are reserved: one. Training has the machine to itself.
         cpus = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cpus // context.get_local_world_size()))
+        share = max(1, cpus // context.get_local_world_size())
+        torch.set_num_threads(config.get("threads", share))
     torch.backends.cudnn.deterministic = True
     # DDP says that a 3 x 3 kernel of one channel has two memory layouts. Both are right.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -179,6 +182,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 saved = Checkpoint.from_directory(folder)
             # SYNC: uploaded in the background, a checkpoint is lost with the worker that made it.
             ray.train.report(row, saved, checkpoint_upload_mode=CheckpointUploadMode.SYNC)
+        if "on_epoch" in config:
+            config["on_epoch"](row, logits_VK)
     return {"diverged_in_epoch": None}
 
 
