@@ -27,8 +27,6 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from ray import tune as ray_tune
-from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from lungopacity.dataset.pixels import LabelledPixels
@@ -39,7 +37,7 @@ from lungopacity.runtime import capacity, ray_session, require_resources, resolv
 from lungopacity.storage import ConflictError, Store, open_store
 from lungopacity.training.calibrate import calibrate
 from lungopacity.training.fit import count_films, films_of, first_tensors
-from lungopacity.training.loop import Films, train_loop
+from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.search_space import Domain, draw, search_space, with_draw
 from lungopacity.training.settings import TrainingSettings
 from lungopacity.training.task import DEFAULT_CLASSES, TrainingTask, training_task
@@ -196,7 +194,7 @@ def _run(
     most = max(known.settings_of(number).epochs for number in waiting)
     # Ours are the handler of Ctrl-C and the output.
     os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         ray_tune.Tuner(
             ray_tune.with_resources(run, resources),
@@ -245,22 +243,18 @@ def _trial(
     own = with_draw(settings, draw(space, settings.seed, config["trial"]))
     films: Films = ray.get(shared["films"])
     labels_V = films.labels_N[films.validation]
+    first = None if shared["first"] is None else ray.get(shared["first"])
+    # Of the GPUs Ray shows a process only its own.
+    device = torch.device("cuda:0" if settings.use_gpu else "cpu")
+    if not settings.use_gpu:
+        torch.set_num_threads(threads)
 
-    def report(row: dict[str, Any], logits_VK: torch.Tensor) -> None:
+    def report(row: dict[str, Any], logits_VK: torch.Tensor, _: object) -> None:
         found = calibrate(logits_VK.numpy(), labels_V, positive)
         ray_tune.report({**row, "validation_auc": found.metrics["auc"]})
 
-    result = TorchTrainer(
-        train_loop,
-        train_loop_config={
-            "settings": own,
-            **shared,
-            "on_epoch": report,
-            **({} if settings.use_gpu else {"threads": threads}),
-        },
-        # No workers: in this very process, on what Tune has reserved for it.
-        scaling_config=ScalingConfig(num_workers=0, use_gpu=settings.use_gpu),
-    ).fit()
-    diverged = result.return_value["diverged_in_epoch"]
+    # Ray Train itself refuses to run within Tune; of a single process it has no need.
+    worker = Worker(own, films, rank=0, workers=1, device=device)
+    diverged = learn(worker, first, None, report)
     if diverged:
         ray_tune.report({"epoch": diverged, _OBJECTIVE: float("inf"), "diverged": True})

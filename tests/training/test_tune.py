@@ -25,8 +25,8 @@ from lungopacity.training.search_space import default_space, draw, parse_domain,
 from lungopacity.training.settings import TrainingSettings, recipe, with_words
 from lungopacity.training.trials import Trials
 
-SEARCH = {"learning_rate": "choice:0.004,1e-9,1e30", "model_settings.dropout": "choice:0.1,2"}
-# Of this seed trial 1 is sound, 2 learns nothing, 3 diverges and 4 builds no network.
+SEARCH = {"learning_rate": "choice:0.004,3,1e30", "model_settings.dropout": "choice:0.1,2"}
+# Of this seed trial 1 is sound, 2 far too fast, 3 diverges and 4 builds no network.
 SEED = 429
 
 
@@ -68,7 +68,14 @@ def searched(ray_cluster: None, films: str, tmp_path_factory: pytest.TempPathFac
 
 def test_every_trial_is_a_row_whatever_became_of_it(searched: Search) -> None:
     told = {number: row["status"] for number, row in searched.rows.items()}
-    assert told == {0: "done", 1: "done", 2: "stopped", 3: "diverged", 4: "failed"}
+    assert {number: told[number] for number in (2, 3, 4)} == {
+        2: "stopped",
+        3: "diverged",
+        4: "failed",
+    }
+    # Of the first two, the worse may be stopped; which it is, is chance.
+    assert "done" in (told[0], told[1])
+    assert {told[0], told[1]} <= {"done", "stopped"}
     assert searched.rows[2]["epochs"] < 4
     assert searched.rows[3]["error"].startswith("the loss of epoch 1 is no number")
     assert searched.rows[4]["error"] == "dropout must be from 0 to below 1, not 2"
@@ -80,8 +87,7 @@ def test_the_best_trial_comes_first_and_says_what_it_earned(searched: Search) ->
     rows = searched.result.trials.to_pylist()
     losses = [row["validation_loss"] for row in rows if row["validation_loss"] is not None]
     assert losses == sorted(losses)
-    assert rows[0]["epochs"] == 4
-    assert 1 <= rows[0]["best_epoch"] <= 4
+    assert 1 <= rows[0]["best_epoch"] <= rows[0]["epochs"] <= 4
     assert 0 <= rows[0]["validation_auc"] <= 1
     assert searched.rows[0]["learning_rate"] is None  # the recipe's own
     assert searched.rows[1]["learning_rate"] == 0.004
@@ -97,8 +103,9 @@ def test_its_command_trains_the_very_model_that_was_found(searched: Search, tmp_
     words[words.index("--output") + 1] = str(tmp_path / "model")
     assert main(words) == 0
     history = pq.read_table(io.BytesIO(read_history(str(tmp_path / "model")))).to_pylist()
-    trained = min(row["validation_loss"] for row in history)
-    assert trained == pytest.approx(searched.result.best["validation_loss"], rel=0.02)
+    best = searched.result.best
+    trained = history[best["best_epoch"] - 1]["validation_loss"]
+    assert trained == pytest.approx(best["validation_loss"], rel=0.02)
 
 
 def test_the_same_command_goes_on_and_more_trials_are_added(searched: Search) -> None:
@@ -109,7 +116,9 @@ def test_the_same_command_goes_on_and_more_trials_are_added(searched: Search) ->
     (kept / "00001.json").unlink()  # as if killed before it ended
     again = lungopacity.tune(**searched.arguments)
     found = {row["trial"]: row for row in again.trials.to_pylist()}
-    assert found[1]["validation_loss"] == pytest.approx(lost["validation_loss"], rel=0.02)
+    # Alone, it is not stopped by others: it goes on to at least as good an epoch.
+    assert found[1]["status"] == "done"
+    assert found[1]["validation_loss"] <= 1.02 * lost["validation_loss"]
     for path in kept.iterdir():
         assert path.name == "00001.json" or path.stat().st_mtime_ns == before[path.name]
 
