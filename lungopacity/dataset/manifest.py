@@ -25,20 +25,7 @@ def read_labels(uri: str) -> pd.DataFrame:
     Raises `UserError` where the file is absent, lacks a column, names one image twice, or has a
     split that is none of train, validation, test.
     """
-    parent, name = split_uri(uri)
-    try:
-        data = open_store(parent).read(name)
-        frame = (
-            pd.read_parquet(io.BytesIO(data))
-            if data[:4] == b"PAR1"
-            else pd.read_csv(
-                io.BytesIO(data), dtype={"image": str, "label": str, "patient_id": str}
-            )
-        )
-    except ImageError as error:
-        raise UserError(f"{uri}: labels cannot be read: {error.message}") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
+    frame = read_table(uri, "labels")
     for column in ("image", "label"):
         if column not in frame:
             raise UserError(
@@ -66,6 +53,27 @@ def read_labels(uri: str) -> pd.DataFrame:
         log.warning("%s: %d ages are impossible, and taken as unknown", uri, int(impossible.sum()))
     frame["patient_age_years"] = ages.mask(impossible)
     return frame[["image", "label", "split", "patient_id", *FACT_COLUMNS]]
+
+
+def read_table(uri: str, what: str) -> pd.DataFrame:
+    """A CSV or Parquet file as it is, `image`, `label` and `patient_id` as text.
+
+    what: what the user calls it. Raises `UserError` where it is absent or neither.
+    """
+    parent, name = split_uri(uri)
+    try:
+        data = open_store(parent).read(name)
+        return (
+            pd.read_parquet(io.BytesIO(data))
+            if data[:4] == b"PAR1"
+            else pd.read_csv(
+                io.BytesIO(data), dtype={"image": str, "label": str, "patient_id": str}
+            )
+        )
+    except ImageError as error:
+        raise UserError(f"{uri}: {what} cannot be read: {error.message}") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
 
 
 def select_classes(labels: pd.DataFrame, label_map: Mapping[str, str], uri: str) -> pd.DataFrame:
