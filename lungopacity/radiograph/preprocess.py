@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+Pixel = TypeVar("Pixel", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,13 @@ class Preprocessing:
         top, left = (size - height) // 2, (size - width) // 2
         square[top : top + height, left : left + width] = content
         return square
+
+    def unpad(self, square: npt.NDArray[Pixel], height: int, width: int) -> npt.NDArray[Pixel]:
+        """The inverse of `pad`: what of a square, or of a map of it, is the film.
+
+        square: (image_size, image_size). height, width: of what `fit` gave. Returns a view.
+        """
+        size = self.image_size
+        assert square.shape == (size, size), square.shape
+        top, left = (size - height) // 2, (size - width) // 2
+        return square[top : top + height, left : left + width]

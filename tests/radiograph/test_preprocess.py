@@ -35,3 +35,11 @@ def test_shrinking_averages_instead_of_picking():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Preprocessing(**wrong)
+
+
+@pytest.mark.parametrize("shape", [(64, 41), (40, 64), (64, 64), (1, 64), (63, 64)])
+def test_unpad_takes_the_film_out_of_the_square(shape):
+    preprocessing = Preprocessing(image_size=64)
+    content = np.random.default_rng(0).integers(1, 256, shape).astype(np.uint8)
+    found = preprocessing.unpad(preprocessing.pad(content), *shape)
+    np.testing.assert_array_equal(found, content)
