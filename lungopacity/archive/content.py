@@ -93,8 +93,14 @@ def _film_columns(film: Radiograph, settings: ReadSettings) -> dict[str, Any]:
     if rejecting:
         error = ImageError(ErrorCode.POOR_QUALITY, Stage.DECODE, ", ".join(rejecting), facts)
         return error_columns(error)
-    pixels = settings.preprocessing.pad(content).tobytes()
-    return {**facts, "status": Status.OK.value, "pixels": pixels}
+    height, width = content.shape
+    return {
+        **facts,
+        "status": Status.OK.value,
+        "pixels": settings.preprocessing.pad(content).tobytes(),
+        "film_height": height,
+        "film_width": width,
+    }
 
 
 def _columns_of(quality: Quality) -> dict[str, bool]:

@@ -44,7 +44,7 @@ from lungopacity.evaluation.table import (
     metric_value,
     metrics_table,
 )
-from lungopacity.models import TrainedModel, load_model, read_history
+from lungopacity.models import ModelSpec, TrainedModel, load_model, read_history
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import ray_session, require_resources, resolve_gpu
 from lungopacity.storage import Store, open_store
@@ -153,15 +153,7 @@ def evaluate(
     accepted, rejecting = rules_from(accept, reject_quality)
     trained = load_model(model)
     spec = trained.spec
-    frame = select_classes(read_labels(labels), spec.class_of_label, labels)
-    given = frame["split"].notna().all() and split != "validation"
-    if split != "all" and not given:
-        seed = int(spec.training.get("settings", {}).get("seed", 0))
-        frame = assign_splits(frame, labels, seed)
-    check_patients(frame, labels)
-    chosen = frame if split == "all" else frame[frame["split"] == split].reset_index(drop=True)
-    if chosen.empty:
-        raise UserError(f"{labels}: no image in split '{split}'; give --split all or another")
+    chosen = labels_of_split(labels, spec, split)
     with ray_session():
         rules = ReadSettings(spec.preprocessing, accept=accepted, reject_quality=rejecting)
         data = load_pixels(images, chosen, spec.class_names, rules, labels)
@@ -195,6 +187,23 @@ def evaluate(
     store.write("model_card.md", card.encode())
     _write_figures(store, result, data, exact_NK, read_history(model))
     return result
+
+
+def labels_of_split(labels: str, spec: ModelSpec, split: str) -> pd.DataFrame:
+    """The rows of a labels file that are of the model's classes and of one split, or of `all`.
+
+    Raises `UserError` where there is none, or where a patient is in two splits.
+    """
+    frame = select_classes(read_labels(labels), spec.class_of_label, labels)
+    given = frame["split"].notna().all() and split != "validation"
+    if split != "all" and not given:
+        seed = int(spec.training.get("settings", {}).get("seed", 0))
+        frame = assign_splits(frame, labels, seed)
+    check_patients(frame, labels)
+    chosen = frame if split == "all" else frame[frame["split"] == split].reset_index(drop=True)
+    if chosen.empty:
+        raise UserError(f"{labels}: no image in split '{split}'; give --split all or another")
+    return chosen
 
 
 def _scores(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from lungopacity.evaluation.metrics import Metric, proportion
 
@@ -21,7 +20,7 @@ TOLERANCE = 15 / 224
 papers count."""
 _NOT_BLACK = 8
 """Grey values below are taken for what was blacked out or collimated."""
-_PLATEAU = 1e-6
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,17 @@ class Pointing:
 def peak_of(activation: npt.NDArray[np.float32]) -> tuple[float, float] | None:
     """x and y of the highest place, in pixels from the film's left and top; None of a map of zeros.
 
-    activation: (height, width), 0 … 1. Interpolation makes plateaus at the edges: it is the pixel
-    in the middle of the highest one (the first, if there are several).
+    activation: (height, width), 0 … 1. Interpolation repeats the outermost places up to the edges:
+    of pixels that are all the highest, it is the one nearest to the middle of the film.
     """
     highest = float(activation.max(initial=0.0))
     if highest <= 0:
         return None
-    plateaus, _ = ndimage.label(activation >= highest - _PLATEAU, np.ones((3, 3)))
-    rows, columns = np.nonzero(plateaus == 1)
-    # The pixel of the plateau that is nearest to its middle: a bent one may not hold it.
-    away = (rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2
-    nearest = int(away.argmin())
-    return float(columns[nearest]) + 0.5, float(rows[nearest]) + 0.5
+    rows, columns = np.nonzero(activation >= highest - _ROUNDING)
+    x, y = columns + 0.5, rows + 0.5
+    height, width = activation.shape
+    nearest = int(np.hypot(x - width / 2, y - height / 2).argmin())
+    return float(x[nearest]), float(y[nearest])
 
 
 def point(

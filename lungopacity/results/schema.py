@@ -69,11 +69,13 @@ READ_SCHEMA = pa.schema(
         *SOURCE_FIELDS,
         *CONTENT_FIELDS,
         pa.field("pixels", pa.binary()),
+        pa.field("film_height", pa.int32()),
+        pa.field("film_width", pa.int32()),
         *SHARD_FIELDS,
     ]
 )
-"""Between reading and scoring. `pixels`: image_size² bytes, row by row, null without an image.
-"""
+"""Between reading and scoring. `pixels`: image_size² bytes, row by row, null without an image; in
+their middle `film_height` x `film_width` are the film, the rest is padding."""
 
 PLAN_SCHEMA = pa.schema([*SOURCE_FIELDS[:1], *SOURCE_FIELDS[4:], pa.field("is_shard", pa.bool_())])
 """The inventory, and the plan made of it: one row an object."""
@@ -93,6 +95,40 @@ METRICS_SCHEMA = pa.schema(
     ],
     metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
 )
+
+EXPLANATIONS_SCHEMA = pa.schema(
+    [
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("member", pa.string()),
+        pa.field("frame", pa.int32()),
+        pa.field("content_sha256", pa.string()),
+        pa.field("rows", pa.int32()),
+        pa.field("columns", pa.int32()),
+        pa.field("synthetic", pa.bool_()),
+        pa.field("label", pa.string()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error_code", pa.string()),
+        pa.field("error_stage", pa.string()),
+        pa.field("error_message", pa.string()),
+        pa.field("p", pa.float32()),
+        pa.field("decision", pa.string()),
+        pa.field("peak_x", pa.float32()),
+        pa.field("peak_y", pa.float32()),
+        pa.field("overlay", pa.string()),
+        pa.field("boxes", pa.int32()),
+        pa.field("hit", pa.bool_()),
+        pa.field("hit_with_tolerance", pa.bool_()),
+        pa.field("energy", pa.float64()),
+        pa.field("chance", pa.float64()),
+        pa.field("chance_with_tolerance", pa.float64()),
+        pa.field("chance_not_black", pa.float64()),
+    ],
+    metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
+)
+"""Of `lungopacity explain`, one row an image. `p`: of the positive class. `peak_x`, `peak_y`: the
+map's highest place, in pixels of the film as it is stored, null of a map of zeros. `overlay`: key
+of the picture below the output. From `hit` on: see `Pointing`; null without boxes."""
 
 
 def class_column(prefix: str, class_name: str) -> str:
