@@ -254,7 +254,7 @@ def evaluate(as_json: bool, **options: Any) -> int:
 def explain(as_json: bool, **options: Any) -> int:
     """Show where a model sees the positive class (Grad-CAM), and whether boxes lie there.
 
-    Works in this process, without a Ray cluster.
+    Works in this process, without a Ray cluster; of an archive, see `screen --explain`.
     """
     from lungopacity.evaluation.explain import explain as run
 
@@ -372,6 +372,9 @@ def _screening_options(command: Any) -> Any:
         click.option("--labels", metavar="FILE", default=None, help="Labels to measure against."),
         click.option(
             "--baseline", metavar="RUN", default=None, help="Run id to measure drift against."
+        ),
+        click.option(
+            "--explain", is_flag=True, help="Write a picture of each positive film (Grad-CAM)."
         ),
         rule_options,
         click.option(

@@ -152,6 +152,7 @@ def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
         pa.field("ensemble_disagreement", pa.float32()),
         pa.field("out_of_distribution_score", pa.float32()),
         pa.field(f"quality_{OUT_OF_DISTRIBUTION}", pa.bool_()),
+        pa.field("explanation", pa.string()),
     ]
 
 
