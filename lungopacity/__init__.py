@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lungopacity.evaluation.audit import audit
     from lungopacity.evaluation.compare import compare
     from lungopacity.evaluation.evaluate import evaluate
+    from lungopacity.evaluation.explain import explain
+    from lungopacity.evaluation.explanation import ExplanationResult
     from lungopacity.evaluation.report import EvaluationResult
     from lungopacity.evaluation.threshold import threshold
     from lungopacity.results.query import query, runs
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvaluationResult",
+    "ExplanationResult",
     "Night",
     "ScreeningResult",
     "TrainingResult",
@@ -35,6 +38,7 @@ __all__ = [
     "compare",
     "ensemble",
     "evaluate",
+    "explain",
     "nightly",
     "query",
     "retry",
@@ -48,6 +52,7 @@ __all__ = [
 # Imported when first used: `lungopacity --help` must not wait for torch and ray.
 _HOME = {
     "EvaluationResult": "evaluation.report",
+    "ExplanationResult": "evaluation.explanation",
     "Night": "screening.nightly",
     "ScreeningResult": "screening.screen",
     "TrainingResult": "training.fit",
@@ -57,6 +62,7 @@ _HOME = {
     "compare": "evaluation.compare",
     "ensemble": "training.ensemble",
     "evaluate": "evaluation.evaluate",
+    "explain": "evaluation.explain",
     "nightly": "screening.nightly",
     "query": "results.query",
     "retry": "screening.retry",

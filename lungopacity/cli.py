@@ -27,7 +27,7 @@ images_option = click.option(
     metavar="URI",
     multiple=True,
     required=True,
-    help="Prefix of loose images and tar shards, or one shard. May be given more than once.",
+    help="Prefix of loose images and shards, one shard, or one image. May be given more than once.",
 )
 labels_option = click.option(
     "--labels", metavar="FILE", required=True, help="CSV or Parquet: image, label, split, …"
@@ -295,6 +295,40 @@ def evaluate(as_json: bool, **options: Any) -> int:
 
 
 @cli.command(epilog=_EPILOG)
+@model_option
+@images_option
+@click.option("--labels", metavar="FILE", default=None, help="Only the images that it labels.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test", "all"]),
+    default="test",
+    show_default=True,
+    help="Of --labels.",
+)
+@click.option(
+    "--boxes", metavar="FILE", default=None, help="CSV or Parquet: image, x, y, width, height."
+)
+@click.option("--limit", type=int, default=None, help="Only the first so many images.")
+@click.option("--output", metavar="URI", required=True, help="Where pictures and tables go.")
+@operating_point_option
+@rule_options
+@click.option(
+    "--use-gpu/--no-gpu", default=None, help="Default: the GPU of this machine, if it has one."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print counts and metrics as JSON.")
+def explain(as_json: bool, **options: Any) -> int:
+    """Show where a model sees the positive class (Grad-CAM), and whether boxes lie there.
+
+    Works in this process, without a Ray cluster; of an archive, see `screen --explain`.
+    """
+    from lungopacity.evaluation.explain import explain as run
+
+    result = run(**options)
+    click.echo(result.to_json() if as_json else result.summary())
+    return result.exit_code
+
+
+@cli.command(epilog=_EPILOG)
 @click.option("--folders", metavar="URI", default=None, help="Images in a folder for each class.")
 @click.option(
     "--layout", metavar="NAME", default=None, help="rsna, nih, chexpert, padchest or vindr."
@@ -403,6 +437,9 @@ def _screening_options(command: Any) -> Any:
         click.option("--labels", metavar="FILE", default=None, help="Labels to measure against."),
         click.option(
             "--baseline", metavar="RUN", default=None, help="Run id to measure drift against."
+        ),
+        click.option(
+            "--explain", is_flag=True, help="Write a picture of each positive film (Grad-CAM)."
         ),
         rule_options,
         click.option(

@@ -64,7 +64,8 @@ def test_help_answers_at_once_and_says_what_it_is():
 def test_help_of_every_command_imports_neither_ray_nor_torch():
     script = (
         "import sys; from lungopacity.cli import main\n"
-        "for name in ('train', 'evaluate', 'screen', 'retry', 'query', 'runs', 'doctor'):\n"
+        "for name in ('train', 'evaluate', 'explain', 'screen', 'retry', 'query', 'runs', "
+        "'doctor'):\n"
         "    assert main([name, '--help']) == 0\n"
         "print(sorted({'ray', 'torch', 'pandas', 'pyarrow'} & set(sys.modules)))"
     )

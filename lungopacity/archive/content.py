@@ -93,11 +93,35 @@ def _film_columns(film: Radiograph, settings: ReadSettings) -> dict[str, Any]:
     if rejecting:
         error = ImageError(ErrorCode.POOR_QUALITY, Stage.DECODE, ", ".join(rejecting), facts)
         return error_columns(error)
-    cropped = settings.preprocessing.crop(film.pixels)
-    if cropped.shape != film.pixels.shape:
-        content = settings.preprocessing.fit(cropped)
-    pixels = settings.preprocessing.pad(content).tobytes()
-    return {**facts, "status": Status.OK.value, "pixels": pixels}
+    box = settings.preprocessing.content_box(film.pixels)
+    if box[2:] != film.pixels.shape:
+        content = settings.preprocessing.fit(settings.preprocessing.crop(film.pixels))
+    height, width = content.shape
+    return {
+        **facts,
+        "status": Status.OK.value,
+        "pixels": settings.preprocessing.pad(content).tobytes(),
+        "film_height": height,
+        "film_width": width,
+        **_shown_part(film, box),
+    }
+
+
+def _shown_part(film: Radiograph, box: tuple[int, int, int, int]) -> dict[str, float]:
+    """The part of the stored image, in its own pixels, that `pixels` show."""
+    rows, columns = film.rows, film.columns
+    high, wide = film.pixels.shape
+    if film.format != "dicom" and rows != columns and (high > wide) != (rows > columns):
+        # A picture that EXIF has turned on its side; DICOM films alone have pixels that are not
+        # square, and may change their shape without being turned.
+        rows, columns = columns, rows
+    top, left, height, width = box
+    return {
+        "shown_x": left * columns / wide,
+        "shown_y": top * rows / high,
+        "shown_width": width * columns / wide,
+        "shown_height": height * rows / high,
+    }
 
 
 def _columns_of(quality: Quality) -> dict[str, bool]:

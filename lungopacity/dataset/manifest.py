@@ -30,18 +30,7 @@ def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
     Raises `UserError` where the file is absent, lacks a column, names one image twice, or has a
     split that is none of train, validation, test.
     """
-    parent, name = split_uri(uri)
-    try:
-        data = open_store(parent).read(name)
-        frame = (
-            pd.read_parquet(io.BytesIO(data))
-            if data[:4] == b"PAR1"
-            else pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(_NAMES, str))
-        )
-    except ImageError as error:
-        raise UserError(f"{uri}: labels cannot be read: {error.message}") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
+    frame = read_table(uri, "labels")
     for column in ("image", "label", *(by or ())):
         # View, sex and age may also stand in the films' headers.
         if column not in frame and column not in FACT_COLUMNS:
@@ -72,6 +61,25 @@ def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
     known = ["image", "label", "split", "patient_id", *FACT_COLUMNS]
     further = [] if by is None else [*by, *(name for name in (SITE,) if name in frame)]
     return frame[list(dict.fromkeys([*known, *further]))]
+
+
+def read_table(uri: str, what: str) -> pd.DataFrame:
+    """A CSV or Parquet file as it is, the columns of `_NAMES` as text.
+
+    what: what the user calls it. Raises `UserError` where it is absent or neither.
+    """
+    parent, name = split_uri(uri)
+    try:
+        data = open_store(parent).read(name)
+        return (
+            pd.read_parquet(io.BytesIO(data))
+            if data[:4] == b"PAR1"
+            else pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(_NAMES, str))
+        )
+    except ImageError as error:
+        raise UserError(f"{uri}: {what} cannot be read: {error.message}") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
 
 
 def select_classes(labels: pd.DataFrame, label_map: Mapping[str, str], uri: str) -> pd.DataFrame:

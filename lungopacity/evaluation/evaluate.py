@@ -26,7 +26,7 @@ from lungopacity.evaluation.measure import ScoredImages, measure
 from lungopacity.evaluation.report import EvaluationResult, write_figures, write_tables
 from lungopacity.evaluation.subgroups import check_columns, column_groups
 from lungopacity.evaluation.table import fact_groups
-from lungopacity.models import TrainedModel, load_model, read_history
+from lungopacity.models import ModelSpec, TrainedModel, load_model, read_history
 from lungopacity.runtime import ray_session, require_resources, resolve_gpu
 from lungopacity.storage import open_store
 
@@ -54,15 +54,7 @@ def evaluate(
     accepted, rejecting = rules_from(accept, reject_quality)
     trained = load_model(model)
     spec = trained.spec
-    frame = select_classes(read_labels(labels, by), spec.class_of_label, labels)
-    given = frame["split"].notna().all() and split != "validation"
-    if split != "all" and not given:
-        seed = int(spec.training.get("settings", {}).get("seed", 0))
-        frame = assign_splits(frame, labels, seed)
-    check_patients(frame, labels)
-    chosen = frame if split == "all" else frame[frame["split"] == split].reset_index(drop=True)
-    if chosen.empty:
-        raise UserError(f"{labels}: no image in split '{split}'; give --split all or another")
+    chosen = labels_of_split(labels, spec, split, by)
     further = column_groups(chosen, by, labels)
     # What was only kept to form subgroups must not meet the columns of what is read.
     chosen = chosen.drop(columns=[name for name in further if name != "split"])
@@ -109,6 +101,26 @@ def evaluate(
     store.write("model_card.md", card.encode())
     write_figures(store, result, scored, resampling, read_history(model))
     return result
+
+
+def labels_of_split(
+    labels: str, spec: ModelSpec, split: str, by: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """The rows of a labels file that are of the model's classes and of one split, or of `all`.
+
+    by: further columns, see `read_labels`. Raises `UserError` where there is no row, or where a
+    patient is in two splits.
+    """
+    frame = select_classes(read_labels(labels, by), spec.class_of_label, labels)
+    given = frame["split"].notna().all() and split != "validation"
+    if split != "all" and not given:
+        seed = int(spec.training.get("settings", {}).get("seed", 0))
+        frame = assign_splits(frame, labels, seed)
+    check_patients(frame, labels)
+    chosen = frame if split == "all" else frame[frame["split"] == split].reset_index(drop=True)
+    if chosen.empty:
+        raise UserError(f"{labels}: no image in split '{split}'; give --split all or another")
+    return chosen
 
 
 def _scores(

@@ -6,7 +6,7 @@ M members, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -70,15 +70,22 @@ class Ensemble(nn.Module):
 
     def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
         """See `Network`."""
-        features = []
-        for network, member in zip(self.members, self.settings.members, strict=True):
+        inputs = self.member_inputs(x_B1HW)
+        features = [
+            network.describe(own_B1HW)  # type: ignore[operator]
+            for network, own_B1HW in zip(self.members, inputs, strict=True)
+        ]
+        return torch.cat(features, dim=1)
+
+    def member_inputs(self, x_B1HW: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What each member takes: at its size, normalised as it was trained."""
+        for member in self.settings.members:
             own_B1HW = x_B1HW
             if x_B1HW.shape[-1] != member.image_size:
                 own_B1HW = functional.interpolate(
                     x_B1HW, (member.image_size,) * 2, mode="bilinear", antialias=True
                 )
-            features.append(network.describe((own_B1HW - member.mean) / member.std))  # type: ignore[operator]
-        return torch.cat(features, dim=1)
+            yield (own_B1HW - member.mean) / member.std
 
     def classify(self, features_BF: torch.Tensor) -> torch.Tensor:
         """See `Network`."""

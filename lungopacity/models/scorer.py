@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lungopacity.models.folder import TrainedModel
 from lungopacity.models.networks import ENSEMBLE
+
+if TYPE_CHECKING:
+    import torch
+
+    from lungopacity.models.grad_cam import GradCAM
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Scorer:
         self.network: Any = network.to(memory_format=torch.channels_last)
         self.is_ensemble = model.spec.architecture == ENSEMBLE
         self.distribution = model.training_distribution()
+        self._cams: list[GradCAM] | None = None
 
     def scores(self, pixels_NHW: npt.NDArray[np.uint8], batch_size: int = 64) -> Scores:
         """One forward pass over each film.
@@ -87,6 +93,59 @@ class Scorer:
         pixels_NHW: (n, image_size, image_size) uint8. Returns (n, classes) float32.
         """
         return self.scores(pixels_NHW, batch_size).logits_NK
+
+    def activation_maps(
+        self, pixels_NHW: npt.NDArray[np.uint8], batch_size: int = 32
+    ) -> npt.NDArray[np.float32]:
+        """Where each film speaks for the positive class, see `GradCAM`; of an ensemble the mean of
+        its members' maps.
+
+        pixels_NHW: as in `scores`. Returns the same shape, 0 … 1. Raises `UserError` for a network
+        that cannot be explained.
+        """
+        import torch
+
+        from lungopacity.models.normalise import normalise
+
+        spec = self.model.spec
+        if self._cams is None:
+            self._cams = self._grad_cams()
+        maps = [np.empty((0, *pixels_NHW.shape[1:]), np.float32)]
+        for start in range(0, len(pixels_NHW), batch_size):
+            batch_BHW = torch.from_numpy(pixels_NHW[start : start + batch_size])
+            x_B1HW = normalise(batch_BHW.to(self.device), spec.preprocessing)
+            maps.append(self._activation(x_B1HW).cpu().numpy())
+        return np.concatenate(maps)
+
+    def _grad_cams(self) -> list[GradCAM]:
+        """One for each network."""
+        from lungopacity.models.grad_cam import GradCAM
+
+        spec = self.model.spec
+        if not self.is_ensemble:
+            size = spec.preprocessing.image_size
+            return [GradCAM(self.network, spec.positive_index, size)]
+        members = zip(self.network.members, self.network.settings.members, strict=True)
+        return [
+            GradCAM(network, spec.positive_index, member.image_size) for network, member in members
+        ]
+
+    def _activation(self, x_B1HW: torch.Tensor) -> torch.Tensor:
+        """map_BHW of the model's own input."""
+        import torch
+        from torch.nn.functional import interpolate
+
+        from lungopacity.models.grad_cam import of_highest
+
+        assert self._cams is not None
+        if not self.is_ensemble:
+            return self._cams[0].maps(x_B1HW)
+        inputs = self.network.member_inputs(x_B1HW)
+        total_B1HW = torch.zeros_like(x_B1HW)
+        for cam, own_B1HW in zip(self._cams, inputs, strict=True):
+            map_B1HW = cam.maps(own_B1HW).unsqueeze(1)
+            total_B1HW += interpolate(map_B1HW, x_B1HW.shape[-2:], mode="bilinear")
+        return of_highest(total_B1HW.squeeze(1))
 
     def out_of_distribution(
         self, features_NF: npt.NDArray[np.float32]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+Pixel = TypeVar("Pixel", bound=np.generic)
 _BLACK = 20
 """JPEG and film noise lift the black of a border up to here."""
 _SPECKS = 0.01
@@ -51,19 +53,25 @@ class Preprocessing:
 
         pixels: (height, width) uint8.
         """
-        if not self.crop_borders:
-            return pixels
+        top, left, height, width = self.content_box(pixels)
+        return pixels[top : top + height, left : left + width]
+
+    def content_box(self, pixels: npt.NDArray[np.uint8]) -> tuple[int, int, int, int]:
+        """Top, left, height and width of what `crop` leaves, in pixels of the film."""
         height, width = pixels.shape
+        if not self.crop_borders:
+            return 0, 0, height, width
         step = max(1, max(height, width) // _SAMPLED_SIDE)
         bright = pixels[::step, ::step] > _BLACK
-        rows = np.flatnonzero(bright.mean(axis=1) > _SPECKS)
-        columns = np.flatnonzero(bright.mean(axis=0) > _SPECKS)
+        rows = np.flatnonzero(bright.mean(axis=1) > _SPECKS) * step
+        columns = np.flatnonzero(bright.mean(axis=0) > _SPECKS) * step
         if not len(rows) or not len(columns):
-            return pixels
-        cropped = pixels[
-            rows[0] * step : (rows[-1] + 1) * step, columns[0] * step : (columns[-1] + 1) * step
-        ]
-        return cropped if max(cropped.shape) >= _LEAST_SIDE * max(pixels.shape) else pixels
+            return 0, 0, height, width
+        top, left = int(rows[0]), int(columns[0])
+        bottom, right = min(height, int(rows[-1]) + step), min(width, int(columns[-1]) + step)
+        if max(bottom - top, right - left) < _LEAST_SIDE * max(height, width):
+            return 0, 0, height, width
+        return top, left, bottom - top, right - left
 
     def fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Shrink (area-weighted) or enlarge, so that the longer side has `image_size` pixels.
@@ -94,3 +102,13 @@ class Preprocessing:
         top, left = (size - height) // 2, (size - width) // 2
         square[top : top + height, left : left + width] = content
         return square
+
+    def unpad(self, square: npt.NDArray[Pixel], height: int, width: int) -> npt.NDArray[Pixel]:
+        """The inverse of `pad`: what of a square, or of a map of it, is the film.
+
+        square: (image_size, image_size). height, width: of what `fit` gave. Returns a view.
+        """
+        size = self.image_size
+        assert square.shape == (size, size), square.shape
+        top, left = (size - height) // 2, (size - width) // 2
+        return square[top : top + height, left : left + width]

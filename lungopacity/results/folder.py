@@ -2,6 +2,7 @@
 
     predictions/screened_on=YYYY-MM-DD/<run_id>-<attempt>-NNNNN.parquet
     metrics/<run_id>-….parquet
+    explanations/<run_id>/<content_sha256>.png      of positive films, where they were asked for
     runs/<run_id>.json                  the commit record, written last
     _work/<run_id>/…                    what is being written; no reader looks here
 
@@ -25,6 +26,7 @@ from lungopacity.storage import ConflictError, Store
 RUNS = "runs"
 PREDICTIONS = "predictions"
 METRICS = "metrics"
+EXPLANATIONS = "explanations"
 WORK = "_work"
 _READ_THREADS = 16
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -47,6 +49,13 @@ def run_key(run_id: str) -> str:
 def work_prefix(run_id: str) -> str:
     """Key prefix of what the run writes before it is published."""
     return f"{WORK}/{run_id}/"
+
+
+def explanation_key(run_id: str, content_sha256: str, frame: int | None) -> str:
+    """Key of a film's picture. Named by its content: whoever writes it again writes the same, and
+    an object's name, which may be that of a patient, does not come out by it."""
+    of = "" if frame is None else f"-{frame}"
+    return f"{EXPLANATIONS}/{run_id}/{content_sha256}{of}.png"
 
 
 def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:

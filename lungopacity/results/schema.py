@@ -69,11 +69,18 @@ READ_SCHEMA = pa.schema(
         *SOURCE_FIELDS,
         *CONTENT_FIELDS,
         pa.field("pixels", pa.binary()),
+        pa.field("film_height", pa.int32()),
+        pa.field("film_width", pa.int32()),
+        pa.field("shown_x", pa.float64()),
+        pa.field("shown_y", pa.float64()),
+        pa.field("shown_width", pa.float64()),
+        pa.field("shown_height", pa.float64()),
         *SHARD_FIELDS,
     ]
 )
-"""Between reading and scoring. `pixels`: image_size² bytes, row by row, null without an image.
-"""
+"""Between reading and scoring. `pixels`: image_size² bytes, row by row, null without an image; in
+their middle `film_height` x `film_width` are the film, the rest is padding. `shown_…`: which part
+of the stored image that is, in its own pixels: all of it, unless borders were cut away."""
 
 PLAN_SCHEMA = pa.schema([*SOURCE_FIELDS[:1], *SOURCE_FIELDS[4:], pa.field("is_shard", pa.bool_())])
 """The inventory, and the plan made of it: one row an object."""
@@ -97,6 +104,40 @@ METRICS_SCHEMA = pa.schema(
 )
 """One row a figure; what each column says is told by `evaluation.metrics.Metric`."""
 
+EXPLANATIONS_SCHEMA = pa.schema(
+    [
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("member", pa.string()),
+        pa.field("frame", pa.int32()),
+        pa.field("content_sha256", pa.string()),
+        pa.field("rows", pa.int32()),
+        pa.field("columns", pa.int32()),
+        pa.field("synthetic", pa.bool_()),
+        pa.field("label", pa.string()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error_code", pa.string()),
+        pa.field("error_stage", pa.string()),
+        pa.field("error_message", pa.string()),
+        pa.field("p", pa.float32()),
+        pa.field("decision", pa.string()),
+        pa.field("peak_x", pa.float32()),
+        pa.field("peak_y", pa.float32()),
+        pa.field("overlay", pa.string()),
+        pa.field("boxes", pa.int32()),
+        pa.field("hit", pa.bool_()),
+        pa.field("hit_with_tolerance", pa.bool_()),
+        pa.field("energy", pa.float64()),
+        pa.field("chance", pa.float64()),
+        pa.field("chance_with_tolerance", pa.float64()),
+        pa.field("chance_not_black", pa.float64()),
+    ],
+    metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
+)
+"""Of `lungopacity explain`, one row an image. `p`: of the positive class. `peak_x`, `peak_y`: the
+map's highest place, in pixels of the film as it is stored, null of a map of zeros. `overlay`: key
+of the picture below the output. From `hit` on: see `Pointing`; null without boxes."""
+
 
 def class_column(prefix: str, class_name: str) -> str:
     """`p_Lung_Opacity`: a column that SQL takes without quotes, for any class name."""
@@ -119,6 +160,7 @@ def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
         pa.field("ensemble_disagreement", pa.float32()),
         pa.field("out_of_distribution_score", pa.float32()),
         pa.field(f"quality_{OUT_OF_DISTRIBUTION}", pa.bool_()),
+        pa.field("explanation", pa.string()),
     ]
 
 

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from lungopacity.errors import UserError
-from lungopacity.results.folder import METRICS, PREDICTIONS, RUNS, WORK, read_runs
+from lungopacity.results.folder import (
+    EXPLANATIONS,
+    METRICS,
+    PREDICTIONS,
+    RUNS,
+    WORK,
+    read_runs,
+)
 from lungopacity.screening.lease import LOCKS
 from lungopacity.storage import ObjectInfo, open_store
 
@@ -46,7 +53,7 @@ def clean(
     named |= {run["metrics_file"]["key"] for run in records}
     newest: dict[str, ObjectInfo] = {}
     for item in found:
-        run_id = _run_of_work(item.key)
+        run_id = _run_of(item.key)
         if run_id is not None:
             newest[run_id] = max(newest.get(run_id, item), item, key=lambda one: one.modified_at)
 
@@ -57,7 +64,7 @@ def clean(
         if kind is None:
             continue
         # A run that is at work writes part files all the time: its youngest file tells its age.
-        touched = newest.get(_run_of_work(item.key) or "", item).modified_at
+        touched = newest.get(_run_of(item.key) or "", item).modified_at
         if kind != _PUBLISHED_WORK and now - touched < age:
             continue
         if not dry_run:
@@ -73,7 +80,10 @@ _WORK_FILE = re.compile(rf"{WORK}/([^/]+)/(?:run\.json|plan-[0-9a-f]+-\d+\.parqu
 _ORPHAN = re.compile(
     rf"{PREDICTIONS}/screened_on=[0-9-]+/[^/]+-\d{{5}}\.parquet|{METRICS}/[^/]+\.parquet"
 )
-_HALF_WRITTEN = re.compile(rf"(?:(?:{PREDICTIONS}|{METRICS}|{RUNS}|{LOCKS})/(?:.*/)?)?\.tmp-[^/]+")
+_PICTURE = re.compile(rf"{EXPLANATIONS}/([^/]+)/[0-9a-f]{{64}}(?:-\d+)?\.png")
+_HALF_WRITTEN = re.compile(
+    rf"(?:(?:{PREDICTIONS}|{METRICS}|{EXPLANATIONS}|{RUNS}|{LOCKS})/(?:.*/)?)?\.tmp-[^/]+"
+)
 
 
 def _kind(item: ObjectInfo, published: set[str], named: set[str]) -> str | None:
@@ -84,9 +94,18 @@ def _kind(item: ObjectInfo, published: set[str], named: set[str]) -> str | None:
     # Only beside published runs: without one, this may be no results folder at all.
     if published and _ORPHAN.fullmatch(item.key):
         return None if item.key in named else "files of runs that were never published"
+    picture = _PICTURE.fullmatch(item.key)
+    if published and picture:
+        return None if picture[1] in published else "files of runs that were never published"
     if re.fullmatch(rf"{LOCKS}/[^/.]+\.json", item.key):
         return "locks"
     return "half-written files" if _HALF_WRITTEN.fullmatch(item.key) else None
+
+
+def _run_of(key: str) -> str | None:
+    """The run that a file of its work, or a picture, is of."""
+    picture = _PICTURE.fullmatch(key)
+    return picture[1] if picture else _run_of_work(key)
 
 
 def _run_of_work(key: str) -> str | None:

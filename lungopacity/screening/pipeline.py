@@ -28,6 +28,7 @@ from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import class_column, part_schema
 from lungopacity.results.workbench import parquet_bytes
 from lungopacity.runtime import capacity, require_resources
+from lungopacity.screening.explanations import PICTURE, Explainer, write_pictures
 from lungopacity.storage import Store
 
 if TYPE_CHECKING:
@@ -96,7 +97,13 @@ class ScoringResources:
 class _ScoreImages:
     """The model stage: tables of `READ_SCHEMA` to tables of `part_schema`. One per actor."""
 
-    def __init__(self, model: Any, resources: ScoringResources, reject_unlike: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        resources: ScoringResources,
+        reject_unlike: bool,
+        explainer: Explainer | None,
+    ) -> None:
         import ray
 
         from lungopacity.models.scorer import Scorer
@@ -104,7 +111,10 @@ class _ScoreImages:
         self.model: TrainedModel = ray.get(model)
         self.scorer = Scorer(self.model, use_gpu=resources.use_gpu, threads=resources.threads)
         self.reject_unlike = reject_unlike
+        self.explainer = explainer
         self.schema = part_schema(self.model.spec.class_names)
+        if explainer is not None:
+            self.schema = self.schema.append(pa.field(PICTURE, pa.binary()))
 
     def __call__(self, read: pa.Table) -> pa.Table:
         size = self.model.spec.preprocessing.image_size
@@ -116,6 +126,7 @@ class _ScoreImages:
         unlike = self.scorer.out_of_distribution(scores.features_NF)
         observe.count("model_seconds", time.perf_counter() - began)
         found = self._score_columns(scores) | _distance_columns(unlike, len(pixels_NHW))
+        found |= self._explanations(read.filter(has_pixels), pixels_NHW, found)
         rows = np.flatnonzero(np.asarray(has_pixels))
         place = np.full(read.num_rows, -1)
         place[rows] = np.arange(len(rows))
@@ -126,6 +137,17 @@ class _ScoreImages:
             columns = _without_unlike(columns, self.schema)
         columns["screened_at"] = pa.array([datetime.now(UTC)] * read.num_rows)
         return pa.table({name: columns[name] for name in self.schema.names}).cast(self.schema)
+
+    def _explanations(
+        self, films: pa.Table, pixels_NHW: npt.NDArray[np.uint8], found: dict[str, pa.Array]
+    ) -> dict[str, pa.Array]:
+        if self.explainer is None:
+            return {"explanation": pa.nulls(len(pixels_NHW), pa.string())}
+        shown = pa.compute.equal(found["decision"], "positive")
+        if self.reject_unlike:
+            unlike = pa.compute.fill_null(found[f"quality_{OUT_OF_DISTRIBUTION}"], False)
+            shown = pa.compute.and_not(shown, unlike)
+        return self.explainer.columns(self.scorer, films, pixels_NHW, found, np.asarray(shown))
 
     def _score_columns(self, scores: Scores) -> dict[str, pa.Array]:
         spec = self.model.spec
@@ -168,7 +190,7 @@ def _distance_columns(unlike_N: npt.NDArray[np.float32] | None, count: int) -> d
 def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
     """The user wants no score of a film that is unlike the training films."""
     error = error_columns(ImageError(ErrorCode.POOR_QUALITY, Stage.SCORE, OUT_OF_DISTRIBUTION))
-    scores = ("p_", "logit_", "predicted_label", "decision", "ensemble_disagreement")
+    scores = ("p_", "logit_", "predicted_label", "decision", "ensemble_disagreement", "explanation")
     unlike = pa.compute.fill_null(columns[f"quality_{OUT_OF_DISTRIBUTION}"], False)
     instead = {name: None for name in columns if name.startswith(scores)} | error
     return columns | {
@@ -186,9 +208,11 @@ def screen_objects(
     work: str,
     resources: ScoringResources,
     batch_size: int,
+    explainer: Explainer | None = None,
 ) -> Iterator[Counter[str]]:
     """Screen the objects of `PLAN_SCHEMA`; yields, for each part file that has landed, its counts
-    of images (`ok`, `rejected`, `failed`) and of finished `objects`.
+    of images (`ok`, `rejected`, `failed`) and of finished `objects`. `explainer`: positive films
+    get pictures.
 
     Raises `UserError` where part files cannot be written.
     """
@@ -198,6 +222,7 @@ def screen_objects(
 
     def write_part(rows: pa.Table) -> pa.Table:
         try:
+            rows = write_pictures(results, rows)
             results.write(f"{attempt}{uuid.uuid4().hex}.parquet", parquet_bytes(rows))
         except UserError as error:
             # As a row: of what a task raises, Ray hands on the text of a traceback alone.
@@ -225,6 +250,7 @@ def screen_objects(
                 ray.put(model),
                 resources,
                 OUT_OF_DISTRIBUTION in settings.reject_quality,
+                explainer,
             ),
             batch_size=batch_size,
             batch_format="pyarrow",

@@ -40,7 +40,8 @@ def summary(result: ScreeningResult) -> str:
         + (" (synthetic)" if result.synthetic else ""),
         f"  images    {result.images}: {result.ok} scored, {result.rejected} rejected, "
         f"{result.failed} could not be read",
-        f"  positive  {result.positive} at the model's operating point",
+        f"  positive  {result.positive} at the model's operating point"
+        + (f", {result.explained} with a picture" if result.explained else ""),
         f"  time      {result.seconds:.1f} s, {result.images / result.seconds:.1f} images/s",
     ]
     lines += [

@@ -57,6 +57,7 @@ def retry(
         key_map=settings.get("key_map"),
         labels=labels,
         operating_point=settings.get("operating_point"),
+        explain=settings.get("explain", False),
         batch_size=settings.get("batch_size", 64),
         use_gpu=use_gpu,
         noted={"retry_of": run_id},

@@ -35,6 +35,7 @@ from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import parquet_bytes, workbench
 from lungopacity.runtime import end_if_told, ray_session, resolve_gpu, versions
 from lungopacity.screening.aggregate import label_metrics, run_metrics
+from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.history import History
 from lungopacity.screening.pipeline import OBJECTS, ScoringResources, screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id
@@ -63,6 +64,8 @@ class ScreeningResult:
     failed: int
     positive: int
     """Decided positive at the model's operating point."""
+    explained: int
+    """Of them, those with a picture of where the model saw it."""
     synthetic: bool
     seconds: float
     """Of this attempt, inventory to commit."""
@@ -101,6 +104,8 @@ class ScreeningJob:
     """Its name, where it is not the model's own choice."""
     baseline: Sample | None = None
     """Of the run that scores and mixes are compared with."""
+    explain: bool = False
+    """Write a picture of each positive film, see `Explainer`."""
     noted: Mapping[str, Any] = field(default_factory=dict)
     """More for the commit record."""
 
@@ -116,6 +121,7 @@ class ScreeningJob:
             "operating_point": self.operating_point,
             "threshold": self.model.spec.operating_point.threshold,
             "review_from": self.model.spec.operating_point.review_from,
+            "explain": self.explain,
         }
 
 
@@ -161,6 +167,7 @@ def screening_job(
     model_actors: int | None = None,
     baseline: str | None = None,
     operating_point: str | None = None,
+    explain: bool = False,
     noted: Mapping[str, Any] | None = None,
 ) -> ScreeningJob:
     """Read and check what a run needs, before anything is listed.
@@ -170,7 +177,8 @@ def screening_job(
     `max_failed_fraction`: of images that cannot be read, above which the run is called broken.
     `hmac_key`: URI of a file with the key for `patient_hmac` and `study_hmac`. `hash_keys`: names
     of objects are hashed, too; `key_map`: folder that keeps the names (default: beside `output`).
-    `operating_point`: name of one that the model folder has; None is its own choice.
+    `operating_point`: name of one that the model folder has; None is its own choice. `explain`:
+    a picture of each positive film is written below `explanations/`.
     `labels`: a labels file, for metrics. `baseline`: id of a published run of the same model, to
     measure drift against. `use_gpu`: None uses what the cluster has. `gpus_per_actor`,
     `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
@@ -209,6 +217,7 @@ def screening_job(
         gpus_per_actor=gpus_per_actor,
         model_actors=model_actors,
         operating_point=operating_point,
+        explain=explain,
         baseline=None if baseline is None else _baseline(results, baseline, trained),
         noted={**(noted or {}), **({} if baseline is None else {"baseline": baseline})},
     )
@@ -359,6 +368,7 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
                 plan.work,
                 resources,
                 job.batch_size,
+                Explainer(plan.start.run_id) if job.explain else None,
             ):
                 end_if_told()
                 counts += part
@@ -388,10 +398,10 @@ def _published(
             tonight = Sample.of(predictions, class_column("p", spec.positive_class))
             drift = shifts(job.baseline, tonight)
             metrics += drift_metrics(drift, job.baseline, tonight)
-        ((synthetic, labelled, positive),) = predictions.query(
+        ((synthetic, labelled, positive, explained),) = predictions.query(
             "predictions",
             "SELECT coalesce(bool_or(synthetic), false), count(label), "
-            "count(*) FILTER (decision = 'positive') FROM predictions",
+            "count(*) FILTER (decision = 'positive'), count(explanation) FROM predictions",
         ).fetchall()
     synthetic = synthetic or spec.synthetic
     counts = {status: int(metric_value(metrics, f"images_{status}") or 0) for status in Status}
@@ -404,6 +414,7 @@ def _published(
         rejected=counts[Status.REJECTED],
         failed=counts[Status.FAILED],
         positive=positive,
+        explained=explained,
         synthetic=synthetic,
         seconds=seconds,
         metrics=metrics,
@@ -447,6 +458,7 @@ def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str,
         "images": result.images,
         "counts": {status.value: getattr(result, status.value) for status in Status},
         "positive": result.positive,
+        "explained": result.explained,
         "broken": result.broken,
         "settings": {
             **job.rules,

@@ -49,7 +49,7 @@ def test_borders_are_cut_away_where_that_is_wanted(size):
     cut = Preprocessing(image_size=size, crop_borders=True)
     np.testing.assert_array_equal(cut.crop(film), content)
     np.testing.assert_array_equal(cut.square(film), cut.square(content))
-    assert Preprocessing(image_size=size).crop(film) is film
+    assert Preprocessing(image_size=size).crop(film).shape == film.shape
 
 
 def test_the_borders_of_a_large_film_are_found_to_a_few_pixels():
@@ -71,3 +71,11 @@ def test_a_film_that_is_all_border_stays_whole(film):
 def test_a_film_is_decoded_large_enough_to_be_cut():
     assert Preprocessing(image_size=100, crop_borders=True).at_least == 200
     assert Preprocessing(image_size=100).at_least == 100
+
+
+@pytest.mark.parametrize("shape", [(64, 41), (40, 64), (64, 64), (1, 64), (63, 64)])
+def test_unpad_takes_the_film_out_of_the_square(shape):
+    preprocessing = Preprocessing(image_size=64)
+    content = np.random.default_rng(0).integers(1, 256, shape).astype(np.uint8)
+    found = preprocessing.unpad(preprocessing.pad(content), *shape)
+    np.testing.assert_array_equal(found, content)

@@ -141,10 +141,13 @@ def test_results_of_the_first_schema_are_read_beside_those_of_today(tmp_path):
     write_run(str(tmp_path), "new", ("Normal", "Lung_Opacity"), 2)
     answer = query(
         str(tmp_path),
-        "SELECT run_id, count(*) AS n, count(quality_blank) AS q FROM predictions GROUP BY ALL "
-        "ORDER BY run_id",
+        "SELECT run_id, count(*) AS n, count(quality_blank) AS q, count(explanation) AS e "
+        "FROM predictions GROUP BY ALL ORDER BY run_id",
     ).to_pylist()
-    assert answer == [{"run_id": "new", "n": 2, "q": 0}, {"run_id": "old", "n": 3, "q": 0}]
+    assert answer == [
+        {"run_id": "new", "n": 2, "q": 0, "e": 0},
+        {"run_id": "old", "n": 3, "q": 0, "e": 0},
+    ]
     # Of an object that both have, the newer run's row counts, though their clocks agree.
     newest = query(str(tmp_path), "SELECT image, run_id FROM latest ORDER BY image").to_pylist()
     assert [row["run_id"] for row in newest] == ["new", "new", "old"]

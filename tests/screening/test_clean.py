@@ -1,5 +1,6 @@
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,11 @@ from lungopacity.results.folder import commit_run
 from lungopacity.screening.clean import clean
 from lungopacity.storage import open_store
 
+PICTURE = f"{'0123456789abcdef' * 4}.png"
+
 KEPT = {
+    f"explanations/a/{PICTURE}",
+    "explanations/b/notes of a user.png",
     "predictions/screened_on=2026-01-01/a-1234-00000.parquet",
     "metrics/a-1234.parquet",
     "runs/a.json",
@@ -28,6 +33,8 @@ LEFT = {
     "predictions/screened_on=2026-01-01/a-5678-00000.parquet": "files of runs that were never "
     "published",
     "metrics/b-1.parquet": "files of runs that were never published",
+    f"explanations/b/{PICTURE.replace('.', '-3.')}": "files of runs that were never published",
+    "explanations/b/.tmp-z": "half-written files",
     "_lock/nightly.json": "locks",
     "runs/.tmp-x": "half-written files",
     "_work/b/.tmp-y": "work of unfinished runs",
@@ -81,9 +88,21 @@ def test_a_run_is_as_old_as_its_youngest_file(tmp_path):
     assert sum(clean(str(tmp_path)).files.values()) == 2
 
 
+@pytest.mark.parametrize("store_uri", ["disk"], indirect=True)
+def test_a_run_that_writes_pictures_is_at_work(results):
+    """Its part files are old: it has met nothing but positive films for a while."""
+    root, old = Path(results.uri), time.time() - 30 * 86400
+    for path in root.glob("_work/b/**/*"):
+        os.utime(path, (old, old))
+    assert "work of unfinished runs" not in clean(results.uri, dry_run=True).files
+    for path in root.glob("explanations/b/*"):
+        os.utime(path, (old, old))
+    assert clean(results.uri, dry_run=True).files["files of runs that were never published"] == 1
+
+
 def test_the_command_says_what_it_did(results, capfd):
     assert main(["clean", "--results", results.uri, "--older-than", "0", "--dry-run"]) == 0
-    assert "9 files, 0.0 MB, would be removed (--dry-run)" in capfd.readouterr().out
+    assert "11 files, 0.0 MB, would be removed (--dry-run)" in capfd.readouterr().out
     assert main(["clean", "--results", results.uri, "--older-than", "0"]) == 0
     assert "work of unfinished runs: 3" in capfd.readouterr().out
     assert main(["clean", "--results", results.uri]) == 0

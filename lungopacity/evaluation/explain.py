@@ -1,0 +1,258 @@
+"""Show where on films a model sees the positive class, and whether readers' boxes lie there.
+
+Runs in this process, without a cluster: a handful of films should not wait for one. Of a whole
+archive, `screen --explain` explains the positive films.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from lungopacity.archive.content import ReadSettings, error_columns, rules_from
+from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.reading import read_images
+from lungopacity.dataset.boxes import read_boxes
+from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
+from lungopacity.evaluation.evaluate import labels_of_split
+from lungopacity.evaluation.explanation import ExplanationResult
+from lungopacity.evaluation.overlay import Caption, overlay_png
+from lungopacity.evaluation.pointing import Pointing, peak_of, point, pointing_metrics
+from lungopacity.evaluation.table import metrics_table
+from lungopacity.models import TrainedModel, load_model, with_operating_point
+from lungopacity.progress import Progress
+from lungopacity.results.schema import EXPLANATIONS_SCHEMA
+from lungopacity.results.workbench import parquet_bytes
+from lungopacity.runtime import end_if_told
+from lungopacity.storage import Store, open_store
+
+log = logging.getLogger(__name__)
+
+_SIDE = 512
+"""Of a picture, in pixels."""
+_FILMS_AT_ONCE = 16
+Row = dict[str, Any]
+
+
+def explain(
+    model: str,
+    images: Sequence[str],
+    output: str,
+    *,
+    labels: str | None = None,
+    split: str = "test",
+    boxes: str | None = None,
+    limit: int | None = None,
+    operating_point: str | None = None,
+    accept: Sequence[str] = (),
+    reject_quality: Sequence[str] | None = None,
+    use_gpu: bool | None = None,
+) -> ExplanationResult:
+    """Write a picture of each image with its class activation map, `explain.parquet` and metrics.
+
+    model, output: URIs. images: URIs of archives, shards or single images. `labels`: only the
+    images of one `split` of a labels file. `boxes`: a boxes file (`read_boxes`), for the pointing
+    game. `limit`: only the first so many images. `operating_point`, `accept`, `reject_quality`: as
+    in screening. `use_gpu`: None uses one where this machine has it. Raises `UserError`; an image
+    that cannot be read raises nothing, it is a row.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}")
+    accepted, rejecting = rules_from(accept, reject_quality)
+    trained = with_operating_point(model, load_model(model), operating_point)
+    chosen = None if labels is None else labels_of_split(labels, trained.spec, split)
+    if chosen is not None and limit is not None:
+        chosen = chosen.head(limit)
+    explainer = _Explainer(
+        trained,
+        open_store(output),
+        {} if chosen is None else dict(zip(chosen["image"], chosen["label"], strict=True)),
+        None if boxes is None else read_boxes(boxes),
+        _gpu(use_gpu),
+    )
+    settings = ReadSettings(
+        trained.spec.preprocessing,
+        accept=accepted,
+        reject_quality=rejecting,
+        rows_per_table=_FILMS_AT_ONCE,
+    )
+    wanted = None if chosen is None else frozenset(chosen["image"])
+    rows: list[Row] = []
+    with Progress("Explaining", total=limit if wanted is None else len(wanted)) as progress:
+        for batch in _batches(_read(images, settings, wanted, limit)):
+            end_if_told()
+            found = explainer.explained(batch)
+            rows += found
+            progress.advance(len(found))
+    absent = (wanted or frozenset()) - {_name(row) for row in rows}
+    if absent and not rows:
+        raise UserError(
+            f"{labels}: none of {len(absent)} labelled images is in {', '.join(images)}, as "
+            f"{min(absent)}; `image` must be the key under --images, or the member's name in a "
+            "shard"
+        )
+    rows += explainer.absent(absent)
+    return _written(explainer, rows)
+
+
+def _read(
+    uris: Sequence[str], settings: ReadSettings, wanted: frozenset[str] | None, limit: int | None
+) -> Iterator[Row]:
+    """The rows of `READ_SCHEMA` that are images, in the order of their keys; loose ones first."""
+
+    def every() -> Iterator[Row]:
+        for uri in uris:
+            archive = take_inventory(uri)
+            for table in read_images(archive.store, archive.objects, settings, wanted=wanted):
+                yield from (row for row in table.to_pylist() if row["shard_rows"] is None)
+
+    return islice(every(), limit if wanted is None else None)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while batch := list(islice(rows, _FILMS_AT_ONCE)):
+        yield batch
+
+
+class _Explainer:
+    """The model, and where what it says goes."""
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        store: Store,
+        label_of: dict[str, str],
+        boxes: pd.DataFrame | None,
+        use_gpu: bool,
+    ) -> None:
+        from lungopacity.models.scorer import Scorer
+
+        self.model = model
+        self.store = store
+        self.label_of = label_of
+        self.boxes_of = {
+            str(name): group[["x", "y", "width", "height"]].to_numpy(np.float64)
+            for name, group in ([] if boxes is None else boxes.groupby("image"))
+        }
+        self.has_boxes = boxes is not None
+        self.scorer = Scorer(model, use_gpu=use_gpu)
+        self.pointings: list[tuple[Pointing, str]] = []
+        """Of the images with boxes, with what was decided of each."""
+
+    def explained(self, batch: list[Row]) -> list[Row]:
+        """The batch as rows of `EXPLANATIONS_SCHEMA`; the pictures are written."""
+        spec = self.model.spec
+        size = spec.preprocessing.image_size
+        films = [row for row in batch if row["pixels"] is not None]
+        joined = bytearray(
+            b"".join(row["pixels"] for row in films)
+        )  # torch warns of read-only ones
+        pixels_NHW = np.frombuffer(joined, np.uint8).reshape(-1, size, size)
+        logits_NK = self.scorer.logits(pixels_NHW)
+        p_N = self.scorer.probabilities(logits_NK)[:, spec.positive_index]
+        maps_NHW = self.scorer.activation_maps(pixels_NHW)
+        for row, pixels, p, activation in zip(films, pixels_NHW, p_N, maps_NHW, strict=True):
+            row |= {"p": float(p), "decision": spec.operating_point.decide(float(p))}
+            row |= self._shown(row, pixels, activation)
+        return [self._row(row) for row in batch]
+
+    def _shown(
+        self, row: Row, pixels: npt.NDArray[np.uint8], activation: npt.NDArray[np.float32]
+    ) -> Row:
+        """Write one film's picture; its columns."""
+        spec = self.model.spec
+        height, width = row["film_height"], row["film_width"]
+        film = spec.preprocessing.unpad(pixels, height, width)
+        activation = spec.preprocessing.unpad(activation, height, width)
+        # Pixels of the stored image are those of the film in the square times scale, plus corner.
+        corner = np.array([row["shown_x"], row["shown_y"]])
+        scale = np.array([row["shown_width"] / width, row["shown_height"] / height])
+        peak = peak_of(activation)
+        columns: Row = {"overlay": f"overlays/{_file_name(row)}"}
+        if peak is not None:
+            columns |= dict(zip(("peak_x", "peak_y"), np.array(peak) * scale + corner, strict=True))
+        boxes = self.boxes_of.get(_name(row))
+        if boxes is not None:
+            boxes = np.hstack([(boxes[:, :2] - corner) / scale, boxes[:, 2:] / scale])
+            pointing = point(activation, film, boxes)
+            self.pointings.append((pointing, row["decision"]))
+            columns |= vars(pointing)
+        if self.has_boxes:
+            columns["boxes"] = 0 if boxes is None else len(boxes)
+        synthetic = bool(row["synthetic"]) or spec.synthetic
+        caption = Caption(spec.positive_class, row["p"], row["decision"], synthetic)
+        picture = overlay_png(film, activation, caption, side=_SIDE, boxes=boxes, peak=peak)
+        self.store.write(columns["overlay"], picture)
+        return columns | {"synthetic": synthetic}
+
+    def _row(self, row: Row) -> Row:
+        """Of `EXPLANATIONS_SCHEMA`."""
+        known = {"model_id": self.model.model_id, "label": self.label_of.get(_name(row))}
+        return {name: row.get(name) for name in EXPLANATIONS_SCHEMA.names} | known
+
+    def absent(self, names: frozenset[str]) -> list[Row]:
+        """Rows of labelled images that no archive has."""
+        error = ImageError(ErrorCode.MISSING, Stage.FETCH, "labelled, and in none of --images")
+        return [self._row({"image": name, **error_columns(error)}) for name in sorted(names)]
+
+
+def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
+    model, store = explainer.model, explainer.store
+    table = pa.Table.from_pylist(rows, schema=EXPLANATIONS_SCHEMA)
+    statuses = table["status"].to_pylist()
+    metrics = pointing_metrics([pointing for pointing, _ in explainer.pointings])
+    called = [pointing for pointing, word in explainer.pointings if word == "positive"]
+    metrics += pointing_metrics(called, "decision=positive")
+    if explainer.boxes_of and not explainer.pointings:
+        log.warning(
+            "none of the %d images of the boxes file was explained, as %s; `image` must be the key "
+            "under --images, or the member's name in a shard",
+            len(explainer.boxes_of),
+            min(explainer.boxes_of),
+        )
+    result = ExplanationResult(
+        model_id=model.model_id,
+        output=store.uri,
+        positive_class=model.spec.positive_class,
+        explained=statuses.count(Status.OK.value),
+        rejected=statuses.count(Status.REJECTED.value),
+        failed=statuses.count(Status.FAILED.value),
+        with_boxes=len(explainer.pointings),
+        synthetic=model.spec.synthetic or any(table["synthetic"].to_pylist()),
+        metrics=metrics,
+        table=table,
+    )
+    told = metrics_table(metrics, "explain", model.model_id, synthetic=result.synthetic)
+    store.write("metrics.parquet", parquet_bytes(told))
+    store.write("explain.json", result.to_json().encode())
+    store.write("explain.parquet", parquet_bytes(table))
+    return result
+
+
+def _name(row: Row) -> str:
+    """As labels and boxes call it."""
+    return str(row["member"] if row.get("member") is not None else row["image"])
+
+
+def _file_name(row: Row) -> str:
+    """Tells people which film it is; the digest keeps apart what is named alike."""
+    words = re.sub(r"[^A-Za-z0-9._-]+", "_", _name(row))[-80:].lstrip(".")
+    frame = "" if row["frame"] is None else f"-{row['frame']}"
+    return f"{words}-{row['content_sha256'][:12]}{frame}.png"
+
+
+def _gpu(use_gpu: bool | None) -> bool:
+    import torch
+
+    has = torch.cuda.is_available()
+    if use_gpu and not has:
+        raise UserError("--use-gpu: this machine has no GPU that torch can use; leave it out")
+    return has if use_gpu is None else use_gpu

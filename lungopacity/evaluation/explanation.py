@@ -1,0 +1,98 @@
+"""What `explain` found, told as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+
+import pyarrow as pa
+
+from lungopacity.errors import NOTICE
+from lungopacity.evaluation.metrics import Metric
+
+
+@dataclass(frozen=True)
+class ExplanationResult:
+    """What was explained, and where it lies."""
+
+    model_id: str
+    output: str
+    positive_class: str
+    explained: int
+    rejected: int
+    failed: int
+    with_boxes: int
+    """Explained images that have boxes."""
+    synthetic: bool
+    metrics: list[Metric]
+    table: pa.Table
+    """`EXPLANATIONS_SCHEMA`, one row an image."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: every image was read. 1: some could not be."""
+        return 1 if self.failed else 0
+
+    def value(self, metric: str, group: str = "all") -> float:
+        """Raises `KeyError` where it was not measured."""
+        for item in self.metrics:
+            if (item.metric, item.group) == (metric, group):
+                return item.value
+        raise KeyError((metric, group))
+
+    def summary(self) -> str:
+        """Counts, the pointing game beside chance, and where the files are."""
+        lines = [
+            f"model {self.model_id}: {self.explained} images explained, {self.rejected} rejected, "
+            f"{self.failed} could not be read" + (", synthetic" if self.synthetic else "")
+        ]
+        lines += [
+            f"  {_told(group.group, group.n)}\n{_shares(self, group.group)}"
+            for group in self.metrics
+            if group.metric == "pointing_game"
+        ]
+        return "\n".join([*lines, f"pictures and explain.parquet in {self.output}", NOTICE])
+
+    def to_json(self) -> str:
+        """The counts and metrics; the rows are in explain.parquet."""
+        facts = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in ("metrics", "table")
+        }
+        rows = [
+            {
+                key: None if isinstance(value, float) and math.isnan(value) else value
+                for key, value in vars(metric).items()
+            }
+            for metric in self.metrics
+        ]
+        return json.dumps({"notice": NOTICE, **facts, "metrics": rows}, indent=2)
+
+
+def _told(group: str, n: int) -> str:
+    films = f"{n} films with boxes" if n != 1 else "1 film with boxes"
+    return films if group == "all" else f"{films}, decided positive"
+
+
+def _shares(result: ExplanationResult, group: str) -> str:
+    """The lines of one group of films."""
+    of_group = {item.metric: item for item in result.metrics if item.group == group}
+
+    def share(title: str, name: str, chance: str) -> str:
+        item = of_group[name]
+        return (
+            f"    {title:34}{item.value:.3f} (95 % interval {item.ci_low:.3f} to "
+            f"{item.ci_high:.3f}); chance {of_group[chance].value:.3f}"
+        )
+
+    tolerant = "pointing_game_with_tolerance"
+    return "\n".join(
+        [
+            share("highest place in a box", "pointing_game", "pointing_game_chance")
+            + f", off black {of_group['pointing_game_chance_not_black'].value:.3f}",
+            share("  within 15 pixels of 224", tolerant, f"{tolerant}_chance"),
+            f"    {'share of the map in boxes':34}{of_group['energy_in_boxes'].value:.3f}",
+        ]
+    )

@@ -1,0 +1,121 @@
+"""How well class activation maps agree with readers' boxes.
+
+The pointing game (Zhang et al. 2018, arXiv:1608.00507): the highest place of the map lies in a box,
+or does not. The energy-based one (Wang et al. 2020, arXiv:1910.01279): the share of the map that
+lies in boxes. Both stand beside what chance gives: the share of the film that its boxes cover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lungopacity.evaluation.metrics import Metric, proportion
+
+TOLERANCE = 15 / 224
+"""Of the film's shorter side, by which a point may miss a box: 15 pixels where it has 224, as the
+papers count."""
+_NOT_BLACK = 8
+"""Grey values below are taken for what was blacked out or collimated."""
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """One film that has boxes."""
+
+    hit: bool
+    """The highest place lies in a box. A map of zeros has none, and misses."""
+    hit_with_tolerance: bool
+    energy: float
+    """Share of the map's sum that lies in boxes, 0 … 1; 0 of a map of zeros."""
+    chance: float
+    """Share of the film's pixels that lie in boxes: how often a random point hits."""
+    chance_with_tolerance: float
+    chance_not_black: float
+    """The same among pixels that are not black: of films cut to the lung fields, a point there."""
+
+
+def peak_of(activation: npt.NDArray[np.float32]) -> tuple[float, float] | None:
+    """x and y of the highest place, in pixels from the film's left and top; None of a map of zeros.
+
+    activation: (height, width), 0 … 1. Interpolation repeats the outermost places up to the edges:
+    of pixels that are all the highest, it is the one nearest to the middle of the film.
+    """
+    highest = float(activation.max(initial=0.0))
+    if highest <= 0:
+        return None
+    rows, columns = np.nonzero(activation >= highest - _ROUNDING)
+    x, y = columns + 0.5, rows + 0.5
+    height, width = activation.shape
+    nearest = int(np.hypot(x - width / 2, y - height / 2).argmin())
+    return float(x[nearest]), float(y[nearest])
+
+
+def point(
+    activation: npt.NDArray[np.float32],
+    film: npt.NDArray[np.uint8],
+    boxes: npt.NDArray[np.float64],
+) -> Pointing:
+    """Compare a map with the film's boxes.
+
+    activation, film: (height, width). boxes: (m, 4) x, y, width and height in their pixels, one at
+    least.
+    """
+    assert len(boxes), "a film without boxes has nothing to point at"
+    distance = _distance_to_boxes(film.shape, boxes)
+    inside = distance <= 0
+    near = distance <= TOLERANCE * min(film.shape)
+    peak = peak_of(activation)
+    place = None if peak is None else (int(peak[1]), int(peak[0]))
+    total = float(activation.sum(dtype=np.float64))
+    seen = film >= _NOT_BLACK
+    return Pointing(
+        hit=place is not None and bool(inside[place]),
+        hit_with_tolerance=place is not None and bool(near[place]),
+        energy=float(activation[inside].sum(dtype=np.float64)) / total if total else 0.0,
+        chance=float(inside.mean()),
+        chance_with_tolerance=float(near.mean()),
+        chance_not_black=float(inside[seen].mean()) if seen.any() else 0.0,
+    )
+
+
+def pointing_metrics(films: Sequence[Pointing], group: str = "all") -> list[Metric]:
+    """The metrics of films with boxes; none of no films. Shares have Wilson's 95 % interval."""
+    n = len(films)
+    if not n:
+        return []
+
+    def mean(name: str, values: list[float]) -> Metric:
+        return Metric(group, name, None, float(np.mean(values)), None, None, n)
+
+    return [
+        proportion(group, "pointing_game", None, sum(film.hit for film in films), n),
+        mean("pointing_game_chance", [film.chance for film in films]),
+        mean("pointing_game_chance_not_black", [film.chance_not_black for film in films]),
+        proportion(
+            group,
+            "pointing_game_with_tolerance",
+            None,
+            sum(film.hit_with_tolerance for film in films),
+            n,
+        ),
+        mean("pointing_game_with_tolerance_chance", [film.chance_with_tolerance for film in films]),
+        mean("energy_in_boxes", [film.energy for film in films]),
+    ]
+
+
+def _distance_to_boxes(
+    shape: tuple[int, ...], boxes: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Of each pixel's middle to the nearest box, 0 inside of it; in pixels."""
+    rows, columns = np.arange(shape[0])[:, None] + 0.5, np.arange(shape[1])[None, :] + 0.5
+    nearest = np.full(shape, np.inf)
+    for x, y, width, height in boxes:
+        beside = np.maximum(np.maximum(x - columns, columns - (x + width)), 0)
+        above = np.maximum(np.maximum(y - rows, rows - (y + height)), 0)
+        nearest = np.minimum(nearest, np.hypot(beside, above))
+    return nearest

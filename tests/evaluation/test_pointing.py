@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from lungopacity.evaluation.metrics import wilson_interval
+from lungopacity.evaluation.pointing import Pointing, peak_of, point, pointing_metrics
+
+FILM = np.full((112, 224), 100, np.uint8)
+
+
+def map_at(*places: tuple[int, int, float]) -> np.ndarray:
+    """Zeros but for these x, y, value."""
+    activation = np.zeros(FILM.shape, np.float32)
+    for x, y, value in places:
+        activation[y, x] = value
+    return activation
+
+
+def boxes(*rows: tuple[float, float, float, float]) -> np.ndarray:
+    return np.array(rows, np.float64)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "hit", "near"),
+    [
+        (100, 50, True, True),
+        (100, 40, True, True),  # its first row
+        (100, 39, False, True),
+        (100, 60, False, True),  # the row behind its last
+        (100, 33, False, True),  # 7.5 pixels are 15 of 224, for the shorter side has 112
+        (100, 31, False, False),
+        (135, 50, False, True),  # the second box
+        (140, 57, False, True),
+        (152, 57, False, False),
+        (10, 10, False, False),
+    ],
+)
+def test_the_highest_place_hits_or_misses(x, y, hit, near):
+    found = point(map_at((x, y, 1), (0, 0, 0.9)), FILM, boxes((90, 40, 40, 20), (138, 40, 6, 20)))
+    expected = hit or (x, y) == (140, 57)
+    assert (found.hit, found.hit_with_tolerance) == (expected, near)
+
+
+def test_energy_and_chance_are_shares():
+    film = FILM.copy()
+    film[:, 112:] = 0
+    activation = map_at((10, 10, 1.0), (50, 50, 0.5), (200, 100, 0.5))
+    # The boxes overlap, and reach beyond the film: each pixel counts once.
+    found = point(activation, film, boxes((-20, -20, 76, 132), (28, 0, 28, 112)))
+    assert found.energy == pytest.approx(0.75)
+    assert found.chance == pytest.approx(56 / 224)
+    assert found.chance_not_black == pytest.approx(56 / 112)
+    assert found.chance_with_tolerance == pytest.approx(64 / 224)
+
+
+def test_a_map_of_zeros_misses():
+    found = point(map_at(), np.zeros_like(FILM), boxes((0, 0, 500, 500)))
+    assert found == Pointing(False, False, 0.0, 1.0, 1.0, 0.0)
+    assert peak_of(map_at()) is None
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 2), (4, 0), (1, 3)])
+def test_the_peak_is_in_the_middle_of_the_highest_place_at_the_edge_as_well(place):
+    row, column = place
+    maps_1155 = torch.zeros(1, 1, 5, 5)
+    maps_1155[0, 0, row, column] = 1
+    enlarged = interpolate(maps_1155, (160, 160), mode="bilinear")[0, 0].numpy()
+    x, y = peak_of(enlarged)
+    assert (x, y) == pytest.approx((32 * (column + 0.5), 32 * (row + 0.5)), abs=0.51)
+
+
+def test_metrics_are_shares_with_wilsons_interval_beside_chance():
+    films = [
+        Pointing(True, True, 0.5, 0.1, 0.2, 0.3),
+        Pointing(False, True, 0.25, 0.3, 0.4, 0.5),
+        Pointing(False, False, 0.0, 0.2, 0.3, 0.4),
+    ]
+    found = {metric.metric: metric for metric in pointing_metrics(films, "decision=positive")}
+    game = found["pointing_game"]
+    assert (game.value, game.n, game.group) == (1 / 3, 3, "decision=positive")
+    assert (game.ci_low, game.ci_high) == wilson_interval(1, 3)
+    assert found["pointing_game_with_tolerance"].value == 2 / 3
+    means = {
+        "pointing_game_chance": 0.2,
+        "pointing_game_with_tolerance_chance": 0.3,
+        "pointing_game_chance_not_black": 0.4,
+        "energy_in_boxes": 0.25,
+    }
+    for name, value in means.items():
+        assert found[name].value == pytest.approx(value)
+    assert pointing_metrics([]) == []
