@@ -1,0 +1,107 @@
+"""The `lungopacity` command. The jobs of `jobs/` are the same commands, run on a Ray cluster.
+
+Only click is imported here: torch and ray come with the command that needs them, so that `--help`
+answers at once.
+
+Exit codes: 0 done; 1 done, with images that could not be read; 2 nothing done, and one line says
+why, or done with more failures than `--max-failed-fraction`; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from lungopacity.cli import evaluation, labelled, machine, results, screening, training
+from lungopacity.cli.options import EPILOG
+from lungopacity.errors import UserError
+
+_DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.version_option(package_name="lungopacity")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    envvar="LUNGOPACITY_LOG_FORMAT",
+    help="Log lines for people, or JSON objects with the run id. Also: LUNGOPACITY_LOG_FORMAT.",
+)
+def cli(log_format: str) -> None:
+    """Distributed screening of chest radiographs for lung opacity."""
+    from lungopacity.observe import log_lines
+
+    log_lines(log_format)
+
+
+for _command in (
+    labelled.labels,
+    labelled.audit,
+    training.train,
+    training.tune,
+    training.ensemble,
+    training.models,
+    evaluation.evaluate,
+    evaluation.explain,
+    evaluation.threshold,
+    evaluation.compare,
+    screening.screen,
+    screening.nightly,
+    screening.retry,
+    screening.clean,
+    results.query,
+    results.runs,
+    machine.doctor,
+    machine.benchmark,
+):
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    from lungopacity.observe import log_lines
+    from lungopacity.progress import show_on_terminal
+    from lungopacity.runtime import end_on_sigterm
+
+    log_lines("text")
+    show_on_terminal()
+    end_on_sigterm()
+    try:
+        return int(cli.main(arguments, prog_name="lungopacity", standalone_mode=False) or 0)
+    except click.exceptions.Abort:
+        click.echo("stopped", err=True)
+        return 130
+    except KeyboardInterrupt:
+        click.echo("stopped", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except Exception as error:
+        if os.environ.get(_DEBUG_VARIABLE):
+            raise
+        click.echo(f"error: {_one_line(error)}", err=True)
+        return 2
+
+
+def _one_line(error: BaseException) -> str:
+    """What to tell the user. Ray wraps what a worker raised, sometimes more than once."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause) is UserError:
+            return str(cause)
+        if isinstance(cause, ModuleNotFoundError):
+            return (
+                f"the Python at {sys.executable}, or that of a Ray node, has no module "
+                f"'{cause.name}'; install requirements.lock there"
+            )
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    message = (str(error).strip().splitlines() or [""])[-1]
+    return (
+        f"unforeseen {type(error).__name__}: {message} "
+        f"(a defect; please report it with the traceback that {_DEBUG_VARIABLE}=1 shows)"
+    )

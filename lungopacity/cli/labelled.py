@@ -1,0 +1,70 @@
+"""Commands on labelled films, before a model is trained: labels, audit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lungopacity.cli.options import (
+    EPILOG,
+    images_option,
+    labels_option,
+    names_of,
+    pairs_of,
+    rule_options,
+)
+from lungopacity.errors import UserError
+
+
+@click.command(epilog=EPILOG)
+@click.option("--folders", metavar="URI", default=None, help="Images in a folder for each class.")
+@click.option(
+    "--layout", metavar="NAME", default=None, help="rsna, nih, chexpert, padchest or vindr."
+)
+@click.option("--sql", default=None, help="SELECT … AS image, … AS label FROM NAME.")
+@click.option(
+    "--table",
+    "tables",
+    metavar="NAME=FILE",
+    multiple=True,
+    callback=lambda _context, _option, words: pairs_of(words),
+    help="A CSV or Parquet file for --layout or --sql, and its name there.",
+)
+@click.option("--output", metavar="FILE", required=True, help="The labels file, CSV.")
+def labels(
+    folders: str | None, layout: str | None, sql: str | None, tables: dict[str, str], output: str
+) -> int:
+    """Make a labels file of folders, of a public set's tables, or of any tables by SQL."""
+    from lungopacity.dataset import layouts
+
+    if sum(way is not None for way in (folders, layout, sql)) != 1:
+        raise UserError("give one of --folders, --layout and --sql")
+    if folders is not None:
+        found = layouts.labels_of_folders(folders)
+    elif layout is not None:
+        found = layouts.labels_of_layout(layout, tables)
+    else:
+        found = layouts.labels_of_tables(sql or "", tables)
+    click.echo(layouts.summary(layouts.write_labels(found, output)))
+    return 0
+
+
+@click.command(epilog=EPILOG)
+@images_option
+@labels_option
+@click.option("--classes", default=None, help="As for train. Default: every label.")
+@click.option("--positive-class", default=None, help="As for train.")
+@click.option("--output", metavar="URI", default=None, help="Where audit.json goes.")
+@rule_options
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def audit(classes: str | None, as_json: bool, **options: Any) -> int:
+    """Look for what would flatter a model on these films: copies, torn patients, shortcuts.
+
+    Exits with 1 where films or patients leak from one split into another.
+    """
+    from lungopacity.evaluation.audit import audit as run
+
+    found = run(classes=None if classes is None else names_of(classes), **options)
+    click.echo(found.to_json() if as_json else found.summary())
+    return 1 if found.leaks else 0

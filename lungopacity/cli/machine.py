@@ -1,0 +1,70 @@
+"""Commands on the machine: doctor, benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lungopacity.cli.options import EPILOG
+
+
+@click.command(epilog=EPILOG)
+@click.option("--storage", metavar="URI", default=None, help="Also try to list this place.")
+def doctor(storage: str | None) -> int:
+    """What this machine has, what is missing, and the mend."""
+    from lungopacity.doctor import diagnose, report
+
+    findings = diagnose(storage)
+    click.echo(report(findings))
+    return 2 if any(finding.state == "missing" for finding in findings) else 0
+
+
+@click.group(epilog=EPILOG)
+def benchmark() -> None:
+    """How fast the parts are here, beside what one would pick instead."""
+
+
+@benchmark.command(epilog=EPILOG)
+@click.option("--images", metavar="URI", default=None, help="Films to encode; default: phantoms.")
+@click.option("--count", type=int, default=24, show_default=True, help="How many of them.")
+@click.option("--repeats", type=int, default=9, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def decode(as_json: bool, **options: Any) -> int:
+    """Images a second on one core, from bytes to grey pixels, by format."""
+    import json
+
+    from lungopacity.benchmark.decode import decode_speeds, table
+
+    speeds = decode_speeds(**options)
+    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+    return 0
+
+
+@benchmark.command(epilog=EPILOG)
+@click.option(
+    "--keys",
+    "sizes",
+    metavar="N,N,…",
+    default="10000,100000,1000000",
+    show_default=True,
+    callback=lambda _context, _option, text: _numbers(text),
+    help="Sizes of the archive, in objects.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def plan(sizes: list[int], as_json: bool) -> int:
+    """Seconds and memory of planning a night, from an inventory file against a history."""
+    import json
+
+    from lungopacity.benchmark.plan import plan_costs, table
+
+    costs = plan_costs(sizes)
+    click.echo(json.dumps([vars(cost) for cost in costs]) if as_json else table(costs))
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is no list of whole numbers") from None

@@ -1,0 +1,122 @@
+"""What several commands share: options, and the words of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from lungopacity.errors import NOTICE
+
+EPILOG = f"{NOTICE} A URI is a path, file:// or s3://bucket/prefix; S3 takes the AWS variables."
+
+
+images_option = click.option(
+    "--images",
+    "images",
+    metavar="URI",
+    multiple=True,
+    required=True,
+    help="Prefix of loose images and shards, one shard, or one image. May be given more than once.",
+)
+labels_option = click.option(
+    "--labels", metavar="FILE", required=True, help="CSV or Parquet: image, label, split, …"
+)
+model_option = click.option("--model", metavar="URI", required=True, help="Model folder.")
+
+
+def _told_limits(_context: click.Context, _option: click.Parameter, text: str | None) -> None:
+    """`CPU=80,GPU=4`, for `runtime.capacity`."""
+    from lungopacity.runtime import grows_to
+
+    try:
+        pairs = [word.split("=") for word in (text or "").split(",") if word]
+        limits = {name.strip().upper(): float(number) for name, number in pairs}
+    except ValueError:
+        limits = {"": 0.0}
+    if not set(limits) <= {"CPU", "GPU"}:
+        raise click.BadParameter(f"'{text}' is not of the form CPU=80,GPU=4")
+    grows_to(limits)
+
+
+def gpu_option(command: Any) -> Any:
+    """What a command takes of a Ray cluster."""
+    use = click.option(
+        "--use-gpu/--no-gpu", default=None, help="Default: GPUs where the Ray cluster has any."
+    )
+    grows = click.option(
+        "--grows-to",
+        metavar="CPU=N,GPU=N",
+        default=None,
+        expose_value=False,
+        callback=_told_limits,
+        help="What the Ray cluster may autoscale to. Default: what it is now.",
+    )
+    return use(grows(command))
+
+
+operating_point_option = click.option(
+    "--operating-point",
+    metavar="NAME",
+    default=None,
+    help="Where scores become decisions: youden (the default), sensitivity=0.95, "
+    "specificity=0.95, band=0.99,0.95, or one of `lungopacity threshold`.",
+)
+hmac_key_option = click.option(
+    "--hmac-key", metavar="FILE", default=None, help="Key of patient_hmac and study_hmac."
+)
+
+
+def words_of(
+    _context: click.Context, _option: click.Parameter, text: str | None
+) -> list[str] | None:
+    """`blank,colour` as a list; `none` as an empty one."""
+    if text is None:
+        return None
+    return [word.strip() for word in text.split(",") if word.strip() not in ("", "none")]
+
+
+def rule_options(command: Any) -> Any:
+    """What is read and then not scored; the same words wherever images are read."""
+    accept = click.option(
+        "--accept",
+        metavar="CODES",
+        default="",
+        callback=words_of,
+        help="Score all the same: lateral_view, wrong_body_part, wrong_modality.",
+    )
+    reject = click.option(
+        "--reject-quality",
+        metavar="FLAGS",
+        default=None,
+        callback=words_of,
+        help="Quality flags that reject a film, or none. Default: blank, nearly_black, "
+        "nearly_white, too_small, inverted, colour.",
+    )
+    return accept(reject(command))
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """`A,B` as its words."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def workers_of(text: str) -> int | tuple[int, int]:
+    """`4`, or `2:8`."""
+    try:
+        numbers = [int(word) for word in text.split(":")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise click.BadParameter(f"'{text}' is not of the form 4 or 2:8")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def pairs_of(words: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE` words as a mapping."""
+    pairs = [word.partition("=") for word in words]
+    for name, sign, _ in pairs:
+        if not name or not sign:
+            raise click.BadParameter(f"'{name}' is not of the form NAME=VALUE")
+    return {name.strip(): value.strip() for name, _, value in pairs}

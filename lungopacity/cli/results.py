@@ -1,0 +1,43 @@
+"""Commands that ask for results: query, runs."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from lungopacity.cli.options import EPILOG
+
+
+@click.command(epilog=EPILOG)
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "csv", "json", "parquet"]),
+    default="table",
+    show_default=True,
+)
+@click.argument("sql")
+def query(results: str, output_format: str, sql: str) -> int:
+    """Ask SQL of the published runs.
+
+    The tables are predictions, metrics and runs, and latest: of predictions, each object's newest.
+    """
+    from lungopacity.results.query import query as run
+    from lungopacity.results.render import rendered
+
+    data = rendered(run(results, sql), output_format)
+    sys.stdout.buffer.write(data)
+    return 0
+
+
+@click.command(epilog=EPILOG)
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+def runs(results: str) -> int:
+    """List the published runs."""
+    from lungopacity.results.query import runs as run
+    from lungopacity.results.render import rendered
+
+    sys.stdout.buffer.write(rendered(run(results).drop_columns("record"), "table"))
+    return 0

@@ -1,0 +1,150 @@
+"""Commands that screen archives: screen, nightly, retry, clean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lungopacity.cli.options import (
+    EPILOG,
+    gpu_option,
+    hmac_key_option,
+    model_option,
+    operating_point_option,
+    rule_options,
+)
+
+
+def _screening_options(command: Any) -> Any:
+    """How an archive is screened, whether by hand or by the night."""
+    options: list[Any] = [
+        click.option("--archive", metavar="URI", required=True, help="What to screen."),
+        model_option,
+        click.option(
+            "--inventory",
+            metavar="URI",
+            default=None,
+            help="Instead of listing: manifest.json of an S3 Inventory report, or a Parquet list.",
+        ),
+        click.option("--batch-size", type=int, default=64, show_default=True),
+        operating_point_option,
+        click.option("--labels", metavar="FILE", default=None, help="Labels to measure against."),
+        click.option(
+            "--baseline", metavar="RUN", default=None, help="Run id to measure drift against."
+        ),
+        click.option(
+            "--explain", is_flag=True, help="Write a picture of each positive film (Grad-CAM)."
+        ),
+        rule_options,
+        click.option(
+            "--max-failed-fraction",
+            type=float,
+            default=0.05,
+            show_default=True,
+            help="Exit with 2, after all is written, when more of the images could not be read.",
+        ),
+        hmac_key_option,
+        click.option(
+            "--hash-keys", is_flag=True, help="Write HMACs of object names, not the names."
+        ),
+        click.option(
+            "--key-map", metavar="URI", default=None, help="Where --hash-keys keeps the names."
+        ),
+        gpu_option,
+        click.option(
+            "--gpus-per-actor",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="0.5 puts two copies of the model on one GPU.",
+        ),
+        click.option(
+            "--model-actors",
+            type=int,
+            default=None,
+            help="Copies of the model. Default: as many as the cluster has room for.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(epilog=EPILOG)
+@_screening_options
+@click.option(
+    "--output", metavar="URI", required=True, help="Results folder; runs are added to it."
+)
+@click.option("--run-id", default=None, help="Default: a new one. Give a killed run's to go on.")
+@click.option("--limit", type=int, default=None, help="Only the first so many objects, by key.")
+def screen(**options: Any) -> int:
+    """Score every image of an archive; publish predictions and metrics as Parquet."""
+    from lungopacity.screening.report import summary
+    from lungopacity.screening.screen import screen as run
+
+    result = run(**options)
+    click.echo(summary(result))
+    return result.exit_code
+
+
+@click.command(epilog=EPILOG)
+@_screening_options
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+@click.option(
+    "--max-images", type=int, default=None, help="At most so many objects; the next night goes on."
+)
+@click.option("--dry-run", is_flag=True, help="Only say how many objects a night would screen.")
+def nightly(**options: Any) -> int:
+    """Screen what no published run has screened with this model yet.
+
+    New and changed objects, those that failed by the storage's fault, and what killed or missed
+    nights left. One night at a time: the results folder has a lock. Ends with status.json there.
+    """
+    from lungopacity.screening.nightly import nightly as run
+    from lungopacity.screening.report import night_summary
+
+    night = run(**options)
+    click.echo(night_summary(night))
+    return night.exit_code
+
+
+@click.command(epilog=EPILOG)
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+@click.option("--run-id", required=True, help="The run that could not read everything.")
+@click.option("--model", metavar="URI", default=None, help="If the run's model folder was moved.")
+@click.option("--labels", metavar="FILE", default=None, help="Labels to measure against.")
+@hmac_key_option
+@gpu_option
+def retry(**options: Any) -> int:
+    """Screen again what a run could not read for a reason that may have passed."""
+    from lungopacity.screening.report import summary
+    from lungopacity.screening.retry import retry as run
+
+    result = run(**options)
+    if result is None:
+        click.echo("nothing to do again: no image of this run failed for a reason that passes")
+        return 0
+    click.echo(summary(result))
+    return result.exit_code
+
+
+@click.command(epilog=EPILOG)
+@click.option("--results", metavar="URI", required=True, help="Results folder.")
+@click.option(
+    "--older-than",
+    "older_than_days",
+    metavar="DAYS",
+    type=float,
+    default=7.0,
+    show_default=True,
+    help="What belongs to no published run is removed when it is older.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def clean(**options: Any) -> int:
+    """Sweep what killed jobs left behind; nothing that a published run needs."""
+    from lungopacity.screening.clean import clean as run
+    from lungopacity.screening.report import clean_summary
+
+    click.echo(clean_summary(run(**options)))
+    return 0

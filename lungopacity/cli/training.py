@@ -1,0 +1,164 @@
+"""Commands that make models: train, tune, ensemble, models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from lungopacity.cli.options import (
+    EPILOG,
+    gpu_option,
+    images_option,
+    labels_option,
+    names_of,
+    pairs_of,
+    rule_options,
+    workers_of,
+)
+from lungopacity.errors import NOTICE
+
+
+def _training_options(command: Any) -> Any:
+    """What a network learns and from which films, whether once or in a search."""
+    options: list[Any] = [
+        images_option,
+        labels_option,
+        click.option(
+            "--model", default="classical-cnn", show_default=True, help="See `lungopacity models`."
+        ),
+        click.option(
+            "--weights",
+            metavar="none|imagenet|FILE",
+            default=None,
+            help="First weights. Default: imagenet where they are installed, else none.",
+        ),
+        click.option(
+            "--classes",
+            default="Normal,Lung_Opacity",
+            show_default=True,
+            help="Class names in the order of the scores; images of other labels are left out.",
+        ),
+        click.option(
+            "--positive-class",
+            default=None,
+            help="The class that decisions are about. Default: Lung_Opacity, else the last of "
+            "--classes.",
+        ),
+        click.option(
+            "--image-size", type=int, default=None, help="Side of the model's input, pixels."
+        ),
+        click.option("--epochs", type=int, default=None),
+        click.option("--batch-size", type=int, default=None, help="Over all workers together."),
+        click.option(
+            "--set",
+            "settings",
+            metavar="NAME=VALUE",
+            multiple=True,
+            callback=lambda _context, _option, words: pairs_of(words),
+            help="Any other setting of the recipe, as learning_rate=0.001; `lungopacity models "
+            "NAME`.",
+        ),
+        rule_options,
+        gpu_option,
+        click.option("--seed", type=int, default=0, show_default=True),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(epilog=EPILOG)
+@_training_options
+@click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
+@click.option(
+    "--workers",
+    metavar="N|N:N",
+    default="1",
+    show_default=True,
+    callback=lambda _context, _option, text: workers_of(text),
+    help="Ray Train workers; 2:8 is from 2 to 8, as nodes come and go.",
+)
+@click.option(
+    "--tensorboard", metavar="URI", default=None, help="Folder for TensorBoard's event files."
+)
+@click.option(
+    "--mlflow", metavar="URI", default=None, help="Tracking server of MLflow; needs its extra."
+)
+def train(classes: str, **options: Any) -> int:
+    """Fit a network to labelled radiographs; write a model folder.
+
+    The same command goes on where a crashed one stopped.
+    """
+    from lungopacity.training.train import train as run
+
+    result = run(classes=names_of(classes), **options)
+    kept = result.history[result.best_epoch - 1]
+    click.echo(
+        f"model {result.model.model_id} in {options['output']}"
+        + (" (synthetic)" if result.model.spec.synthetic else "")
+        + f": epoch {result.best_epoch} of {len(result.history)} kept, validation loss "
+        f"{kept['validation_loss']:.4f}, accuracy {kept['validation_accuracy']:.4f}"
+    )
+    click.echo(NOTICE)
+    return 0
+
+
+@click.command(epilog=EPILOG)
+@_training_options
+@click.option("--output", metavar="URI", required=True, help="Where the trials' table goes.")
+@click.option("--trials", type=int, default=20, show_default=True, help="The recipe is the first.")
+@click.option(
+    "--search",
+    metavar="NAME=FROM",
+    multiple=True,
+    callback=lambda _context, _option, words: pairs_of(words),
+    help="log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A,B of a setting. Default: the "
+    "network's own space.",
+)
+@click.option(
+    "--time-budget-s", type=float, default=None, help="What it cuts short runs in the next call."
+)
+def tune(classes: str, **options: Any) -> int:
+    """Search for better settings by validation loss, on all CPUs or GPUs of the cluster.
+
+    The same command goes on where a crashed one stopped; one of more --trials adds them. best.json
+    says the command that trains the best.
+    """
+    from lungopacity.results.render import rendered
+    from lungopacity.training.tune import tune as run
+
+    found = run(classes=names_of(classes), **options)
+    click.echo(rendered(found.trials, "table").decode(), nl=False)
+    click.echo(found.best["command"])
+    click.echo(NOTICE)
+    return 0
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "--model", "members", metavar="URI", multiple=True, required=True, help="Two or more folders."
+)
+@click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
+def ensemble(members: Sequence[str], output: str) -> int:
+    """Make one model of several that learnt from the same films; their logits are averaged."""
+    from lungopacity.training.ensemble import ensemble as run
+
+    model = run(members, output)
+    click.echo(
+        f"model {model.model_id} in {output}: {len(members)} members, on validation accuracy "
+        f"{model.spec.metrics['accuracy']:.4f}, AUC {model.spec.metrics['auc']:.4f}"
+    )
+    click.echo(NOTICE)
+    return 0
+
+
+@click.command(epilog=EPILOG)
+@click.argument("name", required=False)
+def models(name: str | None) -> int:
+    """List the networks, or the settings that NAME is trained with and what each does."""
+    from lungopacity.training.catalogue import networks_table, recipe_table
+
+    click.echo(networks_table() if name is None else recipe_table(name))
+    return 0
