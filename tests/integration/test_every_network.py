@@ -1,4 +1,4 @@
-"""Each network trains an epoch; several in one ensemble screen an archive in one pass."""
+"""Each network trains an epoch; all in one ensemble screen an archive in one pass."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from lungopacity.models import (
     OperatingPoint,
     TrainedModel,
     load_model,
+    save_model,
     weights_of,
 )
+from lungopacity.models.folder import validation_parquet
 from lungopacity.models.networks import build_network
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
@@ -63,7 +65,9 @@ def short(name: str, **changes: object) -> TrainingSettings:
 
 
 @pytest.mark.parametrize("name", NETWORK_NAMES)
-def test_each_network_learns_for_an_epoch_and_scores(films, name) -> None:
+def test_each_network_learns_for_an_epoch_and_scores(
+    films, trained, tmp_path_factory, name
+) -> None:
     settings = short(name)
     shown = Films(
         films.pixels_NHW,
@@ -88,11 +92,19 @@ def test_each_network_learns_for_an_epoch_and_scores(films, name) -> None:
         positive_class="Lung_Opacity",
         preprocessing=settings.preprocessing,
         operating_point=OperatingPoint(0.5),
+        training={"settings": {"seed": 0}, "data": {"fingerprint": films.fingerprint}},
     )
-    scorer = Scorer(TrainedModel(spec, weights_of(network)))
+    model = TrainedModel(spec, weights_of(network))
+    scorer = Scorer(model)
     logits_VK = scorer.logits(films.pixels_NHW[shown.validation])
     expected_VK = _validation_logits(worker, network)
     np.testing.assert_allclose(logits_VK, expected_VK.numpy(), rtol=1e-3, atol=1e-3)
+    kept = films.images.iloc[shown.validation]
+    trained[name] = str(tmp_path_factory.mktemp(name) / "model")
+    said = validation_parquet(
+        kept["content_sha256"].to_list(), kept["label"].to_list(), logits_VK, CLASSES
+    )
+    save_model(trained[name], model, validation_parquet=said)
 
 
 def test_ray_trains_from_imagenets_weights(films, trained, tmp_path_factory) -> None:
@@ -122,7 +134,8 @@ def test_what_is_frozen_stays_and_the_head_learns_from_a_file_of_weights(
     assert model.spec.training["weights"]["source"].endswith("first.safetensors")
 
 
-def test_several_networks_screen_an_archive_together(archive, trained, tmp_path) -> None:
+def test_all_networks_screen_an_archive_together(archive, trained, tmp_path) -> None:
+    assert set(trained) == set(NETWORK_NAMES)
     both = lungopacity.ensemble(list(trained.values()), str(tmp_path / "all"))
     assert both.spec.training["data"]["fingerprint"]
     run = lungopacity.screen(f"{archive}/archive", str(tmp_path / "all"), str(tmp_path / "results"))
