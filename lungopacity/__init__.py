@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from lungopacity.errors import UserError
     from lungopacity.evaluation.audit import audit
     from lungopacity.evaluation.compare import compare
-    from lungopacity.evaluation.evaluate import EvaluationResult, evaluate
+    from lungopacity.evaluation.evaluate import evaluate
     from lungopacity.evaluation.explain import explain
     from lungopacity.evaluation.explanation import ExplanationResult
+    from lungopacity.evaluation.report import EvaluationResult
     from lungopacity.evaluation.threshold import threshold
     from lungopacity.results.query import query, runs
     from lungopacity.screening.nightly import Night, nightly
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lungopacity.training.ensemble import ensemble
     from lungopacity.training.fit import TrainingResult
     from lungopacity.training.train import train
+    from lungopacity.training.tune import TuneResult, tune
 
 __all__ = [
     "EvaluationResult",
@@ -30,6 +32,7 @@ __all__ = [
     "Night",
     "ScreeningResult",
     "TrainingResult",
+    "TuneResult",
     "UserError",
     "audit",
     "compare",
@@ -43,15 +46,17 @@ __all__ = [
     "screen",
     "threshold",
     "train",
+    "tune",
 ]
 
 # Imported when first used: `lungopacity --help` must not wait for torch and ray.
 _HOME = {
-    "EvaluationResult": "evaluation.evaluate",
+    "EvaluationResult": "evaluation.report",
     "ExplanationResult": "evaluation.explanation",
     "Night": "screening.nightly",
     "ScreeningResult": "screening.screen",
     "TrainingResult": "training.fit",
+    "TuneResult": "training.tune",
     "UserError": "errors",
     "audit": "evaluation.audit",
     "compare": "evaluation.compare",
@@ -65,6 +70,7 @@ _HOME = {
     "screen": "screening.screen",
     "threshold": "evaluation.threshold",
     "train": "training.train",
+    "tune": "training.tune",
 }
 
 

@@ -120,45 +120,72 @@ def cli(log_format: str) -> None:
     log_lines(log_format)
 
 
+def _training_options(command: Any) -> Any:
+    """What a network learns and from which films, whether once or in a search."""
+    options: list[Any] = [
+        images_option,
+        labels_option,
+        click.option(
+            "--model", default="classical-cnn", show_default=True, help="See `lungopacity models`."
+        ),
+        click.option(
+            "--weights",
+            metavar="none|imagenet|FILE",
+            default=None,
+            help="First weights. Default: imagenet where they are installed, else none.",
+        ),
+        click.option(
+            "--classes",
+            default="Normal,Lung_Opacity",
+            show_default=True,
+            help="Class names in the order of the scores; images of other labels are left out.",
+        ),
+        click.option(
+            "--positive-class",
+            default=None,
+            help="The class that decisions are about. Default: Lung_Opacity, else the last of "
+            "--classes.",
+        ),
+        click.option(
+            "--image-size", type=int, default=None, help="Side of the model's input, pixels."
+        ),
+        click.option("--epochs", type=int, default=None),
+        click.option("--batch-size", type=int, default=None, help="Over all workers together."),
+        click.option(
+            "--set",
+            "settings",
+            metavar="NAME=VALUE",
+            multiple=True,
+            callback=lambda _context, _option, words: _pairs(words),
+            help="Any other setting of the recipe, as learning_rate=0.001; `lungopacity models "
+            "NAME`.",
+        ),
+        rule_options,
+        gpu_option,
+        click.option("--seed", type=int, default=0, show_default=True),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @cli.command(epilog=_EPILOG)
-@images_option
-@labels_option
+@_training_options
 @click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
 @click.option(
-    "--model", default="classical-cnn", show_default=True, help="See `lungopacity models`."
-)
-@click.option(
-    "--weights",
-    metavar="none|imagenet|FILE",
-    default=None,
-    help="First weights. Default: imagenet where they are installed, else none.",
-)
-@click.option(
-    "--classes",
-    default="Normal,Lung_Opacity",
+    "--workers",
+    metavar="N|N:N",
+    default="1",
     show_default=True,
-    help="Class names in the order of the scores; images of other labels are left out.",
+    callback=lambda _context, _option, text: _workers(text),
+    help="Ray Train workers; 2:8 is from 2 to 8, as nodes come and go.",
 )
 @click.option(
-    "--positive-class",
-    default=None,
-    help="The class that decisions are about. Default: Lung_Opacity, else the last of --classes.",
+    "--tensorboard", metavar="URI", default=None, help="Folder for TensorBoard's event files."
 )
-@click.option("--image-size", type=int, default=None, help="Side of the model's input, pixels.")
-@click.option("--epochs", type=int, default=None)
-@click.option("--batch-size", type=int, default=None, help="Over all workers together.")
-@click.option("--workers", type=int, default=1, show_default=True, help="Ray Train workers.")
 @click.option(
-    "--set",
-    "settings",
-    metavar="NAME=VALUE",
-    multiple=True,
-    callback=lambda _context, _option, words: _pairs(words),
-    help="Any other setting of the recipe, as learning_rate=0.001; `lungopacity models NAME`.",
+    "--mlflow", metavar="URI", default=None, help="Tracking server of MLflow; needs its extra."
 )
-@rule_options
-@gpu_option
-@click.option("--seed", type=int, default=0, show_default=True)
 def train(classes: str, **options: Any) -> int:
     """Fit a network to labelled radiographs; write a model folder.
 
@@ -174,6 +201,37 @@ def train(classes: str, **options: Any) -> int:
         + f": epoch {result.best_epoch} of {len(result.history)} kept, validation loss "
         f"{kept['validation_loss']:.4f}, accuracy {kept['validation_accuracy']:.4f}"
     )
+    click.echo(NOTICE)
+    return 0
+
+
+@cli.command(epilog=_EPILOG)
+@_training_options
+@click.option("--output", metavar="URI", required=True, help="Where the trials' table goes.")
+@click.option("--trials", type=int, default=20, show_default=True, help="The recipe is the first.")
+@click.option(
+    "--search",
+    metavar="NAME=FROM",
+    multiple=True,
+    callback=lambda _context, _option, words: _pairs(words),
+    help="log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A,B of a setting. Default: the "
+    "network's own space.",
+)
+@click.option(
+    "--time-budget-s", type=float, default=None, help="What it cuts short runs in the next call."
+)
+def tune(classes: str, **options: Any) -> int:
+    """Search for better settings by validation loss, on all CPUs or GPUs of the cluster.
+
+    The same command goes on where a crashed one stopped; one of more --trials adds them. best.json
+    says the command that trains the best.
+    """
+    from lungopacity.results.render import rendered
+    from lungopacity.training.tune import tune as run
+
+    found = run(classes=_names(classes), **options)
+    click.echo(rendered(found.trials, "table").decode(), nl=False)
+    click.echo(found.best["command"])
     click.echo(NOTICE)
     return 0
 
@@ -217,6 +275,13 @@ def models(name: str | None) -> int:
     show_default=True,
 )
 @click.option("--output", metavar="URI", required=True, help="Where the report goes.")
+@click.option(
+    "--by",
+    metavar="COLUMN",
+    multiple=True,
+    help="Column of the labels to form subgroups of; may be given more than once. View, sex, age "
+    "and site are always taken.",
+)
 @rule_options
 @gpu_option
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
@@ -581,6 +646,17 @@ def plan(sizes: list[int], as_json: bool) -> int:
 def _names(text: str) -> tuple[str, ...]:
     """`A,B` as its words."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _workers(text: str) -> int | tuple[int, int]:
+    """`4`, or `2:8`."""
+    try:
+        numbers = [int(word) for word in text.split(":")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise click.BadParameter(f"'{text}' is not of the form 4 or 2:8")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from lungopacity.errors import UserError
 log = logging.getLogger(__name__)
 
 # Read by Ray when it is imported or started, in this process and in its workers.
-_QUIET = {
+_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -29,6 +29,17 @@ _QUIET = {
     # driver's, and an actor does not outlive it.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""Environment of a process in which torch computes on a CPU, in a loop. glibc keeps what is freed
+for the next step, where by default large tensors are fetched from the kernel, page by page, and
+given back; and torch asks for huge pages. Other platforms ignore it."""
 
 
 _told_to_end = threading.Event()
@@ -63,7 +74,7 @@ def ray_session() -> Iterator[None]:
     (set by `ray job submit`); a private one on this machine, ended with the block. A cluster that
     merely happens to run here is never joined. Raises `UserError` where none can be had.
     """
-    for name, value in _QUIET.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 

@@ -176,6 +176,39 @@ def test_evaluate_writes_its_report(place, capfd):
     assert "patient_id" not in pq.read_table(place / "report" / "predictions.parquet").column_names
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(place, capfd):
+    labels = pd.read_csv(place / "labels.csv").assign(
+        patient_id=[f"ZZPLANTED{number // 2}" for number in range(8)],
+        site=["North"] * 6 + ["South"] * 2,
+        manufacturer=["Fuji", "GE"] * 4,
+        note="ZZNOTE",
+        status="ZZSTATUS",
+    )
+    labels.to_csv(place / "wide.csv", index=False)
+    code, out, _ = run(
+        capfd, "evaluate", "--model", place / "model", "--images", place / "archive", "--labels",
+        place / "wide.csv", "--output", place / "wide", "--split", "all", "--by", "manufacturer",
+    )  # fmt: skip
+    assert code == 0
+    assert "percentile bootstrap over 4 patients of 8 films" in out
+    assert "too few films to compare" in out
+    metrics = pq.read_table(place / "wide" / "metrics.parquet").to_pandas()
+    assert set(metrics["group"]) >= {
+        "all", "site=North", "site=South", "manufacturer=Fuji", "manufacturer=GE",
+        "view_position=PA",
+    }  # fmt: skip
+    assert set(metrics["ci_method"].dropna()) <= {"bootstrap", "wilson_patients"}
+    accuracy = metrics[metrics["metric"] == "accuracy"].set_index("group")
+    assert accuracy.loc["site=North", ["n", "patients"]].tolist() == [6, 3]
+    assert json.loads((place / "wide" / "evaluation.json").read_text())["patients"] == 4
+    scores = pq.read_table(place / "wide" / "predictions.parquet").to_pandas()
+    assert scores["patient_cluster"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    told = [out, repr(metrics.to_dict()), repr(scores.to_dict())]
+    told += [path.read_bytes().decode("latin1") for path in (place / "wide").iterdir()]
+    assert not any(secret in text for text in told for secret in ("ZZPLANTED", "ZZNOTE", "ZZST"))
+
+
 MISTAKES = {
     "missing bucket": (
         ["screen", "--archive", "s3://nowhere/x", "--model", "{place}/model", "--output", "{out}"],
@@ -306,6 +339,16 @@ MISTAKES = {
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
          "--labels", "{place}/only-train.csv", "--output", "{out}"],
         "no image in split 'test'",
+    ),
+    "no such column": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/labels.csv", "--output", "{out}", "--by", "scanner"],
+        "labels.csv: has no column 'scanner' (it has: image, label, split, view_position)",
+    ),
+    "subgroups of patients": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/labels.csv", "--output", "{out}", "--by", "patient_id"],
+        "--by patient_id: forms no subgroups",
     ),
     "labels name absent files": (
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",

@@ -1,7 +1,12 @@
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from lungopacity.errors import UserError
-from lungopacity.runtime import ray_session, require_resources, resolve_gpu
+from lungopacity.runtime import KEEP_FREED_MEMORY, ray_session, require_resources, resolve_gpu
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -32,9 +37,6 @@ def test_a_session_inside_a_session_leaves_ray_running():
 
 
 def test_a_cluster_that_cannot_be_joined_is_one_line(monkeypatch):
-    import subprocess
-    import sys
-
     script = (
         "import os; os.environ['RAY_ADDRESS'] = '127.0.0.1:1'\n"
         "from lungopacity.cli import main\n"
@@ -47,3 +49,26 @@ def test_a_cluster_that_cannot_be_joined_is_one_line(monkeypatch):
     # The model is looked at first: no cluster is troubled for a mistake in the options.
     assert done.returncode == 2
     assert "no model folder there" in done.stderr
+
+
+def test_memory_that_was_freed_is_kept_for_the_next_time():
+    script = (
+        "import resource, threading\n"
+        "import numpy as np\n"
+        "def work():\n"
+        "    np.zeros(2**25, np.uint8)[:] = 1\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(10): np.empty(2**25, np.uint8)[:] = 1\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "thread = threading.Thread(target=work)\n"
+        "thread.start()\n"
+        "thread.join()"
+    )
+
+    def page_faults(environment: dict[str, str]) -> int:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, env={**os.environ, **environment})
+        return int(done.stdout)
+
+    if platform.libc_ver()[0] == "glibc":
+        assert page_faults(KEEP_FREED_MEMORY) < page_faults({}) / 5

@@ -73,7 +73,7 @@ def content_rows(data: bytes, settings: ReadSettings) -> Iterator[dict[str, Any]
         for found in decode_radiographs(
             data,
             limits=settings.limits,
-            at_least=settings.preprocessing.image_size,
+            at_least=settings.preprocessing.at_least,
             accept=settings.accept,
             hmac_key=settings.hmac_key,
         ):
@@ -93,14 +93,34 @@ def _film_columns(film: Radiograph, settings: ReadSettings) -> dict[str, Any]:
     if rejecting:
         error = ImageError(ErrorCode.POOR_QUALITY, Stage.DECODE, ", ".join(rejecting), facts)
         return error_columns(error)
+    left, top, right, bottom = edges = settings.preprocessing.edges(film.pixels)
+    cropped = film.pixels[top:bottom, left:right]
+    if cropped.shape != film.pixels.shape:
+        content = settings.preprocessing.fit(cropped)
     height, width = content.shape
     return {
         **facts,
         "status": Status.OK.value,
         "pixels": settings.preprocessing.pad(content).tobytes(),
-        "film_height": height,
-        "film_width": width,
+        "shown_height": height,
+        "shown_width": width,
+        "shown_edges": _in_stored_pixels(edges, film),
     }
+
+
+def _in_stored_pixels(edges: tuple[int, int, int, int], film: Radiograph) -> list[float]:
+    """Left, top, right and bottom from pixels as they were decoded to those of the stored image.
+
+    A picture that its EXIF orientation turned on its side is taken as it is turned.
+    """
+    height, width = film.pixels.shape
+    rows, columns = film.rows, film.columns
+    # DICOM films alone may have oblong pixels: they change shape without being turned.
+    if film.format != "dicom" and rows != columns and (height > width) != (rows > columns):
+        rows, columns = columns, rows
+    left, top, right, bottom = edges
+    across, down = columns / width, rows / height
+    return [left * across, top * down, right * across, bottom * down]
 
 
 def _columns_of(quality: Quality) -> dict[str, bool]:

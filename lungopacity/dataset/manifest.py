@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -17,17 +17,23 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 FACT_COLUMNS = ("view_position", "patient_sex", "patient_age_years")
 """Optional columns that evaluation forms subgroups of."""
+SITE = "site"
+"""Where a film was taken: a column that evaluation forms subgroups of, where there is one."""
+_NAMES = ("image", "label", "patient_id", SITE)
+"""Columns whose values are names, also where they look like numbers."""
 
 
-def read_labels(uri: str) -> pd.DataFrame:
+def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
     """The labels file, CSV or Parquet: columns `image`, `label`, and the optional ones or nulls.
 
+    by: further columns to keep, and with them `site` where there is one; None keeps no other.
     Raises `UserError` where the file is absent, lacks a column, names one image twice, or has a
     split that is none of train, validation, test.
     """
     frame = read_table(uri, "labels")
-    for column in ("image", "label"):
-        if column not in frame:
+    for column in ("image", "label", *(by or ())):
+        # View, sex and age may also stand in the films' headers.
+        if column not in frame and column not in FACT_COLUMNS:
             raise UserError(
                 f"{uri}: has no column '{column}' (it has: {', '.join(map(str, frame.columns))})"
             )
@@ -52,11 +58,13 @@ def read_labels(uri: str) -> pd.DataFrame:
         # Public sets hold a few (RSNA: 155 years). They cost a subgroup a film, and no more.
         log.warning("%s: %d ages are impossible, and taken as unknown", uri, int(impossible.sum()))
     frame["patient_age_years"] = ages.mask(impossible)
-    return frame[["image", "label", "split", "patient_id", *FACT_COLUMNS]]
+    known = ["image", "label", "split", "patient_id", *FACT_COLUMNS]
+    further = [] if by is None else [*by, *(name for name in (SITE,) if name in frame)]
+    return frame[list(dict.fromkeys([*known, *further]))]
 
 
 def read_table(uri: str, what: str) -> pd.DataFrame:
-    """A CSV or Parquet file as it is, `image`, `label` and `patient_id` as text.
+    """A CSV or Parquet file as it is, names as text.
 
     what: what the user calls it. Raises `UserError` where it is absent or neither.
     """
@@ -66,9 +74,7 @@ def read_table(uri: str, what: str) -> pd.DataFrame:
         return (
             pd.read_parquet(io.BytesIO(data))
             if data[:4] == b"PAR1"
-            else pd.read_csv(
-                io.BytesIO(data), dtype={"image": str, "label": str, "patient_id": str}
-            )
+            else pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(_NAMES, str))
         )
     except ImageError as error:
         raise UserError(f"{uri}: {what} cannot be read: {error.message}") from error

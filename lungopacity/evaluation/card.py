@@ -22,9 +22,18 @@ _OPEN_ITEMS = (
 
 
 def model_card(
-    spec: ModelSpec, model_id: str, metrics: Sequence[Metric], *, split: str, unreadable: int
+    spec: ModelSpec,
+    model_id: str,
+    metrics: Sequence[Metric],
+    *,
+    split: str,
+    unreadable: int,
+    intervals: str,
 ) -> str:
-    """The card of a model that was evaluated on `split`; `metrics` are those of the evaluation."""
+    """The card of a model that was evaluated on `split`; `metrics` are those of the evaluation.
+
+    intervals: how theirs were made.
+    """
     return "\n".join(
         [
             f"# Model card: {spec.architecture} {model_id}",
@@ -41,7 +50,7 @@ def model_card(
             *_data(spec),
             "",
             f"## What it earned on the split '{split}'",
-            *_results(spec, metrics, unreadable),
+            *_results(spec, metrics, unreadable, intervals),
             "",
             "## Subgroups",
             *_subgroups(spec, metrics),
@@ -124,11 +133,15 @@ def _data(spec: ModelSpec) -> Iterator[str]:
         yield f"- Fingerprint of films, labels and splits: `{data['fingerprint']}`"
 
 
-def _results(spec: ModelSpec, metrics: Sequence[Metric], unreadable: int) -> Iterator[str]:
+def _results(
+    spec: ModelSpec, metrics: Sequence[Metric], unreadable: int, intervals: str
+) -> Iterator[str]:
     overall = [item for item in metrics if item.group == "all"]
     yield f"{unreadable} labelled films could not be read and are in no figure [13, 33]."
     yield ""
-    yield "| metric [28, 35, 36] | of | value | 95 % interval [29] | films |"
+    yield f"95 % intervals [29]: {intervals}."
+    yield ""
+    yield "| metric [28, 35, 36] | of | value | 95 % interval | films |"
     yield "|---|---|---:|---|---:|"
     shown = (
         "accuracy",
@@ -138,7 +151,9 @@ def _results(spec: ModelSpec, metrics: Sequence[Metric], unreadable: int) -> Ite
         "recall",
         "specificity",
         "precision",
+        "f1",
         "brier",
+        "log_loss",
         "expected_calibration_error",
         "expected_calibration_error_before_temperature",
     )
@@ -172,7 +187,7 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
     yield f"| subgroup [30, 34] | AUC for {spec.positive_class} | 95 % interval | films |"
     yield "|---|---:|---|---:|"
     for item in found:
-        yield _line(item.group, _value(item), _interval(item), f"{item.n:,}")
+        yield _line(item.group.replace("|", "\\|"), _value(item), _interval(item), f"{item.n:,}")
 
 
 def _row(item: Metric) -> str:

@@ -3,6 +3,9 @@
 * AUC: DeLong, DeLong & Clarke-Pearson 1988, Biometrics 44:837, for two correlated curves.
 * Accuracy: the exact test of McNemar 1947, Psychometrika 12:153, on the films that one of the two
   gets right and the other wrong.
+
+Both take every film for a patient of its own. Where patients have several, the differences also
+have intervals of the bootstrap over patients (`bootstrap`), in which both models see the same ones.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from lungopacity.errors import NOTICE, ImageError, UserError
+from lungopacity.evaluation.bootstrap import Resampling, percentile_interval, weighted_auc
 from lungopacity.evaluation.metrics import Floats, roc_auc, roc_components
 from lungopacity.results.schema import class_column
 from lungopacity.storage import open_store
@@ -51,6 +55,25 @@ class AccuracyDifference:
     only_second_right: int
     p_value: float
 
+    @property
+    def difference(self) -> float:
+        """Second minus first."""
+        return self.second - self.first
+
+
+@dataclass(frozen=True)
+class ClusteredDifference:
+    """95 % intervals of the differences, second minus first, over patients."""
+
+    patients: int
+    auc_ci_low: float | None
+    auc_ci_high: float | None
+    accuracy_ci_low: float | None
+    accuracy_ci_high: float | None
+    """None where the replicates show none, as of models that never differ."""
+    intervals: str
+    """How they were made."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -63,6 +86,8 @@ class Comparison:
     synthetic: bool
     auc: AucDifference
     accuracy: AccuracyDifference
+    clustered: ClusteredDifference | None
+    """None where no patient has more than one film, or the reports are too old to tell."""
 
     def summary(self) -> str:
         """A few lines for a terminal."""
@@ -77,9 +102,24 @@ class Comparison:
                 f"  accuracy  {accuracy.first:.4f} and {accuracy.second:.4f}; right alone: the "
                 f"first {accuracy.only_first_right} times, the second "
                 f"{accuracy.only_second_right}, McNemar p = {accuracy.p_value:.3g}",
+                *self._clustered(),
                 NOTICE,
             ]
         )
+
+    def _clustered(self) -> list[str]:
+        found = self.clustered
+        if found is None:
+            return []
+        return [
+            f"  some of the {found.patients} patients have several films, which DeLong and McNemar "
+            "take for independent",
+            f"  over patients: AUC difference {self.auc.difference:+.4f}"
+            + _told(found.auc_ci_low, found.auc_ci_high)
+            + f", accuracy difference {self.accuracy.difference:+.4f}"
+            + _told(found.accuracy_ci_low, found.accuracy_ci_high),
+            f"  ({found.intervals})",
+        ]
 
     def to_json(self) -> str:
         """Everything."""
@@ -106,6 +146,7 @@ def compare(first: str, second: str) -> Comparison:
     if positive_N.all() or not positive_N.any():
         raise UserError(f"the shared images are all, or none of them, {positive}")
     column = class_column("p", positive)
+    scores_N2 = both[[column, f"{column}_second"]].to_numpy(np.float64)
     right_N2 = np.stack(
         [
             (both[name] == both["label"]).to_numpy()
@@ -119,10 +160,9 @@ def compare(first: str, second: str) -> Comparison:
         images=len(both),
         positive_class=positive,
         synthetic=bool(both["synthetic"].any() or both["synthetic_second"].any()),
-        auc=auc_difference(
-            positive_N, both[column].to_numpy(), both[f"{column}_second"].to_numpy()
-        ),
+        auc=auc_difference(positive_N, scores_N2[:, 0], scores_N2[:, 1]),
         accuracy=accuracy_difference(right_N2),
+        clustered=clustered_difference(positive_N, scores_N2, right_N2, _patients(both)),
     )
 
 
@@ -157,6 +197,46 @@ def accuracy_difference(right_N2: npt.NDArray[np.bool_]) -> AccuracyDifference:
     p_value = float(binomtest(only_first, differ).pvalue) if differ else 1.0
     first, second = right_N2.mean(axis=0)
     return AccuracyDifference(float(first), float(second), only_first, only_second, p_value)
+
+
+def clustered_difference(
+    positive_N: npt.NDArray[np.bool_],
+    scores_N2: Floats,
+    right_N2: npt.NDArray[np.bool_],
+    resampling: Resampling,
+) -> ClusteredDifference | None:
+    """The differences with patients drawn anew; a column a model. None without clusters."""
+    if not resampling.clustered:
+        return None
+    aucs, accuracies = [], []
+    gained_N = right_N2[:, 1].astype(np.float64) - right_N2[:, 0]
+    for weights_RN in resampling.weights():
+        first_R, second_R = (
+            weighted_auc(positive_N, scores_N, weights_RN) for scores_N in scores_N2.T
+        )
+        aucs.append(second_R - first_R)
+        accuracies.append(weights_RN @ gained_N / weights_RN.sum(axis=1))
+    return ClusteredDifference(
+        resampling.patients,
+        *percentile_interval(np.concatenate(aucs)),
+        *percentile_interval(np.concatenate(accuracies)),
+        resampling.described(),
+    )
+
+
+def _patients(both: pd.DataFrame) -> Resampling:
+    """As either report numbers them; the number of one means nothing in the other."""
+    for column in ("patient_cluster", "patient_cluster_second"):
+        if column in both:
+            numbers = both[column]
+            return Resampling.of([None if pd.isna(n) else str(n) for n in numbers])
+    return Resampling.of([None] * len(both))
+
+
+def _told(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return " (no interval)"
+    return f" (95 % interval {low:+.4f} to {high:+.4f})"
 
 
 def _read(report: str) -> pd.DataFrame:

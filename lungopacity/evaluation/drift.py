@@ -146,5 +146,5 @@ def drift_metrics(found: Sequence[Shift], baseline: Sample, current: Sample) -> 
         n, failed = sum(status.values()), status.get("failed", 0)
         if n:
             low, high = wilson_interval(failed, n)
-            metrics.append(Metric("all", name, None, failed / n, low, high, n))
+            metrics.append(Metric("all", name, None, failed / n, low, high, n, "wilson"))
     return metrics

@@ -25,7 +25,13 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
 from lungopacity.evaluation.evaluate import labels_of_split
 from lungopacity.evaluation.explanation import ExplanationResult
 from lungopacity.evaluation.overlay import Caption, overlay_png
-from lungopacity.evaluation.pointing import Pointing, peak_of, point, pointing_metrics
+from lungopacity.evaluation.pointing import (
+    TOLERANCE,
+    Pointing,
+    peak_of,
+    point,
+    pointing_metrics,
+)
 from lungopacity.evaluation.table import metrics_table
 from lungopacity.models import TrainedModel, load_model, with_operating_point
 from lungopacity.progress import Progress
@@ -169,18 +175,22 @@ class _Explainer:
     ) -> Row:
         """Write one film's picture; its columns."""
         spec = self.model.spec
-        height, width = row["film_height"], row["film_width"]
+        height, width = row["shown_height"], row["shown_width"]
         film = spec.preprocessing.unpad(pixels, height, width)
         activation = spec.preprocessing.unpad(activation, height, width)
-        to_film = _stored_over_shown(row)
+        left, top, right, bottom = row["shown_edges"]
+        corner = np.array([left, top])
+        # Pixels of the stored image to one of what is shown, across and down.
+        ratio = np.array([(right - left) / width, (bottom - top) / height])
         peak = peak_of(activation)
         columns: Row = {"overlay": f"overlays/{_file_name(row)}"}
         if peak is not None:
-            columns |= {"peak_x": peak[0] * to_film[0], "peak_y": peak[1] * to_film[1]}
+            columns["peak_x"], columns["peak_y"] = (corner + ratio * peak).tolist()
         boxes = self.boxes_of.get(_name(row))
         if boxes is not None:
-            boxes = boxes / np.tile(to_film, 2)
-            pointing = point(activation, film, boxes)
+            boxes = np.hstack([(boxes[:, :2] - corner) / ratio, boxes[:, 2:] / ratio])
+            tolerance = TOLERANCE * min(row["rows"], row["columns"]) / float(ratio.mean())
+            pointing = point(activation, film, boxes, tolerance)
             self.pointings.append((pointing, row["decision"]))
             columns |= vars(pointing)
         if self.has_boxes:
@@ -245,17 +255,6 @@ def _file_name(row: Row) -> str:
     words = re.sub(r"[^A-Za-z0-9._-]+", "_", _name(row))[-80:].lstrip(".")
     frame = "" if row["frame"] is None else f"-{row['frame']}"
     return f"{words}-{row['content_sha256'][:12]}{frame}.png"
-
-
-def _stored_over_shown(row: Row) -> tuple[float, float]:
-    """Pixels of the stored image to one of the film in the square, across and down."""
-    height, width = row["film_height"], row["film_width"]
-    rows, columns = row["rows"], row["columns"]
-    if row["format"] != "dicom" and (height > width) != (rows > columns) and rows != columns:
-        # A picture that EXIF has turned on its side; DICOM films alone have pixels that are not
-        # square, and may change their shape without being turned.
-        rows, columns = columns, rows
-    return columns / width, rows / height
 
 
 def _gpu(use_gpu: bool | None) -> bool:

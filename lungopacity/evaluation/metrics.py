@@ -17,7 +17,7 @@ Sources:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -51,6 +51,12 @@ class Metric:
     """The 95 % interval; None where there is none."""
     n: int
     """Images it is computed over: of a proportion the denominator, else all of the group."""
+    ci_method: str | None = None
+    """Of the interval: `wilson` and `delong` take each image for a patient of its own; `bootstrap`
+    draws patients, `wilson_patients` counts them (`evaluation.measure`). None where there is none.
+    """
+    patients: int | None = None
+    """Of whom the n images are; None where nobody counted them."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,10 @@ def classification_metrics(
     for index, name in enumerate(class_names):
         auc = aucs[index]
         metrics += _counted(group, name, matrix_KK, index)
-        metrics.append(Metric(group, "roc_auc", name, auc.value, auc.ci_low, auc.ci_high, n))
+        method = None if auc.ci_low is None else "delong"
+        metrics.append(
+            Metric(group, "roc_auc", name, auc.value, auc.ci_low, auc.ci_high, n, method)
+        )
         precision = average_precision(true_NK[:, index], probabilities_NK[:, index])
         metrics.append(value("average_precision", precision, name))
     metrics += [
@@ -186,20 +195,23 @@ def subgroup_metrics(
     """
     check_scores(labels_N, probabilities_NK, class_names)
     metrics: list[Metric] = []
+    for group, rows in group_rows(groups, len(labels_N)):
+        metrics += classification_metrics(
+            labels_N[rows], probabilities_NK[rows], class_names, positive, group
+        )
+    return metrics
+
+
+def group_rows(
+    groups: Mapping[str, Sequence[str | None]], n: int
+) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Each subgroup as `column=value`, and the rows of its images. As for `subgroup_metrics`."""
     for column, values in groups.items():
-        if len(values) != len(labels_N):
-            raise ValueError(f"column {column} has {len(values)} values, not {len(labels_N)}")
+        if len(values) != n:
+            raise ValueError(f"column {column} has {len(values)} values, not {n}")
         named_N = np.array(["unknown" if value is None else value for value in values], dtype=str)
         for name in np.unique(named_N):
-            members = named_N == name
-            metrics += classification_metrics(
-                labels_N[members],
-                probabilities_NK[members],
-                class_names,
-                positive,
-                f"{column}={name}",
-            )
-    return metrics
+            yield f"{column}={name}", np.flatnonzero(named_N == name)
 
 
 def age_band(years: float) -> str:
@@ -280,10 +292,7 @@ def average_precision(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> fl
 
 def calibration_bins(labels_N: Integers, probabilities_NK: Floats) -> CalibrationBins:
     """The 15 bins of Guo et al. 2017; arguments as `check_scores` has passed them."""
-    confidence_N = probabilities_NK.max(axis=1).astype(np.float64)
-    correct_N = probabilities_NK.argmax(axis=1) == labels_N
-    # A sum of roundings can leave a probability just above 1: it belongs to the last bin.
-    bin_N = np.ceil(confidence_N * CALIBRATION_BINS).astype(np.int64).clip(1, CALIBRATION_BINS) - 1
+    confidence_N, correct_N, bin_N = confidences(labels_N, probabilities_NK)
     count_B = np.bincount(bin_N, minlength=CALIBRATION_BINS)
     sum_B = np.bincount(bin_N, confidence_N, CALIBRATION_BINS)
     mean_B = np.full(CALIBRATION_BINS, np.nan)
@@ -293,6 +302,18 @@ def calibration_bins(labels_N: Integers, probabilities_NK: Floats) -> Calibratio
         correct_B=np.bincount(bin_N[correct_N], minlength=CALIBRATION_BINS).astype(np.int64),
         confidence_B=mean_B,
     )
+
+
+def confidences(
+    labels_N: Integers, probabilities_NK: Floats
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Of each image the probability of its predicted class, whether that is the true one, and the
+    bin, 0 … 14."""
+    confidence_N = probabilities_NK.max(axis=1).astype(np.float64)
+    correct_N = probabilities_NK.argmax(axis=1) == labels_N
+    # A sum of roundings can leave a probability just above 1: it belongs to the last bin.
+    bin_N = np.ceil(confidence_N * CALIBRATION_BINS).astype(np.int64).clip(1, CALIBRATION_BINS) - 1
+    return confidence_N, correct_N, bin_N
 
 
 def _counted(group: str, name: str, matrix_KK: npt.NDArray[np.int64], index: int) -> list[Metric]:
@@ -314,7 +335,8 @@ def _counted(group: str, name: str, matrix_KK: npt.NDArray[np.int64], index: int
 def proportion(group: str, metric: str, class_name: str | None, successes: int, n: int) -> Metric:
     """A share with Wilson's interval; NaN of none."""
     low, high = wilson_interval(int(successes), int(n)) if n else (None, None)
-    return Metric(group, metric, class_name, _ratio(successes, n), low, high, int(n))
+    method = "wilson" if n else None
+    return Metric(group, metric, class_name, _ratio(successes, n), low, high, int(n), method)
 
 
 def _ratio(part: float, whole: float) -> float:

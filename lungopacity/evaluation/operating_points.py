@@ -132,6 +132,28 @@ def _parsed(rule: str) -> tuple[str, list[float]]:
     return name, numbers
 
 
+def decision_shares(
+    probabilities_N: npt.NDArray[np.floating],
+    positive_N: npt.NDArray[np.bool_],
+    point: OperatingPoint,
+) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
+    """What is reported of an operating point: by name, which images count, and out of which.
+
+    What is under review is not positive.
+    """
+    decided_N = probabilities_N >= point.threshold
+    shares = {
+        "decision_sensitivity": (decided_N & positive_N, positive_N),
+        "decision_specificity": (~decided_N & ~positive_N, ~positive_N),
+        "positive_predictive_value": (decided_N & positive_N, decided_N),
+        "negative_predictive_value": (~decided_N & ~positive_N, ~decided_N),
+    }
+    if point.review_from is not None:
+        band_N = (probabilities_N >= point.review_from) & ~decided_N
+        shares["review_rate"] = (band_N, np.ones_like(band_N))
+    return shares
+
+
 def decision_metrics(
     probabilities_N: npt.NDArray[np.floating],
     positive_N: npt.NDArray[np.bool_],
@@ -140,21 +162,9 @@ def decision_metrics(
 ) -> list[Metric]:
     """Of the decisions at each operating point, by its name: decision_sensitivity,
     decision_specificity, positive_predictive_value and negative_predictive_value, with Wilson's
-    intervals; with a review band, review_rate. What is under review is not positive."""
-    metrics = []
-    for name, point in points.items():
-        decided_N = probabilities_N >= point.threshold
-        hits, false = int((decided_N & positive_N).sum()), int((decided_N & ~positive_N).sum())
-        missed = int(positive_N.sum()) - hits
-        right = int((~positive_N).sum()) - false
-        shares = {
-            "decision_sensitivity": (hits, hits + missed),
-            "decision_specificity": (right, right + false),
-            "positive_predictive_value": (hits, hits + false),
-            "negative_predictive_value": (right, right + missed),
-        }
-        if point.review_from is not None:
-            band_N = (probabilities_N >= point.review_from) & ~decided_N
-            shares["review_rate"] = (int(band_N.sum()), len(band_N))
-        metrics += [proportion(group, what, name, *share) for what, share in shares.items()]
-    return metrics
+    intervals; with a review band, review_rate."""
+    return [
+        proportion(group, what, name, int(counted_N.sum()), int(of_N.sum()))
+        for name, point in points.items()
+        for what, (counted_N, of_N) in decision_shares(probabilities_N, positive_N, point).items()
+    ]

@@ -39,6 +39,9 @@ class Table1Row:
     measured: ClassFigures
     paper: ClassFigures | None
     """None where the model's classes are not the paper's two."""
+    low: ClassFigures
+    high: ClassFigures
+    """Of the measured figures' 95 % intervals; NaN where there is none."""
 
     @property
     def difference(self) -> ClassFigures | None:
@@ -58,30 +61,32 @@ def table1(metrics: Sequence[Metric], class_names: Sequence[str]) -> list[Table1
     `Lung_Opacity` and `lung opacity` are the same class. Raises `ValueError` where precision,
     recall or f1 of a class is not among the metrics.
     """
-    values = {
-        (metric.class_name, metric.metric): metric.value
-        for metric in metrics
-        if metric.group == "all"
+    found = {
+        (metric.class_name, metric.metric): metric for metric in metrics if metric.group == "all"
     }
     spelled = [name.replace("_", " ").lower() for name in class_names]
     comparable = sorted(spelled) == sorted(PAPER_CLASSES)
     rows = []
     for name, plain in zip(class_names, spelled, strict=True):
-        missing = [column for column in _COLUMNS if (name, column) not in values]
+        missing = [column for column in _COLUMNS if (name, column) not in found]
         if missing:
             raise ValueError(f"no {', '.join(missing)} of class '{name}' among the metrics")
+        its = [found[name, column] for column in _COLUMNS]
         rows.append(
             Table1Row(
                 class_name=name,
-                measured=ClassFigures(*(values[name, column] for column in _COLUMNS)),
+                measured=ClassFigures(*(item.value for item in its)),
                 paper=PAPER_CLASSES[plain] if comparable else None,
+                low=ClassFigures(*(_bound(item.ci_low) for item in its)),
+                high=ClassFigures(*(_bound(item.ci_high) for item in its)),
             )
         )
     return rows
 
 
 def format_table1(rows: Sequence[Table1Row]) -> str:
-    """Plain text, lines of at most 100 columns: measured, paper and difference of each figure."""
+    """Plain text, lines of at most 100 columns: measured, paper and difference of each figure, and
+    below them the 95 % interval of what was measured."""
     heading = " " * _NAME_WIDTH + "".join(f"  {column:^22}" for column in _COLUMNS)
     units = f"{'class':{_NAME_WIDTH}}" + f"  {'model':>6} {'paper':>6} {'diff':>8}" * len(_COLUMNS)
     lines = [heading.rstrip(), units]
@@ -93,12 +98,24 @@ def format_table1(rows: Sequence[Table1Row]) -> str:
             difference = _number(getattr(row.difference, column, None), "+.4f")
             cells.append(f"  {measured:>6} {paper:>6} {difference:>8}")
         lines.append((f"{_fitted(row.class_name):{_NAME_WIDTH}}" + "".join(cells)).rstrip())
+        bounds = [(getattr(row.low, column), getattr(row.high, column)) for column in _COLUMNS]
+        told = ["" if math.isnan(low) else f"{low:.4f} to {high:.4f}" for low, high in bounds]
+        if any(told):
+            lines.append(
+                (
+                    f"{'  95 % interval':{_NAME_WIDTH}}" + "".join(f"  {cell:22}" for cell in told)
+                ).rstrip()
+            )
     if any(row.paper for row in rows):
         lines.append(
             f"paper: its classical CNN on its own {PAPER_TEST_IMAGES:,} test images, "
             f"accuracy {PAPER_ACCURACY}"
         )
     return "\n".join(lines)
+
+
+def _bound(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -1,46 +1,29 @@
-"""Figures of an evaluation and of a training. Each carries the project's notice at its foot.
+"""Figures of an evaluation and of a training, but for its curves (`curves`).
 
-No pyplot: figures are plain objects, so that nothing is shared between threads or left open.
 Arguments `labels` and `probabilities` are as `metrics.check_scores` takes them, which raises
 `ValueError`; `title` names the model and the images, and `note` is appended to the notice.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from sklearn.metrics import precision_recall_curve, roc_curve
 
-from lungopacity.errors import NOTICE
+from lungopacity.evaluation.canvas import COLOURS, GREY, describe, line, new_figure, plain
 from lungopacity.evaluation.metrics import (
     CALIBRATION_BINS,
     Floats,
     Integers,
-    average_precision,
     calibration_bins,
     check_scores,
-    roc_auc,
     wilson_interval,
 )
-
-_DPI = 100
-_WIDTH_INCHES = 8.0
-
-# Of the palette of Okabe & Ito 2008 (Color Universal Design), the colours that stand out on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("-", "--", "-.", ":")
-_GREY = "#595959"
 
 _HISTORY_COLUMNS = (
     "epoch",
@@ -61,9 +44,9 @@ def confusion_matrix_figure(
     classes = len(class_names)
     if matrix.shape != (classes, classes):
         raise ValueError(f"the matrix has the shape {matrix.shape}, not ({classes}, {classes})")
-    figure = _figure(title, note, height_inches=7.0)
+    figure = new_figure(title, note, height_inches=7.0)
     axes = figure.add_subplot()
-    _describe(axes, "Images, and share of the true class", "Predicted class", "True class")
+    describe(axes, "Images, and share of the true class", "Predicted class", "True class")
     totals = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -78,84 +61,11 @@ def confusion_matrix_figure(
             fontsize=max(8, 24 - 3 * classes),
             color="white" if share[row, column] > 0.5 else "black",
         )
-    names = [_plain(textwrap.fill(name, 18)) for name in class_names]
+    names = [plain(textwrap.fill(name, 18)) for name in class_names]
     axes.set_xticks(range(classes), names, rotation=0 if classes <= 4 else 60)
     axes.set_yticks(range(classes), names)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return figure
-
-
-def roc_figure(
-    labels: Integers,
-    probabilities: Floats,
-    class_names: Sequence[str],
-    title: str,
-    note: str = "",
-) -> Figure:
-    """One curve a class against the rest, with its AUC and 95 % interval.
-
-    A class that no image or every image has is named in the legend as undefined, without a curve.
-    """
-    check_scores(labels, probabilities, class_names)
-    figure = _figure(title, note)
-    axes = figure.add_subplot()
-    _describe(
-        axes,
-        "ROC, each class against the rest",
-        "False positive rate (1 - specificity)",
-        "True positive rate (sensitivity)",
-    )
-    for index, name in enumerate(class_names):
-        auc = roc_auc(labels == index, probabilities[:, index])
-        if math.isnan(auc.value):
-            axes.plot([], [], linestyle="none", label=f"{_short(name)}: AUC undefined")
-            continue
-        label = f"{_short(name)}: AUC {auc.value:.3f}"
-        if auc.ci_low is not None and auc.ci_high is not None:
-            label += f" (95 % interval {auc.ci_low:.3f}–{auc.ci_high:.3f})"
-        false_positives, true_positives, _ = roc_curve(labels == index, probabilities[:, index])
-        axes.plot(false_positives, true_positives, label=label, **_line(index))
-    axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, label="Chance")
-    _square(axes)
-    _legend_below(axes)
-    return figure
-
-
-def precision_recall_figure(
-    labels: Integers,
-    probabilities: Floats,
-    class_names: Sequence[str],
-    title: str,
-    note: str = "",
-) -> Figure:
-    """One curve a class against the rest, with its average precision and its share of the images.
-
-    A class that no image has is named in the legend as undefined, without a curve.
-    """
-    check_scores(labels, probabilities, class_names)
-    figure = _figure(title, note)
-    axes = figure.add_subplot()
-    _describe(axes, "Precision and recall, each class against the rest", "Recall", "Precision")
-    for index, name in enumerate(class_names):
-        positive = labels == index
-        value = average_precision(positive, probabilities[:, index])
-        if math.isnan(value):
-            label = f"{_short(name)}: average precision undefined"
-            axes.plot([], [], linestyle="none", label=label)
-            continue
-        share = float(positive.mean())
-        precision, recall, _ = precision_recall_curve(positive, probabilities[:, index])
-        label = f"{_short(name)}: average precision {value:.3f} (chance {share:.3f})"
-        line = _line(index)
-        # scikit-learn gives recall from 1 down. Each precision is held down to the next recall, as
-        # in average precision's sum; straight lines promise too much (Davis & Goadrich 2006).
-        axes.plot(recall, precision, drawstyle="steps-post", label=label, **line)
-        axes.axhline(
-            share, color=line["color"], linestyle=line["linestyle"], linewidth=1, alpha=0.6
-        )
-    _square(axes)
-    _legend_below(axes)
     return figure
 
 
@@ -179,12 +89,12 @@ def reliability_figure(
     limits = np.array(
         [wilson_interval(int(hits), int(n)) for hits, n in zip(correct, count, strict=True)]
     ).reshape(-1, 2)
-    figure = _figure(title, note)
+    figure = new_figure(title, note)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    _describe(above, "Reliability of the predicted class's probability", "", "Accuracy")
-    _describe(below, "", "Confidence: probability of the predicted class", "Images")
+    describe(above, "Reliability of the predicted class's probability", "", "Accuracy")
+    describe(below, "", "Confidence: probability of the predicted class", "Images")
     error = bins.expected_calibration_error
-    above.plot([0, 1], [0, 1], color=_GREY, linewidth=1, label="Perfect calibration")
+    above.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="Perfect calibration")
     above.errorbar(
         bins.confidence_B[filled],
         accuracy,
@@ -193,12 +103,12 @@ def reliability_figure(
         marker="o",
         capsize=3,
         label=f"Model (expected calibration error {_number(error)})",
-        **_line(0),
+        **line(0),
     )
     above.set_ylim(-0.02, 1.02)
     above.legend(loc="best", fontsize=10)
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
-    below.bar(edges[:-1], bins.count_B, width=1 / CALIBRATION_BINS, align="edge", color=_COLOURS[0])
+    below.bar(edges[:-1], bins.count_B, width=1 / CALIBRATION_BINS, align="edge", color=COLOURS[0])
     for index, n in zip(filled, count, strict=True):
         centre = (index + 0.5) / CALIBRATION_BINS
         below.text(centre, n, f"{n:,}", ha="center", va="bottom", fontsize=8)
@@ -219,7 +129,7 @@ def history_figure(history: pd.DataFrame, title: str, note: str = "") -> Figure:
     missing = [column for column in _HISTORY_COLUMNS if column not in history.columns]
     if missing or history.empty:
         raise ValueError(f"the history has {len(history)} rows and lacks the columns {missing}")
-    figure = _figure(title, note)
+    figure = new_figure(title, note)
     panels = figure.subplots(2, 1, sharex=True)
     best = int(history["validation_loss"].to_numpy().argmin())
     best_epoch = int(history["epoch"].iloc[best])
@@ -231,9 +141,9 @@ def history_figure(history: pd.DataFrame, title: str, note: str = "") -> Figure:
                 marker="o",
                 markersize=4,
                 label="Training" if part == "train" else "Validation",
-                **_line(index),
+                **line(index),
             )
-        axes.axvline(best_epoch, color=_GREY, linewidth=1, linestyle=":")
+        axes.axvline(best_epoch, color=GREY, linewidth=1, linestyle=":")
         kept = history[f"validation_{quantity}"].iloc[best]
         shown = f"{kept:.1%}" if quantity == "accuracy" else f"{kept:.4f}"
         axes.plot(
@@ -241,82 +151,19 @@ def history_figure(history: pd.DataFrame, title: str, note: str = "") -> Figure:
             kept,
             marker="*",
             markersize=16,
-            color=_COLOURS[1],
+            color=COLOURS[1],
             markeredgecolor="black",
             linestyle="none",
             label=f"Best epoch {best_epoch}: {shown}",
             zorder=3,
         )
         axes.legend(loc="best", fontsize=10)
-    _describe(panels[0], "Training history; best is the lowest validation loss", "", "Loss (nats)")
-    _describe(panels[1], "", "Epoch", "Accuracy")
+    describe(panels[0], "Training history; best is the lowest validation loss", "", "Loss (nats)")
+    describe(panels[1], "", "Epoch", "Accuracy")
     panels[1].yaxis.set_major_formatter(PercentFormatter(xmax=1))
     panels[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.align_ylabels()
     return figure
-
-
-def figure_png(figure: Figure) -> bytes:
-    """The figure as a PNG file, 800 pixels wide."""
-    sink = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(sink, format="png", dpi=_DPI)
-    return sink.getvalue()
-
-
-def figure_svg(figure: Figure) -> bytes:
-    """The figure as an SVG file whose letters stay text. The same figure gives the same bytes."""
-    sink = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lungopacity"}):
-        figure.savefig(sink, format="svg", metadata={"Date": None})
-    return sink.getvalue()
-
-
-def _figure(title: str, note: str, height_inches: float = 7.5) -> Figure:
-    """An empty figure with its title and the notice; constrained layout keeps both free."""
-    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), dpi=_DPI)
-    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
-    figure.suptitle(_plain(textwrap.fill(title, 70)), fontsize=13, fontweight="bold")
-    foot = f"{NOTICE} · {note}" if note else NOTICE
-    figure.supxlabel(_plain(textwrap.fill(foot, 110)), x=0.01, ha="left", fontsize=9, color=_GREY)
-    return figure
-
-
-def _describe(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, fontsize=12)
-    axes.set_xlabel(x_label, fontsize=11)
-    axes.set_ylabel(y_label, fontsize=11)
-    axes.tick_params(labelsize=10)
-
-
-def _square(axes: Axes) -> None:
-    """The unit square, with a rim so that a curve along its edge is seen whole."""
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.02, 1.02)
-    axes.grid(color="#dddddd", linewidth=0.8)
-
-
-def _legend_below(axes: Axes) -> None:
-    # Inside it would hide the curve of a poor model.
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=10, frameon=False)
-
-
-def _line(index: int) -> dict[str, Any]:
-    """Colour and dash of the curve of class `index`: neither alone has to tell two apart."""
-    return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "linestyle": _DASHES[index % len(_DASHES)],
-        "linewidth": 2,
-    }
-
-
-def _short(name: str) -> str:
-    return _plain(textwrap.shorten(name, 28, placeholder="…") if " " in name else name[:28])
-
-
-def _plain(text: str) -> str:
-    # matplotlib takes what stands between two dollar signs for mathematics.
-    return text.replace("$", r"\$")
 
 
 def _number(value: float) -> str:

@@ -28,6 +28,8 @@ def metrics_table(
             "ci_low": metric.ci_low,
             "ci_high": metric.ci_high,
             "n": metric.n,
+            "ci_method": metric.ci_method,
+            "patients": metric.patients,
         }
         for metric in metrics
     ]
@@ -44,6 +46,19 @@ def metric_value(
     return None
 
 
+def with_interval(item: Metric) -> str:
+    """`0.9123 (0.9001 to 0.9245)`."""
+    if item.value != item.value:
+        return "not defined"
+    if item.ci_low is None or item.ci_high is None:
+        return f"{item.value:.4f}"
+    return f"{item.value:.4f} ({item.ci_low:.4f} to {item.ci_high:.4f})"
+
+
+FEWEST_FILMS = 30
+"""Of a subgroup that is compared with others: between a handful of films any gap is chance."""
+
+
 @dataclass(frozen=True)
 class Gap:
     """The two subgroups of one column between which a model differs most."""
@@ -52,16 +67,20 @@ class Gap:
     best: Metric
 
     @property
+    def column(self) -> str:
+        """What the subgroups are of."""
+        return self.best.group.partition("=")[0]
+
+    @property
     def size(self) -> float:
         """Of the AUC."""
         return self.best.value - self.worst.value
 
 
-def largest_gaps(metrics: Sequence[Metric], positive: str, fewest: int = 30) -> list[Gap]:
+def largest_gaps(metrics: Sequence[Metric], positive: str, fewest: int = FEWEST_FILMS) -> list[Gap]:
     """The gap in AUC of each column of subgroups, the largest first.
 
-    `fewest`: subgroups of fewer images are left out, and those whose AUC has no interval: between
-    a handful of films any gap is chance.
+    `fewest`: subgroups of fewer images are left out, and those whose AUC has no interval.
     """
     columns: dict[str, list[Metric]] = {}
     for item in metrics:
@@ -75,6 +94,15 @@ def largest_gaps(metrics: Sequence[Metric], positive: str, fewest: int = 30) -> 
         if len(items) > 1
     ]
     return sorted(gaps, key=lambda gap: -gap.size)
+
+
+def small_groups(metrics: Sequence[Metric], fewest: int = FEWEST_FILMS) -> list[Metric]:
+    """The accuracy of each subgroup that `largest_gaps` leaves out for its few films."""
+    return [
+        item
+        for item in metrics
+        if item.group != "all" and item.metric == "accuracy" and item.n < fewest
+    ]
 
 
 def fact_groups(facts: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:

@@ -138,11 +138,15 @@ class TrainedModel:
     @property
     def model_id(self) -> str:
         """16 hex digits over everything that can change a score."""
+        preprocessing = asdict(self.spec.preprocessing)
+        if not preprocessing["crop_borders"]:
+            # Folders of before there was a choice keep their ids.
+            del preprocessing["crop_borders"]
         decides = {
             "architecture": self.spec.architecture,
             "architecture_settings": dict(self.spec.architecture_settings),
             "class_names": self.spec.class_names,
-            "preprocessing": asdict(self.spec.preprocessing),
+            "preprocessing": preprocessing,
             "temperature": self.spec.temperature,
             "weights_sha256": _sha256(self.weights),
         }

@@ -21,7 +21,7 @@ TORCHVISION = "torchvision:"
 ENSEMBLE = "ensemble"
 """Of trained networks: made by `lungopacity ensemble`, and never trained itself."""
 
-IMAGENET_GREY = {"mean": 0.449, "std": 0.226}
+IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = 0.449, 0.226
 """What networks of ImageNet expect: the means over red, green and blue of its usual figures."""
 
 
@@ -65,8 +65,8 @@ class NetworkCard:
     @property
     def preprocessing(self) -> Preprocessing:
         """The recipe's, unless the user gives another size."""
-        grey = {} if self.backbone is None else IMAGENET_GREY
-        return Preprocessing(image_size=self.image_size, **grey)
+        grey = {"mean": IMAGENET_GREY_MEAN, "std": IMAGENET_GREY_STD} if self.backbone else {}
+        return Preprocessing(self.image_size, crop_borders=True, **grey)
 
 
 def _classical_cnn(classes: int, settings: Mapping[str, Any]) -> torch.nn.Module:

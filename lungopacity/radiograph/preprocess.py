@@ -10,6 +10,14 @@ import numpy.typing as npt
 
 Pixel = TypeVar("Pixel", bound=np.generic)
 
+_BLACK = 20
+"""JPEG and film noise lift the black of a border up to here."""
+_SPECKS = 0.01
+"""Share of a row or column that may be brighter, and still be border."""
+_SAMPLED_SIDE = 512
+_LEAST_SIDE = 0.25
+"""Of the film's longer side: where less is left, it is no border that was found."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -21,6 +29,9 @@ class Preprocessing:
     """Subtracted from grey values scaled to 0 … 1."""
     std: float = 0.25
     """The rest is divided by this."""
+    crop_borders: bool = False
+    """Cut black borders away (collimation, or what lies outside of segmented lungs), so that the
+    chest fills the square: of lung-field films as many pixels as 1.3 times the side gives."""
 
     def __post_init__(self) -> None:
         if not 32 <= self.image_size <= 2048:
@@ -28,9 +39,41 @@ class Preprocessing:
         if not self.std > 0:
             raise ValueError(f"std must be above 0, not {self.std}")
 
+    @property
+    def at_least(self) -> int:
+        """The longer side, in pixels, that a film must be decoded at. What is left of it between
+        borders is rarely less than half."""
+        return self.image_size * (2 if self.crop_borders else 1)
+
     def square(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """`pad` of `fit`: what the network takes, (image_size, image_size) uint8."""
-        return self.pad(self.fit(pixels))
+        """`pad` of `fit` of `crop`: what the network takes, (image_size, image_size) uint8."""
+        return self.pad(self.fit(self.crop(pixels)))
+
+    def crop(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The film without its black borders, if these settings want it: a view.
+
+        pixels: (height, width) uint8.
+        """
+        left, top, right, bottom = self.edges(pixels)
+        return pixels[top:bottom, left:right] if self.crop_borders else pixels
+
+    def edges(self, pixels: npt.NDArray[np.uint8]) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of what `crop` leaves."""
+        height, width = pixels.shape
+        whole = (0, 0, width, height)
+        if not self.crop_borders:
+            return whole
+        step = max(1, max(height, width) // _SAMPLED_SIDE)
+        bright = pixels[::step, ::step] > _BLACK
+        rows = np.flatnonzero(bright.mean(axis=1) > _SPECKS)
+        columns = np.flatnonzero(bright.mean(axis=0) > _SPECKS)
+        if not len(rows) or not len(columns):
+            return whole
+        left, top = int(columns[0]) * step, int(rows[0]) * step
+        right = min(width, (int(columns[-1]) + 1) * step)
+        bottom = min(height, (int(rows[-1]) + 1) * step)
+        large = max(right - left, bottom - top) >= _LEAST_SIDE * max(height, width)
+        return (left, top, right, bottom) if large else whole
 
     def fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Shrink (area-weighted) or enlarge, so that the longer side has `image_size` pixels.

@@ -126,7 +126,8 @@ def _decision_rates(decisions: Mapping[str, int]) -> list[Metric]:
         count = decisions.get(decision, 0)
         low, high = wilson_interval(count, n) if n else (None, None)
         rate = count / n if n else float("nan")
-        rates.append(Metric("all", "decision_rate", decision, rate, low, high, n))
+        method = "wilson" if n else None
+        rates.append(Metric("all", "decision_rate", decision, rate, low, high, n, method))
     return rates
 
 

@@ -60,7 +60,12 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
         architecture_settings=asdict(members),
         class_names=first.class_names,
         positive_class=first.positive_class,
-        preprocessing=Preprocessing(max(item.image_size for item in members.members), 0.0, 1.0),
+        preprocessing=Preprocessing(
+            max(item.image_size for item in members.members),
+            mean=0.0,
+            std=1.0,
+            crop_borders=first.preprocessing.crop_borders,
+        ),
         operating_point=found.operating_point,
         operating_points=found.operating_points,
         label_map=first.label_map,
@@ -99,6 +104,12 @@ def _check(uris: Sequence[str], trained: Sequence[TrainedModel]) -> None:
             raise UserError(
                 f"{uri}: tells {', '.join(spec.class_names)} apart, {uris[0]} "
                 f"{', '.join(first.class_names)}; only models of the same classes go together"
+            )
+        if spec.preprocessing.crop_borders != first.preprocessing.crop_borders:
+            raise UserError(
+                f"{uri}: of it and {uris[0]} one crops borders and the other does not, so they "
+                "cannot look at the same pixels; train both with the same "
+                "--set preprocessing.crop_borders"
             )
         if spec.training["data"]["fingerprint"] != first.training["data"]["fingerprint"]:
             raise UserError(

@@ -41,7 +41,7 @@ from lungopacity.models import (
 )
 from lungopacity.models.folder import validation_parquet
 from lungopacity.models.pretrained import first_weights, take_weights
-from lungopacity.runtime import require_resources, versions
+from lungopacity.runtime import KEEP_FREED_MEMORY, require_resources, versions
 from lungopacity.storage import join_uri, open_store
 from lungopacity.training.calibrate import calibrate
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
@@ -53,6 +53,10 @@ log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """Of a run's workers, before the run is given up."""
+MAX_ELASTIC_RESTARTS = 30
+"""The same where their number may change: such runs are made for nodes that come and go."""
+RESIZE_EVERY_S = 60.0
+"""How often such a run looks for room for more workers; it then begins the epoch again."""
 
 HISTORY_SCHEMA = pa.schema(
     [
@@ -64,6 +68,7 @@ HISTORY_SCHEMA = pa.schema(
         pa.field("learning_rate", pa.float64(), nullable=False),
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("images_per_s", pa.float64(), nullable=False),
+        pa.field("workers", pa.int32(), nullable=False),
     ]
 )
 """Of `history.parquet`; losses in nats, accuracies 0 … 1."""
@@ -87,39 +92,30 @@ def fit(
     *,
     label_map: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    on_start: Callable[[str, list[dict[str, Any]]], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainingResult:
     """Train on `data`, and write the model folder `output`. Needs a running Ray.
 
     label_map: which labels became which class. provenance: JSON-able facts for the model folder, as
-    the label file's name. on_epoch: called with each history row while training runs, from another
-    thread; a resumed run begins with its first new epoch. Raises `UserError` where the output has a
-    model, a class lacks films, the first weights cannot be had, the cluster is too small or the
-    training fails; `ValueError` for settings the network refuses.
+    the label file's name. on_start: called once before training, with the run's name and the
+    history rows that a crashed run of it left. on_epoch: called with each history row while
+    training runs, from another thread; a resumed run begins with its first new epoch. Raises
+    `UserError` where the output has a model, a class lacks films, the first weights cannot be had,
+    the cluster is too small or the training fails; `ValueError` for settings the network refuses.
     """
-    card = network_card(settings.model)
     if is_model(output):
         raise UserError(f"{output}: a trained model is there already; give another --output")
-    counts = _count_films(data, settings)
+    counts = count_films(data, settings)
     require_resources(settings.workers, settings.workers * settings.use_gpu, "training")
     network = build_network(settings.model, len(data.class_names), settings.model_settings)
-    given = first_weights(card, settings.weights)
-    first: dict[str, torch.Tensor] | None = None
-    if given is not None:
-        fresh = take_weights(network, card, given, settings.preprocessing.std)
-        first = {name: part for name, part in network.state_dict().items() if name not in fresh}
-        log.info("first weights: %s", given.facts["source"])
-    weights = None if given is None else dict(given.facts)
+    first, weights = first_tensors(network, settings)
 
     run = _run_name(data, settings, weights)
     work_uri = join_uri(output, "_training")
-    films = Films(
-        pixels_NHW=data.pixels_NHW,
-        labels_N=data.labels_N,
-        train=np.flatnonzero(data.split_N == "train"),
-        validation=np.flatnonzero(data.split_N == "validation"),
-        classes=len(data.class_names),
-    )
+    films = films_of(data)
+    if on_start is not None:
+        on_start(run, _rows_of_before(join_uri(work_uri, run)))
     result = _run_ray_train(films, first, settings, work_uri, run, on_epoch)
     diverged = result.return_value["diverged_in_epoch"]
     if diverged:
@@ -186,7 +182,33 @@ def _distribution(model: TrainedModel, films: Films, use_gpu: bool) -> bytes:
     return found
 
 
-def _count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, dict[str, int]]:
+def films_of(data: LabelledPixels) -> Films:
+    """What the workers get of it."""
+    return Films(
+        pixels_NHW=data.pixels_NHW,
+        labels_N=data.labels_N,
+        train=np.flatnonzero(data.split_N == "train"),
+        validation=np.flatnonzero(data.split_N == "validation"),
+        classes=len(data.class_names),
+    )
+
+
+def first_tensors(
+    network: torch.nn.Module, settings: TrainingSettings
+) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any] | None]:
+    """By name what training starts from, and where it is from; None of fresh weights. `network` is
+    given them. Raises `UserError` where they cannot be had."""
+    card = network_card(settings.model)
+    given = first_weights(card, settings.weights)
+    if given is None:
+        return None, None
+    fresh = take_weights(network, card, given, settings.preprocessing.std)
+    log.info("first weights: %s", given.facts["source"])
+    first = {name: part for name, part in network.state_dict().items() if name not in fresh}
+    return first, dict(given.facts)
+
+
+def count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, dict[str, int]]:
     """Films by split and class. Raises `UserError` where one that training needs has none."""
     names = data.class_names
     if settings.positive_class not in names:
@@ -226,6 +248,18 @@ def _run_name(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _rows_of_before(run_uri: str) -> list[dict[str, Any]]:
+    """Of the newest checkpoint, that of the longest history; none where there is none."""
+    store = open_store(run_uri)
+    histories: list[list[dict[str, Any]]] = [[]]
+    for item in store.list():
+        if item.key.endswith(f"/{HISTORY_FILE}"):
+            # What was being written when the run crashed may be half there.
+            with contextlib.suppress(ValueError, ImageError):
+                histories.append(json.loads(store.read(item.key)))
+    return max(histories, key=len)
+
+
 def _run_ray_train(
     films: Films,
     first: dict[str, torch.Tensor] | None,
@@ -235,6 +269,8 @@ def _run_ray_train(
     on_epoch: Callable[[dict[str, Any]], None] | None,
 ) -> ray.train.Result:
     filesystem, root = open_store(work_uri).arrow_filesystem()
+    elastic = settings.max_workers > 0
+    restarts = MAX_ELASTIC_RESTARTS if elastic else MAX_RESTARTS
     with relayed_rows(on_epoch) as callbacks, _own_interrupt_handler():
         trainer = TorchTrainer(
             train_loop,
@@ -244,7 +280,10 @@ def _run_ray_train(
                 "first": None if first is None else ray.put(first),
             },
             scaling_config=ScalingConfig(
-                num_workers=settings.workers,
+                num_workers=(settings.workers, settings.max_workers)
+                if elastic
+                else settings.workers,
+                elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
                 use_gpu=settings.use_gpu,
                 resources_per_worker={"CPU": 1, **({"GPU": 1} if settings.use_gpu else {})},
             ),
@@ -252,7 +291,7 @@ def _run_ray_train(
                 name=run,
                 storage_path=root,
                 storage_filesystem=filesystem,
-                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                failure_config=FailureConfig(max_failures=restarts),
                 # Ray keeps the latest besides the best one.
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=1,
@@ -260,6 +299,8 @@ def _run_ray_train(
                     checkpoint_score_order="min",
                 ),
                 callbacks=callbacks,
+                # Training runs in a thread: what it allocates with was chosen before it began.
+                worker_runtime_env={"env_vars": {} if settings.use_gpu else KEEP_FREED_MEMORY},
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
@@ -267,7 +308,7 @@ def _run_ray_train(
             return trainer.fit()
         except TrainingFailedError as error:
             raise UserError(
-                f"training was given up after {MAX_RESTARTS} restarts: {_cause(error)}; its "
+                f"training was given up after {restarts} restarts: {_cause(error)}; its "
                 "finished epochs are kept, and the same command goes on from there"
             ) from error
 

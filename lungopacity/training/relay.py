@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.train import UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_S = 0.25
 
@@ -48,7 +49,9 @@ def relayed_rows(on_epoch: Callable[[dict[str, Any]], None] | None) -> Iterator[
     if on_epoch is None:
         yield []
         return
-    rows = ray.remote(num_cpus=0)(_Rows).remote()
+    # Here, as the controller is: a node that is lost must not take the relay with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    rows = ray.remote(num_cpus=0)(_Rows).options(scheduling_strategy=here).remote()
     finished = threading.Event()
 
     def pass_on() -> None:

@@ -51,7 +51,7 @@ class AugmentationSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """One training run. The defaults are the recipe of the classical CNN."""
+    """One training run. Of each network's `recipe` these are what all have in common."""
 
     model: str = "classical-cnn"
     """A name that `lungopacity.models.build_network` knows."""
@@ -65,12 +65,15 @@ class TrainingSettings:
     """How the films became pixels; carried into the model folder."""
     augmentation: AugmentationSettings = AugmentationSettings()
     """Random changes to the training films."""
-    epochs: int = 22
+    epochs: int = 30
     """Times that every training film is seen."""
     batch_size: int = 32
     """Films a step, over all workers together."""
     workers: int = 1
     """Processes that train together, one CPU or one GPU reserved for each."""
+    max_workers: int = 0
+    """If above 0, as many as the cluster has room for, from `workers` to this; a node that is lost
+    or joins changes their number. 0: always `workers`."""
     use_gpu: bool = False
     """One GPU a worker."""
     seed: int = 0
@@ -104,7 +107,9 @@ class TrainingSettings:
         for name in ("epochs", "batch_size", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("seed", "weight_decay", "patience", "mixup_alpha", "frozen_epochs"):
+        for name in (
+            "seed", "weight_decay", "patience", "mixup_alpha", "frozen_epochs", "max_workers"
+        ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("warmup_fraction", "label_smoothing", "ema_decay"):
@@ -112,7 +117,17 @@ class TrainingSettings:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
-        if self.batch_size % self.workers:
+        if self.max_workers:
+            if self.workers > self.max_workers:
+                raise ValueError(
+                    f"workers {self.workers}:{self.max_workers} must be the fewest and the most"
+                )
+            if self.batch_size < self.max_workers:
+                raise ValueError(
+                    f"batch_size {self.batch_size} must be a film for each of up to "
+                    f"{self.max_workers} workers"
+                )
+        elif self.batch_size % self.workers:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of workers ({self.workers})"
             )
@@ -127,26 +142,27 @@ class TrainingSettings:
         return {**asdict(self), "model_settings": dict(self.model_settings)}
 
 
+_CLASSICAL: dict[str, Any] = {"epochs": 40, "ema_decay": 0.995}
 _TRANSFER: dict[str, Any] = {
     "weights": "imagenet",
+    "model_settings": {"dropout": 0.3, "drop_path": 0.1},
     "epochs": 8,
     "learning_rate": 1e-3,
     "ema_decay": 0.99,
 }
 """Of networks whose ImageNet weights are installed."""
-_FRESH: dict[str, Any] = {"epochs": 30, "learning_rate": 1e-3, "ema_decay": 0.99}
+_FRESH: dict[str, Any] = {"learning_rate": 1e-3, "ema_decay": 0.99}
 """Of the other networks of the literature, from fresh weights."""
 
 
 def recipe(model: str) -> TrainingSettings:
-    """What a network is trained with unless the user says otherwise. Raises `UserError` for an
-    unknown name."""
+    """What a network is trained with unless the user says otherwise: docs/models.md has the runs by
+    which it was chosen. Raises `UserError` for an unknown name."""
     card = network_card(model)
-    chosen: dict[str, Any] = {}
-    if card.weights == "installed":
-        chosen = _TRANSFER
-    elif model != "classical-cnn":
-        chosen = _FRESH
+    if model == "classical-cnn":
+        chosen = _CLASSICAL
+    else:
+        chosen = _TRANSFER if card.weights == "installed" else _FRESH
     return TrainingSettings(model=model, preprocessing=card.preprocessing, **chosen)
 
 

@@ -222,6 +222,17 @@ def test_quality_is_a_verdict_in_the_row_and_the_users_rules_decide(tmp_path):
     assert [row["quality_inverted"] for row in rows] == [False, False, True]
 
 
+def test_borders_are_cut_off_what_is_scored_and_not_off_what_is_judged(tmp_path):
+    film = grey_film(height=160, width=160).clip(30, None)
+    open_store(str(tmp_path)).write("a.png", encoded(np.pad(film, 150)))
+    preprocessing = Preprocessing(image_size=80, crop_borders=True)
+    (row,) = read(str(tmp_path), ReadSettings(preprocessing))
+    assert row["quality_heavy_borders"]
+    assert row["pixels"] == preprocessing.square(film).tobytes()
+    (whole,) = read(str(tmp_path), ReadSettings(Preprocessing(image_size=80)))
+    assert whole["pixels"] != row["pixels"]
+
+
 def test_a_view_that_nothing_tells_is_marked(tmp_path):
     store = open_store(str(tmp_path))
     film = grey_film().astype(np.uint16) * 16

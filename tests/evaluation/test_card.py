@@ -38,7 +38,9 @@ def test_the_card_tells_what_was_measured():
             },
         },
     )
-    card = model_card(spec, "0123456789abcdef", METRICS, split="test", unreadable=3)
+    card = model_card(
+        spec, "0123456789abcdef", METRICS, split="test", unreadable=3, intervals="by counting"
+    )
     lines = card.splitlines()
     assert lines[0] == "# Model card: classical-cnn 0123456789abcdef"
     assert "Research use only. Not a medical device." in card
@@ -52,11 +54,14 @@ def test_the_card_tells_what_was_measured():
     assert "licence: Apache-2.0" in card
     assert "epoch 6" in card
     assert "3 labelled films could not be read" in card
+    assert "95 % intervals [29]: by counting." in lines
     assert "positive from 0.2100; x on validation" in card
     assert "40 to 42" in card
 
 
 def test_a_model_of_which_little_is_known_has_a_card_too():
-    card = model_card(tiny_model(synthetic=True).spec, "0" * 16, [], split="all", unreadable=0)
+    card = model_card(
+        tiny_model(synthetic=True).spec, "0" * 16, [], split="all", unreadable=0, intervals="none"
+    )
     assert "Trained on synthetic films" in card
     assert "nothing to form subgroups" in card

@@ -102,6 +102,56 @@ def test_two_reports_are_compared_image_by_image(store_uri, capfd):
     assert json.loads(capfd.readouterr().out)["auc"]["p_value"] <= 1
 
 
+def told_of(first: str, second: str, capfd) -> tuple[dict, str]:
+    assert main(["compare", "--first", first, "--second", second, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert main(["compare", "--first", first, "--second", second]) == 0
+    return found, capfd.readouterr().out
+
+
+def test_films_of_one_patient_are_drawn_together(tmp_path, capfd):
+    """Each film five times as one patient's: the interval is that of the sixty films alone."""
+    alone = [report(str(tmp_path / f"alone{n}"), f"m{n}", n) for n in (1, 2)]
+    five = []
+    for number, uri in enumerate(alone):
+        frame = pd.read_parquet(f"{uri}/predictions.parquet")
+        frame = pd.concat([frame.assign(image=frame["image"] + f"-{copy}") for copy in range(5)])
+        # Numbers of the second report would tear every patient apart, and are not looked at.
+        cluster = np.tile(np.arange(60), 5) if number == 0 else np.arange(300)
+        five.append(f"{tmp_path}/five{number}")
+        store = open_store(five[-1])
+        store.write("predictions.parquet", frame.assign(patient_cluster=cluster).to_parquet())
+        store.write("evaluation.json", open_store(uri).read("evaluation.json"))
+    found, told = told_of(*five, capfd)
+    assert (found["images"], found["clustered"]["patients"]) == (300, 60)
+    assert "some of the 60 patients have several films" in told
+    assert "over patients: AUC difference " in told
+    delong_alone = told_of(*alone, capfd)[0]["auc"]
+    clustered = found["clustered"]
+    width = clustered["auc_ci_high"] - clustered["auc_ci_low"]
+    assert width == pytest.approx(delong_alone["ci_high"] - delong_alone["ci_low"], rel=0.15)
+    assert width > 1.8 * (found["auc"]["ci_high"] - found["auc"]["ci_low"])
+    difference = found["accuracy"]["second"] - found["accuracy"]["first"]
+    assert clustered["accuracy_ci_low"] < difference < clustered["accuracy_ci_high"]
+
+
+def test_where_each_patient_has_one_film_the_tests_alone_are_told(tmp_path, capfd):
+    first = report(str(tmp_path / "1"), "aaa", 1)
+    second = report(str(tmp_path / "2"), "bbb", 2, patient_cluster=np.arange(60)[::-1])
+    found, told = told_of(first, second, capfd)
+    assert found["clustered"] is None
+    assert "over patients" not in told
+
+
+def test_the_second_report_can_tell_the_patients_and_equal_models_have_no_interval(tmp_path, capfd):
+    first = report(str(tmp_path / "1"), "aaa", 1)
+    second = report(str(tmp_path / "2"), "bbb", 1, patient_cluster=np.arange(60) // 2)
+    found, told = told_of(first, second, capfd)
+    assert found["clustered"]["patients"] == 30
+    assert found["clustered"]["auc_ci_low"] is None
+    assert "AUC difference +0.0000 (no interval)" in told
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lungopacity.errors import NOTICE
-from lungopacity.evaluation import plots
+from lungopacity.evaluation import canvas, curves, plots
 from lungopacity.evaluation.metrics import classification_metrics
 from lungopacity.evaluation.paper import format_table1, table1
 
@@ -29,8 +29,8 @@ FIGURES = {
     "confusion": lambda note: plots.confusion_matrix_figure(
         np.array([[90, 10], [5, 95]]), NAMES, "model", note
     ),
-    "roc": lambda note: plots.roc_figure(LABELS, SCORES, NAMES, "model", note),
-    "precision and recall": lambda note: plots.precision_recall_figure(
+    "roc": lambda note: curves.roc_figure(LABELS, SCORES, NAMES, "model", note),
+    "precision and recall": lambda note: curves.precision_recall_figure(
         LABELS, SCORES, NAMES, "model", note
     ),
     "reliability": lambda note: plots.reliability_figure(LABELS, SCORES, NAMES, "model", note),
@@ -45,7 +45,7 @@ def texts(figure) -> str:
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_a_png_of_some_content_with_notice_and_note(name):
     figure = FIGURES[name]("synthetic")
-    image = Image.open(io.BytesIO(plots.figure_png(figure)))
+    image = Image.open(io.BytesIO(canvas.figure_png(figure)))
     assert image.format == "PNG"
     assert image.width >= 600
     assert np.asarray(image.convert("L")).std() > 5
@@ -74,6 +74,12 @@ def test_the_papers_own_figures_stand_beside_ours():
     text = format_table1([normal, opacity])
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "0.9293" in text
+    (recall,) = [m for m in metrics if (m.metric, m.class_name) == ("recall", "Lung_Opacity")]
+    lines = text.splitlines()
+    (place,) = [place for place, line in enumerate(lines) if line.startswith("Lung_Opacity")]
+    below = lines[place + 1]
+    assert below.startswith("  95 % interval")
+    assert f"{recall.ci_low:.4f} to {recall.ci_high:.4f}" in below
 
 
 def test_other_classes_have_no_paper_beside_them():

@@ -4,15 +4,23 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from sklearn.metrics import average_precision_score
 
-from lungopacity.evaluation import plots
+from lungopacity.evaluation import canvas, curves, plots
+from lungopacity.evaluation.bootstrap import (
+    Resampling,
+    percentile_interval,
+    weighted_auc,
+    weighted_average_precision,
+)
+from lungopacity.models import OperatingPoint
 
 NAMES = ("Normal", "Lung_Opacity")
 LABELS = np.array([1, 0, 1, 0, 0, 1, 0, 1])
 POSITIVE = np.array([0.9, 0.8, 0.7, 0.6, 0.55, 0.4, 0.3, 0.2])
 SCORES = np.stack([1 - POSITIVE, POSITIVE], axis=1)
-CURVES = (plots.roc_figure, plots.precision_recall_figure, plots.reliability_figure)
+CURVES = (curves.roc_figure, curves.precision_recall_figure, plots.reliability_figure)
 
 
 def drawn(figure):
@@ -22,7 +30,7 @@ def drawn(figure):
 
 
 def test_the_area_under_the_drawn_precision_steps_is_the_average_precision():
-    axes = plots.precision_recall_figure(LABELS, SCORES, NAMES, "model").axes[0]
+    axes = curves.precision_recall_figure(LABELS, SCORES, NAMES, "model").axes[0]
     line = next(line for line in axes.lines if str(line.get_label()).startswith("Lung_Opacity"))
     assert line.get_drawstyle() == "steps-post"
     recall, precision = line.get_data()
@@ -33,8 +41,8 @@ def test_the_area_under_the_drawn_precision_steps_is_the_average_precision():
 
 @pytest.mark.parametrize("draw", CURVES[:2])
 def test_the_legend_lies_outside_the_curves(draw):
-    axes = drawn(draw(LABELS, SCORES, NAMES, "model")).axes[0]
-    legend = axes.get_legend().get_window_extent()
+    axes, below = drawn(draw(LABELS, SCORES, NAMES, "model")).axes
+    legend = below.get_legend().get_window_extent()
     assert not legend.overlaps(axes.get_window_extent())
     assert not legend.overlaps(axes.xaxis.label.get_window_extent())
 
@@ -52,24 +60,78 @@ def test_text_stays_within_the_figure(draw):
 def test_a_class_that_no_image_has_is_named_without_a_curve():
     labels = np.zeros(8, int)
     for draw, undefined in (
-        (plots.roc_figure, {"Normal: AUC undefined", "Lung_Opacity: AUC undefined"}),
-        (plots.precision_recall_figure, {"Lung_Opacity: average precision undefined"}),
+        (curves.roc_figure, {"Normal: AUC undefined", "Lung_Opacity: AUC undefined"}),
+        (curves.precision_recall_figure, {"Lung_Opacity: average precision undefined"}),
     ):
         lines = draw(labels, SCORES, NAMES, "model").axes[0].lines
         empty = {line.get_label() for line in lines if len(line.get_xdata()) == 0}
         assert empty == undefined
 
 
+MANY = np.random.default_rng(1)
+MANY_LABELS = MANY.integers(0, 2, 120)
+MANY_POSITIVE = np.clip(0.3 + 0.4 * MANY_LABELS + MANY.normal(0, 0.2, 120), 0.01, 0.99)
+MANY_SCORES = np.stack([1 - MANY_POSITIVE, MANY_POSITIVE], axis=1)
+PATIENTS = Resampling.of([str(row // 2) for row in range(120)], 200)
+POINTS = {"youden": OperatingPoint(0.5), "band=0.99,0.95": OperatingPoint(0.7, review_from=0.2)}
+
+
+@pytest.mark.parametrize("draw", CURVES[:2])
+def test_with_patients_each_curve_lies_in_its_band_and_the_legend_has_the_bootstraps_interval(draw):
+    figure = drawn(draw(MANY_LABELS, MANY_SCORES, NAMES, "model", resampling=PATIENTS))
+    axes, below = figure.axes
+    bands = [item for item in axes.collections if isinstance(item, PolyCollection)]
+    assert len([band for band in bands if band.get_paths()]) == 2
+    words = [text.get_text() for text in below.get_legend().get_texts()]
+    assert "Pointwise 95 % band over patients" in words
+    figure_of = weighted_auc if draw is curves.roc_figure else weighted_average_precision
+    (weights_RN,) = PATIENTS.weights()
+    low, high = percentile_interval(figure_of(MANY_LABELS == 1, MANY_POSITIVE, weights_RN))
+    (told,) = [text for text in words if text.startswith("Lung_Opacity (n = ")]
+    assert f"(95 % interval {low:.3f}–{high:.3f})" in told
+    box = axes.get_window_extent()
+    assert box.width == pytest.approx(box.height, abs=1)
+
+
+def test_operating_points_are_marked_where_they_lie():
+    figure = curves.roc_figure(
+        MANY_LABELS, MANY_SCORES, NAMES, "model", points={"Lung_Opacity": POINTS}
+    )
+    marks = [line for line in figure.axes[0].lines if line.get_marker() not in ("None", None)]
+    assert len({line.get_marker() for line in marks}) == 2
+    called = MANY_POSITIVE >= 0.7
+    (x,), (y,) = marks[1].get_data()
+    assert x == pytest.approx(called[MANY_LABELS == 0].mean())
+    assert y == pytest.approx(called[MANY_LABELS == 1].mean())
+    assert str(marks[1].get_label()).startswith("band=0.99,0.95: sensitivity ")
+
+
+def test_the_words_of_many_points_do_not_overlap():
+    points = {f"point {number}": OperatingPoint(number / 10) for number in range(9)}
+    figure = drawn(
+        curves.roc_figure(
+            MANY_LABELS, MANY_SCORES, NAMES, "model · " * 20, "synthetic",
+            resampling=PATIENTS, points={"Lung_Opacity": points},
+        )
+    )  # fmt: skip
+    axes, below = figure.axes
+    texts = [axes.title, axes.xaxis.label, *below.get_legend().get_texts(), figure._supxlabel]
+    texts.append(figure._suptitle)
+    boxes = [text.get_window_extent() for text in texts]
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[place + 1 :]), texts[place]
+
+
 @pytest.mark.parametrize("draw", CURVES)
 def test_no_image_at_all_still_gives_a_figure(draw):
     figure = draw(np.zeros(0, int), np.zeros((0, 2)), NAMES, "model")
-    assert plots.figure_png(figure).startswith(b"\x89PNG")
+    assert canvas.figure_png(figure).startswith(b"\x89PNG")
 
 
 def test_dollar_signs_in_a_class_name_are_no_mathematics():
     names = ("$\\frac$", "b")
-    assert plots.figure_png(plots.roc_figure(LABELS, SCORES, names, "$\\frac$"))
-    assert plots.figure_png(plots.confusion_matrix_figure(np.eye(2, dtype=int), names, "m"))
+    assert canvas.figure_png(curves.roc_figure(LABELS, SCORES, names, "$\\frac$"))
+    assert canvas.figure_png(plots.confusion_matrix_figure(np.eye(2, dtype=int), names, "m"))
 
 
 def test_epochs_are_whole_numbers_even_after_one():
@@ -100,7 +162,7 @@ def test_what_cannot_be_drawn_is_refused():
 @pytest.mark.parametrize("draw", CURVES)
 def test_an_svg_holds_its_words_as_text_and_is_the_same_each_time(draw):
     first, second = (
-        plots.figure_svg(draw(LABELS, SCORES, NAMES, "model", note="synthetic")) for _ in range(2)
+        canvas.figure_svg(draw(LABELS, SCORES, NAMES, "model", note="synthetic")) for _ in range(2)
     )
     assert first == second
     text = first.decode()

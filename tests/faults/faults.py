@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -272,6 +273,61 @@ def training_rank_killed(scene: Scene) -> Outcome:
     )
 
 
+ELASTIC = """
+import json, os, signal, sys
+from dataclasses import replace
+from ray.cluster_utils import Cluster
+health = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": health})
+doomed = cluster.add_node(num_cpus=1)
+os.environ["RAY_ADDRESS"] = cluster.address
+from lungopacity.runtime import ray_session
+from lungopacity.training import fit as training
+from tests.training.blobs import SMALL_RUN, blob_films
+training.RESIZE_EVERY_S = 5.0
+struck, seen = [], []
+def change(row):
+    seen.append(row["epoch"])
+    if row["workers"] == 2 and row["epoch"] >= 2 and not struck:
+        struck.append("lost")
+        for processes in doomed.all_processes.values():
+            for process in processes:
+                os.kill(process.process.pid, signal.SIGKILL)
+    elif row["workers"] == 1 and struck == ["lost"]:
+        struck.append("joined")
+        cluster.add_node(num_cpus=1)
+# No number of workers but one divides the batch.
+settings = replace(SMALL_RUN, workers=1, max_workers=2, batch_size=15, epochs=int(sys.argv[2]))
+with ray_session():
+    result = training.fit(blob_films(train=1201), settings, sys.argv[1], on_epoch=change)
+print(json.dumps({"seen": seen, "kept": [row["epoch"] for row in result.history],
+                  "workers": [row["workers"] for row in result.history]}))
+cluster.shutdown()
+"""
+
+
+def elastic_node_lost(scene: Scene) -> Outcome:
+    """Of two that train, one is lost; the other goes on alone, until a third joins."""
+    epochs = 60
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", ELASTIC, f"{folder}/model", str(epochs)], capture_output=True,
+            text=True, timeout=400, env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        told = json.loads(done.stdout.splitlines()[-1])
+    assert told["seen"] == told["kept"], told
+    changes = [number for number, _ in itertools.groupby(told["workers"])]
+    assert changes[:3] == [2, 1, 2], told
+    return Outcome(
+        expected=epochs,
+        rows=len(told["kept"]),
+        twice=len(told["kept"]) - len(set(told["kept"])),
+        finished=told["workers"].index(1),
+        refetched=len(told["seen"]) - len(set(told["seen"])),
+    )
+
+
 # Loaded by every Python of the job. Nothing of ours reads the clock but by `datetime.now`.
 CLOCK = """
 import datetime
@@ -345,5 +401,6 @@ FAULTS: dict[str, tuple[Trial, int]] = {
     "a full disk under _work": (disk_full, 1),
     "a clock set back by two days": (clock_set_back, 1),
     "kill -9 of a training rank in its third epoch": (training_rank_killed, 1),
+    "kill -9 of a node of an elastic training, and another joins": (elastic_node_lost, 1),
 }
 """Each fault, and how often `make faults` tries it."""

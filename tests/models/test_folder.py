@@ -44,6 +44,7 @@ def test_a_model_comes_back_as_it_was_saved(store_uri):
         {"temperature": 2.0},
         {"preprocessing": Preprocessing(image_size=64)},
         {"preprocessing": Preprocessing(image_size=32, mean=0.4)},
+        {"preprocessing": Preprocessing(image_size=32, crop_borders=True)},
         {"class_names": ("Lung_Opacity", "Normal")},
     ],
 )
@@ -60,15 +61,26 @@ def test_a_distribution_comes_back_and_belongs_to_the_id(store_uri):
 
 
 def test_a_folder_of_format_1_is_read_and_keeps_its_id(tmp_path):
-    """Before there was a distribution."""
+    """Before there was a distribution, and a choice about borders."""
     uri = str(tmp_path / "m")
     model = write_tiny_model(uri)
     store = open_store(uri)
     document = {**json.loads(store.read(SPEC_FILE)), "format_version": 1}
+    del document["preprocessing"]["crop_borders"]
     store.write(SPEC_FILE, json.dumps(document).encode())
     write_sums(uri)
     assert load_model(uri).distribution is None
-    assert load_model(uri).model_id == model.model_id
+    spec = model.spec
+    decided = {
+        "architecture": spec.architecture,
+        "architecture_settings": dict(spec.architecture_settings),
+        "class_names": spec.class_names,
+        "preprocessing": {"image_size": 32, "mean": 0.5, "std": 0.25},
+        "temperature": spec.temperature,
+        "weights_sha256": hashlib.sha256(model.weights).hexdigest(),
+    }
+    then = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
+    assert load_model(uri).model_id == model.model_id == then
 
 
 def test_the_id_ignores_what_changes_no_score():

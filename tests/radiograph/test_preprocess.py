@@ -43,3 +43,46 @@ def test_unpad_takes_the_film_out_of_the_square(shape):
     content = np.random.default_rng(0).integers(1, 256, shape).astype(np.uint8)
     found = preprocessing.unpad(preprocessing.pad(content), *shape)
     np.testing.assert_array_equal(found, content)
+
+
+def bordered(content: np.ndarray, border: int) -> np.ndarray:
+    return np.pad(content, border)
+
+
+@pytest.mark.parametrize("size", [64, 48])
+def test_borders_are_cut_away_where_that_is_wanted(size):
+    content = grey_film(height=160, width=120).clip(30, None)
+    film = bordered(content, 70)
+    film[5:7, 40:42] = 255  # a speck
+    cut = Preprocessing(image_size=size, crop_borders=True)
+    np.testing.assert_array_equal(cut.crop(film), content)
+    np.testing.assert_array_equal(cut.square(film), cut.square(content))
+    assert Preprocessing(image_size=size).crop(film) is film
+
+
+def test_the_borders_of_a_large_film_are_found_to_a_few_pixels():
+    content = np.full((1500, 1200), 120, np.uint8)
+    cropped = Preprocessing(crop_borders=True).crop(bordered(content, 333))
+    assert all(
+        0 <= cut - kept <= 16 for cut, kept in zip(cropped.shape, content.shape, strict=True)
+    )
+    assert (cropped > 0).mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    "film", [np.zeros((90, 70), np.uint8), bordered(grey_film(height=9, width=9), 60)]
+)
+def test_a_film_that_is_all_border_stays_whole(film):
+    assert Preprocessing(crop_borders=True).crop(film).shape == film.shape
+
+
+def test_a_film_is_decoded_large_enough_to_be_cut():
+    assert Preprocessing(image_size=100, crop_borders=True).at_least == 200
+    assert Preprocessing(image_size=100).at_least == 100
+
+
+def test_edges_are_those_of_what_is_left():
+    content = grey_film(height=100, width=80).clip(30, None)
+    film = np.pad(content, ((40, 30), (20, 10)))
+    assert Preprocessing(crop_borders=True).edges(film) == (20, 40, 100, 140)
+    assert Preprocessing().edges(film) == (0, 0, 110, 170)

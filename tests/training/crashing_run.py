@@ -1,4 +1,5 @@
-"""`fit` in a process of its own, for a test to kill. Arguments: Ray's address, the output."""
+"""`fit` in a process of its own, for a test to kill. Arguments: Ray's address, the output, and
+where TensorBoard and MLflow look."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ import sys
 import ray
 
 from lungopacity.training.fit import fit
+from lungopacity.training.tracking import run_logs
 from tests.training.blobs import EVERYTHING, blob_films
 
 if __name__ == "__main__":
-    address, output = sys.argv[1:]
+    address, output, tensorboard, mlflow = sys.argv[1:]
     ray.init(address=address, log_to_driver=False)
-    fit(
-        blob_films(),
-        EVERYTHING,
-        output,
-        on_epoch=lambda row: print("epoch", row["epoch"], flush=True),
-    )
+    with run_logs(tensorboard, mlflow) as logs:
+        fit(
+            blob_films(),
+            EVERYTHING,
+            output,
+            on_start=lambda run, earlier: logs.start(run, EVERYTHING, output, earlier),
+            on_epoch=lambda row: (logs.epoch(row), print("epoch", row["epoch"], flush=True)),  # type: ignore[func-returns-value]
+        )

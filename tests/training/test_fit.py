@@ -21,8 +21,11 @@ from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
 from lungopacity.models import load_model, read_history, read_validation
 from lungopacity.models.scorer import Scorer
+from lungopacity.storage import join_uri
 from lungopacity.training.fit import HISTORY_SCHEMA, TrainingResult, fit
+from lungopacity.training.tracking import run_logs
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
+from tests.training.logs_read import mlflow_run, tensorboard_events
 
 ROOT = Path(__file__).parents[2]
 FILMS = blob_films()
@@ -134,11 +137,12 @@ def test_refuses_to_overwrite_a_model(run: Run) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
-    run: Run, tmp_path: Path
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = str(tmp_path / "model")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    output, places = str(tmp_path / "model"), (str(tmp_path / "tb"), f"file://{tmp_path}/mlruns")
     address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "tests.training.crashing_run", address, output]
+    command = [sys.executable, "-m", "tests.training.crashing_run", address, output, *places]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -148,11 +152,30 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
     assert list(Path(output, "_training").glob("*/checkpoint_*"))
 
     seen: list[int] = []
-    result = fit(FILMS, EVERYTHING, output, on_epoch=lambda row: seen.append(row["epoch"]))
+    names: list[str] = []
+    with run_logs(*places) as logs:
+
+        def start(name: str, earlier: list[dict[str, Any]]) -> None:
+            names.append(name)
+            assert [row["epoch"] for row in earlier][:2] == [1, 2]
+            logs.start(name, EVERYTHING, output, earlier)
+
+        def epoch(row: dict[str, Any]) -> None:
+            seen.append(row["epoch"])
+            logs.epoch(row)
+
+        result = fit(FILMS, EVERYTHING, output, on_start=start, on_epoch=epoch)
+        logs.finish(result)
     assert seen[0] > 2
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert result.model.model_id == run.result.model.model_id
     assert not Path(output, "_training").exists()
+
+    losses = [(row["epoch"], pytest.approx(row["train_loss"])) for row in result.history]
+    events = tensorboard_events(join_uri(places[0], names[0]), tmp_path / "copy")
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == losses
+    _, histories = mlflow_run(places[1], names[0])
+    assert histories["train_loss"] == losses
 
 
 def test_two_workers_train_one_model_and_bear_the_loss_of_one(

@@ -104,7 +104,7 @@ def test_every_setting_is_explained_where_it_is_defined() -> None:
     table = recipe_table("efficientnet-lite0")
     assert "weights = imagenet" in table
     assert "augmentation.flip_probability = 0.5\n    Share of films mirrored" in table
-    assert "model_settings.drop_path = 0.0" in table
+    assert "model_settings.drop_path = 0.1" in table
 
 
 def test_the_networks_are_listed_with_what_they_weigh() -> None:

@@ -1,0 +1,218 @@
+"""Percentile bootstrap over patients: how far a figure would move with other patients.
+
+Films of one patient resemble each other, so an interval that takes every film for new evidence is
+too narrow. Patients are drawn with replacement, each with all of their films (the cluster bootstrap
+of Field & Welsh 2007, Journal of the Royal Statistical Society B 69:369), and the interval runs
+from the 2.5th to the 97.5th percentile of the figure's replicates (Efron & Tibshirani 1993, An
+Introduction to the Bootstrap, ch. 13).
+
+A replicate is a weight for each film, how often its patient was drawn: nothing is copied or sorted
+anew. Array names carry their shape: N films, P patients, R replicates, S different scores in rising
+order, G points of a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from lungopacity.evaluation.metrics import Floats
+
+REPLICATES = 1000
+"""Enough for percentiles of 95 % (Efron & Tibshirani 1993, section 14.5)."""
+
+_BLOCK = 2_000_000
+"""Weights at a time: 16 MB."""
+_LEAST_DEFINED = 0.95
+"""Of the replicates; an interval of fewer would tell of the lucky ones alone."""
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Which film is of which patient, and how the patients are drawn."""
+
+    patient_N: npt.NDArray[np.int64]
+    """Number of each film's patient, 0 … P-1, in the order in which they come."""
+    replicates: int = REPLICATES
+    seed: int = 0
+    """The same seed draws the same patients."""
+
+    def __post_init__(self) -> None:
+        if self.replicates < 1:
+            raise ValueError(f"replicates must be 1 or more, not {self.replicates}")
+
+    @staticmethod
+    def of(
+        patients: Sequence[str | None], replicates: int = REPLICATES, seed: int = 0
+    ) -> Resampling:
+        """patients: who each film is of; a film of nobody known is a patient of its own."""
+        known_N = pd.notna(np.asarray(patients, dtype=object))
+        # A tuple equals no name, and each film's is its own.
+        names = [
+            name if known else (row,)
+            for row, (name, known) in enumerate(zip(patients, known_N, strict=True))
+        ]
+        number: dict[object, int] = {}
+        patient_N = [number.setdefault(name, len(number)) for name in names]
+        return Resampling(np.array(patient_N, dtype=np.int64), replicates, seed)
+
+    @property
+    def patients(self) -> int:
+        """How many there are."""
+        return int(self.patient_N.max()) + 1 if len(self.patient_N) else 0
+
+    @property
+    def clustered(self) -> bool:
+        """Whether any patient has more than one film."""
+        return self.patients < len(self.patient_N)
+
+    def described(self) -> str:
+        """How intervals are made of it, for a report."""
+        return (
+            f"percentile bootstrap over {self.patients:,} patients of {len(self.patient_N):,} "
+            f"films, {self.replicates:,} replicates, seed {self.seed}"
+        )
+
+    def weights(self) -> Iterator[npt.NDArray[np.float64]]:
+        """How often each film is drawn, whole numbers (R, N), some of the replicates at a time."""
+        rng = np.random.default_rng(self.seed)
+        patients, films = self.patients, len(self.patient_N)
+        if films == 0:
+            return
+        at_once = max(1, _BLOCK // films)
+        for start in range(0, self.replicates, at_once):
+            rows = min(at_once, self.replicates - start)
+            drawn_RP = rng.integers(0, patients, (rows, patients))
+            drawn_RP += np.arange(rows)[:, None] * patients
+            times = np.bincount(drawn_RP.ravel(), minlength=rows * patients)
+            yield times.reshape(rows, patients)[:, self.patient_N].astype(np.float64)
+
+
+def percentile_interval(values_R: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
+    """The middle 95 % of the replicates of a figure.
+
+    None and None where more than 1 in 20 does not define it (NaN), or where all are equal: a sample
+    without a single mistake does not show how many there may be.
+    """
+    defined = values_R[np.isfinite(values_R)]
+    if len(defined) == 0 or len(defined) < _LEAST_DEFINED * len(values_R):
+        return None, None
+    if np.ptp(defined) < 1e-12:
+        return None, None
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def weighted_auc(
+    positive_N: npt.NDArray[np.bool_], scores_N: Floats, weights_RN: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """(R,) AUC of scores that are higher for positives, under each row of weights.
+
+    The weighted share of pairs in the right order, equal scores counting half; NaN where only one
+    kind has weight.
+    """
+    positives_RS, negatives_RS = by_score(positive_N, scores_N, weights_RN)
+    below_RS = negatives_RS.cumsum(axis=1) - negatives_RS / 2
+    pairs_R = positives_RS.sum(axis=1) * negatives_RS.sum(axis=1)
+    return ratio(np.einsum("rs,rs->r", positives_RS, below_RS), pairs_R)
+
+
+def weighted_average_precision(
+    positive_N: npt.NDArray[np.bool_], scores_N: Floats, weights_RN: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """(R,) mean precision over the steps in recall, under each row of weights; NaN without a
+    positive."""
+    positives_RS, negatives_RS = by_score(positive_N, scores_N, weights_RN)
+    hits_RS = positives_RS[:, ::-1].cumsum(axis=1)[:, ::-1]
+    called_RS = hits_RS + negatives_RS[:, ::-1].cumsum(axis=1)[:, ::-1]
+    # Where nothing is called positive, no positive is found either: the step is of no height.
+    precision_RS = np.divide(hits_RS, called_RS, out=called_RS, where=called_RS > 0)
+    steps_R = np.einsum("rs,rs->r", positives_RS, precision_RS)
+    return ratio(steps_R, positives_RS.sum(axis=1))
+
+
+def by_score(
+    positive_N: npt.NDArray[np.bool_], scores_N: Floats, weights_RN: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """(R, S) weight of the positives, and of the negatives, at each different score, rising."""
+    order_N = np.argsort(scores_N, kind="stable")
+    sorted_N = scores_N[order_N]
+    starts_S = np.flatnonzero(np.append(True, sorted_N[1:] != sorted_N[:-1])[: len(sorted_N)])
+    weights_RS = weights_RN[:, order_N]
+    positives_RS = weights_RS * positive_N[order_N]
+    weights_RS -= positives_RS
+    if len(starts_S) < len(sorted_N):
+        positives_RS = np.add.reduceat(positives_RS, starts_S, axis=1)
+        weights_RS = np.add.reduceat(weights_RS, starts_S, axis=1)
+    return positives_RS, weights_RS
+
+
+def ratio(
+    part_R: npt.NDArray[np.float64], whole_R: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """part / whole, NaN where the whole is 0."""
+    found: npt.NDArray[np.float64] = np.divide(
+        part_R, whole_R, out=np.full(part_R.shape, np.nan), where=whole_R > 0
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class Band:
+    """The pointwise 95 % band of a curve."""
+
+    grid_G: npt.NDArray[np.float64]
+    low_G: npt.NDArray[np.float64]
+    high_G: npt.NDArray[np.float64]
+
+
+_GRID_G = np.linspace(0, 1, 201)
+
+
+def roc_band(
+    positive_N: npt.NDArray[np.bool_], scores_N: Floats, resampling: Resampling
+) -> Band | None:
+    """Of the true positive rate at each false positive rate: the replicates' curves, averaged
+    vertically (Fawcett 2006, Pattern Recognition Letters 27:861, algorithm 3). None without both
+    kinds."""
+    curves = []
+    for weights_RN in resampling.weights():
+        for positives_S, negatives_S in zip(
+            *by_score(positive_N, scores_N, weights_RN), strict=True
+        ):
+            hits_S = np.append(0.0, positives_S[::-1].cumsum())
+            false_S = np.append(0.0, negatives_S[::-1].cumsum())
+            if hits_S[-1] and false_S[-1]:
+                # Of the points at one false positive rate np.interp takes the last, the highest.
+                rates_S = false_S / false_S[-1]
+                curves.append(np.interp(_GRID_G, rates_S, hits_S / hits_S[-1]))
+    return _band(curves)
+
+
+def precision_recall_band(
+    positive_N: npt.NDArray[np.bool_], scores_N: Floats, resampling: Resampling
+) -> Band | None:
+    """Of the precision at each recall, the steps of average precision. None without a positive."""
+    curves = []
+    for weights_RN in resampling.weights():
+        for positives_S, negatives_S in zip(
+            *by_score(positive_N, scores_N, weights_RN), strict=True
+        ):
+            hits_S = positives_S[::-1].cumsum()
+            if hits_S[-1]:
+                called_S = hits_S + negatives_S[::-1].cumsum()
+                # The first threshold that reaches the recall, as a step of the curve.
+                reached_G = np.searchsorted(hits_S / hits_S[-1], np.maximum(_GRID_G, 1e-9))
+                curves.append((hits_S / np.maximum(called_S, 1))[reached_G])
+    return _band(curves)
+
+
+def _band(curves: list[npt.NDArray[np.float64]]) -> Band | None:
+    if not curves:
+        return None
+    low_G, high_G = np.percentile(np.stack(curves), [2.5, 97.5], axis=0)
+    return Band(_GRID_G, low_G, high_G)

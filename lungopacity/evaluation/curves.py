@@ -1,0 +1,222 @@
+"""ROC and precision-recall curves, with bands over patients and the model's operating points.
+
+Arguments `labels` and `probabilities` are as `metrics.check_scores` takes them, which raises
+`ValueError`; `title` names the model and the images, and `note` is appended to the notice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from lungopacity.evaluation.bootstrap import (
+    Band,
+    Resampling,
+    percentile_interval,
+    precision_recall_band,
+    roc_band,
+    weighted_auc,
+    weighted_average_precision,
+)
+from lungopacity.evaluation.canvas import GREY, WIDTH_INCHES, describe, line, new_figure, short
+from lungopacity.evaluation.metrics import (
+    Floats,
+    Integers,
+    average_precision,
+    check_scores,
+    roc_auc,
+)
+from lungopacity.models import OperatingPoint
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_BAND_ALPHA = 0.18
+_BAND_TITLE = "Pointwise 95 % band over patients"
+_SQUARE_INCHES = 6.9
+_MARGIN_INCHES = 1.4
+_LEGEND_LINE_INCHES = 0.225
+
+
+def roc_figure(
+    labels: Integers,
+    probabilities: Floats,
+    class_names: Sequence[str],
+    title: str,
+    note: str = "",
+    *,
+    resampling: Resampling | None = None,
+    points: Mapping[str, Mapping[str, OperatingPoint]] | None = None,
+) -> Figure:
+    """One curve a class against the rest, with its AUC and 95 % interval.
+
+    resampling: the patients; with them the curves have bands, and intervals are the bootstrap's;
+    without, DeLong's. points: of a class, its operating points by name, marked where they lie on
+    these images. A class that no image or every image has is named in the legend as undefined,
+    without a curve.
+    """
+    check_scores(labels, probabilities, class_names)
+    figure = new_figure(title, note)
+    axes, below = figure.subplots(2, 1)
+    describe(
+        axes,
+        "ROC, each class against the rest",
+        "False positive rate (1 - specificity)",
+        "True positive rate (sensitivity)",
+    )
+    for index, name in enumerate(class_names):
+        positive, scores = labels == index, probabilities[:, index]
+        auc = roc_auc(positive, scores)
+        if math.isnan(auc.value):
+            axes.plot([], [], linestyle="none", label=f"{short(name)}: AUC undefined")
+            continue
+        bounds = (auc.ci_low, auc.ci_high)
+        if resampling is not None:
+            bounds = _bounds(weighted_auc, positive, scores, resampling)
+            _draw_band(axes, roc_band(positive, scores, resampling), index)
+        label = f"{_counted(name, positive)}: AUC {auc.value:.3f}{_interval(bounds)}"
+        false_positives, true_positives, _ = roc_curve(positive, scores)
+        axes.plot(false_positives, true_positives, label=label, **line(index))
+    for index, name in enumerate(class_names):
+        positive = labels == index
+        if positive.any() and not positive.all():
+            _mark_points(axes, (points or {}).get(name, {}), positive, probabilities[:, index])
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="Chance", zorder=1)
+    _square(axes)
+    _legend_below(figure, axes, below, banded=resampling is not None)
+    return figure
+
+
+def precision_recall_figure(
+    labels: Integers,
+    probabilities: Floats,
+    class_names: Sequence[str],
+    title: str,
+    note: str = "",
+    *,
+    resampling: Resampling | None = None,
+) -> Figure:
+    """One curve a class against the rest, with its average precision and its share of the images.
+
+    resampling: as for `roc_figure`. A class that no image has is named in the legend as undefined,
+    without a curve.
+    """
+    check_scores(labels, probabilities, class_names)
+    figure = new_figure(title, note)
+    axes, below = figure.subplots(2, 1)
+    describe(
+        axes,
+        "Precision and recall, each class against the rest",
+        "Recall (sensitivity)",
+        "Precision (positive predictive value)",
+    )
+    for index, name in enumerate(class_names):
+        positive, scores = labels == index, probabilities[:, index]
+        value = average_precision(positive, scores)
+        if math.isnan(value):
+            label = f"{short(name)}: average precision undefined"
+            axes.plot([], [], linestyle="none", label=label)
+            continue
+        share = float(positive.mean())
+        precision, recall, _ = precision_recall_curve(positive, scores)
+        label = f"{_counted(name, positive)}: average precision {value:.3f}"
+        if resampling is not None:
+            bounds = _bounds(weighted_average_precision, positive, scores, resampling)
+            label += _interval(bounds)
+            _draw_band(axes, precision_recall_band(positive, scores, resampling), index)
+        style = line(index)
+        # scikit-learn gives recall from 1 down. Each precision is held down to the next recall, as
+        # in average precision's sum; straight lines promise too much (Davis & Goadrich 2006).
+        axes.plot(recall, precision, drawstyle="steps-post", label=label, **style)
+        axes.axhline(
+            share,
+            color=style["color"],
+            linestyle=style["linestyle"],
+            linewidth=1,
+            alpha=0.6,
+            label=f"Chance: {share:.3f}",
+        )
+    _square(axes)
+    _legend_below(figure, axes, below, banded=resampling is not None)
+    return figure
+
+
+def _square(axes: Axes) -> None:
+    """The unit square, with a rim so that a curve along its edge is seen whole."""
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_box_aspect(1)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _legend_below(figure: Figure, axes: Axes, below: Axes, *, banded: bool) -> None:
+    """The legend of `axes`, below them: inside it would hide the curve of a poor model."""
+    if banded:
+        axes.fill_between([], [], color=GREY, alpha=_BAND_ALPHA, linewidth=0, label=_BAND_TITLE)
+    handles, labels = axes.get_legend_handles_labels()
+    below.axis("off")
+    below.legend(handles, labels, loc="upper left", fontsize=10, frameon=False, borderaxespad=0)
+    height_inches = _LEGEND_LINE_INCHES * len(labels)
+    grid = below.get_gridspec()
+    if grid is not None:
+        grid.set_height_ratios([_SQUARE_INCHES, height_inches])
+    figure.set_size_inches(WIDTH_INCHES, _SQUARE_INCHES + height_inches + _MARGIN_INCHES)
+
+
+def _draw_band(axes: Axes, band: Band | None, index: int) -> None:
+    if band is not None:
+        colour = line(index)["color"]
+        axes.fill_between(
+            band.grid_G, band.low_G, band.high_G, color=colour, alpha=_BAND_ALPHA, linewidth=0
+        )
+
+
+def _mark_points(
+    axes: Axes,
+    points: Mapping[str, OperatingPoint],
+    positive: npt.NDArray[np.bool_],
+    scores: Floats,
+) -> None:
+    """Each point as a shape of its own, hollow, so that two at one place are both seen."""
+    for place, (name, point) in enumerate(points.items()):
+        called = scores >= point.threshold
+        sensitivity = float(called[positive].mean())
+        specificity = float((~called[~positive]).mean())
+        axes.plot(
+            1 - specificity,
+            sensitivity,
+            marker=_MARKERS[place % len(_MARKERS)],
+            markersize=8 + 2 * (place % 3),
+            markerfacecolor="none",
+            markeredgecolor="black",
+            markeredgewidth=1.4,
+            linestyle="none",
+            zorder=4,
+            label=f"{short(name)}: sensitivity {sensitivity:.3f}, specificity {specificity:.3f}",
+        )
+
+
+def _bounds(
+    figure_of: Callable[..., npt.NDArray[np.float64]],
+    positive: npt.NDArray[np.bool_],
+    scores: Floats,
+    resampling: Resampling,
+) -> tuple[float | None, float | None]:
+    drawn = [figure_of(positive, scores, weights_RN) for weights_RN in resampling.weights()]
+    return percentile_interval(np.concatenate(drawn))
+
+
+def _interval(bounds: tuple[float | None, float | None]) -> str:
+    low, high = bounds
+    return "" if low is None or high is None else f" (95 % interval {low:.3f}–{high:.3f})"
+
+
+def _counted(name: str, positive: npt.NDArray[np.bool_]) -> str:
+    return f"{short(name)} (n = {int(positive.sum()):,})"

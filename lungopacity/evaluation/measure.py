@@ -1,0 +1,241 @@
+"""Every metric of an evaluation, over all images and in subgroups, with intervals over patients.
+
+Which interval a figure has, `ci_method`:
+
+* `bootstrap`: the percentile bootstrap over patients, of every figure but the counts. In a subgroup
+  the same replicates are taken, so that how many of its patients are drawn varies, too.
+* `wilson_patients`: of a proportion that is 0 or 1, which no resampling moves. Wilson's interval as
+  if each patient were one film: wide rather than narrow.
+* none: fewer than 19 of 20 replicates define the figure, or all give the same.
+
+The expected calibration error sums what is left of chance in each bin, and resampling adds chance
+of its own: its replicates are moved until their mean is the value.
+
+Array names carry their shape: N images, K classes, B bins, R replicates, F sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from lungopacity.evaluation.bootstrap import (
+    Resampling,
+    percentile_interval,
+    ratio,
+    weighted_auc,
+    weighted_average_precision,
+)
+from lungopacity.evaluation.metrics import (
+    CALIBRATION_BINS,
+    Floats,
+    Integers,
+    Metric,
+    calibration_bins,
+    check_scores,
+    classification_metrics,
+    confidences,
+    group_rows,
+    wilson_interval,
+)
+from lungopacity.evaluation.operating_points import decision_metrics, decision_shares
+from lungopacity.models import OperatingPoint
+from lungopacity.progress import Progress
+
+Key = tuple[str, str | None]
+"""Name of a metric, and its class or operating point."""
+Sums = npt.NDArray[np.float64] | npt.NDArray[np.bool_]
+
+_CALIBRATION = "expected_calibration_error"
+_BEFORE = f"{_CALIBRATION}_before_temperature"
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """Labelled images, and what a model says of them; row i of each array is the same image."""
+
+    labels_N: Integers
+    """Index into `class_names`."""
+    probabilities_NK: Floats
+    """As `metrics.check_scores` takes them."""
+    class_names: tuple[str, ...]
+    positive: str
+    """The class that decisions are about."""
+    uncalibrated_NK: Floats | None = None
+    """The probabilities without the temperature."""
+    points: Mapping[str, OperatingPoint] = field(default_factory=dict)
+
+    def rows(self, rows: npt.NDArray[np.int64]) -> ScoredImages:
+        """These images alone."""
+        before = self.uncalibrated_NK
+        return replace(
+            self,
+            labels_N=self.labels_N[rows],
+            probabilities_NK=self.probabilities_NK[rows],
+            uncalibrated_NK=None if before is None else before[rows],
+        )
+
+    @property
+    def positive_index(self) -> int:
+        """Of the positive class among the names."""
+        return self.class_names.index(self.positive)
+
+
+def measure(
+    scored: ScoredImages,
+    groups: Mapping[str, Sequence[str | None]],
+    resampling: Resampling,
+) -> list[Metric]:
+    """`classification_metrics` and `decision_metrics` of all and of each subgroup, and
+    expected_calibration_error_before_temperature, with the intervals of this module.
+
+    groups: as for `subgroup_metrics`. Raises `ValueError` as `check_scores` does.
+    """
+    check_scores(scored.labels_N, scored.probabilities_NK, scored.class_names)
+    n = len(scored.labels_N)
+    parts = [("all", np.arange(n)), *group_rows(groups, n)]
+    statistics = [Statistics(scored.rows(rows)) for _, rows in parts]
+    drawn: list[dict[Key, list[npt.NDArray[np.float64]]]] = [{} for _ in parts]
+    with Progress("Resampling patients", resampling.replicates, "replicates") as progress:
+        for weights_RN in resampling.weights():
+            for (_, rows), figures, found in zip(parts, statistics, drawn, strict=True):
+                for key, values_R in figures.under(weights_RN[:, rows]).items():
+                    found.setdefault(key, []).append(values_R)
+            progress.advance(len(weights_RN))
+    metrics = []
+    for (group, rows), figures, found in zip(parts, statistics, drawn, strict=True):
+        replicates = {key: np.concatenate(blocks) for key, blocks in found.items()}
+        metrics += [
+            _with_interval(item, figures, replicates, resampling.patient_N[rows])
+            for item in _values(scored.rows(rows), group)
+        ]
+    return metrics
+
+
+def _values(scored: ScoredImages, group: str) -> list[Metric]:
+    """The figures themselves."""
+    metrics = classification_metrics(
+        scored.labels_N, scored.probabilities_NK, scored.class_names, scored.positive, group
+    )
+    if scored.uncalibrated_NK is not None:
+        bins = calibration_bins(scored.labels_N, scored.uncalibrated_NK)
+        error, n = bins.expected_calibration_error, len(scored.labels_N)
+        metrics.append(Metric(group, _BEFORE, None, error, None, None, n))
+    return metrics + decision_metrics(
+        scored.probabilities_NK[:, scored.positive_index],
+        scored.labels_N == scored.positive_index,
+        scored.points,
+        group,
+    )
+
+
+def _with_interval(
+    item: Metric,
+    figures: Statistics,
+    replicates: Mapping[Key, npt.NDArray[np.float64]],
+    patient_N: npt.NDArray[np.int64],
+) -> Metric:
+    key = (item.metric, item.class_name)
+    of_N = figures.proportions.get(key)
+    patients = len(np.unique(patient_N if of_N is None else patient_N[of_N]))
+    item = replace(item, ci_low=None, ci_high=None, ci_method=None, patients=patients)
+    if key not in replicates:
+        return item
+    if of_N is not None and patients and item.value in (0.0, 1.0):
+        low, high = wilson_interval(int(item.value) * patients, patients)
+        return replace(item, ci_low=low, ci_high=high, ci_method="wilson_patients")
+    values_R = replicates[key]
+    if item.metric in (_CALIBRATION, _BEFORE):
+        values_R = np.maximum(values_R - np.nanmean(values_R) + item.value, 0.0)
+    low_or_none, high_or_none = percentile_interval(values_R)
+    method = None if low_or_none is None else "bootstrap"
+    return replace(item, ci_low=low_or_none, ci_high=high_or_none, ci_method=method)
+
+
+class Statistics:
+    """The metrics of some images as functions of a weight for each image.
+
+    All but AUC and average precision are ratios of weighted sums over the images, or made of such.
+    """
+
+    def __init__(self, scored: ScoredImages) -> None:
+        self._scored = scored
+        self._true_NK = scored.labels_N[:, None] == np.arange(len(scored.class_names))
+        self._ratios = self._ratios_of(scored)
+        self._gaps_NB = {_CALIBRATION: _gaps(scored.labels_N, scored.probabilities_NK)}
+        if scored.uncalibrated_NK is not None:
+            self._gaps_NB[_BEFORE] = _gaps(scored.labels_N, scored.uncalibrated_NK)
+        # One product with the weights gives every sum.
+        columns = [part_N for parts in self._ratios.values() for part_N in parts]
+        self._sums_NF = np.concatenate(
+            [np.stack(columns, axis=1).astype(np.float64), *self._gaps_NB.values()], axis=1
+        )
+
+    @property
+    def proportions(self) -> dict[Key, npt.NDArray[np.bool_]]:
+        """Of the metrics that are shares of images: which images they are shares of."""
+        return {
+            key: of_N.astype(np.bool_)
+            for key, (part_N, of_N) in self._ratios.items()
+            if part_N.dtype == np.bool_
+        }
+
+    def under(self, weights_RN: npt.NDArray[np.float64]) -> dict[Key, npt.NDArray[np.float64]]:
+        """(R,) of each metric, one value for each row of weights; NaN where it is not defined."""
+        sums_RF = weights_RN @ self._sums_NF
+        found: dict[Key, npt.NDArray[np.float64]] = {
+            key: ratio(sums_RF[:, 2 * place], sums_RF[:, 2 * place + 1])
+            for place, key in enumerate(self._ratios)
+        }
+        weight_R = weights_RN.sum(axis=1)
+        start = 2 * len(self._ratios)
+        for name in self._gaps_NB:
+            gaps_RB = np.abs(sums_RF[:, start : start + CALIBRATION_BINS])
+            found[name, None] = ratio(gaps_RB.sum(axis=1), weight_R)
+            start += CALIBRATION_BINS
+        names = self._scored.class_names
+        for index, name in enumerate(names):
+            ranked = self._true_NK[:, index], self._scored.probabilities_NK[:, index], weights_RN
+            found["roc_auc", name] = weighted_auc(*ranked)
+            found["average_precision", name] = weighted_average_precision(*ranked)
+        for mean, of in (("balanced_accuracy", "recall"), ("roc_auc", "roc_auc")):
+            found[mean, None] = np.mean([found[of, name] for name in names], axis=0)
+        return found
+
+    def _ratios_of(self, scored: ScoredImages) -> dict[Key, tuple[Sums, Sums]]:
+        """What each image adds to the part and to the whole; of a proportion both are bool."""
+        true_NK, exact_NK = self._true_NK, scored.probabilities_NK.astype(np.float64)
+        predicted_NK = exact_NK.argmax(axis=1)[:, None] == np.arange(len(scored.class_names))
+        all_N = np.ones(len(exact_NK), np.bool_)
+        squares_NK = (exact_NK - true_NK) ** 2
+        # As scikit-learn's log_loss: no probability is smaller than the step of float64.
+        shares_NK = (exact_NK / exact_NK.sum(axis=1, keepdims=True)).clip(np.finfo(np.float64).eps)
+        found: dict[Key, tuple[Sums, Sums]] = {
+            ("accuracy", None): ((true_NK & predicted_NK).any(axis=1), all_N),
+            ("brier", None): (squares_NK.sum(axis=1), all_N),
+            ("log_loss", None): (-(np.log(shares_NK) * true_NK).sum(axis=1), all_N),
+            ("brier_binary", scored.positive): (squares_NK[:, scored.positive_index], all_N),
+        }
+        for index, name in enumerate(scored.class_names):
+            true_N, predicted_N = true_NK[:, index], predicted_NK[:, index]
+            hit_N = true_N & predicted_N
+            found["precision", name] = hit_N, predicted_N
+            found["recall", name] = hit_N, true_N
+            found["specificity", name] = ~true_N & ~predicted_N, ~true_N
+            found["f1", name] = 2.0 * hit_N, true_N.astype(np.float64) + predicted_N
+        of_positive_N = scored.probabilities_NK[:, scored.positive_index]
+        for name, point in scored.points.items():
+            shares = decision_shares(of_positive_N, true_NK[:, scored.positive_index], point)
+            found.update({(what, name): share for what, share in shares.items()})
+        return found
+
+
+def _gaps(labels_N: Integers, probabilities_NK: Floats) -> npt.NDArray[np.float64]:
+    """(N, B) what each image adds to the gap between accuracy and confidence of its bin."""
+    confidence_N, correct_N, bin_N = confidences(labels_N, probabilities_NK)
+    gaps_NB = np.zeros((len(labels_N), CALIBRATION_BINS))
+    gaps_NB[np.arange(len(labels_N)), bin_N] = correct_N - confidence_N
+    return gaps_NB

@@ -1,0 +1,201 @@
+"""The report of an evaluation: what was measured, in words, tables and figures."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lungopacity.dataset.pixels import LabelledPixels
+from lungopacity.errors import NOTICE
+from lungopacity.evaluation import canvas, curves, plots
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.measure import ScoredImages
+from lungopacity.evaluation.metrics import Metric, confusion_matrix
+from lungopacity.evaluation.paper import format_table1, table1
+from lungopacity.evaluation.table import (
+    largest_gaps,
+    metric_value,
+    metrics_table,
+    small_groups,
+    with_interval,
+)
+from lungopacity.results.schema import class_column
+from lungopacity.storage import Store
+
+_MOST_TOLD = 10
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What was measured, and where the report lies."""
+
+    model_id: str
+    output: str
+    split: str
+    images: int
+    unreadable: int
+    """Labelled images of the split that could not be read: not in the figures."""
+    patients: int
+    """Of whom the images are; an image without patient_id counts as a patient of its own."""
+    unknown_patients: int
+    """Images without patient_id."""
+    intervals: str
+    """How the 95 % intervals were made."""
+    synthetic: bool
+    class_names: tuple[str, ...]
+    positive_class: str
+    metrics: list[Metric]
+
+    @property
+    def exit_code(self) -> int:
+        """0: every labelled image was read. 1: some could not be."""
+        return 1 if self.unreadable else 0
+
+    def value(self, metric: str, class_name: str | None = None) -> float:
+        """Over all images. Raises `KeyError` where it was not measured."""
+        value = metric_value(self.metrics, metric, class_name)
+        if value is None:
+            raise KeyError((metric, class_name))
+        return value
+
+    def summary(self) -> str:
+        """Table 1 of the paper with this model beside it, and where the files are."""
+        lines = [
+            f"model {self.model_id} on {self.images} images of split '{self.split}'"
+            + (f", {self.unreadable} unreadable" if self.unreadable else "")
+            + (", synthetic" if self.synthetic else ""),
+            f"95 % intervals: {self.intervals}"
+            + (f"; {self.unknown_patients} films name no patient" if self.unknown_patients else ""),
+            format_table1(table1(self.metrics, self.class_names)),
+        ]
+        told = {
+            ("accuracy", None): "accuracy",
+            ("balanced_accuracy", None): "balanced accuracy",
+            ("roc_auc", self.positive_class): f"AUC {self.positive_class}",
+            ("average_precision", self.positive_class): f"av. precision {self.positive_class}",
+            ("brier", None): "Brier score",
+            ("log_loss", None): "log loss (nats)",
+            ("expected_calibration_error", None): "ECE",
+            ("expected_calibration_error_before_temperature", None): "ECE before temperature",
+        }
+        overall = {(item.metric, item.class_name): item for item in self.metrics if _whole(item)}
+        lines += [
+            f"{name:32}{with_interval(overall[key])}"
+            for key, name in told.items()
+            if key in overall
+        ]
+        lines += self._decisions()
+        lines += [
+            f"{'AUC by ' + gap.column:32}{_of_group(gap.worst)}; {_of_group(gap.best)}"
+            for gap in largest_gaps(self.metrics, self.positive_class)
+        ]
+        few = small_groups(self.metrics)
+        if few:
+            words = [f"{item.group} (n = {item.n})" for item in few[:_MOST_TOLD]]
+            words += [f"and {len(few) - _MOST_TOLD} more"] if len(few) > _MOST_TOLD else []
+            lines.append(f"{'too few films to compare':32}{', '.join(words)}")
+        return "\n".join([*lines, f"report in {self.output}", NOTICE])
+
+    def _decisions(self) -> list[str]:
+        """A line for each operating point."""
+        shares: dict[str, list[str]] = {}
+        for item in self.metrics:
+            if _whole(item) and item.metric in ("decision_sensitivity", "decision_specificity"):
+                word = item.metric.removeprefix("decision_")
+                shares.setdefault(str(item.class_name), []).append(f"{word} {with_interval(item)}")
+        return [f"{'at ' + name:32}{', '.join(words)}" for name, words in shares.items()]
+
+    def to_json(self) -> str:
+        """Everything, undefined values as null."""
+        rows = [
+            {key: _finite(value) for key, value in vars(metric).items()} for metric in self.metrics
+        ]
+        facts = {key: value for key, value in vars(self).items() if key != "metrics"}
+        return json.dumps({"notice": NOTICE, **facts, "metrics": rows}, indent=2)
+
+
+def write_tables(
+    store: Store,
+    result: EvaluationResult,
+    data: LabelledPixels,
+    resampling: Resampling,
+    logits_NK: npt.NDArray[np.float32],
+    probabilities_NK: npt.NDArray[np.float32],
+) -> None:
+    """metrics.parquet, predictions.parquet (a row an image), evaluation.json, table1.txt."""
+    run_id = f"evaluation-{result.split}"
+    table = metrics_table(result.metrics, run_id, result.model_id, synthetic=result.synthetic)
+    frame = data.images.assign(model_id=result.model_id, synthetic=result.synthetic)
+    # Above 89 an age identifies (HIPAA safe harbour): 90 stands for all of them.
+    ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
+    frame["patient_age_years"] = ages.clip(upper=90)
+    # Who the patient is does not belong into a report; which films are of one, `compare` needs.
+    frame["patient_cluster"] = resampling.patient_N
+    frame = frame.drop(columns="patient_id")
+    for index, name in enumerate(result.class_names):
+        frame[class_column("p", name)] = probabilities_NK[:, index]
+        frame[class_column("logit", name)] = logits_NK[:, index]
+    predicted = probabilities_NK.argmax(axis=1)
+    frame["predicted_label"] = [result.class_names[index] for index in predicted]
+    scores = pa.Table.from_pandas(frame, preserve_index=False)
+    scores = scores.replace_schema_metadata({"notice": NOTICE})
+    for name, content in (("metrics.parquet", table), ("predictions.parquet", scores)):
+        sink = pa.BufferOutputStream()
+        pq.write_table(content, sink, compression="zstd")
+        store.write(name, sink.getvalue().to_pybytes())
+    store.write("evaluation.json", result.to_json().encode())
+    store.write("table1.txt", (result.summary() + "\n").encode())
+
+
+def write_figures(
+    store: Store,
+    result: EvaluationResult,
+    scored: ScoredImages,
+    resampling: Resampling,
+    history_parquet: bytes | None,
+) -> None:
+    """Each figure as PNG and SVG. history_parquet: of the training, where it is known."""
+    labels_N, exact_NK, names = scored.labels_N, scored.probabilities_NK, result.class_names
+    note = "synthetic" if result.synthetic else ""
+    title = f"{result.model_id} · {result.split} · n = {result.images}"
+    matrix = confusion_matrix(labels_N, exact_NK.argmax(axis=1), len(names))
+    points = {result.positive_class: scored.points}
+    figures = {
+        "confusion_matrix": plots.confusion_matrix_figure(matrix, names, title, note=note),
+        "roc": curves.roc_figure(
+            labels_N, exact_NK, names, title, note, resampling=resampling, points=points
+        ),
+        "precision_recall": curves.precision_recall_figure(
+            labels_N, exact_NK, names, title, note, resampling=resampling
+        ),
+        "reliability": plots.reliability_figure(labels_N, exact_NK, names, title, note=note),
+    }
+    if history_parquet is not None:
+        history = pd.read_parquet(io.BytesIO(history_parquet))
+        figures["history"] = plots.history_figure(
+            history, f"{result.model_id} · training", note=note
+        )
+    for name, figure in figures.items():
+        store.write(f"{name}.png", canvas.figure_png(figure))
+        store.write(f"{name}.svg", canvas.figure_svg(figure))
+
+
+def _whole(item: Metric) -> bool:
+    return item.group == "all"
+
+
+def _of_group(item: Metric) -> str:
+    """`PA 0.9412 (0.9200 to 0.9600), n = 440`."""
+    return f"{item.group.partition('=')[2]} {with_interval(item)}, n = {item.n}"
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,127 @@
+"""What a training is asked for, checked as far as can be without reading a film."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from lungopacity.archive.content import ReadSettings, rules_from
+from lungopacity.dataset.classes import class_names_of, classes_of_labels
+from lungopacity.dataset.manifest import (
+    assign_splits,
+    check_contents,
+    check_patients,
+    read_labels,
+    select_classes,
+)
+from lungopacity.dataset.pixels import LabelledPixels, load_pixels
+from lungopacity.errors import ErrorCode, UserError
+from lungopacity.models import network_card
+from lungopacity.training.settings import TrainingSettings, recipe, with_words
+
+DEFAULT_CLASSES = ("Normal", "Lung_Opacity")
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """Films, classes and settings of a training, or of many with other settings."""
+
+    images: Sequence[str]
+    labels: str
+    classes: Sequence[str]
+    """As they were asked for."""
+    words: Mapping[str, str]
+    """Settings that were asked for by name; they are among `settings`."""
+    frame: pd.DataFrame
+    """Labels of the train and validation splits."""
+    label_map: dict[str, str]
+    settings: TrainingSettings
+    accepted: frozenset[ErrorCode]
+    rejecting: frozenset[str]
+
+    def load(self) -> LabelledPixels:
+        """Read and decode the films. Needs a running Ray. Raises `UserError`."""
+        rules = ReadSettings(
+            self.settings.preprocessing, accept=self.accepted, reject_quality=self.rejecting
+        )
+        names = class_names_of(self.label_map)
+        data = load_pixels(self.images, self.frame, names, rules, self.labels)
+        check_contents(data.images, self.labels)
+        return data
+
+    def provenance(self) -> dict[str, Any]:
+        """For the model folder."""
+        return {
+            "images": list(self.images),
+            "labels": self.labels,
+            "accept": sorted(self.accepted),
+            "reject_quality": sorted(self.rejecting),
+        }
+
+
+def training_task(
+    images: Sequence[str],
+    labels: str,
+    *,
+    model: str,
+    classes: Sequence[str],
+    positive_class: str | None,
+    image_size: int | None,
+    options: Mapping[str, Any],
+    words: Mapping[str, str],
+    accept: Sequence[str],
+    reject_quality: Sequence[str] | None,
+) -> TrainingTask:
+    """options: settings by name, None for the recipe's. words: more of them, see `with_words`. The
+    others as in `train`. Raises `UserError`."""
+    accepted, rejecting = rules_from(accept, reject_quality)
+    frame = read_labels(labels)
+    label_map = classes_of_labels(classes, list(frame["label"].unique()))
+    names = class_names_of(label_map)
+    if positive_class is None:
+        positive_class = "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        chosen = _chosen(
+            recipe(model), image_size, {**given, "positive_class": positive_class}, words
+        )
+    except ValueError as error:
+        raise UserError(option_of(str(error))) from error
+    frame = select_classes(frame, label_map, labels)
+    frame = assign_splits(frame, labels, chosen.seed)
+    check_patients(frame, labels)
+    # The test split is for `evaluate`. What training never loads, it cannot look at.
+    frame = frame[frame["split"] != "test"].reset_index(drop=True)
+    return TrainingTask(
+        images, labels, classes, words, frame, label_map, chosen, accepted, rejecting
+    )
+
+
+def option_of(wrong: str) -> str:
+    """What is said of a setting, as of the option that gives it."""
+    name = wrong.split(maxsplit=1)[0]
+    if name in ("image_size", "epochs", "batch_size", "workers", "seed"):
+        return f"--{name.replace('_', '-')}{wrong.removeprefix(name)}"
+    return f"--{wrong}" if name == "set:" else f"--set {wrong}"
+
+
+def _chosen(
+    settings: TrainingSettings,
+    image_size: int | None,
+    options: Mapping[str, Any],
+    words: Mapping[str, str],
+) -> TrainingSettings:
+    """The recipe with what the user wants of it. Raises `ValueError`."""
+    settings = replace(settings, **options)
+    if image_size is not None:
+        settings = replace(
+            settings, preprocessing=replace(settings.preprocessing, image_size=image_size)
+        )
+    settings = with_words(settings, words)
+    if network_card(settings.model).fixed_size:
+        size = {"image_size": settings.preprocessing.image_size}
+        settings = replace(settings, model_settings={**size, **settings.model_settings})
+    return settings

@@ -1,0 +1,129 @@
+"""Every metric of an evaluation with its interval, and the figures under weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.measure import ScoredImages, Statistics, measure
+from lungopacity.evaluation.metrics import classification_metrics, wilson_interval
+from lungopacity.evaluation.operating_points import decision_metrics
+from lungopacity.models import OperatingPoint
+
+POINTS = {"youden": OperatingPoint(0.5), "band": OperatingPoint(0.7, review_from=0.3)}
+
+
+def scored(n: int, seed: int = 0, classes: int = 2, separation: float = 2.0) -> ScoredImages:
+    rng = np.random.default_rng(seed)
+    labels_N = rng.integers(0, classes, n)
+    logits_NK = rng.normal(size=(n, classes)) + separation * np.eye(classes)[labels_N]
+    shares = [np.exp(scale * logits_NK) for scale in (1.0, 2.0)]
+    calibrated, raw = (share / share.sum(axis=1, keepdims=True) for share in shares)
+    names = tuple(f"class {index}" for index in range(classes))
+    return ScoredImages(labels_N, calibrated, names, "class 1", raw, POINTS)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 4), st.integers(1, 40), st.integers(0, 1000))
+def test_a_weight_is_as_if_the_film_were_there_so_many_times(classes, n, seed):
+    images = scored(n, seed, classes)
+    weights_N = np.random.default_rng(seed).integers(0, 3, n)
+    weights_N[0] += 1
+    found = Statistics(images).under(weights_N[None].astype(float))
+    copied = images.rows(np.repeat(np.arange(n), weights_N))
+    expected = classification_metrics(
+        copied.labels_N, copied.probabilities_NK, copied.class_names, "class 1"
+    ) + decision_metrics(copied.probabilities_NK[:, 1], copied.labels_N == 1, POINTS)
+    told = {
+        (item.metric, item.class_name): item.value
+        for item in expected
+        if item.metric not in ("support", "confusion")
+    }
+    calibration_before = ("expected_calibration_error_before_temperature", None)
+    assert set(found) == {*told, calibration_before}
+    for key, value in told.items():
+        assert found[key][0] == pytest.approx(value, abs=1e-12, nan_ok=True), key
+
+
+def test_every_figure_but_counts_has_an_interval_around_it_in_every_subgroup():
+    images = scored(240, separation=1.0)
+    groups = {"view_position": (["PA", "AP", None] * 80)}
+    metrics = measure(images, groups, Resampling.of([str(row // 2) for row in range(240)], 300))
+    assert {item.group for item in metrics} == {
+        "all", "view_position=AP", "view_position=PA", "view_position=unknown",
+    }  # fmt: skip
+    for item in metrics:
+        if item.metric in ("support", "confusion"):
+            assert (item.ci_low, item.ci_high, item.ci_method) == (None, None, None)
+        else:
+            assert item.ci_low <= item.value <= item.ci_high, item
+            assert item.ci_low < item.ci_high, item
+            assert item.ci_method == "bootstrap"
+    counted = {item.group: (item.n, item.patients) for item in metrics if item.metric == "brier"}
+    assert counted["all"] == (240, 120)
+    assert counted["view_position=PA"] == (80, 80)
+    (recall,) = [
+        item
+        for item in metrics
+        if (item.group, item.metric, item.class_name) == ("all", "recall", "class 1")
+    ]
+    of_class = np.flatnonzero(images.labels_N == 1)
+    assert (recall.n, recall.patients) == (len(of_class), len(set(of_class // 2)))
+
+
+def test_the_values_are_those_without_resampling_and_the_seed_decides_the_intervals():
+    images = scored(90, classes=3)
+    first, again, other = (
+        measure(images, {}, Resampling.of([None] * 90, 50, seed)) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert [item.value for item in first] == [item.value for item in other]
+    assert [item.ci_low for item in first] != [item.ci_low for item in other]
+
+
+def test_clustered_films_have_wider_intervals():
+    """Each film three times, as if a patient had three that are all alike."""
+    images = scored(100)
+    thrice = images.rows(np.repeat(np.arange(100), 3))
+    alone = measure(images, {}, Resampling.of([None] * 100))
+    together = measure(thrice, {}, Resampling.of([str(row // 3) for row in range(300)]))
+    torn = measure(thrice, {}, Resampling.of([None] * 300))
+    for first, second, narrow in zip(alone, together, torn, strict=True):
+        if first.ci_method == "bootstrap":
+            assert (second.ci_low, second.ci_high) == pytest.approx((first.ci_low, first.ci_high))
+            ratio = (second.ci_high - second.ci_low) / (narrow.ci_high - narrow.ci_low)
+            assert 1.4 < ratio < 2.2, first.metric
+
+
+def test_a_model_without_a_mistake_is_not_certain():
+    """Thirty films of ten patients: Wilson's interval of ten; where no formula is, none."""
+    labels_N = np.arange(30) % 2
+    positive_N = np.where(labels_N == 1, 0.9, 0.1)
+    images = ScoredImages(
+        labels_N, np.stack([1 - positive_N, positive_N], axis=1), ("a", "b"), "b", None, POINTS
+    )
+    metrics = measure(images, {}, Resampling.of([str(row // 3) for row in range(30)]))
+    found = {(item.metric, item.class_name): item for item in metrics}
+    accuracy = found["accuracy", None]
+    assert (accuracy.value, accuracy.patients) == (1.0, 10)
+    assert (accuracy.ci_low, accuracy.ci_high) == wilson_interval(10, 10)
+    assert accuracy.ci_method == "wilson_patients"
+    review = found["review_rate", "band"]
+    assert (review.value, review.ci_low, review.ci_high) == (0.0, *wilson_interval(0, 10))
+    assert found["roc_auc", "b"].value == 1.0
+    assert found["roc_auc", "b"].ci_low is None
+    assert found["f1", "b"].ci_method is None
+
+
+def test_one_kind_of_film_or_one_patient_has_no_interval_and_no_error():
+    images = scored(12).rows(np.flatnonzero(scored(12).labels_N == 0))
+    metrics = measure(images, {}, Resampling.of([None] * len(images.labels_N), 50))
+    found = {(item.metric, item.class_name): item for item in metrics}
+    assert np.isnan(found["roc_auc", "class 1"].value)
+    assert found["roc_auc", "class 1"].ci_low is None
+    assert found["recall", "class 1"].patients == 0
+    one = measure(scored(12), {}, Resampling.of(["a"] * 12, 50))
+    assert {item.ci_method for item in one if 0 < item.value < 1} == {None}
