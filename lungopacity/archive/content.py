@@ -93,35 +93,34 @@ def _film_columns(film: Radiograph, settings: ReadSettings) -> dict[str, Any]:
     if rejecting:
         error = ImageError(ErrorCode.POOR_QUALITY, Stage.DECODE, ", ".join(rejecting), facts)
         return error_columns(error)
-    box = settings.preprocessing.content_box(film.pixels)
-    if box[2:] != film.pixels.shape:
-        content = settings.preprocessing.fit(settings.preprocessing.crop(film.pixels))
+    left, top, right, bottom = edges = settings.preprocessing.edges(film.pixels)
+    cropped = film.pixels[top:bottom, left:right]
+    if cropped.shape != film.pixels.shape:
+        content = settings.preprocessing.fit(cropped)
     height, width = content.shape
     return {
         **facts,
         "status": Status.OK.value,
         "pixels": settings.preprocessing.pad(content).tobytes(),
-        "film_height": height,
-        "film_width": width,
-        **_shown_part(film, box),
+        "shown_height": height,
+        "shown_width": width,
+        "shown_edges": _in_stored_pixels(edges, film),
     }
 
 
-def _shown_part(film: Radiograph, box: tuple[int, int, int, int]) -> dict[str, float]:
-    """The part of the stored image, in its own pixels, that `pixels` show."""
+def _in_stored_pixels(edges: tuple[int, int, int, int], film: Radiograph) -> list[float]:
+    """Left, top, right and bottom from pixels as they were decoded to those of the stored image.
+
+    A picture that its EXIF orientation turned on its side is taken as it is turned.
+    """
+    height, width = film.pixels.shape
     rows, columns = film.rows, film.columns
-    high, wide = film.pixels.shape
-    if film.format != "dicom" and rows != columns and (high > wide) != (rows > columns):
-        # A picture that EXIF has turned on its side; DICOM films alone have pixels that are not
-        # square, and may change their shape without being turned.
+    # DICOM films alone may have oblong pixels: they change shape without being turned.
+    if film.format != "dicom" and rows != columns and (height > width) != (rows > columns):
         rows, columns = columns, rows
-    top, left, height, width = box
-    return {
-        "shown_x": left * columns / wide,
-        "shown_y": top * rows / high,
-        "shown_width": width * columns / wide,
-        "shown_height": height * rows / high,
-    }
+    left, top, right, bottom = edges
+    across, down = columns / width, rows / height
+    return [left * across, top * down, right * across, bottom * down]
 
 
 def _columns_of(quality: Quality) -> dict[str, bool]:

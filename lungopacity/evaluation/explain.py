@@ -25,7 +25,13 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
 from lungopacity.evaluation.evaluate import labels_of_split
 from lungopacity.evaluation.explanation import ExplanationResult
 from lungopacity.evaluation.overlay import Caption, overlay_png
-from lungopacity.evaluation.pointing import Pointing, peak_of, point, pointing_metrics
+from lungopacity.evaluation.pointing import (
+    TOLERANCE,
+    Pointing,
+    peak_of,
+    point,
+    pointing_metrics,
+)
 from lungopacity.evaluation.table import metrics_table
 from lungopacity.models import TrainedModel, load_model, with_operating_point
 from lungopacity.progress import Progress
@@ -169,20 +175,22 @@ class _Explainer:
     ) -> Row:
         """Write one film's picture; its columns."""
         spec = self.model.spec
-        height, width = row["film_height"], row["film_width"]
+        height, width = row["shown_height"], row["shown_width"]
         film = spec.preprocessing.unpad(pixels, height, width)
         activation = spec.preprocessing.unpad(activation, height, width)
-        # Pixels of the stored image are those of the film in the square times scale, plus corner.
-        corner = np.array([row["shown_x"], row["shown_y"]])
-        scale = np.array([row["shown_width"] / width, row["shown_height"] / height])
+        left, top, right, bottom = row["shown_edges"]
+        corner = np.array([left, top])
+        # Pixels of the stored image to one of what is shown, across and down.
+        ratio = np.array([(right - left) / width, (bottom - top) / height])
         peak = peak_of(activation)
         columns: Row = {"overlay": f"overlays/{_file_name(row)}"}
         if peak is not None:
-            columns |= dict(zip(("peak_x", "peak_y"), np.array(peak) * scale + corner, strict=True))
+            columns["peak_x"], columns["peak_y"] = (corner + ratio * peak).tolist()
         boxes = self.boxes_of.get(_name(row))
         if boxes is not None:
-            boxes = np.hstack([(boxes[:, :2] - corner) / scale, boxes[:, 2:] / scale])
-            pointing = point(activation, film, boxes)
+            boxes = np.hstack([(boxes[:, :2] - corner) / ratio, boxes[:, 2:] / ratio])
+            tolerance = TOLERANCE * min(row["rows"], row["columns"]) / float(ratio.mean())
+            pointing = point(activation, film, boxes, tolerance)
             self.pointings.append((pointing, row["decision"]))
             columns |= vars(pointing)
         if self.has_boxes:

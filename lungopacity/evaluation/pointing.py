@@ -33,7 +33,7 @@ class Pointing:
     energy: float
     """Share of the map's sum that lies in boxes, 0 … 1; 0 of a map of zeros."""
     chance: float
-    """Share of the film's pixels that lie in boxes: how often a random point hits."""
+    """Share of the pixels shown that lie in boxes: how often a random point hits."""
     chance_with_tolerance: float
     chance_not_black: float
     """The same among pixels that are not black: of films cut to the lung fields, a point there."""
@@ -59,16 +59,17 @@ def point(
     activation: npt.NDArray[np.float32],
     film: npt.NDArray[np.uint8],
     boxes: npt.NDArray[np.float64],
+    tolerance: float,
 ) -> Pointing:
     """Compare a map with the film's boxes.
 
-    activation, film: (height, width). boxes: (m, 4) x, y, width and height in their pixels, one at
-    least.
+    activation, film: (height, width), of what the network is shown. boxes: (m, 4) x, y, width and
+    height in their pixels, one at least. tolerance: in their pixels.
     """
     assert len(boxes), "a film without boxes has nothing to point at"
     distance = _distance_to_boxes(film.shape, boxes)
     inside = distance <= 0
-    near = distance <= TOLERANCE * min(film.shape)
+    near = distance <= tolerance
     peak = peak_of(activation)
     place = None if peak is None else (int(peak[1]), int(peak[0]))
     total = float(activation.sum(dtype=np.float64))

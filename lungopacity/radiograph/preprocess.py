@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 Pixel = TypeVar("Pixel", bound=np.generic)
+
 _BLACK = 20
 """JPEG and film noise lift the black of a border up to here."""
 _SPECKS = 0.01
@@ -53,25 +54,26 @@ class Preprocessing:
 
         pixels: (height, width) uint8.
         """
-        top, left, height, width = self.content_box(pixels)
-        return pixels[top : top + height, left : left + width]
+        left, top, right, bottom = self.edges(pixels)
+        return pixels[top:bottom, left:right] if self.crop_borders else pixels
 
-    def content_box(self, pixels: npt.NDArray[np.uint8]) -> tuple[int, int, int, int]:
-        """Top, left, height and width of what `crop` leaves, in pixels of the film."""
+    def edges(self, pixels: npt.NDArray[np.uint8]) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of what `crop` leaves."""
         height, width = pixels.shape
+        whole = (0, 0, width, height)
         if not self.crop_borders:
-            return 0, 0, height, width
+            return whole
         step = max(1, max(height, width) // _SAMPLED_SIDE)
         bright = pixels[::step, ::step] > _BLACK
-        rows = np.flatnonzero(bright.mean(axis=1) > _SPECKS) * step
-        columns = np.flatnonzero(bright.mean(axis=0) > _SPECKS) * step
+        rows = np.flatnonzero(bright.mean(axis=1) > _SPECKS)
+        columns = np.flatnonzero(bright.mean(axis=0) > _SPECKS)
         if not len(rows) or not len(columns):
-            return 0, 0, height, width
-        top, left = int(rows[0]), int(columns[0])
-        bottom, right = min(height, int(rows[-1]) + step), min(width, int(columns[-1]) + step)
-        if max(bottom - top, right - left) < _LEAST_SIDE * max(height, width):
-            return 0, 0, height, width
-        return top, left, bottom - top, right - left
+            return whole
+        left, top = int(columns[0]) * step, int(rows[0]) * step
+        right = min(width, (int(columns[-1]) + 1) * step)
+        bottom = min(height, (int(rows[-1]) + 1) * step)
+        large = max(right - left, bottom - top) >= _LEAST_SIDE * max(height, width)
+        return (left, top, right, bottom) if large else whole
 
     def fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Shrink (area-weighted) or enlarge, so that the longer side has `image_size` pixels.

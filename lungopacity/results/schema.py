@@ -69,18 +69,15 @@ READ_SCHEMA = pa.schema(
         *SOURCE_FIELDS,
         *CONTENT_FIELDS,
         pa.field("pixels", pa.binary()),
-        pa.field("film_height", pa.int32()),
-        pa.field("film_width", pa.int32()),
-        pa.field("shown_x", pa.float64()),
-        pa.field("shown_y", pa.float64()),
-        pa.field("shown_width", pa.float64()),
-        pa.field("shown_height", pa.float64()),
+        pa.field("shown_height", pa.int32()),
+        pa.field("shown_width", pa.int32()),
+        pa.field("shown_edges", pa.list_(pa.float64())),
         *SHARD_FIELDS,
     ]
 )
 """Between reading and scoring. `pixels`: image_size² bytes, row by row, null without an image; in
-their middle `film_height` x `film_width` are the film, the rest is padding. `shown_…`: which part
-of the stored image that is, in its own pixels: all of it, unless borders were cut away."""
+their middle `shown_height` x `shown_width` are of the film, the rest is padding. `shown_edges`:
+left, top, right and bottom of what is shown, in pixels of the stored image."""
 
 PLAN_SCHEMA = pa.schema([*SOURCE_FIELDS[:1], *SOURCE_FIELDS[4:], pa.field("is_shard", pa.bool_())])
 """The inventory, and the plan made of it: one row an object."""

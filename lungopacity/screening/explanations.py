@@ -24,7 +24,7 @@ PICTURE = "explanation_png"
 _SIDE = 224
 """Pixels. With the strip below, a picture has less than 256 and some 20 kB."""
 _WRITE_THREADS = 8
-_FACTS = ["content_sha256", "frame", "film_height", "film_width", "synthetic"]
+_FACTS = ["content_sha256", "frame", "shown_height", "shown_width", "synthetic"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Explainer:
         rows = films.select(_FACTS).take(pa.array(chosen, pa.int64())).to_pylist()
         maps = scorer.activation_maps(pixels_NHW[chosen])
         for place, row, activation in zip(chosen, rows, maps, strict=True):
-            shape = row["film_height"], row["film_width"]
+            shape = row["shown_height"], row["shown_width"]
             activation = spec.preprocessing.unpad(activation, *shape)
             pictures[place] = overlay_png(
                 spec.preprocessing.unpad(pixels_NHW[place], *shape),

@@ -229,12 +229,10 @@ def test_borders_are_cut_off_what_is_scored_and_not_off_what_is_judged(tmp_path)
     (row,) = read(str(tmp_path), ReadSettings(preprocessing))
     assert row["quality_heavy_borders"]
     assert row["pixels"] == preprocessing.square(film).tobytes()
-    shown = [row[f"shown_{name}"] for name in ("x", "y", "width", "height")]
-    assert shown == [150, 150, 160, 160]
+    assert row["shown_edges"] == [150, 150, 310, 310]
     (whole,) = read(str(tmp_path), ReadSettings(Preprocessing(image_size=80)))
     assert whole["pixels"] != row["pixels"]
-    shown = [whole[f"shown_{name}"] for name in ("x", "y", "width", "height")]
-    assert shown == [0, 0, 460, 460]
+    assert whole["shown_edges"] == [0, 0, 460, 460]
 
 
 def test_a_view_that_nothing_tells_is_marked(tmp_path):

@@ -139,23 +139,27 @@ def test_a_film_that_is_turned_or_has_oblong_pixels_keeps_its_frame(tmp_path):
         assert row["hit"] == (row["peak_x"] < width / 2)
 
 
-def test_boxes_and_peaks_stay_in_the_stored_films_pixels_where_borders_were_cut(tmp_path):
-    film = np.zeros((400, 500), np.uint8)
-    film[150:350, 200:360] = grey_film(height=200, width=160).clip(30, None)
-    open_store(str(tmp_path / "films")).write("a.png", encoded(film))
-    (tmp_path / "boxes.csv").write_text("image,x,y,width,height\na.png,200,150,80,200\n")
+def test_what_was_cut_away_is_counted_when_places_are_told(tmp_path):
+    film = np.pad(grey_film(height=200, width=160).clip(30, None), ((40, 0), (100, 20)))
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.png").write_bytes(encoded(film))
+    # All that is left of the film, and its upper half.
+    (tmp_path / "boxes.csv").write_text(
+        "image,x,y,width,height\na.png,100,40,160,200\na.png,100,40,160,100\n"
+    )
+    (tmp_path / "half.csv").write_text("image,x,y,width,height\na.png,100,40,160,100\n")
     preprocessing = Preprocessing(image_size=64, crop_borders=True)
     write_tiny_model(str(tmp_path / "model"), preprocessing=preprocessing, seed=3)
-    result = lungopacity.explain(
-        str(tmp_path / "model"), [str(tmp_path / "films")], str(tmp_path / "out"),
-        boxes=str(tmp_path / "boxes.csv"), reject_quality=[],
-    )  # fmt: skip
-    (row,) = result.table.to_pylist()
-    # The left half of what is shown, and not of the film.
-    assert row["chance"] == pytest.approx(0.5, abs=0.02)
-    assert 200 < row["peak_x"] < 360
-    assert 150 < row["peak_y"] < 350
-    assert row["hit"] == (row["peak_x"] < 280)
+    for name, chance in (("boxes", 1.0), ("half", 0.5)):
+        result = lungopacity.explain(
+            str(tmp_path / "model"), [str(tmp_path / "films")], str(tmp_path / "out"),
+            boxes=str(tmp_path / f"{name}.csv"),
+        )  # fmt: skip
+        (row,) = result.table.to_pylist()
+        assert row["chance"] == pytest.approx(chance, abs=0.02)
+        assert 100 < row["peak_x"] < 260
+        assert 40 < row["peak_y"] < 240
+        assert row["hit"] == (chance == 1 or row["peak_y"] < 140)
 
 
 def test_one_loose_image_is_an_archive_of_one(store_uri, tmp_path):

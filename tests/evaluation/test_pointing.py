@@ -28,7 +28,7 @@ def boxes(*rows: tuple[float, float, float, float]) -> np.ndarray:
         (100, 40, True, True),  # its first row
         (100, 39, False, True),
         (100, 60, False, True),  # the row behind its last
-        (100, 33, False, True),  # 7.5 pixels are 15 of 224, for the shorter side has 112
+        (100, 33, False, True),  # 7.5 pixels are the tolerance
         (100, 31, False, False),
         (135, 50, False, True),  # the second box
         (140, 57, False, True),
@@ -37,7 +37,9 @@ def boxes(*rows: tuple[float, float, float, float]) -> np.ndarray:
     ],
 )
 def test_the_highest_place_hits_or_misses(x, y, hit, near):
-    found = point(map_at((x, y, 1), (0, 0, 0.9)), FILM, boxes((90, 40, 40, 20), (138, 40, 6, 20)))
+    found = point(
+        map_at((x, y, 1), (0, 0, 0.9)), FILM, boxes((90, 40, 40, 20), (138, 40, 6, 20)), 7.5
+    )
     expected = hit or (x, y) == (140, 57)
     assert (found.hit, found.hit_with_tolerance) == (expected, near)
 
@@ -47,7 +49,7 @@ def test_energy_and_chance_are_shares():
     film[:, 112:] = 0
     activation = map_at((10, 10, 1.0), (50, 50, 0.5), (200, 100, 0.5))
     # The boxes overlap, and reach beyond the film: each pixel counts once.
-    found = point(activation, film, boxes((-20, -20, 76, 132), (28, 0, 28, 112)))
+    found = point(activation, film, boxes((-20, -20, 76, 132), (28, 0, 28, 112)), 7.5)
     assert found.energy == pytest.approx(0.75)
     assert found.chance == pytest.approx(56 / 224)
     assert found.chance_not_black == pytest.approx(56 / 112)
@@ -55,7 +57,7 @@ def test_energy_and_chance_are_shares():
 
 
 def test_a_map_of_zeros_misses():
-    found = point(map_at(), np.zeros_like(FILM), boxes((0, 0, 500, 500)))
+    found = point(map_at(), np.zeros_like(FILM), boxes((0, 0, 500, 500)), 7.5)
     assert found == Pointing(False, False, 0.0, 1.0, 1.0, 0.0)
     assert peak_of(map_at()) is None
 

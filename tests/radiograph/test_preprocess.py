@@ -37,6 +37,14 @@ def test_wrong_settings_are_refused(wrong):
         Preprocessing(**wrong)
 
 
+@pytest.mark.parametrize("shape", [(64, 41), (40, 64), (64, 64), (1, 64), (63, 64)])
+def test_unpad_takes_the_film_out_of_the_square(shape):
+    preprocessing = Preprocessing(image_size=64)
+    content = np.random.default_rng(0).integers(1, 256, shape).astype(np.uint8)
+    found = preprocessing.unpad(preprocessing.pad(content), *shape)
+    np.testing.assert_array_equal(found, content)
+
+
 def bordered(content: np.ndarray, border: int) -> np.ndarray:
     return np.pad(content, border)
 
@@ -49,7 +57,7 @@ def test_borders_are_cut_away_where_that_is_wanted(size):
     cut = Preprocessing(image_size=size, crop_borders=True)
     np.testing.assert_array_equal(cut.crop(film), content)
     np.testing.assert_array_equal(cut.square(film), cut.square(content))
-    assert Preprocessing(image_size=size).crop(film).shape == film.shape
+    assert Preprocessing(image_size=size).crop(film) is film
 
 
 def test_the_borders_of_a_large_film_are_found_to_a_few_pixels():
@@ -73,9 +81,8 @@ def test_a_film_is_decoded_large_enough_to_be_cut():
     assert Preprocessing(image_size=100).at_least == 100
 
 
-@pytest.mark.parametrize("shape", [(64, 41), (40, 64), (64, 64), (1, 64), (63, 64)])
-def test_unpad_takes_the_film_out_of_the_square(shape):
-    preprocessing = Preprocessing(image_size=64)
-    content = np.random.default_rng(0).integers(1, 256, shape).astype(np.uint8)
-    found = preprocessing.unpad(preprocessing.pad(content), *shape)
-    np.testing.assert_array_equal(found, content)
+def test_edges_are_those_of_what_is_left():
+    content = grey_film(height=100, width=80).clip(30, None)
+    film = np.pad(content, ((40, 30), (20, 10)))
+    assert Preprocessing(crop_borders=True).edges(film) == (20, 40, 100, 140)
+    assert Preprocessing().edges(film) == (0, 0, 110, 170)
