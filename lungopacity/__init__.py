@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from lungopacity.training.ensemble import ensemble
     from lungopacity.training.fit import TrainingResult
     from lungopacity.training.train import train
+    from lungopacity.training.tune import TuneResult, tune
 
 __all__ = [
     "EvaluationResult",
     "Night",
     "ScreeningResult",
     "TrainingResult",
+    "TuneResult",
     "UserError",
     "audit",
     "compare",
@@ -39,6 +41,7 @@ __all__ = [
     "screen",
     "threshold",
     "train",
+    "tune",
 ]
 
 # Imported when first used: `lungopacity --help` must not wait for torch and ray.
@@ -47,6 +50,7 @@ _HOME = {
     "Night": "screening.nightly",
     "ScreeningResult": "screening.screen",
     "TrainingResult": "training.fit",
+    "TuneResult": "training.tune",
     "UserError": "errors",
     "audit": "evaluation.audit",
     "compare": "evaluation.compare",
@@ -59,6 +63,7 @@ _HOME = {
     "screen": "screening.screen",
     "threshold": "evaluation.threshold",
     "train": "training.train",
+    "tune": "training.tune",
 }
 
 

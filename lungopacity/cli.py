@@ -206,6 +206,37 @@ def train(classes: str, **options: Any) -> int:
 
 
 @cli.command(epilog=_EPILOG)
+@_training_options
+@click.option("--output", metavar="URI", required=True, help="Where the trials' table goes.")
+@click.option("--trials", type=int, default=20, show_default=True, help="The recipe is the first.")
+@click.option(
+    "--search",
+    metavar="NAME=FROM",
+    multiple=True,
+    callback=lambda _context, _option, words: _pairs(words),
+    help="log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A,B of a setting. Default: the "
+    "network's own space.",
+)
+@click.option(
+    "--time-budget-s", type=float, default=None, help="What it cuts short runs in the next call."
+)
+def tune(classes: str, **options: Any) -> int:
+    """Search for better settings by validation loss, on all CPUs or GPUs of the cluster.
+
+    The same command goes on where a crashed one stopped; one of more --trials adds them. best.json
+    says the command that trains the best.
+    """
+    from lungopacity.results.render import rendered
+    from lungopacity.training.tune import tune as run
+
+    found = run(classes=_names(classes), **options)
+    click.echo(rendered(found.trials, "table").decode(), nl=False)
+    click.echo(found.best["command"])
+    click.echo(NOTICE)
+    return 0
+
+
+@cli.command(epilog=_EPILOG)
 @click.option(
     "--model", "members", metavar="URI", multiple=True, required=True, help="Two or more folders."
 )

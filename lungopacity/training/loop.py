@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Films:
 
 
 @dataclass(frozen=True)
-class _Worker:
+class Worker:
     """This process among those that train together."""
 
     settings: TrainingSettings
@@ -110,9 +111,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     whose loss was not a number, or None.
     """
     context = ray.train.get_context()
-    settings: TrainingSettings = config["settings"]
-    worker = _Worker(
-        settings=settings,
+    worker = Worker(
+        settings=config["settings"],
         films=ray.get(config["films"]),
         rank=context.get_world_rank(),
         workers=context.get_world_size(),
@@ -122,14 +122,45 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         # Ray allows as many threads as CPUs are reserved: one. Training has the machine to itself.
         cpus = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cpus // context.get_local_world_size()))
+
+    def report(row: dict[str, Any], _: torch.Tensor, save: Callable[[str], None]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = None
+            if worker.rank == 0:
+                save(folder)
+                saved = Checkpoint.from_directory(folder)
+            # SYNC: uploaded in the background, a checkpoint is lost with the worker that made it.
+            ray.train.report(row, saved, checkpoint_upload_mode=CheckpointUploadMode.SYNC)
+
+    first = None if config["first"] is None else ray.get(config["first"])
+    return {"diverged_in_epoch": learn(worker, first, ray.train.get_checkpoint(), report)}
+
+
+Report = Callable[[dict[str, Any], torch.Tensor, Callable[[str], None]], None]
+"""Of an epoch: its history row; the validation logits (V, K), float32 on the CPU; and what writes a
+checkpoint into a folder."""
+
+
+def learn(
+    worker: Worker,
+    first: dict[str, torch.Tensor] | None,
+    checkpoint: Checkpoint | None,
+    report: Report,
+) -> int | None:
+    """All epochs, or those after the checkpoint; `report` is called after each.
+
+    `first`: what training starts from, by name. Returns the epoch whose loss was not a number, or
+    None.
+    """
+    settings = worker.settings
     torch.backends.cudnn.deterministic = True
     # DDP says that a 3 x 3 kernel of one channel has two memory layouts. Both are right.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
     torch.manual_seed(_seed(settings.seed))
     network = build_network(settings.model, worker.films.classes, settings.model_settings)
-    if config["first"] is not None:
-        network.load_state_dict(ray.get(config["first"]), strict=False)
+    if first is not None:
+        network.load_state_dict(first, strict=False)
     network = network.to(worker.device).to(memory_format=torch.channels_last)
     if worker.device.type == "cpu":
         _depthwise_in_float32(network)
@@ -143,7 +174,6 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         decoupled_weight_decay=True,
     )
     history: list[dict[str, Any]] = []
-    checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             history = read_checkpoint(folder, network, optimizer, averaged)
@@ -157,12 +187,13 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         if distributed is None or epoch == settings.frozen_epochs + 1:
             # DDP asks once, when it is made, which weights learn.
             _freeze(network, epoch <= settings.frozen_epochs)
-            distributed = ray.train.torch.prepare_model(network)
+            alone = worker.workers == 1
+            distributed = network if alone else ray.train.torch.prepare_model(network)
         trained = _train_epoch(worker, distributed, optimizer, epoch, averaged)
         logits_VK = _validation_logits(worker, kept)
         validation_loss = functional.cross_entropy(logits_VK, labels_V).item()
         if not math.isfinite(trained["train_loss"] + validation_loss):
-            return {"diverged_in_epoch": epoch}
+            return epoch
         row = {
             "epoch": epoch,
             **trained,
@@ -172,14 +203,12 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
             "workers": worker.workers,
         }
         history.append(row)
-        with tempfile.TemporaryDirectory() as folder:
-            saved = None
-            if worker.rank == 0:
-                write_checkpoint(folder, network, optimizer, history, logits_VK, averaged)
-                saved = Checkpoint.from_directory(folder)
-            # SYNC: uploaded in the background, a checkpoint is lost with the worker that made it.
-            ray.train.report(row, saved, checkpoint_upload_mode=CheckpointUploadMode.SYNC)
-    return {"diverged_in_epoch": None}
+
+        def save(folder: str, logits_VK: torch.Tensor = logits_VK) -> None:
+            write_checkpoint(folder, network, optimizer, history, logits_VK, averaged)
+
+        report(row, logits_VK, save)
+    return None
 
 
 def learning_rate_at(progress: float, settings: TrainingSettings) -> float:
@@ -213,7 +242,7 @@ def _freeze(network: torch.nn.Module, frozen: bool) -> None:
 
 
 def _train_epoch(
-    worker: _Worker,
+    worker: Worker,
     distributed: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     epoch: int,
@@ -292,7 +321,7 @@ def _average(averaged: torch.nn.Module, network: torch.nn.Module, decay: float, 
             mean.copy_(latest)
 
 
-def _validation_logits(worker: _Worker, network: torch.nn.Module) -> torch.Tensor:
+def _validation_logits(worker: Worker, network: torch.nn.Module) -> torch.Tensor:
     """(validation films, classes) float32 on the CPU, the same in every rank.
 
     Each rank runs its share and leaves the rest zero, so the sum counts every film once.

@@ -27,7 +27,7 @@ from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
 from lungopacity.training.fit import fit
-from lungopacity.training.loop import Films, _train_epoch, _validation_logits, _Worker
+from lungopacity.training.loop import Films, Worker, _train_epoch, _validation_logits
 from lungopacity.training.settings import TrainingSettings, recipe
 
 CLASSES = ("Normal", "Lung_Opacity")
@@ -72,7 +72,7 @@ def test_each_network_learns_for_an_epoch_and_scores(films, name) -> None:
         np.flatnonzero(films.split_N == "validation"),
         classes=2,
     )
-    worker = _Worker(settings, shown, rank=0, workers=1, device=torch.device("cpu"))
+    worker = Worker(settings, shown, rank=0, workers=1, device=torch.device("cpu"))
     torch.manual_seed(0)
     network = build_network(name, 2, settings.model_settings)
     before = {key: part.clone() for key, part in network.state_dict().items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lungopacity.cli import main
-from lungopacity.training.loop import Films, _Worker
+from lungopacity.training.loop import Films, Worker
 from lungopacity.training.settings import TrainingSettings
 
 ELASTIC = TrainingSettings(batch_size=24, workers=1, max_workers=9)
@@ -19,7 +19,7 @@ ELASTIC = TrainingSettings(batch_size=24, workers=1, max_workers=9)
 def batches(settings: TrainingSettings, films: int, workers: int, rank: int) -> list[np.ndarray]:
     train = np.arange(films)
     data = Films(np.zeros((films, 1, 1), np.uint8), train % 2, train, train[:0], classes=2)
-    return _Worker(settings, data, rank, workers, torch.device("cpu")).batches(epoch=1)
+    return Worker(settings, data, rank, workers, torch.device("cpu")).batches(epoch=1)
 
 
 @pytest.mark.parametrize("films", [24, 97, 240, 241])

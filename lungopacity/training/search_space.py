@@ -1,0 +1,151 @@
+"""Which settings `tune` tries, and from where it draws them.
+
+A drawn value is the word that `train --set NAME=WORD` takes, so that what was tried can be trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from lungopacity.models import network_card
+from lungopacity.training.settings import TrainingSettings, with_words
+
+_FORMS = "log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,…"
+_FIXED = ("preprocessing", "positive_class", "weights", "workers", "max_workers", "use_gpu", "seed")
+"""Settings that all trials share: they decide what the films and the splits are, what the score is
+of, or what a trial runs on."""
+
+_EVERY = {
+    "weight_decay": "log:0.005:0.2",
+    "label_smoothing": "choice:0,0.05,0.1",
+    "mixup_alpha": "choice:0,0.1,0.2,0.4",
+    "ema_decay": "choice:0,0.95,0.99,0.995",
+    "augmentation.rotation_degrees": "uniform:0:20",
+    "augmentation.scale": "uniform:0:0.25",
+    "augmentation.gain": "uniform:0:0.3",
+    "augmentation.gamma": "uniform:0:0.4",
+    "augmentation.erase_probability": "choice:0,0.25,0.5",
+    "model_settings.dropout": "uniform:0:0.5",
+}
+"""Of every network: how hard it is kept from learning the training films by heart."""
+_CLASSICAL = {"learning_rate": "log:5e-4:8e-3", **_EVERY}
+"""Of the classical CNN: four times its recipe's learning rate, and a quarter."""
+_FRESH = {"learning_rate": "log:2e-4:5e-3", **_EVERY}
+"""Of the other networks that begin with fresh weights."""
+_TRANSFER = {
+    "learning_rate": "log:1e-4:3e-3",
+    **_EVERY,
+    "model_settings.drop_path": "choice:0,0.1,0.2",
+    "frozen_epochs": "choice:0,1",
+}
+"""Of networks whose ImageNet weights are installed: lower rates, so as not to unlearn them, and an
+epoch of the last layer alone, or none."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where one setting is drawn from."""
+
+    kind: str
+    """log and uniform: evenly in the logarithm or as it is; int: whole numbers, both ends
+    included; choice: one of `words`."""
+    low: float = 0.0
+    high: float = 0.0
+    words: tuple[str, ...] = ()
+
+    def draw(self, rng: np.random.Generator) -> str:
+        """A word for `--set`; numbers to four digits."""
+        if self.kind == "choice":
+            return self.words[int(rng.integers(len(self.words)))]
+        if self.kind == "int":
+            return str(int(rng.integers(int(self.low), int(self.high), endpoint=True)))
+        if self.kind == "log":
+            return f"{math.exp(rng.uniform(math.log(self.low), math.log(self.high))):.4g}"
+        return f"{rng.uniform(self.low, self.high):.4g}"
+
+    def ends(self) -> tuple[str, ...]:
+        """Words that are right if all are."""
+        if self.kind == "choice":
+            return self.words
+        if self.kind == "int":
+            return str(int(self.low)), str(int(self.high))
+        return f"{self.low:.4g}", f"{self.high:.4g}"
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """Of its column among the trials."""
+        if self.kind != "choice":
+            return pa.int64() if self.kind == "int" else pa.float64()
+        return pa.float64() if all(map(_is_number, self.words)) else pa.string()
+
+
+def parse_domain(text: str) -> Domain:
+    """`log:1e-4:1e-2` and its like. Raises `ValueError`."""
+    kind, _, rest = text.partition(":")
+    if kind == "choice":
+        words = tuple(word.strip() for word in rest.split(",") if word.strip())
+        if words:
+            return Domain(kind, words=words)
+    elif kind in ("log", "uniform", "int"):
+        ends = rest.split(":")
+        if len(ends) == 2 and all(map(_is_number, ends)):
+            low, high = map(float, ends)
+            whole = kind != "int" or (low.is_integer() and high.is_integer())
+            if low < high and whole and (kind != "log" or low > 0):
+                return Domain(kind, low, high)
+    raise ValueError(f"'{text}' is none of {_FORMS}")
+
+
+def default_space(model: str) -> dict[str, str]:
+    """Of a network, by setting. Raises `UserError` for an unknown name."""
+    if model == "classical-cnn":
+        return dict(_CLASSICAL)
+    return dict(_TRANSFER if network_card(model).weights == "installed" else _FRESH)
+
+
+def search_space(settings: TrainingSettings, search: Mapping[str, str]) -> dict[str, Domain]:
+    """search: forms by setting; none takes the network's default. Raises `ValueError` for a setting
+    or a form that is none, or that leads out of what the setting may be."""
+    space = {}
+    for name, text in (search or default_space(settings.model)).items():
+        if name.partition(".")[0] in _FIXED:
+            raise ValueError(f"{name}: is the same in all trials; give it to tune itself")
+        try:
+            space[name] = parse_domain(text)
+            for word in space[name].ends():
+                with_words(settings, {name: word})
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).removeprefix('set: ')}") from None
+    return space
+
+
+def draw(space: Mapping[str, Domain], seed: int, trial: int) -> dict[str, str]:
+    """The settings of a trial, the same however many trials there are. Of trial 0 there are none:
+    it is the recipe itself, to be beaten."""
+    if trial == 0:
+        return {}
+    rng = np.random.default_rng([seed, trial])
+    return {name: domain.draw(rng) for name, domain in space.items()}
+
+
+def with_draw(settings: TrainingSettings, words: Mapping[str, str]) -> TrainingSettings:
+    """The settings of a trial: one worker's, for trials run side by side."""
+    return replace(with_words(settings, words), workers=1, max_workers=0)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
+
+
+def value_of(word: str, kind: pa.DataType) -> float | int | str:
+    """What stands in a column of that type."""
+    return word if pa.types.is_string(kind) else json.loads(word)

@@ -1,0 +1,189 @@
+"""The trials of a search: their rows as they end, and the command that trains one."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+from ray import tune as ray_tune
+
+from lungopacity.errors import NOTICE
+from lungopacity.storage import Store, join_uri
+from lungopacity.training.search_space import Domain, draw, value_of, with_draw
+from lungopacity.training.settings import TrainingSettings
+from lungopacity.training.task import TrainingTask
+
+DONE, STOPPED, DIVERGED, FAILED, OUT_OF_TIME = (
+    "done",
+    "stopped",
+    "diverged",
+    "failed",
+    "out of time",
+)
+"""done: trained to its end; stopped: by ASHA; diverged: a loss was no number; failed: it crashed,
+twice; out of time: cut short by the time budget, and run anew by the next call."""
+
+_FIGURES = [
+    pa.field("epochs", pa.int64(), nullable=False),
+    pa.field("best_epoch", pa.int64()),
+    pa.field("validation_loss", pa.float64()),
+    pa.field("validation_accuracy", pa.float64()),
+    pa.field("validation_auc", pa.float64()),
+    pa.field("seconds", pa.float64(), nullable=False),
+    pa.field("error", pa.string()),
+]
+
+
+class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
+    """Rows by trial number. Tune calls it on the driver; each row is written as it is known."""
+
+    def __init__(
+        self, store: Store, space: Mapping[str, Domain], settings: TrainingSettings
+    ) -> None:
+        self.space = space
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.on_row: Callable[[str], None] = lambda note: None
+        """Told of each new row, with the best loss so far."""
+        self._store = store
+        self._settings = settings
+        self._epochs: dict[int, list[dict[str, Any]]] = {}
+        for item in store.list("trials/"):
+            row = json.loads(store.read(item.key))
+            self.rows[row["trial"]] = row
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune writes its callbacks down, to be restored with. Ours holds a terminal and a store,
+        # and a search goes on from its rows.
+        return {}
+
+    def settings_of(self, number: int) -> TrainingSettings:
+        return with_draw(self._settings, draw(self.space, self._settings.seed, number))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
+        epochs = self._epochs.setdefault(trial.config["trial"], [])
+        # A trial that is run again after a crash begins at its first epoch.
+        epochs[:] = [row for row in epochs if row["epoch"] < result["epoch"]]
+        epochs.append(result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        number = trial.config["trial"]
+        last = self._epochs.get(number, [{}])[-1]
+        if last.get("diverged"):
+            error = f"the loss of epoch {last['epoch']} is no number; lower the learning rate"
+            self._end(number, DIVERGED, error)
+        elif not last:
+            self._end(number, FAILED, "ended before its first epoch")
+        else:
+            self._end(number, STOPPED if self._cut(number) else DONE)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._end(trial.config["trial"], FAILED, _last_line(trial))
+
+    def out_of_time(self) -> None:
+        """Of trials that began and have no row: for the table alone."""
+        for number in self._epochs:
+            if number not in self.rows:
+                self.rows[number] = self._row(number, OUT_OF_TIME, None)
+
+    def _cut(self, number: int) -> bool:
+        settings = self.settings_of(number)
+        epochs = self._epochs[number]
+        losses = [row["validation_loss"] for row in epochs]
+        waited = len(losses) - 1 - losses.index(min(losses))
+        patient = settings.patience == 0 or waited < settings.patience
+        return patient and len(epochs) < settings.epochs
+
+    def _end(self, number: int, status: str, error: str | None = None) -> None:
+        row = self._row(number, status, error)
+        self.rows[number] = row
+        kept = {**row, "notice": NOTICE}
+        self._store.write(f"trials/{number:05}.json", json.dumps(kept).encode())
+        losses = [row["validation_loss"] for row in self.rows.values()]
+        best = min((loss for loss in losses if loss is not None), default=None)
+        self.on_row("" if best is None else f"lowest validation loss {best:.4f}")
+
+    def _row(self, number: int, status: str, error: str | None) -> dict[str, Any]:
+        epochs = [row for row in self._epochs.get(number, []) if not row.get("diverged")]
+        best: dict[str, Any] = min(epochs, key=lambda row: row["validation_loss"], default={})
+        return {
+            "trial": number,
+            "status": status,
+            "words": draw(self.space, self._settings.seed, number),
+            "epochs": len(epochs),
+            "best_epoch": best.get("epoch"),
+            **{
+                name: best.get(name)
+                for name in ("validation_loss", "validation_accuracy", "validation_auc")
+            },
+            "seconds": round(sum(row["seconds"] for row in epochs), 1),
+            "error": error,
+        }
+
+
+def trials_table(rows: Iterable[Mapping[str, Any]], space: Mapping[str, Domain]) -> pa.Table:
+    """The lowest validation loss first, then those without one.
+
+    Columns: trial, status; one for each setting that is searched, null where the recipe's own value
+    was tried; epochs (that were trained), best_epoch; validation_loss (nats), validation_accuracy,
+    validation_auc (0 … 1) of that epoch; seconds (of training), error.
+    """
+    kinds = {name: domain.arrow_type for name, domain in space.items()}
+    schema = pa.schema(
+        [
+            pa.field("trial", pa.int64(), nullable=False),
+            pa.field("status", pa.string(), nullable=False),
+            *(pa.field(name, kind) for name, kind in kinds.items()),
+            *_FIGURES,
+        ]
+    )
+
+    def filled(row: Mapping[str, Any]) -> dict[str, Any]:
+        words = {name: value_of(word, kinds[name]) for name, word in row["words"].items()}
+        return {**words, **row}
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, float, int]:
+        loss = row["validation_loss"]
+        return loss is None, loss or 0.0, row["trial"]
+
+    return pa.Table.from_pylist([filled(row) for row in sorted(rows, key=rank)], schema=schema)
+
+
+def train_arguments(task: TrainingTask, drawn: Mapping[str, str], output: str) -> dict[str, Any]:
+    """`arguments` of `lungopacity train` for the trial of these words, and its `command` line."""
+    settings = task.settings
+    words = {**task.words, **drawn}
+    options = {
+        "--model": settings.model,
+        "--weights": settings.weights,
+        "--classes": ",".join(task.classes),
+        "--positive-class": settings.positive_class,
+        "--image-size": str(settings.preprocessing.image_size),
+        "--epochs": words.pop("epochs", str(settings.epochs)),
+        "--batch-size": words.pop("batch_size", str(settings.batch_size)),
+        "--seed": str(settings.seed),
+        "--accept": ",".join(sorted(task.accepted)),
+        "--reject-quality": ",".join(sorted(task.rejecting)) or "none",
+    }
+    arguments = ["train"]
+    for uri in task.images:
+        arguments += ["--images", uri]
+    arguments += ["--labels", task.labels, "--output", join_uri(output, "model")]
+    for option, value in options.items():
+        if value:
+            arguments += [option, value]
+    arguments += [] if settings.use_gpu else ["--no-gpu"]
+    for name, word in words.items():
+        arguments += ["--set", f"{name}={word}"]
+    return {"arguments": arguments, "command": shlex.join(["lungopacity", *arguments])}
+
+
+def _last_line(trial: Any) -> str:
+    """Why a trial crashed: the last line of what Tune kept of it."""
+    cause = trial.get_pickled_error() or trial.get_error()
+    lines = str(getattr(cause, "cause", None) or cause or "").strip().splitlines()
+    return lines[-1][:300] if lines else "it crashed"

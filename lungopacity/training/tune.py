@@ -1,0 +1,260 @@
+"""A search for better settings: Ray Tune runs trials side by side, each a real training.
+
+Films are decoded once and lie in Ray's object store. A trial is one process on one CPU or GPU, so
+none ever waits for another; ASHA (Li et al. 2020, arXiv:1810.05934) stops those that lag behind
+others at the same epoch. What decides is the validation loss: the test split is not even loaded.
+
+    search.json          what is searched; another search wants another output
+    trials/00007.json    a finished trial, so that the same command goes on after a crash
+    trials.parquet       a row a trial, best first
+    best.json            the best one, and the command that trains it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from ray import tune as ray_tune
+from ray.tune.schedulers import AsyncHyperBandScheduler
+
+from lungopacity.dataset.pixels import LabelledPixels
+from lungopacity.errors import NOTICE, UserError
+from lungopacity.models import build_network
+from lungopacity.progress import Progress
+from lungopacity.runtime import capacity, ray_session, require_resources, resolve_gpu, versions
+from lungopacity.storage import ConflictError, Store, open_store
+from lungopacity.training.calibrate import calibrate
+from lungopacity.training.fit import count_films, films_of, first_tensors
+from lungopacity.training.loop import Films, Worker, learn
+from lungopacity.training.search_space import Domain, draw, search_space, with_draw
+from lungopacity.training.settings import TrainingSettings
+from lungopacity.training.task import DEFAULT_CLASSES, TrainingTask, training_task
+from lungopacity.training.trials import Trials, train_arguments, trials_table
+
+log = logging.getLogger(__name__)
+
+_OBJECTIVE = "validation_loss"
+_REDUCTION = 3
+"""ASHA lets the best third of each rung go on."""
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A search. `trials.parquet` and `best.json` lie in the output, too."""
+
+    trials: pa.Table
+    """A row a trial, the lowest validation loss first; see `trials_table`."""
+    best: dict[str, Any]
+    """Of the first row: its settings, figures, and the `command` that trains it."""
+
+
+def tune(
+    images: Sequence[str],
+    labels: str,
+    output: str,
+    *,
+    trials: int = 20,
+    search: Mapping[str, str] | None = None,
+    time_budget_s: float | None = None,
+    model: str = "classical-cnn",
+    classes: Sequence[str] = DEFAULT_CLASSES,
+    positive_class: str | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    settings: Mapping[str, str] | None = None,
+    use_gpu: bool | None = None,
+    seed: int = 0,
+    accept: Sequence[str] = (),
+    reject_quality: Sequence[str] | None = None,
+) -> TuneResult:
+    """Try `trials` settings, the recipe's own first, and write what came of them to `output`.
+
+    `search`: see `search_space`; None searches the network's default space. `time_budget_s`: of the
+    trials of this call; what it cuts short runs anew in the next. The others as in `train`. The
+    same call goes on where a crashed one stopped, and one of more trials adds them. A trial that
+    diverges or crashes is a row with its error. Raises `UserError`, also where no trial succeeds.
+    """
+    if trials < 1:
+        raise UserError(f"--trials must be 1 or more, not {trials}")
+    if time_budget_s is not None and not time_budget_s > 0:
+        raise UserError(f"--time-budget-s must be above 0, not {time_budget_s}")
+    task = training_task(
+        images,
+        labels,
+        model=model,
+        classes=classes,
+        positive_class=positive_class,
+        image_size=image_size,
+        options={"weights": weights, "epochs": epochs, "batch_size": batch_size, "seed": seed},
+        words=settings or {},
+        accept=accept,
+        reject_quality=reject_quality,
+    )
+    try:
+        space = search_space(task.settings, search or {})
+    except ValueError as error:
+        raise UserError(f"--search {error}") from error
+    store = open_store(output)
+    with ray_session():
+        task = replace(task, settings=replace(task.settings, use_gpu=resolve_gpu(use_gpu)))
+        require_resources(1, task.settings.use_gpu, "tuning")
+        data = task.load()
+        count_films(data, task.settings)
+        _claim(store, task, space, data)
+        known = Trials(store, space, task.settings)
+        waiting = [number for number in range(trials) if number not in known.rows]
+        if waiting:
+            with Progress("Trials", total=trials, unit="trials") as progress:
+                progress.advance(trials - len(waiting))
+                known.on_row = lambda note: progress.advance(1, note=note)
+                _run(task.settings, data, known, waiting, time_budget_s)
+    table = trials_table(known.rows.values(), space)
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    store.write("trials.parquet", sink.getvalue())
+    rows = table.to_pylist()
+    best: dict[str, Any] = rows[0] if rows else {_OBJECTIVE: None}
+    if best[_OBJECTIVE] is None:
+        errors = [row["error"] for row in rows if row["error"]]
+        raise UserError(
+            f"no trial of {trials} finished an epoch: {(errors or ['out of time'])[0]}; "
+            "give other --search, or a longer --time-budget-s"
+        )
+    # Taken from the words drawn: the command is to the letter what was trained.
+    words = draw(space, task.settings.seed, best["trial"])
+    arguments = train_arguments(task, words, output)
+    found = {**best, "settings": words, **arguments, "versions": versions(), "notice": NOTICE}
+    store.write("best.json", json.dumps(found, indent=2).encode())
+    return TuneResult(table, found)
+
+
+def _claim(
+    store: Store, task: TrainingTask, space: Mapping[str, Domain], data: LabelledPixels
+) -> None:
+    """Make the output this search's. Raises `UserError` where it is another's."""
+    facts = {
+        "settings": {**task.settings.as_json(), "use_gpu": None},
+        "search": {name: vars(domain) for name, domain in space.items()},
+        "classes": list(data.class_names),
+        "fingerprint": data.fingerprint,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    document = json.dumps({**facts, "sha256": digest, "notice": NOTICE}, indent=2).encode()
+    try:
+        store.write("search.json", document, if_absent=True)
+    except ConflictError:
+        if json.loads(store.read("search.json"))["sha256"] != digest:
+            raise UserError(
+                f"{store.uri}: holds a search of other settings, films or --search; choose "
+                "another --output"
+            ) from None
+
+
+def _run(
+    settings: TrainingSettings,
+    data: LabelledPixels,
+    known: Trials,
+    waiting: Sequence[int],
+    time_budget_s: float | None,
+) -> None:
+    """Run the trials of these numbers; their rows go to `known`."""
+    network = build_network(settings.model, len(data.class_names), settings.model_settings)
+    first, _ = first_tensors(network, settings)
+    threads = _threads(len(waiting))
+    run = ray_tune.with_parameters(
+        _trial,
+        settings=settings,
+        space=known.space,
+        # In a dictionary they stay references: trials on one node share one copy.
+        shared={
+            "films": ray.put(films_of(data)),
+            "first": None if first is None else ray.put(first),
+        },
+        positive=data.class_names.index(settings.positive_class),
+        threads=threads,
+    )
+    if settings.use_gpu:
+        resources, slots = {"CPU": 1, "GPU": 1}, capacity()["GPU"]
+    else:
+        resources, slots = {"CPU": threads}, capacity()["CPU"] // threads
+    most = max(known.settings_of(number).epochs for number in waiting)
+    # Ours are the handler of Ctrl-C and the output.
+    os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        ray_tune.Tuner(
+            ray_tune.with_resources(run, resources),
+            param_space={"trial": ray_tune.grid_search(list(waiting))},
+            tune_config=ray_tune.TuneConfig(
+                metric=_OBJECTIVE,
+                mode="min",
+                scheduler=AsyncHyperBandScheduler(
+                    time_attr="epoch",
+                    max_t=most,
+                    grace_period=max(1, most // 4),
+                    reduction_factor=_REDUCTION,
+                ),
+                max_concurrent_trials=max(1, int(slots)),
+                time_budget_s=time_budget_s,
+                reuse_actors=True,
+            ),
+            run_config=ray_tune.RunConfig(
+                name="tune",
+                storage_path=folder,
+                verbose=0,
+                callbacks=[known],
+                # Once more for a node that was lost.
+                failure_config=ray_tune.FailureConfig(max_failures=1),
+            ),
+        ).fit()
+    known.out_of_time()
+
+
+def _threads(trials: int) -> int:
+    """Of a trial on CPUs: its share of the cluster, if that fits on one node."""
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    return max(1, int(min(max(cpus), sum(cpus) // trials)))
+
+
+def _trial(
+    config: dict[str, Any],
+    *,
+    settings: TrainingSettings,
+    space: Mapping[str, Domain],
+    shared: Mapping[str, ray.ObjectRef | None],
+    positive: int,
+    threads: int,
+) -> None:
+    """Train in this process, and report each epoch to Tune."""
+    own = with_draw(settings, draw(space, settings.seed, config["trial"]))
+    films: Films = ray.get(shared["films"])
+    labels_V = films.labels_N[films.validation]
+    first = None if shared["first"] is None else ray.get(shared["first"])
+    # Of the GPUs Ray shows a process only its own.
+    device = torch.device("cuda:0" if settings.use_gpu else "cpu")
+    if not settings.use_gpu:
+        torch.set_num_threads(threads)
+
+    def report(row: dict[str, Any], logits_VK: torch.Tensor, _: object) -> None:
+        found = calibrate(logits_VK.numpy(), labels_V, positive)
+        ray_tune.report({**row, "validation_auc": found.metrics["auc"]})
+
+    # Ray Train itself refuses to run within Tune; of a single process it has no need.
+    worker = Worker(own, films, rank=0, workers=1, device=device)
+    diverged = learn(worker, first, None, report)
+    if diverged:
+        ray_tune.report({"epoch": diverged, _OBJECTIVE: float("inf"), "diverged": True})

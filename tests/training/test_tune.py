@@ -1,0 +1,207 @@
+"""A real search on a real Ray: several tests look at the same one."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+import lungopacity
+from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
+from lungopacity.cli import main
+from lungopacity.errors import UserError
+from lungopacity.models import NETWORK_NAMES, read_history
+from lungopacity.storage import open_store
+from lungopacity.training.search_space import default_space, draw, parse_domain, search_space
+from lungopacity.training.settings import TrainingSettings, recipe, with_words
+from lungopacity.training.trials import Trials
+
+SEARCH = {"learning_rate": "choice:0.004,3,1e30", "model_settings.dropout": "choice:0.1,2"}
+# Of this seed trial 1 is sound, 2 far too fast, 3 diverges and 4 builds no network.
+SEED = 429
+
+
+@dataclass
+class Search:
+    arguments: dict[str, Any]
+    output: str
+    result: lungopacity.TuneResult
+
+    @property
+    def rows(self) -> dict[int, dict[str, Any]]:
+        return {row["trial"]: row for row in self.result.trials.to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("films"))
+    write_phantom_archive(open_store(folder), PhantomSettings(images=80, image_size=96))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def searched(ray_cluster: None, films: str, tmp_path_factory: pytest.TempPathFactory) -> Search:
+    output = str(tmp_path_factory.mktemp("search") / "out")
+    arguments = {
+        "images": [f"{films}/archive"],
+        "labels": f"{films}/labels.csv",
+        "output": output,
+        "trials": 5,
+        "search": SEARCH,
+        "image_size": 32,
+        "epochs": 4,
+        "batch_size": 16,
+        "settings": {"model_settings.channels": "[8,16]", "model_settings.convolutions": "[1,1]"},
+        "seed": SEED,
+    }
+    return Search(arguments, output, lungopacity.tune(**arguments))
+
+
+def test_every_trial_is_a_row_whatever_became_of_it(searched: Search) -> None:
+    told = {number: row["status"] for number, row in searched.rows.items()}
+    assert {number: told[number] for number in (2, 3, 4)} == {
+        2: "stopped",
+        3: "diverged",
+        4: "failed",
+    }
+    # Of the first two, the worse may be stopped; which it is, is chance.
+    assert "done" in (told[0], told[1])
+    assert {told[0], told[1]} <= {"done", "stopped"}
+    assert searched.rows[2]["epochs"] < 4
+    assert searched.rows[3]["error"].startswith("the loss of epoch 1 is no number")
+    assert searched.rows[4]["error"] == "dropout must be from 0 to below 1, not 2"
+    assert searched.rows[4]["validation_loss"] is None
+    assert all(row["error"] is None for row in (searched.rows[n] for n in range(3)))
+
+
+def test_the_best_trial_comes_first_and_says_what_it_earned(searched: Search) -> None:
+    rows = searched.result.trials.to_pylist()
+    losses = [row["validation_loss"] for row in rows if row["validation_loss"] is not None]
+    assert losses == sorted(losses)
+    assert 1 <= rows[0]["best_epoch"] <= rows[0]["epochs"] <= 4
+    assert 0 <= rows[0]["validation_auc"] <= 1
+    assert searched.rows[0]["learning_rate"] is None  # the recipe's own
+    assert searched.rows[1]["learning_rate"] == 0.004
+    written = open_store(searched.output)
+    assert pq.read_table(io.BytesIO(written.read("trials.parquet"))) == searched.result.trials
+    best = json.loads(written.read("best.json"))
+    assert best == searched.result.best
+    assert "Research use only" in best["notice"]
+
+
+def test_its_command_trains_the_very_model_that_was_found(searched: Search, tmp_path) -> None:
+    words = shlex.split(searched.result.best["command"])[1:]
+    words[words.index("--output") + 1] = str(tmp_path / "model")
+    assert main(words) == 0
+    history = pq.read_table(io.BytesIO(read_history(str(tmp_path / "model")))).to_pylist()
+    best = searched.result.best
+    trained = history[best["best_epoch"] - 1]["validation_loss"]
+    assert trained == pytest.approx(best["validation_loss"], rel=0.02)
+
+
+def test_the_same_command_goes_on_and_more_trials_are_added(searched: Search) -> None:
+    kept = Path(searched.output, "trials")
+    before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert set(before) == {f"0000{number}.json" for number in range(5)}
+    lost = json.loads((kept / "00001.json").read_text())
+    (kept / "00001.json").unlink()  # as if killed before it ended
+    again = lungopacity.tune(**searched.arguments)
+    found = {row["trial"]: row for row in again.trials.to_pylist()}
+    # Alone, it is not stopped by others: it goes on to at least as good an epoch.
+    assert found[1]["status"] == "done"
+    assert found[1]["validation_loss"] <= 1.02 * lost["validation_loss"]
+    for path in kept.iterdir():
+        assert path.name == "00001.json" or path.stat().st_mtime_ns == before[path.name]
+
+
+def test_tune_can_write_down_what_watches_it_from_a_terminal(tmp_path) -> None:
+    watching = Trials(open_store(str(tmp_path)), {}, TrainingSettings())
+    lock = threading.Lock()  # as rich's live line has
+    watching.on_row = lambda note: lock.release()
+    ray.cloudpickle.dumps(watching)
+
+
+def test_another_search_wants_another_output(searched: Search) -> None:
+    with pytest.raises(UserError, match="holds a search of other settings"):
+        lungopacity.tune(**{**searched.arguments, "epochs": 5})
+
+
+def test_a_search_in_which_nothing_succeeds_says_why(searched: Search, tmp_path) -> None:
+    output = tmp_path / "out"
+    (output / "trials").mkdir(parents=True)
+    failed = json.loads(Path(searched.output, "trials", "00004.json").read_text())
+    (output / "trials" / "00000.json").write_text(json.dumps({**failed, "trial": 0}))
+    with pytest.raises(UserError, match=r"no trial of 1 finished an epoch: dropout must be"):
+        lungopacity.tune(**{**searched.arguments, "output": str(output), "trials": 1})
+    assert pq.read_table(output / "trials.parquet")["status"].to_pylist() == ["failed"]
+    assert not (output / "best.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "low", "high"),
+    [
+        ("log:1e-4:1e-2", pa.float64(), 1e-4, 1e-2),
+        ("uniform:0:0.3", pa.float64(), 0, 0.3),
+        ("int:4:6", pa.int64(), 4, 6),
+        ("choice:0,0.2", pa.float64(), 0, 0.2),
+    ],
+)
+def test_draws_stay_within_their_ends_and_reach_far(text, kind, low, high) -> None:
+    space = {"it": parse_domain(text)}
+    drawn = [float(draw(space, 0, trial)["it"]) for trial in range(1, 200)]
+    assert low <= min(drawn) <= low + 0.1 * (high - low)
+    assert high - 0.2 * (high - low) <= max(drawn) <= high
+    assert space["it"].arrow_type == kind
+    if text.startswith("log"):
+        assert sum(value < 1e-3 for value in drawn) == pytest.approx(100, abs=25)
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"rate": "log:1:2"}, "no setting 'rate'"),
+        ({"learning_rate": "log:0:2"}, "'log:0:2' is none of log:LOW:HIGH"),
+        ({"learning_rate": "log:2:1"}, "is none of"),
+        ({"learning_rate": "about 1"}, "is none of"),
+        ({"epochs": "int:1.5:2"}, "is none of"),
+        ({"mixup_alpha": "choice:"}, "is none of"),
+        ({"epochs": "uniform:1.5:2"}, "epochs must be a int"),
+        ({"label_smoothing": "uniform:0:1"}, "label_smoothing must be from 0 to below 1"),
+        ({"class_balance": "choice:none,much"}, "class_balance must be one of"),
+        ({"preprocessing.image_size": "choice:64,96"}, "the same in all trials"),
+        ({"seed": "int:0:9"}, "the same in all trials"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(search, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        search_space(TrainingSettings(), search)
+
+
+def test_the_command_says_which_option_was_wrong(films, tmp_path, capsys) -> None:
+    common = ["tune", "--images", f"{films}/archive", "--labels", f"{films}/labels.csv",
+              "--output", str(tmp_path)]  # fmt: skip
+    for more, said in (
+        (["--search", "seed=int:0:9"], "error: --search seed: is the same in all trials"),
+        (["--trials", "0"], "error: --trials must be 1 or more"),
+        (["--time-budget-s", "0"], "error: --time-budget-s must be above 0"),
+    ):
+        assert main([*common, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_every_network_has_a_space_that_its_recipe_takes(name) -> None:
+    settings = recipe(name)
+    space = search_space(settings, {})
+    assert set(space) == set(default_space(name))
+    for trial in range(1, 6):
+        with_words(settings, draw(space, 0, trial))
