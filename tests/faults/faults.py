@@ -274,7 +274,8 @@ def training_rank_killed(scene: Scene) -> Outcome:
 
 
 ELASTIC = """
-import json, os, signal, sys
+import contextlib, json, os, signal, sys, threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ray.cluster_utils import Cluster
 health = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
@@ -285,21 +286,24 @@ from lungopacity.runtime import ray_session
 from lungopacity.training import fit as training
 from tests.training.blobs import SMALL_RUN, blob_films
 training.RESIZE_EVERY_S = 5.0
-struck, seen = [], []
-def change(row):
+seen = []
+alone = threading.Event()
+def follow(row):
     seen.append(row["epoch"])
-    if row["workers"] == 2 and row["epoch"] >= 2 and not struck:
-        struck.append("lost")
+    if row["workers"] == 2 and row["epoch"] == 2:
         for processes in doomed.all_processes.values():
             for process in processes:
-                os.kill(process.process.pid, signal.SIGKILL)
-    elif row["workers"] == 1 and struck == ["lost"]:
-        struck.append("joined")
-        cluster.add_node(num_cpus=1)
+                with contextlib.suppress(ProcessLookupError):  # it fell with its raylet
+                    os.kill(process.process.pid, signal.SIGKILL)
+    elif row["workers"] == 1:
+        alone.set()
 # No number of workers but one divides the batch.
 settings = replace(SMALL_RUN, workers=1, max_workers=2, batch_size=15, epochs=int(sys.argv[2]))
-with ray_session():
-    result = training.fit(blob_films(train=1201), settings, sys.argv[1], on_epoch=change)
+with ray_session(), ThreadPoolExecutor(1) as pool:
+    run = pool.submit(training.fit, blob_films(train=1201), settings, sys.argv[1], on_epoch=follow)
+    alone.wait(300)
+    cluster.add_node(num_cpus=1)  # Ray starts nodes in the main thread alone
+    result = run.result()
 print(json.dumps({"seen": seen, "kept": [row["epoch"] for row in result.history],
                   "workers": [row["workers"] for row in result.history]}))
 cluster.shutdown()
