@@ -111,12 +111,14 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     whose loss was not a number, or None.
     """
     context = ray.train.get_context()
+    settings: TrainingSettings = config["settings"]
     worker = Worker(
-        settings=config["settings"],
+        settings=settings,
         films=ray.get(config["films"]),
         rank=context.get_world_rank(),
         workers=context.get_world_size(),
-        device=ray.train.torch.get_device(),
+        # A worker that was given no GPU may see those of its node, and Ray would take the first.
+        device=ray.train.torch.get_device() if settings.use_gpu else torch.device("cpu"),
     )
     if worker.device.type == "cpu":
         # Ray allows as many threads as CPUs are reserved: one. Training has the machine to itself.
