@@ -25,6 +25,7 @@ _BOX_COLOUR = (86, 180, 233)
 _PEAK_COLOUR = (255, 255, 255)
 _HALO = (0, 0, 0)
 _STRIP = (16, 16, 16)
+_LEAST_FONT = 9.0
 _TEXT, _QUIET_TEXT = (240, 240, 240), (170, 170, 170)
 
 
@@ -76,7 +77,8 @@ def overlay_png(
     if peak is not None:
         _ringed(draw, peak[0] * scale, peak[1] * scale, max(3.0, side / 80))
     buffer = io.BytesIO()
-    _with_strip(picture, caption, side).save(buffer, "PNG", optimize=True)
+    # Not optimised: that makes files 6 % smaller, and takes ten times as long.
+    _with_strip(picture, caption, side).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -111,11 +113,12 @@ def _ringed(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float) -> Non
 
 def _with_strip(picture: Image.Image, caption: Caption, side: int) -> Image.Image:
     """The strip is as wide as its text needs, and a narrow film stands in its middle."""
-    fonts = [ImageFont.load_default(side / share) for share in (22, 28)]
+    sizes = [max(_LEAST_FONT, side / share) for share in (22, 28)]
+    fonts = [ImageFont.load_default(size) for size in sizes]
     margin = max(4, side // 64)
     edges = [font.getbbox(line) for font, line in zip(fonts, caption.lines, strict=True)]
     width = max(picture.width, *(int(edge[2]) + 2 * margin for edge in edges))
-    heights = [round(side / share * 1.35) for share in (22, 28)]
+    heights = [round(size * 1.35) for size in sizes]
     whole = Image.new("RGB", (width, picture.height + sum(heights) + margin), _STRIP)
     whole.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(whole)

@@ -22,7 +22,7 @@ from lungopacity.storage import Store
 PICTURE = "explanation_png"
 """The column that they travel in; no file has it."""
 _SIDE = 224
-"""Pixels. With the strip below, a picture has less than 256 and some 20 kB."""
+"""Pixels. With the strip below, a picture has less than 256 and 30 to 40 kB."""
 _WRITE_THREADS = 8
 _FACTS = ["content_sha256", "frame", "shown_height", "shown_width", "synthetic"]
 
