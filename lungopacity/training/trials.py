@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from ray import cloudpickle
 from ray import tune as ray_tune
 
 from lungopacity.errors import NOTICE
@@ -183,7 +185,9 @@ def train_arguments(task: TrainingTask, drawn: Mapping[str, str], output: str) -
 
 
 def _last_line(trial: Any) -> str:
-    """Why a trial crashed: the last line of what Tune kept of it."""
-    cause = trial.get_pickled_error() or trial.get_error()
+    """Why a trial crashed: the last line of what Tune kept of it. Its own `get_pickled_error` reads
+    a copy, which may not have been made yet."""
+    kept = trial.pickled_error_file
+    cause = cloudpickle.loads(Path(kept).read_bytes()) if kept and Path(kept).exists() else None
     lines = str(getattr(cause, "cause", None) or cause or "").strip().splitlines()
     return lines[-1][:300] if lines else "it crashed"
