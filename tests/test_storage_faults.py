@@ -12,6 +12,7 @@ import pytest
 
 from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.storage import open_store
+from lungopacity.storage.quick_get import QuickGet
 from tests.fault_proxy import fault_proxy
 
 CONTENT = bytes(range(256)) * 300
@@ -53,7 +54,8 @@ def test_a_lasting_fault_has_its_code_and_gives_no_bytes(proxy, s3_uri, fault, c
     with pytest.raises(ImageError, match=message) as caught:
         store.read("a")
     assert caught.value.code is code
-    assert sum(proxy.gets.values()) == 4
+    # Once by obstore, the rest by boto3.
+    assert sum(proxy.gets.values()) == 1 + 4
 
 
 def test_a_server_that_only_fails_is_unavailable(proxy, s3_uri, monkeypatch):
@@ -64,7 +66,51 @@ def test_a_server_that_only_fails_is_unavailable(proxy, s3_uri, monkeypatch):
     with pytest.raises(ImageError) as caught:
         store.read("a")
     assert caught.value.code is ErrorCode.UNAVAILABLE
-    assert sum(proxy.gets.values()) == 2
+    assert sum(proxy.gets.values()) == 1 + 2
+
+
+def test_where_nothing_comes_through_obstore_boto3_reads_alone(proxy, s3_uri, monkeypatch):
+    store = open_store(s3_uri)
+    for name in range(20):
+        store.write(str(name), CONTENT)
+    tried = []
+    checked = QuickGet._checked
+    monkeypatch.setattr(
+        QuickGet, "_checked", lambda self, key, etag: tried.append(key) or checked(self, key, etag)
+    )
+    proxy.fault, proxy.times = "cut", 1
+    for name in range(20):
+        assert store.read(str(name)) == CONTENT
+    assert len(tried) == 8
+    monkeypatch.setattr("lungopacity.storage.quick_get._PAUSE_S", -1.0)
+    monkeypatch.setattr("lungopacity.storage.s3._known_clients", {})
+    store = open_store(s3_uri)
+    for name in range(20):
+        assert store.read(str(name)) == CONTENT
+    assert len(tried) == 8 + 20
+
+
+def test_a_whole_small_object_needs_no_boto3(s3_uri, monkeypatch):
+    store = open_store(s3_uri)
+    store.write("2026/a=b/c.png", CONTENT)
+    store.write("2026//c.png", b"another")
+    store.write("2026/c d.png", b"of boto3")
+    asked = []
+    fetch = type(store)._fetch
+    monkeypatch.setattr(
+        type(store), "_fetch", lambda self, key, *more: asked.append(key) or fetch(self, key, *more)
+    )
+    etag = store.head("2026/a=b/c.png").etag
+    assert store.read("2026/a=b/c.png", etag=etag) == store.read("2026/a=b/c.png") == CONTENT
+    assert asked == []
+    # Names that obstore would tidy, and so ask for another object.
+    assert store.read("2026//c.png") == b"another"
+    assert store.read("2026/c d.png") == b"of boto3"
+    assert asked == ["2026//c.png", "2026/c d.png"]
+    store.write("2026/a=b/c.png", b"replaced")
+    with pytest.raises(ImageError) as caught:
+        store.read("2026/a=b/c.png", etag=etag)
+    assert caught.value.code is ErrorCode.CHANGED
 
 
 def server_down(proxy, seconds: float) -> threading.Timer:

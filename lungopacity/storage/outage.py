@@ -37,6 +37,11 @@ def trust(endpoints: Iterable[str]) -> None:
         _silent_since.setdefault(endpoint, None)
 
 
+def heard(endpoint: str) -> None:
+    """It has answered, whoever asked."""
+    _silent_since[endpoint] = None
+
+
 def patiently(endpoint: str, request: Callable[[], T]) -> T:
     """The answer to `request`, asked again while the server at `endpoint` cannot be reached.
 
@@ -66,8 +71,8 @@ def patiently(endpoint: str, request: Callable[[], T]) -> T:
                 raise
             time.sleep(random.uniform(0.5, 1.0) * _PAUSE_S)
         except ClientError:
-            _silent_since[endpoint] = None
+            heard(endpoint)
             raise
         else:
-            _silent_since[endpoint] = None
+            heard(endpoint)
             return answer
