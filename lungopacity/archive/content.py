@@ -86,16 +86,18 @@ def content_rows(data: bytes, settings: ReadSettings) -> Iterator[dict[str, Any]
 
 
 def _film_columns(film: Radiograph, settings: ReadSettings) -> dict[str, Any]:
-    content = settings.preprocessing.fit(film.pixels)
+    left, top, right, bottom = edges = settings.preprocessing.edges(film.pixels)
+    cropped = film.pixels[top:bottom, left:right]
+    is_cropped = cropped.shape != film.pixels.shape
+    # What is judged is the whole film. Where the model is shown a part, a rough shrink will do.
+    content = settings.preprocessing.fit(film.pixels, rough=is_cropped)
     quality = judge(content, film.rows, film.columns, film.coloured_fraction)
     facts = {**film.facts(), "view_unknown": film.view_position is None, **_columns_of(quality)}
     rejecting = [flag for flag in quality.found() if flag in settings.reject_quality]
     if rejecting:
         error = ImageError(ErrorCode.POOR_QUALITY, Stage.DECODE, ", ".join(rejecting), facts)
         return error_columns(error)
-    left, top, right, bottom = edges = settings.preprocessing.edges(film.pixels)
-    cropped = film.pixels[top:bottom, left:right]
-    if cropped.shape != film.pixels.shape:
+    if is_cropped:
         content = settings.preprocessing.fit(cropped)
     height, width = content.shape
     return {

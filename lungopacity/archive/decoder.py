@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -107,7 +109,7 @@ class Decoder:
         written = 0
         while written < len(view):
             written += os.pwrite(file, view[written:], written)
-        connection.send((job.slot, len(view)))
+        connection.send_bytes(pickle.dumps((job.slot, len(view))))
 
     def _finished(self, waiting: deque[_Job[Ticket]]) -> tuple[Ticket, Rows]:
         """Wait for the oldest file's rows."""
@@ -126,15 +128,15 @@ class Decoder:
         if self._connection is None:
             raise EOFError
         job.rows = []
-        while True:
-            # The clock starts anew with each frame: a long film is no hanging decoder.
-            if not self._connection.poll(_PATIENCE * self._settings.limits.max_seconds):
-                raise TimeoutError
-            row = self._connection.recv()
-            if isinstance(row, float):
-                self.cpu_seconds += row
-                return
-            job.rows.append(row)
+        seconds = None
+        while seconds is None:
+            try:
+                rows, seconds = pickle.loads(self._connection.recv_bytes())
+            except BlockingIOError as error:
+                # The clock starts anew with each frame: a long film is no hanging decoder.
+                raise TimeoutError from error
+            job.rows += rows
+        self.cpu_seconds += seconds
 
     def _mend(self, job: _Job[Ticket], waiting: deque[_Job[Ticket]]) -> None:
         """The process is gone, or hangs, and `job` was its work. Start another for what waits."""
@@ -167,6 +169,12 @@ class Decoder:
         import socket
 
         ours, theirs = socket.socketpair()
+        # The system's own clock on a read costs nothing; to poll before each costs as much as it.
+        patience = _PATIENCE * self._settings.limits.max_seconds
+        whole, rest = divmod(patience, 1)
+        ours.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(whole), int(rest * 1e6))
+        )
         environment = {
             **os.environ,
             # In a submitted job the package may lie in a working directory of the cluster's making.
@@ -246,18 +254,23 @@ def serve(
         _limit_memory(settings.limits.max_memory_bytes)
         connection.send("ready")
         while True:
-            slot, length = connection.recv()
+            slot, length = pickle.loads(connection.recv_bytes())
             rows = rows_of(_read(files[slot], length), settings)
             began = time.process_time()
+            last: Rows = []
             while True:
                 # Of CPU time, so that a busy neighbour fails no film; SIGPROF ends the process even
                 # inside a codec.
                 signal.setitimer(signal.ITIMER_PROF, settings.limits.max_seconds)
                 row = next(rows, None)
                 signal.setitimer(signal.ITIMER_PROF, 0)
-                connection.send(time.process_time() - began if row is None else row)
                 if row is None:
                     break
+                if last:
+                    connection.send_bytes(pickle.dumps((last, None)))
+                last = [row]
+            # With the last row, that it is the last: most files have one, and need one message.
+            connection.send_bytes(pickle.dumps((last, time.process_time() - began)))
 
 
 def _limit_memory(size_bytes: int) -> None:

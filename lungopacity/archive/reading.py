@@ -101,11 +101,14 @@ def read_images(
         yield pa.Table.from_pylist(rows, schema=READ_SCHEMA)
 
 
-def read_files(store: Store, objects: pa.Table, settings: ReadSettings) -> Iterator[bytes]:
-    """The bytes of every image file of the objects, containers unpacked; errors are passed over."""
+def read_files(
+    store: Store, objects: pa.Table, settings: ReadSettings
+) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every image file of the objects, containers unpacked; what cannot be read
+    is passed over."""
     for file in _files(store, objects, settings, None, ReadFigures()):
         if file.data is not None:
-            yield file.data
+            yield file.name, file.data
 
 
 def _rows(

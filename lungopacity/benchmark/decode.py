@@ -94,7 +94,7 @@ def _films(images: str | None, count: int) -> Iterator[Grey]:
         return
     archive = take_inventory(images)
     files = read_files(archive.store, archive.objects, ReadSettings(Preprocessing()))
-    for data in islice(files, count):
+    for _, data in islice(files, count):
         yield _ours(None)(data)
 
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,13 +18,13 @@ from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import UserError
 from lungopacity.progress import Progress
 from lungopacity.results.folder import METRICS, PREDICTIONS, commit_run
-from lungopacity.results.schema import PLAN_SCHEMA, predictions_schema
+from lungopacity.results.schema import PLAN_SCHEMA, class_column, predictions_schema
 from lungopacity.results.workbench import PARQUET_OPTIONS, workbench
 from lungopacity.screening.history import History
 from lungopacity.screening.plan import make_plan
 from lungopacity.storage import open_store
 
-_CLASSES = ("Normal", "Lung_Opacity")
+CLASSES = ("Normal", "Lung_Opacity")
 _ROWS_PER_BATCH = 100_000
 _ROWS_PER_FILE = 1_000_000
 _SCREENED = 0.99
@@ -91,11 +92,12 @@ def _measured(folder: str, keys: int) -> PlanCost:
         history_rows=int(keys * _SCREENED),
         planned=plan.start.objects,
         seconds=seconds,
-        peak_mib=_peak_mib(),
+        peak_mib=peak_mib_of_process(),
     )
 
 
-def _peak_mib() -> float:
+def peak_mib_of_process() -> float:
+    """Largest resident memory so far."""
     # Not getrusage: its maximum is handed down from the process that started this one.
     (line,) = [
         line
@@ -108,9 +110,9 @@ def _peak_mib() -> float:
 def _write_archive(folder: Path, keys: int) -> None:
     """An inventory of so many keys, and one published run over all but the last hundredth."""
     with pq.ParquetWriter(folder / "inventory.parquet", _INVENTORY, **PARQUET_OPTIONS) as writer:
-        for objects in _objects(0, keys):
+        for objects in archive_objects(0, keys):
             writer.write_table(objects.select(_INVENTORY.names))
-    schema = predictions_schema(_CLASSES)
+    schema = predictions_schema(CLASSES)
     files = []
     results = folder / "results"
     (results / PREDICTIONS).mkdir(parents=True)
@@ -120,8 +122,8 @@ def _write_archive(folder: Path, keys: int) -> None:
         (results / key).parent.mkdir(exist_ok=True)
         rows = min(_ROWS_PER_FILE, screened - start)
         with pq.ParquetWriter(results / key, schema, **PARQUET_OPTIONS) as writer:
-            for objects in _objects(start, start + rows):
-                writer.write_table(_predictions(objects, f"{folder}/archive", schema))
+            for objects in archive_objects(start, start + rows):
+                writer.write_table(scored_rows(objects, f"{folder}/archive", schema))
         files.append({"key": key, "rows": rows})
     commit_run(
         open_store(str(results)),
@@ -131,7 +133,7 @@ def _write_archive(folder: Path, keys: int) -> None:
             "model_id": "model",
             "archive": open_store(f"{folder}/archive").uri,
             "started_at": _WHEN.isoformat(),
-            "class_names": list(_CLASSES),
+            "class_names": list(CLASSES),
             "settings": {},
             "files": files,
             "metrics_file": {"key": f"{METRICS}/first.parquet"},
@@ -142,11 +144,11 @@ def _write_archive(folder: Path, keys: int) -> None:
 _INVENTORY = pa.schema([field for field in PLAN_SCHEMA if field.name != "is_shard"])
 
 
-def _objects(start: int, stop: int) -> Iterator[pa.Table]:
+def archive_objects(start: int, stop: int, rows: int = _ROWS_PER_BATCH) -> Iterator[pa.Table]:
     """Keys as archives have them: a folder a study, in no order; etags are MD5 sums."""
     with workbench() as (connection, _):
-        for at in range(start, stop, _ROWS_PER_BATCH):
-            end = min(stop, at + _ROWS_PER_BATCH)
+        for at in range(start, stop, rows):
+            end = min(stop, at + rows)
             yield (
                 connection.sql(f"""
                     SELECT printf('2026/%08d/%s.dcm', i % 99991, md5(i::VARCHAR)) AS image,
@@ -159,17 +161,27 @@ def _objects(start: int, stop: int) -> Iterator[pa.Table]:
             )
 
 
-def _predictions(objects: pa.Table, archive: str, schema: pa.Schema) -> pa.Table:
+def scored_rows(objects: pa.Table, archive: str, schema: pa.Schema) -> pa.Table:
+    """A row of `schema` for each of the objects, scored at random."""
     count = objects.num_rows
+    p_N = np.random.default_rng(count).random(count, np.float32)
     known = {name: objects[name] for name in objects.column_names} | {
         name: pa.repeat(pa.scalar(value), count)
         for name, value in (
             ("run_id", "first"),
             ("model_id", "model"),
             ("archive", archive),
+            ("format", "dicom"),
             ("status", "ok"),
+            ("decision", "negative"),
+            ("predicted_label", CLASSES[0]),
             ("screened_at", pa.scalar(_WHEN, pa.timestamp("us", tz="UTC"))),
         )
     }
+    etags = objects["source_etag"]
+    known["content_sha256"] = pa.compute.binary_join_element_wise(etags, etags, "")
+    for number, name in enumerate(CLASSES):
+        known[class_column("p", name)] = pa.array(np.abs(number - p_N))
+        known[class_column("logit", name)] = pa.array(p_N)
     columns = {field.name: known.get(field.name, pa.nulls(count, field.type)) for field in schema}
     return pa.table(columns).cast(schema)

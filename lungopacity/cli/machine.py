@@ -41,8 +41,7 @@ def decode(as_json: bool, **options: Any) -> int:
     return 0
 
 
-@benchmark.command(epilog=EPILOG)
-@click.option(
+_keys_option = click.option(
     "--keys",
     "sizes",
     metavar="N,N,…",
@@ -51,6 +50,10 @@ def decode(as_json: bool, **options: Any) -> int:
     callback=lambda _context, _option, text: _numbers(text),
     help="Sizes of the archive, in objects.",
 )
+
+
+@benchmark.command(epilog=EPILOG)
+@_keys_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def plan(sizes: list[int], as_json: bool) -> int:
     """Seconds and memory of planning a night, from an inventory file against a history."""
@@ -60,6 +63,73 @@ def plan(sizes: list[int], as_json: bool) -> int:
 
     costs = plan_costs(sizes)
     click.echo(json.dumps([vars(cost) for cost in costs]) if as_json else table(costs))
+    return 0
+
+
+@benchmark.command(epilog=EPILOG)
+@_keys_option
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def publish(sizes: list[int], as_json: bool) -> int:
+    """Seconds and memory of publishing a run, from its part files to its record."""
+    import json
+
+    from lungopacity.benchmark.publish import publish_costs, table
+
+    costs = publish_costs(sizes)
+    click.echo(json.dumps([vars(cost) for cost in costs]) if as_json else table(costs))
+    return 0
+
+
+@benchmark.command(epilog=EPILOG)
+@click.option("--images", metavar="URI", required=True, help="Loose images, or shards.")
+@click.option("--model", metavar="URI", required=True, help="The model folder.")
+@click.option(
+    "--ways",
+    metavar="WAY,WAY,…",
+    default=None,
+    callback=lambda _context, _option, text: text and text.split(","),
+    help="What to run; default: all. Another name shows the list.",
+)
+@click.option("--repeats", type=int, default=3, show_default=True)
+@click.option(
+    "--limit-s", type=float, default=3600.0, show_default=True, help="Of one run: some ways hang."
+)
+@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def screen(as_json: bool, ways: list[str] | None, **options: Any) -> int:
+    """Images a second of screening, beside the bare loop and other ways to do it."""
+    import json
+
+    from lungopacity.benchmark.screen import WAYS, screen_speeds, table
+
+    speeds = screen_speeds(ways=ways or WAYS, **options)
+    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+    return 0
+
+
+@benchmark.command(epilog=EPILOG)
+@click.option("--images", metavar="URI", required=True, multiple=True, help="Labelled films.")
+@click.option("--labels", metavar="FILE", required=True)
+@click.option("--model", metavar="NAME", default="classical-cnn", show_default=True)
+@click.option("--image-size", type=int, default=None)
+@click.option(
+    "--workers",
+    metavar="N,N,…",
+    default="1,2",
+    show_default=True,
+    callback=lambda _context, _option, text: _numbers(text),
+)
+@click.option("--epochs", type=int, default=4, show_default=True, help="The first is not timed.")
+@click.option("--repeats", type=int, default=2, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def train(as_json: bool, **options: Any) -> int:
+    """Images a second of training, beside the same loop without Ray."""
+    import json
+
+    from lungopacity.benchmark.train import table, train_speeds
+
+    speeds = train_speeds(**options)
+    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
     return 0
 
 

@@ -64,9 +64,12 @@ class Preprocessing:
         if not self.crop_borders:
             return whole
         step = max(1, max(height, width) // _SAMPLED_SIDE)
-        bright = pixels[::step, ::step] > _BLACK
-        rows = np.flatnonzero(bright.mean(axis=1) > _SPECKS)
-        columns = np.flatnonzero(bright.mean(axis=0) > _SPECKS)
+        # Summed as a product of matrices, a third of the time that `mean` takes of booleans. Counts
+        # of so few pixels are exact in float32.
+        bright = (pixels[::step, ::step] > _BLACK).astype(np.float32)
+        down, across = bright.shape
+        rows = np.flatnonzero(bright @ np.ones(across, np.float32) > _SPECKS * across)
+        columns = np.flatnonzero(np.ones(down, np.float32) @ bright > _SPECKS * down)
         if not len(rows) or not len(columns):
             return whole
         left, top = int(columns[0]) * step, int(rows[0]) * step
@@ -75,11 +78,12 @@ class Preprocessing:
         large = max(right - left, bottom - top) >= _LEAST_SIDE * max(height, width)
         return (left, top, right, bottom) if large else whole
 
-    def fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def fit(self, pixels: npt.NDArray[np.uint8], *, rough: bool = False) -> npt.NDArray[np.uint8]:
         """Shrink (area-weighted) or enlarge, so that the longer side has `image_size` pixels.
 
         pixels: (height, width) uint8. The aspect ratio is kept: stretching a film changes the shape
-        of a heart.
+        of a heart. `rough`: in two steps, the first by a whole number; about as exact, and as fast
+        again the larger the film is.
         """
         from PIL import Image
 
@@ -91,7 +95,10 @@ class Preprocessing:
             return np.ascontiguousarray(pixels)
         # Pillow's BILINEAR widens its kernel when shrinking, so nothing aliases.
         return np.asarray(
-            Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR), dtype=np.uint8
+            Image.fromarray(pixels).resize(
+                target, Image.Resampling.BILINEAR, reducing_gap=1.0 if rough else None
+            ),
+            dtype=np.uint8,
         )
 
     def pad(self, content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -97,6 +97,8 @@ def _is_inverted(content: npt.NDArray[np.uint8]) -> bool:
     frame = np.concatenate([content[0], content[-1], content[:, 0], content[:, -1]])
     if frame.mean() > 240 and (content >= _WHITE).mean() > 0.5:
         return True
+    if (content <= _BLACK).mean() >= 0.3:
+        return False  # cut to the lungs: the spine is black here, whatever the polarity
     middle = content[height // 4 : 3 * height // 4]
     spine = middle[:, int(width * 0.45) : int(width * 0.55)].mean()
     lungs = np.concatenate(
@@ -107,8 +109,6 @@ def _is_inverted(content: npt.NDArray[np.uint8]) -> bool:
     ).mean()
     corners = content[: height // 6, [*range(width // 8), *range(width - width // 8, width)]].mean()
     centre = middle[:, width // 4 : 3 * width // 4].mean()
-    if (content <= _BLACK).mean() >= 0.3:
-        return False  # cut to the lungs: the spine is black here, whatever the polarity
     return bool(spine < lungs - 40 or (spine < lungs - 20 and corners > centre + 10))
 
 

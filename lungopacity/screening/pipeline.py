@@ -27,7 +27,7 @@ from lungopacity.models import TrainedModel
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import class_column, part_schema
 from lungopacity.results.workbench import parquet_bytes
-from lungopacity.runtime import capacity, require_resources
+from lungopacity.runtime import KEEP_FREED_MEMORY, capacity, require_resources
 from lungopacity.screening.explanations import PICTURE, Explainer, write_pictures
 from lungopacity.storage import Store
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 OBJECTS = "objects"
 _DISTANCE = "out_of_distribution_score"
-_ROWS_PER_PART = 512
+ROWS_PER_PART = 512
 """What a killed job loses of finished work at most; publishing merges the small files."""
 _RETRIES = 3
 """Of a task or actor whose process dies. Ray's own default for actors is for ever."""
@@ -261,10 +261,11 @@ def screen_objects(
             ),
             max_restarts=_RETRIES,
             max_task_retries=_RETRIES,
+            runtime_env={"env_vars": {} if resources.use_gpu else KEEP_FREED_MEMORY},
         )
     # No CPU of its own: it waits on storage, and must run however busy the other stages are.
     parts = scored.map_batches(
-        write_part, batch_size=_ROWS_PER_PART, batch_format="pyarrow", num_cpus=0
+        write_part, batch_size=ROWS_PER_PART, batch_format="pyarrow", num_cpus=0
     )
     for part in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in part.to_pylist():

@@ -182,10 +182,11 @@ def learn(
 
     labels_V = torch.from_numpy(worker.films.labels_N[worker.films.validation])
     distributed: torch.nn.Module | None = None
+    # An epoch lasts from one row to the next: what its report took is the following one's.
+    started = time.monotonic()
     for epoch in range(len(history) + 1, settings.epochs + 1):
         if _patience_spent(history, settings.patience):
             break
-        started = time.monotonic()
         if distributed is None or epoch == settings.frozen_epochs + 1:
             # DDP asks once, when it is made, which weights learn.
             _freeze(network, epoch <= settings.frozen_epochs)
@@ -204,6 +205,7 @@ def learn(
             "seconds": time.monotonic() - started,
             "workers": worker.workers,
         }
+        started = time.monotonic()
         history.append(row)
 
         def save(folder: str, logits_VK: torch.Tensor = logits_VK) -> None:

@@ -1,0 +1,137 @@
+"""What publishing a run costs, as the run grows: from part files to the commit record."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+
+from lungopacity.archive.inventory import Inventory
+from lungopacity.benchmark.plan import CLASSES, archive_objects, peak_mib_of_process, scored_rows
+from lungopacity.errors import UserError
+from lungopacity.models import ModelSpec, OperatingPoint
+from lungopacity.progress import Progress
+from lungopacity.radiograph import Preprocessing
+from lungopacity.results.folder import commit_run
+from lungopacity.results.schema import part_schema
+from lungopacity.results.workbench import parquet_bytes
+from lungopacity.screening.aggregate import run_metrics
+from lungopacity.screening.pipeline import ROWS_PER_PART
+from lungopacity.screening.plan import make_plan
+from lungopacity.screening.publish import collect, remove_work
+from lungopacity.storage import open_store
+
+_SPEC = ModelSpec("classical-cnn", {}, CLASSES, CLASSES[1], Preprocessing(), OperatingPoint(0.5))
+_ROWS_PER_JOB = 100 * ROWS_PER_PART
+
+
+@dataclass(frozen=True)
+class PublishCost:
+    """One size of run."""
+
+    rows: int
+    """Images that are published."""
+    part_files: int
+    """That the attempts left, of up to 512 rows each."""
+    published_mib: float
+    """Of Parquet."""
+    collect_seconds: float
+    """To fetch the part files, and find that nothing is missing."""
+    seconds: float
+    """Of all: to sort, write, measure and commit, and to remove the part files, too."""
+    peak_mib: float
+    """Largest resident memory of the process that publishes."""
+
+
+def publish_costs(sizes: Sequence[int]) -> list[PublishCost]:
+    """Write the part files of a run of each size, and publish it.
+
+    Each in a process of its own, for its memory. Raises `UserError` for a size below 100.
+    """
+    if min(sizes, default=0) < 100:
+        raise UserError("--keys must be at least 100")
+    costs = []
+    with Progress("Publishing", total=len(sizes), unit="sizes") as progress:
+        for rows in sizes:
+            with TemporaryDirectory(prefix="lungopacity-") as folder:
+                _write_parts(folder, rows)
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    costs.append(pool.apply(_measured, (folder, rows)))
+            progress.advance(1)
+    return costs
+
+
+def table(costs: Sequence[PublishCost]) -> str:
+    """The costs as aligned text; `us a row`: microseconds of the whole."""
+    titles = ("rows", "parts", "MiB out", "collect s", "all s", "MiB", "us a row")
+    lines = ["{:>12} {:>8} {:>9} {:>10} {:>9} {:>7} {:>9}".format(*titles)]
+    lines += [
+        f"{cost.rows:>12,} {cost.part_files:>8,} {cost.published_mib:>9.1f} "
+        f"{cost.collect_seconds:>10.2f} {cost.seconds:>9.2f} {cost.peak_mib:>7.0f} "
+        f"{1e6 * cost.seconds / cost.rows:>9.2f}"
+        for cost in costs
+    ]
+    return "\n".join(lines)
+
+
+def _inventory(folder: str, rows: int) -> Inventory:
+    def tables() -> object:
+        for objects in archive_objects(0, rows):
+            yield objects.append_column("is_shard", pa.repeat(pa.scalar(False), objects.num_rows))
+
+    return Inventory(open_store(f"{folder}/archive").uri, tables())  # type: ignore[arg-type]
+
+
+def _write_parts(folder: str, rows: int) -> None:
+    """The plan, and what two attempts at it would have left."""
+    results = open_store(f"{folder}/results")
+    with TemporaryDirectory(prefix="lungopacity-") as scratch:
+        make_plan(results, _inventory(folder, rows), "model", "first", Path(scratch))
+    jobs = [(folder, at, min(rows, at + _ROWS_PER_JOB)) for at in range(0, rows, _ROWS_PER_JOB)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        list(pool.map(_write_some, jobs))
+
+
+def _write_some(job: tuple[str, int, int]) -> None:
+    folder, start, stop = job
+    results, schema = open_store(f"{folder}/results"), part_schema(CLASSES)
+    archive = open_store(f"{folder}/archive").uri
+    for number, objects in enumerate(archive_objects(start, stop, ROWS_PER_PART)):
+        key = f"_work/first/attempt={number % 2}/{start:012d}-{number:05d}.parquet"
+        results.write(key, parquet_bytes(scored_rows(objects, archive, schema)))
+
+
+def _measured(folder: str, rows: int) -> PublishCost:
+    """In a process of its own."""
+    results = open_store(f"{folder}/results")
+    with TemporaryDirectory(prefix="lungopacity-") as scratch:
+        plan = make_plan(results, _inventory(folder, rows), "model", "first", Path(scratch))
+        parts = sum(1 for _ in results.list(f"{plan.work}attempt="))
+        began = time.perf_counter()
+        with collect(results, plan, CLASSES) as collected:
+            assert not collected.missing(Path(scratch), "left")
+            collect_seconds = time.perf_counter() - began
+            collected.finish(None, synthetic_model=False)
+            files = collected.write(results, None)
+            metrics = run_metrics(collected.connection.table("final"), _SPEC, 1.0)
+        record = {"run_id": "first", "files": files, "metrics": len(metrics)}
+        commit_run(results, "first", record)
+        remove_work(results, plan)
+        seconds = time.perf_counter() - began
+    sizes = {item.key: item.size_bytes for item in results.list()}
+    return PublishCost(
+        rows=sum(file["rows"] for file in files),
+        part_files=parts,
+        published_mib=sum(sizes[file["key"]] for file in files) / 2**20,
+        collect_seconds=collect_seconds,
+        seconds=seconds,
+        peak_mib=peak_mib_of_process(),
+    )

@@ -1,0 +1,38 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lungopacity.benchmark.train import train_speeds
+from lungopacity.cli import main
+from lungopacity.errors import UserError
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_loop_is_timed_without_ray_and_with_each_number_of_workers(tmp_path, capfd):
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(24):
+        film = rng.integers(40, 200, (64, 64), dtype=np.uint8)
+        Image.fromarray(film).save(tmp_path / f"{number}.png")
+        label = ("Normal", "Lung_Opacity")[number % 2]
+        split = "train" if number < 16 else "validation"
+        rows.append((f"{number}.png", label, split, f"patient {number}"))
+    labels = pd.DataFrame(rows, columns=["image", "label", "split", "patient_id"])
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    command = ["benchmark", "train", "--images", str(tmp_path), "--image-size", "32", "--json"]
+    command += ["--labels", str(tmp_path / "labels.csv"), "--epochs", "3", "--repeats", "1"]
+    assert main(command) == 0
+    speeds = json.loads(capfd.readouterr().out)
+    assert [speed["way"] for speed in speeds] == ["bare loop", "Ray Train, 1", "Ray Train, 2"]
+    for speed in speeds:
+        assert speed["epochs"] == 2
+        # An epoch is its steps, validation and checkpoint.
+        assert 0 < speed["images_per_s"] < speed["step_images_per_s"]
+
+
+def test_one_epoch_is_too_few(tmp_path):
+    with pytest.raises(UserError, match="--epochs must be at least 2"):
+        train_speeds([str(tmp_path)], "labels.csv", epochs=1)
