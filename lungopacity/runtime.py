@@ -84,12 +84,13 @@ def ray_session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         if address == "local":
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with _environment(KEEP_FREED_MEMORY):
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -97,12 +98,39 @@ def ray_session() -> Iterator[None]:
             f"Ray at '{address}' cannot be joined: {str(error).splitlines()[0]}; "
             "check RAY_ADDRESS, or unset it to run on this machine alone"
         ) from error
+    global _is_private
     if _ends_on_sigterm:
         end_on_sigterm()  # Ray has put its own handler there
+    _is_private = address == "local"
     try:
         yield
     finally:
+        _is_private = False
         ray.shutdown()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """They are set for the block: for the processes that it starts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+_is_private = False
+
+
+def worker_environment(use_gpu: bool) -> dict[str, dict[str, str]]:
+    """`runtime_env` of a worker in which torch computes. None in a Ray of our own, whose workers
+    have it from their start: one with an environment of its own is started anew, for seconds."""
+    return {} if use_gpu or _is_private else {"env_vars": KEEP_FREED_MEMORY}
 
 
 def quiet_ray_data() -> None:

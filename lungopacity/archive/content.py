@@ -89,8 +89,9 @@ def _film_columns(film: Radiograph, settings: ReadSettings) -> dict[str, Any]:
     left, top, right, bottom = edges = settings.preprocessing.edges(film.pixels)
     cropped = film.pixels[top:bottom, left:right]
     is_cropped = cropped.shape != film.pixels.shape
-    # What is judged is the whole film. Where the model is shown a part, a rough shrink will do.
-    content = settings.preprocessing.fit(film.pixels, rough=is_cropped)
+    # What is judged is the whole film, also where the model is shown a part of it.
+    shrink = settings.preprocessing.roughly_fit if is_cropped else settings.preprocessing.fit
+    content = shrink(film.pixels)
     quality = judge(content, film.rows, film.columns, film.coloured_fraction)
     facts = {**film.facts(), "view_unknown": film.view_position is None, **_columns_of(quality)}
     rejecting = [flag for flag in quality.found() if flag in settings.reject_quality]

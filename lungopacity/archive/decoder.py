@@ -36,6 +36,14 @@ _BYTES_UNDER_WAY = 64 << 20
 _PATIENCE = 5.0
 """Times the CPU seconds of a file that its decoder may take by the clock, on a machine with much to
 do, or waiting for what never comes."""
+_MEMORY_FOR_THE_NEXT_FILM = {
+    "MALLOC_MMAP_MAX_": "65536",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+    "MALLOC_TOP_PAD_": str(16 << 20),
+}
+"""Kept by glibc from film to film: it would be given back to the kernel and be fetched again, page
+by page. What is larger still goes back at once."""
 _START_SECONDS = 60.0
 """For the process to come up, on a machine with much to do."""
 
@@ -181,6 +189,7 @@ class Decoder:
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             # One core is what the task has asked the cluster for.
             **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+            **_MEMORY_FOR_THE_NEXT_FILM,
         }
         with theirs:
             process = subprocess.Popen(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import chi2, ks_2samp
 
 from lungopacity.evaluation.metrics import Metric, wilson_interval
 
@@ -97,6 +96,8 @@ def psi(baseline_B: Sequence[int], current_B: Sequence[int]) -> tuple[float, flo
     p_B = (np.asarray(current_B) + 0.5) / (m + 0.5 * bins)
     q_B = (np.asarray(baseline_B) + 0.5) / (n + 0.5 * bins)
     index = float(np.sum((p_B - q_B) * np.log(p_B / q_B)))
+    from scipy.stats import chi2
+
     by_chance = float(chi2.ppf(_CONFIDENCE, max(1, bins - 1))) * (1 / n + 1 / m)
     return index, by_chance
 
@@ -123,6 +124,9 @@ def _score_shift(baseline_N: npt.NDArray[np.float32], current_M: npt.NDArray[np.
         for scores in (baseline_N, current_M)
     ]
     index, by_chance = psi(*counts)
+    # Not above: half a second, which a night without a baseline would pay, too.
+    from scipy.stats import ks_2samp
+
     test = ks_2samp(baseline_N, current_M)
     return Shift(
         "score", index, by_chance, len(current_M), float(test.statistic), float(test.pvalue)

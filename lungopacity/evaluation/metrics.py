@@ -23,7 +23,6 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import average_precision_score, log_loss
 
 Floats = npt.NDArray[np.floating]
 Integers = npt.NDArray[np.integer]
@@ -287,6 +286,8 @@ def roc_components(
 def average_precision(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> float:
     """Mean of the precision over the steps in recall; NaN where there is no positive."""
     # Without a positive scikit-learn returns 0, which would read as the worst of scores.
+    from sklearn.metrics import average_precision_score
+
     return float(average_precision_score(positive_N, scores_N)) if positive_N.any() else math.nan
 
 
@@ -350,6 +351,8 @@ def _log_loss(labels_N: Integers, probabilities_NK: Floats) -> float:
     # It warns of sums that are off by the rounding of float32.
     exact_NK = probabilities_NK.astype(np.float64)
     exact_NK /= exact_NK.sum(axis=1, keepdims=True)
+    from sklearn.metrics import log_loss
+
     return float(log_loss(labels_N, exact_NK, labels=np.arange(exact_NK.shape[1])))
 
 

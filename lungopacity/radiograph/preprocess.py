@@ -78,12 +78,11 @@ class Preprocessing:
         large = max(right - left, bottom - top) >= _LEAST_SIDE * max(height, width)
         return (left, top, right, bottom) if large else whole
 
-    def fit(self, pixels: npt.NDArray[np.uint8], *, rough: bool = False) -> npt.NDArray[np.uint8]:
+    def fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Shrink (area-weighted) or enlarge, so that the longer side has `image_size` pixels.
 
         pixels: (height, width) uint8. The aspect ratio is kept: stretching a film changes the shape
-        of a heart. `rough`: in two steps, the first by a whole number; about as exact, and as fast
-        again the larger the film is.
+        of a heart.
         """
         from PIL import Image
 
@@ -95,11 +94,18 @@ class Preprocessing:
             return np.ascontiguousarray(pixels)
         # Pillow's BILINEAR widens its kernel when shrinking, so nothing aliases.
         return np.asarray(
-            Image.fromarray(pixels).resize(
-                target, Image.Resampling.BILINEAR, reducing_gap=1.0 if rough else None
-            ),
-            dtype=np.uint8,
+            Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR), dtype=np.uint8
         )
+
+    def roughly_fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Shrink to about `image_size`, by a whole number: means of squares of pixels, in a third
+        of the time that `fit` takes."""
+        from PIL import Image
+
+        factor = round(max(pixels.shape) / self.image_size)
+        if factor < 2:
+            return self.fit(pixels)
+        return np.asarray(Image.fromarray(pixels).reduce(factor), dtype=np.uint8)
 
     def pad(self, content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Centre what `fit` gave on a black square."""

@@ -27,7 +27,7 @@ from lungopacity.models import TrainedModel
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import class_column, part_schema
 from lungopacity.results.workbench import parquet_bytes
-from lungopacity.runtime import KEEP_FREED_MEMORY, capacity, require_resources
+from lungopacity.runtime import capacity, require_resources, worker_environment
 from lungopacity.screening.explanations import PICTURE, Explainer, write_pictures
 from lungopacity.storage import Store
 
@@ -38,6 +38,7 @@ OBJECTS = "objects"
 _DISTANCE = "out_of_distribution_score"
 ROWS_PER_PART = 512
 """What a killed job loses of finished work at most; publishing merges the small files."""
+_MODELS_A_WRITER = 8
 _RETRIES = 3
 """Of a task or actor whose process dies. Ray's own default for actors is for ever."""
 
@@ -199,6 +200,34 @@ def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any
     }
 
 
+class _WriteParts:
+    """The last stage: tables of `part_schema` to part files, and a report of each to the driver."""
+
+    def __init__(self, results: Store, attempt: str) -> None:
+        self.results, self.attempt = results, attempt
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        try:
+            rows = write_pictures(self.results, rows)
+            key = f"{self.attempt}{uuid.uuid4().hex}.parquet"
+            self.results.write(key, parquet_bytes(rows))
+        except UserError as error:
+            # As a row: of what an actor raises, Ray hands on the text of a traceback alone.
+            return _part_report({}, error=str(error))
+        images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
+        codes = images["error_code"].to_pylist()
+        found = Counter(zip(images["status"].to_pylist(), codes, strict=True))
+        for (status, code), number in found.items():
+            observe.count("images", number, {"status": status, "error_code": code or ""})
+        counts = Counter(images["status"].to_pylist())
+        # An object is done with its one row, or with the row that closes the pass over it.
+        ends = pa.compute.or_(
+            pa.compute.is_valid(rows["shard_rows"]), pa.compute.is_null(rows["reading"])
+        )
+        objects = pa.compute.sum(ends).as_py()
+        return _part_report({**counts, OBJECTS: objects})
+
+
 def screen_objects(
     archive_uri: str,
     objects: pa.Table,
@@ -219,26 +248,6 @@ def screen_objects(
     import ray
 
     attempt = f"{work}attempt={uuid.uuid4().hex}/"
-
-    def write_part(rows: pa.Table) -> pa.Table:
-        try:
-            rows = write_pictures(results, rows)
-            results.write(f"{attempt}{uuid.uuid4().hex}.parquet", parquet_bytes(rows))
-        except UserError as error:
-            # As a row: of what a task raises, Ray hands on the text of a traceback alone.
-            return _part_report({}, error=str(error))
-        images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
-        codes = images["error_code"].to_pylist()
-        found = Counter(zip(images["status"].to_pylist(), codes, strict=True))
-        for (status, code), number in found.items():
-            observe.count("images", number, {"status": status, "error_code": code or ""})
-        counts = Counter(images["status"].to_pylist())
-        # An object is done with its one row, or with the row that closes the pass over it.
-        ends = pa.compute.or_(
-            pa.compute.is_valid(rows["shard_rows"]), pa.compute.is_null(rows["reading"])
-        )
-        objects = pa.compute.sum(ends).as_py()
-        return _part_report({**counts, OBJECTS: objects})
 
     images = stream_images(archive_uri, read_tasks(objects), settings)
     with warnings.catch_warnings():
@@ -261,12 +270,23 @@ def screen_objects(
             ),
             max_restarts=_RETRIES,
             max_task_retries=_RETRIES,
-            runtime_env={"env_vars": {} if resources.use_gpu else KEEP_FREED_MEMORY},
+            runtime_env=worker_environment(resources.use_gpu),
         )
-    # No CPU of its own: it waits on storage, and must run however busy the other stages are.
-    parts = scored.map_batches(
-        write_part, batch_size=ROWS_PER_PART, batch_format="pyarrow", num_cpus=0
-    )
+        # Actors, for Ray ends a worker that had no task for a second, and a new one takes two
+        # seconds of CPU time: as tasks, these cost a fifth of a small machine. No CPU of their own:
+        # they wait on storage, and must run however busy the other stages are.
+        parts = scored.map_batches(
+            _WriteParts,
+            fn_constructor_args=(results, attempt),
+            batch_size=ROWS_PER_PART,
+            batch_format="pyarrow",
+            num_cpus=0,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=-(-resources.max_actors // _MODELS_A_WRITER)
+            ),
+            max_restarts=_RETRIES,
+            max_task_retries=_RETRIES,
+        )
     for part in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in part.to_pylist():
             error = row.pop("error")

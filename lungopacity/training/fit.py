@@ -41,7 +41,7 @@ from lungopacity.models import (
 )
 from lungopacity.models.folder import validation_parquet
 from lungopacity.models.pretrained import first_weights, take_weights
-from lungopacity.runtime import KEEP_FREED_MEMORY, require_resources, versions
+from lungopacity.runtime import require_resources, versions, worker_environment
 from lungopacity.storage import join_uri, open_store
 from lungopacity.training.calibrate import calibrate
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
@@ -300,7 +300,7 @@ def _run_ray_train(
                 ),
                 callbacks=callbacks,
                 # Training runs in a thread: what it allocates with was chosen before it began.
-                worker_runtime_env={"env_vars": {} if settings.use_gpu else KEEP_FREED_MEMORY},
+                worker_runtime_env=worker_environment(settings.use_gpu),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
