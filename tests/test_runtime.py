@@ -6,7 +6,13 @@ import sys
 import pytest
 
 from lungopacity.errors import UserError
-from lungopacity.runtime import KEEP_FREED_MEMORY, ray_session, require_resources, resolve_gpu
+from lungopacity.runtime import (
+    KEEP_FREED_MEMORY,
+    ray_session,
+    require_resources,
+    resolve_gpu,
+    worker_environment,
+)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -72,3 +78,18 @@ def test_memory_that_was_freed_is_kept_for_the_next_time():
 
     if platform.libc_ver()[0] == "glibc":
         assert page_faults(KEEP_FREED_MEMORY) < page_faults({}) / 5
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_of_a_ray_of_our_own_keep_freed_memory_from_their_start(monkeypatch):
+    import ray
+
+    def told() -> str | None:
+        return os.environ.get("MALLOC_MMAP_MAX_")
+
+    assert ray.get(ray.remote(told).remote()) == "0"
+    assert told() is None
+    assert worker_environment(use_gpu=False) == {}
+    monkeypatch.setattr("lungopacity.runtime._is_private", False)
+    assert worker_environment(use_gpu=False) == {"env_vars": KEEP_FREED_MEMORY}
+    assert worker_environment(use_gpu=True) == {}
