@@ -45,12 +45,25 @@ def run(way: str, images: str, model: str, output: str, batch_size: int) -> None
     turns = [
         part for table in read_tasks(archive.objects) for part in _parts(table, _OBJECTS_PER_TURN)
     ]
+    films = archive.objects.num_rows
+    if way == SCORE_HALF and any(archive.objects["is_shard"].to_pylist()):
+        settings = ReadSettings(load_model(model).spec.preprocessing)
+        films = sum(1 for turn in turns for _ in read_files(archive.store, turn, settings))
     context = multiprocessing.get_context("spawn")
     taken = context.Value("q", 0)
     workers = [
         context.Process(
             target=_process,
-            args=(way, archive.uri, turns, model, f"{output}/{rank}.parquet", batch_size, taken),
+            args=(
+                way,
+                archive.uri,
+                turns,
+                films,
+                model,
+                f"{output}/{rank}.parquet",
+                batch_size,
+                taken,
+            ),
         )
         for rank in range(processes)
     ]
@@ -71,6 +84,7 @@ def _process(
     way: str,
     uri: str,
     turns: Sequence[pa.Table],
+    count: int,
     model: str,
     output: str,
     batch_size: int,
@@ -80,7 +94,7 @@ def _process(
     scorer = Scorer(trained, threads=1)
     films = _films(uri, turns, trained, taken)
     if way == SCORE_HALF:
-        films = _same_films(uri, turns, trained, taken)
+        films = _same_films(uri, turns, count, trained, taken)
     tables = []
     while batch := list(islice(films, batch_size)):
         names = [name for name, _ in batch]
@@ -127,10 +141,9 @@ def _turns(turns: Sequence[pa.Table], taken: Any) -> Iterator[pa.Table]:
 
 
 def _same_films(
-    uri: str, turns: Sequence[pa.Table], model: TrainedModel, taken: Any
+    uri: str, turns: Sequence[pa.Table], count: int, model: TrainedModel, taken: Any
 ) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
     """As many films as there are, of the pixels of the first few."""
-    count = sum(turn.num_rows for turn in turns)
     first = list(islice(_films(uri, turns[:1], model, multiprocessing.Value("q", 0)), 64))
     while True:
         with taken.get_lock():

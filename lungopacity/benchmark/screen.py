@@ -133,14 +133,12 @@ def screen_speeds(
             with TemporaryDirectory(prefix="lungopacity-") as folder:
                 told, _ = _started("ours", task, Path(folder))
             speeds[OURS].bytes_moved = _moved(told)
-    bare = speeds.get(bare_loop.WHOLE)
+    of_bare = _first_p(speeds.get(bare_loop.WHOLE))
     for speed in speeds.values():
+        own = _first_p(speed)
+        both = of_bare.keys() & own.keys()
+        speed.differs = max((abs(of_bare[name] - own[name]) for name in both), default=None)
         _sum_up(speed)
-        if bare is not None and bare.runs and speed.runs and speed.runs[0].p:
-            of_bare, own = bare.runs[0].p, speed.runs[0].p
-            both = of_bare.keys() & own.keys()
-            speed.differs = max((abs(of_bare[name] - own[name]) for name in both), default=None)
-        speed.runs.clear()
     return list(speeds.values())
 
 
@@ -204,7 +202,7 @@ def _run(speed: ScreenSpeed, task: _Task) -> None:
             images=len(finished),
             seconds=taken.seconds,
             # Batches that end at one moment are one event: count what ended after the first.
-            steady=float(np.sum(finished[first:last] > finished[first]) / between),
+            steady=float(np.sum(finished[first:last] > finished[first]) / max(between, 1e-9)),
             busy=taken.busy,
             memory_mib=taken.memory_mib,
             store_mib=taken.store_mib,
@@ -334,6 +332,10 @@ def _shared_bytes() -> int:
     return shutil.disk_usage("/dev/shm").used if Path("/dev/shm").is_dir() else 0
 
 
+def _first_p(speed: ScreenSpeed | None) -> Mapping[str, float]:
+    return speed.runs[0].p if speed is not None and speed.runs else {}
+
+
 def _sum_up(speed: ScreenSpeed) -> None:
     if not speed.runs:
         return
@@ -348,3 +350,4 @@ def _sum_up(speed: ScreenSpeed) -> None:
     moved = [run.bytes_moved for run in speed.runs if run.bytes_moved is not None]
     if moved:
         speed.bytes_moved = statistics.median(moved)
+    speed.runs.clear()

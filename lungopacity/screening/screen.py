@@ -356,7 +356,6 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
             resolve_gpu(job.use_gpu), job.gpus_per_actor, job.model_actors
         )
         counts: Counter[str] = Counter()
-        observe.gauge("objects_planned", plan.start.objects)
         # How many images a shard holds is known only once it has been read.
         with Progress("Screening", total=None if shards else todo.num_rows) as progress:
             for part in screen_objects(
@@ -373,6 +372,8 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
                 end_if_told()
                 counts += part
                 objects += counts.pop(OBJECTS, 0)
+                # All each time: Ray tells a gauge to Prometheus once after it was set.
+                observe.gauge("objects_planned", plan.start.objects)
                 observe.gauge("objects_waiting", todo.num_rows - objects)
                 observe.gauge("images_done", counts.total())
                 of = f", {objects} of {todo.num_rows} objects" if shards else ""

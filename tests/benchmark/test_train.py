@@ -1,22 +1,19 @@
 import json
 
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from lungopacity.benchmark.train import train_speeds
 from lungopacity.cli import main
 from lungopacity.errors import UserError
+from tests.films import encoded, grey_film
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_loop_is_timed_without_ray_and_with_each_number_of_workers(tmp_path, capfd):
-    rng = np.random.default_rng(0)
     rows = []
     for number in range(24):
-        film = rng.integers(40, 200, (64, 64), dtype=np.uint8)
-        Image.fromarray(film).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.png").write_bytes(encoded(grey_film(number)))
         label = ("Normal", "Lung_Opacity")[number % 2]
         split = "train" if number < 16 else "validation"
         rows.append((f"{number}.png", label, split, f"patient {number}"))

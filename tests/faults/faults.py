@@ -113,6 +113,10 @@ def model_actor_killed(scene: Scene) -> Outcome:
     return _process_killed(scene, "ray::MapWorker(MapBatches(_ScoreImages))")
 
 
+def writing_actor_killed(scene: Scene) -> Outcome:
+    return _process_killed(scene, "ray::MapWorker(MapBatches(_WriteParts))")
+
+
 def reading_worker_killed(scene: Scene) -> Outcome:
     return _process_killed(scene, "ray::MapBatches(read)")
 
@@ -397,6 +401,7 @@ FAULTS: dict[str, tuple[Trial, int]] = {
     "kill -9 of the driver before the commit": (driver_killed_before_the_commit, 1),
     "kill -9 of the driver after the commit": (driver_killed_after_the_commit, 1),
     "kill -9 of a model actor": (model_actor_killed, 2),
+    "kill -9 of a writing actor": (writing_actor_killed, 2),
     "kill -9 of a reading worker": (reading_worker_killed, 2),
     "kill -9 of one node of three": (node_lost, 2),
     "kill -9 and restart of the S3 server": (storage_restarted, 2),

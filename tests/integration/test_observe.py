@@ -21,15 +21,20 @@ import ray
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
          logging_level=logging.ERROR)
 from lungopacity.cli import main
-main(["--log-format", "json", "screen", *sys.argv[1:]])
+main(["--log-format", "json", "screen", *sys.argv[2:]])
 (node,) = ray.nodes()
+seen = {}
 for _ in range(60):
     time.sleep(0.5)
     address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-    text = urllib.request.urlopen(address).read().decode()
-    if "lungopacity_images_total" in text and "lungopacity_model_seconds" in text:
+    # A gauge is told once after it was set, by each process when its time has come.
+    for line in urllib.request.urlopen(address).read().decode().splitlines():
+        if line.startswith("ray_lungopacity_"):
+            seen[line.rsplit(" ", 1)[0]] = line
+    told = " ".join(seen)
+    if all(name in told for name in sys.argv[1].split(",")):
         break
-print(text)
+print(*seen.values(), sep=chr(10))
 """
 
 
@@ -43,7 +48,7 @@ def test_a_run_exports_its_figures_and_logs_json_with_its_id(tmp_path: Path):
     write_tiny_model(str(tmp_path / "model"))
     places = [f"--{name}={tmp_path / name}" for name in ("archive", "model", "output")]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *places, "--run-id", "night"],
+        [sys.executable, "-c", SCRIPT, ",".join(NAMES), *places, "--run-id", "night"],
         capture_output=True,
         text=True,
         timeout=140,
