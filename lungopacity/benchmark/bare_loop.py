@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.reading import read_files
 from lungopacity.archive.stream import read_tasks
+from lungopacity.errors import ImageError
 from lungopacity.models import TrainedModel, load_model
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import decode_radiographs
@@ -123,11 +125,13 @@ def _films(
     store, settings = open_store(uri), ReadSettings(model.spec.preprocessing)
     for turn in _turns(turns, taken):
         for name, data in read_files(store, turn, settings):
-            for found in decode_radiographs(
-                data, limits=settings.limits, at_least=settings.preprocessing.at_least
-            ):
-                if not isinstance(found, Exception):
-                    yield name, settings.preprocessing.square(found.pixels)
+            # What cannot be read is passed over, as whole files or as single frames.
+            with suppress(ImageError):
+                for found in decode_radiographs(
+                    data, limits=settings.limits, at_least=settings.preprocessing.at_least
+                ):
+                    if not isinstance(found, ImageError):
+                        yield name, settings.preprocessing.square(found.pixels)
 
 
 def _turns(turns: Sequence[pa.Table], taken: Any) -> Iterator[pa.Table]:

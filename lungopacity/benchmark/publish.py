@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +82,11 @@ def table(costs: Sequence[PublishCost]) -> str:
 
 
 def _inventory(folder: str, rows: int) -> Inventory:
-    def tables() -> object:
+    def tables() -> Iterator[pa.Table]:
         for objects in archive_objects(0, rows):
             yield objects.append_column("is_shard", pa.repeat(pa.scalar(False), objects.num_rows))
 
-    return Inventory(open_store(f"{folder}/archive").uri, tables())  # type: ignore[arg-type]
+    return Inventory(open_store(f"{folder}/archive").uri, tables())
 
 
 def _write_parts(folder: str, rows: int) -> None:

@@ -194,6 +194,9 @@ def _run(speed: ScreenSpeed, task: _Task) -> None:
             speed.note = f"failed: {message[:100]}"
             return
         rows = _scored_rows(speed.way, folder / "output")
+    if len(rows) < 2:
+        speed.note = f"scored {len(rows)} images: too few to be timed; give more that can be read"
+        return
     finished = np.sort(rows["at"])
     first, last = (int(share * len(finished)) for share in _STEADY)
     between = finished[last - 1] - finished[first]
@@ -220,6 +223,8 @@ def _scored_rows(way: str, output: Path) -> pd.DataFrame:
         output = output / "predictions"
     table = ds.dataset(output, format="parquet", exclude_invalid_files=True).to_table()
     rows: pd.DataFrame = table.to_pandas()
+    if rows.empty:
+        return rows
     if way == OURS:
         rows = rows[rows["status"] == "ok"]
         name = rows["member"].fillna(rows["image"]).str.rsplit("/", n=1).str[-1]

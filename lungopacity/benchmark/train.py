@@ -122,11 +122,13 @@ def _bare(films: Films, settings: TrainingSettings) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="lungopacity-") as name:
         given, told = Path(name) / "given", Path(name) / "told"
         given.write_bytes(pickle.dumps((films, settings, first)))
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "lungopacity.benchmark.train", str(given), str(told)],
             env=os.environ | ({} if settings.use_gpu else KEEP_FREED_MEMORY),
-            check=True,
+            check=False,
         )
+        if done.returncode:
+            raise UserError(f"the loop without Ray ended with {done.returncode}; see above")
         history: list[dict[str, Any]] = pickle.loads(told.read_bytes())
     return history
 

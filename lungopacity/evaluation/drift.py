@@ -93,11 +93,12 @@ def psi(baseline_B: Sequence[int], current_B: Sequence[int]) -> tuple[float, flo
     bins = len(baseline_B)
     if n == 0 or m == 0:
         return float("nan"), float("inf")
+    # Not above: half a second, which a night without a baseline would pay, too.
+    from scipy.stats import chi2
+
     p_B = (np.asarray(current_B) + 0.5) / (m + 0.5 * bins)
     q_B = (np.asarray(baseline_B) + 0.5) / (n + 0.5 * bins)
     index = float(np.sum((p_B - q_B) * np.log(p_B / q_B)))
-    from scipy.stats import chi2
-
     by_chance = float(chi2.ppf(_CONFIDENCE, max(1, bins - 1))) * (1 / n + 1 / m)
     return index, by_chance
 
@@ -124,7 +125,6 @@ def _score_shift(baseline_N: npt.NDArray[np.float32], current_M: npt.NDArray[np.
         for scores in (baseline_N, current_M)
     ]
     index, by_chance = psi(*counts)
-    # Not above: half a second, which a night without a baseline would pay, too.
     from scipy.stats import ks_2samp
 
     test = ks_2samp(baseline_N, current_M)

@@ -285,9 +285,9 @@ def roc_components(
 
 def average_precision(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> float:
     """Mean of the precision over the steps in recall; NaN where there is no positive."""
-    # Without a positive scikit-learn returns 0, which would read as the worst of scores.
     from sklearn.metrics import average_precision_score
 
+    # Without a positive scikit-learn returns 0, which would read as the worst of scores.
     return float(average_precision_score(positive_N, scores_N)) if positive_N.any() else math.nan
 
 

@@ -69,6 +69,12 @@ def test_what_fails_or_hangs_is_said_so(tmp_path, model):
     assert "did not end" in table([late])
 
 
+def test_an_archive_without_a_readable_image_is_said_so(tmp_path, model):
+    open_store(str(tmp_path)).write("a.png", b"no image")
+    (bare,) = screen_speeds(str(tmp_path), model, ways=["bare"], repeats=1)
+    assert bare.note == "scored 0 images: too few to be timed; give more that can be read"
+
+
 def test_wrong_options_are_refused(tmp_path, model):
     with pytest.raises(UserError, match="--ways: 'fast' is none of bare, "):
         screen_speeds(str(tmp_path), model, ways=["fast"])
