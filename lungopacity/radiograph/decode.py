@@ -134,7 +134,7 @@ def _decode_plain_png(data: bytes, limits: DecodeLimits) -> Radiograph | None:
         return None
     limits.check_pixels(header.rows, header.columns)
     try:
-        pixels = decode_grey_png(data)
+        pixels = decode_grey_png(data, header)
     except Exception as error:
         raise _as_image_error(error) from error
     return Radiograph(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ _PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", 
 _PLAIN_CHUNKS |= {b"tIME", b"hIST", b"iCCP"}
 _GREY = b"\x08\x00"
 """In IHDR: 8 bits, colour type grey."""
+_SUB = 1
+_FIRST_ROWS = 4
+"""Their filters tell whether a file is worth the quick way."""
 
 
 @dataclass(frozen=True)
@@ -23,31 +27,41 @@ class PngHeader:
 
     rows: int
     columns: int
+    is_interlaced: bool
+    critical: tuple[slice, ...]
+    """Kind and data of the chunks that hold the picture, IHDR first; four bytes after each is its
+    checksum."""
 
 
 def read_plain_header(data: bytes) -> PngHeader | None:
     """The header of an 8-bit grey PNG of plain chunks; None where it is another, or cut."""
     if data[12:16] != b"IHDR" or data[24:26] != _GREY:
         return None
-    at, kind = 8, b""
+    at, kind, critical = 8, b"", []
     while kind != b"IEND":
         kind = data[at + 4 : at + 8]
         if kind not in _PLAIN_CHUNKS:
             return None
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        length = int.from_bytes(data[at : at + 4], "big")
+        if kind in (b"IHDR", b"IDAT"):
+            critical.append(slice(at + 4, at + 8 + length))
+        at += 12 + length
     if at > len(data):
         return None
     columns, rows = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    return PngHeader(rows, columns)
+    return PngHeader(rows, columns, data[28] != 0, tuple(critical))
 
 
-def decode_grey_png(data: bytes) -> npt.NDArray[np.uint8]:
-    """Pixels (height, width) of a file that has a plain header; checksums are compared.
+def decode_grey_png(data: bytes, header: PngHeader) -> npt.NDArray[np.uint8]:
+    """Pixels (height, width) of the file that `header` was read from; checksums are compared.
 
     Raises `ImageError` (`truncated`, `corrupt_image`).
     """
     import imagecodecs
 
+    quickly = _decode_row_by_row(data, header)
+    if quickly is not None:
+        return quickly
     try:
         pixels: npt.NDArray[np.uint8] = imagecodecs.png_decode(data)
     except imagecodecs.PngError as error:
@@ -58,4 +72,38 @@ def decode_grey_png(data: bytes) -> npt.NDArray[np.uint8]:
             Stage.DECODE,
             "the PNG ends before its pixels do" if short else "the PNG's coded pixels are damaged",
         ) from error
+    return pixels
+
+
+def _decode_row_by_row(data: bytes, header: PngHeader) -> npt.NDArray[np.uint8] | None:
+    """By libdeflate, in less than half of libpng's time. For filters that look at no other row
+    (PNG, third edition, 9.2), which fast writers choose; None for all else, damage included."""
+    import imagecodecs
+
+    if header.is_interlaced:
+        return None
+    for chunk in header.critical:
+        if zlib.crc32(data[chunk]).to_bytes(4, "big") != data[chunk.stop : chunk.stop + 4]:
+            return None
+    coded = b"".join(data[chunk.start + 4 : chunk.stop] for chunk in header.critical[1:])
+    stride = 1 + header.columns
+    try:
+        first = zlib.decompressobj().decompress(coded, _FIRST_ROWS * stride)
+        if max(first[::stride], default=_SUB + 1) > _SUB:
+            return None
+        found = imagecodecs.deflate_decode(coded, raw=False, out=header.rows * stride)
+    except (zlib.error, imagecodecs.DeflateError):
+        return None
+    if len(found) != header.rows * stride:
+        return None
+    rows = np.frombuffer(found, np.uint8).reshape(header.rows, stride)
+    is_sub = rows[:, 0] == _SUB
+    if is_sub.all():
+        pixels: npt.NDArray[np.uint8] = imagecodecs.delta_decode(rows[:, 1:], axis=1)
+        return pixels
+    if rows[:, 0].max() > _SUB:
+        return None
+    pixels = rows[:, 1:].copy()
+    if is_sub.any():
+        pixels[is_sub] = imagecodecs.delta_decode(pixels[is_sub], axis=1)
     return pixels

@@ -25,6 +25,32 @@ def png(pixels: np.ndarray, **options: object) -> bytes:
     return sink.getvalue()
 
 
+def decoded(data: bytes) -> np.ndarray:
+    header = read_plain_header(data)
+    assert header is not None
+    return decode_grey_png(data, header)
+
+
+def filtered(pixels: np.ndarray, filters: list[int]) -> bytes:
+    """A PNG of these filters, None, Sub or Up, one a row (PNG, third edition, 9.2)."""
+    before = np.vstack([np.zeros_like(pixels[:1]), pixels[:-1]])
+    left = np.hstack([np.zeros_like(pixels[:, :1]), pixels[:, :-1]])
+    coded = [pixels, pixels - left, pixels - before]
+    rows = b"".join(bytes([kind]) + coded[kind][row].tobytes() for row, kind in enumerate(filters))
+    height, width = pixels.shape
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\0\0\0\0"
+    coded_rows = zlib.compress(rows)
+    half = len(coded_rows) // 2
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [
+            chunk(b"IHDR", header),
+            chunk(b"IDAT", coded_rows[:half]),
+            chunk(b"IDAT", coded_rows[half:]),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
 def code_of(data: bytes) -> ErrorCode:
     """The one error that the file gives, whether raised or in the place of its image."""
     try:
@@ -74,13 +100,26 @@ def test_pixels_are_those_of_pillow(rows, columns, seed, level):
     header = read_plain_header(data)
     assert header is not None
     assert (header.rows, header.columns) == (rows, columns)
-    np.testing.assert_array_equal(decode_grey_png(data), pixels)
+    np.testing.assert_array_equal(decode_grey_png(data, header), pixels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 12), columns=st.integers(1, 12))
+def test_every_row_may_have_its_own_filter(data, rows, columns):
+    filters = data.draw(st.lists(st.integers(0, 2), min_size=rows, max_size=rows))
+    pixels = np.random.default_rng(rows).integers(0, 255, (rows, columns), np.uint8)
+    np.testing.assert_array_equal(decoded(filtered(pixels, filters)), pixels)
+
+
+@pytest.mark.parametrize("filters", [[0] * 120, [1] * 120, [0, 1, 1] * 40])
+def test_films_whose_rows_stand_alone_need_no_libpng(filters, monkeypatch):
+    monkeypatch.setattr("imagecodecs.png_decode", None)
+    np.testing.assert_array_equal(decoded(filtered(FILM, filters)), FILM)
 
 
 def test_an_interlaced_film_is_the_same_film():
     data = interlaced()
-    assert read_plain_header(data) is not None
-    np.testing.assert_array_equal(decode_grey_png(data), FILM)
+    np.testing.assert_array_equal(decoded(data), FILM)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), FILM)
 
 
