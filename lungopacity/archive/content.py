@@ -36,8 +36,7 @@ class ReadSettings:
     hmac_key: bytes | None = field(default=None, repr=False)
     """Fills `patient_hmac` and `study_hmac`; they stay null without it."""
     fetch_threads: int = 8
-    """Requests under way at once in one task. More hide more latency, and get in each other's way
-    in Python: from a server on loopback 2 fetch 376 objects a second, 8 fetch 236, 16 fetch 151."""
+    """Requests under way at once in one task: more hide more latency."""
     rows_per_table: int = 64
 
     def __post_init__(self) -> None:

@@ -54,7 +54,8 @@ def stream_images(
             for name, value in figures.taken().items():
                 observe.count(name, value)
 
-    # from_arrow keeps one block a table; other sources merge small blocks into one task.
-    return ray.data.from_arrow(list(tasks)).map_batches(
+    # from_blocks keeps one block a table, where other sources merge small ones into one task, and
+    # from_arrow first runs a Ray task for each, to ask for its schema.
+    return ray.data.from_blocks(list(tasks)).map_batches(
         read, batch_size=None, batch_format="pyarrow", num_cpus=1, zero_copy_batch=True
     )
