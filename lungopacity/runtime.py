@@ -8,7 +8,8 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from lungopacity.errors import UserError
@@ -70,17 +71,62 @@ def end_if_told() -> None:
 def ray_session() -> Iterator[None]:
     """A running Ray for the block.
 
-    In this order: one that this process has joined already; the cluster that `RAY_ADDRESS` names
-    (set by `ray job submit`); a private one on this machine, ended with the block. A cluster that
-    merely happens to run here is never joined. Raises `UserError` where none can be had.
+    In this order: one that this process has joined already, or that `ray_ahead` starts; the
+    cluster that `RAY_ADDRESS` names (set by `ray job submit`); a private one on this machine, ended
+    with the block. A cluster that merely happens to run here is never joined. Raises `UserError`
+    where none can be had.
     """
+    is_ours = _ahead is None and _start_ray()
+    if _ahead is not None:
+        _ahead.result()
+    if _ends_on_sigterm:
+        end_on_sigterm()  # Ray has put its own handler there
+    try:
+        yield
+    finally:
+        if is_ours:
+            _end_ray()
+
+
+@contextmanager
+def ray_ahead() -> Iterator[Callable[[], None]]:
+    """Ray starts while the block goes on, until a `ray_session` in it waits for it. Call what is
+    yielded when the block is done with Ray: it ends while the block goes on, or else with it.
+    Starting takes four seconds, ending one and a half, most of it spent waiting.
+
+    That Ray cannot be had is raised by the `ray_session`, not here.
+    """
+    global _ahead
+    with ThreadPoolExecutor(1) as thread:
+        _ahead = started = thread.submit(_start_ray)
+
+        def end() -> None:
+            if started.exception() is None and started.result():
+                _end_ray()
+
+        def done() -> None:
+            global _ahead
+            if _ahead is not None:
+                _ahead = None
+                thread.submit(end)
+
+        try:
+            yield done
+        finally:
+            done()
+
+
+_ahead: Future[bool] | None = None
+
+
+def _start_ray() -> bool:
+    """False: it was running already, and is not ours to end."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
-        yield
-        return
+        return False
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         if address == "local":
@@ -99,14 +145,16 @@ def ray_session() -> Iterator[None]:
             "check RAY_ADDRESS, or unset it to run on this machine alone"
         ) from error
     global _is_private
-    if _ends_on_sigterm:
-        end_on_sigterm()  # Ray has put its own handler there
     _is_private = address == "local"
-    try:
-        yield
-    finally:
-        _is_private = False
-        ray.shutdown()
+    return True
+
+
+def _end_ray() -> None:
+    import ray
+
+    global _is_private
+    _is_private = False
+    ray.shutdown()
 
 
 @contextmanager

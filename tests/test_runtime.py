@@ -93,3 +93,47 @@ def test_workers_of_a_ray_of_our_own_keep_freed_memory_from_their_start(monkeypa
     monkeypatch.setattr("lungopacity.runtime._is_private", False)
     assert worker_environment(use_gpu=False) == {"env_vars": KEEP_FREED_MEMORY}
     assert worker_environment(use_gpu=True) == {}
+
+
+def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
+    script = (
+        "import threading\n"
+        "from lungopacity.runtime import ray_ahead, ray_session\n"
+        "with ray_ahead() as done:\n"
+        "    for _ in range(2):\n"
+        "        with ray_session():\n"
+        "            import ray\n"
+        "            print(ray.get(ray.remote(lambda: 'worked').remote()))\n"
+        "    done()\n"
+        "    with ray_session(): print(ray.is_initialized())\n"
+        "print(ray.is_initialized(), threading.active_count() < 9)"
+    )
+    done = run_script(script, RAY_ADDRESS="")
+    assert done.stdout.split() == ["worked", "worked", "True", "False", "True"], done.stderr
+
+
+def test_who_needs_no_ray_hears_nothing_of_one_that_cannot_be_had():
+    script = (
+        "from lungopacity.errors import UserError\n"
+        "from lungopacity.runtime import ray_ahead, ray_session\n"
+        "with ray_ahead(): print('well')\n"
+        "try:\n"
+        "    with ray_ahead():\n"
+        "        with ray_session(): print('never')\n"
+        "except UserError as error: print(error)"
+    )
+    done = run_script(script, RAY_ADDRESS="127.0.0.1:notaport")
+    first, second = done.stdout.splitlines()
+    assert first == "well"
+    assert "Ray at '127.0.0.1:notaport' cannot be joined" in second
+    assert "check RAY_ADDRESS" in second

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ from lungopacity.results.folder import METRICS, commit_run, read_run
 from lungopacity.results.query import predictions_of
 from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import parquet_bytes, workbench
-from lungopacity.runtime import end_if_told, ray_session, resolve_gpu, versions
+from lungopacity.runtime import end_if_told, ray_ahead, ray_session, resolve_gpu, versions
 from lungopacity.screening.aggregate import label_metrics, run_metrics
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.history import History
@@ -271,7 +271,11 @@ def run_job(
     model_id = job.model.model_id
     run_id = run_id or new_run_id(model_id)
     observe.set_run(run_id)
-    with TemporaryDirectory(prefix="lungopacity-") as name:
+    # A night may find nothing to do, and then needs no Ray; other runs start it while they plan.
+    with (
+        TemporaryDirectory(prefix="lungopacity-") as name,
+        ray_ahead() if history is None else nullcontext(lambda: None) as done_with_ray,
+    ):
         folder = Path(name)
         plan = make_plan(
             job.results,
@@ -297,6 +301,7 @@ def run_job(
         except KeyboardInterrupt:
             log.warning("stopped; go on with --run-id %s and the same options", run_id)
             raise
+        done_with_ray()
         result = _published(job, plan, began, before_commit)
     remove_work(job.results, plan)
     return result
