@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -76,9 +76,12 @@ def ray_session() -> Iterator[None]:
     with the block. A cluster that merely happens to run here is never joined. Raises `UserError`
     where none can be had.
     """
-    is_ours = _ahead is None and _start_ray()
-    if _ahead is not None:
-        _ahead.result()
+    is_ours = False
+    if _ahead is None:
+        is_ours = _start_ray()
+    else:
+        _, started = _ahead
+        started.result()
     if _ends_on_sigterm:
         end_on_sigterm()  # Ray has put its own handler there
     try:
@@ -89,34 +92,35 @@ def ray_session() -> Iterator[None]:
 
 
 @contextmanager
-def ray_ahead() -> Iterator[Callable[[], None]]:
-    """Ray starts while the block goes on, until a `ray_session` in it waits for it. Call what is
-    yielded when the block is done with Ray: it ends while the block goes on, or else with it.
-    Starting takes four seconds, ending one and a half, most of it spent waiting.
+def ray_ahead() -> Iterator[None]:
+    """Ray starts while the block goes on, until a `ray_session` in it waits for it, and ends with
+    the block: it takes four seconds, most of them spent waiting.
 
     That Ray cannot be had is raised by the `ray_session`, not here.
     """
     global _ahead
     with ThreadPoolExecutor(1) as thread:
-        _ahead = started = thread.submit(_start_ray)
-
-        def end() -> None:
-            if started.exception() is None and started.result():
-                _end_ray()
-
-        def done() -> None:
-            global _ahead
-            if _ahead is not None:
-                _ahead = None
-                thread.submit(end)
-
+        _ahead = thread, thread.submit(_start_ray)
         try:
-            yield done
+            yield
         finally:
-            done()
+            done_with_ray()
 
 
-_ahead: Future[bool] | None = None
+def done_with_ray() -> None:
+    """A block of `ray_ahead` has no more use for it: it ends while the block goes on."""
+    global _ahead
+    if _ahead is not None:
+        (thread, started), _ahead = _ahead, None
+        thread.submit(_end_if_ours, started)
+
+
+def _end_if_ours(started: Future[bool]) -> None:
+    if started.exception() is None and started.result():
+        _end_ray()
+
+
+_ahead: tuple[ThreadPoolExecutor, Future[bool]] | None = None
 
 
 def _start_ray() -> bool:

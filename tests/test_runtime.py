@@ -108,13 +108,13 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
 def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
     script = (
         "import threading\n"
-        "from lungopacity.runtime import ray_ahead, ray_session\n"
-        "with ray_ahead() as done:\n"
+        "from lungopacity.runtime import done_with_ray, ray_ahead, ray_session\n"
+        "with ray_ahead():\n"
         "    for _ in range(2):\n"
         "        with ray_session():\n"
         "            import ray\n"
         "            print(ray.get(ray.remote(lambda: 'worked').remote()))\n"
-        "    done()\n"
+        "    done_with_ray()\n"
         "    with ray_session(): print(ray.is_initialized())\n"
         "print(ray.is_initialized(), threading.active_count() < 9)"
     )

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,14 @@ from lungopacity.results.folder import METRICS, commit_run, read_run
 from lungopacity.results.query import predictions_of
 from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import parquet_bytes, workbench
-from lungopacity.runtime import end_if_told, ray_ahead, ray_session, resolve_gpu, versions
+from lungopacity.runtime import (
+    done_with_ray,
+    end_if_told,
+    ray_ahead,
+    ray_session,
+    resolve_gpu,
+    versions,
+)
 from lungopacity.screening.aggregate import label_metrics, run_metrics
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.history import History
@@ -146,8 +153,10 @@ def screen(
         raise UserError(f"--limit must be at least 1, not {limit}")
     began = time.monotonic()
     job = screening_job(model, output, **options)
-    listed = inventory_at(archive, inventory)
-    return run_job(job, listed, began, run_id=run_id, limit=limit)
+    # Not so in `nightly`: a night may find nothing to do, and then it needs no Ray.
+    with ray_ahead():
+        listed = inventory_at(archive, inventory)
+        return run_job(job, listed, began, run_id=run_id, limit=limit)
 
 
 def screening_job(
@@ -271,11 +280,7 @@ def run_job(
     model_id = job.model.model_id
     run_id = run_id or new_run_id(model_id)
     observe.set_run(run_id)
-    # A night may find nothing to do, and then needs no Ray; other runs start it while they plan.
-    with (
-        TemporaryDirectory(prefix="lungopacity-") as name,
-        ray_ahead() if history is None else nullcontext(lambda: None) as done_with_ray,
-    ):
+    with TemporaryDirectory(prefix="lungopacity-") as name:
         folder = Path(name)
         plan = make_plan(
             job.results,

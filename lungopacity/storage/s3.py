@@ -352,8 +352,27 @@ _NO_CREDENTIALS = (
 
 def _session() -> Any:
     import boto3
+    import botocore.session
 
-    return boto3.session.Session()
+    session = botocore.session.get_session()
+    parsers = session.get_component("response_parser_factory")
+    parsers.set_parser_defaults(timestamp_parser=_parse_timestamp)
+    return boto3.session.Session(botocore_session=session)
+
+
+def _parse_timestamp(value: Any) -> datetime:
+    """As botocore does, but ISO 8601 by Python itself: botocore's own way takes three fifths of
+    the CPU time of a listing."""
+    import botocore.utils
+
+    try:
+        parsed = datetime.fromisoformat(value)
+        if parsed.tzinfo is not None:
+            return parsed
+    except (TypeError, ValueError):
+        pass
+    told: datetime = botocore.utils.parse_timestamp(value)
+    return told
 
 
 @dataclass(frozen=True)
