@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from lungopacity.errors import REJECTING, ErrorCode, ImageError, Stage, Status, UserError
@@ -126,7 +126,7 @@ def _in_stored_pixels(edges: tuple[int, int, int, int], film: Radiograph) -> lis
 
 
 def _columns_of(quality: Quality) -> dict[str, bool]:
-    return {f"quality_{flag}": value for flag, value in asdict(quality).items()}
+    return {f"quality_{flag}": value for flag, value in vars(quality).items()}
 
 
 def error_columns(error: Exception) -> dict[str, Any]:
