@@ -59,7 +59,7 @@ def test_a_lasting_fault_has_its_code_and_gives_no_bytes(proxy, s3_uri, fault, c
 
 
 def test_a_server_that_only_fails_is_unavailable(proxy, s3_uri, monkeypatch):
-    monkeypatch.setattr("lungopacity.storage.s3._REQUEST_ATTEMPTS", 2)
+    monkeypatch.setattr("lungopacity.storage.s3_clients._REQUEST_ATTEMPTS", 2)
     store = open_store(s3_uri)
     store.write("a", CONTENT)
     proxy.fault, proxy.times = "503", 1000
@@ -83,7 +83,7 @@ def test_where_nothing_comes_through_obstore_boto3_reads_alone(proxy, s3_uri, mo
         assert store.read(str(name)) == CONTENT
     assert len(tried) == 8
     monkeypatch.setattr("lungopacity.storage.quick_get._PAUSE_S", -1.0)
-    monkeypatch.setattr("lungopacity.storage.s3._known_clients", {})
+    monkeypatch.setattr("lungopacity.storage.s3_clients._known_clients", {})
     store = open_store(s3_uri)
     for name in range(20):
         assert store.read(str(name)) == CONTENT
@@ -122,7 +122,7 @@ def server_down(proxy, seconds: float) -> threading.Timer:
 
 
 def test_a_server_that_comes_back_within_a_minute_is_waited_for(proxy, s3_uri, monkeypatch):
-    monkeypatch.setattr("lungopacity.storage.s3._REQUEST_ATTEMPTS", 1)
+    monkeypatch.setattr("lungopacity.storage.s3_clients._REQUEST_ATTEMPTS", 1)
     store = open_store(s3_uri)
     store.write("a", CONTENT)
     server_down(proxy, 2)
@@ -134,7 +134,7 @@ def test_a_server_that_comes_back_within_a_minute_is_waited_for(proxy, s3_uri, m
 
 
 def test_one_that_stays_away_is_waited_for_once_and_not_by_every_object(proxy, s3_uri, monkeypatch):
-    monkeypatch.setattr("lungopacity.storage.s3._REQUEST_ATTEMPTS", 1)
+    monkeypatch.setattr("lungopacity.storage.s3_clients._REQUEST_ATTEMPTS", 1)
     monkeypatch.setattr("lungopacity.storage.outage.PATIENCE_S", 1.5)
     store = open_store(s3_uri)
     store.write("a", CONTENT)
@@ -161,7 +161,7 @@ print(pickle.load(sys.stdin.buffer).read("a").decode())
 def test_a_process_that_begins_in_an_outage_waits_as_the_one_that_sent_it_would(
     proxy, s3_uri, monkeypatch
 ):
-    monkeypatch.setattr("lungopacity.storage.s3._REQUEST_ATTEMPTS", 1)
+    monkeypatch.setattr("lungopacity.storage.s3_clients._REQUEST_ATTEMPTS", 1)
     store = open_store(s3_uri)
     store.write("a", b"here")
     sent = pickle.dumps(store)
@@ -178,7 +178,7 @@ def test_a_server_that_never_answered_is_not_waited_for(monkeypatch, s3_server):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        monkeypatch.setattr("lungopacity.storage.s3._REQUEST_ATTEMPTS", 1)
+        monkeypatch.setattr("lungopacity.storage.s3_clients._REQUEST_ATTEMPTS", 1)
         began = time.monotonic()
         assert code_of(lambda: open_store("s3://films").read("a")) is ErrorCode.UNAVAILABLE
         assert time.monotonic() - began < 10

@@ -8,14 +8,11 @@ region, profile and endpoint come from the standard AWS variables and files.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -24,15 +21,14 @@ from urllib.parse import urlsplit
 
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.ahead import ahead
-from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
+from lungopacity.storage.interface import ConflictError, ObjectInfo
 from lungopacity.storage.outage import answered, heard, patiently, trust
-from lungopacity.storage.quick_get import QuickGet
+from lungopacity.storage.s3_clients import S3Clients, aws_session, clients_of
+from lungopacity.storage.s3_errors import NO_CREDENTIALS, image_error_of, status_of, user_errors
 
 if TYPE_CHECKING:
     import pyarrow.fs
 
-_REQUEST_ATTEMPTS = 5
-"""By botocore, with its own backoff: for refused connections and server errors."""
 _BODY_ATTEMPTS = 4
 """By us: for a body that breaks off or is altered on its way, which botocore hands on as it is."""
 _BACKOFF_S = 0.2
@@ -50,7 +46,7 @@ class S3Store:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._clients: _Clients | None = None
+        self._clients: S3Clients | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_clients": None, "_answered": answered()}
@@ -65,9 +61,9 @@ class S3Store:
         return self._ready.boto3
 
     @property
-    def _ready(self) -> _Clients:
+    def _ready(self) -> S3Clients:
         if self._clients is None:
-            self._clients = _clients_of(self.bucket)
+            self._clients = clients_of(self.bucket)
         return self._clients
 
     def _ask(self, method: str, **arguments: Any) -> Any:
@@ -143,7 +139,7 @@ class S3Store:
                 found = self._ask("head_object", Bucket=self.bucket, Key=self.prefix + key)
             except ClientError as error:
                 # HEAD has no body, so a missing bucket and a missing key look alike here.
-                if _status_of(error) == 404:
+                if status_of(error) == 404:
                     return None
                 raise
         return ObjectInfo(
@@ -214,7 +210,7 @@ class S3Store:
         try:
             answer = self._ask("get_object", Bucket=self.bucket, Key=self.prefix + key, **condition)
         except ClientError as error:
-            raise _image_error_of(error) from error
+            raise image_error_of(error) from error
         except (ConnectTimeoutError, ReadTimeoutError) as error:
             raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time") from error
         except (BotoCoreError, OSError) as error:
@@ -260,7 +256,7 @@ class S3Store:
                 )
             except ClientError as error:
                 # 404: what was to be replaced is gone.
-                if condition and _status_of(error) in (404, 409, 412):
+                if condition and status_of(error) in (404, 409, 412):
                     raise ConflictError(key) from error
                 raise
 
@@ -277,9 +273,9 @@ class S3Store:
     def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         import pyarrow.fs
 
-        credentials = _session().get_credentials()
+        credentials = aws_session().get_credentials()
         if credentials is None:
-            raise UserError(_NO_CREDENTIALS)
+            raise UserError(NO_CREDENTIALS)
         frozen = credentials.get_frozen_credentials()
         endpoint = urlsplit(self.client.meta.endpoint_url)
         filesystem = pyarrow.fs.S3FileSystem(
@@ -296,46 +292,9 @@ class S3Store:
         )
         return filesystem, f"{self.bucket}/{self.prefix}".rstrip("/")
 
-    @contextmanager
-    def _user_errors(self, done: str) -> Iterator[None]:
-        """Turn what S3 says of the whole place into one line with its mend."""
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            EndpointConnectionError,
-            NoCredentialsError,
-            PartialCredentialsError,
-        )
-
+    def _user_errors(self, done: str) -> AbstractContextManager[None]:
         where = f"{self.uri} cannot be {done}"
-        endpoint = self.client.meta.endpoint_url
-        try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise UserError(f"{where}: {_NO_CREDENTIALS}") from error
-        except EndpointConnectionError as error:
-            raise UserError(
-                f"{where}: no server answers at {endpoint}; check AWS_ENDPOINT_URL and the network"
-            ) from error
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            if code == "NoSuchBucket":
-                raise UserError(
-                    f"{where}: there is no bucket '{self.bucket}' at {endpoint}; "
-                    "create it, or correct the name"
-                ) from error
-            if code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken"):
-                raise UserError(
-                    f"{where}: {endpoint} does not accept these credentials ({code}); "
-                    "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
-                ) from error
-            if _status_of(error) == 403:
-                raise UserError(
-                    f"{where}: access denied ({code}); these credentials lack the permission for it"
-                ) from error
-            raise UserError(f"{where}: {endpoint} answered {code or _status_of(error)}") from error
-        except BotoCoreError as error:
-            raise UserError(f"{where}: {error}") from error
+        return user_errors(where, self.bucket, self.client.meta.endpoint_url)
 
 
 class _BodyError(ImageError):
@@ -343,83 +302,6 @@ class _BodyError(ImageError):
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(code, Stage.FETCH, message)
-
-
-_NO_CREDENTIALS = (
-    "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-)
-
-
-def _session() -> Any:
-    import boto3
-    import botocore.session
-
-    session = botocore.session.get_session()
-    parsers = session.get_component("response_parser_factory")
-    parsers.set_parser_defaults(timestamp_parser=_parse_timestamp)
-    return boto3.session.Session(botocore_session=session)
-
-
-def _parse_timestamp(value: Any) -> datetime:
-    """As botocore does, but ISO 8601 by Python itself: botocore's own way takes three fifths of
-    the CPU time of a listing."""
-    import botocore.utils
-
-    try:
-        parsed = datetime.fromisoformat(value)
-        if parsed.tzinfo is not None:
-            return parsed
-    except (TypeError, ValueError):
-        pass
-    told: datetime = botocore.utils.parse_timestamp(value)
-    return told
-
-
-@dataclass(frozen=True)
-class _Clients:
-    """What speaks to one bucket."""
-
-    boto3: Any
-    quick: QuickGet
-
-
-_known_clients: dict[tuple[str, ...], _Clients] = {}
-_making_clients = threading.Lock()
-
-
-def _clients_of(bucket: str) -> _Clients:
-    """Of this process, made once for each bucket and setting of the AWS variables: boto3 takes a
-    tenth of a second of CPU time for a client, and every task of Ray brings a store of its own."""
-    variables = (f"{name}={value}" for name, value in os.environ.items() if name[:4] == "AWS_")
-    key = (bucket, *sorted(variables))
-    with _making_clients:
-        if key not in _known_clients:
-            client = _s3_client()
-            _known_clients[key] = _Clients(client, QuickGet(bucket, _session(), client))
-        return _known_clients[key]
-
-
-def _s3_client() -> Any:
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    config = Config(
-        retries={"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS},
-        max_pool_connections=64,
-        connect_timeout=10,
-        read_timeout=60,
-        # Virtual-host addressing needs DNS names per bucket, which on-premises servers lack.
-        s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {},
-    )
-    try:
-        session = _session()
-        return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
-    except (BotoCoreError, ValueError) as error:
-        raise UserError(f"S3 cannot be used: {error}") from error
-
-
-def _status_of(error: Any) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _etag_is_md5(answer: dict[str, Any]) -> bool:
@@ -430,14 +312,3 @@ def _etag_is_md5(answer: dict[str, Any]) -> bool:
         answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
     )
     return len(etag) == 32 and "-" not in etag and not encrypted
-
-
-def _image_error_of(error: Any) -> ImageError:
-    status = _status_of(error)
-    if status == 404:
-        return ImageError(ErrorCode.MISSING, Stage.FETCH, "no such object")
-    if status == 412:
-        return changed()
-    if status in (401, 403):
-        return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, "access denied")
-    return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"storage answered {status}")

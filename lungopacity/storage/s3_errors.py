@@ -1,0 +1,74 @@
+"""What S3 answers, in the words of a row or of a user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
+from lungopacity.storage.interface import changed
+
+NO_CREDENTIALS = (
+    "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+)
+
+
+def status_of(error: Any) -> int:
+    """The HTTP status of a botocore `ClientError`; 0 where it has none."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def image_error_of(error: Any) -> ImageError:
+    """Why an object has no bytes, of a botocore `ClientError`."""
+    status = status_of(error)
+    if status == 404:
+        return ImageError(ErrorCode.MISSING, Stage.FETCH, "no such object")
+    if status == 412:
+        return changed()
+    if status in (401, 403):
+        return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, "access denied")
+    return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"storage answered {status}")
+
+
+@contextmanager
+def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
+    """Turn what S3 says of the whole place into one line with its mend.
+
+    where: what cannot be done, the beginning of that line.
+    """
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        EndpointConnectionError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
+
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise UserError(f"{where}: {NO_CREDENTIALS}") from error
+    except EndpointConnectionError as error:
+        raise UserError(
+            f"{where}: no server answers at {endpoint}; check AWS_ENDPOINT_URL and the network"
+        ) from error
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        if code == "NoSuchBucket":
+            raise UserError(
+                f"{where}: there is no bucket '{bucket}' at {endpoint}; "
+                "create it, or correct the name"
+            ) from error
+        if code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken"):
+            raise UserError(
+                f"{where}: {endpoint} does not accept these credentials ({code}); "
+                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+            ) from error
+        if status_of(error) == 403:
+            raise UserError(
+                f"{where}: access denied ({code}); these credentials lack the permission for it"
+            ) from error
+        raise UserError(f"{where}: {endpoint} answered {code or status_of(error)}") from error
+    except BotoCoreError as error:
+        raise UserError(f"{where}: {error}") from error
