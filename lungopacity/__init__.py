@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from lungopacity.evaluation.report import EvaluationResult
     from lungopacity.evaluation.threshold import threshold
     from lungopacity.results.query import query, runs
+    from lungopacity.screening.finish import ScreeningResult
     from lungopacity.screening.nightly import Night, nightly
     from lungopacity.screening.retry import retry
-    from lungopacity.screening.screen import ScreeningResult, screen
+    from lungopacity.screening.screen import screen
     from lungopacity.training.ensemble import ensemble
     from lungopacity.training.fit import TrainingResult
     from lungopacity.training.train import train
@@ -54,7 +55,7 @@ _HOME = {
     "EvaluationResult": "evaluation.report",
     "ExplanationResult": "evaluation.explanation",
     "Night": "screening.nightly",
-    "ScreeningResult": "screening.screen",
+    "ScreeningResult": "screening.finish",
     "TrainingResult": "training.fit",
     "TuneResult": "training.tune",
     "UserError": "errors",

@@ -15,16 +15,12 @@ from typing import Any
 from lungopacity.archive.inventory import Inventory
 from lungopacity.errors import NOTICE, Status, UserError
 from lungopacity.evaluation.drift import Shift
+from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
+from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.lease import Lease
 from lungopacity.screening.plan import choose, unfinished_runs
-from lungopacity.screening.screen import (
-    ScreeningJob,
-    ScreeningResult,
-    inventory_at,
-    run_job,
-    screening_job,
-)
+from lungopacity.screening.screen import inventory_at, run_job
 from lungopacity.storage import Store, open_store
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from lungopacity.errors import NOTICE
 from lungopacity.evaluation.table import metric_value
 from lungopacity.screening.clean import Swept
+from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.nightly import Night
-from lungopacity.screening.screen import ScreeningResult
 
 _DRIFT = {
     "stable": "as in the baseline",

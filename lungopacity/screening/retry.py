@@ -13,8 +13,10 @@ import pyarrow.dataset
 from lungopacity.archive.inventory import Inventory, inventory_of
 from lungopacity.errors import TRANSIENT, Status, UserError
 from lungopacity.results.folder import read_run
+from lungopacity.screening.finish import ScreeningResult
+from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.pseudonyms import read_key_map
-from lungopacity.screening.screen import ScreeningJob, ScreeningResult, run_job, screening_job
+from lungopacity.screening.screen import run_job
 from lungopacity.storage import ObjectInfo, Store, open_store
 
 _HEAD_THREADS = 32

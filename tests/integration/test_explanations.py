@@ -18,7 +18,8 @@ from lungopacity.models import OperatingPoint, save_model
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
 from lungopacity.screening.clean import clean
-from lungopacity.screening.screen import run_job, screening_job
+from lungopacity.screening.job import screening_job
+from lungopacity.screening.screen import run_job
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film, tar
 from tests.models.tiny import tiny_model

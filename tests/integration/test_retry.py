@@ -10,7 +10,8 @@ import lungopacity
 from lungopacity.archive.inventory import Inventory, list_archive
 from lungopacity.cli import main
 from lungopacity.errors import UserError
-from lungopacity.screening.screen import run_job, screening_job
+from lungopacity.screening.job import screening_job
+from lungopacity.screening.screen import run_job
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model

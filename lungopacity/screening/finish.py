@@ -1,0 +1,153 @@
+"""The last step of a run: its rows, metrics and drift are published, and then it counts."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from lungopacity.errors import NOTICE, Status
+from lungopacity.evaluation.drift import Sample, Shift, drift_metrics, shifts
+from lungopacity.evaluation.metrics import Metric
+from lungopacity.evaluation.table import metric_value, metrics_table
+from lungopacity.results.folder import METRICS, commit_run
+from lungopacity.results.schema import class_column
+from lungopacity.results.workbench import parquet_bytes
+from lungopacity.runtime import versions
+from lungopacity.screening.aggregate import label_metrics, run_metrics
+from lungopacity.screening.job import MAX_FAILED_FRACTION, ScreeningJob
+from lungopacity.screening.plan import Plan
+from lungopacity.screening.publish import collect
+
+
+@dataclass(frozen=True)
+class ScreeningResult:
+    """A published run."""
+
+    run_id: str
+    model_id: str
+    results: str
+    """URI of the results folder."""
+    images: int
+    ok: int
+    rejected: int
+    failed: int
+    positive: int
+    """Decided positive at the model's operating point."""
+    explained: int
+    """Of them, those with a picture of where the model saw it."""
+    synthetic: bool
+    seconds: float
+    """Of this attempt, inventory to commit."""
+    metrics: list[Metric]
+    max_failed_fraction: float = MAX_FAILED_FRACTION
+    drift: tuple[Shift, ...] = ()
+    """Against the job's baseline, if it has one."""
+
+    @property
+    def broken(self) -> bool:
+        """More images failed than may."""
+        return self.failed > self.max_failed_fraction * self.images
+
+    @property
+    def exit_code(self) -> int:
+        """0: every image was read. 1: some could not be. 2: too many could not be."""
+        return 2 if self.broken else 1 if self.failed else 0
+
+
+def publish_run(
+    job: ScreeningJob, plan: Plan, began: float, before_commit: Callable[[], None] | None
+) -> ScreeningResult:
+    """Write predictions, metrics and the commit record: with that one the run is published.
+
+    `began`, `before_commit`: see `run_job`.
+    """
+    spec, start = job.model.spec, plan.start
+    with collect(job.results, plan, spec.class_names) as collected:
+        collected.finish(job.labels, synthetic_model=spec.synthetic)
+        files = collected.write(job.results, job.pseudonyms)
+        predictions = collected.connection.table("final")
+        seconds = time.monotonic() - began
+        metrics = run_metrics(predictions, spec, seconds)
+        if job.labels is not None:
+            metrics += label_metrics(predictions, spec, job.labels)
+        drift: list[Shift] = []
+        if job.baseline is not None:
+            tonight = Sample.of(predictions, class_column("p", spec.positive_class))
+            drift = shifts(job.baseline, tonight)
+            metrics += drift_metrics(drift, job.baseline, tonight)
+        ((synthetic, labelled, positive, explained),) = predictions.query(
+            "predictions",
+            "SELECT coalesce(bool_or(synthetic), false), count(label), "
+            "count(*) FILTER (decision = 'positive'), count(explanation) FROM predictions",
+        ).fetchall()
+    synthetic = synthetic or spec.synthetic
+    counts = {status: int(metric_value(metrics, f"images_{status}") or 0) for status in Status}
+    result = ScreeningResult(
+        run_id=start.run_id,
+        model_id=start.model_id,
+        results=job.results.uri,
+        images=sum(counts.values()),
+        ok=counts[Status.OK],
+        rejected=counts[Status.REJECTED],
+        failed=counts[Status.FAILED],
+        positive=positive,
+        explained=explained,
+        synthetic=synthetic,
+        seconds=seconds,
+        metrics=metrics,
+        max_failed_fraction=job.max_failed_fraction,
+        drift=tuple(drift),
+    )
+    metrics_key = f"{METRICS}/{start.run_id}-{uuid.uuid4().hex[:8]}.parquet"
+    job.results.write(
+        metrics_key,
+        parquet_bytes(metrics_table(metrics, start.run_id, start.model_id, synthetic=synthetic)),
+    )
+    if before_commit is not None:
+        before_commit()
+    commit_run(
+        job.results,
+        start.run_id,
+        {
+            **_record(job, plan, result),
+            "labelled": labelled,
+            "files": files,
+            "metrics_file": {"key": metrics_key, "rows": len(metrics)},
+        },
+    )
+    return result
+
+
+def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str, Any]:
+    spec, start = job.model.spec, plan.start
+    return {
+        "notice": NOTICE,
+        "run_id": start.run_id,
+        "model_id": start.model_id,
+        "model": job.model_uri,
+        "class_names": list(spec.class_names),
+        "positive_class": spec.positive_class,
+        "synthetic": result.synthetic,
+        "archive": start.archive,
+        "started_at": start.started_at,
+        "finished_at": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "objects": start.objects,
+        "images": result.images,
+        "counts": {status.value: getattr(result, status.value) for status in Status},
+        "positive": result.positive,
+        "explained": result.explained,
+        "broken": result.broken,
+        "settings": {
+            **job.rules,
+            "batch_size": job.batch_size,
+            "max_failed_fraction": job.max_failed_fraction,
+        },
+        "seconds": round(result.seconds, 3),
+        "images_per_s": round(result.images / result.seconds, 3),
+        "versions": versions(),
+        **job.noted,
+    }

@@ -1,0 +1,153 @@
+"""What a screening run is asked for, read and checked before anything is listed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from lungopacity.archive.content import ReadSettings, rules_from
+from lungopacity.dataset.manifest import read_labels
+from lungopacity.errors import UserError
+from lungopacity.evaluation.drift import Sample
+from lungopacity.models import TrainedModel, load_model, with_operating_point
+from lungopacity.results.folder import read_run
+from lungopacity.results.query import predictions_of
+from lungopacity.results.schema import class_column
+from lungopacity.results.workbench import workbench
+from lungopacity.screening.pseudonyms import Pseudonyms, read_pseudonyms
+from lungopacity.storage import Store, open_store
+
+MAX_FAILED_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class ScreeningJob:
+    """What to score, with what and by which rules; checked."""
+
+    model_uri: str
+    model: TrainedModel
+    results: Store
+    read_settings: ReadSettings
+    pseudonyms: Pseudonyms | None
+    labels: pd.DataFrame | None
+    batch_size: int
+    max_failed_fraction: float
+    use_gpu: bool | None
+    gpus_per_actor: float = 1.0
+    model_actors: int | None = None
+    operating_point: str | None = None
+    """Its name, where it is not the model's own choice."""
+    baseline: Sample | None = None
+    """Of the run that scores and mixes are compared with."""
+    explain: bool = False
+    """Write a picture of each positive film, see `Explainer`."""
+    noted: Mapping[str, Any] = field(default_factory=dict)
+    """More for the commit record."""
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """What two attempts at one run must agree in."""
+        names = self.pseudonyms
+        return {
+            "accept": sorted(code.value for code in self.read_settings.accept),
+            "reject_quality": sorted(self.read_settings.reject_quality),
+            "hmac_key_fingerprint": None if names is None else names.fingerprint,
+            "key_map": None if names is None else names.key_map,
+            "operating_point": self.operating_point,
+            "threshold": self.model.spec.operating_point.threshold,
+            "review_from": self.model.spec.operating_point.review_from,
+            "explain": self.explain,
+        }
+
+
+def screening_job(
+    model: str,
+    output: str,
+    *,
+    accept: Sequence[str] = (),
+    reject_quality: Sequence[str] | None = None,
+    max_failed_fraction: float = MAX_FAILED_FRACTION,
+    hmac_key: str | None = None,
+    hash_keys: bool = False,
+    key_map: str | None = None,
+    labels: str | None = None,
+    batch_size: int = 64,
+    use_gpu: bool | None = None,
+    gpus_per_actor: float = 1.0,
+    model_actors: int | None = None,
+    baseline: str | None = None,
+    operating_point: str | None = None,
+    explain: bool = False,
+    noted: Mapping[str, Any] | None = None,
+) -> ScreeningJob:
+    """Read and check what a run needs, before anything is listed.
+
+    `accept`: of wrong_modality, wrong_body_part and lateral_view, what to score all the same.
+    `reject_quality`: quality flags that reject a film; None is the default, () is none.
+    `max_failed_fraction`: of images that cannot be read, above which the run is called broken.
+    `hmac_key`: URI of a file with the key for `patient_hmac` and `study_hmac`. `hash_keys`: names
+    of objects are hashed, too; `key_map`: folder that keeps the names (default: beside `output`).
+    `operating_point`: name of one that the model folder has; None is its own choice. `explain`:
+    a picture of each positive film is written below `explanations/`.
+    `labels`: a labels file, for metrics. `baseline`: id of a published run of the same model, to
+    measure drift against. `use_gpu`: None uses what the cluster has. `gpus_per_actor`,
+    `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
+    if not 0 <= max_failed_fraction <= 1:
+        raise UserError(f"--max-failed-fraction must be from 0 to 1, not {max_failed_fraction}")
+    if hash_keys and hmac_key is None:
+        raise UserError("--hash-keys needs --hmac-key FILE")
+    if key_map is not None and not hash_keys:
+        raise UserError("--key-map is for --hash-keys; give both or none")
+    accepted, rejecting = rules_from(accept, reject_quality)
+    trained = with_operating_point(model, load_model(model), operating_point)
+    results = open_store(output)
+    pseudonyms = None
+    if hmac_key is not None:
+        # Not inside the results folder: whoever may query it is not to see the names.
+        kept = (key_map or f"{results.uri}-key-map") if hash_keys else None
+        pseudonyms = read_pseudonyms(hmac_key, kept)
+    return ScreeningJob(
+        model_uri=model,
+        model=trained,
+        results=results,
+        read_settings=ReadSettings(
+            trained.spec.preprocessing,
+            accept=accepted,
+            reject_quality=rejecting,
+            hmac_key=None if pseudonyms is None else pseudonyms.key,
+        ),
+        pseudonyms=pseudonyms,
+        labels=None if labels is None else read_labels(labels),
+        batch_size=batch_size,
+        max_failed_fraction=max_failed_fraction,
+        use_gpu=use_gpu,
+        gpus_per_actor=gpus_per_actor,
+        model_actors=model_actors,
+        operating_point=operating_point,
+        explain=explain,
+        baseline=None if baseline is None else _baseline(results, baseline, trained),
+        noted={**(noted or {}), **({} if baseline is None else {"baseline": baseline})},
+    )
+
+
+def _baseline(results: Store, run_id: str, model: TrainedModel) -> Sample:
+    """What drift is measured against. Raises `UserError` where the model has no such run."""
+    record = read_run(results, run_id)
+    if record is None:
+        raise UserError(
+            f"--baseline: {results.uri} has no published run '{run_id}'; see `lungopacity runs`"
+        )
+    if record["model_id"] != model.model_id:
+        raise UserError(
+            f"--baseline: run '{run_id}' is of model {record['model_id']}, not "
+            f"{model.model_id}: scores of two models cannot be compared; choose another run"
+        )
+    with workbench() as (connection, _):
+        connection.register("baseline", predictions_of(results, [record]))
+        return Sample.of(connection.table("baseline"), class_column("p", model.spec.positive_class))
