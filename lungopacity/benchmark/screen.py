@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,7 +68,7 @@ class _Run:
     """Of the positive class, by name."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScreenSpeed:
     """One way to score all images."""
 
@@ -93,8 +93,6 @@ class ScreenSpeed:
     """Largest difference of a film's probability from the bare loop's."""
     note: str = ""
     """Why it was not run."""
-    runs: list[_Run] = field(default_factory=list, repr=False)
-    """Of the repeats, until they are summed up."""
 
 
 def screen_speeds(
@@ -120,26 +118,31 @@ def screen_speeds(
     positive = class_column("p", load_model(model).spec.positive_class)
     task = _Task(images, model, batch_size, limit_s, positive)
     shards = any(take_inventory(images).objects["is_shard"].to_pylist())
-    speeds = {way: ScreenSpeed(way, note=_why_not(way, shards)) for way in ways}
-    able = [way for way in ways if not speeds[way].note]
+    notes = {way: _why_not(way, shards) for way in ways}
+    runs: dict[str, list[_Run]] = {way: [] for way in ways}
+    bytes_moved = None
+    able = [way for way in ways if not notes[way]]
     with Progress("Screening", total=repeats * len(able), unit="runs") as progress:
         for _ in range(repeats):
             for way in able:
-                if not speeds[way].note:
-                    _run(speeds[way], task)
+                if not notes[way]:
+                    try:
+                        runs[way].append(_run(way, task))
+                    except _NoFiguresError as error:
+                        notes[way] = str(error)
                 progress.advance(1)
         if OURS in able:
             # Asking Ray needs a Ray that outlives the job: a run that is not timed.
             with TemporaryDirectory(prefix="lungopacity-") as folder:
                 told, _ = _started("ours", task, Path(folder))
-            speeds[OURS].bytes_moved = _moved(told)
-    of_bare = _first_p(speeds.get(bare_loop.WHOLE))
-    for speed in speeds.values():
-        own = _first_p(speed)
-        both = of_bare.keys() & own.keys()
-        speed.differs = max((abs(of_bare[name] - own[name]) for name in both), default=None)
-        _sum_up(speed)
-    return list(speeds.values())
+            bytes_moved = _moved(told)
+    of_bare = runs.get(bare_loop.WHOLE)
+    return [
+        ScreenSpeed(way, note=notes[way])
+        if notes[way]
+        else _summed_up(way, runs[way], of_bare, bytes_moved if way == OURS else None)
+        for way in ways
+    ]
 
 
 def table(speeds: Sequence[ScreenSpeed]) -> str:
@@ -182,38 +185,41 @@ def _why_not(way: str, shards: bool) -> str:
     return ""
 
 
-def _run(speed: ScreenSpeed, task: _Task) -> None:
+class _NoFiguresError(Exception):
+    """A way cannot be timed, and why."""
+
+
+def _run(way: str, task: _Task) -> _Run:
+    """Raises `_NoFiguresError`; `UserError` where one of ours fails."""
     with TemporaryDirectory(prefix="lungopacity-") as name:
         folder = Path(name)
         try:
-            told, taken = _started(speed.way, task, folder)
+            told, taken = _started(way, task, folder)
         except subprocess.CalledProcessError as error:
             message = (error.stderr.strip().splitlines() or [""])[-1]
-            if speed.way not in ALTERNATIVES:
-                raise UserError(f"{speed.way} failed: {message}") from error
-            speed.note = f"failed: {message[:100]}"
-            return
-        rows = _scored_rows(speed.way, folder / "output")
+            if way not in ALTERNATIVES:
+                raise UserError(f"{way} failed: {message}") from error
+            raise _NoFiguresError(f"failed: {message[:100]}") from error
+        rows = _scored_rows(way, folder / "output")
     if len(rows) < 2:
-        speed.note = f"scored {len(rows)} images: too few to be timed; give more that can be read"
-        return
+        raise _NoFiguresError(
+            f"scored {len(rows)} images: too few to be timed; give more that can be read"
+        )
     finished = np.sort(rows["at"])
     first, last = (int(share * len(finished)) for share in _STEADY)
     between = finished[last - 1] - finished[first]
-    speed.runs.append(
-        _Run(
-            images=len(finished),
-            seconds=taken.seconds,
-            # Batches that end at one moment are one event: count what ended after the first.
-            steady=float(np.sum(finished[first:last] > finished[first]) / max(between, 1e-9)),
-            busy=taken.busy,
-            memory_mib=taken.memory_mib,
-            store_mib=taken.store_mib,
-            bytes_moved=_moved(told),
-            p=dict(zip(rows["name"], rows[task.positive], strict=True))
-            if task.positive in rows
-            else {},
-        )
+    return _Run(
+        images=len(finished),
+        seconds=taken.seconds,
+        # Batches that end at one moment are one event: count what ended after the first.
+        steady=float(np.sum(finished[first:last] > finished[first]) / max(between, 1e-9)),
+        busy=taken.busy,
+        memory_mib=taken.memory_mib,
+        store_mib=taken.store_mib,
+        bytes_moved=_moved(told),
+        p=dict(zip(rows["name"], rows[task.positive], strict=True))
+        if task.positive in rows
+        else {},
     )
 
 
@@ -337,22 +343,25 @@ def _shared_bytes() -> int:
     return shutil.disk_usage("/dev/shm").used if Path("/dev/shm").is_dir() else 0
 
 
-def _first_p(speed: ScreenSpeed | None) -> Mapping[str, float]:
-    return speed.runs[0].p if speed is not None and speed.runs else {}
-
-
-def _sum_up(speed: ScreenSpeed) -> None:
-    if not speed.runs:
-        return
-    rates = [run.images / run.seconds for run in speed.runs]
-    speed.images = min(run.images for run in speed.runs)
-    speed.images_per_s = statistics.median(rates)
-    speed.spread = (max(rates) - min(rates)) / 2 / speed.images_per_s
-    speed.steady_per_s = statistics.median(run.steady for run in speed.runs)
-    speed.cpu_busy = statistics.median(run.busy for run in speed.runs)
-    speed.memory_mib = max(run.memory_mib for run in speed.runs)
-    speed.store_mib = max(run.store_mib for run in speed.runs)
-    moved = [run.bytes_moved for run in speed.runs if run.bytes_moved is not None]
-    if moved:
-        speed.bytes_moved = statistics.median(moved)
-    speed.runs.clear()
+def _summed_up(
+    way: str, runs: Sequence[_Run], of_bare: Sequence[_Run] | None, bytes_moved: float | None
+) -> ScreenSpeed:
+    rates = [run.images / run.seconds for run in runs]
+    median = statistics.median(rates)
+    moved = [run.bytes_moved for run in runs if run.bytes_moved is not None]
+    bare_p = of_bare[0].p if of_bare else {}
+    p = runs[0].p
+    return ScreenSpeed(
+        way=way,
+        images=min(run.images for run in runs),
+        images_per_s=median,
+        spread=(max(rates) - min(rates)) / 2 / median,
+        steady_per_s=statistics.median(run.steady for run in runs),
+        cpu_busy=statistics.median(run.busy for run in runs),
+        memory_mib=max(run.memory_mib for run in runs),
+        store_mib=max(run.store_mib for run in runs),
+        bytes_moved=statistics.median(moved) if moved else bytes_moved,
+        differs=max(
+            (abs(bare_p[name] - p[name]) for name in bare_p.keys() & p.keys()), default=None
+        ),
+    )
