@@ -5,6 +5,9 @@ One labels file, which a person can read, lies between all those layouts and eve
 
 from __future__ import annotations
 
+import io
+import logging
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +17,21 @@ import duckdb
 import pandas as pd
 
 from lungopacity.archive.inventory import list_archive
-from lungopacity.dataset.manifest import FACT_COLUMNS, read_labels
+from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, read_labels
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.workbench import quoted
 from lungopacity.storage import open_store, split_uri
 
-_COLUMNS = ("image", "label", "split", "patient_id", *FACT_COLUMNS)
+log = logging.getLogger(__name__)
+
+_COLUMNS = ("image", "label", "split", "patient_id", *FACT_COLUMNS, SITE)
 SKIPPED_FOLDERS = ("masks",)
 """Beside the images of the COVID-19 Radiography Database."""
 _FOLDERS_OF_IMAGES = ("images",)
 _SHEETS = (".csv", ".txt", ".md", ".xlsx", ".json")
 """Beside the images, too."""
+_SOURCES = ".metadata.xlsx"
+"""Ends the name of a class's sheet there, which says of each image where it was taken from."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +111,17 @@ LAYOUTS = {
 
 
 def labels_of_folders(images: str) -> pd.DataFrame:
-    """`image` and `label` of loose images that lie in a folder for each class.
+    """`image`, `label` and, where a sheet tells it, `site` of loose images that lie in a folder for
+    each class.
 
     images: URI of an archive. The class is the folder next to the image; `images` folders count as
     the one above them, and what lies under `masks` is left out, as in the COVID-19 Radiography
-    Database. Raises `UserError` where images lie in no folder, or in shards.
+    Database. Its sheets (Normal.metadata.xlsx, …) name the source of each image: its classes come
+    from different ones, and `audit` tells how well they betray the label. Raises `UserError` where
+    images lie in no folder, or in shards.
     """
     rows: list[tuple[str, str]] = []
+    sites: dict[str, str] = {}
     for table in list_archive(images).tables:
         for name, is_shard in zip(
             table["image"].to_pylist(), table["is_shard"].to_pylist(), strict=True
@@ -122,6 +133,8 @@ def labels_of_folders(images: str) -> pd.DataFrame:
                 )
             if set(folders) & set(SKIPPED_FOLDERS):
                 continue
+            if name.lower().endswith(_SOURCES):
+                sites |= _sites_of(f"{images.rstrip('/')}/{name}")
             if name.lower().endswith(_SHEETS):
                 continue
             classes = [folder for folder in folders if folder.lower() not in _FOLDERS_OF_IMAGES]
@@ -130,7 +143,30 @@ def labels_of_folders(images: str) -> pd.DataFrame:
             rows.append((name, classes[-1].strip().replace(" ", "_")))
     if not rows:
         raise UserError(f"{images}: no image lies there")
-    return pd.DataFrame(rows, columns=["image", "label"])
+    frame = pd.DataFrame(rows, columns=["image", "label"])
+    if sites:
+        # The sheet's NORMAL-1 is the folder's Normal-1.png.
+        stems = frame["image"].str.rsplit("/", n=1).str[-1].str.rsplit(".", n=1).str[0]
+        frame[SITE] = stems.str.lower().map(sites)
+    return frame
+
+
+def _sites_of(uri: str) -> dict[str, str]:
+    """Site by image name, without its suffix, in small letters."""
+    try:
+        sheet = pd.read_excel(io.BytesIO(_bytes_of(uri)), dtype=str)
+        names, sources = sheet["FILE NAME"].str.strip().str.lower(), sheet["URL"]
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        log.warning(
+            "%s: says no sites: it is no sheet with the columns FILE NAME and URL (%s)",
+            uri,
+            type(error).__name__,
+        )
+        return {}
+    # An address, of which the way to fetch it says nothing.
+    sites = sources.str.strip().str.replace(r"^https?://(www\.)?|/+$", "", regex=True)
+    known = names.notna() & sites.notna()
+    return dict(zip(names[known], sites[known], strict=True))
 
 
 def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:

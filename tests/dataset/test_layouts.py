@@ -105,6 +105,31 @@ def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
     }
 
 
+def test_sheets_beside_the_folders_name_the_site_of_each_image(tmp_path, caplog):
+    store = open_store(str(tmp_path))
+    for name in ("COVID/images/COVID-1.png", "COVID/images/COVID-2.png", "Normal/Normal-1.png"):
+        store.write(name, encoded(grey_film()))
+    for name, rows in {
+        "COVID": [("COVID-1", "https://sirm.org/covid-19/"), ("COVID-9", "https://gone.org")],
+        "Normal": [("NORMAL-1", "https://www.kaggle.com/c/rsna/data"), ("NORMAL-2", None)],
+    }.items():
+        sheet = pd.DataFrame(rows, columns=["FILE NAME", "URL"]).assign(FORMAT="PNG")
+        sheet.to_excel(tmp_path / f"{name}.metadata.xlsx", index=False)
+    frame = labels_of_folders(str(tmp_path)).set_index("image")["site"]
+    assert frame["COVID/images/COVID-1.png"] == "sirm.org/covid-19"
+    assert frame["Normal/Normal-1.png"] == "kaggle.com/c/rsna/data"
+    assert frame.isna()["COVID/images/COVID-2.png"]
+    assert not caplog.records
+
+    pd.DataFrame({"a": [1]}).to_excel(tmp_path / "Other.metadata.xlsx", index=False)
+    store.write("Normal.metadata.xlsx", b"no sheet")
+    assert labels_of_folders(str(tmp_path))["site"].count() == 1
+    assert [record.message.split(":")[0].rsplit("/", 1)[-1] for record in caplog.records] == [
+        "Normal.metadata.xlsx",
+        "Other.metadata.xlsx",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
