@@ -167,7 +167,11 @@ def test_the_command_gets_the_variables_and_its_exit_code_is_returned(tmp_path: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_server_ends_with_its_parent(tmp_path: Path, number: signal.Signals) -> None:
     with subprocess.Popen(
-        [sys.executable, SCRIPT, "--folder", str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, SCRIPT, "--folder", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs, such as a test run may be, have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as parent:
         assert parent.stdout is not None
         lines = [parent.stdout.readline() for _ in range(6)]
