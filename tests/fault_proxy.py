@@ -67,6 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
                     fault = server.choose(self.path, server.gets[self.path])
                 elif server.gets[self.path] <= server.times:
                     fault = server.fault
+        # Also of what is then refused: unread, it would be taken for the next request.
+        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
         if fault is not None and fault in _CODES:
             body = f"<Error><Code>{_CODES[fault]}</Code></Error>".encode()
             self._answer(int(fault), {}, body)
@@ -77,10 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "delay":
             time.sleep(_DELAY_S)
-        length = int(self.headers.get("Content-Length") or 0)
         # The Host header stays: the signature covers it.
         upstream = http.client.HTTPConnection(server.upstream, timeout=30)
-        sent = self.rfile.read(length) or None
         try:
             upstream.request(self.command, self.path, sent, dict(self.headers))
             answer = upstream.getresponse()

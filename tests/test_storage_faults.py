@@ -40,6 +40,15 @@ def test_a_passing_fault_is_mended_by_fetching_again(proxy, s3_uri, fault):
     assert sum(proxy.gets.values()) == 3
 
 
+@pytest.mark.parametrize("fault", ["503", "reset", "lost answer"])
+def test_a_write_that_was_refused_or_unheard_is_tried_again(proxy, s3_uri, fault):
+    proxy.choose_any = lambda method, _path, times: fault if (method, times) == ("PUT", 1) else None
+    store = open_store(s3_uri)
+    for key in "abcdef":
+        store.write(key, CONTENT)
+    assert [store.read(key) == CONTENT for key in "abcdef"] == [True] * 6
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
     [

@@ -82,6 +82,7 @@ def tried(place: Scene, name: str) -> list[Outcome] | str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=Path, help="write the document here")
+    parser.add_argument("--only", default="", help="faults with this in their name")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lungopacity-faults-") as name:
@@ -89,7 +90,7 @@ def main() -> int:
         with LocalS3(folder / "s3") as server, server.as_environment():
             server.create_bucket("faults")
             with scene(server, "s3://faults/scene", folder) as place:
-                found = {fault: tried(place, fault) for fault in FAULTS}
+                found = {name: tried(place, name) for name in FAULTS if options.only in name}
     machine = (
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python "
         f"{platform.python_version()}, Ray {version('ray')}"
