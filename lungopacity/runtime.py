@@ -78,6 +78,8 @@ def ray_session() -> Iterator[None]:
     """
     is_ours = False
     if _ahead is None:
+        if _ending is not None:
+            _ending.result()  # half ended, it would still look as if it ran
         is_ours = _start_ray()
     else:
         _, started = _ahead
@@ -109,10 +111,10 @@ def ray_ahead() -> Iterator[None]:
 
 def done_with_ray() -> None:
     """A block of `ray_ahead` has no more use for it: it ends while the block goes on."""
-    global _ahead
+    global _ahead, _ending
     if _ahead is not None:
         (thread, started), _ahead = _ahead, None
-        thread.submit(_end_if_ours, started)
+        _ending = thread.submit(_end_if_ours, started)
 
 
 def _end_if_ours(started: Future[bool]) -> None:
@@ -121,6 +123,7 @@ def _end_if_ours(started: Future[bool]) -> None:
 
 
 _ahead: tuple[ThreadPoolExecutor, Future[bool]] | None = None
+_ending: Future[None] | None = None
 
 
 def _start_ray() -> bool:
