@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from types import FrameType
 
 from lungopacity.errors import UserError
 
@@ -43,28 +44,50 @@ for the next step, where by default large tensors are fetched from the kernel, p
 given back; and torch asks for huge pages. Other platforms ignore it."""
 
 
-_told_to_end = threading.Event()
-_ends_on_sigterm = False
+_told_by: int | None = None
+"""The signal that told this process to end."""
+_ends_on_signals = False
+_ASK_AGAIN_S = 0.05
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM, by which schedulers end a job, unwind as Ctrl-C does: leases are given back."""
-    global _ends_on_sigterm
+def end_on_signals() -> None:
+    """Let SIGTERM, by which schedulers end a job, unwind as Ctrl-C does: leases are given back.
 
-    def end(*_: object) -> None:
-        _told_to_end.set()
-        end_if_told()
+    And let neither raise in the middle of an import: Python drops such an exception, or worse,
+    leaves the lock of all imports taken, and the thread that starts Ray waits for it for ever.
+    """
+    global _ends_on_signals
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _end)
+    # A shell has what it runs in the background ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    _ends_on_signals = True
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
-        _ends_on_sigterm = True
+
+def _end(number: int, frame: FrameType | None) -> None:
+    global _told_by
+    if number != signal.SIGALRM:
+        _told_by = number
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.setitimer(signal.ITIMER_REAL, _ASK_AGAIN_S)
+            return
+        frame = frame.f_back
+    end_if_told()
 
 
 def end_if_told() -> None:
-    """For long loops: Python drops what a signal handler raises in the middle of an import or of a
-    destructor. Raises `SystemExit` after a SIGTERM."""
-    if _told_to_end.is_set():
-        raise SystemExit(128 + signal.SIGTERM)
+    """For long loops: Python drops what a signal handler raises in a destructor. Raises
+    `SystemExit` after a SIGTERM, `KeyboardInterrupt` after Ctrl-C."""
+    global _told_by
+    if _told_by == signal.SIGINT:
+        _told_by = None  # once: Python may go on to something else
+        raise KeyboardInterrupt
+    if _told_by is not None:
+        raise SystemExit(128 + _told_by)
 
 
 @contextmanager
@@ -84,8 +107,8 @@ def ray_session() -> Iterator[None]:
     else:
         _, started = _ahead
         started.result()
-    if _ends_on_sigterm:
-        end_on_sigterm()  # Ray has put its own handler there
+    if _ends_on_signals:
+        end_on_signals()  # Ray has put its own handler there
     try:
         yield
     finally:
@@ -254,7 +277,7 @@ def resolve_gpu(use_gpu: bool | None) -> bool:
 def versions() -> dict[str, str]:
     """Of what decides a result; for the model folder and a run's record."""
     found = {"python": platform.python_version()}
-    for name in ("lungopacity", "ray", "torch", "numpy", "pillow", "pydicom", "pyarrow"):
+    for name in ("lungopacity", "ray", "torch", "ncnn", "numpy", "pillow", "pydicom", "pyarrow"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,5 +1,6 @@
 import os
 import platform
+import signal
 import subprocess
 import sys
 
@@ -137,3 +138,28 @@ def test_who_needs_no_ray_hears_nothing_of_one_that_cannot_be_had():
     assert first == "well"
     assert "Ray at '127.0.0.1:notaport' cannot be joined" in second
     assert "check RAY_ADDRESS" in second
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_in_the_middle_of_an_import_waits_for_its_end(tmp_path, number, raised):
+    (tmp_path / "slow.py").write_text("import time\nfor _ in range(10): time.sleep(0.05)\n")
+    script = (
+        "import signal, sys, threading, time, os\n"
+        "from lungopacity.runtime import end_on_signals\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "end_on_signals()\n"
+        f"threading.Timer(0.2, os.kill, (os.getpid(), {int(number)})).start()\n"
+        "try:\n"
+        "    import slow\n"
+        "    print('imported', flush=True)\n"
+        "    time.sleep(20)\n"
+        f"except {raised.__name__}:\n"
+        "    print('told')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.stdout.split() == ["imported", "told"], done.stderr

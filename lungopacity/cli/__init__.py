@@ -65,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     from lungopacity.observe import log_lines
     from lungopacity.progress import show_on_terminal
-    from lungopacity.runtime import end_on_sigterm
+    from lungopacity.runtime import end_on_signals
 
     log_lines("text")
     show_on_terminal()
-    end_on_sigterm()
+    end_on_signals()
     try:
         return int(cli.main(arguments, prog_name="lungopacity", standalone_mode=False) or 0)
     except click.exceptions.Abort:

@@ -55,9 +55,10 @@ def screen(
         raise UserError(f"--limit must be at least 1, not {limit}")
     began = time.monotonic()
     job = screening_job(model, output, **options)
+    # Its first object is looked for at once: a wrong archive is told before Ray starts.
+    listed = inventory_at(archive, inventory)
     # Not so in `nightly`: a night may find nothing to do, and then it needs no Ray.
     with ray_ahead():
-        listed = inventory_at(archive, inventory)
         return run_job(job, listed, began, run_id=run_id, limit=limit)
 
 

@@ -1,0 +1,77 @@
+"""Ctrl-C and a scheduler's SIGTERM while Ray is still starting: nothing is left, nothing published,
+and the run goes on from there."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import psutil
+import pytest
+
+import lungopacity
+from lungopacity.storage import open_store
+from tests.films import encoded, grey_film
+from tests.models.tiny import write_tiny_model
+
+_FILMS = 30
+_PATIENCE_S = 60.0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_as_it_starts(tmp_path, number, code) -> None:
+    archive, model, results = (str(tmp_path / name) for name in ("archive", "model", "results"))
+    store = open_store(archive)
+    for film in range(_FILMS):
+        store.write(f"{film}.png", encoded(grey_film(film, 100, 100)))
+    write_tiny_model(model)
+    mark = uuid.uuid4().hex
+    arguments = ["screen", "--archive", archive, "--model", model, "--output", results]
+    command = [sys.executable, "-m", "lungopacity.cli", *arguments]
+    started = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"MARK": mark},
+        # A shell in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert started.stderr is not None
+    said = []
+    for line in started.stderr:
+        said.append(line)
+        # Planned, while Ray comes up beside it; the first film is seconds away.
+        if f"{_FILMS} objects of" in line:
+            break
+    started.send_signal(number)
+    said += started.stderr
+    assert started.wait(_PATIENCE_S) == code, "".join(said)
+    assert "Traceback" not in "".join(said)
+    until = time.monotonic() + _PATIENCE_S
+    while left := _marked(mark):
+        assert time.monotonic() < until, left
+        time.sleep(0.2)
+    assert not [item.key for item in open_store(results).list("runs/")]
+
+    (run_id,) = set(re.findall(r"run (\S+):", "".join(said)))
+    done = subprocess.run([*command, "--run-id", run_id], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = lungopacity.query(results, "SELECT count(*), count(DISTINCT image) FROM predictions")
+    assert [column[0].as_py() for column in rows.columns] == [_FILMS, _FILMS]
+
+
+def _marked(mark: str) -> list[str]:
+    """The processes that the run started, by what it handed down to them."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MARK") == mark:
+                found.append(" ".join(process.cmdline())[:100])
+        except psutil.Error:
+            continue
+    return found
