@@ -31,7 +31,7 @@ def diagnose(storage: str | None = None) -> list[Finding]:
     """Look at everything that the job needs. `storage`: a URI to try as well."""
     findings: list[Finding] = []
     checks: list[Callable[[], Iterator[Finding]]] = [
-        _python, _torch, _ray, _decoders, _disk, _s3,
+        _python, _torch, _ncnn, _ray, _decoders, _disk, _s3,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -85,6 +85,20 @@ def _torch() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         yield Finding("ok", "gpu", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+
+
+def _ncnn() -> Iterator[Finding]:
+    import ncnn
+    import pnnx
+
+    runs = os.access(pnnx.EXEC_PATH, os.X_OK)
+    yield Finding(
+        "ok" if runs else "note",
+        "ncnn",
+        f"{ncnn.__version__}, runs networks on CPUs"
+        + ("" if runs else "; pnnx cannot be run, so newly trained ones stay with torch"),
+        "" if runs else "install pnnx from requirements.lock",
+    )
 
 
 def _ray() -> Iterator[Finding]:

@@ -83,6 +83,8 @@ def _model(spec: ModelSpec) -> Iterator[str]:
     versions = training.get("versions", {})
     if versions:
         yield f"- Software [23]: {_words(versions)}"
+    if training.get("on_cpus"):
+        yield f"- {training['on_cpus']}"
     weights = training.get("weights")
     if weights:
         yield f"- First weights [24]: {weights['source']}; licence: {weights['licence']}"

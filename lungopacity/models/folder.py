@@ -3,6 +3,7 @@
 model.safetensors          the weights, no pickle
 model.json                 everything else that decides a score, and what the model earned
 distribution.safetensors   where the training films lie in the model's feature space
+compiled.safetensors       the network as CPUs run it, where that is faster; see `compiled`
 history.parquet            loss and accuracy by epoch; an ensemble has none
 validation.parquet         what the kept weights say of each validation film, for thresholds and
                            ensembles: content_sha256, label, and a raw logit a class
@@ -41,13 +42,15 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 SPEC_FILE = "model.json"
 DISTRIBUTION_FILE = "distribution.safetensors"
+COMPILED_FILE = "compiled.safetensors"
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
 OPERATING_POINTS = "operating_points"
 _POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SUMS_FILE = "SHA256SUMS"
 FORMAT_VERSION = 3
-"""1 had no distribution, 2 no validation.parquet and no label map; such folders are still read."""
+"""1 had no distribution, 2 no validation.parquet and no label map; such folders are still read, and
+those without a compiled network."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,9 @@ class TrainedModel:
     """The safetensors file."""
     distribution: bytes | None = None
     """Of `TrainingDistribution`, or of an ensemble's `JointDistribution`, another."""
+    compiled: bytes | None = None
+    """See `lungopacity.models.compiled`; None: CPUs run the network in torch, too. Not in the id:
+    its scores are torch's but for rounding."""
 
     @property
     def model_id(self) -> str:
@@ -202,6 +208,7 @@ def save_model(
     }
     more = {
         DISTRIBUTION_FILE: model.distribution,
+        COMPILED_FILE: model.compiled,
         HISTORY_FILE: history_parquet,
         VALIDATION_FILE: validation_parquet,
     }
@@ -260,7 +267,9 @@ def load_model(uri: str) -> TrainedModel:
             },
         }
     )
-    model = TrainedModel(spec, files[WEIGHTS_FILE], files.get(DISTRIBUTION_FILE))
+    model = TrainedModel(
+        spec, files[WEIGHTS_FILE], files.get(DISTRIBUTION_FILE), files.get(COMPILED_FILE)
+    )
     if model.model_id != document["model_id"]:
         raise UserError(
             f"{uri}: model.json says model {document['model_id']}, its contents are "
@@ -348,7 +357,7 @@ def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
     try:
         lines = store.read(SUMS_FILE).decode("ascii").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        optional = {DISTRIBUTION_FILE, HISTORY_FILE, VALIDATION_FILE} & set(sums)
+        optional = {DISTRIBUTION_FILE, COMPILED_FILE, HISTORY_FILE, VALIDATION_FILE} & set(sums)
         names = [WEIGHTS_FILE, SPEC_FILE, *sorted(optional)]
         files = {name: store.read(name) for name in names if sums[name]}
     except ImageError as error:

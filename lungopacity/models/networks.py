@@ -82,7 +82,8 @@ def _cov_net(classes: int, settings: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def _ensemble(classes: int, settings: Mapping[str, Any]) -> torch.nn.Module:
-    from lungopacity.models.ensemble import Ensemble, EnsembleSettings
+    from lungopacity.models.ensemble import Ensemble
+    from lungopacity.models.ensemble_settings import EnsembleSettings
 
     return Ensemble(classes, EnsembleSettings(**settings))
 

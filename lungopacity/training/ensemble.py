@@ -21,8 +21,9 @@ from lungopacity.models import (
     read_validation,
     save_model,
 )
+from lungopacity.models.compiled import of_bytes, to_bytes
 from lungopacity.models.distribution import JointDistribution, TrainingDistribution
-from lungopacity.models.ensemble import EnsembleMember, EnsembleSettings
+from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSettings
 from lungopacity.models.folder import validation_parquet
 from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import versions
@@ -79,7 +80,7 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
         },
         synthetic=any(model.spec.synthetic for model in trained),
     )
-    model = TrainedModel(spec, _weights(trained), _distribution(trained))
+    model = TrainedModel(spec, _weights(trained), _distribution(trained), _compiled(trained))
     digests = logits[0].index.get_level_values("content_sha256")
     save_model(
         output,
@@ -157,3 +158,11 @@ def _distribution(trained: Sequence[TrainedModel]) -> bytes | None:
     parts = [model.training_distribution() for model in trained]
     kept = tuple(part for part in parts if isinstance(part, TrainingDistribution))
     return JointDistribution(kept).to_bytes() if len(kept) == len(parts) else None
+
+
+def _compiled(trained: Sequence[TrainedModel]) -> bytes | None:
+    """None where a member is not: the others would wait for its torch."""
+    kept = [model.compiled for model in trained if model.compiled is not None]
+    if len(kept) < len(trained):
+        return None
+    return to_bytes([network for data in kept for network in of_bytes(data)])

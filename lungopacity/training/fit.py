@@ -39,6 +39,7 @@ from lungopacity.models import (
     network_card,
     save_model,
 )
+from lungopacity.models.compiled import CompiledNetwork, compiled_if_better, to_bytes
 from lungopacity.models.folder import validation_parquet
 from lungopacity.models.pretrained import first_weights, take_weights
 from lungopacity.runtime import require_resources, versions, worker_environment
@@ -144,7 +145,12 @@ def fit(
         ModelSpec(**spec, label_map=dict(label_map or {}), training=training),
         _read(kept, NETWORK_FILE),
     )
-    model = replace(model, distribution=_distribution(model, films, settings.use_gpu))
+    shared = ray.put(films)
+    model = replace(model, distribution=_distribution(model, shared, settings.use_gpu))
+    compiled, said = _compiled(model, shared)
+    log.info("%s", said)
+    training["on_cpus"] = said
+    model = replace(model, compiled=compiled)
     validation = validation_parquet(
         data.images["content_sha256"].iloc[films.validation].to_list(),
         [data.class_names[label] for label in data.labels_N[films.validation]],
@@ -157,7 +163,7 @@ def fit(
     return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])
 
 
-def _distribution(model: TrainedModel, films: Films, use_gpu: bool) -> bytes:
+def _distribution(model: TrainedModel, films: ray.ObjectRef, use_gpu: bool) -> bytes:
     """Where the training films lie in the kept network's features, in a Ray task: the driver of a
     submitted job may have no GPU, and few cores."""
 
@@ -177,9 +183,25 @@ def _distribution(model: TrainedModel, films: Films, use_gpu: bool) -> bytes:
     found: bytes = ray.get(
         ray.remote(run)
         .options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
-        .remote(model, ray.put(films))
+        .remote(model, films)
     )
     return found
+
+
+def _compiled(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None, str]:
+    """The network as CPUs run it best, or None, and what was found. In a task of its own: what ncnn
+    makes of a network that it does not know well may end the process."""
+
+    def run(kept: TrainedModel, films: Films) -> tuple[CompiledNetwork | None, str]:
+        return compiled_if_better(kept, films.pixels_NHW[films.validation])
+
+    try:
+        compiled, said = ray.get(
+            ray.remote(run).options(num_cpus=1, max_retries=0).remote(model, films)
+        )
+    except ray.exceptions.RayError as error:
+        return None, f"CPUs run the network in torch: compiling it failed ({_last_line(error)})"
+    return None if compiled is None else to_bytes([compiled]), said
 
 
 def films_of(data: LabelledPixels) -> Films:
@@ -315,9 +337,12 @@ def _run_ray_train(
 
 def _cause(error: TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None)
-    cause = next(iter(failures.values())) if failures else error
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[-1]}" if lines else type(cause).__name__
+    return _last_line(next(iter(failures.values())) if failures else error)
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager

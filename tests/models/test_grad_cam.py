@@ -12,7 +12,7 @@ from torch import nn
 from lungopacity.errors import UserError
 from lungopacity.evaluation.pointing import peak_of
 from lungopacity.models import NETWORK_NAMES, ModelSpec, OperatingPoint, TrainedModel, build_network
-from lungopacity.models.ensemble import EnsembleMember
+from lungopacity.models.ensemble_settings import EnsembleMember
 from lungopacity.models.grad_cam import GradCAM, log_odds
 from lungopacity.models.networks import network_card
 from lungopacity.models.scorer import Scorer

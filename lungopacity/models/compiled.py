@@ -1,0 +1,279 @@
+"""A trained network as ncnn (Tencent, BSD-3) runs it on a CPU, without torch.
+
+ncnn convolves 3 x 3 by minimal filtering (Winograd; Lavin & Gray 2016, arXiv:1509.09308), and takes
+film by film, so that what lies between two layers stays in the cache. Its scores are torch's but
+for rounding, at 1.5 to 2.6 times the speed for most networks (docs/benchmarks.md), and a process
+that scores without torch starts two seconds sooner. pnnx, of the same house, translates.
+
+Array names carry their shape: N films, H height, W width, F features, M members, K classes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSettings
+
+if TYPE_CHECKING:
+    from lungopacity.models.folder import ModelSpec, TrainedModel
+    from lungopacity.radiograph import Preprocessing
+
+TOLERANCE = 1e-4
+"""What a compiled network's probabilities may differ from torch's, at most."""
+_DISTANCE_TOLERANCE = 1e-3
+"""The same of the distance from the training films, as a share of it."""
+_TRIED_FILMS = 32
+_FILMS_A_TURN = 4
+"""A thread takes so many at once: each costs milliseconds, and a hand-over some of a hundredth."""
+_TRANSLATION_LIMIT_S = 600
+
+
+class CompileError(Exception):
+    """ncnn cannot run the network; the message says why."""
+
+
+@dataclass(frozen=True)
+class CompiledNetwork:
+    """One network in ncnn's own format."""
+
+    param: bytes
+    """The layers, as text."""
+    weights: bytes
+    """float32, in the order of the layers."""
+
+
+def to_bytes(networks: Sequence[CompiledNetwork]) -> bytes:
+    """One network, or the members of an ensemble, as a safetensors file."""
+    import safetensors.numpy
+
+    def prefix(number: int) -> str:
+        return f"members.{number}." if len(networks) > 1 else ""
+
+    return safetensors.numpy.save(
+        {
+            f"{prefix(number)}{name}": np.frombuffer(data, np.uint8)
+            for number, network in enumerate(networks)
+            for name, data in (("param", network.param), ("weights", network.weights))
+        }
+    )
+
+
+def of_bytes(data: bytes) -> tuple[CompiledNetwork, ...]:
+    """What `to_bytes` was given."""
+    import safetensors.numpy
+
+    arrays = safetensors.numpy.load(data)
+    members = len(arrays) // 2
+    prefixes = [""] if members == 1 else [f"members.{number}." for number in range(members)]
+    return tuple(
+        CompiledNetwork(arrays[f"{prefix}param"].tobytes(), arrays[f"{prefix}weights"].tobytes())
+        for prefix in prefixes
+    )
+
+
+def compile_network(model: TrainedModel) -> CompiledNetwork:
+    """Translate the network of a model that is no ensemble.
+
+    Raises `CompileError` where it has something that pnnx or ncnn does not know.
+    """
+    import pnnx
+    import torch
+
+    class Outputs(torch.nn.Module):
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x_B1HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            features_BF = self.network.describe(x_B1HW)  # type: ignore[operator]
+            return features_BF, self.network.classify(features_BF)  # type: ignore[operator]
+
+    network = model.network()
+    if hasattr(network, "fused"):
+        network = network.fused()  # type: ignore[operator]
+    size = model.spec.preprocessing.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        with warnings.catch_warnings(), torch.no_grad():
+            # TorchScript is what pnnx reads; torch 2.15 would rather have another format.
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+                Outputs(network.requires_grad_(False)).eval(),
+                torch.zeros(1, 1, size, size),
+                check_trace=False,
+            )
+            traced.save(str(path / "network.pt"))
+        # In a folder of its own: it leaves ten files, some of them under fixed names.
+        command = [pnnx.EXEC_PATH, "network.pt", f"inputshape=[1,1,{size},{size}]", "fp16=0"]
+        try:
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, timeout=_TRANSLATION_LIMIT_S
+            )
+            compiled = CompiledNetwork(
+                (path / "network.ncnn.param").read_bytes(), (path / "network.ncnn.bin").read_bytes()
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CompileError(f"pnnx could not translate it ({error})") from error
+    layers = compiled.param.decode().splitlines()[2:]
+    # Of what it does not know it passes on the name in torch, as Tensor.reshape.
+    unknown = sorted({name for name, *_ in map(str.split, layers) if "." in name})
+    if done.returncode or unknown:
+        raise CompileError(f"ncnn has no layer for {', '.join(unknown) or 'it'}")
+    return compiled
+
+
+class NcnnScorer:
+    """A compiled model on the CPUs of this process; see `Scorer`."""
+
+    def __init__(self, spec: ModelSpec, networks: Sequence[CompiledNetwork], threads: int) -> None:
+        """`threads`: so many films are computed at a time. Raises `CompileError` where ncnn refuses
+        a network."""
+        self.preprocessing = spec.preprocessing
+        self.members: Sequence[EnsembleMember] | None = None
+        if len(networks) > 1:
+            self.members = EnsembleSettings(**spec.architecture_settings).members
+        self.nets = [_load(network) for network in networks]
+        self.threads = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def run(
+        self, pixels_NHW: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """features_NF and logits_NMK of one film or more; M is 1 unless it is an ensemble."""
+        turns = [
+            pixels_NHW[start : start + _FILMS_A_TURN]
+            for start in range(0, len(pixels_NHW), _FILMS_A_TURN)
+        ]
+        each = map if self.threads is None else self.threads.map
+        found = list(chain.from_iterable(each(self._films, turns)))
+        return np.stack([features for features, _ in found]), np.stack([log for _, log in found])
+
+    def _films(self, pixels_NHW: npt.NDArray[np.uint8]) -> list[tuple[Any, Any]]:
+        return [self._film(pixels_HW) for pixels_HW in pixels_NHW]
+
+    def _film(self, pixels_HW: npt.NDArray[np.uint8]) -> tuple[Any, Any]:
+        x_HW = _normalised(pixels_HW.astype(np.float32) / np.float32(255), self.preprocessing)
+        if self.members is None:
+            features_F, logits_K = _forward(self.nets[0], x_HW)
+            return features_F, logits_K[None]
+        each = [
+            _forward(net, _normalised(_shrunk(x_HW, member.image_size), member))
+            for net, member in zip(self.nets, self.members, strict=True)
+        ]
+        logits_MK = [
+            logits_K / np.float32(member.temperature)
+            for (_, logits_K), member in zip(each, self.members, strict=True)
+        ]
+        return np.concatenate([features_F for features_F, _ in each]), np.stack(logits_MK)
+
+
+def compiled_if_better(
+    model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8]
+) -> tuple[CompiledNetwork | None, str]:
+    """The compiled network, if it says of these films what torch says, and sooner; else None. With
+    it a sentence on what was found."""
+    from lungopacity.models.scorer import Scorer
+
+    tried_NHW = pixels_NHW[:_TRIED_FILMS]
+    try:
+        compiled = compile_network(model)
+        ours = Scorer(replace(model, compiled=to_bytes([compiled])), threads=1)
+    except CompileError as error:
+        return None, f"CPUs run the network in torch: {error}"
+    torchs = Scorer(replace(model, compiled=None), threads=1)
+    (p_NK, far_N, seconds), (torchs_NK, torchs_far_N, torchs_seconds) = (
+        _tried(scorer, tried_NHW) for scorer in (ours, torchs)
+    )
+    differs = float(np.abs(p_NK - torchs_NK).max())
+    moved = float(np.abs(far_N / torchs_far_N - 1).max())
+    ratio = torchs_seconds / seconds
+    # Not "above": a score that is no number is none.
+    if not (differs <= TOLERANCE and moved <= _DISTANCE_TOLERANCE):
+        return None, (
+            f"CPUs run the network in torch: compiled, a probability differs by {differs:.0e} and "
+            f"a distance from the training films by {moved:.0e} of it"
+        )
+    if ratio < 1:
+        return None, f"CPUs run the network in torch: compiled, it has {ratio:.2f} of the speed"
+    return compiled, (
+        f"CPUs run the network compiled, {ratio:.1f} times as fast as in torch; probabilities "
+        f"differ by {differs:.0e} at most"
+    )
+
+
+def _tried(
+    scorer: Any, pixels_NHW: npt.NDArray[np.uint8]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], float]:
+    """Probabilities, distances from the training films, and the seconds that it took at best."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        scores = scorer.scores(pixels_NHW)
+        seconds.append(time.perf_counter() - began)
+    far_N = scorer.out_of_distribution(scores.features_NF)
+    if far_N is None:
+        far_N = np.ones(len(pixels_NHW), np.float32)
+    return scorer.probabilities(scores.logits_NK), far_N, min(seconds)
+
+
+def _load(network: CompiledNetwork) -> Any:
+    import ncnn
+
+    net = ncnn.Net()
+    # One film a thread: nothing waits for the slowest part of a layer.
+    net.opt.num_threads = 1
+    for name in ("packed", "storage", "arithmetic"):
+        setattr(net.opt, f"use_fp16_{name}", False)
+    with tempfile.NamedTemporaryFile(suffix=".bin") as weights:
+        weights.write(network.weights)
+        weights.flush()
+        if net.load_param_mem(network.param.decode()) or net.load_model(weights.name):
+            raise CompileError("ncnn cannot load it")
+    return net
+
+
+def _forward(
+    net: Any, x_HW: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """features_F and logits_K."""
+    import ncnn
+
+    extractor = net.create_extractor()
+    # The matrix looks into the array, which lives as long as this call.
+    extractor.input("in0", ncnn.Mat(np.ascontiguousarray(x_HW)[None]))
+    found = []
+    for name in ("out0", "out1"):
+        code, values = extractor.extract(name)
+        if code:
+            raise MemoryError(f"ncnn could not compute {name} ({code})")
+        found.append(np.array(values))
+    features_F, logits_K = found
+    return features_F, logits_K
+
+
+def _normalised(
+    x_HW: npt.NDArray[np.float32], scale: Preprocessing | EnsembleMember
+) -> npt.NDArray[np.float32]:
+    """As `normalise` has it in torch."""
+    return (x_HW - np.float32(scale.mean)) / np.float32(scale.std)
+
+
+def _shrunk(x_HW: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+    """As `Ensemble.member_inputs` has it in torch, which took the formula from Pillow."""
+    from PIL import Image
+
+    if x_HW.shape[-1] == size:
+        return x_HW
+    shrunk_HW = Image.fromarray(x_HW).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(shrunk_HW)

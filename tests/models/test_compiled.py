@@ -1,0 +1,201 @@
+"""Compiled networks say what torch says; the film decides, not the thread or the batch."""
+
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from lungopacity.models import (
+    ENSEMBLE,
+    NETWORK_NAMES,
+    ModelSpec,
+    OperatingPoint,
+    TrainedModel,
+    build_network,
+    load_model,
+    save_model,
+    weights_of,
+)
+from lungopacity.models.compiled import (
+    CompiledNetwork,
+    CompileError,
+    compile_network,
+    compiled_if_better,
+    of_bytes,
+    to_bytes,
+)
+from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSettings
+from lungopacity.models.scorer import Scorer
+from lungopacity.radiograph import Preprocessing
+from tests.models.tiny import tiny_model, with_distribution
+
+
+def films(count: int, side: int) -> np.ndarray:
+    rng = np.random.default_rng(side)
+    return rng.integers(0, 256, (count, side, side), dtype=np.uint8)
+
+
+def model_of(name: str, side: int = 64, settings: dict | None = None) -> TrainedModel:
+    """Fresh weights, and statistics of batches as after training."""
+    torch.manual_seed(1)
+    network = build_network(name, 3, settings or {}).train()
+    with torch.no_grad():
+        for _ in range(2):
+            network(torch.randn(4, 1, side, side))
+    spec = ModelSpec(
+        architecture=name,
+        architecture_settings=asdict(network.settings),
+        class_names=("Normal", "Not_Normal", "Lung_Opacity"),
+        positive_class="Lung_Opacity",
+        preprocessing=Preprocessing(side, mean=0.4, std=0.2),
+        operating_point=OperatingPoint(0.5),
+        temperature=1.3,
+    )
+    return TrainedModel(spec, weights_of(network))
+
+
+def replace_network(model: TrainedModel, name: str, network: torch.nn.Module) -> TrainedModel:
+    settings = asdict(network.settings)
+    spec = replace(model.spec, architecture=name, architecture_settings=settings)
+    return TrainedModel(spec, weights_of(network))
+
+
+def compiled(model: TrainedModel) -> TrainedModel:
+    return replace(model, compiled=to_bytes([compile_network(model)]))
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_every_network_says_compiled_what_it_says_in_torch(name):
+    model = model_of(name)
+    pixels_NHW = films(5, 64)
+    expected = Scorer(model).scores(pixels_NHW)
+    found = Scorer(compiled(model)).scores(pixels_NHW)
+    scale = np.abs(expected.logits_NK).max()
+    assert np.ptp(expected.logits_NK, axis=0).min() > 0, "films that are all alike tell nothing"
+    np.testing.assert_allclose(found.logits_NK, expected.logits_NK, atol=1e-4 * scale)
+    scale = np.abs(expected.features_NF).max()
+    np.testing.assert_allclose(found.features_NF, expected.features_NF, atol=1e-4 * scale)
+    assert found.disagreement_N is None
+
+
+def test_threads_and_batches_change_no_bit():
+    model = compiled(tiny_model())
+    pixels_NHW = films(23, 32)
+    alone = Scorer(model, threads=1).scores(pixels_NHW, batch_size=23)
+    together = Scorer(model, threads=3).scores(pixels_NHW, batch_size=9)
+    assert alone.logits_NK.tobytes() == together.logits_NK.tobytes()
+    assert alone.features_NF.tobytes() == together.features_NF.tobytes()
+    assert len(Scorer(model).logits(pixels_NHW[:0])) == 0
+
+
+def test_an_ensemble_of_two_sizes_says_compiled_what_it_says_in_torch():
+    members = [model_of("classical-cnn", 64), model_of("classical-cnn", 45)]
+    settings = EnsembleSettings(
+        tuple(
+            EnsembleMember(
+                model.model_id,
+                model.spec.architecture,
+                dict(model.spec.architecture_settings),
+                model.spec.preprocessing.image_size,
+                mean=0.3 + number / 10,
+                std=0.2,
+                temperature=1.5 - number,
+                features=Scorer(model).scores(films(1, 64 - 19 * number)).features_NF.shape[1],
+            )
+            for number, model in enumerate(members)
+        )
+    )
+    network = build_network(ENSEMBLE, 3, asdict(settings))
+    for part, model in zip(network.members, members, strict=True):
+        part.load_state_dict(model.network().state_dict())
+    spec = replace(
+        members[0].spec,
+        architecture=ENSEMBLE,
+        architecture_settings=asdict(settings),
+        preprocessing=Preprocessing(64, mean=0.0, std=1.0),
+    )
+    model = TrainedModel(spec, weights_of(network))
+    expected = Scorer(model).scores(films(9, 64))
+    both = to_bytes([compile_network(member) for member in members])
+    found = Scorer(replace(model, compiled=both)).scores(films(9, 64))
+    for name in ("logits_NK", "features_NF", "disagreement_N"):
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5, err_msg=name
+        )
+    assert np.ptp(expected.disagreement_N) > 1e-3
+
+
+def test_a_folder_keeps_it_and_its_id(tmp_path):
+    model = tiny_model()
+    with_it = compiled(model)
+    save_model(str(tmp_path / "m"), with_it)
+    found = load_model(str(tmp_path / "m"))
+    assert found.compiled == with_it.compiled
+    assert found.model_id == model.model_id
+    (network,) = of_bytes(found.compiled)
+    assert network == compile_network(model)
+
+
+def test_scoring_does_without_torch(tmp_path):
+    model = compiled(with_distribution(tiny_model(), films(40, 32)))
+    save_model(str(tmp_path / "m"), model)
+    program = f"""
+import sys
+import numpy as np
+from lungopacity.models import load_model
+from lungopacity.models.scorer import Scorer
+scorer = Scorer(load_model({str(tmp_path / "m")!r}))
+scores = scorer.scores(np.zeros((2, 32, 32), np.uint8))
+assert scorer.probabilities(scores.logits_NK).shape == (2, 2)
+assert scorer.out_of_distribution(scores.features_NF).shape == (2,)
+assert "torch" not in sys.modules, "torch takes two seconds to import"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_what_ncnn_has_no_layer_for_stays_in_torch():
+    network = build_network("torchvision:swin_t", 2)
+    model = replace_network(tiny_model(image_size=64), "torchvision:swin_t", network)
+    with pytest.raises(CompileError, match=r"ncnn has no layer for .*Tensor\.slice"):
+        compile_network(model)
+    found, said = compiled_if_better(model, films(4, 64))
+    assert found is None
+    assert said.startswith("CPUs run the network in torch: ncnn has no layer for")
+
+
+def test_what_ncnn_cannot_load_is_said_so():
+    broken = CompiledNetwork(b"7767517\n1 1\nNoSuchLayer a 0 1 in0\n", b"")
+    with pytest.raises(CompileError, match="cannot load"):
+        Scorer(replace(tiny_model(), compiled=to_bytes([broken])))
+
+
+def test_what_says_something_else_stays_in_torch(monkeypatch):
+    model, other = tiny_model(seed=0), tiny_model(seed=1)
+    monkeypatch.setattr(
+        "lungopacity.models.compiled.compile_network", lambda _: compile_network(other)
+    )
+    found, said = compiled_if_better(model, films(8, 32))
+    assert found is None
+    assert "a probability differs by" in said
+
+
+def test_what_is_slower_stays_in_torch(monkeypatch):
+    model = tiny_model()
+    seconds = iter([0.0, 3.0, 3.0, 6.0, 6.0, 9.0, 9.0, 10.0, 10.0, 11.0, 11.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    assert compiled_if_better(model, films(8, 32)) == (
+        None, "CPUs run the network in torch: compiled, it has 0.33 of the speed",
+    )  # fmt: skip
+    assert next(seconds, None) is None
+
+
+def test_what_is_faster_is_kept(monkeypatch):
+    model = with_distribution(tiny_model(), films(40, 32))
+    seconds = iter([0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 6.0, 6.0, 9.0, 9.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    found, said = compiled_if_better(model, films(8, 32))
+    assert found == compile_network(model)
+    assert "3.0 times as fast as in torch" in said
