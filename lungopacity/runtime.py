@@ -160,7 +160,7 @@ def _start_ray() -> bool:
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         if address == "local":
-            with _environment(KEEP_FREED_MEMORY):
+            with environment(KEEP_FREED_MEMORY):
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -188,8 +188,8 @@ def _end_ray() -> None:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """They are set for the block: for the processes that it starts."""
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that are set for the block: for the processes that it starts."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -81,6 +81,29 @@ def publish(sizes: list[int], as_json: bool) -> int:
 
 
 @benchmark.command(epilog=EPILOG)
+@click.option(
+    "--networks",
+    metavar="NAME,NAME,…",
+    default=None,
+    callback=lambda _context, _option, text: text and text.split(","),
+    help="Default: all that `lungopacity models` lists.",
+)
+@click.option("--count", "films", type=int, default=64, show_default=True, help="Films a batch.")
+@click.option("--repeats", type=int, default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def score(as_json: bool, networks: list[str] | None, **options: Any) -> int:
+    """Milliseconds a film of the forward pass on one core: compiled, and in torch."""
+    import json
+
+    from lungopacity.benchmark.score import score_speeds, table
+    from lungopacity.models import NETWORK_NAMES
+
+    speeds = score_speeds(networks or NETWORK_NAMES, **options)
+    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+    return 0
+
+
+@benchmark.command(epilog=EPILOG)
 @click.option("--images", metavar="URI", required=True, help="Loose images, or shards.")
 @click.option("--model", metavar="URI", required=True, help="The model folder.")
 @click.option(
