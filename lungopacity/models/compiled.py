@@ -2,7 +2,7 @@
 
 ncnn convolves 3 x 3 by minimal filtering (Winograd; Lavin & Gray 2016, arXiv:1509.09308), and takes
 film by film, so that what lies between two layers stays in the cache. Its scores are torch's but
-for rounding, at 1.5 to 2.6 times the speed for most networks (docs/benchmarks.md), and a process
+for rounding, at 1.2 to 1.6 times the speed for most networks (docs/benchmarks.md), and a process
 that scores without torch starts two seconds sooner. pnnx, of the same house, translates.
 
 Array names carry their shape: N films, H height, W width, F features, M members, K classes.
