@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import logging
 import os
@@ -64,6 +65,9 @@ def end_on_signals() -> None:
     # A shell has what it runs in the background ignore Ctrl-C.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+    if not _ends_on_signals:
+        # What Python no longer handles at its very end would kill it.
+        atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
     _ends_on_signals = True
 
 
@@ -119,7 +123,8 @@ def ray_session() -> Iterator[None]:
 @contextmanager
 def ray_ahead() -> Iterator[None]:
     """Ray starts while the block goes on, until a `ray_session` in it waits for it, and ends with
-    the block: it takes four seconds, most of them spent waiting.
+    the block: it takes four seconds, most of them spent waiting. Until then the block must not
+    import Ray: two threads that do so at once see half of it.
 
     That Ray cannot be had is raised by the `ray_session`, not here.
     """

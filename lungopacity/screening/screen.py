@@ -157,13 +157,14 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path) -> None
 def _surviving_lost_nodes() -> Iterator[None]:
     """A node that goes takes actors with it, and Ray Data may give up then; the next round reads
     what is missing. What a task of ours raises is no such thing."""
-    from ray.exceptions import RayError, RayTaskError
-
     try:
         yield
-    except RayTaskError:
-        raise
-    except RayError as error:
+    except Exception as error:
+        # Not sooner: another thread may be importing Ray, and two at once see half of it.
+        from ray.exceptions import RayError, RayTaskError
+
+        if isinstance(error, RayTaskError) or not isinstance(error, RayError):
+            raise
         log.warning("Ray lost what it was working on (%s)", type(error).__name__)
 
 

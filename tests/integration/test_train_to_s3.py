@@ -23,7 +23,8 @@ def test_films_labels_checkpoints_model_and_report_may_all_lie_in_s3(s3_uri):
     assert loaded.model_id == result.model.model_id
     assert loaded.spec.synthetic
     assert loaded.spec.preprocessing.image_size == 64
-    left = {item.key for item in open_store(model).list()}
+    # Compiled for CPUs, if that was faster just then.
+    left = {item.key for item in open_store(model).list()} - {"compiled.safetensors"}
     assert left == {
         "SHA256SUMS",
         "distribution.safetensors",
