@@ -59,9 +59,7 @@ class _Model:
             x_N1HW = torch.from_numpy(pixels_NHW).to(self.device).unsqueeze(1).float().div_(255)
             x_N1HW = x_N1HW.sub_(settings.mean).div_(settings.std)
             logits_NK = self.network(x_N1HW.contiguous(memory_format=torch.channels_last))
-            probabilities_NK = (logits_NK.float() / self.trained.spec.temperature).softmax(1)
-        found: npt.NDArray[np.float32] = probabilities_NK.cpu().numpy()
-        return found
+        return self.trained.spec.probabilities(logits_NK.float().cpu().numpy())
 
     def columns(self, pixels_NHW: Pixels) -> dict[str, Any]:
         """p_… and scored_at of a batch."""

@@ -97,9 +97,13 @@ def _model(spec: ModelSpec) -> Iterator[str]:
         yield (
             f"- Kept [26]: epoch {training['best_epoch']}, that of the lowest loss on validation"
         )
+    biases = ""
+    if spec.class_biases is not None:
+        each = zip(spec.class_names, spec.class_biases, strict=True)
+        biases = ", plus biases of " + ", ".join(f"{bias:+.3f} for {name}" for name, bias in each)
     yield (
-        f"- Calibration [25]: logits over a temperature of {spec.temperature:.3f}, fitted to the "
-        "validation split"
+        f"- Calibration [25]: logits over a temperature of {spec.temperature:.3f}{biases}; fitted "
+        "to the validation split" + (" and its shares of the classes" if biases else "")
     )
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSettings
+from lungopacity.models.probabilities import calibrated_logits
 
 if TYPE_CHECKING:
     from lungopacity.models.folder import ModelSpec, TrainedModel
@@ -172,7 +173,7 @@ class NcnnScorer:
             for net, member in zip(self.nets, self.members, strict=True)
         ]
         logits_MK = [
-            logits_K / np.float32(member.temperature)
+            calibrated_logits(logits_K, member.temperature, member.class_biases).astype(np.float32)
             for (_, logits_K), member in zip(each, self.members, strict=True)
         ]
         return np.concatenate([features_F for features_F, _ in each]), np.stack(logits_MK)

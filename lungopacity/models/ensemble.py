@@ -19,8 +19,8 @@ from lungopacity.models.networks import build_network
 
 class Ensemble(nn.Module):
     """x_B1HW float32 from 0 to 1, of the largest member's size, to logits_BK: the mean over the
-    members of their logits over their temperatures, which is their calibrated log probabilities'
-    mean but for a constant (a product of experts, Hinton 2002)."""
+    members of their calibrated logits, which is their calibrated log probabilities' mean but for a
+    constant (a product of experts, Hinton 2002)."""
 
     def __init__(self, classes: int, settings: EnsembleSettings) -> None:
         super().__init__()
@@ -64,14 +64,15 @@ class Ensemble(nn.Module):
         return self
 
     def member_logits(self, features_BF: torch.Tensor) -> torch.Tensor:
-        """logits_MBK, each member's over its temperature: their softmax is what it alone says."""
+        """logits_MBK, each member's calibrated: their softmax is what it alone says."""
         widths = [member.features for member in self.settings.members]
         parts = torch.split(features_BF, widths, dim=1)
-        return torch.stack(
-            [
-                network.classify(part_BF) / member.temperature  # type: ignore[operator]
-                for network, member, part_BF in zip(
-                    self.members, self.settings.members, parts, strict=True
-                )
-            ]
-        )
+        each = []
+        for network, member, part_BF in zip(
+            self.members, self.settings.members, parts, strict=True
+        ):
+            logits_BK = network.classify(part_BF) / member.temperature  # type: ignore[operator]
+            if member.class_biases is not None:
+                logits_BK = logits_BK + logits_BK.new_tensor(list(member.class_biases))
+            each.append(logits_BK)
+        return torch.stack(each)

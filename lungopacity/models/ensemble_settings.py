@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class EnsembleMember:
     """Its logits are divided by it, so that each member counts by what it knows."""
     features: int
     """Width of what its `describe` returns."""
+    class_biases: Sequence[float] | None = None
+    """Added to its logits then, one a class; None: none."""
 
 
 @dataclass(frozen=True)

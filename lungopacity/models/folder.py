@@ -33,6 +33,7 @@ from lungopacity.models.distribution import (
     TrainingDistribution,
     distribution_of_bytes,
 )
+from lungopacity.models.probabilities import calibrated_logits, softmax
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import ConflictError, Store, open_store
 
@@ -48,9 +49,9 @@ VALIDATION_FILE = "validation.parquet"
 OPERATING_POINTS = "operating_points"
 _POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SUMS_FILE = "SHA256SUMS"
-FORMAT_VERSION = 3
-"""1 had no distribution, 2 no validation.parquet and no label map; such folders are still read, and
-those without a compiled network."""
+FORMAT_VERSION = 4
+"""1 had no distribution, 2 no validation.parquet and no label map, 3 no class biases; such folders
+are still read, and those without a compiled network."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class ModelSpec:
     """Label to class, where labels were merged or renamed."""
     temperature: float = 1.0
     """Logits are divided by it before the softmax (Guo et al. 2017)."""
+    class_biases: tuple[float, ...] | None = None
+    """Added then, one a class; None: none. See `calibrated_logits`."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """On validation, at the kept epoch."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -117,6 +120,8 @@ class ModelSpec:
             raise ValueError(f"positive_class {self.positive_class!r} is none of the class names")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if self.class_biases is not None and len(self.class_biases) != len(self.class_names):
+            raise ValueError(f"class_biases must be one a class: {self.class_biases}")
 
     @property
     def class_of_label(self) -> dict[str, str]:
@@ -126,6 +131,14 @@ class ModelSpec:
     @property
     def positive_index(self) -> int:
         return self.class_names.index(self.positive_class)
+
+    def calibrated(self, logits_NK: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """(n, classes) raw logits, calibrated."""
+        return calibrated_logits(logits_NK, self.temperature, self.class_biases)
+
+    def probabilities(self, logits_NK: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Calibrated class probabilities of (n, classes) raw logits: rows sum to 1."""
+        return softmax(self.calibrated(logits_NK)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,8 @@ class TrainedModel:
             "temperature": self.spec.temperature,
             "weights_sha256": _sha256(self.weights),
         }
+        if self.spec.class_biases is not None:
+            decides["class_biases"] = self.spec.class_biases
         if self.distribution is not None:
             # It decides a flag of each film, and may reject it.
             decides["distribution_sha256"] = _sha256(self.distribution)
@@ -255,10 +270,12 @@ def load_model(uri: str) -> TrainedModel:
         )
     # What older folders lack has a default.
     known = {name: document[name] for name in ModelSpec.__dataclass_fields__ if name in document}
+    biases = known.get("class_biases")
     spec = ModelSpec(
         **{
             **known,
             "class_names": tuple(known["class_names"]),
+            "class_biases": None if biases is None else tuple(biases),
             "preprocessing": Preprocessing(**known["preprocessing"]),
             "operating_point": OperatingPoint(**known["operating_point"]),
             "operating_points": {

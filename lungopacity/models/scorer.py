@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lungopacity.models.compiled import NcnnScorer, of_bytes
 from lungopacity.models.folder import TrainedModel
 from lungopacity.models.networks import ENSEMBLE
+from lungopacity.models.probabilities import softmax
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ class Scores:
     """What a model says of n films."""
 
     logits_NK: npt.NDArray[np.float32]
-    """Raw, before temperature."""
+    """Raw, before calibration."""
     features_NF: npt.NDArray[np.float32]
     """What the logits were decided on."""
     disagreement_N: npt.NDArray[np.float32] | None = None
@@ -93,7 +94,7 @@ class Scorer:
         logits_NMK = np.concatenate([logits for _, logits in batches])
         disagreement_N = None
         if self.is_ensemble:
-            positive_NM = _softmax(logits_NMK)[:, :, self.model.spec.positive_index]
+            positive_NM = softmax(logits_NMK)[:, :, self.model.spec.positive_index]
             disagreement_N = positive_NM.std(axis=1).astype(np.float32)
         return Scores(logits_NMK.mean(axis=1), features_NF, disagreement_N)
 
@@ -118,7 +119,7 @@ class Scorer:
     def logits(
         self, pixels_NHW: npt.NDArray[np.uint8], batch_size: int = 64
     ) -> npt.NDArray[np.float32]:
-        """Raw logits, before temperature.
+        """Raw logits, before calibration.
 
         pixels_NHW: (n, image_size, image_size) uint8. Returns (n, classes) float32.
         """
@@ -191,18 +192,5 @@ class Scorer:
         return self.distribution.score(features_NF)
 
     def probabilities(self, logits_NK: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Calibrated class probabilities: softmax of the logits over the temperature.
-
-        logits_NK: (n, classes) float32. Returns the same shape; rows sum to 1.
-        """
-        scaled_NK = logits_NK.astype(np.float64) / self.model.spec.temperature
-        return _softmax(scaled_NK).astype(np.float32)
-
-
-def _softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """Over the last axis. SciPy's takes 0.14 s to import, in each actor."""
-    exponent = logits.astype(np.float64)
-    exponent -= exponent.max(axis=-1, keepdims=True)
-    shares: npt.NDArray[np.float64] = np.exp(exponent, out=exponent)
-    shares /= shares.sum(axis=-1, keepdims=True)
-    return shares
+        """Calibrated class probabilities: see `ModelSpec.probabilities`."""
+        return self.model.spec.probabilities(logits_NK)

@@ -1,4 +1,4 @@
-"""From validation logits: the temperature, and the operating points.
+"""From validation logits: the temperature, the class biases, and the operating points.
 
 Array names carry their shape: V validation films, K classes.
 """
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from lungopacity.evaluation.operating_points import STANDARD, pick
 from lungopacity.models import OperatingPoint
+from lungopacity.models.probabilities import calibrated_logits, softmax
 
 _LOG_TEMPERATURE_LIMIT = np.log(20.0)
 
@@ -22,12 +23,13 @@ class Calibration:
     """What validation says of a model: how far to trust its logits, and where to decide."""
 
     temperature: float
+    class_biases: tuple[float, ...] | None
     operating_point: OperatingPoint
     """That decides unless another is asked for: Youden's."""
     operating_points: Mapping[str, OperatingPoint]
     """All of `STANDARD`, by their rules."""
     metrics: Mapping[str, float]
-    """At this temperature and point; `loss` in nats."""
+    """Calibrated, and at this point; `loss` in nats."""
 
 
 def calibrate(
@@ -37,38 +39,32 @@ def calibrate(
     decisions are about; it and another must occur."""
     from sklearn.metrics import roc_auc_score
 
-    temperature = fit_temperature(logits_VK, labels_V)
-    probabilities_V = softmax(logits_VK, temperature)[:, positive]
+    temperature, biases = fit_temperature(logits_VK, labels_V), None
+    if logits_VK.shape[1] > 2:
+        # Of two classes, the threshold takes care of their shares; a bias won nothing there.
+        temperature, biases = fit_biases(logits_VK, labels_V, temperature)
+    calibrated_VK = calibrated_logits(logits_VK, temperature, biases)
+    probabilities_V = softmax(calibrated_VK)[:, positive]
     points = {rule: pick(rule, probabilities_V, labels_V == positive) for rule in STANDARD}
     point = points[STANDARD[0]]
     assert point.sensitivity is not None
     assert point.specificity is not None
     metrics = {
-        "loss": negative_log_likelihood(logits_VK, labels_V, temperature),
+        "loss": negative_log_likelihood(calibrated_VK, labels_V),
         "loss_before_temperature": negative_log_likelihood(logits_VK, labels_V),
-        "accuracy": float((logits_VK.argmax(axis=1) == labels_V).mean()),
+        "accuracy": float((calibrated_VK.argmax(axis=1) == labels_V).mean()),
         "auc": float(roc_auc_score(labels_V == positive, probabilities_V)),
         "sensitivity": point.sensitivity,
         "specificity": point.specificity,
     }
-    return Calibration(temperature, point, points, metrics)
-
-
-def softmax(
-    logits_VK: npt.NDArray[np.floating], temperature: float = 1.0
-) -> npt.NDArray[np.float64]:
-    """Class probabilities, float64 in the shape of the logits; rows sum to 1."""
-    scaled = logits_VK.astype(np.float64) / temperature
-    exponent = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    probabilities: npt.NDArray[np.float64] = exponent / exponent.sum(axis=1, keepdims=True)
-    return probabilities
+    return Calibration(temperature, biases, point, points, metrics)
 
 
 def negative_log_likelihood(
-    logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64], temperature: float = 1.0
+    logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64]
 ) -> float:
     """Mean over the films of -ln p(true class), in nats."""
-    true_V = softmax(logits_VK, temperature)[np.arange(len(labels_V)), labels_V]
+    true_V = softmax(logits_VK)[np.arange(len(labels_V)), labels_V]
     return float(-np.log(np.maximum(true_V, np.finfo(np.float64).tiny)).mean())
 
 
@@ -85,7 +81,7 @@ def fit_temperature(logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[n
     low, high = -_LOG_TEMPERATURE_LIMIT, _LOG_TEMPERATURE_LIMIT
 
     def loss(log_temperature: float) -> float:
-        return negative_log_likelihood(logits_VK, labels_V, float(np.exp(log_temperature)))
+        return negative_log_likelihood(logits_VK / np.exp(log_temperature), labels_V)
 
     left, right = high - golden * (high - low), low + golden * (high - low)
     loss_left, loss_right = loss(left), loss(right)
@@ -99,3 +95,35 @@ def fit_temperature(logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[n
             right = low + golden * (high - low)
             loss_right = loss(right)
     return float(np.exp((low + high) / 2))
+
+
+def fit_biases(
+    logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64], temperature: float
+) -> tuple[float, tuple[float, ...]]:
+    """The temperature and a bias for each class that minimise the negative log-likelihood: see
+    `calibrated_logits`. `temperature`: where the search begins.
+
+    Each bias has a standard normal prior, so that of a class without a validation film is finite;
+    a thousand films outweigh it. With it the biases sum to 0.
+    """
+    from scipy.optimize import minimize
+
+    films, classes = logits_VK.shape
+    is_class_VK = np.eye(classes)[labels_V]
+
+    def loss(point: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        """And its gradient, at the logarithm of the temperature and the biases."""
+        cold_VK = logits_VK / np.exp(point[0])
+        biased_VK = cold_VK + point[1:]
+        value = negative_log_likelihood(biased_VK, labels_V) + (point[1:] ** 2).sum() / 2 / films
+        error_VK = softmax(biased_VK) - is_class_VK
+        by_temperature = -(error_VK * cold_VK).sum() / films
+        by_biases_K = error_VK.mean(axis=0) + point[1:] / films
+        return float(value), np.concatenate([[by_temperature], by_biases_K])
+
+    if (logits_VK.argmax(axis=1) == labels_V).all():
+        return temperature, (0.0,) * classes
+    limits = [(-_LOG_TEMPERATURE_LIMIT, _LOG_TEMPERATURE_LIMIT)] + [(None, None)] * classes
+    start = np.concatenate([[np.log(temperature)], np.zeros(classes)])
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=limits)
+    return float(np.exp(found.x[0])), tuple(map(float, found.x[1:]))

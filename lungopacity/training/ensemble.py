@@ -44,10 +44,7 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
     trained = [load_model(uri) for uri in models]
     _check(models, trained)
     members = EnsembleSettings(tuple(_member(model) for model in trained))
-    logits = [
-        _logits(uri, model) / model.spec.temperature
-        for uri, model in zip(models, trained, strict=True)
-    ]
+    logits = [_calibrated_logits(uri, model) for uri, model in zip(models, trained, strict=True)]
     for uri, frame in zip(models, logits, strict=True):
         if not frame.index.equals(logits[0].index):
             raise UserError(f"{uri}: was validated on other films than {models[0]}")
@@ -71,6 +68,7 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
         operating_points=found.operating_points,
         label_map=first.label_map,
         temperature=found.temperature,
+        class_biases=found.class_biases,
         metrics=found.metrics,
         training={
             "settings": {"seed": first.training["settings"]["seed"]},
@@ -133,15 +131,17 @@ def _member(model: TrainedModel) -> EnsembleMember:
         mean=spec.preprocessing.mean,
         std=spec.preprocessing.std,
         temperature=spec.temperature,
+        class_biases=spec.class_biases,
         features=features_BF.shape[1],
     )
 
 
-def _logits(uri: str, model: TrainedModel) -> pd.DataFrame:
-    """Raw validation logits in the order of the classes, by digest and label, sorted."""
+def _calibrated_logits(uri: str, model: TrainedModel) -> pd.DataFrame:
+    """Of the validation films, in the order of the classes, by digest and label, sorted."""
     frame = pd.read_parquet(io.BytesIO(read_validation(uri)))
     columns = [f"logit_{name}" for name in model.spec.class_names]
-    return frame.set_index(["content_sha256", "label"])[columns].sort_index()
+    raw = frame.set_index(["content_sha256", "label"])[columns].sort_index()
+    return pd.DataFrame(model.spec.calibrated(raw.to_numpy()), raw.index, columns)
 
 
 def _weights(trained: Sequence[TrainedModel]) -> bytes:

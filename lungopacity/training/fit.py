@@ -379,6 +379,7 @@ def _spec(
         "operating_point": found.operating_point,
         "operating_points": found.operating_points,
         "temperature": found.temperature,
+        "class_biases": found.class_biases,
         "synthetic": data.synthetic,
         "metrics": dict(found.metrics),
     }

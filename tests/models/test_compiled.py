@@ -100,6 +100,7 @@ def test_an_ensemble_of_two_sizes_says_compiled_what_it_says_in_torch():
                 mean=0.3 + number / 10,
                 std=0.2,
                 temperature=1.5 - number,
+                class_biases=(0.4, 0.0, -0.4) if number else None,
                 features=Scorer(model).scores(films(1, 64 - 19 * number)).features_NF.shape[1],
             )
             for number, model in enumerate(members)

@@ -27,7 +27,7 @@ def write_sums(uri: str) -> None:
 
 
 def test_a_model_comes_back_as_it_was_saved(store_uri):
-    saved = write_tiny_model(store_uri, temperature=1.7, synthetic=True)
+    saved = write_tiny_model(store_uri, temperature=1.7, class_biases=(0.25, -0.25), synthetic=True)
     loaded = load_model(store_uri)
     assert loaded == saved
     assert loaded.model_id == saved.model_id
@@ -42,6 +42,7 @@ def test_a_model_comes_back_as_it_was_saved(store_uri):
     [
         {"seed": 1},
         {"temperature": 2.0},
+        {"class_biases": (0.0, 0.0)},
         {"preprocessing": Preprocessing(image_size=64)},
         {"preprocessing": Preprocessing(image_size=32, mean=0.4)},
         {"preprocessing": Preprocessing(image_size=32, crop_borders=True)},
@@ -164,8 +165,9 @@ def test_an_impossible_operating_point_is_refused(wrong):
         {"class_names": ("Normal", "Normal")},
         {"positive_class": "COVID"},
         {"temperature": 0.0},
+        {"class_biases": (0.1,)},
     ],
 )
 def test_a_senseless_spec_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"class_names|positive_class|temperature"):
+    with pytest.raises(ValueError, match=r"class_names|positive_class|temperature|class_biases"):
         tiny_model(**wrong)

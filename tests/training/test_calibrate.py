@@ -4,10 +4,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from lungopacity.models.probabilities import calibrated_logits, softmax
 from lungopacity.training.calibrate import (
+    calibrate,
+    fit_biases,
     fit_temperature,
     negative_log_likelihood,
-    softmax,
 )
 
 
@@ -29,8 +31,8 @@ def test_temperature_lowers_the_loss_of_overconfident_logits_and_no_decision() -
     logits_VK = logits_VK * 5
     temperature = fit_temperature(logits_VK, labels_V)
     before = negative_log_likelihood(logits_VK, labels_V)
-    assert negative_log_likelihood(logits_VK, labels_V, temperature) < 0.8 * before
-    assert (softmax(logits_VK, temperature).argmax(1) == logits_VK.argmax(1)).all()
+    assert negative_log_likelihood(logits_VK / temperature, labels_V) < 0.8 * before
+    assert (softmax(logits_VK / temperature).argmax(1) == logits_VK.argmax(1)).all()
 
 
 def test_films_all_classified_rightly_do_not_sharpen_the_model_without_end() -> None:
@@ -40,3 +42,40 @@ def test_films_all_classified_rightly_do_not_sharpen_the_model_without_end() -> 
 
 def test_softmax_bears_large_logits() -> None:
     np.testing.assert_allclose(softmax(np.array([[1e4, 0.0], [-1e4, -1e4]])), [[1, 0], [0.5, 0.5]])
+
+
+def shifted_films(count: int = 20_000) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Logits of three classes that are twice too large, and that knew less of the second class."""
+    rng = np.random.default_rng(1)
+    true_VK = rng.normal(0, 1.5, (count, 3))
+    labels_V = (rng.random(count)[:, None] > softmax(true_VK).cumsum(axis=1)).sum(axis=1)
+    return 2 * (true_VK - np.array([0.0, 0.9, 0.0])), labels_V.astype(np.int64)
+
+
+def test_finds_the_class_that_was_rarer_in_training() -> None:
+    logits_VK, labels_V = shifted_films()
+    temperature, biases = fit_biases(logits_VK, labels_V, fit_temperature(logits_VK, labels_V))
+    assert temperature == pytest.approx(2, rel=0.06)
+    np.testing.assert_allclose(biases, [-0.3, 0.6, -0.3], atol=0.06)
+    calibrated_VK = calibrated_logits(logits_VK, temperature, biases)
+    shares = softmax(calibrated_VK).mean(axis=0)
+    np.testing.assert_allclose(shares, np.bincount(labels_V) / len(labels_V), atol=1e-3)
+
+
+def test_a_class_without_a_film_gets_no_endless_bias() -> None:
+    logits_VK, labels_V = shifted_films(300)
+    seen = labels_V != 1
+    _, biases = fit_biases(logits_VK[seen], labels_V[seen], 1.0)
+    assert sum(biases) == pytest.approx(0, abs=1e-3)
+    assert -10 < min(biases) == biases[1] < -1
+
+
+def test_biases_are_for_more_than_two_classes() -> None:
+    logits_VK, labels_V = shifted_films(2_000)
+    three = calibrate(logits_VK, labels_V, positive=2)
+    assert three.class_biases is not None
+    right = (logits_VK + 2 * np.array(three.class_biases)).argmax(axis=1) == labels_V
+    assert three.metrics["accuracy"] == pytest.approx(right.mean(), abs=0.01)
+    assert three.metrics["accuracy"] > (logits_VK.argmax(axis=1) == labels_V).mean() + 0.01
+    two = calibrate(*calibrated_films(500), positive=1)
+    assert two.class_biases is None

@@ -13,7 +13,6 @@ from lungopacity.models import TrainedModel, load_model, read_history, save_mode
 from lungopacity.models.folder import validation_parquet
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
-from lungopacity.training.calibrate import softmax
 from lungopacity.training.ensemble import ensemble
 from tests.models.tiny import history_parquet, tiny_model, with_distribution
 
@@ -61,9 +60,18 @@ def test_the_mean_of_calibrated_logits_is_the_ensembles(members, tmp_path):
     made = ensemble(uris, str(tmp_path / "both"))
     both = load_model(str(tmp_path / "both"))
     assert both.model_id == made.model_id
-    logits = [Scorer(model).logits(squares(model)) / model.spec.temperature for model in models]
+    logits = [model.spec.calibrated(Scorer(model).logits(squares(model))) for model in models]
     scores = Scorer(both).scores(squares(both), batch_size=7)
     np.testing.assert_allclose(scores.logits_NK, sum(logits) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_the_biases_of_its_members_count(tmp_path):
+    uris = [str(tmp_path / name) for name in "ab"]
+    models = [folder(uris[0], 1, class_biases=(0.5, -0.5)), folder(uris[1], 2)]
+    both = Scorer(ensemble(uris, str(tmp_path / "both")))
+    logits = [model.spec.calibrated(Scorer(model).logits(squares(model))) for model in models]
+    found_NK = both.logits(squares(both.model))
+    np.testing.assert_allclose(found_NK, sum(logits) / 2, rtol=1e-4, atol=1e-5)
 
 
 def test_members_that_disagree_are_seen_to(members, tmp_path):
@@ -71,8 +79,7 @@ def test_members_that_disagree_are_seen_to(members, tmp_path):
     ensemble(uris, str(tmp_path / "both"))
     both = load_model(str(tmp_path / "both"))
     probabilities = [
-        softmax(Scorer(model).logits(squares(model)), model.spec.temperature)[:, 1]
-        for model in models
+        model.spec.probabilities(Scorer(model).logits(squares(model)))[:, 1] for model in models
     ]
     found = Scorer(both).scores(squares(both)).disagreement_N
     np.testing.assert_allclose(found, np.std(probabilities, axis=0), rtol=1e-3, atol=1e-5)
@@ -97,7 +104,7 @@ def test_members_of_two_sizes_share_one_decoded_film(tmp_path):
     both = Scorer(ensemble(uris, str(tmp_path / "both")))
     assert both.model.spec.preprocessing.image_size == 64
     logits_NK = both.logits(squares(both.model))
-    alone = [Scorer(m).logits(squares(m)) / m.spec.temperature for m in (small, large)]
+    alone = [m.spec.calibrated(Scorer(m).logits(squares(m))) for m in (small, large)]
     # The small one sees a film made smaller twice, which is not quite the same.
     np.testing.assert_allclose(logits_NK, sum(alone) / 2, atol=0.05)
 
