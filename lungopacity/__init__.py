@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lungopacity.screening.nightly import Night, nightly
     from lungopacity.screening.retry import retry
     from lungopacity.screening.screen import screen
+    from lungopacity.training.compile import compile
     from lungopacity.training.ensemble import ensemble
     from lungopacity.training.fit import TrainingResult
     from lungopacity.training.train import train
@@ -37,6 +38,7 @@ __all__ = [
     "UserError",
     "audit",
     "compare",
+    "compile",
     "ensemble",
     "evaluate",
     "explain",
@@ -61,6 +63,7 @@ _HOME = {
     "UserError": "errors",
     "audit": "evaluation.audit",
     "compare": "evaluation.compare",
+    "compile": "training.compile",
     "ensemble": "training.ensemble",
     "evaluate": "evaluation.evaluate",
     "explain": "evaluation.explain",

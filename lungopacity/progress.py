@@ -104,15 +104,18 @@ class Progress:
                 completed=self.done,
                 total=self.total,
                 note=self.note,
-                rate=f"{self.per_second:.0f}/s",
+                rate=self._rate,
             )
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._line()
+
+    @property
+    def _rate(self) -> str:
+        rate = self.per_second
+        return f"{1 / rate:.0f} s each" if 0 < rate < 0.1 else f"{rate:.1f}/s"
 
     def _line(self) -> None:
         self._last_line, self._told = time.monotonic(), self.done
         of = f" of {self.total}" if self.total is not None else ""
         note = f", {self.note}" if self.note else ""
-        log.info(
-            "%s: %d%s %s, %.1f/s%s", self.title, self.done, of, self.unit, self.per_second, note
-        )
+        log.info("%s: %d%s %s, %s%s", self.title, self.done, of, self.unit, self._rate, note)

@@ -44,6 +44,7 @@ for _command in (
     training.train,
     training.tune,
     training.ensemble,
+    training.compile_,
     training.models,
     evaluation.evaluate,
     evaluation.explain,

@@ -1,4 +1,4 @@
-"""Commands that make models: train, tune, ensemble, models."""
+"""Commands that make models: train, tune, ensemble, compile, models."""
 
 from __future__ import annotations
 
@@ -150,6 +150,22 @@ def ensemble(members: Sequence[str], output: str) -> int:
         f"model {model.model_id} in {output}: {len(members)} members, on validation accuracy "
         f"{model.spec.metrics['accuracy']:.4f}, AUC {model.spec.metrics['auc']:.4f}"
     )
+    click.echo(NOTICE)
+    return 0
+
+
+@click.command("compile", epilog=EPILOG)
+@click.option("--model", metavar="URI", required=True, help="A model folder.")
+@click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
+def compile_(model: str, output: str) -> int:
+    """Write a model folder anew, with its network compiled for CPUs: the same scores, sooner.
+
+    For folders of before training did so, or whose compiled network cannot be loaded any more.
+    """
+    from lungopacity.training.compile import compile as run
+
+    found = run(model, output)
+    click.echo(f"model {found.model_id} in {output}: {found.spec.training['on_cpus']}")
     click.echo(NOTICE)
     return 0
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lungopacity.models.ensemble_settings import member_prefix
+
 _QUANTILE = 0.99
 """Of the validation films: 1 in 100 of them is called unlike the rest."""
 
@@ -92,7 +94,7 @@ class JointDistribution:
 
         return safetensors.numpy.save(
             {
-                f"members.{number}.{name}": array
+                f"{member_prefix(number)}{name}": array
                 for number, part in enumerate(self.parts)
                 for name, array in part._arrays().items()
             }
@@ -114,7 +116,7 @@ def distribution_of_bytes(data: bytes) -> TrainingDistribution | JointDistributi
     if "mean_F" in arrays:
         return part("")
     members = len(arrays) // 3
-    return JointDistribution(tuple(part(f"members.{number}.") for number in range(members)))
+    return JointDistribution(tuple(part(member_prefix(number)) for number in range(members)))
 
 
 def _whitening(centred_NF: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def member_prefix(number: int) -> str:
+    """What the names of a member's arrays begin with, in each safetensors file of an ensemble."""
+    return f"members.{number}."
+
+
 @dataclass(frozen=True)
 class EnsembleMember:
     """One of the networks, and how its logits count."""

@@ -315,6 +315,13 @@ def save_operating_point(uri: str, model: TrainedModel, name: str, point: Operat
         ) from error
 
 
+def copy_operating_points(source: str, target: str) -> None:
+    """Those that sites have added to the folder at `source`, to another of the same model."""
+    store, copy = open_store(source), open_store(target)
+    for item in store.list(f"{OPERATING_POINTS}/"):
+        copy.write(item.key, store.read(item.key))
+
+
 def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> TrainedModel:
     """The model, deciding at another of its operating points; None leaves it as it is.
 
@@ -356,10 +363,15 @@ def read_history(uri: str) -> bytes | None:
 def read_validation(uri: str) -> bytes:
     """The folder's `validation.parquet`, verified. Raises `UserError` where an older lungopacity
     wrote the folder."""
-    found = _verified_files(open_store(uri), uri).get(VALIDATION_FILE)
+    found = find_validation(uri)
     if found is None:
         raise UserError(f"{uri}: has no {VALIDATION_FILE} (an older folder); train it again")
     return found
+
+
+def find_validation(uri: str) -> bytes | None:
+    """The same; None where an older lungopacity wrote the folder."""
+    return _verified_files(open_store(uri), uri).get(VALIDATION_FILE)
 
 
 def _verified_files(store: Store, uri: str) -> dict[str, bytes]:

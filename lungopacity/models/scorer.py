@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lungopacity.models.compiled import NcnnScorer, of_bytes
+from lungopacity.models.compiled import NcnnScorer, loaded
 from lungopacity.models.folder import TrainedModel
 from lungopacity.models.networks import ENSEMBLE
 from lungopacity.models.probabilities import softmax
@@ -45,8 +45,9 @@ class Scorer:
         self.distribution = model.training_distribution()
         self._cams: list[GradCAM] | None = None
         self.compiled: NcnnScorer | None = None
-        if model.compiled is not None and not use_gpu:
-            self.compiled = NcnnScorer(model.spec, of_bytes(model.compiled), self.threads)
+        nets = None if use_gpu else loaded(model)
+        if nets is not None:
+            self.compiled = NcnnScorer(model.spec, nets, self.threads)
         else:
             # Now, and not with the first film: an actor loads while the plan is made.
             _ = self.network

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from lungopacity import observe
 from lungopacity.archive.inventory import Inventory, list_archive
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import Status, UserError
+from lungopacity.models.compiled import loaded
 from lungopacity.progress import Progress
 from lungopacity.runtime import done_with_ray, end_if_told, ray_ahead, ray_session, resolve_gpu
 from lungopacity.screening.explanations import Explainer
@@ -175,6 +177,10 @@ def _rows(files: Sequence[Path]) -> int:
 def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
     shards = pa.compute.sum(todo["is_shard"]).as_py() or 0
     objects = 0
+    model = job.model
+    if loaded(model) is None:
+        # The actors would find it out, too, but nobody reads their logs.
+        model = replace(model, compiled=None)
     with ray_session():
         resources = ScoringResources.of_cluster(
             resolve_gpu(job.use_gpu), job.gpus_per_actor, job.model_actors
@@ -185,7 +191,7 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
             for part in screen_objects(
                 plan.start.archive,
                 todo,
-                job.model,
+                model,
                 job.read_settings,
                 job.results,
                 plan.work,

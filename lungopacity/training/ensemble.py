@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from lungopacity.models import (
 )
 from lungopacity.models.compiled import of_bytes, to_bytes
 from lungopacity.models.distribution import JointDistribution, TrainingDistribution
-from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSettings
+from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSettings, member_prefix
 from lungopacity.models.folder import validation_parquet
 from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import versions
@@ -144,9 +144,38 @@ def _calibrated_logits(uri: str, model: TrainedModel) -> pd.DataFrame:
     return pd.DataFrame(model.spec.calibrated(raw.to_numpy()), raw.index, columns)
 
 
+def members_of(model: TrainedModel) -> list[TrainedModel]:
+    """The models that an ensemble was made of, as far as they decide its scores."""
+    tensors = safetensors.torch.load(model.weights)
+    settings = EnsembleSettings(**model.spec.architecture_settings)
+    found = []
+    for number, member in enumerate(settings.members):
+        prefix = member_prefix(number)
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        spec = replace(
+            model.spec,
+            architecture=member.architecture,
+            architecture_settings=member.architecture_settings,
+            preprocessing=replace(
+                model.spec.preprocessing,
+                image_size=member.image_size,
+                mean=member.mean,
+                std=member.std,
+            ),
+            temperature=member.temperature,
+            class_biases=None if member.class_biases is None else tuple(member.class_biases),
+        )
+        found.append(TrainedModel(spec, safetensors.torch.save(own)))
+    return found
+
+
 def _weights(trained: Sequence[TrainedModel]) -> bytes:
     tensors = {
-        f"members.{number}.{name}": tensor
+        f"{member_prefix(number)}{name}": tensor
         for number, model in enumerate(trained)
         for name, tensor in safetensors.torch.load(model.weights).items()
     }

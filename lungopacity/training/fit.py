@@ -39,7 +39,7 @@ from lungopacity.models import (
     network_card,
     save_model,
 )
-from lungopacity.models.compiled import CompiledNetwork, compiled_if_better, to_bytes
+from lungopacity.models.compiled import compiled_if_better
 from lungopacity.models.folder import validation_parquet
 from lungopacity.models.pretrained import first_weights, take_weights
 from lungopacity.runtime import require_resources, versions, worker_environment
@@ -192,16 +192,16 @@ def _compiled(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None, 
     """The network as CPUs run it best, or None, and what was found. In a task of its own: what ncnn
     makes of a network that it does not know well may end the process."""
 
-    def run(kept: TrainedModel, films: Films) -> tuple[CompiledNetwork | None, str]:
+    def run(kept: TrainedModel, films: Films) -> tuple[bytes | None, str]:
         return compiled_if_better(kept, films.pixels_NHW[films.validation])
 
     try:
-        compiled, said = ray.get(
+        found: tuple[bytes | None, str] = ray.get(
             ray.remote(run).options(num_cpus=1, max_retries=0).remote(model, films)
         )
     except ray.exceptions.RayError as error:
         return None, f"CPUs run the network in torch: compiling it failed ({_last_line(error)})"
-    return None if compiled is None else to_bytes([compiled]), said
+    return found
 
 
 def films_of(data: LabelledPixels) -> Films:
@@ -347,7 +347,8 @@ def _last_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _own_interrupt_handler() -> Iterator[None]:
-    """Ray Train takes Ctrl-C for itself, ends the process with code 0, and never gives it back."""
+    """Ray Train takes Ctrl-C for itself, ends the process with code 0, and never gives it back. Any
+    other code is that of a SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -355,6 +356,8 @@ def _own_interrupt_handler() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
+        if error.code:
+            raise
         raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 import lungopacity
+from lungopacity.models import save_model
+from lungopacity.models.compiled import CompiledNetwork, to_bytes
 from lungopacity.storage import open_store
 from tests.films import dicom, encoded, grey_film, tar
-from tests.models.tiny import write_tiny_model
+from tests.models.tiny import history_parquet, tiny_model, write_tiny_model
 from tests.real_data import LUNG_FIELDS, needs_real_data
 
 SCORES = ["p_Normal", "p_Lung_Opacity", "logit_Normal", "logit_Lung_Opacity"]
@@ -54,6 +58,20 @@ def test_every_format_loose_and_in_shards_scores_alike(store_uri, tmp_path):
     write_tiny_model(str(tmp_path / "model"), image_size=64, temperature=1.3)
     labels = pd.DataFrame({"image": names, "label": ["Normal", "Lung_Opacity"] * 50})
     assert assert_same_scores(store_uri, labels, tmp_path, batch_size=7) == 100
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_compiled_network_that_cannot_be_loaded_costs_time_and_no_score(tmp_path, caplog):
+    model = tiny_model(image_size=64)
+    broken = to_bytes([CompiledNetwork(b"7767517\n1 1\nNoSuchLayer a 0 1 in0\n", b"")])
+    save_model(str(tmp_path / "model"), replace(model, compiled=broken), history_parquet())
+    store = open_store(str(tmp_path / "films"))
+    for number in range(3):
+        store.write(f"{number}.png", encoded(grey_film(number)))
+    labels = pd.DataFrame({"image": ["0.png", "1.png", "2.png"]})
+    labels["label"] = ["Normal", "Lung_Opacity", "Normal"]
+    assert assert_same_scores(store.uri, labels, tmp_path) == 3
+    assert f"model {model.model_id}: ncnn cannot load the compiled network" in caplog.text
 
 
 @needs_real_data

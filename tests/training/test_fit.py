@@ -22,7 +22,7 @@ from lungopacity.errors import UserError
 from lungopacity.models import load_model, read_history, read_validation
 from lungopacity.models.scorer import Scorer
 from lungopacity.storage import join_uri
-from lungopacity.training.fit import HISTORY_SCHEMA, TrainingResult, fit
+from lungopacity.training.fit import HISTORY_SCHEMA, TrainingResult, _own_interrupt_handler, fit
 from lungopacity.training.tracking import run_logs
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
 from tests.training.logs_read import mlflow_run, tensorboard_events
@@ -198,6 +198,17 @@ def test_two_workers_train_one_model_and_bear_the_loss_of_one(
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [row["epoch"] for row in result.history] == seen
     assert result.model.spec.metrics["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(("code", "raised"), [(0, KeyboardInterrupt), (143, SystemExit)])
+def test_what_ray_train_makes_of_ctrl_c_is_one_again_and_a_sigterm_keeps_its_code(
+    code: int, raised: type[BaseException]
+) -> None:
+    with pytest.raises(raised) as ended, _own_interrupt_handler():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray Train does, with its own
+        raise SystemExit(code)
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    assert code == getattr(ended.value, "code", 0)
 
 
 def test_refuses_more_workers_than_the_cluster_can_ever_run(

@@ -1,0 +1,69 @@
+"""The compiled network for a model folder that has none, or one that ncnn no longer loads."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from lungopacity.archive.phantom_film import draw_body, draw_film
+from lungopacity.errors import UserError
+from lungopacity.models import (
+    ENSEMBLE,
+    TrainedModel,
+    copy_operating_points,
+    find_validation,
+    is_model,
+    load_model,
+    read_history,
+    save_model,
+)
+from lungopacity.models.compiled import compiled_if_better
+from lungopacity.radiograph import Preprocessing
+from lungopacity.training.ensemble import members_of
+
+_FILMS = 32
+
+
+def compile(model: str, output: str) -> TrainedModel:
+    """Write the model folder at URI `model` anew, to `output`, with its network compiled.
+
+    Training does this, too. The id stays, so operating points of sites go along and results belong
+    together. Compiled and in torch it is tried on phantom films, for a folder has none of its own.
+    Raises `UserError` where compiling brings nothing, or the output holds a model.
+    """
+    if is_model(output):
+        raise UserError(f"{output}: holds a finished model; choose another --output, or remove it")
+    trained = load_model(model)
+    # What ncnn makes of a network that it does not know well may end the process.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            compiled, said = process.submit(_compiled, trained).result()
+        except BrokenProcessPool as error:
+            raise UserError(f"{model}: compiling ended the process; nothing was written") from error
+    if compiled is None:
+        raise UserError(f"{model}: {said}; nothing was written")
+    spec = replace(trained.spec, training={**trained.spec.training, "on_cpus": said})
+    trained = replace(trained, spec=spec, compiled=compiled)
+    copy_operating_points(model, output)
+    save_model(output, trained, read_history(model), find_validation(model))
+    return trained
+
+
+def _compiled(model: TrainedModel) -> tuple[bytes | None, str]:
+    members = members_of(model) if model.spec.architecture == ENSEMBLE else None
+    return compiled_if_better(model, _phantoms(model.spec.preprocessing), members)
+
+
+def _phantoms(preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """pixels_NHW as the network takes them."""
+    films = []
+    for seed in range(_FILMS):
+        rng = np.random.default_rng(seed)
+        film = draw_film(rng, draw_body(rng, "F" if seed % 2 else "M", 50), "PA")
+        films.append(preprocessing.square((film.pixels >> 4).astype(np.uint8)))
+    return np.stack(films)

@@ -1,0 +1,93 @@
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+import lungopacity
+from lungopacity.cli import main
+from lungopacity.errors import UserError
+from lungopacity.models import (
+    OperatingPoint,
+    TrainedModel,
+    build_network,
+    load_model,
+    save_model,
+    save_operating_point,
+    weights_of,
+    with_operating_point,
+)
+from lungopacity.models.folder import validation_parquet
+from lungopacity.models.scorer import Scorer
+from lungopacity.radiograph import Preprocessing
+from tests.models.tiny import history_parquet, tiny_model, write_tiny_model
+from tests.training import compilers
+
+FILMS = np.random.default_rng(0).integers(0, 256, (6, 64, 64), dtype=np.uint8)
+
+
+def lite0(**changes: object) -> TrainedModel:
+    """That ncnn runs much faster than torch, whatever else the machine does."""
+    torch.manual_seed(0)
+    network = build_network("efficientnet-lite0", 2)
+    changes = {"architecture": "efficientnet-lite0", "preprocessing": Preprocessing(64), **changes}
+    model = tiny_model(architecture_settings=asdict(network.settings), **changes)
+    return replace(model, weights=weights_of(network))
+
+
+def test_a_folder_is_written_anew_with_the_same_id_and_what_sites_added(tmp_path, capsys):
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    save_model(old, lite0(), history_parquet(), b"what validation said")
+    save_operating_point(old, load_model(old), "north", OperatingPoint(0.25))
+    assert main(["compile", "--model", old, "--output", new]) == 0
+    before, after = load_model(old), load_model(new)
+    assert f"model {before.model_id} in {new}: CPUs run the network compiled" in (
+        capsys.readouterr().out
+    )
+    assert before.compiled is None
+    assert after == replace(before, compiled=after.compiled, spec=after.spec)
+    assert after.spec.training["on_cpus"].startswith("CPUs run the network compiled, ")
+    assert with_operating_point(new, after, "north").spec.operating_point.threshold == 0.25
+    scorer = Scorer(after)
+    assert scorer.compiled is not None
+    found = scorer.probabilities(scorer.logits(FILMS))
+    expected = Scorer(before).probabilities(Scorer(before).logits(FILMS))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    with pytest.raises(UserError, match="holds a finished model"):
+        lungopacity.compile(old, new)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [
+        (compilers.the_process_ends, "compiling ended the process; nothing was written"),
+        (compilers.slower, "compiled, it has half the speed; nothing was written"),
+    ],
+)
+def test_what_brings_nothing_is_not_written(tmp_path, monkeypatch, compiler, why):
+    model, new = str(tmp_path / "model"), str(tmp_path / "new")
+    write_tiny_model(model)
+    monkeypatch.setattr("lungopacity.training.compile._compiled", compiler)
+    with pytest.raises(UserError, match=why):
+        lungopacity.compile(model, new)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_ensemble_of_folders_of_before_is_compiled_member_by_member(tmp_path):
+    uris = [str(tmp_path / name) for name in "ab"]
+    facts = {"training": {"settings": {"seed": 7}, "data": {"fingerprint": "f"}}}
+    for uri, size in zip(uris, (64, 48), strict=True):
+        model = lite0(preprocessing=Preprocessing(size, mean=0.4), temperature=0.5, **facts)
+        pixels_NHW = FILMS[:, :size, :size]
+        labels = ["Normal", "Lung_Opacity"] * 3
+        digests = [f"{number}" for number in range(6)]
+        kept = validation_parquet(
+            digests, labels, Scorer(model).logits(pixels_NHW), model.spec.class_names
+        )
+        save_model(uri, model, history_parquet(), kept)
+    both = lungopacity.ensemble(uris, str(tmp_path / "both"))
+    assert both.compiled is None
+    made = lungopacity.compile(str(tmp_path / "both"), str(tmp_path / "compiled"))
+    assert made.model_id == both.model_id
+    found, expected = (Scorer(model).scores(FILMS) for model in (made, both))
+    np.testing.assert_allclose(found.logits_NK, expected.logits_NK, rtol=1e-4, atol=1e-5)
