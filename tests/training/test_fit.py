@@ -204,9 +204,13 @@ def test_two_workers_train_one_model_and_bear_the_loss_of_one(
 def test_what_ray_train_makes_of_ctrl_c_is_one_again_and_a_sigterm_keeps_its_code(
     code: int, raised: type[BaseException]
 ) -> None:
-    with pytest.raises(raised) as ended, _own_interrupt_handler():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray Train does, with its own
-        raise SystemExit(code)
+    def as_ray_train_ends() -> None:
+        with _own_interrupt_handler():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it puts its own there
+            raise SystemExit(code)
+
+    with pytest.raises(raised) as ended:
+        as_ray_train_ends()
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     assert code == getattr(ended.value, "code", 0)
 
