@@ -168,7 +168,7 @@ def _check_pixel_data(dataset: Any, is_cut: bool) -> None:
     """Raises `ImageError` for an object without pixels: cut off, or of a kind that has none."""
     if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
         raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, "floating-point pixels")
-    if "PixelData" in dataset:
+    if dataset.get("PixelData"):
         return
     if is_cut or "Rows" in dataset or "SOPClassUID" not in dataset or is_image_class(dataset):
         raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the header of an image, and no pixels")
@@ -198,6 +198,7 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
     limits.check_frames(frames)
     frames = max(1, frames)
     set_transfer_syntax(dataset)
+    _complete(dataset)
     if is_compressed(dataset):
         if frames > 1:
             pixels = frames * int(dataset.Rows) * int(dataset.Columns)
@@ -209,6 +210,37 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
     if 0 < whole < frames:
         dataset.NumberOfFrames = whole  # or pydicom decodes none of them
     return frames, whole
+
+
+def _complete(dataset: Any) -> None:
+    """What pydicom asks for and some objects leave out, where there is no doubt about it.
+
+    Raises `ImageError` where there is.
+    """
+    for keyword, usual in (("SamplesPerPixel", 1), ("PixelRepresentation", 0)):
+        if dataset.get(keyword) is None:
+            setattr(dataset, keyword, usual)
+    for keyword in ("BitsStored", "PhotometricInterpretation"):
+        if dataset.get(keyword) in (None, ""):
+            raise ImageError(
+                ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"the header does not say {keyword}"
+            )
+    if _in_upper_bits(dataset):
+        # Of the lowest bits alone a picture would come, and a wrong one.
+        raise ImageError(
+            ErrorCode.UNSUPPORTED, Stage.DECODE, "values in the upper bits (HighBit) of a pixel"
+        )
+
+
+def _in_upper_bits(dataset: Any) -> bool:
+    """Whether High Bit says so, as ACR-NEMA allowed, and the pixels do, too."""
+    high, stored = dataset.get("HighBit"), int(dataset.BitsStored)
+    if not isinstance(high, int) or high < stored or is_compressed(dataset):
+        return False
+    little = dataset.file_meta.TransferSyntaxUID.is_little_endian
+    data = dataset.PixelData[: len(dataset.PixelData) // 2 * 2]
+    words = np.frombuffer(data, "<u2" if little else ">u2")
+    return int(dataset.BitsAllocated) == 16 and bool((words >> stored).any())
 
 
 def _radiograph(

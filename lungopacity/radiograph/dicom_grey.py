@@ -1,12 +1,17 @@
 """Stored DICOM values to grey, by the pipeline of PS3.4 N.2 in its order.
 
 Pixel padding ▶ Modality LUT or rescale ▶ VOI LUT or window ▶ Presentation LUT (MONOCHROME1) ▶
-aspect ratio. The LUTs are pydicom's own functions. Values of up to 16 bits go through them once
-each, as a table, instead of once a pixel: the same numbers, several times as fast.
+aspect ratio. Values of up to 16 bits go through once each, as a table, instead of once a pixel: the
+same numbers, several times as fast. pydicom's functions for the LUTs are not used: 3.0 turns a film
+with a falling rescale and a window into its negative, and wraps tables of 8-bit entries.
+
+An element that is there and empty says nothing, as those that de-identification empties: it is as
+good as absent.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,72 +78,144 @@ def _padding_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.bool_]
     return padding if padding.any() else None
 
 
+@dataclass(frozen=True)
+class _Table:
+    """A LUT of PS3.3 C.11.1 and C.11.2: what becomes of value `first`, `first` + 1, …"""
+
+    first: int
+    entries: npt.NDArray[np.integer]
+
+    def __call__(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        places = np.clip(values - self.first, 0, len(self.entries) - 1).astype(np.intp)
+        return self.entries[places].astype(np.float64)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3; of several the first, as viewers show it."""
+
+    centre: float
+    width: float
+    function: str
+
+    def __call__(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """0 what is black … 1 what is white."""
+        if self.function == "SIGMOID":
+            share = 1 / (1 + np.exp(-4 * (values - self.centre) / self.width))
+        elif self.function == "LINEAR_EXACT":
+            share = (values - self.centre) / self.width + 0.5
+        elif self.width > 1:
+            share = (values - (self.centre - 0.5)) / (self.width - 1) + 0.5
+        else:
+            share = (values > self.centre - 0.5).astype(np.float64)
+        return np.clip(share, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """Stored values to what is shown, of one object."""
+
+    modality: _Table | None
+    slope: float
+    intercept: float
+    voi: _Table | _Window | None
+
+    @staticmethod
+    def of(dataset: Any) -> _Transform:
+        slope = _first(dataset.get("RescaleSlope"))
+        intercept = _first(dataset.get("RescaleIntercept"))
+        return _Transform(
+            modality=_table_of(dataset, "ModalityLUTSequence"),
+            slope=slope or 1.0,  # a slope of 0 would leave nothing of the image
+            intercept=intercept or 0.0,
+            voi=_table_of(dataset, "VOILUTSequence") or _window_of(dataset),
+        )
+
+    def __call__(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        values = stored.astype(np.float64)
+        values = self.modality(values) if self.modality else values * self.slope + self.intercept
+        return self.voi(values) if self.voi else values
+
+    def black_and_white(self, used: npt.NDArray[np.float64], dataset: Any) -> tuple[float, float]:
+        """What becomes black, and what white. `used`: the shown values that occur.
+
+        A VOI LUT: the range of its entries. A window: all that it maps onto; taking what occurs
+        instead would undo a window that clips nothing. Neither: all values of 8 bits, as other
+        formats have it; of more bits, what occurs in the image, for detectors seldom use them all.
+        """
+        if isinstance(self.voi, _Window):
+            return 0.0, 1.0
+        if self.voi is not None and len(self.voi.entries) > 1:
+            return float(self.voi.entries.min()), float(self.voi.entries.max())
+        if self.voi is None and self.modality is None and int(dataset.BitsStored) <= 8:
+            ends = [end * self.slope + self.intercept for end in _stored_range(dataset)]
+            return min(ends), max(ends)
+        return float(used.min()), float(used.max())
+
+
 def _windowed(
     stored: npt.NDArray[Any], used: npt.NDArray[Any], dataset: Any
 ) -> npt.NDArray[np.uint8]:
-    window = _usable_window(dataset)
+    transform = _Transform.of(dataset)
     low, high = _stored_range(dataset)
     if stored.dtype.kind not in "iu" or high - low >= 2**_MAX_TABLE_BITS:
-        values = _looked_up(stored, dataset, window)
-        ends = _display_range(_looked_up(used, dataset, window), dataset, window)
-        return stretch_to_uint8(values, *ends)
-    table = _looked_up(np.arange(low, high + 1).astype(stored.dtype), dataset, window)
+        ends = transform.black_and_white(transform(used), dataset)
+        return stretch_to_uint8(transform(stored), *ends)
+    table = transform(np.arange(low, high + 1))
     present = np.zeros(len(table), np.bool_)
     present[used.ravel().astype(np.int32) - low if low else used.ravel()] = True
-    greys = stretch_to_uint8(table, *_display_range(table[present], dataset, window))
+    greys = stretch_to_uint8(table, *transform.black_and_white(table[present], dataset))
     grey: npt.NDArray[np.uint8] = greys[stored.astype(np.int32) - low if low else stored]
     return grey
 
 
-def _usable_window(dataset: Any) -> bool:
-    """Whether VOI LUT or window apply. Scanners write a width of 0 where they mean none."""
-    if "VOILUTSequence" in dataset:
-        return True
-    width, centre = (_first(dataset.get(name)) for name in ("WindowWidth", "WindowCenter"))
-    if width is None or centre is None:
-        return False
-    exact = str(dataset.get("VOILUTFunction") or "LINEAR") != "LINEAR"
-    return width > 0 if exact else width >= 1
+def _table_of(dataset: Any, keyword: str) -> _Table | None:
+    """None where there is no sequence, or nothing in it that can be looked up."""
+    items = dataset.get(keyword)
+    if not items:
+        return None
+    descriptor, data = items[0].get("LUTDescriptor"), items[0].get("LUTData")
+    if descriptor is None or data is None or len(descriptor) < 3:
+        return None
+    count, first, _ = (int(part) for part in descriptor)
+    # Both are read as signed where the pixels are; a count is not, and 0 stands for 65,536.
+    count = count % 2**16 or 2**16
+    if isinstance(data, bytes):
+        little = getattr(dataset, "original_encoding", (None, True))[1] is not False
+        words = len(data) >= 2 * count
+        # OW: words, or as many bytes as entries.
+        kind = ("<u2" if little else ">u2") if words else "u1"
+        entries = np.frombuffer(data[: 2 * count if words else count], kind)
+    else:
+        entries = np.atleast_1d(np.asarray(data, np.int64)) % 2**16
+        if len(entries) < count <= 2 * len(entries):
+            entries = entries.astype("<u2").view(np.uint8)  # two entries of 8 bits a word
+        entries = entries[:count]
+    if not len(entries):
+        return None
+    low, _ = _stored_range(dataset)
+    if first >= 2**15 and (low < 0 or (_first(dataset.get("RescaleIntercept")) or 0.0) < 0):
+        first -= 2**16  # written unsigned
+    return _Table(first, entries)
+
+
+def _window_of(dataset: Any) -> _Window | None:
+    """None also where the width is none: scanners write 0 where they mean no window."""
+    centre, width = (_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    function = str(dataset.get("VOILUTFunction") or "LINEAR")
+    least = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
+    if centre is None or width is None or width < least:
+        return None
+    return _Window(centre, width, function)
 
 
 def _first(value: Any) -> float | None:
     try:
         first = value[0] if hasattr(value, "__getitem__") and not isinstance(value, str) else value
-        return None if first is None else float(first)
+        number = None if first is None else float(first)
     except (TypeError, ValueError, IndexError):
         return None
-
-
-def _looked_up(values: npt.NDArray[Any], dataset: Any, window: bool) -> npt.NDArray[np.float64]:
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    modality = apply_modality_lut(values, dataset)
-    seen = apply_voi_lut(modality, dataset, index=0) if window else modality
-    return np.asarray(seen, dtype=np.float64)
-
-
-def _display_range(
-    used: npt.NDArray[np.float64], dataset: Any, window: bool
-) -> tuple[float, float]:
-    """What becomes black and white.
-
-    A VOI LUT: the range of its entries. A window: the range that it maps onto, which is that of the
-    modality values' type; taking what occurs instead would undo a window that clips nothing.
-    Neither: all values of 8 bits, as other formats have it; of more bits, what occurs in the image,
-    for detectors seldom use all of them.
-    """
-    if window and "VOILUTSequence" in dataset:
-        entries = np.asarray(dataset.VOILUTSequence[0].LUTData)
-        if entries.dtype.kind in "iu" and entries.size > 1:
-            return float(entries.min()), float(entries.max())
-    elif "ModalityLUTSequence" not in dataset and (window or int(dataset.BitsStored) <= 8):
-        slope = _first(dataset.get("RescaleSlope"))
-        intercept = _first(dataset.get("RescaleIntercept")) or 0.0
-        ends = [
-            end * (1.0 if slope is None else slope) + intercept for end in _stored_range(dataset)
-        ]
-        return min(ends), max(ends)
-    return float(used.min()), float(used.max())
+    return number if number is not None and np.isfinite(number) else None
 
 
 def pixel_aspect_of(dataset: Any) -> float:

@@ -179,7 +179,9 @@ def _view_position(dataset: Any) -> str | None:
     # Patient Orientation (PS3.3 C.7.6.1.1.1): rows that run to the front or to the back of the
     # patient are a view from the side. Rows to the left or right do not tell AP from PA.
     try:
-        row_direction = str((dataset.get("PatientOrientation") or [""])[0]).upper()
+        directions = dataset.get("PatientOrientation")
+        # Of a text alone, where two values belong, nobody knows what was meant: PA may be a view.
+        row_direction = "" if isinstance(directions, str) else str(directions[0]).upper()
     except Exception:
         return None
     return "LATERAL" if row_direction[:1] in ("A", "P") else None

@@ -3,6 +3,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import ray
 
 from lungopacity.benchmark.screen import ALTERNATIVES, LIMIT, OURS, screen_speeds, table
 from lungopacity.cli import main
@@ -19,7 +20,12 @@ def model(tmp_path_factory):
     return uri
 
 
-def test_every_way_scores_every_image_in_s3_and_ours_gives_the_bare_loops_scores(s3_uri, model):
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_way_scores_every_image_in_s3_and_ours_gives_the_bare_loops_scores(
+    s3_uri, model, monkeypatch
+):
+    # For time's sake four of the ways join one Ray, where otherwise each starts its own.
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     store = open_store(s3_uri)
     for number in range(60):
         store.write(f"{number}.png", encoded(grey_film(number, 200, 200)))

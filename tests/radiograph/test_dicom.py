@@ -140,6 +140,95 @@ def test_a_voi_lut_goes_before_a_window_and_its_entries_are_black_to_white():
     assert np.abs(pixels - 255 * scaled[RAMP]).max() <= 0.51
 
 
+def test_of_a_falling_rescale_low_values_stay_black_under_a_window():
+    """PS3.3 C.11.2.1.2: what lies below the window is black, however it came to lie there."""
+    falling = {"RescaleSlope": -1, "RescaleIntercept": 4095}
+    rising = one_film(dicom(4095 - RAMP)).pixels
+    np.testing.assert_array_equal(one_film(dicom(RAMP, **falling)).pixels, rising)
+    for function in ("LINEAR", "LINEAR_EXACT"):
+        whole = {"WindowCenter": 2048, "WindowWidth": 4096, "VOILUTFunction": function}
+        found = one_film(dicom(RAMP, **falling, **whole)).pixels
+        assert np.abs(found.astype(int) - rising).max() <= 1
+    narrow = one_film(dicom(RAMP, **falling, WindowCenter=1000, WindowWidth=500)).pixels
+    assert narrow[RAMP > 3400].max() == 0
+    assert narrow[RAMP < 2800].min() == 255
+    curved = {"WindowCenter": 2048, "WindowWidth": 2000, "VOILUTFunction": "SIGMOID"}
+    found = one_film(dicom(RAMP, **falling, **curved)).pixels
+    assert found[0, 0] > 240 > 15 > found[-1, -1]
+
+
+@pytest.mark.parametrize("form", ["US", "OW", "8 bits, OW", "8 bits, packed", "8 bits"])
+def test_a_voi_lut_means_the_same_however_its_entries_are_written(form):
+    """PS3.3 C.11.2.1.1: 8 bits may lie one or two to a word."""
+    bits = 8 if form.startswith("8") else 16
+    entries = (np.linspace(0, 1, 4096) ** 2 * (2**bits - 1)).round().astype(np.uint16)
+    item = lut_item(entries)
+    item.LUTDescriptor = [4096, 0, bits]
+    if "OW" in form:
+        del item.LUTData
+        item.add_new("LUTData", "OW", entries.astype("u1" if bits == 8 else "<u2").tobytes())
+    elif form.endswith("packed"):
+        item.LUTData = entries.astype(np.uint8).view("<u2").tolist()
+    film = (RAMP // 2).astype(np.uint16)  # uses half of the table
+    found = one_film(dicom(film, VOILUTSequence=[item])).pixels
+    expected = 255 * (entries / entries.max())[film]
+    assert np.abs(found - expected).max() <= 0.51
+
+
+def test_a_lut_may_begin_below_zero_and_be_read_as_if_it_did_not():
+    """It is written unsigned where the pixels are, also if a rescale made them negative."""
+    item = lut_item(np.arange(4096) * 16, first=2**16 - 1024)
+    shifted = {"RescaleSlope": 1, "RescaleIntercept": -1024, "VOILUTSequence": [item]}
+    np.testing.assert_array_equal(
+        one_film(dicom(RAMP, **shifted)).pixels, one_film(dicom(RAMP)).pixels
+    )
+
+
+EMPTY = [
+    {"VOILUTSequence": []},
+    {"VOILUTSequence": [Dataset()]},
+    {"ModalityLUTSequence": []},
+    {"RescaleSlope": None, "RescaleIntercept": None},
+    {"RescaleSlope": "1", "RescaleIntercept": None},
+    {"RescaleIntercept": "0"},
+    {"VOILUTFunction": ""},
+    {"PixelPaddingValue": None},
+]
+
+
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 2048, "WindowWidth": 3000}])
+@pytest.mark.parametrize("elements", EMPTY, ids=str)
+def test_an_element_that_was_emptied_says_nothing(elements, window):
+    film = (RAMP // 4).astype(np.uint16)
+    np.testing.assert_array_equal(
+        one_film(dicom(film, **window, **elements)).pixels, one_film(dicom(film, **window)).pixels
+    )
+
+
+@pytest.mark.parametrize("keyword", ["SamplesPerPixel", "PixelRepresentation"])
+def test_what_goes_without_saying_may_be_left_out(keyword):
+    found = one_film(without(dicom(RAMP), keyword)).pixels
+    np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
+
+
+@pytest.mark.parametrize("keyword", ["PhotometricInterpretation", "BitsStored"])
+def test_what_only_the_header_can_say_is_named_where_it_does_not(keyword):
+    with pytest.raises(ImageError, match=f"the header does not say {keyword}") as caught:
+        one_film(without(dicom(RAMP), keyword))
+    assert caught.value.code is ErrorCode.CORRUPT_IMAGE
+
+
+def test_pixel_data_of_no_bytes_end_early():
+    assert code_of(dicom(RAMP, PixelData=b"")) is ErrorCode.TRUNCATED
+
+
+def test_values_in_the_upper_bits_are_refused():
+    """ACR-NEMA allowed it; the lowest bits alone would be a picture, and a wrong one."""
+    assert code_of(dicom(RAMP << 4, HighBit=15)) is ErrorCode.UNSUPPORTED
+    mistaken = one_film(dicom(RAMP, HighBit=15)).pixels
+    np.testing.assert_array_equal(mistaken, one_film(dicom(RAMP)).pixels)
+
+
 def test_a_modality_lut_is_applied():
     falling = np.arange(4095, -1, -1)
     item = lut_item(falling)
@@ -405,6 +494,7 @@ def test_a_coded_view_is_understood():
         {"Modality": "OT", "SOPClassUID": pydicom.uid.SecondaryCaptureImageStorage},
         {"Modality": ""},
         {"PatientOrientation": ["L", "F"]},
+        {"PatientOrientation": "PA"},  # a view, where two directions belong
         {},
     ],
 )
