@@ -38,11 +38,12 @@ class AucDifference:
     second: float
     difference: float
     """Second minus first."""
-    ci_low: float
-    ci_high: float
+    ci_low: float | None
+    ci_high: float | None
     """Its 95 % interval."""
-    p_value: float
-    """Two-sided; 1 where the two never differ."""
+    p_value: float | None
+    """Two-sided; 1 where the two never differ. Of differences without any spread neither can be
+    told, nor of fewer than two films of a kind: None."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class Comparison:
                 f"first {self.first_model}, second {self.second_model}: {self.images} images"
                 + (" (synthetic)" if self.synthetic else ""),
                 f"  AUC of {self.positive_class}  {auc.first:.4f} and {auc.second:.4f}, difference "
-                f"{auc.difference:+.4f} (95 % interval {auc.ci_low:+.4f} to {auc.ci_high:+.4f}), "
-                f"DeLong p = {auc.p_value:.3g}",
+                f"{auc.difference:+.4f}{_told(auc.ci_low, auc.ci_high)}, DeLong p "
+                + ("cannot be told" if auc.p_value is None else f"= {auc.p_value:.3g}"),
                 f"  accuracy  {accuracy.first:.4f} and {accuracy.second:.4f}; right alone: the "
                 f"first {accuracy.only_first_right} times, the second "
                 f"{accuracy.only_second_right}, McNemar p = {accuracy.p_value:.3g}",
@@ -179,12 +180,17 @@ def auc_difference(
     )
     difference = second - first
     if len(of_positives) < 2 or len(of_negatives) < 2:
-        return AucDifference(first, second, difference, -math.inf, math.inf, 1.0)
+        return AucDifference(first, second, difference, None, None, None)
     # The variance of a difference of paired components is that of the differences.
     error = math.sqrt(
         of_positives.var(ddof=1) / len(of_positives) + of_negatives.var(ddof=1) / len(of_negatives)
     )
-    p_value = 1.0 if error == 0 else 2 * NormalDist().cdf(-abs(difference) / error)
+    if error == 0:
+        # Two models that rank all alike; or a difference that is the same with every film left
+        # out, of which the spread that the test rests on cannot be told.
+        same = difference == 0
+        return AucDifference(first, second, difference, None, None, 1.0 if same else None)
+    p_value = 2 * NormalDist().cdf(-abs(difference) / error)
     half = _Z_95 * error
     return AucDifference(first, second, difference, difference - half, difference + half, p_value)
 

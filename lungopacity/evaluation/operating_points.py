@@ -27,6 +27,10 @@ STANDARD = ("youden", "sensitivity=0.95", "specificity=0.95", "band=0.99,0.95")
 """What every model folder has."""
 
 
+_ROUNDING = 1e-12
+"""Of shares of whole numbers of films, in float64."""
+
+
 @dataclass(frozen=True)
 class _Curve:
     """Each threshold that the scores offer, and what it achieves."""
@@ -51,13 +55,20 @@ class _Curve:
         return _Curve(threshold_S, sensitivity_S, specificity_S)
 
     def at_sensitivity(self, least: float) -> int:
-        """The highest threshold that reaches it; the lowest of all reaches 1."""
-        return int(np.flatnonzero(self.sensitivity_S >= least - 1e-12)[-1])
+        """Of those that reach it (the lowest of all reaches 1), the highest specificity, and of
+        thresholds that have it the most sensitive."""
+        reached = np.flatnonzero(self.sensitivity_S >= least - _ROUNDING)
+        highest = self.specificity_S[reached[-1]]
+        return int(np.flatnonzero(self.specificity_S >= highest - _ROUNDING)[0])
 
     def at_specificity(self, least: float) -> int:
-        """The lowest threshold that reaches it; the highest where scores of 1 prevent it."""
-        reached = np.flatnonzero(self.specificity_S >= least - 1e-12)
-        return int(reached[0]) if len(reached) else len(self.specificity_S) - 1
+        """Of those that reach it, the highest sensitivity, and of thresholds that have it the most
+        specific; the highest threshold where scores of 1 prevent it."""
+        reached = np.flatnonzero(self.specificity_S >= least - _ROUNDING)
+        if not len(reached):
+            return len(self.specificity_S) - 1
+        highest = self.sensitivity_S[reached[0]]
+        return int(np.flatnonzero(self.sensitivity_S >= highest - _ROUNDING)[-1])
 
 
 def pick(
@@ -69,8 +80,9 @@ def pick(
     """The threshold by one of `RULES`.
 
     probabilities_N: of the positive class, calibrated. positive_N: whether it is the true one. Of
-    thresholds that do equally well, the most sensitive. `where`: which images they are, in words.
-    Raises `UserError` for another rule, and where not both kinds of image occur.
+    thresholds that do equally well, the most sensitive; by specificity=… the most specific.
+    `where`: which images they are, in words. Raises `UserError` for another rule, and where not
+    both kinds of image occur.
     """
     name, numbers = _parsed(rule)
     if not positive_N.any() or positive_N.all():
@@ -89,7 +101,8 @@ def pick(
     elif name == "cost":
         prevalence = numbers[1] if len(numbers) > 1 else float(positive_N.mean())
         missed_S = numbers[0] * prevalence * (1 - curve.sensitivity_S)
-        found = int(np.argmin(missed_S + (1 - prevalence) * (1 - curve.specificity_S)))
+        cost_S = missed_S + (1 - prevalence) * (1 - curve.specificity_S)
+        found = int(np.argmin(np.round(cost_S, 9)))
     else:
         review, found = curve.at_sensitivity(numbers[0]), curve.at_specificity(numbers[1])
         # A model so good that it reaches both at one threshold needs no band.

@@ -12,7 +12,7 @@ maps, T tokens, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,12 +47,23 @@ class GradCAM:
     attention is given (behind that, only the class token matters).
     """
 
-    def __init__(self, network: nn.Module, positive: int, image_size: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        positive: int,
+        image_size: int,
+        temperature: float = 1.0,
+        class_biases: Sequence[float] | None = None,
+    ) -> None:
         """network: in evaluation mode; none of its parameters asks for gradients any more.
-        positive: index of the class. Raises `UserError` where no output has places."""
+        positive: index of the class. `temperature`, `class_biases`: see `calibrated_logits`; of
+        more than two classes they decide which others the class is held against. Raises `UserError`
+        where no output has places."""
         self.network = network.requires_grad_(False)
         self.positive = positive
+        self.temperature = temperature
         device = next(network.parameters()).device
+        self.biases_K = torch.tensor(class_biases or 0.0, device=device)
         self.target = _find_target(network, torch.zeros(1, 1, image_size, image_size).to(device))
 
     @torch.enable_grad()
@@ -65,7 +76,8 @@ class GradCAM:
         # and gradient are both of what is behind them.
         (found,) = taken
         # Films do not mix in evaluation mode: the gradient of the sum is each film's own.
-        (gradient,) = torch.autograd.grad(log_odds(logits_BK, self.positive).sum(), found)
+        calibrated_BK = logits_BK / self.temperature + self.biases_K
+        (gradient,) = torch.autograd.grad(log_odds(calibrated_BK, self.positive).sum(), found)
         found, gradient = found.detach().float(), gradient.float()
         if self.target.grid is not None:
             found, gradient = (_as_maps(part, self.target.grid) for part in (found, gradient))

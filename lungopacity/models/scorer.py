@@ -156,10 +156,18 @@ class Scorer:
         spec = self.model.spec
         if not self.is_ensemble:
             size = spec.preprocessing.image_size
-            return [GradCAM(self.network, spec.positive_index, size)]
+            calibration = spec.temperature, spec.class_biases
+            return [GradCAM(self.network, spec.positive_index, size, *calibration)]
         members = zip(self.network.members, self.network.settings.members, strict=True)
         return [
-            GradCAM(network, spec.positive_index, member.image_size) for network, member in members
+            GradCAM(
+                network,
+                spec.positive_index,
+                member.image_size,
+                member.temperature,
+                member.class_biases,
+            )
+            for network, member in members
         ]
 
     def _activation(self, x_B1HW: torch.Tensor) -> torch.Tensor:

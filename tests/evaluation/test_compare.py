@@ -62,6 +62,15 @@ def test_models_that_never_differ_are_equal():
     assert accuracy_difference(np.ones((5, 2), bool)).p_value == 1
 
 
+def test_of_a_difference_without_spread_or_of_one_film_no_p_value_is_told():
+    positive = np.arange(40) < 20
+    perfect = auc_difference(positive, 1.0 - positive, 1.0 * positive)
+    assert perfect.difference == 1
+    alone = auc_difference(np.arange(40) < 1, np.arange(40.0), np.arange(40.0)[::-1])
+    for found in (perfect, alone):
+        assert (found.ci_low, found.ci_high, found.p_value) == (None, None, None)
+
+
 def test_mcnemar_counts_the_films_that_one_alone_gets_right():
     right = np.array([[True, False]] * 9 + [[False, True]] * 1 + [[True, True]] * 90)
     found = accuracy_difference(right)

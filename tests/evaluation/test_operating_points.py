@@ -67,22 +67,47 @@ def test_a_threshold_does_what_it_says_it_does(rule, scores, flips) -> None:
     assert (point.sensitivity, point.specificity) == pytest.approx((sensitivity, specificity))
 
 
-@pytest.mark.parametrize("least", [0.5, 0.9, 0.95, 0.999, 1.0])
-def test_a_sensitivity_is_reached_at_the_highest_threshold_that_can(least) -> None:
-    scores_V, positive_V = films(400)
-    point = pick(f"sensitivity={least}", scores_V, positive_V)
-    assert achieved(point, scores_V, positive_V)[0] >= least
-    higher = np.sort(scores_V[scores_V > point.threshold])[1]
-    assert (scores_V[positive_V] >= higher).mean() < least
+def every_threshold(scores_V: np.ndarray, positive_V: np.ndarray) -> np.ndarray:
+    """Rows of positives found and negatives passed: whole numbers, which nothing rounds."""
+    between = np.concatenate([[0], np.unique(scores_V), [2]])
+    return np.array(
+        [
+            (np.sum(positive_V & (scores_V >= t)), np.sum(~positive_V & (scores_V < t)))
+            for t in between
+        ]
+    )
 
 
-@pytest.mark.parametrize("least", [0.5, 0.9, 0.95, 0.999, 1.0])
-def test_a_specificity_is_reached_at_the_lowest_threshold_that_can(least) -> None:
-    scores_V, positive_V = films(400)
-    point = pick(f"specificity={least}", scores_V, positive_V)
-    assert achieved(point, scores_V, positive_V)[1] >= least
-    lower = np.sort(scores_V[scores_V < point.threshold])[-1]
-    assert (scores_V[~positive_V] < lower).mean() < least
+@pytest.mark.parametrize("separation", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("least", [0.5, 0.95, 1.0])
+@pytest.mark.parametrize("kind", ["sensitivity", "specificity"])
+def test_of_all_that_reach_a_bound_none_does_better_in_either(kind, least, separation) -> None:
+    rng = np.random.default_rng(3)
+    positive_V = rng.random(200) < 0.4
+    scores_V = np.round(1 / (1 + np.exp(-rng.normal(separation * positive_V, 1.0))), 2)
+    point = pick(f"{kind}={least}", scores_V, positive_V)
+    found = scores_V >= point.threshold
+    ours = np.array([np.sum(positive_V & found), np.sum(~positive_V & ~found)])
+    bounded = 0 if kind == "sensitivity" else 1
+    of = (positive_V.sum(), (~positive_V).sum())[bounded]
+    assert ours[bounded] >= least * of - 1e-9
+    others = every_threshold(scores_V, positive_V)
+    others = others[others[:, bounded] >= least * of - 1e-9]
+    # First the figure that the rule leaves free, then the one that it bounds.
+    best = max(others.tolist(), key=lambda pair: (pair[1 - bounded], pair[bounded]))
+    assert ours.tolist() == best
+
+
+@pytest.mark.parametrize("cost", [2, 4, 7])
+def test_of_equally_cheap_thresholds_the_most_sensitive_is_chosen(cost) -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        positive_V = np.arange(32) < 14
+        scores_V = rng.integers(0, 20, 32) / 20
+        found = scores_V >= pick(f"cost={cost}", scores_V, positive_V).threshold
+        ours = (np.sum(positive_V & found), np.sum(~positive_V & ~found))
+        others = every_threshold(scores_V, positive_V).tolist()
+        assert max(others, key=lambda pair: (cost * pair[0] + pair[1], pair[0])) == list(ours)
 
 
 def test_of_calibrated_scores_a_cost_gives_the_threshold_of_decision_theory() -> None:

@@ -91,6 +91,24 @@ def test_a_network_without_places_is_refused():
         GradCAM(network, 1, 64)
 
 
+def test_the_map_is_of_the_calibrated_probability():
+    """Temperature and biases decide which of the other classes the positive one is held against."""
+    torch.manual_seed(0)
+    network = build_network("classical-cnn", 3, {}).eval()
+    last = network.head[-1]
+    last.weight.data *= 20
+    x_B1HW = torch.randn(8, 1, 64, 64)
+
+    def maps(*calibration) -> torch.Tensor:
+        return torch.stack([GradCAM(network, k, 64, *calibration).maps(x_B1HW) for k in range(3)])
+
+    raw, found = maps(), maps(0.5, (4.0, 0.0, -4.0))
+    last.weight.data /= 0.5
+    last.bias.data = last.bias.data / 0.5 + torch.tensor([4.0, 0.0, -4.0])
+    torch.testing.assert_close(found, maps())
+    assert (found - raw).abs().max() > 0.05
+
+
 @pytest.mark.parametrize("name", [*NETWORK_NAMES, *(f"torchvision:{name}" for name in OTHERS)])
 def test_every_network_gives_maps_of_its_last_places(name):
     torch.manual_seed(0)
