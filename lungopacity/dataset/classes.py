@@ -13,7 +13,7 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
     words: `A` is the class of label A; `A+B=Name` merges the labels A and B into the class Name;
     `A=Name` renames; `-A` leaves A out. Of words that only leave out, the rest of `known`, the
     labels that there are, are the classes, by name. Raises `UserError` for words that give less
-    than two classes, or one label two classes.
+    than two classes, one label two classes, or a class the name of a label that is not in it.
     """
     found: dict[str, str] = {}
     dropped = {word[1:].strip() for word in words if word.startswith("-")}
@@ -30,6 +30,13 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
             if label in dropped:
                 raise UserError(f"--classes: label '{label}' is both given and left out")
             found[label] = name
+    for name in dict.fromkeys(found.values()):
+        # Later, labels of a class's own name are taken for it: those would come back.
+        if name in known and name not in found:
+            raise UserError(
+                f"--classes: '{name}' is also a label, which is not in the class of that name; "
+                "name the class otherwise"
+            )
     if len(set(found.values())) < 2:
         raise UserError(
             "--classes: give two or more different names, as Normal,Lung_Opacity; merged, as "

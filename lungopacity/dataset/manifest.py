@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -21,6 +22,7 @@ SITE = "site"
 """Where a film was taken: a column that evaluation forms subgroups of, where there is one."""
 _NAMES = ("image", "label", "patient_id", SITE)
 """Columns whose values are names, also where they look like numbers."""
+_TERMS = ("split", "view_position", "patient_sex")
 
 
 def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
@@ -64,22 +66,31 @@ def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
 
 
 def read_table(uri: str, what: str) -> pd.DataFrame:
-    """A CSV or Parquet file as it is, the columns of `_NAMES` as text.
+    """A CSV or Parquet file as it is, the columns of `_NAMES` and `_TERMS` as text.
 
     what: what the user calls it. Raises `UserError` where it is absent or neither.
     """
     parent, name = split_uri(uri)
     try:
         data = open_store(parent).read(name)
-        return (
-            pd.read_parquet(io.BytesIO(data))
-            if data[:4] == b"PAR1"
-            else pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(_NAMES, str))
-        )
+        if data[:4] != b"PAR1":
+            return pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(_NAMES, str))
+        frame = pd.read_parquet(io.BytesIO(data))
     except ImageError as error:
         raise UserError(f"{uri}: {what} cannot be read: {error.message}") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
+    for column in {*_NAMES, *_TERMS} & set(frame.columns):
+        frame[column] = frame[column].astype(object).map(_text_of)
+    return frame
+
+
+def _text_of(value: Any) -> str | None:
+    """As a CSV would have it: the number of a patient is a name, and an empty text is none."""
+    if pd.isna(value) or value == "":
+        return None
+    # Beside gaps, pandas keeps whole numbers as floats.
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def select_classes(labels: pd.DataFrame, label_map: Mapping[str, str], uri: str) -> pd.DataFrame:

@@ -121,7 +121,8 @@ def fit(
     diverged = result.return_value["diverged_in_epoch"]
     if diverged:
         raise UserError(
-            f"training diverged: the loss of epoch {diverged} is no number; lower --learning-rate"
+            f"training diverged: the loss of epoch {diverged} is no number; lower it with "
+            f"--set learning_rate={settings.learning_rate / 4:g}"
         )
     best, best_metrics = min(
         result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
@@ -265,6 +266,8 @@ def _run_name(
         weights,
         data.class_names,
         data.fingerprint,
+        # In their order, in which the films are drawn and what was said of them is kept.
+        hashlib.sha256("".join(data.images["content_sha256"]).encode()).hexdigest(),
         versions()["lungopacity"],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -45,6 +45,7 @@ def test_the_names_are_each_there_once():
         (["Normal", "COVID", "-COVID"], "both given and left out"),
         (["Normal+=A", "COVID"], "not of the form"),
         (["Normal=", "COVID"], "not of the form"),
+        (["Normal", "COVID=Not_Normal"], "'Not_Normal' is also a label"),
     ],
 )
 def test_words_that_are_no_classes_are_refused(words, said):

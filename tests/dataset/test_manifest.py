@@ -49,6 +49,25 @@ def test_numbers_stay_names(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "patients",
+    [
+        pd.Series([7.0, None, 12.0]),
+        pd.Series([7, None, 12], dtype="Int64"),
+        pd.Series(["7", None, "12"], dtype="category"),
+        pd.Series(["7", "", "12"]),
+    ],
+)
+def test_what_parquet_keeps_as_numbers_are_names_and_an_empty_text_is_none(tmp_path, patients):
+    frame = pd.DataFrame({"image": ["a", "b", "c"], "label": [0, 1, 0], "patient_id": patients})
+    frame.assign(split="", patient_sex=["F", "", None]).to_parquet(tmp_path / "a.parquet")
+    found = read_labels(str(tmp_path / "a.parquet"))
+    assert found["label"].tolist() == ["0", "1", "0"]
+    assert found["patient_id"].fillna("none").tolist() == ["7", "none", "12"]
+    assert found["split"].isna().all()
+    assert found["patient_sex"].isna().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("file,label\na,Normal\n", "no column 'image' .it has: file, label"),

@@ -22,7 +22,13 @@ from lungopacity.errors import UserError
 from lungopacity.models import load_model, read_history, read_validation
 from lungopacity.models.scorer import Scorer
 from lungopacity.storage import join_uri
-from lungopacity.training.fit import HISTORY_SCHEMA, TrainingResult, _own_interrupt_handler, fit
+from lungopacity.training.fit import (
+    HISTORY_SCHEMA,
+    TrainingResult,
+    _own_interrupt_handler,
+    _run_name,
+    fit,
+)
 from lungopacity.training.tracking import run_logs
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
 from tests.training.logs_read import mlflow_run, tensorboard_events
@@ -198,6 +204,13 @@ def test_two_workers_train_one_model_and_bear_the_loss_of_one(
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [row["epoch"] for row in result.history] == seen
     assert result.model.spec.metrics["accuracy"] > 0.9
+
+
+def test_films_in_another_order_are_another_run() -> None:
+    """What a killed run said of the validation films is kept in their order."""
+    turned = chosen(FILMS, np.arange(len(FILMS.labels_N))[::-1])
+    assert turned.fingerprint == FILMS.fingerprint
+    assert _run_name(turned, SMALL_RUN, None) != _run_name(FILMS, SMALL_RUN, None)
 
 
 @pytest.mark.parametrize(("code", "raised"), [(0, KeyboardInterrupt), (143, SystemExit)])
