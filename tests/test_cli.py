@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from lungopacity.cli import main
 from lungopacity.errors import NOTICE
+from lungopacity.models.folder import training_films_parquet
 from lungopacity.storage import open_store
 from tests.films import dicom, encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model
@@ -174,6 +176,25 @@ def test_evaluate_writes_its_report(place, capfd):
     written = {path.name for path in (place / "report").iterdir()}
     assert written >= {"metrics.parquet", "predictions.parquet", "confusion_matrix.png", "roc.png"}
     assert "patient_id" not in pq.read_table(place / "report" / "predictions.parquet").column_names
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluate_tests_on_no_film_that_the_model_knows(place, capfd):
+    learnt = hashlib.sha256(encoded(grey_film(7))).hexdigest()
+    write_tiny_model(str(place / "learnt"), training_films=training_films_parquet([learnt]))
+    options = ["--model", place / "learnt", "--images", place / "archive"]
+    options += ["--labels", place / "labels.csv"]
+    code, _, err = run(capfd, "evaluate", *options, "--output", place / "report")
+    assert code == 2
+    assert "1 of 2 films of the test split are films that the model learnt from" in err
+    assert "as 7.png; give the labels that it was trained with" in err
+    assert not (place / "report").exists()
+    code, _, err = run(capfd, "evaluate", *options, "--output", place / "all", "--split", "all")
+    assert code == 0
+    assert "the model learnt from or was chosen by 1 of 8 films" in err
+    code, _, err = run(capfd, "explain", *options, "--output", place / "pictures")
+    assert code == 0
+    assert "the model learnt from or was chosen by 1 of 2 films" in err
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,17 @@ from lungopacity.evaluation.measure import ScoredImages, measure
 from lungopacity.evaluation.report import EvaluationResult, write_figures, write_tables
 from lungopacity.evaluation.subgroups import check_columns, column_groups
 from lungopacity.evaluation.table import fact_groups
-from lungopacity.models import ModelSpec, TrainedModel, load_model, read_history
+from lungopacity.models import (
+    ModelSpec,
+    TrainedModel,
+    films_known_to,
+    load_model,
+    read_history,
+)
 from lungopacity.runtime import ray_session, require_resources, resolve_gpu
 from lungopacity.storage import open_store
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -48,7 +57,8 @@ def evaluate(
     Where the labels carry no split, it is the one that training with the model's seed made of them.
     `split`: train, validation, test or all. `by`: columns of the labels to form subgroups of,
     besides view, sex, age and `site`: see `subgroups`. `accept`, `reject_quality`: as in screening;
-    what is rejected is left out. Raises `UserError`.
+    what is rejected is left out. Raises `UserError`, also where films of the test split are known
+    to the model by their bytes.
     """
     check_columns(by)
     accepted, rejecting = rules_from(accept, reject_quality)
@@ -62,6 +72,7 @@ def evaluate(
         rules = ReadSettings(spec.preprocessing, accept=accepted, reject_quality=rejecting)
         data = load_pixels(images, chosen, spec.class_names, rules, labels)
         check_contents(data.images, labels)
+        _check_unseen(data.images, films_known_to(model), split, labels)
         logits_NK, probabilities_NK = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
     scored = ScoredImages(
         data.labels_N,
@@ -121,6 +132,20 @@ def labels_of_split(
     if chosen.empty:
         raise UserError(f"{labels}: no image in split '{split}'; give --split all or another")
     return chosen
+
+
+def _check_unseen(images: pd.DataFrame, known: frozenset[str], split: str, labels: str) -> None:
+    """Raises `UserError` where films of the test split are known to the model: training never read
+    that split, so nothing else can tell copies, or labels whose splits have moved."""
+    seen = images.loc[images["content_sha256"].isin(list(known)), "image"]
+    if split == "test" and len(seen):
+        raise UserError(
+            f"{labels}: {len(seen)} of {len(images)} films of the test split are films that the "
+            f"model learnt from or was chosen by, as {seen.iloc[0]}; give the labels that it was "
+            "trained with, or a split column, and remove copies (`lungopacity audit` finds them)"
+        )
+    if split == "all" and len(seen):
+        log.warning("the model learnt from or was chosen by %d of %d films", len(seen), len(images))
 
 
 def _scores(

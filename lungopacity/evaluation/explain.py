@@ -33,7 +33,7 @@ from lungopacity.evaluation.pointing import (
     pointing_metrics,
 )
 from lungopacity.evaluation.table import metrics_table
-from lungopacity.models import TrainedModel, load_model, with_operating_point
+from lungopacity.models import TrainedModel, films_known_to, load_model, with_operating_point
 from lungopacity.progress import Progress
 from lungopacity.results.schema import EXPLANATIONS_SCHEMA
 from lungopacity.results.workbench import parquet_bytes
@@ -106,6 +106,10 @@ def explain(
             "shard"
         )
     rows += explainer.absent(absent)
+    known = films_known_to(model) if labels is not None and split == "test" else frozenset()
+    seen = sum(row["content_sha256"] in known for row in rows)
+    if seen:
+        log.warning("the model learnt from or was chosen by %d of %d films", seen, len(rows))
     return _written(explainer, rows)
 
 

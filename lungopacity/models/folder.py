@@ -7,6 +7,7 @@ compiled.safetensors       the network as CPUs run it, where that is faster; see
 history.parquet            loss and accuracy by epoch; an ensemble has none
 validation.parquet         what the kept weights say of each validation film, for thresholds and
                            ensembles: content_sha256, label, and a raw logit a class
+training_films.parquet     content_sha256 of the films that it learnt from: no test of it has them
 operating_points/NAME.json thresholds of sites, added later by `lungopacity threshold`; bound to
                            the model by its id, and not among the sums
 SHA256SUMS                 of the files above, written last: a folder without it is unfinished.
@@ -46,12 +47,20 @@ DISTRIBUTION_FILE = "distribution.safetensors"
 COMPILED_FILE = "compiled.safetensors"
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
+TRAINING_FILMS_FILE = "training_films.parquet"
 OPERATING_POINTS = "operating_points"
 _POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SUMS_FILE = "SHA256SUMS"
+_OPTIONAL = (
+    DISTRIBUTION_FILE,
+    COMPILED_FILE,
+    HISTORY_FILE,
+    VALIDATION_FILE,
+    TRAINING_FILMS_FILE,
+)
 FORMAT_VERSION = 4
-"""1 had no distribution, 2 no validation.parquet and no label map, 3 no class biases; such folders
-are still read, and those without a compiled network."""
+"""1 had no distribution, 2 no validation.parquet and no label map, 3 no class biases and no
+training_films.parquet; such folders are still read, and those without a compiled network."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +217,7 @@ def save_model(
     model: TrainedModel,
     history_parquet: bytes | None = None,
     validation_parquet: bytes | None = None,
+    training_films_parquet: bytes | None = None,
 ) -> None:
     """Write a model folder; `SHA256SUMS` last, so that an interrupted write is no model."""
     store = open_store(uri)
@@ -226,6 +236,7 @@ def save_model(
         COMPILED_FILE: model.compiled,
         HISTORY_FILE: history_parquet,
         VALIDATION_FILE: validation_parquet,
+        TRAINING_FILMS_FILE: training_films_parquet,
     }
     files |= {name: data for name, data in more.items() if data is not None}
     for name, data in files.items():
@@ -247,6 +258,14 @@ def validation_parquet(
     sink = pa.BufferOutputStream()
     table = pa.table(columns).replace_schema_metadata({"notice": NOTICE})
     pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def training_films_parquet(digests: Sequence[str]) -> bytes:
+    """The file `training_films.parquet`."""
+    sink = pa.BufferOutputStream()
+    table = pa.table({"content_sha256": pa.array(digests, pa.string())})
+    pq.write_table(table.replace_schema_metadata({"notice": NOTICE}), sink, compression="zstd")
     return bytes(sink.getvalue().to_pybytes())
 
 
@@ -374,6 +393,23 @@ def find_validation(uri: str) -> bytes | None:
     return _verified_files(open_store(uri), uri).get(VALIDATION_FILE)
 
 
+def find_training_films(uri: str) -> bytes | None:
+    """The folder's `training_films.parquet`, verified; None where an older lungopacity wrote it."""
+    return _verified_files(open_store(uri), uri).get(TRAINING_FILMS_FILE)
+
+
+def films_known_to(uri: str) -> frozenset[str]:
+    """content_sha256 of the films that the model in the folder learnt from, or was chosen and
+    calibrated by, as far as the folder tells."""
+    kept = _verified_files(open_store(uri), uri)
+    tables = [
+        pq.read_table(pa.BufferReader(kept[name]), columns=["content_sha256"])
+        for name in (TRAINING_FILMS_FILE, VALIDATION_FILE)
+        if name in kept
+    ]
+    return frozenset(digest for table in tables for digest in table[0].to_pylist())
+
+
 def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
     if store.head(SUMS_FILE) is None:
         unfinished = store.head(WEIGHTS_FILE) is not None
@@ -386,8 +422,7 @@ def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
     try:
         lines = store.read(SUMS_FILE).decode("ascii").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        optional = {DISTRIBUTION_FILE, COMPILED_FILE, HISTORY_FILE, VALIDATION_FILE} & set(sums)
-        names = [WEIGHTS_FILE, SPEC_FILE, *sorted(optional)]
+        names = [WEIGHTS_FILE, SPEC_FILE, *(name for name in _OPTIONAL if name in sums)]
         files = {name: store.read(name) for name in names if sums[name]}
     except ImageError as error:
         raise UserError(f"{uri}: cannot be read whole ({error.message}); restore it") from error

@@ -16,6 +16,7 @@ from lungopacity.models import (
     ENSEMBLE,
     TrainedModel,
     copy_operating_points,
+    find_training_films,
     find_validation,
     is_model,
     load_model,
@@ -50,7 +51,9 @@ def compile(model: str, output: str) -> TrainedModel:
     spec = replace(trained.spec, training={**trained.spec.training, "on_cpus": said})
     trained = replace(trained, spec=spec, compiled=compiled)
     copy_operating_points(model, output)
-    save_model(output, trained, read_history(model), find_validation(model))
+    save_model(
+        output, trained, read_history(model), find_validation(model), find_training_films(model)
+    )
     return trained
 
 

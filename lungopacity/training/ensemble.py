@@ -16,6 +16,7 @@ from lungopacity.models import (
     ENSEMBLE,
     ModelSpec,
     TrainedModel,
+    find_training_films,
     is_model,
     load_model,
     read_validation,
@@ -86,6 +87,8 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
         validation_parquet=validation_parquet(
             list(digests), list(class_V), mean_VK, first.class_names
         ),
+        # The same films for all: their fingerprints are.
+        training_films_parquet=next(filter(None, map(find_training_films, models)), None),
     )
     return model
 

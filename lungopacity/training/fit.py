@@ -40,7 +40,7 @@ from lungopacity.models import (
     save_model,
 )
 from lungopacity.models.compiled import compiled_if_better
-from lungopacity.models.folder import validation_parquet
+from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.models.pretrained import first_weights, take_weights
 from lungopacity.runtime import require_resources, versions, worker_environment
 from lungopacity.storage import join_uri, open_store
@@ -158,7 +158,8 @@ def fit(
         logits_VK,
         data.class_names,
     )
-    save_model(output, model, _history_parquet(history), validation)
+    learnt = training_films_parquet(data.images["content_sha256"].iloc[films.train].to_list())
+    save_model(output, model, _history_parquet(history), validation, learnt)
     filesystem, root = open_store(work_uri).arrow_filesystem()
     filesystem.delete_dir(root)
     return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])

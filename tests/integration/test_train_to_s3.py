@@ -32,6 +32,7 @@ def test_films_labels_checkpoints_model_and_report_may_all_lie_in_s3(s3_uri):
         "model.json",
         "model.safetensors",
         "validation.parquet",
+        "training_films.parquet",
     }
 
     report = lungopacity.evaluate(model, [archive], labels, f"{s3_uri}/report", split="all")

@@ -53,7 +53,9 @@ def history_parquet() -> bytes:
     return buffer.getvalue()
 
 
-def write_tiny_model(uri: str, **changes: object) -> TrainedModel:
+def write_tiny_model(
+    uri: str, training_films: bytes | None = None, **changes: object
+) -> TrainedModel:
     model = tiny_model(**changes)
-    save_model(uri, model, history_parquet())
+    save_model(uri, model, history_parquet(), training_films_parquet=training_films)
     return model

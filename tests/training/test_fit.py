@@ -19,7 +19,7 @@ import ray
 
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
-from lungopacity.models import load_model, read_history, read_validation
+from lungopacity.models import films_known_to, load_model, read_history, read_validation
 from lungopacity.models.scorer import Scorer
 from lungopacity.storage import join_uri
 from lungopacity.training.fit import (
@@ -125,6 +125,12 @@ def test_model_folder_keeps_what_its_weights_say_of_the_validation_films(run: Ru
     assert kept["label"].to_pylist() == images["label"].to_list()
 
 
+def test_model_folder_knows_the_films_that_no_test_may_hold(run: Run) -> None:
+    digests = FILMS.images["content_sha256"]
+    assert films_known_to(run.output) == set(digests[FILMS.split_N != "test"])
+    assert set(digests[FILMS.split_N == "test"])
+
+
 def test_leaves_nothing_but_the_model(run: Run) -> None:
     names = {path.name for path in Path(run.output).iterdir()}
     assert names == {
@@ -133,6 +139,7 @@ def test_leaves_nothing_but_the_model(run: Run) -> None:
         "distribution.safetensors",
         "history.parquet",
         "validation.parquet",
+        "training_films.parquet",
         "SHA256SUMS",
     }
 
