@@ -62,6 +62,8 @@ LAYOUTS = {
         SELECT "Image Index" AS image, "Patient ID" AS patient_id,
                "View Position" AS view_position, "Patient Gender" AS patient_sex,
                TRY_CAST(regexp_extract("Patient Age"::VARCHAR, '[0-9]+') AS INTEGER)
+                   // CASE right("Patient Age"::VARCHAR, 1)
+                      WHEN 'M' THEN 12 WHEN 'W' THEN 52 WHEN 'D' THEN 365 ELSE 1 END
                    AS patient_age_years,
                CASE WHEN "Finding Labels" = 'No Finding' THEN 'Normal'
                     WHEN regexp_matches("Finding Labels",
@@ -91,7 +93,9 @@ LAYOUTS = {
                    AS patient_age_years,
                CASE WHEN regexp_matches("Labels", '^\\[''normal''\\]$') THEN 'Normal'
                     WHEN regexp_matches("Labels", 'infiltrates|consolidation|pneumonia|pattern|'
-                                                  'atelectasis|nodule|mass|opacity|edema')
+                                                  'atelectasis|opacity|edema|'
+                                                  -- of no breast, no pseudonodule
+                                                  '''(pulmonary )?mass''|''(multiple )?nodule')
                     THEN 'Lung_Opacity' ELSE 'Not_Normal' END AS label
         FROM entries
         WHERE "Projection" IN ('PA', 'AP', 'AP_horizontal') AND "Labels" IS NOT NULL

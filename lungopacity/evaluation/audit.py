@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,9 @@ import pandas as pd
 
 from lungopacity.archive.content import ReadSettings, rules_from
 from lungopacity.dataset.classes import class_names_of, classes_of_labels
-from lungopacity.dataset.manifest import assign_splits, read_labels, select_classes
+from lungopacity.dataset.manifest import SITE, assign_splits, read_labels, select_classes
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
-from lungopacity.errors import NOTICE
+from lungopacity.errors import NOTICE, UserError
 from lungopacity.evaluation.metrics import RocAuc, age_band, roc_auc
 from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
@@ -141,17 +141,26 @@ def audit(
     audit.json. Raises `UserError`.
     """
     accepted, rejecting = rules_from(accept, reject_quality)
-    frame = read_labels(labels)
+    frame = read_labels(labels, by=())
     known = sorted(frame["label"].unique())
     label_map = classes_of_labels(known if classes is None else classes, known)
     names = class_names_of(label_map)
     positive = positive_class or ("Lung_Opacity" if "Lung_Opacity" in names else names[-1])
+    if positive not in names:
+        raise UserError(
+            f"positive class '{positive}' is none of the classes ({', '.join(names)}); give one of "
+            "them as --positive-class"
+        )
     frame = select_classes(frame, label_map, labels)
     split_given = bool(frame["split"].notna().all())
     frame = assign_splits(frame, labels, seed=0)
     rules = ReadSettings(Preprocessing(SIDE), accept=accepted, reject_quality=rejecting)
     with ray_session():
-        data = load_pixels(images, frame, names, rules, labels)
+        data = load_pixels(images, frame.drop(columns=SITE, errors="ignore"), names, rules, labels)
+    if SITE in frame:
+        # The labels alone tell it; films and headers do not.
+        sites = data.images["image"].map(frame.set_index("image")[SITE])
+        data = replace(data, images=data.images.assign(**{SITE: sites}))
     positive_N = (data.images["label"] == positive).to_numpy(bool)
     found = Audit(
         images=len(data.images),
@@ -240,6 +249,12 @@ def _shortcuts(data: LabelledPixels, positive_N: npt.NDArray[np.bool_]) -> Itera
         scores_N, seen = _rates(values, positive_N, patients)
         auc = roc_auc(positive_N, scores_N)
         yield _shortcut(fact, seen, auc, int(known_N.sum()))
+    of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
+    if min(of_kind) < 2:
+        log.warning(
+            "one patient has all films of a kind: the border alone cannot be tried on others"
+        )
+        return
     scores_N = _border_scores(data.pixels_NHW, positive_N, patients)
     yield _shortcut("border of the film alone", 0, roc_auc(positive_N, scores_N), len(positive_N))
 
@@ -256,6 +271,7 @@ def _facts(frame: pd.DataFrame) -> dict[str, list[str | None]]:
 
     ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
     return {
+        SITE: words(SITE) if SITE in frame else [],
         "view_position": words("view_position"),
         "patient_sex": words("patient_sex"),
         "age": [None if pd.isna(age) else age_band(float(age)) for age in ages],

@@ -28,11 +28,12 @@ def model_card(
     *,
     split: str,
     unreadable: int,
+    unknown_patients: int,
     intervals: str,
 ) -> str:
     """The card of a model that was evaluated on `split`; `metrics` are those of the evaluation.
 
-    intervals: how theirs were made.
+    unreadable, unknown_patients: of its films. intervals: how theirs were made.
     """
     return "\n".join(
         [
@@ -50,7 +51,7 @@ def model_card(
             *_data(spec),
             "",
             f"## What it earned on the split '{split}'",
-            *_results(spec, metrics, unreadable, intervals),
+            *_results(spec, metrics, unreadable, unknown_patients, intervals),
             "",
             "## Subgroups",
             *_subgroups(spec, metrics),
@@ -124,7 +125,10 @@ def _use(spec: ModelSpec) -> Iterator[str]:
 
 def _data(spec: ModelSpec) -> Iterator[str]:
     data = spec.training.get("data", {})
-    yield "- Splits [20, 21]: by patient; the test split is read by no training"
+    yield (
+        "- Splits [20, 21]: by patient; the test split is read by no training."
+        + _of_unknown(data.get("unknown_patients", 0))
+    )
     counts: Mapping[str, Mapping[str, int]] = data.get("images", {})
     if counts:
         yield ""
@@ -140,12 +144,16 @@ def _data(spec: ModelSpec) -> Iterator[str]:
 
 
 def _results(
-    spec: ModelSpec, metrics: Sequence[Metric], unreadable: int, intervals: str
+    spec: ModelSpec,
+    metrics: Sequence[Metric],
+    unreadable: int,
+    unknown_patients: int,
+    intervals: str,
 ) -> Iterator[str]:
     overall = [item for item in metrics if item.group == "all"]
     yield f"{unreadable} labelled films could not be read and are in no figure [13, 33]."
     yield ""
-    yield f"95 % intervals [29]: {intervals}."
+    yield f"95 % intervals [29]: {intervals}." + _of_unknown(unknown_patients)
     yield ""
     yield "| metric [28, 35, 36] | of | value | 95 % interval | films |"
     yield "|---|---|---:|---|---:|"
@@ -194,6 +202,10 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
     yield "|---|---:|---|---:|"
     for item in found:
         yield _line(item.group.replace("|", "\\|"), _value(item), _interval(item), f"{item.n:,}")
+
+
+def _of_unknown(patients: int) -> str:
+    return f" {patients:,} films name no patient; each counts as one." if patients else ""
 
 
 def _row(item: Metric) -> str:

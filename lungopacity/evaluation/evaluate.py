@@ -107,6 +107,7 @@ def evaluate(
         metrics,
         split=split,
         unreadable=result.unreadable,
+        unknown_patients=result.unknown_patients,
         intervals=result.intervals,
     )
     store.write("model_card.md", card.encode())

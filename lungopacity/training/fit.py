@@ -135,7 +135,11 @@ def fit(
     spec = _spec(data, settings, asdict(network.settings), logits_VK, films.validation)  # type: ignore[call-overload]
     training = {
         "settings": settings.as_json(),
-        "data": {"fingerprint": data.fingerprint, "images": counts},
+        "data": {
+            "fingerprint": data.fingerprint,
+            "images": counts,
+            "unknown_patients": int(data.images["patient_id"].isna().sum()),
+        },
         "weights": weights,
         "versions": versions(),
         "best_epoch": int(best_metrics["epoch"]),

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lungopacity.cli import main
-from lungopacity.dataset.layouts import LAYOUTS, labels_of_folders
+from lungopacity.dataset.layouts import LAYOUTS, labels_of_folders, labels_of_layout
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
 from lungopacity.storage import open_store
@@ -81,6 +81,27 @@ def test_what_tables_say_of_patients_comes_along(tmp_path):
     assert chexpert["patient_sex"].tolist() == ["F", "M", "M"]
     assert padchest["patient_age_years"].tolist() == [64, 84, 83]
     assert padchest["view_position"].tolist() == ["PA", "AP", "PA"]
+
+
+def test_a_mass_outside_of_the_lungs_is_no_opacity_and_an_infant_no_adult(tmp_path):
+    findings = {
+        "['mass']": "Lung_Opacity",
+        "['pleural effusion', 'pulmonary mass']": "Lung_Opacity",
+        "['multiple nodules']": "Lung_Opacity",
+        "['mediastinal mass']": "Not_Normal",
+        "['mammary prosthesis', 'breast mass']": "Not_Normal",
+        "['pseudonodule']": "Not_Normal",
+    }
+    rows = [f'{n}.png,{n},20140915,PA,1950.0,M,"{found}"' for n, found in enumerate(findings)]
+    text = "\n".join([TABLES["padchest"].splitlines()[0], *rows])
+    (tmp_path / "t.csv").write_text(text)
+    labels = labels_of_layout("padchest", {"entries": str(tmp_path / "t.csv")})
+    assert labels.sort_values("image")["label"].tolist() == list(findings.values())
+    nih = TABLES["nih"].replace("058Y", "013D").replace(",33,", ",026M,")
+    assert nih != TABLES["nih"]
+    (tmp_path / "n.csv").write_text(nih)
+    labels = labels_of_layout("nih", {"entries": str(tmp_path / "n.csv")})
+    assert labels["patient_age_years"].tolist()[:2] == [0, 2]
 
 
 def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):

@@ -11,6 +11,7 @@ from PIL import Image
 
 import lungopacity
 from lungopacity.cli import main
+from lungopacity.errors import UserError
 from lungopacity.evaluation.audit import near_pairs, perceptual_hashes
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
@@ -100,10 +101,20 @@ def test_a_border_that_knows_the_label_is_found(tmp_path):
         for name, label in zip(labels["image"], labels["label"], strict=True):
             film = films[name] = films[name].copy()
             film[:6, :40] = 255 if label == "Normal" else 0  # a burnt-in marker
+        labels["site"] = labels["label"].map({"Normal": "North", "Lung_Opacity": "South"})
 
     archive, labels = write_films(tmp_path, spoil)
     found = lungopacity.audit([archive], labels)
-    assert {item.fact: item.auc for item in found.shortcuts}["border of the film alone"] > 0.95
+    aucs = {item.fact: item.auc for item in found.shortcuts}
+    assert aucs["border of the film alone"] > 0.95
+    assert aucs["site"] == 1
+
+
+def test_a_positive_class_that_is_none_is_refused(tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("image,label,split\na,Normal,train\nb,Lung_Opacity,train\n")
+    with pytest.raises(UserError, match=r"'Lung_opacity' is none of .*Lung_Opacity, Normal"):
+        lungopacity.audit([str(tmp_path)], str(labels), positive_class="Lung_opacity")
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -114,10 +125,21 @@ def test_labels_without_splits_or_patients_are_audited_too(tmp_path):
 
     archive, labels = write_films(tmp_path, spoil)
     found = lungopacity.audit([archive], labels, classes=["Lung_Opacity", "Normal=Healthy"])
+    assert "border of the film alone" in {item.fact for item in found.shortcuts}
     assert found.unknown_patients == FILMS
     assert len(found.copies) == 1
     assert not found.leaks  # there is no split yet that could leak
     assert found.copies[0].labels == ("Healthy", "Healthy")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_where_one_patient_has_every_opacity_the_border_is_not_tried(tmp_path, caplog):
+    def spoil(films, labels):
+        labels.loc[labels["label"] == "Lung_Opacity", ["patient_id", "split"]] = ["one", "train"]
+
+    found = lungopacity.audit([write_films(tmp_path, spoil)[0]], str(tmp_path / "labels.csv"))
+    assert "border of the film alone" not in {item.fact for item in found.shortcuts}
+    assert "one patient has all films of a kind" in caplog.text
 
 
 def test_other_films_are_no_copies_and_flat_ones_are():

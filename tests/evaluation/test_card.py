@@ -31,6 +31,7 @@ def test_the_card_tells_what_was_measured():
             "versions": {"torch": "2.15"},
             "data": {
                 "fingerprint": "abc",
+                "unknown_patients": 12,
                 "images": {
                     "train": {"Normal": 2200, "Lung_Opacity": 2038},
                     "test": {"Normal": 0, "Lung_Opacity": 0},
@@ -39,7 +40,13 @@ def test_the_card_tells_what_was_measured():
         },
     )
     card = model_card(
-        spec, "0123456789abcdef", METRICS, split="test", unreadable=3, intervals="by counting"
+        spec,
+        "0123456789abcdef",
+        METRICS,
+        split="test",
+        unreadable=3,
+        unknown_patients=7,
+        intervals="by counting",
     )
     lines = card.splitlines()
     assert lines[0] == "# Model card: classical-cnn 0123456789abcdef"
@@ -54,14 +61,22 @@ def test_the_card_tells_what_was_measured():
     assert "licence: Apache-2.0" in card
     assert "epoch 6" in card
     assert "3 labelled films could not be read" in card
-    assert "95 % intervals [29]: by counting." in lines
+    assert "95 % intervals [29]: by counting. 7 films name no patient; each counts as one." in lines
+    assert "read by no training. 12 films name no patient; each counts as one." in card
     assert "positive from 0.2100; x on validation" in card
     assert "40 to 42" in card
 
 
 def test_a_model_of_which_little_is_known_has_a_card_too():
     card = model_card(
-        tiny_model(synthetic=True).spec, "0" * 16, [], split="all", unreadable=0, intervals="none"
+        tiny_model(synthetic=True).spec,
+        "0" * 16,
+        [],
+        split="all",
+        unreadable=0,
+        unknown_patients=0,
+        intervals="none",
     )
+    assert "name no patient" not in card
     assert "Trained on synthetic films" in card
     assert "nothing to form subgroups" in card
