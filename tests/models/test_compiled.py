@@ -61,9 +61,11 @@ def compiled(model: TrainedModel) -> TrainedModel:
     return replace(model, compiled=to_bytes([compile_network(model)]))
 
 
-# Of the larger ones of efficientnet-lite, the layers are those of the smallest.
+# Of the larger ones of efficientnet-lite, the layers are those of the smallest; alexnet's, of 57
+# million weights, take longest to translate, and torch runs them faster.
 @pytest.mark.parametrize(
-    "name", [name for name in NETWORK_NAMES if name[-5:] not in ("lite1", "lite2")]
+    "name",
+    [name for name in NETWORK_NAMES if name[-5:] not in ("lite1", "lite2") and name != "alexnet"],
 )
 def test_every_network_says_compiled_what_it_says_in_torch(name):
     model = model_of(name)
