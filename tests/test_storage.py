@@ -159,6 +159,16 @@ def test_file_uris_are_paths(tmp_path):
     assert open_store(folder.as_uri()).read("a") == b"x"
 
 
+def test_a_file_uri_may_name_one_object_with_escaped_letters(tmp_path):
+    film = tmp_path / "my 50% film?.png"
+    film.write_bytes(b"x")
+    parent, name = split_uri(film.as_uri())
+    assert name == film.name
+    assert open_store(parent).read(name) == b"x"
+    # Keys of S3 are what they are.
+    assert split_uri("s3://b/my%20film.png")[1] == "my%20film.png"
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [

@@ -60,4 +60,5 @@ def split_uri(uri: str) -> tuple[str, str]:
         path = Path(os.path.abspath(Path(uri).expanduser()))
         return str(path.parent), path.name
     parent, _, name = uri.rstrip("/").rpartition("/")
-    return parent, name
+    # As `open_store` reads the path: of the URIs, these alone are escaped.
+    return parent, unquote(name) if uri.startswith("file://") else name
