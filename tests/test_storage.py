@@ -237,3 +237,52 @@ def test_a_file_name_in_no_encoding_is_listed_and_not_lost(tmp_path: Path):
     (found,) = open_store(str(tmp_path)).list()
     found.key.encode("utf-8")
     assert code_of(lambda: open_store(str(tmp_path)).read(found.key)) is ErrorCode.MISSING
+
+
+def test_a_link_that_leads_nowhere_is_listed_and_found_missing(tmp_path):
+    """git-annex and DVC leave such links where a film was not fetched."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "1.dcm").write_bytes(b"x")
+    (folder / "2.dcm").symlink_to("/nowhere/2.dcm")
+    (folder / "3.dcm").symlink_to("3.dcm")
+    (folder / os.fsdecode(b"caf\xe9.dcm")).symlink_to("/nowhere/4.dcm")
+    store = open_store(str(tmp_path))
+    listed = {item.key: item for item in store.list()}
+    assert sorted(listed) == ["a/1.dcm", "a/2.dcm", "a/3.dcm", "a/caf\\xe9.dcm"]
+    assert store.read("a/1.dcm", etag=listed.pop("a/1.dcm").etag) == b"x"
+    for key, item in listed.items():
+        assert code_of(lambda key=key, item=item: store.read(key, etag=item.etag)) is (
+            ErrorCode.MISSING
+        )
+
+
+def test_a_folder_is_listed_once_whatever_links_lead_back_to_it(tmp_path):
+    archive = tmp_path / "archive"
+    for name in ("a", "b"):
+        (archive / name).mkdir(parents=True)
+        (archive / name / "1.dcm").write_bytes(b"x")
+    (archive / "a" / "itself").symlink_to(".")
+    (archive / "a" / "above").symlink_to("../..")
+    (archive / "b" / "round").symlink_to("../c")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.dcm").write_bytes(b"x")
+    (tmp_path / "elsewhere" / "back").symlink_to("../archive/b")
+    (archive / "c").symlink_to("../elsewhere")
+    listed = [item.key for item in open_store(str(archive)).list()]
+    assert sorted(listed) == ["a/1.dcm", "b/1.dcm", "b/round/2.dcm", "c/2.dcm", "c/back/1.dcm"]
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.dcm")
+    (tmp_path / "device.dcm").symlink_to("/dev/zero")
+    (tmp_path / "folder.dcm").mkdir()
+    store = open_store(str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.dcm"))
+        for name in ("pipe.dcm", "device.dcm", "socket.dcm"):
+            with pytest.raises(ImageError, match="no regular file") as caught:
+                store.read(name)
+            assert caught.value.code is ErrorCode.UNSUPPORTED
+    assert code_of(lambda: store.read("folder.dcm")) is ErrorCode.MISSING

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -31,16 +33,30 @@ class LocalStore:
             raise UserError(f"key {key!r} leads out of {self.root}")
         return path
 
-    def _info(self, path: Path, stat: os.stat_result) -> ObjectInfo:
+    def _key(self, path: Path) -> str:
+        # A file name in no known encoding would break every column it enters. Escaped, it is
+        # listed, then found missing: a row that can be seen, and nothing stops.
         key = path.relative_to(self.root).as_posix()
+        return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+    def _info(self, path: Path, facts: os.stat_result) -> ObjectInfo:
         return ObjectInfo(
-            # A file name in no known encoding would break every column it enters. Escaped, it is
-            # listed, then found missing: a row that can be seen, and nothing stops.
-            key=key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"),
-            size_bytes=stat.st_size,
-            etag=f"{stat.st_mtime_ns:x}-{stat.st_size:x}",
-            modified_at=datetime.fromtimestamp(stat.st_mtime, UTC),
+            key=self._key(path),
+            size_bytes=facts.st_size,
+            etag=f"{facts.st_mtime_ns:x}-{facts.st_size:x}",
+            modified_at=datetime.fromtimestamp(facts.st_mtime, UTC),
         )
+
+    def _listed(self, path: Path) -> Iterator[ObjectInfo]:
+        try:
+            yield self._info(path, path.stat())
+        except OSError as error:
+            # A link to what is not there, or to itself: one film that cannot be read, and no
+            # reason to pass over it or to refuse all others.
+            if path.is_symlink():
+                yield ObjectInfo.gone(self._key(path))
+            elif not isinstance(error, FileNotFoundError):  # gone since the folder was read
+                raise
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         # Only the folder that the prefix ends in: results grow, and are listed at every commit.
@@ -50,12 +66,13 @@ class LocalStore:
         try:
             # followlinks: archives are often mounted by a symbolic link.
             for folder, subfolders, names in os.walk(start, followlinks=True, onerror=_raise_error):
-                subfolders.sort()
+                subfolders[:] = sorted(
+                    name for name in subfolders if not _leads_back(Path(folder) / name)
+                )
                 for name in sorted(names):
                     path = Path(folder) / name
                     if path.relative_to(self.root).as_posix().startswith(prefix):
-                        with suppress(FileNotFoundError):  # gone since the folder was read
-                            yield self._info(path, path.stat())
+                        yield from self._listed(path)
         except OSError as error:
             raise UserError(
                 f"{error.filename}: cannot be listed ({error.strerror}); check its permissions"
@@ -72,12 +89,14 @@ class LocalStore:
     def open_local(self, key: str, *, etag: str | None = None) -> Iterator[IO[bytes]]:
         try:
             path = self._path(key)
-            file = path.open("rb")
+            file = _open_at_once(path)
         except OSError as error:
             raise _fetch_error_of(error) from error
         with file:
-            found = self._info(path, os.fstat(file.fileno())).etag
-            if etag is not None and found != etag:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise _no_regular_file()
+            if etag is not None and self._info(path, facts).etag != etag:
                 raise changed()
             yield file
 
@@ -168,14 +187,35 @@ def _raise_error(error: OSError) -> None:
     raise error
 
 
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in, by whatever links one came to it."""
+    if not folder.is_symlink():
+        return False
+    target = os.path.realpath(folder)
+    return any(Path(os.path.realpath(above)).is_relative_to(target) for above in folder.parents)
+
+
+def _open_at_once(path: Path) -> IO[bytes]:
+    # To open a pipe without O_NONBLOCK waits for its writer, for ever where there is none.
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
+def _no_regular_file() -> ImageError:
+    return ImageError(ErrorCode.UNSUPPORTED, Stage.FETCH, "no regular file")
+
+
 def _fetch_error_of(error: OSError) -> ImageError:
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+    if error.errno == errno.ENXIO:  # a socket
+        return _no_regular_file()
+    if error.errno == errno.ELOOP or isinstance(
+        error, FileNotFoundError | IsADirectoryError | NotADirectoryError
+    ):
         return ImageError(ErrorCode.MISSING, Stage.FETCH, "no such file")
     if isinstance(error, PermissionError):
         return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, "permission denied")
