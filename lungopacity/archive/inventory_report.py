@@ -36,6 +36,7 @@ _NAMES = {
 }
 """Columns of `PLAN_SCHEMA`, and what they are called in such files, whatever the case."""
 _LATEST, _DELETED = "is_latest", "is_delete_marker"
+_NEEDED_FIELDS = "a report needs the fields Size, LastModifiedDate and ETag of every object"
 _SHARD_ENDINGS = "|".join(map(re.escape, SHARD_SUFFIXES))
 _CSV_BLOCK_BYTES = 16 << 20
 _ROWS_PER_TABLE = 50_000
@@ -49,7 +50,7 @@ def read_inventory(
     inventory_uri: the `manifest.json` of an S3 Inventory report (CSV, ORC or Parquet; of all
     versions, only the latest count), or a Parquet file with the columns `image` (the key, relative
     to the archive), `source_etag`, `source_size_bytes` and `source_modified_at`. Raises
-    `UserError` where it cannot be read, is of another bucket, or lacks a column.
+    `UserError` where it cannot be read, is of another bucket, or lacks a column, or a row a value.
     """
     uri = open_store(archive_uri).uri
     of = _of_report if inventory_uri.endswith(".json") else _of_list
@@ -145,14 +146,17 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
             unzipped,
             pyarrow.csv.ReadOptions(column_names=list(columns), block_size=_CSV_BLOCK_BYTES),
             convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pa.string())
+                column_types=dict.fromkeys(columns, pa.string()),
+                # As markers of deletion have them for a size.
+                null_values=[""],
+                strings_can_be_null=True,
             ),
         )
         for batch in batches:
             table = pa.Table.from_batches([batch])
             for place, name in enumerate(columns):
                 if name.lower() == "key":
-                    keys = [unquote_plus(key) for key in table[name].to_pylist()]
+                    keys = [key and unquote_plus(key) for key in table[name].to_pylist()]
                     table = table.set_column(place, name, pa.array(keys, pa.string()))
             yield table
 
@@ -165,18 +169,31 @@ def _planned(table: pa.Table, uri: str, prefix: str) -> pa.Table:
         found = next((name for name in names if name in table.column_names), None)
         if found is None:
             raise UserError(
-                f"{uri}: the inventory has no column {' or '.join(names)}; a report needs the "
-                "fields Size, LastModifiedDate and ETag"
+                f"{uri}: the inventory has no column {' or '.join(names)}; {_NEEDED_FIELDS}"
             )
-        columns[field] = _cast(table[found], field)
-    keep = pc.starts_with(columns["image"], prefix)
+        columns[field] = table[found]
+    keys = columns["image"] = _cast(columns["image"], "image")
+    if keys.null_count:
+        raise UserError(f"{uri}: a row of the inventory has no key; {_NEEDED_FIELDS}")
+    keep = pc.starts_with(keys, prefix)
     if _LATEST in table.column_names:
-        keep = pc.and_(keep, _true(table[_LATEST]))
+        # Null where the bucket keeps no versions.
+        keep = pc.and_(keep, pc.fill_null(_true(table[_LATEST]), True))
     if _DELETED in table.column_names:
         keep = pc.and_not(keep, pc.fill_null(_true(table[_DELETED]), False))
+    # First of all: what is not of the archive may lack what its objects must have.
+    rows = pa.table(columns).filter(keep)
+    sizes = _cast(rows["source_size_bytes"], "source_size_bytes")
     # Consoles create empty objects that stand for folders.
-    marker = pc.and_(pc.ends_with(columns["image"], "/"), pc.equal(columns["source_size_bytes"], 0))
-    rows = pa.table(columns).filter(pc.and_not(keep, marker))
+    marker = pc.and_(pc.ends_with(rows["image"], "/"), pc.fill_null(pc.equal(sizes, 0), False))
+    rows = rows.filter(pc.invert(marker))
+    for field in _NAMES:
+        if rows[field].null_count:
+            key = rows["image"].filter(pc.is_null(rows[field]))[0]
+            raise UserError(
+                f"{uri}: the inventory has no {_NAMES[field][-1]} of '{key}'; {_NEEDED_FIELDS}"
+            )
+    rows = pa.table({field: _cast(rows[field], field) for field in _NAMES})
     keys = pc.utf8_slice_codeunits(rows["image"], len(prefix))
     shard = pc.match_substring_regex(keys, f"(?i)({_SHARD_ENDINGS})$")
     return pa.table(

@@ -76,7 +76,9 @@ def report(uri: str, kind: str, rows: list[dict], *, columns=None, change=None, 
 def _csv(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return value.strftime("%Y-%m-%dT%H:%M:%S.000Z") if isinstance(value, datetime) else str(value)
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+    return "" if value is None else str(value)
 
 
 def rows_of(uri: str) -> list[dict]:
@@ -121,10 +123,41 @@ def test_of_all_versions_the_latest_counts_unless_it_marks_a_deletion(s3_uri, ki
     rows = [
         {**first, **versions},
         {**first, **versions, "is_latest": False, "e_tag": "0" * 31 + "f"},
-        {**second, **versions, "is_delete_marker": True},
+        {**second, **versions, "is_delete_marker": True, "size": None, "e_tag": None},
     ]
     (found,) = read(report(s3_uri, kind, rows), s3_uri)
     assert (found["image"], found["source_etag"]) == (KEYS[0], "0" * 32)
+
+
+@pytest.mark.parametrize("kind", ["CSV", "PARQUET", "ORC"])
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ({"size": None}, "no size of '.*a/1.dcm'; a report needs the fields Size,"),
+        ({"e_tag": None}, "no e_tag of '.*a/1.dcm'"),
+        ({"last_modified_date": None}, "no last_modified of '.*a/1.dcm'"),
+        ({"key": None}, "a row of the inventory has no key"),
+    ],
+)
+def test_an_object_whose_facts_are_missing_is_named_and_not_passed_over(
+    s3_uri, kind, lacking, message
+):
+    first, *others = rows_of(s3_uri)
+    if kind == "CSV" and "key" in lacking:
+        lacking = {"key": ""}
+    with pytest.raises(UserError, match=message):
+        read(report(s3_uri, kind, [{**first, **lacking}, *others]), s3_uri)
+
+
+def test_what_is_not_of_the_archive_may_lack_facts(s3_uri):
+    *rows, other, folder = rows_of(s3_uri)
+    lacking = {"size": None, "e_tag": None, "last_modified_date": None}
+    rows += [{**other, **lacking}, {**folder, "e_tag": None}]
+    # Null where the bucket keeps no versions.
+    rows = [{**row, "is_latest": None, "is_delete_marker": None} for row in rows]
+    rows[0]["is_latest"] = True
+    found = read(report(s3_uri, "PARQUET", rows), s3_uri)
+    assert [row["image"] for row in found] == sorted(KEYS)
 
 
 def test_parquet_times_may_be_milliseconds_since_1970(s3_uri):
