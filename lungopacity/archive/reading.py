@@ -38,6 +38,9 @@ _GROUP_OBJECTS = 8
 costs as much CPU as to fetch it. Read alone, 550 microseconds each; one by one 780."""
 _GROUP_BYTES = 1 << 20
 """Of a group; larger objects are groups of their own."""
+_IN_HAND_BYTES = 128 << 20
+"""Of loose objects that are fetched ahead, or decoded: a task's share of the node's memory. One
+that is larger comes alone."""
 
 Fetched = list[tuple[bytes | Exception, float]]
 """Of each object its bytes, or why there are none, and the seconds it took."""
@@ -181,14 +184,25 @@ def _loose(
         return [_fetched(store, source, settings) for source in group]
 
     waiting: deque[tuple[list[dict[str, Any]], Future[Fetched]]] = deque()
+    in_hand = 0
     with ThreadPoolExecutor(settings.fetch_threads) as threads:
         for group in _groups(sources):
-            waiting.append((group, threads.submit(fetch, group)))
             # Twice the threads: always work in hand, never the whole chunk in memory.
-            if len(waiting) > 2 * settings.fetch_threads:
+            while waiting and (
+                len(waiting) > 2 * settings.fetch_threads
+                or in_hand + _size_of(group) > _IN_HAND_BYTES
+            ):
+                size = _size_of(waiting[0][0])
                 yield from _loose_files(*waiting.popleft(), settings, figures)
+                in_hand -= size
+            waiting.append((group, threads.submit(fetch, group)))
+            in_hand += _size_of(group)
         while waiting:
             yield from _loose_files(*waiting.popleft(), settings, figures)
+
+
+def _size_of(group: list[dict[str, Any]]) -> int:
+    return sum(source["source_size_bytes"] for source in group)
 
 
 def _groups(sources: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -1,16 +1,20 @@
 import gzip
 import hashlib
 import os
+import threading
+import time
+from datetime import UTC, datetime
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
-from lungopacity.archive.reading import read_images
+from lungopacity.archive.reading import read_files, read_images
 from lungopacity.errors import UserError
 from lungopacity.radiograph import DecodeLimits, Preprocessing
-from lungopacity.results.schema import READ_SCHEMA
+from lungopacity.results.schema import PLAN_SCHEMA, READ_SCHEMA
 from lungopacity.storage import open_store
 from tests.films import dicom, encoded, grey_film, tar
 
@@ -157,6 +161,38 @@ def test_many_loose_objects_keep_their_order(tmp_path):
     for number, name in enumerate(names):
         store.write(name, encoded(grey_film(number)))
     assert [row["image"] for row in read(str(tmp_path))] == names
+
+
+def test_large_films_are_fetched_ahead_by_their_bytes_and_not_by_their_count():
+    sizes = {f"{number:02d}.dcm": 37_000_000 for number in range(30)} | {"15.dcm": 300_000_000}
+
+    class Counting:
+        def __init__(self) -> None:
+            self.out, self.seen, self.lock = 0, [], threading.Lock()
+
+        def read(self, key: str, *, etag: str | None = None) -> bytes:
+            with self.lock:
+                self.out += sizes[key]
+                self.seen.append(self.out)
+            return key.encode()
+
+    store = Counting()
+    rows = [
+        {"image": key, "source_etag": "e", "source_size_bytes": size,
+         "source_modified_at": datetime.now(UTC), "is_shard": False}
+        for key, size in sizes.items()
+    ]  # fmt: skip
+    came = []
+    for name, _ in read_files(store, pa.Table.from_pylist(rows, PLAN_SCHEMA), SETTINGS):
+        time.sleep(0.02)  # what may be fetched meanwhile, is
+        with store.lock:
+            store.out -= sizes[name]
+        came.append(name)
+    assert came == list(sizes)
+    # Several at once; the one that is larger than all of them may be, alone.
+    seen = set(store.seen)
+    assert seen <= {37_000_000, 2 * 37_000_000, 3 * 37_000_000, 300_000_000}
+    assert seen >= {2 * 37_000_000, 300_000_000}
 
 
 def test_a_place_that_holds_nothing_is_refused(store_uri):
