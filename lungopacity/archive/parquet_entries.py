@@ -16,6 +16,9 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 _IMAGE_COLUMNS = (
     "image", "bytes", "image_bytes", "content", "data", "jpg", "jpeg", "png", "dcm", "dicom",
 )  # fmt: skip
+_DICTIONARY_ROWS = 1 << 16
+_DICTIONARY_BYTES = 128 * 1024 * 1024
+"""Of a row group; Arrow takes four times as much."""
 _NAME_COLUMNS = ("path", "file_name", "filename", "key", "__key__", "name", "image_id", "id")
 
 
@@ -24,24 +27,37 @@ def parquet_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
 
     The image column is binary, or a struct with a binary field `bytes` and perhaps a `path` (as
     Hugging Face datasets writes it). Raises `ImageError` (`not_an_image`) where there is none: a
-    sheet; `unsupported` where it cannot be told which of several it is; what Arrow raises where the
-    file is damaged.
+    sheet; `unsupported` where it cannot be told which of several it is, or where bytes lie deeper;
+    what Arrow raises where the file is damaged.
     """
     size = file.seek(0, io.SEEK_END)
-    # Arrow would hold whole column chunks, gigabytes of them; buffered, it holds one page. One row
-    # a batch, because a dictionary can make one stored image a thousand rows.
+    # Arrow would hold whole column chunks, gigabytes of them; buffered, it holds one page.
     parquet = pq.ParquetFile(
         Lent(file), pre_buffer=False, buffer_size=1024 * 1024, page_checksum_verification=True
     )
-    image, name = _columns(parquet.schema_arrow)
+    image, kind, name = _columns(parquet.schema_arrow)
     columns = [image] if name is None else [image, name]
     # The sizes of single columns stand in the footer too, but to ask pyarrow 26 for those of a
     # damaged footer ends the process.
     groups = (parquet.metadata.row_group(group) for group in range(parquet.num_row_groups))
-    left = sum(max(0, group.total_byte_size) for group in groups)
+    sizes = [max(0, group.total_byte_size) for group in groups]
+    left = sum(sizes)
     meter.add(size, left)
+    # One row a batch, because the pages' dictionary can make one stored image a thousand rows.
+    rows_at_once = 1
+    if pa.types.is_dictionary(kind):
+        # Of a column that is a dictionary in Arrow, too, every batch holds the row group's whole.
+        rows_at_once = _DICTIONARY_ROWS
+        if max(sizes, default=0) > _DICTIONARY_BYTES:
+            raise ImageError(
+                ErrorCode.UNSUPPORTED,
+                Stage.UNPACK,
+                f"images in a dictionary of more than {_DICTIONARY_BYTES} bytes; write plain ones",
+            )
     rows = 0
-    for rows, batch in enumerate(parquet.iter_batches(1, columns=columns, use_threads=False), 1):
+    batches = parquet.iter_batches(rows_at_once, columns=columns, use_threads=False)
+    singly = (batch.slice(row, 1) for batch in batches for row in range(batch.num_rows))
+    for rows, batch in enumerate(singly, 1):
         (value,) = _leaf(batch, image)
         names = None if name is None else _leaf(batch, name)
         entry = _entry(value, _text(names) or str(rows - 1))
@@ -62,10 +78,16 @@ def _entry(value: Any, name: str) -> Entry:
     return Entry(name, buffer.size, partial(pa.BufferReader, buffer), alone=True)
 
 
-def _columns(schema: Any) -> tuple[str, str | None]:
-    """Dotted paths of the column with the images, and of the one with their names."""
-    found = {field.name: field.type for field in schema if _image_path(field) is not None}
+def _columns(schema: Any) -> tuple[str, Any, str | None]:
+    """Dotted path of the column with the images, its type, and the path of their names."""
+    found = {field.name: images for field in schema if (images := _images_in(field)) is not None}
     if not found:
+        if any(_holds_bytes(field.type) for field in schema):
+            raise ImageError(
+                ErrorCode.UNSUPPORTED,
+                Stage.UNPACK,
+                "images in lists or deeper structs are not read; write one image a row",
+            )
         raise ImageError(
             ErrorCode.NOT_AN_IMAGE, Stage.UNPACK, "a sheet: no column of it holds images"
         )
@@ -77,53 +99,62 @@ def _columns(schema: Any) -> tuple[str, str | None]:
             f"{len(found)} columns of bytes, and none has a name that tells it holds the images",
         )
     column = schema.field(schema.get_field_index(known[0]))
-    image = _image_path(column)
-    assert image is not None
+    image, kind = found[known[0]]
     if pa.types.is_struct(column.type):
         path = column.type.get_field_index("path")
         if path >= 0 and _is_text(column.type.field(path).type):
-            return image, f"{column.name}.path"
+            return image, kind, f"{column.name}.path"
     for name in _NAME_COLUMNS:
         index = schema.get_field_index(name)
         if index >= 0 and _is_text(schema.field(index).type):
-            return image, name
-    return image, None
+            return image, kind, name
+    return image, kind, None
 
 
-def _image_path(field: Any) -> str | None:
+def _images_in(field: Any) -> tuple[str, Any] | None:
     if _is_bytes(field.type):
-        return str(field.name)
+        return field.name, field.type
     if pa.types.is_struct(field.type):
         index = field.type.get_field_index("bytes")
         if index >= 0 and _is_bytes(field.type.field(index).type):
-            return f"{field.name}.bytes"
+            return f"{field.name}.bytes", field.type.field(index).type
     return None
 
 
+def _holds_bytes(kind: Any) -> bool:
+    parts = (kind.field(part).type for part in range(kind.num_fields))
+    return _is_bytes(kind) or any(map(_holds_bytes, parts))
+
+
 def _is_bytes(kind: Any) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    # Not those of a fixed size: no images have one, and the digests of sheets do.
+    is_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(test(_plain(kind)) for test in is_bytes)
 
 
 def _is_text(kind: Any) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(_plain(kind)) for test in is_text)
+
+
+def _plain(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _leaf(batch: Any, path: str) -> Any:
-    """The column at a dotted path; a null struct has null fields."""
+    """The column at a dotted path, no longer a dictionary; a null struct has null fields."""
     if path in batch.schema.names:
-        return batch.column(path)
-    column, _, leaf = path.rpartition(".")
-    values = batch.column(column)
-    return values.flatten()[values.type.get_field_index(leaf)]
+        values = batch.column(path)
+    else:
+        column, _, leaf = path.rpartition(".")
+        struct = batch.column(column)
+        values = struct.flatten()[struct.type.get_field_index(leaf)]
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
 def _text(values: Any) -> str | None:
     if values is None:
         return None
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
     # Parquet promises UTF-8, and nobody checks.
     buffer = values[0].as_buffer()
     return None if buffer is None else bytes(buffer).decode("utf-8", "backslashreplace")
