@@ -230,8 +230,9 @@ def _grey_pixels(
         header = read_header(data)
         luma = None if header is None else decode_grey_jpeg(data, header, at_least)
     if kind == "jpeg" and at_least is not None:
-        # YCbCr where the file has it: its Y is the grey image, exactly.
-        image.draft("YCbCr", _draft_size(image.width, image.height, at_least))
+        # YCbCr where the file has it: its Y is the grey image, exactly. libjpeg makes none of RGB.
+        colours = None if _is_rgb_jpeg(image) else "YCbCr"
+        image.draft(colours, _draft_size(image.width, image.height, at_least))
     if image.mode.startswith("I") or image.mode == "F":
         # 16 bits and more carry no window: their own range is mapped, as for such DICOM.
         values = np.asarray(image)
@@ -245,6 +246,16 @@ def _grey_pixels(
         image.load()
         coloured = coloured_fraction(np.asarray(_coarse(image).convert("RGB")))
     return _turned(_as_grey(image) if luma is None else luma, image), coloured
+
+
+def _is_rgb_jpeg(image: Any) -> bool:
+    """Whether a JPEG of three components holds RGB, as libjpeg tells it: a JFIF file does not, of
+    others Adobe's marker says it, and without one the names of the components."""
+    if image.mode != "RGB" or "jfif" in image.info:
+        return False
+    if "adobe_transform" in image.info:
+        return bool(image.info["adobe_transform"] == 0)
+    return bytes(component[0] for component in image.layer) == b"RGB"
 
 
 def _coarse(image: Image.Image) -> Image.Image:
@@ -276,7 +287,10 @@ def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
 def _turned(grey: npt.NDArray[np.uint8], image: Image.Image) -> npt.NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
-    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow's parsers raise anything of damaged metadata; the pixels are whole
+        orientation = 1
     if orientation == 1:
         return grey
     turned = Image.fromarray(grey)

@@ -91,6 +91,23 @@ def test_every_kind_of_jpeg_gives_the_same_grey(mode, options):
         assert np.abs(found.pixels.astype(int) - FILM).max() <= 8
 
 
+@pytest.mark.parametrize("named_by", ["Adobe's marker", "components"])
+def test_a_jpeg_that_holds_rgb_is_read_at_any_scale(named_by):
+    film = grey_film(height=640, width=480)
+    tinted = np.stack([film, film // 16 * 15 + 8, film // 16 * 15], axis=-1)
+    data = encoded(tinted, "JPEG", quality=98, keep_rgb=True)
+    if named_by == "components":
+        at = data.index(b"\xff\xee")
+        data = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+    whole = one_film(data).pixels
+    assert np.abs(whole.astype(int) - np.asarray(Image.fromarray(tinted).convert("L"))).max() <= 8
+    shrunk = one_film(data, at_least=160)
+    assert shrunk.pixels.shape == (160, 120)
+    expected = np.asarray(Image.fromarray(whole).resize((120, 160), Image.Resampling.BOX))
+    assert np.abs(shrunk.pixels.astype(int) - expected).max() <= 8
+    assert shrunk.coloured_fraction == one_film(encoded(tinted, "JPEG")).coloured_fraction
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_white_is_zero_tiff_is_not_read_inverted(bits):
     """Pillow inverts those of 8 bits and passes those of 16 on as they are."""
@@ -146,6 +163,14 @@ def test_exif_orientation_is_applied():
     found = one_film(encoded(film, "JPEG", quality=98, exif=exif)).pixels
     assert found.shape == (40, 60)
     assert np.abs(found.astype(int) - np.rot90(film, -1)).max() <= 8
+
+
+def test_damaged_exif_does_not_cost_the_film():
+    data = encoded(FILM, "PNG", exif=b"MM\x00*\x00\x00\x00\x08")
+    at = data.index(b"eXIf")
+    damaged = b"eXIf" + b"garbage!"
+    data = data[:at] + damaged + zlib.crc32(damaged).to_bytes(4, "big") + data[at + 16 :]
+    np.testing.assert_array_equal(one_film(data).pixels, FILM)
 
 
 def test_a_large_jpeg_is_decoded_no_larger_than_needed():
