@@ -25,7 +25,7 @@ from lungopacity.radiograph.jpeg import (
     scans_of,
 )
 from lungopacity.radiograph.png import decode_grey_png, read_plain_header
-from lungopacity.radiograph.tiff import check_pages
+from lungopacity.radiograph.tiff import check_pages, is_tiff
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,7 +46,7 @@ def sniff_format(data: bytes) -> str | None:
         return "jpeg"
     if data[128:132] == b"DICM":
         return "dicom"
-    if data[:4] in (b"II*\x00", b"MM\x00*"):
+    if is_tiff(data):
         return "tiff"
     if data[:12] == b"\x00\x00\x00\x0cjP  \r\n\x87\n" or data[:4] == b"\xff\x4f\xff\x51":
         return "jpeg2000"

@@ -123,13 +123,32 @@ def test_a_white_is_zero_tiff_is_not_read_inverted(bits):
     assert np.abs(one_film(bytes(data)).pixels.astype(int) - expected).max() <= 1
 
 
-def test_every_page_of_a_tiff_is_a_film():
+@pytest.mark.parametrize("big", [False, True])
+def test_every_page_of_a_tiff_is_a_film(big):
     pages = [Image.fromarray(grey_film(seed, 64, 64)) for seed in range(3)]
-    data = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    data = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:], big_tiff=big)
     found = list(decode_radiographs(data, limits=LIMITS))
+    assert code_of(data, DecodeLimits(max_frames=2)) is ErrorCode.TOO_LARGE
+    last = data.index(np.asarray(pages[2]).tobytes()[:64])
+    assert code_of(data[: last - 30]) is ErrorCode.TRUNCATED
     assert [film.frame for film in found] == [0, 1, 2]
     for film, page in zip(found, pages, strict=True):
         np.testing.assert_array_equal(film.pixels, np.asarray(page))
+
+
+@pytest.mark.parametrize("film", [FILM, SIXTEEN])
+def test_a_bigtiff_is_read_like_any_tiff(film):
+    data = encoded(film, "TIFF", big_tiff=True)
+    assert data[:4] == b"II+\x00"
+    found = one_film(data)
+    assert found.format == "tiff"
+    np.testing.assert_array_equal(found.pixels, one_film(encoded(film, "TIFF")).pixels)
+
+
+def test_a_big_endian_bigtiff_is_unsupported_and_not_corrupt():
+    with pytest.raises(ImageError, match="big-endian") as caught:
+        one_film(b"MM\x00+\x00\x08\x00\x00" + bytes(100))
+    assert caught.value.code is ErrorCode.UNSUPPORTED
 
 
 def test_colour_is_measured_and_grey_in_three_channels_is_none():
