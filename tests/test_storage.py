@@ -1,4 +1,5 @@
 import os
+import re
 import socket
 import threading
 from datetime import UTC, datetime, timedelta
@@ -6,9 +7,11 @@ from pathlib import Path
 
 import pyarrow.fs
 import pytest
+from botocore.exceptions import ClientError
 
 from lungopacity.errors import ErrorCode, ImageError, UserError
 from lungopacity.storage import ConflictError, open_store, split_uri
+from lungopacity.storage.s3_errors import image_error_of, user_errors
 
 ODD_KEYS = [
     "a.png",
@@ -211,6 +214,54 @@ def test_a_wrong_secret_is_named_with_the_mend(s3_server, monkeypatch):
     message = failing_list("s3://tests/x")
     assert "does not accept these credentials" in message
     assert "AWS_SECRET_ACCESS_KEY" in message
+
+
+def s3_answer(status: int, code: str) -> ClientError:
+    return ClientError(
+        {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "s3_code", "code", "message"),
+    [
+        (404, "NoSuchKey", ErrorCode.MISSING, "no such object (NoSuchKey)"),
+        (404, "NoSuchBucket", ErrorCode.MISSING, "no such object (NoSuchBucket)"),
+        (403, "RequestTimeTooSkewed", ErrorCode.FORBIDDEN, "access denied (RequestTimeTooSkewed)"),
+        (403, "403", ErrorCode.FORBIDDEN, "access denied"),
+        (403, "AccessDenied: Jane Doe", ErrorCode.FORBIDDEN, "access denied"),
+        (400, "ExpiredToken", ErrorCode.UNAVAILABLE, "storage answered 400 (ExpiredToken)"),
+        (
+            400,
+            "KMS.DisabledException",
+            ErrorCode.UNAVAILABLE,
+            "storage answered 400 (KMS.DisabledException)",
+        ),
+        (
+            403,
+            "InvalidObjectState",
+            ErrorCode.FORBIDDEN,
+            "archived in a cold storage class; restore it, then screen again",
+        ),
+    ],
+)
+def test_what_s3_answers_to_a_read_is_told_by_its_own_code(status, s3_code, code, message):
+    told = image_error_of(s3_answer(status, s3_code))
+    assert (told.code, told.message) == (code, message)
+
+
+@pytest.mark.parametrize(
+    ("status", "s3_code", "message"),
+    [
+        (400, "ExpiredToken", "does not accept these credentials (ExpiredToken)"),
+        (403, "RequestTimeTooSkewed", "the clock of this machine"),
+        (403, "403", "access denied (403)"),
+        (503, "a <b>", "answered 503"),
+    ],
+)
+def test_what_s3_answers_of_a_whole_place_has_its_mend(status, s3_code, message):
+    with pytest.raises(UserError, match=re.escape(message)), user_errors("x", "b", "http://s3"):
+        raise s3_answer(status, s3_code)
 
 
 def test_no_server_at_the_endpoint_is_said(monkeypatch):

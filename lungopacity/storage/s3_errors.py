@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from lungopacity.storage.interface import changed
 NO_CREDENTIALS = (
     "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 )
+_OF_CREDENTIALS = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
 
 
 def status_of(error: Any) -> int:
@@ -19,16 +21,30 @@ def status_of(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
+def _code_of(error: Any) -> str:
+    """S3's own word for it, of a botocore `ClientError`; "" where it has none, as of HEAD."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    # Whatever else a server puts there could quote what it was asked for.
+    return code if re.fullmatch("[A-Za-z.]+", code) else ""
+
+
 def image_error_of(error: Any) -> ImageError:
     """Why an object has no bytes, of a botocore `ClientError`."""
-    status = status_of(error)
+    status, code = status_of(error), _code_of(error)
+    told = f" ({code})" if code else ""
     if status == 404:
-        return ImageError(ErrorCode.MISSING, Stage.FETCH, "no such object")
+        return ImageError(ErrorCode.MISSING, Stage.FETCH, f"no such object{told}")
     if status == 412:
         return changed()
+    if code == "InvalidObjectState":
+        return ImageError(
+            ErrorCode.FORBIDDEN,
+            Stage.FETCH,
+            "archived in a cold storage class; restore it, then screen again",
+        )
     if status in (401, 403):
-        return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, "access denied")
-    return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"storage answered {status}")
+        return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, f"access denied{told}")
+    return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"storage answered {status}{told}")
 
 
 @contextmanager
@@ -54,20 +70,25 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
             f"{where}: no server answers at {endpoint}; check AWS_ENDPOINT_URL and the network"
         ) from error
     except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
+        code = _code_of(error)
         if code == "NoSuchBucket":
             raise UserError(
                 f"{where}: there is no bucket '{bucket}' at {endpoint}; "
                 "create it, or correct the name"
             ) from error
-        if code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken"):
+        if code in _OF_CREDENTIALS:
             raise UserError(
                 f"{where}: {endpoint} does not accept these credentials ({code}); "
                 "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
             ) from error
+        if code == "RequestTimeTooSkewed":
+            raise UserError(
+                f"{where}: the clock of this machine and that of {endpoint} differ; set this one"
+            ) from error
         if status_of(error) == 403:
             raise UserError(
-                f"{where}: access denied ({code}); these credentials lack the permission for it"
+                f"{where}: access denied ({code or 403}); these credentials lack the permission "
+                "for it"
             ) from error
         raise UserError(f"{where}: {endpoint} answered {code or status_of(error)}") from error
     except BotoCoreError as error:
