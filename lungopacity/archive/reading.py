@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import posixpath
 import time
 import uuid
 from collections import deque
@@ -32,6 +33,10 @@ _SIDECAR_SUFFIXES = (
     ".cls", ".csv", ".htm", ".html", ".json", ".md", ".parquet", ".pdf",
     ".tsv", ".txt", ".xls", ".xml", ".yaml", ".yml",
 )  # fmt: skip
+
+_SIDECAR_NAMES = (".ds_store", "thumbs.db", "desktop.ini")
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
+"""Begins what macOS keeps of a file beside it, under `._` and its name (AppleDouble, RFC 1740)."""
 
 _GROUP_OBJECTS = 8
 """Fetched by one thread, one after another, before they are handed on: to hand over a small object
@@ -137,7 +142,7 @@ def _rows(
             for content in contents:
                 yield {
                     **file.columns,
-                    **_told_apart_from_sidecars(content, file.name),
+                    **_told_apart_from_sidecars(content, file),
                     "reading": found and found.reading,
                 }
             if found is not None:
@@ -306,11 +311,19 @@ def _of_object(columns: dict[str, Any]) -> dict[str, Any]:
     return {name: columns[name] for name in columns if name not in ("member", "member_index")}
 
 
-def _told_apart_from_sidecars(content: dict[str, Any], name: str) -> dict[str, Any]:
+def _told_apart_from_sidecars(content: dict[str, Any], file: _File) -> dict[str, Any]:
     not_an_image = content.get("error_code") == ErrorCode.NOT_AN_IMAGE
-    if not_an_image and name.lower().endswith(_SIDECAR_SUFFIXES):
+    if not_an_image and _is_sidecar(posixpath.basename(file.name), file.data or b""):
         return {**content, "status": Status.REJECTED.value}
     return content
+
+
+def _is_sidecar(name: str, data: bytes) -> bool:
+    return (
+        name.lower().endswith(_SIDECAR_SUFFIXES)
+        or name.lower() in _SIDECAR_NAMES
+        or (name.startswith("._") and data.startswith(_APPLE_DOUBLE))
+    )
 
 
 def _reported(error: Exception) -> Exception:

@@ -3,6 +3,7 @@ import hashlib
 import os
 import threading
 import time
+import zipfile
 from datetime import UTC, datetime
 
 import numpy as np
@@ -64,6 +65,28 @@ def test_sheets_beside_films_are_rejected_and_not_failures(tmp_path):
     open_store(str(tmp_path)).write("labels.csv", b"image,label\n")
     (row,) = read(str(tmp_path))
     assert (row["status"], row["error_code"]) == ("rejected", "not_an_image")
+
+
+def test_what_desktops_leave_beside_films_is_rejected_and_no_failure(tmp_path):
+    apple_double = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(200)
+    litter = {
+        "a/.DS_Store": b"\x00\x00\x00\x01Bud1" + bytes(200),
+        "a/Thumbs.db": b"\xd0\xcf\x11\xe0" + bytes(200),
+        "a/desktop.ini": b"[.ShellClassInfo]",
+        "__MACOSX/._1.dcm": apple_double,
+    }
+    others = {"._2.dcm": b"a cut film", "a.DS_Store": b"no image", "x/1.dcm": apple_double}
+    for name, data in (litter | others).items():
+        open_store(str(tmp_path)).write(f"loose/{name}", data)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        for name, data in (litter | others).items():
+            file.writestr(name, data)
+    rows = images(read(str(tmp_path)))
+    assert len(rows) == 2 * len(litter | others)
+    assert {row["error_code"] for row in rows} == {"not_an_image"}
+    for row in rows:
+        name = row["member"] or row["image"].removeprefix("loose/")
+        assert row["status"] == ("rejected" if name in litter else "failed"), name
 
 
 def test_members_of_a_shard_are_images_and_the_shard_is_closed(store_uri):
