@@ -34,8 +34,8 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 $(VENV)/.installed: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: Python 3.11 or newer is needed; give it as make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || \
+		{ echo "error: Python 3.11 to 3.14 is needed; give it as make PYTHON=python3.12"; exit 2; }
 	@echo "Setting up $(VENV): about 7 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes -r requirements.lock

@@ -7,6 +7,7 @@ evaluation, screening by Ray Data, SQL. Everything that it starts, it stops; als
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import signal
@@ -57,6 +58,8 @@ def main() -> None:
     began = time.monotonic()
     # A terminal's Ctrl-C and a supervisor's SIGTERM must both run the `with` blocks' ends.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # On this machine alone, wherever jobs may be submitted from here.
+    os.environ.pop("RAY_ADDRESS", None)
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     print(f"lungopacity demo on synthetic films. {NOTICE}")

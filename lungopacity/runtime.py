@@ -163,6 +163,11 @@ def _start_ray() -> bool:
     if ray.is_initialized():
         return False
     address = os.environ.get("RAY_ADDRESS") or "local"
+    if is_submission_address(address):
+        raise UserError(
+            f"RAY_ADDRESS is {address}, where jobs are submitted: run this with `ray job submit`, "
+            "or unset it to run on this machine alone"
+        )
     try:
         if address == "local":
             with environment(KEEP_FREED_MEMORY):
@@ -182,6 +187,11 @@ def _start_ray() -> bool:
     global _is_private
     _is_private = address == "local"
     return True
+
+
+def is_submission_address(address: str) -> bool:
+    """Whether it is that of a dashboard, which takes jobs and joins nobody."""
+    return address.startswith(("http://", "https://"))
 
 
 def _end_ray() -> None:

@@ -18,6 +18,7 @@ import pytest
 from lungopacity.cli import main
 from lungopacity.errors import NOTICE
 from lungopacity.models.folder import training_films_parquet
+from lungopacity.results.schema import evaluation_schema
 from lungopacity.storage import open_store
 from tests.films import dicom, encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model
@@ -175,7 +176,8 @@ def test_evaluate_writes_its_report(place, capfd):
     assert (report["images"], report["split"], report["notice"]) == (2, "test", NOTICE)
     written = {path.name for path in (place / "report").iterdir()}
     assert written >= {"metrics.parquet", "predictions.parquet", "confusion_matrix.png", "roc.png"}
-    assert "patient_id" not in pq.read_table(place / "report" / "predictions.parquet").column_names
+    scores = pq.read_schema(place / "report" / "predictions.parquet")
+    assert scores.equals(evaluation_schema(["Normal", "Lung_Opacity"]), check_metadata=True)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -138,6 +138,8 @@ def test_who_needs_no_ray_hears_nothing_of_one_that_cannot_be_had():
     assert first == "well"
     assert "Ray at '127.0.0.1:notaport' cannot be joined" in second
     assert "check RAY_ADDRESS" in second
+    _, second = run_script(script, RAY_ADDRESS="http://127.0.0.1:8265").stdout.splitlines()
+    assert "where jobs are submitted" in second
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from lungopacity.evaluation.table import (
     small_groups,
     with_interval,
 )
-from lungopacity.results.schema import class_column
+from lungopacity.results.schema import class_column, evaluation_schema
 from lungopacity.storage import Store
 
 _MOST_TOLD = 10
@@ -136,7 +136,7 @@ def write_tables(
     frame = data.images.assign(model_id=result.model_id, synthetic=result.synthetic)
     # Above 89 an age identifies (HIPAA safe harbour): 90 stands for all of them.
     ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
-    frame["patient_age_years"] = ages.clip(upper=90)
+    frame["patient_age_years"] = np.floor(ages.clip(upper=90))
     # Who the patient is does not belong into a report; which films are of one, `compare` needs.
     frame["patient_cluster"] = resampling.patient_N
     frame = frame.drop(columns="patient_id")
@@ -145,8 +145,10 @@ def write_tables(
         frame[class_column("logit", name)] = logits_NK[:, index]
     predicted = probabilities_NK.argmax(axis=1)
     frame["predicted_label"] = [result.class_names[index] for index in predicted]
-    scores = pa.Table.from_pandas(frame, preserve_index=False)
-    scores = scores.replace_schema_metadata({"notice": NOTICE})
+    schema = evaluation_schema(result.class_names)
+    scores = pa.Table.from_pandas(frame, schema, preserve_index=False)
+    # Without what it remembers of pandas.
+    scores = scores.replace_schema_metadata(schema.metadata)
     for name, content in (("metrics.parquet", table), ("predictions.parquet", scores)):
         sink = pa.BufferOutputStream()
         pq.write_table(content, sink, compression="zstd")

@@ -136,6 +136,35 @@ map's highest place, in pixels of the film as it is stored, null of a map of zer
 of the picture below the output. From `hit` on: see `Pointing`; null without boxes."""
 
 
+_CONTENT = {field.name: field for field in CONTENT_FIELDS}
+
+
+def evaluation_schema(class_names: Sequence[str]) -> pa.Schema:
+    """`predictions.parquet` of an evaluation's report: one row an image that was scored.
+
+    `source`: the object that the image lies in. `patient_cluster`: a number for each patient, that
+    means nothing in another report.
+    """
+    return pa.schema(
+        [
+            pa.field("image", pa.string(), nullable=False),
+            pa.field("label", pa.string(), nullable=False),
+            pa.field("split", pa.string()),
+            *(_CONTENT[name] for name in ("view_position", "patient_sex", "patient_age_years")),
+            pa.field("source", pa.string(), nullable=False),
+            *(_CONTENT[name] for name in ("content_sha256", "format", "rows", "columns")),
+            _CONTENT["photometric_interpretation"],
+            pa.field("model_id", pa.string(), nullable=False),
+            _CONTENT["synthetic"],
+            pa.field("patient_cluster", pa.int64(), nullable=False),
+            *(pa.field(class_column("p", name), pa.float32()) for name in class_names),
+            *(pa.field(class_column("logit", name), pa.float32()) for name in class_names),
+            pa.field("predicted_label", pa.string(), nullable=False),
+        ],
+        metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
+    )
+
+
 def class_column(prefix: str, class_name: str) -> str:
     """`p_Lung_Opacity`: a column that SQL takes without quotes, for any class name."""
     return f"{prefix}_{re.sub(r'[^0-9A-Za-z_]', '_', class_name)}"

@@ -213,8 +213,13 @@ def test_ray_up_takes_the_cluster_and_would_refuse_a_mistake():
     assert types[prepared["head_node_type"]]["resources"] == {"CPU": 0}
     assert types["gpu"]["resources"]["GPU"] == 1
     assert types["cpu"]["max_workers"] + types["gpu"]["max_workers"] <= prepared["max_workers"]
-    for node in types.values():
-        assert node["node_config"]["IamInstanceProfile"] == {"Name": "lungopacity-node"}
+    for name, node in types.items():
+        # The head alone may start machines; none takes Ray's image of 2022, too old for torch.
+        profile = "lungopacity-head" if name == prepared["head_node_type"] else "lungopacity-node"
+        assert node["node_config"]["IamInstanceProfile"] == {"Name": profile}
+        assert node["node_config"]["ImageId"].startswith("ami-")
+        (disk,) = node["node_config"]["BlockDeviceMappings"]
+        assert disk["Ebs"]["VolumeSize"] >= 256
     for name in ("cpu", "gpu"):
         assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     # A group's first node is there before the first job asks what the cluster has.
