@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.radiograph.grey import stretch_to_uint8
+from lungopacity.radiograph.grey import own_range, stretch_to_uint8
 
 _MAX_TABLE_BITS = 16
 
@@ -136,8 +136,10 @@ class _Transform:
         values = self.modality(values) if self.modality else values * self.slope + self.intercept
         return self.voi(values) if self.voi else values
 
-    def black_and_white(self, used: npt.NDArray[np.float64], dataset: Any) -> tuple[float, float]:
-        """What becomes black, and what white. `used`: the shown values that occur.
+    def black_and_white(
+        self, used_V: npt.NDArray[np.float64], counts_V: npt.NDArray[np.integer], dataset: Any
+    ) -> tuple[float, float]:
+        """What becomes black, and what white. used_V: the shown values that occur, and how often.
 
         A VOI LUT: the range of its entries. A window: all that it maps onto; taking what occurs
         instead would undo a window that clips nothing. Neither: all values of 8 bits, as other
@@ -150,7 +152,8 @@ class _Transform:
         if self.voi is None and self.modality is None and int(dataset.BitsStored) <= 8:
             ends = [end * self.slope + self.intercept for end in _stored_range(dataset)]
             return min(ends), max(ends)
-        return float(used.min()), float(used.max())
+        order = np.argsort(used_V, kind="stable")
+        return own_range(used_V[order], counts_V[order])
 
 
 def _windowed(
@@ -159,13 +162,16 @@ def _windowed(
     transform = _Transform.of(dataset)
     low, high = _stored_range(dataset)
     if stored.dtype.kind not in "iu" or high - low >= 2**_MAX_TABLE_BITS:
-        ends = transform.black_and_white(transform(used), dataset)
+        values_V, counts_V = np.unique(used, return_counts=True)
+        ends = transform.black_and_white(transform(values_V), counts_V, dataset)
         return stretch_to_uint8(transform(stored), *ends)
     table = transform(np.arange(low, high + 1))
-    present = np.zeros(len(table), np.bool_)
-    present[used.ravel().astype(np.int32) - low if low else used.ravel()] = True
-    greys = stretch_to_uint8(table, *transform.black_and_white(table[present], dataset))
-    grey: npt.NDArray[np.uint8] = greys[stored.astype(np.int32) - low if low else stored]
+    places = (stored.astype(np.int32) - low) if low else stored
+    used_places = (used.astype(np.int32) - low) if low else used
+    counts = np.bincount(used_places.ravel(), minlength=len(table))
+    present = np.flatnonzero(counts)
+    ends = transform.black_and_white(table[present], counts[present], dataset)
+    grey: npt.NDArray[np.uint8] = stretch_to_uint8(table, *ends)[places]
     return grey
 
 

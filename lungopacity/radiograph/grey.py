@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+_FEW = 0.02
+"""Of the pixels, at either end of their values: what may be text, a marker, or a dead detector."""
+
 
 def stretch_to_uint8(
     values: npt.NDArray[Any], low: float | None = None, high: float | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Map `low … high` (default: the image's own minimum and maximum) to 0 … 255, rounded.
+    """Map `low … high` (default: `own_range`) to 0 … 255, rounded.
 
     `values`: any shape. Values outside are clipped. A constant image becomes 0. Raises `ValueError`
     for values that are no numbers.
     """
-    low = float(values.min()) if low is None else low
-    high = float(values.max()) if high is None else high
+    if low is None or high is None:
+        low, high = _own_range_of(values)
     if not np.isfinite([low, high]).all():
         raise ValueError("grey values that are no numbers")
     if not high > low:
@@ -29,3 +32,33 @@ def stretch_to_uint8(
     scaled = (values - low) * (255.0 / (high - low))
     grey: npt.NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return grey
+
+
+def own_range(
+    values_V: npt.NDArray[np.floating], counts_V: npt.NDArray[np.integer]
+) -> tuple[float, float]:
+    """What becomes black and white of a picture that does not say so: all values that occur, but
+    not those far from the rest. Of a film of 12 bits under a line of text of 16, the text alone
+    would be seen.
+
+    values_V: the values that occur, rising, and how often. A value is far where it lies further
+    from the middle 96 % of the pixels than those are wide.
+    """
+    share_V = np.cumsum(counts_V) / counts_V.sum()
+    first, last = (float(values_V[np.searchsorted(share_V, share)]) for share in (_FEW, 1 - _FEW))
+    low, high, width = float(values_V[0]), float(values_V[-1]), last - first
+    if width > 0:
+        low = first if low < first - width else low
+        high = last if high > last + width else high
+    return low, high
+
+
+def _own_range_of(values: npt.NDArray[Any]) -> tuple[float, float]:
+    if not np.isfinite(values).all():
+        return np.nan, np.nan
+    if values.dtype == np.uint16:
+        counts_V = np.bincount(values.ravel(), minlength=2**16)
+        values_V = np.flatnonzero(counts_V)
+        return own_range(values_V.astype(np.float64), counts_V[values_V])
+    found_V, counts_V = np.unique(values, return_counts=True)
+    return own_range(found_V.astype(np.float64), counts_V)

@@ -12,11 +12,14 @@ Pixel = TypeVar("Pixel", bound=np.generic)
 
 _BLACK = 20
 """JPEG and film noise lift the black of a border up to here."""
+_DARK = 64
+"""A film whose 95th percentile is below is underexposed, and so is what is black on it."""
 _SPECKS = 0.01
 """Share of a row or column that may be brighter, and still be border."""
 _SAMPLED_SIDE = 512
 _LEAST_SIDE = 0.25
-"""Of the film's longer side: where less is left, it is no border that was found."""
+"""Of the film's longer side: where less is left of either side, it is no border that was found, but
+a line of text."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Preprocessing:
         step = max(1, max(height, width) // _SAMPLED_SIDE)
         # Summed as a product of matrices, a third of the time that `mean` takes of booleans. Counts
         # of so few pixels are exact in float32.
-        bright = (pixels[::step, ::step] > _BLACK).astype(np.float32)
+        coarse = pixels[::step, ::step]
+        bright = (coarse > _black_level(coarse)).astype(np.float32)
         down, across = bright.shape
         rows = np.flatnonzero(bright @ np.ones(across, np.float32) > _SPECKS * across)
         columns = np.flatnonzero(np.ones(down, np.float32) @ bright > _SPECKS * down)
@@ -75,7 +79,7 @@ class Preprocessing:
         left, top = int(columns[0]) * step, int(rows[0]) * step
         right = min(width, (int(columns[-1]) + 1) * step)
         bottom = min(height, (int(rows[-1]) + 1) * step)
-        large = max(right - left, bottom - top) >= _LEAST_SIDE * max(height, width)
+        large = min(right - left, bottom - top) >= _LEAST_SIDE * max(height, width)
         return (left, top, right, bottom) if large else whole
 
     def fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -127,3 +131,11 @@ class Preprocessing:
         assert square.shape == (size, size), square.shape
         top, left = (size - height) // 2, (size - width) // 2
         return square[top : top + height, left : left + width]
+
+
+def _black_level(pixels: npt.NDArray[np.uint8]) -> float:
+    """The brightest that may be border."""
+    few = pixels[::8, ::8].ravel()
+    place = int(0.95 * (few.size - 1))
+    bright = float(np.partition(few, place)[place])
+    return _BLACK * min(1.0, bright / _DARK)

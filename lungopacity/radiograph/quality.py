@@ -21,6 +21,13 @@ _BLACK, _WHITE = 8, 247
 _NEARLY_BLACK_FRACTION, _NEARLY_WHITE_FRACTION = 0.985, 0.9
 _BORDER_TOLERANCE, _BORDER_SPECKS, _CONTENT_FRACTION = 12, 0.02, 0.25
 _COLOURED_FRACTION = 0.1
+_MIN_JUDGED = 16
+"""Pixels of the shorter side; of fewer nobody can tell the polarity."""
+_BAR_SPECKS = 0.01
+_SPINES = np.linspace(0.34, 0.66, 17)
+"""Where the spine may stand, as shares of the width. The ninth is the middle."""
+
+Fractions = float | npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -90,26 +97,48 @@ def _is_inverted(content: npt.NDArray[np.uint8]) -> bool:
 
     A film cut to the lungs has a black surround, so a white one is inverted. On a full film the
     spine and heart are brighter than the lungs beside them, and what is above the shoulders is air.
+    A patient may lie beside the middle of the film: dark in the middle and bright beside it says
+    nothing where a spine that is as clearly bright stands elsewhere.
     """
-    height, width = content.shape
-    if height < 16 or width < 16:
+    if min(content.shape) < _MIN_JUDGED:
         return False
     frame = np.concatenate([content[0], content[-1], content[:, 0], content[:, -1]])
     if frame.mean() > 240 and (content >= _WHITE).mean() > 0.5:
         return True
-    if (content <= _BLACK).mean() >= 0.3:
+    # Collimation and padding are black whatever the polarity, and no part of the film.
+    film = _without_black_bars(content)
+    height, width = film.shape
+    if min(height, width) < _MIN_JUDGED or (film <= _BLACK).mean() >= 0.3:
         return False  # cut to the lungs: the spine is black here, whatever the polarity
-    middle = content[height // 4 : 3 * height // 4]
-    spine = middle[:, int(width * 0.45) : int(width * 0.55)].mean()
-    lungs = np.concatenate(
-        [
-            middle[:, int(width * 0.2) : int(width * 0.38)].ravel(),
-            middle[:, int(width * 0.62) : int(width * 0.8)].ravel(),
-        ]
-    ).mean()
-    corners = content[: height // 6, [*range(width // 8), *range(width - width // 8, width)]].mean()
-    centre = middle[:, width // 4 : 3 * width // 4].mean()
-    return bool(spine < lungs - 40 or (spine < lungs - 20 and corners > centre + 10))
+    middle = film[height // 4 : 3 * height // 4]
+    total_W = np.concatenate([[0.0], middle.mean(axis=0).cumsum()])
+
+    def mean(begin: Fractions, end: Fractions) -> npt.NDArray[np.float64]:
+        """Of the columns between two shares of the width."""
+        first, last = (np.multiply(share, width).astype(int) for share in (begin, end))
+        found: npt.NDArray[np.float64] = (total_W[last] - total_W[first]) / (last - first)
+        return found
+
+    at = _SPINES
+    rises = (
+        mean(at - 0.05, at + 0.05) - (mean(at - 0.30, at - 0.12) + mean(at + 0.12, at + 0.30)) / 2
+    )
+    if -rises.min() <= rises.max():
+        return False
+    rise = rises[len(rises) // 2]
+    corners = film[: height // 6, [*range(width // 8), *range(width - width // 8, width)]].mean()
+    centre = mean(0.25, 0.75)
+    return bool(rise < -40 or (rise < -20 and corners > centre + 10))
+
+
+def _without_black_bars(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """A view; all of it where all is black."""
+    bright = content > _BLACK
+    rows = np.flatnonzero(bright.mean(axis=1) > _BAR_SPECKS)
+    columns = np.flatnonzero(bright.mean(axis=0) > _BAR_SPECKS)
+    if not len(rows) or not len(columns):
+        return content
+    return content[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _content_fraction(content: npt.NDArray[np.uint8]) -> float:

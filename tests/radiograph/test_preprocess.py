@@ -76,6 +76,18 @@ def test_a_film_that_is_all_border_stays_whole(film):
     assert Preprocessing(crop_borders=True).crop(film).shape == film.shape
 
 
+def test_a_line_of_text_on_a_dark_film_is_not_what_is_left_of_it():
+    dark = (grey_film(height=400, width=400) // 16).astype(np.uint8)
+    dark[10:22, 20:180] = 255
+    assert min(Preprocessing(crop_borders=True).crop(dark).shape) > 340
+
+
+def test_of_an_underexposed_film_the_borders_alone_are_cut_away():
+    content = (grey_film(height=160, width=120).clip(60, None) // 8).astype(np.uint8)
+    left, top, right, bottom = Preprocessing(crop_borders=True).edges(bordered(content, 70))
+    assert (right - left, bottom - top) == (120, 160)
+
+
 def test_a_film_is_decoded_large_enough_to_be_cut():
     assert Preprocessing(image_size=100, crop_borders=True).at_least == 200
     assert Preprocessing(image_size=100).at_least == 100

@@ -86,6 +86,29 @@ def test_drawn_chest_films_raise_no_flag_and_their_negatives_are_inverted(seed):
     assert "inverted" in flags(255 - film)
 
 
+def moved(film: np.ndarray, share: float) -> np.ndarray:
+    """The patient lies beside the middle; what comes in on the other side is air."""
+    columns = round(share * film.shape[1])
+    air = np.zeros((len(film), abs(columns)), film.dtype)
+    if columns > 0:
+        return np.hstack([air, film[:, :-columns]])
+    return np.hstack([film[:, -columns:], air])
+
+
+@pytest.mark.parametrize("share", [-0.2, -0.12, 0.12, 0.2])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_patient_beside_the_middle_is_no_negative(seed, share):
+    assert "inverted" not in flags(moved(phantom(seed), share))
+
+
+@pytest.mark.parametrize("bars", [((0, 0), (40, 0)), ((0, 0), (0, 40)), ((0, 120), (0, 0))])
+@pytest.mark.parametrize("seed", range(6))
+def test_collimation_hides_no_negative_and_makes_none(seed, bars):
+    """It is black whatever the polarity."""
+    assert "inverted" not in flags(np.pad(phantom(seed), bars))
+    assert "inverted" in flags(np.pad(255 - phantom(seed), bars))
+
+
 def test_the_default_rejections_are_flags_and_leave_the_doubtful_ones_out():
     assert set(REJECTED_BY_DEFAULT) < set(QUALITY_FLAGS)
     assert not {"low_contrast", "heavy_borders", "odd_aspect"} & set(REJECTED_BY_DEFAULT)
@@ -108,3 +131,12 @@ def test_a_full_film_whose_header_lies_about_its_polarity_is_found():
     found = {path.name: flags(one_film(path.read_bytes())) for path in DICOM_FOLDER.glob("*.dcm")}
     assert {name for name, raised in found.items() if raised} == {"Fake_MONOHR1.dcm"}
     assert found["Fake_MONOHR1.dcm"] == {"inverted"}
+
+
+@needs_real_data
+@pytest.mark.parametrize("share", [-0.2, -0.1, 0.1, 0.15, 0.2])
+def test_real_patients_beside_the_middle_are_no_negatives(share):
+    films = [one_film(path.read_bytes()) for path in DICOM_FOLDER.glob("*.dcm")]
+    upright = [film.pixels for film in films if "inverted" not in flags(film)]
+    assert len(upright) >= 6
+    assert not any("inverted" in flags(moved(film, share)) for film in upright)
