@@ -19,7 +19,7 @@ from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.lease import Lease
-from lungopacity.screening.plan import choose, unfinished_runs
+from lungopacity.screening.plan import RunStart, choose, unfinished_runs
 from lungopacity.screening.screen import inventory_at, run_job
 from lungopacity.storage import Store, open_store
 
@@ -72,18 +72,15 @@ def nightly(
         try:
             job = screening_job(model, results, **options)
             runs = []
-            for run_id in _unfinished(job, archive):
-                log.info("run %s of an earlier night is finished first", run_id)
-                uri = open_store(archive).uri
-                runs.append(
-                    run_job(
-                        job,
-                        Inventory(uri, iter(())),
-                        time.monotonic(),
-                        run_id=run_id,
-                        before_commit=lease.check,
-                    )
-                )
+            for start in _unfinished(job, inventory_at(archive, inventory).uri):
+                log.info("run %s of an earlier night is finished first", start.run_id)
+                try:
+                    runs.append(_finished(job, start, lease))
+                except UserError as error:
+                    # What stops all work stops tonight's own run, too; what stops this one alone
+                    # must not stop every night.
+                    lease.check()
+                    log.warning("run %s could not be finished: %s", start.run_id, error)
             began = time.monotonic()
             listed = inventory_at(archive, inventory)
             runs.append(
@@ -105,6 +102,16 @@ def nightly(
     return night
 
 
+def _finished(job: ScreeningJob, start: RunStart, lease: Lease) -> ScreeningResult:
+    return run_job(
+        job,
+        Inventory(start.archive, iter(())),
+        time.monotonic(),
+        run_id=start.run_id,
+        before_commit=lease.check,
+    )
+
+
 def _rehearsed(
     store: Store,
     archive: str,
@@ -122,7 +129,7 @@ def _rehearsed(
         store.uri,
         (),
         planned=sum(file.rows for file in files),
-        unfinished=tuple(_unfinished(job, archive)),
+        unfinished=tuple(start.run_id for start in _unfinished(job, listed.uri)),
     )
 
 
@@ -130,14 +137,16 @@ def _history(job: ScreeningJob, archive: str) -> History:
     return History.read(job.results, archive, job.model.model_id, job.rules, job.pseudonyms)
 
 
-def _unfinished(job: ScreeningJob, archive: str) -> list[str]:
-    """Runs that earlier nights left behind, and that may be taken up as they were begun."""
-    uri = open_store(archive).uri
+def _unfinished(job: ScreeningJob, archive: str) -> list[RunStart]:
+    """Runs that earlier nights left behind, and that may be taken up as they were begun.
+
+    archive: `Inventory.uri`.
+    """
     return [
-        start.run_id
+        start
         for start in unfinished_runs(job.results)
         if start.nightly
-        and (start.archive, start.model_id) == (uri, job.model.model_id)
+        and (start.archive, start.model_id) == (archive, job.model.model_id)
         and dict(start.rules) == job.rules
     ]
 

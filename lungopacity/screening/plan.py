@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,12 +21,19 @@ from lungopacity.results.folder import (
     read_run,
     work_prefix,
 )
-from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.results.schema import PLAN_SCHEMA, part_schema
 from lungopacity.results.workbench import ExportedFile, export, quoted, spool, workbench
 from lungopacity.screening.history import History
 from lungopacity.storage import ConflictError, Store
 
+log = logging.getLogger(__name__)
+
 _START = "run.json"
+_COLUMNS = hashlib.sha256(
+    repr([(field.name, str(field.type)) for field in (*PLAN_SCHEMA, *part_schema(()))]).encode()
+).hexdigest()[:16]
+"""What this version writes below `_work/`, but for the model's classes. A version with a column
+more could not put its part files and those of before together."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class RunStart:
     """What is scored and what is rejected, and the fingerprint of the key for names."""
     nightly: bool = False
     """Whether a later night may take it up by itself."""
+    columns: str = ""
+    """Of its files, see `_COLUMNS`."""
 
     @property
     def screened_on(self) -> str:
@@ -107,6 +118,7 @@ def make_plan(
             files=tuple(f"plan-{uuid.uuid4().hex}-{number:05d}" for number in range(len(files))),
             rules=dict(rules or {}),
             nightly=nightly,
+            columns=_COLUMNS,
         )
         for name, file in zip(start.files, files, strict=True):
             results.write(f"{work_prefix(run_id)}{name}.parquet", file.path.read_bytes())
@@ -125,27 +137,55 @@ def make_plan(
 
 
 def read_start(results: Store, run_id: str) -> RunStart | None:
-    """What an unpublished run was started with; None where no such run was planned."""
+    """What an unpublished run was started with; None where no such run was planned.
+
+    Raises `UserError` where this version cannot go on with it.
+    """
     key = f"{work_prefix(run_id)}{_START}"
     if results.head(key) is None:
         return None
-    try:
-        told = json.loads(results.read(key))
-        return RunStart(**told | {"files": tuple(told["files"])})
-    except (ImageError, ValueError, TypeError, KeyError) as error:
+    start = _start_at(results, key)
+    if start is None:
         raise UserError(
             f"run '{run_id}' cannot be taken up again: {results.uri}/{key} is damaged or of "
             "another version of lungopacity; choose another --run-id"
-        ) from error
+        )
+    return start
 
 
-def unfinished_runs(results: Store) -> Iterator[RunStart]:
-    """Runs that were planned and are not published, oldest first."""
-    keys = [item.key for item in results.list(f"{WORK}/") if item.key.endswith(f"/{_START}")]
-    starts = [read_start(results, key.split("/")[1]) for key in keys]
-    for start in sorted(filter(None, starts), key=lambda start: start.started_at):
-        if read_run(results, start.run_id) is None:
-            yield start
+def _start_at(results: Store, key: str) -> RunStart | None:
+    """None where it is damaged or of another version."""
+    try:
+        told = json.loads(results.read(key))
+        start = RunStart(**told | {"files": tuple(told["files"])})
+    except (ImageError, ValueError, TypeError, KeyError):
+        return None
+    return start if start.columns == _COLUMNS else None
+
+
+def unfinished_runs(results: Store) -> list[RunStart]:
+    """Runs that were planned and are not published, oldest first.
+
+    Without those that cannot be taken up: no run has published their objects, so that the next
+    plan holds them anyway. A warning names them.
+    """
+    starts = []
+    for item in results.list(f"{WORK}/"):
+        if not item.key.endswith(f"/{_START}"):
+            continue
+        if read_run(results, item.key.split("/")[1]) is not None:
+            continue
+        start = _start_at(results, item.key)
+        if start is None:
+            log.warning(
+                "%s/%s is damaged or of another version of lungopacity: this run is not finished, "
+                "its objects are screened anew, and `lungopacity clean` will remove it",
+                results.uri,
+                item.key,
+            )
+        else:
+            starts.append(start)
+    return sorted(starts, key=lambda start: start.started_at)
 
 
 def choose(

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
 
-from lungopacity.errors import ImageError
+from lungopacity.errors import ImageError, UserError
 from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run
 from lungopacity.results.schema import PLAN_SCHEMA, part_schema, predictions_schema
 from lungopacity.results.workbench import export, quoted, view_of_files, workbench
@@ -167,7 +168,8 @@ class Collected:
 def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[Collected]:
     """Read every part file of the run.
 
-    Raises `UserError` where another job has published the run meanwhile, and removed them.
+    Raises `UserError` where another job has published the run meanwhile, and removed them; and
+    where one cannot be read.
     """
     with workbench() as (connection, folder):
         keys = [
@@ -187,12 +189,22 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
         except ImageError as error:
             if read_run(results, plan.start.run_id) is not None:
                 raise published_meanwhile(plan.start.run_id) from error
-            raise
-        view_of_files(connection, "written", local, part_schema(class_names))
-        view_of_files(connection, "plan", plan.files, PLAN_SCHEMA)
-        connection.execute(_WHOLE_READINGS)
-        connection.execute(_DONE)
+            raise _unreadable(plan, error.message) from error
+        try:
+            view_of_files(connection, "written", local, part_schema(class_names))
+            view_of_files(connection, "plan", plan.files, PLAN_SCHEMA)
+            connection.execute(_WHOLE_READINGS)
+            connection.execute(_DONE)
+        except duckdb.Error as error:
+            raise _unreadable(plan, str(error).splitlines()[0]) from error
         yield Collected(plan, tuple(class_names), connection, folder)
+
+
+def _unreadable(plan: Plan, why: str) -> UserError:
+    return UserError(
+        f"run '{plan.start.run_id}' cannot go on: a part file below {plan.work} cannot be read "
+        f"({why}); choose another --run-id"
+    )
 
 
 def remove_work(results: Store, plan: Plan) -> None:

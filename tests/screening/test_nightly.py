@@ -1,0 +1,131 @@
+"""Nights without Ray: their bookkeeping. What a film scores does not matter here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lungopacity.archive.inventory import list_archive
+from lungopacity.results.query import query
+from lungopacity.results.schema import part_schema
+from lungopacity.results.workbench import parquet_bytes
+from lungopacity.screening import screen
+from lungopacity.screening.job import ScreeningJob, screening_job
+from lungopacity.screening.nightly import Night, nightly
+from lungopacity.screening.plan import Plan, make_plan
+from lungopacity.storage import open_store
+from tests.films import tar
+from tests.models.tiny import write_tiny_model
+
+
+class Place:
+    """An archive of four objects, a model, results, and what each object is said to be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.archive = open_store(str(folder / "archive"))
+        for name in ("Adams.png", "Baker.png", "Clark.png", "Davis.png"):
+            self.archive.write(name, name.encode())
+        self.model = str(folder / "model")
+        write_tiny_model(self.model)
+        self.results = str(folder / "results")
+        self.store = open_store(self.results)
+        self.failing: dict[str, str] = {}
+        """Error codes by object."""
+
+    def night(self, **options) -> Night:
+        return nightly(self.archive.uri, self.model, self.results, **options)
+
+    def job(self, **options) -> ScreeningJob:
+        return screening_job(self.model, self.results, **options)
+
+    def status(self) -> dict:
+        return json.loads(self.store.read("status.json"))
+
+    def screened(self, run_id: str) -> list[str]:
+        rows = query(self.results, f"SELECT image FROM predictions WHERE run_id = '{run_id}'")
+        return rows["image"].to_pylist()
+
+    def write_parts(
+        self, plan: Plan, objects: pa.Table, change: Callable[[pa.Table], pa.Table] | None = None
+    ) -> None:
+        rows = [
+            {**row, "screened_at": datetime.now(UTC), **self._outcome(row["image"])}
+            for row in objects.to_pylist()
+        ]
+        table = pa.Table.from_pylist(rows, schema=part_schema(("Normal", "Lung_Opacity")))
+        table = table if change is None else change(table)
+        self.store.write(f"{plan.work}attempt=0/part.parquet", parquet_bytes(table))
+
+    def _outcome(self, image: str) -> dict:
+        if code := self.failing.get(image):
+            return {"status": "failed", "error_code": code}
+        return {"status": "ok", "p_Normal": 0.25, "p_Lung_Opacity": 0.75, "decision": "positive"}
+
+    def killed(
+        self,
+        run_id: str = "killed",
+        archive: str = "",
+        change: Callable[[pa.Table], pa.Table] | None = None,
+        **options,
+    ) -> Plan:
+        """A night that was killed before it published what it had screened."""
+        job = self.job(**options)
+        with TemporaryDirectory() as folder:
+            plan = make_plan(
+                job.results, list_archive(archive or self.archive.uri), job.model.model_id, run_id,
+                Path(folder), rules=job.rules, nightly=True,
+            )  # fmt: skip
+            for file in plan.files:
+                self.write_parts(plan, pq.read_table(file), change)
+        return plan
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Place:
+    place = Place(tmp_path)
+    monkeypatch.setattr(
+        screen, "_run_pipeline", lambda _job, plan, todo: place.write_parts(plan, todo)
+    )
+    return place
+
+
+def test_a_killed_night_is_finished_first(place):
+    place.killed()
+    finished, own = place.night().runs
+    assert (finished.run_id, finished.images, own.images) == ("killed", 4, 0)
+
+
+def test_a_killed_night_over_one_shard_is_finished_too(place):
+    place.archive.write("x/one.tar", tar({"a.png": b"x"}))
+    shard = f"{place.archive.uri}/x/one.tar"
+    place.killed(archive=shard)
+    assert nightly(shard, place.model, place.results, dry_run=True).unfinished == ("killed",)
+    assert [run.images for run in nightly(shard, place.model, place.results).runs] == [1, 0]
+
+
+@pytest.mark.parametrize("start", [b"{}", b"not json", "of another version"])
+def test_a_run_of_before_that_cannot_be_taken_up_does_not_stop_the_night(place, start, caplog):
+    plan = place.killed(change=lambda rows: rows.drop_columns("ensemble_disagreement"))
+    if isinstance(start, str):
+        told = json.loads(place.store.read(f"{plan.work}run.json"))
+        start = json.dumps({**told, "columns": "0123456789abcdef"}).encode()
+    place.store.write(f"{plan.work}run.json", start)
+    (own,) = place.night().runs
+    assert (own.images, own.exit_code) == (4, 0)
+    assert "_work/killed/run.json is damaged or of another version" in caplog.text
+
+
+def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(place, caplog):
+    plan = place.killed()
+    place.store.write(f"{plan.work}attempt=0/part.parquet", b"PAR1 no more")
+    (own,) = place.night().runs
+    assert own.images == 4
+    assert "run killed could not be finished" in caplog.text
