@@ -80,7 +80,10 @@ their middle `shown_height` x `shown_width` are of the film, the rest is padding
 left, top, right and bottom of what is shown, in pixels of the stored image."""
 
 PLAN_SCHEMA = pa.schema([*SOURCE_FIELDS[:1], *SOURCE_FIELDS[4:], pa.field("is_shard", pa.bool_())])
-"""The inventory, and the plan made of it: one row an object."""
+"""The inventory, and what is read of it: one row an object."""
+
+PLANNED_SCHEMA = PLAN_SCHEMA.append(pa.field("repeated", pa.bool_(), nullable=False))
+"""A plan; `repeated`: a published run has tried the object already, as it is now."""
 
 METRICS_SCHEMA = pa.schema(
     [

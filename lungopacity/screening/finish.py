@@ -35,6 +35,10 @@ class ScreeningResult:
     ok: int
     rejected: int
     failed: int
+    repeated: int
+    """Images of objects that a published run has tried already, as they are."""
+    failed_again: int
+    """Of them, those that could not be read this time either."""
     positive: int
     """Decided positive at the model's operating point."""
     explained: int
@@ -49,8 +53,10 @@ class ScreeningResult:
 
     @property
     def broken(self) -> bool:
-        """More images failed than may."""
-        return self.failed > self.max_failed_fraction * self.images
+        """More images failed than may. Those that were tried before do not count: an object that
+        can never be read would call every quiet night broken."""
+        failed, images = self.failed - self.failed_again, self.images - self.repeated
+        return failed > self.max_failed_fraction * images
 
     @property
     def exit_code(self) -> int:
@@ -84,6 +90,10 @@ def publish_run(
             "SELECT coalesce(bool_or(synthetic), false), count(label), "
             "count(*) FILTER (decision = 'positive'), count(explanation) FROM predictions",
         ).fetchall()
+        ((repeated, failed_again),) = collected.connection.execute(
+            "SELECT count(*), count(*) FILTER (status = 'failed') FROM final "
+            "SEMI JOIN (SELECT image FROM plan WHERE repeated) USING (image)"
+        ).fetchall()
     synthetic = synthetic or spec.synthetic
     counts = {status: int(metric_value(metrics, f"images_{status}") or 0) for status in Status}
     result = ScreeningResult(
@@ -94,6 +104,8 @@ def publish_run(
         ok=counts[Status.OK],
         rejected=counts[Status.REJECTED],
         failed=counts[Status.FAILED],
+        repeated=repeated,
+        failed_again=failed_again,
         positive=positive,
         explained=explained,
         synthetic=synthetic,
@@ -138,6 +150,7 @@ def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str,
         "objects": start.objects,
         "images": result.images,
         "counts": {status.value: getattr(result, status.value) for status in Status},
+        "failed_again": result.failed_again,
         "positive": result.positive,
         "explained": result.explained,
         "broken": result.broken,

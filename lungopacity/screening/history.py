@@ -58,7 +58,7 @@ class History:
         return History(results, runs, rules, pseudonyms if hashed else None)
 
     def load(self, connection: Any) -> None:
-        """Create the table `screened` (name, version, again) in DuckDB; see `_number`.
+        """Create the table `screened` (name, version, again, place) in DuckDB; see `_number`.
 
         Raises `UserError` where a file that a commit record names cannot be read.
         """
@@ -77,7 +77,8 @@ class History:
             connection.execute(f"""
                 CREATE TABLE screened AS
                 SELECT name, arg_max(version, place) AS version,
-                       max(2 * place + again::INTEGER) % 2 = 1 AS again
+                       max(2 * place + again::INTEGER) % 2 = 1 AS again,
+                       max(place) AS place
                 FROM (
                     SELECT {_number("image")} AS name, {_VERSION} AS version, place,
                            (status = {quoted(Status.FAILED.value)}
@@ -95,12 +96,16 @@ class History:
         if self.pseudonyms is not None:
             connection.create_function("hashed", self.pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
 
-    def without_screened(self, listed: str) -> str:
-        """SQL of the rows of the table `listed` that have to be screened; after `load`."""
+    def to_screen(self, listed: str) -> str:
+        """SQL of the rows of the table `listed` that have to be screened; after `load`.
+
+        `tried`: place of the newest run that tried the object as it is now; null where none did.
+        """
         name = "image" if self.pseudonyms is None else "hashed(image)"
         return f"""
-            SELECT {listed}.* FROM {listed} ANTI JOIN (SELECT * FROM screened WHERE NOT again) known
+            SELECT {listed}.*, known.place AS tried FROM {listed} LEFT JOIN screened known
             ON {_number(name)} = known.name AND {_VERSION} = known.version
+            WHERE known.name IS NULL OR known.again
         """
 
 

@@ -177,6 +177,7 @@ class _Status:
             "runs": [run.run_id for run in runs],
             "images": sum(run.images for run in runs),
             "counts": counts,
+            "failed_again": sum(run.failed_again for run in runs),
             "positive": sum(run.positive for run in runs),
             "broken": any(run.broken for run in runs),
             "drift": {run.run_id: [_told(shift) for shift in run.drift] for run in runs},

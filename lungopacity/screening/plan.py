@@ -21,7 +21,7 @@ from lungopacity.results.folder import (
     read_run,
     work_prefix,
 )
-from lungopacity.results.schema import PLAN_SCHEMA, part_schema
+from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
 from lungopacity.results.workbench import ExportedFile, export, quoted, spool, workbench
 from lungopacity.screening.history import History
 from lungopacity.storage import ConflictError, Store
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _START = "run.json"
 _COLUMNS = hashlib.sha256(
-    repr([(field.name, str(field.type)) for field in (*PLAN_SCHEMA, *part_schema(()))]).encode()
+    repr([(field.name, str(field.type)) for field in (*PLANNED_SCHEMA, *part_schema(()))]).encode()
 ).hexdigest()[:16]
 """What this version writes below `_work/`, but for the model's classes. A version with a column
 more could not put its part files and those of before together."""
@@ -67,7 +67,7 @@ class Plan:
 
     start: RunStart
     files: tuple[Path, ...]
-    """On this machine: `PLAN_SCHEMA`, sorted by `image`, up to a million objects each."""
+    """On this machine: `PLANNED_SCHEMA`, sorted by `image`, up to a million objects each."""
     resumed: bool
 
     @property
@@ -95,8 +95,8 @@ def make_plan(
 ) -> Plan:
     """Plan the run, or take up the plan of an attempt under this id that was not published.
 
-    `folder`: on this machine, for the plan's files. `limit`: only the first so many objects, by
-    key. `history`: leaves out what published runs have screened. `nightly`: marks the run as one
+    `folder`: on this machine, for the plan's files. `limit`: only so many objects, see `choose`.
+    `history`: leaves out what published runs have screened. `nightly`: marks the run as one
     that a later night may take up. Raises `UserError` where the run
     is published already, or was started with another archive, model or other `rules`, and where
     the inventory names an object twice.
@@ -191,7 +191,11 @@ def unfinished_runs(results: Store) -> list[RunStart]:
 def choose(
     inventory: Inventory, folder: Path, limit: int | None, history: History | None
 ) -> list[ExportedFile]:
-    """Files in `folder` of the objects to screen, sorted by key."""
+    """Files in `folder` of the objects to screen: `PLANNED_SCHEMA`, sorted by key.
+
+    Where `limit` leaves some out, these are what was tried most recently, then the last by key: or
+    objects that fail every night would keep all others waiting for ever.
+    """
     listed = folder / "inventory.parquet"
     spool(inventory.tables, PLAN_SCHEMA, listed)
     with workbench() as (connection, _):
@@ -202,15 +206,16 @@ def choose(
         ).fetchall()
         if twice:
             raise UserError(f"the inventory names {twice} objects more than once; take it again")
-        chosen = "listed"
+        chosen = "SELECT *, NULL AS tried FROM listed"
         if history is not None:
             history.load(connection)
-            chosen = f"({history.without_screened('listed')})"
-        first = "" if limit is None else f" LIMIT {limit}"
+            chosen = history.to_screen("listed")
+        if limit is not None:
+            chosen = f"SELECT * FROM ({chosen}) ORDER BY tried NULLS FIRST, image LIMIT {limit}"
         files = export(
             connection,
-            f"SELECT * FROM {chosen} ORDER BY image{first}",
-            PLAN_SCHEMA,
+            f"SELECT *, tried IS NOT NULL AS repeated FROM ({chosen}) ORDER BY image",
+            PLANNED_SCHEMA,
             folder,
             "plan",
         )

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run
-from lungopacity.results.schema import PLAN_SCHEMA, part_schema, predictions_schema
+from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.results.workbench import export, quoted, view_of_files, workbench
 from lungopacity.screening.plan import Plan
 from lungopacity.screening.pseudonyms import Pseudonyms, write_key_map
@@ -75,8 +75,8 @@ class Collected:
     folder: Path
 
     def missing(self, folder: Path, stem: str) -> list[Path]:
-        """Files of the objects that still have to be screened, as `Plan.files`; none if all are
-        done. `folder` is the caller's."""
+        """Files of the objects that still have to be screened, sorted as `Plan.files`; none if all
+        are done. `folder` is the caller's."""
         files = export(
             self.connection,
             "SELECT * FROM plan ANTI JOIN done USING (image) ORDER BY image",
@@ -192,7 +192,7 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
             raise _unreadable(plan, error.message) from error
         try:
             view_of_files(connection, "written", local, part_schema(class_names))
-            view_of_files(connection, "plan", plan.files, PLAN_SCHEMA)
+            view_of_files(connection, "plan", plan.files, PLANNED_SCHEMA)
             connection.execute(_WHOLE_READINGS)
             connection.execute(_DONE)
         except duckdb.Error as error:

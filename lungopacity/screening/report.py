@@ -44,6 +44,10 @@ def summary(result: ScreeningResult) -> str:
         + (f", {result.explained} with a picture" if result.explained else ""),
         f"  time      {result.seconds:.1f} s, {result.images / result.seconds:.1f} images/s",
     ]
+    if result.failed_again:
+        lines.insert(
+            2, f"  again     {result.failed_again} of these could not be read before either"
+        )
     lines += [
         f"  {metric.class_name}: {metric.value:.0f}"
         for metric in result.metrics

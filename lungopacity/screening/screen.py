@@ -21,6 +21,7 @@ from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import Status, UserError
 from lungopacity.models.compiled import loaded
 from lungopacity.progress import Progress
+from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.runtime import done_with_ray, end_if_told, ray_ahead, ray_session, resolve_gpu
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.finish import ScreeningResult, publish_run
@@ -145,7 +146,7 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path) -> None
             log.warning("%d objects were lost on the way and are read again", _rows(todo))
         for path in todo:
             with _surviving_lost_nodes():
-                _run_pipeline(job, plan, pq.read_table(path))
+                _run_pipeline(job, plan, pq.read_table(path, columns=PLAN_SCHEMA.names))
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, f"round-{number}")
     if todo:

@@ -20,6 +20,7 @@ from lungopacity.screening import screen
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.nightly import Night, nightly
 from lungopacity.screening.plan import Plan, make_plan
+from lungopacity.screening.report import summary
 from lungopacity.storage import open_store
 from tests.films import tar
 from tests.models.tiny import write_tiny_model
@@ -129,3 +130,34 @@ def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(plac
     (own,) = place.night().runs
     assert own.images == 4
     assert "run killed could not be finished" in caplog.text
+
+
+def test_what_fails_every_night_keeps_nothing_else_waiting(place):
+    place.failing = dict.fromkeys(("Adams.png", "Baker.png"), "forbidden")
+    nights = [place.night(max_images=2).runs[0].run_id for _ in range(3)]
+    assert [place.screened(run_id) for run_id in nights] == [
+        ["Adams.png", "Baker.png"],
+        ["Clark.png", "Davis.png"],
+        ["Adams.png", "Baker.png"],
+    ]
+    # Of these, too, the one that was tried longest ago comes first.
+    (one,) = place.night(max_images=1).runs
+    (other,) = place.night(max_images=1).runs
+    assert place.screened(one.run_id) + place.screened(other.run_id) == [
+        "Adams.png",
+        "Baker.png",
+    ]
+
+
+def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
+    place.failing = {"Adams.png": "forbidden"}
+    (first,) = place.night(max_failed_fraction=0.5).runs
+    assert (first.failed, first.failed_again, first.exit_code) == (1, 0, 1)
+    (quiet,) = place.night().runs
+    assert (quiet.images, quiet.failed_again, quiet.broken, quiet.exit_code) == (1, 1, False, 1)
+    assert "again     1 of these could not be read before either" in summary(quiet)
+    assert (place.status()["failed_again"], place.status()["broken"]) == (1, False)
+    place.failing["new.png"] = "forbidden"
+    place.archive.write("new.png", b"x")
+    (night,) = place.night().runs
+    assert (night.failed, night.failed_again, night.exit_code) == (2, 1, 2)

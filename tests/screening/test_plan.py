@@ -7,7 +7,7 @@ import pytest
 from lungopacity.archive.inventory import Inventory, list_archive
 from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run
-from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.results.schema import PLANNED_SCHEMA
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, unfinished_runs
 from lungopacity.storage import open_store
 
@@ -25,7 +25,7 @@ def planned(results, archive: str, model: str, run_id: str, folder: Path, **opti
 
 
 def objects(plan: Plan) -> pa.Table:
-    return pa.concat_tables([PLAN_SCHEMA.empty_table(), *map(pq.read_table, plan.files)])
+    return pa.concat_tables([PLANNED_SCHEMA.empty_table(), *map(pq.read_table, plan.files)])
 
 
 def test_the_plan_is_the_inventory_in_order_or_its_first_objects(archive, store_uri, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run
-from lungopacity.results.schema import PLAN_SCHEMA, part_schema, predictions_schema
+from lungopacity.results.schema import PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.results.workbench import parquet_bytes
 from lungopacity.screening.plan import Plan, RunStart
 from lungopacity.screening.publish import collect, remove_work
@@ -24,11 +24,14 @@ SOURCE = {"source_etag": "e", "source_size_bytes": 1, "source_modified_at": NOW}
 
 
 def plan_of(folder: Path, loose: list[str], shards: list[str]) -> Plan:
-    rows = [{"image": name, **SOURCE, "is_shard": name in shards} for name in [*loose, *shards]]
+    rows = [
+        {"image": name, **SOURCE, "is_shard": name in shards, "repeated": False}
+        for name in [*loose, *shards]
+    ]
     start = RunStart("run", "model", "archive", NOW.isoformat(), len(rows), ("plan",))
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(
-        pa.Table.from_pylist(rows, schema=PLAN_SCHEMA).sort_by("image"), folder / "plan.parquet"
+        pa.Table.from_pylist(rows, schema=PLANNED_SCHEMA).sort_by("image"), folder / "plan.parquet"
     )
     return Plan(start, (folder / "plan.parquet",), False)
 
