@@ -121,12 +121,14 @@ class Collected:
             raise RuntimeError(f"{unplanned} objects are not of the plan, {missing} have no row")
 
     def write(self, results: Store, pseudonyms: Pseudonyms | None) -> list[dict[str, Any]]:
-        """Put the compact, sorted files of the table `final`; each one's key, rows and hash.
+        """Put the compact files of the table `final`, sorted by `image`; each one's key, rows and
+        hash.
 
         `pseudonyms`: with a key map, names of objects are hashed in the files.
         """
         start = self.plan.start
         names: dict[str, str] = {}
+        rows = "SELECT * FROM final ORDER BY image, member_index, frame"
         hide = None
 
         def hash_names(rows: pa.Table) -> pa.Table:
@@ -137,9 +139,16 @@ class Collected:
 
         if pseudonyms is not None and pseudonyms.key_map is not None:
             hide = hash_names
+            # In the order of their names, the rows would tell which name may hide behind which.
+            self.connection.create_function("hashed", pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
+            rows = (
+                "SELECT final.* FROM final JOIN (SELECT image, hashed(image) AS hash"
+                " FROM (SELECT DISTINCT image FROM final)) USING (image)"
+                " ORDER BY hash, member_index, frame"
+            )
         exported = export(
             self.connection,
-            "SELECT * FROM final ORDER BY image, member_index, frame",
+            rows,
             predictions_schema(self.class_names),
             self.folder,
             "predictions",

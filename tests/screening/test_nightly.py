@@ -20,6 +20,7 @@ from lungopacity.screening import screen
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.nightly import Night, nightly
 from lungopacity.screening.plan import Plan, make_plan
+from lungopacity.screening.pseudonyms import read_key_map
 from lungopacity.screening.report import summary
 from lungopacity.storage import open_store
 from tests.films import tar
@@ -130,6 +131,19 @@ def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(plac
     (own,) = place.night().runs
     assert own.images == 4
     assert "run killed could not be finished" in caplog.text
+
+
+def test_hashed_names_lie_in_the_order_of_their_hashes(place, tmp_path):
+    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
+    place.archive.write("Evans.tar", b"x")
+    run = place.night(hmac_key=str(tmp_path / "key"), hash_keys=True).runs[0]
+    (key,) = [item.key for item in place.store.list("predictions/")]
+    hashes = pq.read_table(f"{place.results}/{key}")["image"].to_pylist()
+    assert hashes == sorted(hashes)
+    names = read_key_map(f"{place.results}-key-map", run.run_id)
+    assert sorted(names[hashed] for hashed in hashes) == [
+        "Adams.png", "Baker.png", "Clark.png", "Davis.png", "Evans.tar",
+    ]  # fmt: skip
 
 
 def test_what_fails_every_night_keeps_nothing_else_waiting(place):
