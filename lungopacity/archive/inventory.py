@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import chain, islice
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lungopacity.archive.containers import SHARD_SUFFIXES
 from lungopacity.errors import UserError
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.storage import ObjectInfo, Store, open_store, split_uri
+
+log = logging.getLogger(__name__)
 
 _ROWS_PER_TABLE = 10_000
 
@@ -69,6 +74,33 @@ def take_inventory(uri: str, on_listed: Callable[[int], None] | None = None) -> 
     listed = list_archive(uri, on_listed)
     objects = pa.concat_tables([PLAN_SCHEMA.empty_table(), *listed.tables])
     return Archive(listed.uri, objects.sort_by("image").combine_chunks())
+
+
+def below(uri: str, root: str) -> str | None:
+    """Key prefix under `root` of all that lies at `uri`; "" where they are one place, None where
+    it lies elsewhere. Both as `Store.uri`."""
+    prefix = f"{root.rstrip('/')}/"
+    return f"{uri}/"[len(prefix) :] if f"{uri}/".startswith(prefix) else None
+
+
+def left_out(inventory: Inventory, prefixes: Sequence[str]) -> Inventory:
+    """The inventory without the objects whose keys begin with one of these; a log line counts
+    them."""
+
+    def others() -> Iterator[pa.Table]:
+        objects = 0
+        for table in inventory.tables:
+            ours = reduce(pc.or_, (pc.starts_with(table["image"], prefix) for prefix in prefixes))
+            objects += pc.sum(ours).as_py() or 0
+            yield table.filter(pc.invert(ours))
+        log.info(
+            "%d objects of %s are left out, which lie below %s: what screening writes is no film",
+            objects,
+            inventory.uri,
+            ", ".join(prefixes),
+        )
+
+    return Inventory(inventory.uri, others()) if prefixes else inventory
 
 
 def inventory_of(store: Store, objects: Iterable[ObjectInfo]) -> Inventory:

@@ -48,6 +48,12 @@ class ScreeningJob:
     """More for the commit record."""
 
     @property
+    def written(self) -> tuple[str, ...]:
+        """URIs of the places that are written to."""
+        key_map = None if self.pseudonyms is None else self.pseudonyms.key_map
+        return (self.results.uri,) if key_map is None else (self.results.uri, key_map)
+
+    @property
     def rules(self) -> dict[str, Any]:
         """What two attempts at one run must agree in."""
         names = self.pseudonyms

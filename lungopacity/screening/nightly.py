@@ -20,7 +20,7 @@ from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.lease import Lease
 from lungopacity.screening.plan import RunStart, choose, unfinished_runs
-from lungopacity.screening.screen import inventory_at, run_job
+from lungopacity.screening.screen import inside, inventory_at, run_job
 from lungopacity.storage import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ def nightly(
     if max_images is not None and max_images < 1:
         raise UserError(f"--max-images must be at least 1, not {max_images}")
     store = open_store(results)
+    # Before the lease: it is a file in the results already.
+    inside(archive, [store.uri])
     if dry_run:
         return _rehearsed(store, archive, model, results, inventory, max_images, options)
     with Lease(store, "nightly", f"nightly screening of {archive}") as lease:
@@ -72,7 +74,7 @@ def nightly(
         try:
             job = screening_job(model, results, **options)
             runs = []
-            for start in _unfinished(job, inventory_at(archive, inventory).uri):
+            for start in _unfinished(job, inventory_at(archive, inventory, job.written).uri):
                 log.info("run %s of an earlier night is finished first", start.run_id)
                 try:
                     runs.append(_finished(job, start, lease))
@@ -82,7 +84,7 @@ def nightly(
                     lease.check()
                     log.warning("run %s could not be finished: %s", start.run_id, error)
             began = time.monotonic()
-            listed = inventory_at(archive, inventory)
+            listed = inventory_at(archive, inventory, job.written)
             runs.append(
                 run_job(
                     job,
@@ -122,7 +124,7 @@ def _rehearsed(
     options: Mapping[str, Any],
 ) -> Night:
     job = screening_job(model, results, **options)
-    listed = inventory_at(archive, inventory)
+    listed = inventory_at(archive, inventory, job.written)
     with TemporaryDirectory(prefix="lungopacity-") as folder:
         files = choose(listed, Path(folder), max_images, _history(job, listed.uri))
     return Night(

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity import observe
-from lungopacity.archive.inventory import Inventory, list_archive
+from lungopacity.archive.inventory import Inventory, below, left_out, list_archive
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import Status, UserError
 from lungopacity.models.compiled import loaded
@@ -30,6 +30,7 @@ from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.pipeline import OBJECTS, ScoringResources, screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id
 from lungopacity.screening.publish import collect, remove_work
+from lungopacity.storage import open_store
 
 log = logging.getLogger(__name__)
 
@@ -59,21 +60,42 @@ def screen(
     began = time.monotonic()
     job = screening_job(model, output, **options)
     # Its first object is looked for at once: a wrong archive is told before Ray starts.
-    listed = inventory_at(archive, inventory)
+    listed = inventory_at(archive, inventory, job.written)
     # Not so in `nightly`: a night may find nothing to do, and then it needs no Ray.
     with ray_ahead():
         return run_job(job, listed, began, run_id=run_id, limit=limit)
 
 
-def inventory_at(archive: str, inventory: str | None = None) -> Inventory:
-    """List the archive, or read the list that is given for it; with progress."""
+def inventory_at(
+    archive: str, inventory: str | None = None, written: Sequence[str] = ()
+) -> Inventory:
+    """List the archive, or read the list that is given for it; with progress.
+
+    `written`: see `inside`; what lies there is left out. Raises `UserError`.
+    """
+    ours = inside(archive, written)
     progress = Progress("Listing the archive", unit="objects")
     found = (
         list_archive(archive, progress.advance)
         if inventory is None
         else read_inventory(inventory, archive, progress.advance)
     )
-    return Inventory(found.uri, progress.around(found.tables))
+    shown = Inventory(found.uri, progress.around(found.tables))
+    return left_out(shown, ours)
+
+
+def inside(archive: str, written: Sequence[str]) -> list[str]:
+    """Key prefixes of the places inside the archive that are written to.
+
+    `written`: their URIs. Raises `UserError` where one is the archive itself.
+    """
+    root = open_store(archive).uri
+    found = [below(place, root) for place in written]
+    if "" in found:
+        raise UserError(
+            f"{root}: the archive is what is written to, too; choose another place for the results"
+        )
+    return [prefix for prefix in found if prefix]
 
 
 def run_job(

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lungopacity.archive.inventory import list_archive
+from lungopacity.archive.inventory import list_archive, take_inventory
+from lungopacity.errors import UserError
 from lungopacity.results.query import query
 from lungopacity.results.schema import part_schema
 from lungopacity.results.workbench import parquet_bytes
@@ -131,6 +132,32 @@ def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(plac
     (own,) = place.night().runs
     assert own.images == 4
     assert "run killed could not be finished" in caplog.text
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_results_inside_the_archive_are_no_films(place, tmp_path, caplog, listed):
+    caplog.set_level("INFO")
+    place.results = f"{place.archive.uri}/results"
+    place.store = open_store(place.results)
+    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
+    hidden = {"hmac_key": str(tmp_path / "key"), "hash_keys": True}
+    hidden["key_map"] = f"{place.archive.uri}/names"
+    assert place.night(**hidden).runs[0].images == 4
+    if listed:
+        objects = take_inventory(place.archive.uri).objects
+        pq.write_table(objects.drop_columns("is_shard"), tmp_path / "list.parquet")
+        hidden["inventory"] = str(tmp_path / "list.parquet")
+    (quiet,) = place.night(**hidden).runs
+    assert quiet.images == 0
+    assert f"objects of {place.archive.uri} are left out, which lie below results/" in caplog.text
+
+
+def test_results_that_are_the_archive_are_refused(place):
+    place.results = place.archive.uri
+    before = [item.key for item in place.archive.list()]
+    with pytest.raises(UserError, match="the archive is what is written to, too"):
+        place.night()
+    assert [item.key for item in place.archive.list()] == before
 
 
 def test_hashed_names_lie_in_the_order_of_their_hashes(place, tmp_path):
