@@ -156,6 +156,7 @@ def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str,
         "broken": result.broken,
         "settings": {
             **job.rules,
+            "key_map": None if job.pseudonyms is None else job.pseudonyms.key_map,
             "batch_size": job.batch_size,
             "max_failed_fraction": job.max_failed_fraction,
         },

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lungopacity.archive.content import ReadSettings, rules_from
+from lungopacity.archive.inventory import below
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.drift import Sample
@@ -61,7 +62,7 @@ class ScreeningJob:
             "accept": sorted(code.value for code in self.read_settings.accept),
             "reject_quality": sorted(self.read_settings.reject_quality),
             "hmac_key_fingerprint": None if names is None else names.fingerprint,
-            "key_map": None if names is None else names.key_map,
+            "hash_keys": names is not None and names.key_map is not None,
             "operating_point": self.operating_point,
             "threshold": self.model.spec.operating_point.threshold,
             "review_from": self.model.spec.operating_point.review_from,
@@ -115,9 +116,9 @@ def screening_job(
     results = open_store(output)
     pseudonyms = None
     if hmac_key is not None:
-        # Not inside the results folder: whoever may query it is not to see the names.
-        kept = (key_map or f"{results.uri}-key-map") if hash_keys else None
-        pseudonyms = read_pseudonyms(hmac_key, kept)
+        pseudonyms = read_pseudonyms(
+            hmac_key, _key_map(results.uri, key_map) if hash_keys else None
+        )
     return ScreeningJob(
         model_uri=model,
         model=trained,
@@ -140,6 +141,22 @@ def screening_job(
         baseline=None if baseline is None else _baseline(results, baseline, trained),
         noted={**(noted or {}), **({} if baseline is None else {"baseline": baseline})},
     )
+
+
+def _key_map(results: str, given: str | None) -> str:
+    """URI of the folder that keeps the names behind hashes. Raises `UserError`."""
+    if given is None and results.startswith("s3://") and "/" not in results.removeprefix("s3://"):
+        raise UserError(
+            f"{results}: the results take the whole bucket; say with --key-map URI where "
+            "--hash-keys is to keep the names"
+        )
+    kept = open_store(given or f"{results}-key-map").uri
+    if below(kept, results) is not None:
+        raise UserError(
+            f"--key-map {kept} lies inside the results, and whoever may query them is not to see "
+            "the names; choose another place"
+        )
+    return kept
 
 
 def _baseline(results: Store, run_id: str, model: TrainedModel) -> Sample:

@@ -29,6 +29,7 @@ from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.pipeline import OBJECTS, ScoringResources, screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id
+from lungopacity.screening.pseudonyms import check_key_map
 from lungopacity.screening.publish import collect, remove_work
 from lungopacity.storage import open_store
 
@@ -118,6 +119,9 @@ def run_job(
     model_id = job.model.model_id
     run_id = run_id or new_run_id(model_id)
     observe.set_run(run_id)
+    if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
+        # It is written last: after a night's work it would be late to hear that it cannot be.
+        check_key_map(job.pseudonyms.key_map)
     with TemporaryDirectory(prefix="lungopacity-") as name:
         folder = Path(name)
         plan = make_plan(

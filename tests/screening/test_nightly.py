@@ -100,6 +100,12 @@ def place(tmp_path, monkeypatch) -> Place:
     return place
 
 
+@pytest.fixture
+def hidden(tmp_path) -> dict:
+    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
+    return {"hmac_key": str(tmp_path / "key"), "hash_keys": True}
+
+
 def test_a_killed_night_is_finished_first(place):
     place.killed()
     finished, own = place.night().runs
@@ -135,12 +141,10 @@ def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(plac
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_results_inside_the_archive_are_no_films(place, tmp_path, caplog, listed):
+def test_results_inside_the_archive_are_no_films(place, hidden, tmp_path, caplog, listed):
     caplog.set_level("INFO")
     place.results = f"{place.archive.uri}/results"
     place.store = open_store(place.results)
-    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
-    hidden = {"hmac_key": str(tmp_path / "key"), "hash_keys": True}
     hidden["key_map"] = f"{place.archive.uri}/names"
     assert place.night(**hidden).runs[0].images == 4
     if listed:
@@ -160,10 +164,41 @@ def test_results_that_are_the_archive_are_refused(place):
     assert [item.key for item in place.archive.list()] == before
 
 
-def test_hashed_names_lie_in_the_order_of_their_hashes(place, tmp_path):
-    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
+def test_a_key_map_is_tried_before_anything_is_screened(place, hidden, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="cannot be written"):
+        place.night(**hidden, key_map=str(tmp_path / "file/map"))
+    assert not list(place.store.list("_work/"))
+    # A run that was begun may go on with another place for the names.
+    place.killed(**hidden, key_map=str(tmp_path / "full"))
+    monkeypatch.chdir(tmp_path)
+    finished, _ = place.night(**hidden, key_map="keys").runs
+    assert finished.run_id == "killed"
+    assert len(read_key_map(str(tmp_path / "keys"), "killed")) == 4
+    assert not list((tmp_path / "keys").glob(".*"))
+    (told,) = query(place.results, "SELECT record FROM runs WHERE run_id = 'killed'").to_pylist()
+    assert json.loads(told["record"])["settings"]["key_map"] == str(tmp_path / "keys")
+
+
+@pytest.mark.parametrize(
+    ("results", "key_map", "message"),
+    [
+        ("results", "results", "lies inside the results"),
+        ("results", "./results/names", "lies inside the results"),
+        ("s3://bucket", None, "the results take the whole bucket; say with --key-map URI"),
+    ],
+)
+def test_a_key_map_in_a_wrong_place_is_refused(
+    place, hidden, tmp_path, monkeypatch, results, key_map, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        screening_job(place.model, results, **hidden, key_map=key_map)
+
+
+def test_hashed_names_lie_in_the_order_of_their_hashes(place, hidden):
     place.archive.write("Evans.tar", b"x")
-    run = place.night(hmac_key=str(tmp_path / "key"), hash_keys=True).runs[0]
+    run = place.night(**hidden).runs[0]
     (key,) = [item.key for item in place.store.list("predictions/")]
     hashes = pq.read_table(f"{place.results}/{key}")["image"].to_pylist()
     assert hashes == sorted(hashes)
