@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import UserError
 from lungopacity.progress import Progress
-from lungopacity.results.folder import METRICS, PREDICTIONS, commit_run
+from lungopacity.results.folder import PREDICTIONS, commit_run
 from lungopacity.results.schema import PLAN_SCHEMA, class_column, predictions_schema
 from lungopacity.results.workbench import PARQUET_OPTIONS, workbench
 from lungopacity.screening.history import History
@@ -136,7 +136,6 @@ def _write_archive(folder: Path, keys: int) -> None:
             "class_names": list(CLASSES),
             "settings": {},
             "files": files,
-            "metrics_file": {"key": f"{METRICS}/first.parquet"},
         },
     )
 

@@ -61,7 +61,8 @@ def explanation_key(run_id: str, content_sha256: str, frame: int | None) -> str:
 def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
     """Write the commit record: from this moment on readers see the run, whole, as the newest.
 
-    Raises `UserError` where a run of this id is already there.
+    Raises `UserError` where a run of this id is already there, and where a file that the record
+    names is gone.
     """
     attempt = uuid.uuid4().hex
     sequence = 1 + max((run.get("sequence", 0) for run in read_runs(store)), default=0)
@@ -71,6 +72,7 @@ def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
         "attempt": attempt,
         **record,
     }
+    _check_files(store, run_id, record)
     data = json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
     try:
         store.write(run_key(run_id), data, if_absent=True)
@@ -79,6 +81,19 @@ def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
         if _parsed(store, run_key(run_id)).get("attempt") == attempt:
             return
         raise published_meanwhile(run_id) from error
+
+
+def _check_files(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
+    """A record that names files which somebody has swept away would break every later query."""
+    files = [*record.get("files", ()), *filter(None, [record.get("metrics_file")])]
+    with ThreadPoolExecutor(_READ_THREADS) as threads:
+        found = list(threads.map(lambda file: store.head(file["key"]), files))
+    for file, there in zip(files, found, strict=True):
+        if there is None:
+            raise UserError(
+                f"{store.uri}/{file['key']}: is gone, so run '{run_id}' cannot be published; "
+                "screen again, or go on with --run-id"
+            )
 
 
 def published_meanwhile(run_id: str) -> UserError:

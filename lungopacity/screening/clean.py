@@ -16,7 +16,7 @@ from lungopacity.results.folder import (
     WORK,
     read_runs,
 )
-from lungopacity.screening.lease import LOCKS
+from lungopacity.screening.lease import LEASE_S, LOCKS
 from lungopacity.storage import ObjectInfo, open_store
 
 OLDER_THAN_DAYS = 7.0
@@ -39,7 +39,9 @@ def clean(
     """Remove work of published runs, and what is older than so many days of: unfinished runs,
     files that no commit record names, locks, and half-written files.
 
-    An unfinished run that is removed can no longer be taken up. Raises `UserError`.
+    An unfinished run that is removed can no longer be taken up. What was written within the last
+    hour may be of a job that is at work, and stays, as does a lease that may still be held. Raises
+    `UserError`.
     """
     if older_than_days < 0:
         raise UserError(f"--older-than must not be negative, but is {older_than_days}")
@@ -47,6 +49,8 @@ def clean(
     # The files first, the records after: a run that is published meanwhile keeps its files.
     found = list(store.list())
     records = read_runs(store)
+    if not found:
+        return Swept(store.uri, dry_run=dry_run)
     now, age = store.now(), timedelta(days=older_than_days)
     published = {run["run_id"] for run in records}
     named = {file["key"] for run in records for file in run["files"]}
@@ -65,7 +69,8 @@ def clean(
             continue
         # A run that is at work writes part files all the time: its youngest file tells its age.
         touched = newest.get(_run_of(item.key) or "", item).modified_at
-        if kind != _PUBLISHED_WORK and now - touched < age:
+        least = timedelta(seconds=LEASE_S) if kind == _LOCK else _AT_WORK
+        if kind != _PUBLISHED_WORK and now - touched < max(age, least):
             continue
         if not dry_run:
             store.delete(item.key)
@@ -74,11 +79,14 @@ def clean(
     return Swept(store.uri, files, size_bytes, dry_run)
 
 
+_AT_WORK = timedelta(hours=1)
+"""What a run has written so recently, it may be about to publish."""
 _PUBLISHED_WORK = "work of published runs"
+_LOCK = "locks"
 # The names that we give, and nothing else: a slip in --results must not cost anybody's files.
 _WORK_FILE = re.compile(rf"{WORK}/([^/]+)/(?:run\.json|plan-[0-9a-f]+-\d+\.parquet|attempt=.+)")
 _ORPHAN = re.compile(
-    rf"{PREDICTIONS}/screened_on=[0-9-]+/[^/]+-\d{{5}}\.parquet|{METRICS}/[^/]+\.parquet"
+    rf"{PREDICTIONS}/screened_on=[0-9-]+/([^/]+)-\d{{5}}\.parquet|{METRICS}/([^/]+)\.parquet"
 )
 _PICTURE = re.compile(rf"{EXPLANATIONS}/([^/]+)/[0-9a-f]{{64}}(?:-\d+)?\.png")
 _HALF_WRITTEN = re.compile(
@@ -98,14 +106,18 @@ def _kind(item: ObjectInfo, published: set[str], named: set[str]) -> str | None:
     if published and picture:
         return None if picture[1] in published else "files of runs that were never published"
     if re.fullmatch(rf"{LOCKS}/[^/.]+\.json", item.key):
-        return "locks"
+        return _LOCK
     return "half-written files" if _HALF_WRITTEN.fullmatch(item.key) else None
 
 
 def _run_of(key: str) -> str | None:
-    """The run that a file of its work, or a picture, is of."""
-    picture = _PICTURE.fullmatch(key)
-    return picture[1] if picture else _run_of_work(key)
+    """The run that a file is of: of its work, a picture, predictions or metrics."""
+    if picture := _PICTURE.fullmatch(key):
+        return picture[1]
+    if orphan := _ORPHAN.fullmatch(key):
+        # Both names end in that of the attempt.
+        return (orphan[1] or orphan[2]).rpartition("-")[0]
+    return _run_of_work(key)
 
 
 def _run_of_work(key: str) -> str | None:

@@ -1,5 +1,6 @@
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -50,16 +51,23 @@ def results(store_uri):
         "files": [{"key": "predictions/screened_on=2026-01-01/a-1234-00000.parquet"}],
         "metrics_file": {"key": "metrics/a-1234.parquet"},
     }
-    commit_run(store, "a", record)
     for key in [*(KEPT - {"runs/a.json"}), *LEFT]:
         store.write(key, b"x")
+    commit_run(store, "a", record)
     return store
+
+
+@pytest.fixture
+def hours_later(results, monkeypatch):
+    now = type(results).now
+    monkeypatch.setattr(type(results), "now", lambda store: now(store) + timedelta(hours=2))
 
 
 def keys(store) -> set[str]:
     return {item.key for item in store.list()}
 
 
+@pytest.mark.usefixtures("hours_later")
 def test_what_is_left_over_goes_and_what_counts_stays(results):
     rehearsed = clean(results.uri, older_than_days=0, dry_run=True)
     assert keys(results) == KEPT | set(LEFT)
@@ -95,11 +103,12 @@ def test_a_run_that_writes_pictures_is_at_work(results):
     for path in root.glob("_work/b/**/*"):
         os.utime(path, (old, old))
     assert "work of unfinished runs" not in clean(results.uri, dry_run=True).files
-    for path in root.glob("explanations/b/*"):
+    for path in (*root.glob("explanations/b/*"), root / "metrics/b-1.parquet"):
         os.utime(path, (old, old))
-    assert clean(results.uri, dry_run=True).files["files of runs that were never published"] == 1
+    assert clean(results.uri, dry_run=True).files["files of runs that were never published"] == 2
 
 
+@pytest.mark.usefixtures("hours_later")
 def test_the_command_says_what_it_did(results, capfd):
     assert main(["clean", "--results", results.uri, "--older-than", "0", "--dry-run"]) == 0
     assert "11 files, 0.0 MB, would be removed (--dry-run)" in capfd.readouterr().out
@@ -111,11 +120,43 @@ def test_the_command_says_what_it_did(results, capfd):
         clean(results.uri, older_than_days=-1)
 
 
-def test_where_no_run_was_ever_published_nothing_but_work_goes(store_uri):
+def test_where_no_run_was_ever_published_nothing_but_work_goes(store_uri, monkeypatch):
     """A slip in --results: a bucket of somebody else's, with a folder that is named alike."""
     store = open_store(store_uri)
     theirs = {"predictions/screened_on=2026-01-01/x-00000.parquet", "metrics/x.parquet", "a.dcm"}
     for key in [*theirs, "_work/b/run.json"]:
         store.write(key, b"x")
+    monkeypatch.setattr("lungopacity.screening.clean._AT_WORK", timedelta(0))
     clean(store.uri, older_than_days=0)
     assert keys(store) == theirs
+
+
+def test_what_may_be_at_work_is_left_alone_whatever_the_age(results):
+    """A run that is being published has written its predictions, and no record names them yet."""
+    clean(results.uri, older_than_days=0)
+    assert keys(results) == (KEPT | set(LEFT)) - {"_work/a/run.json", "_work/a/attempt=1/p.parquet"}
+
+
+@pytest.mark.parametrize("store_uri", ["disk"], indirect=True)
+def test_files_of_a_run_are_left_alone_while_any_of_them_is_young(results):
+    root, old = Path(results.uri), time.time() - 2 * 3600
+    for key in LEFT:
+        os.utime(root / key, (old, old))
+    results.write("metrics/b-1.parquet", b"just written")
+    clean(results.uri, older_than_days=0)
+    assert {key for key in keys(results) if key.startswith(("_work/b", "metrics/b"))} == {
+        key for key in LEFT if key.startswith(("_work/b", "metrics/b"))
+    }
+
+
+def test_a_run_whose_files_were_swept_is_not_published(tmp_path):
+    store = open_store(str(tmp_path))
+    record = {"run_id": "a", "files": [], "metrics_file": {"key": "metrics/a-1.parquet"}}
+    with pytest.raises(UserError, match=r"metrics/a-1\.parquet: is gone"):
+        commit_run(store, "a", record)
+    assert not keys(store)
+
+
+def test_a_slip_in_the_place_makes_no_folder(tmp_path):
+    assert not clean(str(tmp_path / "typo"), dry_run=True).files
+    assert not (tmp_path / "typo").exists()
