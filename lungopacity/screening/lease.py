@@ -65,17 +65,21 @@ class Lease:
         self._stop.set()
         self._thread.join()
         try:
-            if self._lost is None and self._is_ours():
+            if self.held():
                 self.store.delete(self.key)
         except (UserError, ImageError) as failure:
             # It expires by itself.
             log.warning("the lease could not be given back: %s", failure)
 
-    def check(self) -> None:
-        """Raises `UserError` where the lease was lost; then nothing may be published."""
+    def held(self) -> bool:
+        """Whether the lease is still ours."""
         if self._lost is None and not self._is_ours():
             self._lost = "another job has taken it over"
-        if self._lost is not None:
+        return self._lost is None
+
+    def check(self) -> None:
+        """Raises `UserError` where the lease was lost; then nothing may be published."""
+        if not self.held():
             raise UserError(
                 f"{self.store.uri}: the lease '{self.name}' was lost ({self._lost}); "
                 "nothing was published, and the next night goes on with what is done"

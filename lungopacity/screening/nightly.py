@@ -70,10 +70,10 @@ def nightly(
     if dry_run:
         return _rehearsed(store, archive, model, results, inventory, max_images, options)
     with Lease(store, "nightly", f"nightly screening of {archive}") as lease:
-        status = _Status(store, archive)
+        status = _Status(store, archive, lease)
+        runs: list[ScreeningResult] = []
         try:
             job = screening_job(model, results, **options)
-            runs = []
             for start in _unfinished(job, inventory_at(archive, inventory, job.written).uri):
                 log.info("run %s of an earlier night is finished first", start.run_id)
                 try:
@@ -97,7 +97,7 @@ def nightly(
                 )
             )
         except BaseException as error:
-            status.write("failed", 2, [], str(error) if isinstance(error, UserError) else None)
+            status.write("failed", 2, runs, str(error) if isinstance(error, UserError) else None)
             raise
         night = Night(store.uri, tuple(runs))
         status.write("finished", night.exit_code, night.runs)
@@ -154,10 +154,14 @@ def _unfinished(job: ScreeningJob, archive: str) -> list[RunStart]:
 
 
 class _Status:
-    """`status.json`: written when a night begins, and when it ends."""
+    """`status.json`: written when a night begins, and when it ends.
 
-    def __init__(self, store: Store, archive: str) -> None:
+    Not by one that has lost its lease: the file is of the night that took it over.
+    """
+
+    def __init__(self, store: Store, archive: str, lease: Lease) -> None:
         self.store = store
+        self.lease = lease
         self.begun = {"notice": NOTICE, "archive": archive, "started_at": _now()}
         self.write("running", None, [])
 
@@ -185,7 +189,8 @@ class _Status:
             "drift": {run.run_id: [_told(shift) for shift in run.drift] for run in runs},
         }
         try:
-            self.store.write(STATUS, json.dumps(document, indent=2, allow_nan=False).encode())
+            if self.lease.held():
+                self.store.write(STATUS, json.dumps(document, indent=2, allow_nan=False).encode())
         except UserError as error:
             # The night itself counts; this is only its echo.
             log.warning("%s could not be written: %s", STATUS, error)

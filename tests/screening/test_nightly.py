@@ -237,3 +237,24 @@ def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
     place.archive.write("new.png", b"x")
     (night,) = place.night().runs
     assert (night.failed, night.failed_again, night.exit_code) == (2, 1, 2)
+
+
+def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
+    place.killed()
+    with pytest.raises(UserError, match="the inventory cannot be read"):
+        place.night(inventory=str(tmp_path / "none.parquet"))
+    told = place.status()
+    assert (told["state"], told["exit_code"]) == ("failed", 2)
+    assert (told["runs"], told["images"]) == (["killed"], 4)
+
+
+def test_a_night_that_lost_its_lease_leaves_the_status_to_the_other(place, monkeypatch):
+    def taken_over(_job, plan, todo) -> None:
+        place.write_parts(plan, todo)
+        place.store.write("_lock/nightly.json", b'{"token": "of another"}')
+        place.store.write("status.json", b'{"state": "of another"}')
+
+    monkeypatch.setattr(screen, "_run_pipeline", taken_over)
+    with pytest.raises(UserError, match="the lease 'nightly' was lost"):
+        place.night()
+    assert place.status() == {"state": "of another"}
