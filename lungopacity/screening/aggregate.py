@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -23,6 +24,8 @@ from lungopacity.models import ModelSpec
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
 from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import quoted
+
+log = logging.getLogger(__name__)
 
 _HISTOGRAM_BINS = 20
 _SCORED = f"WHERE status = {quoted(Status.OK.value)}"
@@ -117,6 +120,32 @@ def label_metrics(predictions: Any, spec: ModelSpec, labels: pd.DataFrame) -> li
             labels_N, probabilities_NK, spec.class_names, groups, positive=spec.positive_class
         )
     )
+
+
+def warn_of_useless_labels(
+    predictions: Any, spec: ModelSpec, labels: pd.DataFrame, *, names_may_be_told: bool
+) -> None:
+    """Log where not one label can be measured against: names or classes are written differently.
+
+    predictions, labels: as for `label_metrics`.
+    """
+    known = ", ".join(quoted(label) for label in spec.class_of_label)
+    ((images, labelled, of_classes, image, label),) = predictions.query(
+        "predictions",
+        f"SELECT count(*), count(label), count(*) FILTER (label IN ({known})), "
+        "min(coalesce(member, image)), min(label) FROM predictions",
+    ).fetchall()
+    if images and not labelled:
+        named = labels["image"].min()
+        such = f": they name {named!r}, the images {image!r}" if names_may_be_told else ""
+        log.warning("the labels match none of %d images%s", images, such)
+    elif labelled and not of_classes:
+        log.warning(
+            "none of %d labels is one of the model's classes: they say %r, the model %s",
+            labelled,
+            label,
+            ", ".join(spec.class_of_label),
+        )
 
 
 def _decision_rates(decisions: Mapping[str, int]) -> list[Metric]:

@@ -15,9 +15,9 @@ from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.table import metric_value, metrics_table
 from lungopacity.results.folder import METRICS, commit_run
 from lungopacity.results.schema import class_column
-from lungopacity.results.workbench import parquet_bytes
+from lungopacity.results.workbench import parquet_bytes, quoted
 from lungopacity.runtime import versions
-from lungopacity.screening.aggregate import label_metrics, run_metrics
+from lungopacity.screening.aggregate import label_metrics, run_metrics, warn_of_useless_labels
 from lungopacity.screening.job import MAX_FAILED_FRACTION, ScreeningJob
 from lungopacity.screening.plan import Plan
 from lungopacity.screening.publish import collect
@@ -50,6 +50,10 @@ class ScreeningResult:
     max_failed_fraction: float = MAX_FAILED_FRACTION
     drift: tuple[Shift, ...] = ()
     """Against the job's baseline, if it has one."""
+    labelled: int | None = None
+    """Images that the job's labels name; None where it has none."""
+    of_classes: int = 0
+    """Of them, those whose label is one that the model tells."""
 
     @property
     def broken(self) -> bool:
@@ -80,14 +84,19 @@ def publish_run(
         metrics = run_metrics(predictions, spec, seconds)
         if job.labels is not None:
             metrics += label_metrics(predictions, spec, job.labels)
+            warn_of_useless_labels(
+                predictions, spec, job.labels, names_may_be_told=not job.rules["hash_keys"]
+            )
         drift: list[Shift] = []
         if job.baseline is not None:
             tonight = Sample.of(predictions, class_column("p", spec.positive_class))
             drift = shifts(job.baseline, tonight)
             metrics += drift_metrics(drift, job.baseline, tonight)
-        ((synthetic, labelled, positive, explained),) = predictions.query(
+        known = ", ".join(map(quoted, spec.class_of_label))
+        ((synthetic, labelled, of_classes, positive, explained),) = predictions.query(
             "predictions",
             "SELECT coalesce(bool_or(synthetic), false), count(label), "
+            f"count(*) FILTER (label IN ({known})), "
             "count(*) FILTER (decision = 'positive'), count(explanation) FROM predictions",
         ).fetchall()
         ((repeated, failed_again),) = collected.connection.execute(
@@ -113,6 +122,8 @@ def publish_run(
         metrics=metrics,
         max_failed_fraction=job.max_failed_fraction,
         drift=tuple(drift),
+        labelled=None if job.labels is None else labelled,
+        of_classes=of_classes,
     )
     metrics_key = f"{METRICS}/{start.run_id}-{uuid.uuid4().hex[:8]}.parquet"
     job.results.write(

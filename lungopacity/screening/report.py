@@ -69,6 +69,11 @@ def summary(result: ScreeningResult) -> str:
         f"  drift     {shift.name}: {_DRIFT[shift.verdict]} (PSI {shift.psi:.3f}, {shift.n} images)"
         for shift in result.drift
     ]
+    if result.labelled is not None:
+        lines.append(
+            f"  labels    match {result.labelled} of {result.images} images, "
+            f"{result.of_classes} with one of the model's classes"
+        )
     accuracy = metric_value(result.metrics, "accuracy")
     if accuracy is not None:
         lines.append(f"  accuracy  {accuracy:.4f} against the labels")

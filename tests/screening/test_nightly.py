@@ -258,3 +258,30 @@ def test_a_night_that_lost_its_lease_leaves_the_status_to_the_other(place, monke
     with pytest.raises(UserError, match="the lease 'nightly' was lost"):
         place.night()
     assert place.status() == {"state": "of another"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "told", "warning"),
+    [
+        ("Adams.png,Normal\nBaker.png,Edema\nEvans.png,Normal", (2, 1), ""),
+        ("films/Adams.png,Normal", (0, 0),
+         "match none of 4 images: they name 'films/Adams.png', the images 'Adams.png'"),
+        ("Adams.png,pneumonia", (1, 0), "they say 'pneumonia', the model Normal, Lung_Opacity"),
+    ],
+)  # fmt: skip
+def test_labels_that_match_nothing_are_told(place, tmp_path, caplog, labels, told, warning):
+    (tmp_path / "labels.csv").write_text(f"image,label\n{labels}\n")
+    (run,) = place.night(labels=str(tmp_path / "labels.csv")).runs
+    assert (run.labelled, run.of_classes) == told
+    line = f"labels    match {told[0]} of 4 images, {told[1]} with one of the model's classes"
+    assert line in summary(run)
+    assert warning in caplog.text
+    assert bool(warning) == ("model" in caplog.text or "match" in caplog.text)
+
+
+def test_the_warning_of_labels_names_nobody_where_names_are_hashed(place, hidden, tmp_path, caplog):
+    (tmp_path / "labels.csv").write_text("image,label\nDoe_John.png,Normal\n")
+    place.night(**hidden, labels=str(tmp_path / "labels.csv"))
+    assert "match none of 4 images" in caplog.text
+    assert "Doe" not in caplog.text
+    assert "Adams" not in caplog.text
