@@ -31,10 +31,13 @@ _HISTOGRAM_BINS = 20
 _SCORED = f"WHERE status = {quoted(Status.OK.value)}"
 
 
-def run_metrics(predictions: Any, spec: ModelSpec, seconds: float) -> list[Metric]:
+def run_metrics(
+    predictions: Any, spec: ModelSpec, seconds: float, *, resumed: bool = False
+) -> list[Metric]:
     """Counts, errors by code, quality flags, rate of positives, score histogram, images a second.
 
-    predictions: DuckDB relation of `predictions_schema`, of any size.
+    predictions: DuckDB relation of `predictions_schema`, of any size. `resumed`: earlier attempts
+    have screened a part of them, which took none of these seconds: there is no speed to tell.
     """
 
     def asked(sql: str) -> list[tuple[Any, ...]]:
@@ -71,7 +74,8 @@ def run_metrics(predictions: Any, spec: ModelSpec, seconds: float) -> list[Metri
     )
     metrics += _histogram(bins)
     metrics.append(_value("seconds", seconds, images))
-    metrics.append(_value("images_per_s", images / seconds if seconds > 0 else 0.0, images))
+    if not resumed:
+        metrics.append(_value("images_per_s", images / seconds, images))
     return metrics
 
 
@@ -149,14 +153,13 @@ def warn_of_useless_labels(
 
 
 def _decision_rates(decisions: Mapping[str, int]) -> list[Metric]:
+    """None where nothing was decided: there is no rate of nothing."""
     n = sum(decisions.values())
     rates = []
-    for decision in ("negative", "review", "positive"):
+    for decision in ("negative", "review", "positive") if n else ():
         count = decisions.get(decision, 0)
-        low, high = wilson_interval(count, n) if n else (None, None)
-        rate = count / n if n else float("nan")
-        method = "wilson" if n else None
-        rates.append(Metric("all", "decision_rate", decision, rate, low, high, n, method))
+        low, high = wilson_interval(count, n)
+        rates.append(Metric("all", "decision_rate", decision, count / n, low, high, n, "wilson"))
     return rates
 
 

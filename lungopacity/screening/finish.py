@@ -56,6 +56,11 @@ class ScreeningResult:
     """Of them, those whose label is one that the model tells."""
 
     @property
+    def images_per_s(self) -> float | None:
+        """None of a run that was taken up again: not all of its images are of this attempt."""
+        return metric_value(self.metrics, "images_per_s")
+
+    @property
     def broken(self) -> bool:
         """More images failed than may. Those that were tried before do not count: an object that
         can never be read would call every quiet night broken."""
@@ -81,7 +86,7 @@ def publish_run(
         files = collected.write(job.results, job.pseudonyms)
         predictions = collected.connection.table("final")
         seconds = time.monotonic() - began
-        metrics = run_metrics(predictions, spec, seconds)
+        metrics = run_metrics(predictions, spec, seconds, resumed=plan.resumed)
         if job.labels is not None:
             metrics += label_metrics(predictions, spec, job.labels)
             warn_of_useless_labels(
@@ -172,7 +177,7 @@ def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str,
             "max_failed_fraction": job.max_failed_fraction,
         },
         "seconds": round(result.seconds, 3),
-        "images_per_s": round(result.images / result.seconds, 3),
+        "images_per_s": None if result.images_per_s is None else round(result.images_per_s, 3),
         "versions": versions(),
         **job.noted,
     }

@@ -42,7 +42,8 @@ def summary(result: ScreeningResult) -> str:
         f"{result.failed} could not be read",
         f"  positive  {result.positive} at the model's operating point"
         + (f", {result.explained} with a picture" if result.explained else ""),
-        f"  time      {result.seconds:.1f} s, {result.images / result.seconds:.1f} images/s",
+        f"  time      {result.seconds:.1f} s"
+        + ("" if result.images_per_s is None else f", {result.images_per_s:.1f} images/s"),
     ]
     if result.failed_again:
         lines.insert(

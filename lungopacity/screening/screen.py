@@ -28,7 +28,7 @@ from lungopacity.screening.finish import ScreeningResult, publish_run
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.pipeline import OBJECTS, ScoringResources, screen_objects
-from lungopacity.screening.plan import Plan, make_plan, new_run_id
+from lungopacity.screening.plan import Plan, make_plan, new_run_id, read_start
 from lungopacity.screening.pseudonyms import check_key_map
 from lungopacity.screening.publish import collect, remove_work
 from lungopacity.storage import open_store
@@ -60,6 +60,12 @@ def screen(
         raise UserError(f"--limit must be at least 1, not {limit}")
     began = time.monotonic()
     job = screening_job(model, output, **options)
+    if run_id is not None and (limit or inventory) and read_start(job.results, run_id) is not None:
+        log.warning(
+            "run %s goes on with the objects that it was planned with; --limit and --inventory "
+            "change nothing",
+            run_id,
+        )
     # Its first object is looked for at once: a wrong archive is told before Ray starts.
     listed = inventory_at(archive, inventory, job.written)
     # Not so in `nightly`: a night may find nothing to do, and then it needs no Ray.

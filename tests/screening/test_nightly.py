@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import lungopacity
 from lungopacity.archive.inventory import list_archive, take_inventory
 from lungopacity.errors import UserError
 from lungopacity.results.query import query
@@ -110,6 +112,10 @@ def test_a_killed_night_is_finished_first(place):
     place.killed()
     finished, own = place.night().runs
     assert (finished.run_id, finished.images, own.images) == ("killed", 4, 0)
+    # Its films were screened in seconds that nobody counted.
+    assert "images/s" not in summary(finished)
+    speeds = query(place.results, "SELECT images_per_s FROM runs WHERE run_id = 'killed'")
+    assert speeds.to_pylist() == [{"images_per_s": None}]
 
 
 def test_a_killed_night_over_one_shard_is_finished_too(place):
@@ -285,3 +291,13 @@ def test_the_warning_of_labels_names_nobody_where_names_are_hashed(place, hidden
     assert "match none of 4 images" in caplog.text
     assert "Doe" not in caplog.text
     assert "Adams" not in caplog.text
+
+
+def test_a_run_that_goes_on_says_that_it_keeps_its_objects(place, caplog, monkeypatch):
+    monkeypatch.setattr(screen, "ray_ahead", nullcontext)
+    place.killed()
+    result = lungopacity.screen(
+        place.archive.uri, place.model, place.results, run_id="killed", limit=2
+    )
+    assert result.images == 4
+    assert "--limit and --inventory change nothing" in caplog.text
