@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -17,7 +19,9 @@ def rendered(table: pa.Table, output_format: str) -> bytes:
         pa.csv.write_csv(table, sink)
         return sink.getvalue()
     if output_format == "json":
-        lines = (json.dumps(row, default=str) for row in table.to_pylist())
+        lines = (
+            json.dumps(_finite(row), default=str, allow_nan=False) for row in table.to_pylist()
+        )
         return "".join(f"{line}\n" for line in lines).encode()
     if output_format == "parquet":
         sink = io.BytesIO()
@@ -25,6 +29,15 @@ def rendered(table: pa.Table, output_format: str) -> bytes:
         return sink.getvalue()
     assert output_format == "table", output_format
     return _aligned(table).encode()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _aligned(table: pa.Table) -> str:

@@ -8,6 +8,7 @@ import pytest
 from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run, run_key
 from lungopacity.results.query import query, runs
+from lungopacity.results.render import rendered
 from lungopacity.results.schema import METRICS_SCHEMA, class_column, predictions_schema
 from lungopacity.results.workbench import parquet_bytes, workbench
 from lungopacity.screening.history import History
@@ -169,3 +170,10 @@ def test_a_flipped_byte_in_a_published_file_is_no_answer(store_uri):
     store.write(item.key, bytes(data))
     with pytest.raises(UserError, match="cannot be read"):
         query(store_uri, "SELECT image FROM predictions")
+
+
+def test_json_has_null_where_it_has_no_number():
+    table = pa.table({"value": [float("nan"), 1.5], "list": [[float("inf")], [2.0]]})
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in
+             rendered(table, "json").splitlines()]  # fmt: skip
+    assert lines == [{"value": None, "list": [None]}, {"value": 1.5, "list": [2.0]}]
