@@ -197,6 +197,6 @@ def _place(uri: str) -> Iterator[Finding]:
         yield Finding("missing", "storage", detail or str(error), mend if detail else "")
         return
     if first is None:
-        yield Finding("note", "storage", f"{uri} can be listed, and is empty")
+        yield Finding("note", "storage", f"{uri}: nothing lies there", "check the path or prefix")
     else:
         yield Finding("ok", "storage", f"{uri} can be listed")

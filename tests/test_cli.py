@@ -468,6 +468,8 @@ def test_doctor_finds_what_is_there_and_what_is_missing(s3_server, capfd):
     assert code == 0
     for what in ("torch", "ray", "dicom", "storage"):
         assert any(line.split()[:2] in (["ok", what], ["note", what]) for line in out.splitlines())
+    code, out, _ = run(capfd, "doctor", "--storage", "/no/such/folder")
+    assert "/no/such/folder: nothing lies there" in out
     code, out, _ = run(capfd, "doctor", "--storage", "s3://nowhere")
     assert code == 2
     assert "no bucket 'nowhere'" in out
