@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -53,10 +54,8 @@ def query(results_uri: str, sql: str) -> pa.Table:
 
     store = open_store(results_uri)
     records = _committed(store)
-    try:
+    with files_of_runs(store):
         predictions, metrics = predictions_of(store, records), _metrics(store, records)
-    except OSError as error:
-        raise _unreadable(store, error) from error
     with duckdb.connect() as connection:
         connection.register("predictions", predictions)
         connection.register("metrics", metrics)
@@ -74,6 +73,20 @@ def query(results_uri: str, sql: str) -> pa.Table:
             if "reading the stream registered" in str(error):
                 raise _unreadable(store, error) from error
             raise UserError(f"SQL: {_first_lines(str(error))}") from error
+
+
+@contextmanager
+def files_of_runs(store: Store) -> Iterator[None]:
+    """Around the reading of what commit records name.
+
+    Raises `UserError` where a file cannot be read.
+    """
+    import duckdb
+
+    try:
+        yield
+    except (OSError, pa.ArrowException, duckdb.Error) as error:
+        raise _unreadable(store, error) from error
 
 
 def _unreadable(store: Store, error: Exception) -> UserError:

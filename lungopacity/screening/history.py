@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 
-from lungopacity.errors import OF_STORAGE, Status, UserError
+from lungopacity.errors import OF_STORAGE, Status
 from lungopacity.results.folder import read_runs
-from lungopacity.results.query import predictions_of, run_places
+from lungopacity.results.query import files_of_runs, predictions_of, run_places
 from lungopacity.results.workbench import quoted
 from lungopacity.screening.pseudonyms import Pseudonyms
 from lungopacity.storage import Store
@@ -67,13 +66,13 @@ class History:
             for run in self.runs
             if any(_settings(run).get(name) != self.rules.get(name) for name in _RULES)
         ]
-        connection.register("history", predictions_of(self.results, self.runs))
         connection.register("run_places", run_places(self.runs))
         connection.register("other_rules", pa.table({"run_id": pa.array(other_rules, pa.string())}))
         again = ", ".join(quoted(code.value) for code in sorted(OF_STORAGE))
         # place * 2 + again: the largest is of the newest run, and odd if any of its rows asks for
         # another attempt.
-        try:
+        with files_of_runs(self.results):
+            connection.register("history", predictions_of(self.results, self.runs))
             connection.execute(f"""
                 CREATE TABLE screened AS
                 SELECT name, arg_max(version, place) AS version,
@@ -88,11 +87,6 @@ class History:
                     FROM history JOIN run_places USING (run_id)
                 )
                 GROUP BY name""")
-        except (OSError, duckdb.Error) as error:
-            raise UserError(
-                f"{self.results.uri}: the predictions of an earlier run cannot be read "
-                f"({str(error).splitlines()[0]}); restore them, or remove the run from runs/"
-            ) from error
         if self.pseudonyms is not None:
             connection.create_function("hashed", self.pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
 

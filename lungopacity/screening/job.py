@@ -15,7 +15,7 @@ from lungopacity.errors import UserError
 from lungopacity.evaluation.drift import Sample
 from lungopacity.models import TrainedModel, load_model, with_operating_point
 from lungopacity.results.folder import read_run
-from lungopacity.results.query import predictions_of
+from lungopacity.results.query import files_of_runs, predictions_of
 from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import workbench
 from lungopacity.screening.pseudonyms import Pseudonyms, read_pseudonyms
@@ -171,6 +171,6 @@ def _baseline(results: Store, run_id: str, model: TrainedModel) -> Sample:
             f"--baseline: run '{run_id}' is of model {record['model_id']}, not "
             f"{model.model_id}: scores of two models cannot be compared; choose another run"
         )
-    with workbench() as (connection, _):
+    with workbench() as (connection, _), files_of_runs(results):
         connection.register("baseline", predictions_of(results, [record]))
         return Sample.of(connection.table("baseline"), class_column("p", model.spec.positive_class))

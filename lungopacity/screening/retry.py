@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 
 from lungopacity.archive.inventory import Inventory, inventory_of
 from lungopacity.errors import TRANSIENT, Status, UserError
 from lungopacity.results.folder import read_run
+from lungopacity.results.query import files_of_runs, predictions_of
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.pseudonyms import read_key_map
@@ -77,12 +77,8 @@ def _no_model(run_id: str) -> str:
 
 def _transiently_failed(store: Store, record: dict[str, Any]) -> list[str]:
     """Names of the objects, as the run published them."""
-    if not record["files"]:
-        return []
-    filesystem, root = store.arrow_filesystem()
-    rows = pyarrow.dataset.dataset(
-        [f"{root}/{file['key']}" for file in record["files"]], filesystem=filesystem
-    ).to_table(columns=["image", "status", "error_code"])
+    with files_of_runs(store):
+        rows = predictions_of(store, [record]).to_table(columns=["image", "status", "error_code"])
     wanted = pa.array(sorted(code.value for code in TRANSIENT))
     found = rows.filter(
         pc.and_(pc.equal(rows["status"], Status.FAILED.value), pc.is_in(rows["error_code"], wanted))

@@ -301,3 +301,22 @@ def test_a_run_that_goes_on_says_that_it_keeps_its_objects(place, caplog, monkey
     )
     assert result.images == 4
     assert "--limit and --inventory change nothing" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+def test_predictions_that_cannot_be_read_are_named_with_the_mend(place, damage):
+    run = place.night().runs[0]
+    (key,) = [item.key for item in place.store.list("predictions/")]
+    if damage == "gone":
+        place.store.delete(key)
+    else:
+        place.store.write(key, b"PAR1 no more")
+    told = "a file that a commit record names cannot be read"
+    for asked in (
+        lambda: place.night(baseline=run.run_id),
+        lambda: place.night(),
+        lambda: lungopacity.retry(place.results, run.run_id),
+        lambda: query(place.results, "SELECT count(image) FROM predictions"),
+    ):
+        with pytest.raises(UserError, match=told):
+            asked()
