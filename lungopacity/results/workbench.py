@@ -60,10 +60,11 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def view_of_files(connection: Any, name: str, paths: Sequence[Path], schema: pa.Schema) -> None:
-    """Make local Parquet files a view; an empty one where there is none."""
+    """Make the schema's columns of local Parquet files a view; an empty one where there is none."""
     if paths:
+        columns = ", ".join(f'"{column}"' for column in schema.names)
         files = f"read_parquet([{', '.join(map(quoted, paths))}])"
-        connection.execute(f"CREATE VIEW {name} AS SELECT * FROM {files}")
+        connection.execute(f"CREATE VIEW {name} AS SELECT {columns} FROM {files}")
     else:
         connection.register(name, schema.empty_table())
 

@@ -138,9 +138,11 @@ def test_a_run_of_before_that_cannot_be_taken_up_does_not_stop_the_night(place, 
     assert "_work/killed/run.json is damaged or of another version" in caplog.text
 
 
-def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(place, caplog):
-    plan = place.killed()
-    place.store.write(f"{plan.work}attempt=0/part.parquet", b"PAR1 no more")
+@pytest.mark.parametrize("damage", ["no Parquet", "a column too few"])
+def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(place, caplog, damage):
+    plan = place.killed(change=lambda rows: rows.drop_columns("ensemble_disagreement"))
+    if damage == "no Parquet":
+        place.store.write(f"{plan.work}attempt=0/part.parquet", b"PAR1 no more")
     (own,) = place.night().runs
     assert own.images == 4
     assert "run killed could not be finished" in caplog.text
