@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lungopacity.errors import NOTICE, UserError
+from lungopacity.runtime import is_submission_address
 
 _MIN_TORCH = (2, 11)
 _MIN_FREE_BYTES = 5 << 30
@@ -107,6 +108,10 @@ def _ray() -> Iterator[Finding]:
     import ray.train
 
     address = os.environ.get("RAY_ADDRESS")
+    if address and is_submission_address(address):
+        mend = "unset it; give it to `ray job submit --address`"
+        yield Finding("missing", "ray", f"RAY_ADDRESS is {address}, where jobs are submitted", mend)
+        return
     where = f"will join {address} (RAY_ADDRESS)" if address else "will run on this machine alone"
     yield Finding("ok", "ray", f"{ray.__version__}, {where}")
 

@@ -476,6 +476,14 @@ def test_doctor_finds_what_is_there_and_what_is_missing(s3_server, capfd):
     assert "→ create it" in out
 
 
+def test_doctor_tells_an_address_for_jobs_from_one_of_a_cluster(monkeypatch, capfd):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    code, out, _ = run(capfd, "doctor")
+    assert code == 2
+    assert "RAY_ADDRESS is http://127.0.0.1:8265, where jobs are submitted" in out
+    assert "→ unset it" in out
+
+
 def test_python_functions_print_nothing(place, ray_cluster, capfd):
     import lungopacity
 

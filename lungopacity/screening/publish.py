@@ -139,10 +139,12 @@ class Collected:
 
         if pseudonyms is not None and pseudonyms.key_map is not None:
             hide = hash_names
-            # In the order of their names, the rows would tell which name may hide behind which.
+            # The order of the names, and the moment at which each was screened, which follows it,
+            # would tell which name may hide behind which.
             self.connection.create_function("hashed", pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
             rows = (
-                "SELECT final.* FROM final JOIN (SELECT image, hashed(image) AS hash"
+                "SELECT final.* REPLACE ((SELECT max(screened_at) FROM final) AS screened_at)"
+                " FROM final JOIN (SELECT image, hashed(image) AS hash"
                 " FROM (SELECT DISTINCT image FROM final)) USING (image)"
                 " ORDER BY hash, member_index, frame"
             )

@@ -208,8 +208,10 @@ def test_hashed_names_lie_in_the_order_of_their_hashes(place, hidden):
     place.archive.write("Evans.tar", b"x")
     run = place.night(**hidden).runs[0]
     (key,) = [item.key for item in place.store.list("predictions/")]
-    hashes = pq.read_table(f"{place.results}/{key}")["image"].to_pylist()
+    rows = pq.read_table(f"{place.results}/{key}")
+    hashes = rows["image"].to_pylist()
     assert hashes == sorted(hashes)
+    assert len(set(rows["screened_at"].to_pylist())) == 1, "it follows the order of the names"
     names = read_key_map(f"{place.results}-key-map", run.run_id)
     assert sorted(names[hashed] for hashed in hashes) == [
         "Adams.png", "Baker.png", "Clark.png", "Davis.png", "Evans.tar",
