@@ -157,8 +157,10 @@ class Decoder:
         elif job.crashes > 1:
             job.rows = [_failed(ErrorCode.DECODER_CRASH, f"its process died ({_told(returncode)})")]
         else:
-            # Alone, to be sure that it is the cause; what waits is ordered again after it.
-            self._start(job, ())
+            # Alone, to be sure that it is the cause; what waits is ordered again after it. In its
+            # own slot: the others' are not free.
+            with contextlib.suppress(OSError):
+                self._order(job)
             try:
                 self._receive(job)
             except (EOFError, OSError):
@@ -292,8 +294,11 @@ def _limit_memory(size_bytes: int) -> None:
 def _read(file: int, length: int) -> bytes:
     pieces: list[bytes] = []
     while length:
-        pieces.append(os.pread(file, length, sum(map(len, pieces))))
-        length -= len(pieces[-1])
+        piece = os.pread(file, length, sum(map(len, pieces)))
+        if not piece:
+            raise EOFError  # no clock runs here that would end a wait for what never comes
+        pieces.append(piece)
+        length -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 

@@ -1,11 +1,13 @@
 """Files that crash, hang or starve their decoder: they alone pay for it."""
 
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -59,6 +61,26 @@ def test_a_file_that_crashes_its_decoder_costs_itself_alone(crashing, place):
     expected = [None] * 8
     expected[place] = "decoder_crash"
     assert codes(crashing, files) == expected
+
+
+def test_a_large_file_that_crashes_its_decoder_harms_no_neighbour(crashing):
+    # More than a quarter of what may be under way: its memory is given back as soon as it is done.
+    large = 17 << 20
+    files = [FILM, b"CRASH" + bytes(large), b"1" * large, FILM, b"2" * large, b"3" * large]
+    found = [rows[0] for _, rows in crashing.rows(enumerate(files))]
+    assert found[1]["error_code"] == "decoder_crash"
+    del files[1], found[1]
+    assert [row.get("error_code") for row in found] == [
+        None, "not_an_image", None, "not_an_image", "not_an_image",
+    ]  # fmt: skip
+    assert [row["content_sha256"] for row in found] == [sha256(data).hexdigest() for data in files]
+
+
+def test_an_order_for_more_than_there_is_ends_the_process(crashing):
+    list(crashing.rows([(0, FILM)]))
+    os.ftruncate(crashing._files[0], 0)
+    crashing._connection.send_bytes(pickle.dumps((0, 10)))
+    assert crashing._process.wait(timeout=10) == 0
 
 
 def test_many_of_them_are_each_found(crashing):
