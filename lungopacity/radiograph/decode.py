@@ -24,7 +24,7 @@ from lungopacity.radiograph.jpeg import (
     read_header,
     scans_of,
 )
-from lungopacity.radiograph.png import decode_grey_png, read_plain_header
+from lungopacity.radiograph.png import decode_deep_png, decode_grey_png, is_deep, read_plain_header
 from lungopacity.radiograph.tiff import check_pages, is_tiff
 
 if TYPE_CHECKING:
@@ -242,6 +242,12 @@ def _grey_pixels(
         white_is_zero = kind == "tiff" and tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
         return _turned(255 - grey if white_is_zero else grey, image), 0.0
     coloured = 0.0
+    if kind == "png" and is_deep(data):
+        image.load()  # damage is told as of any PNG
+        deep, rgb = decode_deep_png(data)
+        if rgb is not None:
+            coloured = coloured_fraction(stretch_to_uint8(rgb))
+        return _turned(stretch_to_uint8(deep), image), coloured
     if image.mode not in ("1", "L", "LA"):
         image.load()
         coloured = coloured_fraction(np.asarray(_coarse(image).convert("RGB")))

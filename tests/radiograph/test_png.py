@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.radiograph import DecodeLimits, decode_radiographs
 from lungopacity.radiograph.png import decode_grey_png, read_plain_header
+from tests.films import one_film
 
 FILM = np.random.default_rng(0).integers(0, 255, (120, 130), np.uint8)
 
@@ -49,6 +50,16 @@ def filtered(pixels: np.ndarray, filters: list[int]) -> bytes:
             chunk(b"IEND", b""),
         ]
     )
+
+
+def deep(samples: np.ndarray, *extra: bytes, rows: int | None = None) -> bytes:
+    """A PNG of 16 bits with 1 to 4 samples a pixel; `rows`: how many of them it holds."""
+    height, width, count = samples.shape
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    header += bytes([16, (0, 4, 2, 6)[count - 1], 0, 0, 0])
+    coded = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples[:rows])
+    chunks = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(coded))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join([*chunks, chunk(b"IEND", b"")])
 
 
 def code_of(data: bytes) -> ErrorCode:
@@ -173,3 +184,65 @@ def test_what_more_than_grey_pixels_is_in_is_left_to_pillow():
     assert read_plain_header(png(np.stack([FILM] * 3, axis=2))) is None
     assert read_plain_header(png(FILM > 99)) is None
     assert read_plain_header(png(FILM, dpi=(72, 72))) is not None
+
+
+TWELVE_BITS = np.random.default_rng(0).integers(100, 4096, (120, 130, 1), np.uint16)
+OPAQUE = np.full_like(TWELVE_BITS, 65535)
+GREY_RGB = np.repeat(TWELVE_BITS, 3, axis=2)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [GREY_RGB, np.dstack([GREY_RGB, OPAQUE]), np.dstack([TWELVE_BITS, OPAQUE])],
+    ids=["RGB", "RGBA", "LA"],
+)
+def test_a_film_of_16_bits_in_colour_keeps_all_of_them(samples):
+    found = one_film(deep(samples))
+    np.testing.assert_array_equal(found.pixels, one_film(deep(TWELVE_BITS)).pixels)
+    assert len(np.unique(found.pixels)) == 256
+    assert found.coloured_fraction == 0
+
+
+def test_what_is_transparent_in_16_bits_is_black():
+    alpha = OPAQUE.copy()
+    alpha[:, :40] = 0
+    expected = one_film(deep(np.where(alpha > 0, TWELVE_BITS, 0))).pixels
+    for samples in (GREY_RGB, TWELVE_BITS):
+        found = one_film(deep(np.dstack([samples, alpha])))
+        np.testing.assert_array_equal(found.pixels, expected)
+    keyed = GREY_RGB.copy()
+    keyed[:, :40] = 9
+    found = one_film(deep(keyed, chunk(b"tRNS", b"\0\x09" * 3)))
+    np.testing.assert_array_equal(found.pixels, expected)
+
+
+def test_colours_of_16_bits_are_found_and_their_luma_is_that_of_8():
+    rgb = np.random.default_rng(0).integers(0, 256, (120, 130, 3), np.uint16)
+    rgb[0, 0], rgb[0, 1] = 0, 255
+    whole, dark = one_film(deep(rgb * 257)), one_film(deep(rgb * 16))
+    shallow = one_film(png(rgb.astype(np.uint8)))
+    assert np.abs(whole.pixels.astype(int) - shallow.pixels).max() <= 1
+    assert np.abs(dark.pixels.astype(int) - shallow.pixels).max() <= 1
+    assert whole.coloured_fraction == dark.coloured_fraction == shallow.coloured_fraction > 0.3
+
+
+def test_exif_turns_a_film_of_16_bits_in_colour():
+    exif = chunk(b"eXIf", Image.Exif().tobytes()[6:])
+    assert one_film(deep(GREY_RGB, exif)).pixels.shape == (120, 130)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter
+    found = one_film(deep(GREY_RGB, chunk(b"eXIf", turned.tobytes()[6:])))
+    np.testing.assert_array_equal(found.pixels, np.rot90(one_film(deep(GREY_RGB)).pixels, -1))
+
+
+def test_damage_in_16_bits_in_colour_has_its_code():
+    data = deep(GREY_RGB)
+    for length in (20, 60, len(data) // 2, len(data) - 30):
+        assert code_of(data[:length]) is ErrorCode.TRUNCATED
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    assert code_of(bytes(flipped)) is ErrorCode.CORRUPT_IMAGE
+    assert code_of(deep(GREY_RGB, rows=60)) is ErrorCode.TRUNCATED
+    giant = data[:12] + b"IHDR" + (50_000).to_bytes(4, "big") * 2 + data[24:29]
+    giant += zlib.crc32(giant[12:29]).to_bytes(4, "big") + data[33:]
+    assert code_of(giant) is ErrorCode.TOO_LARGE
