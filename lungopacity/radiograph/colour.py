@@ -9,6 +9,11 @@ import numpy.typing as npt
 
 _CLEARLY = 32
 """Of 255: spread of red, green and blue above which an eye sees a colour; noise of JPEG is less."""
+_CLEARLY_WITHOUT_TINT = 24
+"""What must be left of it without the tint, which some of a colour is taken for."""
+_MOST_OF_A_TINT = 0.5
+"""Of the brightest channel: spread of the mean colour. Blue bases of films, or the yellow of
+their age, have 0.2."""
 
 
 _LUMA = (19595, 38470, 7471)
@@ -39,8 +44,27 @@ def deep_luminance(rgb: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
 def coloured_fraction(rgb: npt.NDArray[Any]) -> float:
     """Share of pixels whose red, green and blue differ clearly, 0 … 1; judged on a coarse grid.
 
+    One tint of the whole picture, as of a scanned film with a blue base, is no colour: red, green
+    and blue are each a line of the luma then, and only pixels off these lines count.
+
     rgb: (height, width, 3) uint8.
     """
     step = max(1, min(rgb.shape[:2]) // 128)
-    grid = rgb[::step, ::step].astype(np.int16)
-    return float((grid.max(axis=2) - grid.min(axis=2) > _CLEARLY).mean())
+    grid = rgb[::step, ::step].reshape(-1, 3).T.astype(np.float32)
+    clearly = _spread(grid) > _CLEARLY
+    mean = grid.mean(axis=1, keepdims=True)
+    if not clearly.any() or np.ptp(mean) > _MOST_OF_A_TINT * mean.max():
+        return float(clearly.mean())
+    grid -= mean
+    luma = np.asarray(_LUMA, np.float32) / 65536 @ grid
+    slopes = grid @ luma / max(float(luma @ luma), 1.0)
+    beside_tint = _spread(grid - np.outer(slopes, luma))
+    return float((clearly & (beside_tint > _CLEARLY_WITHOUT_TINT)).mean())
+
+
+def _spread(channels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Of three arrays of one length. By pairs, in a third of the time that `np.ptp` takes."""
+    red, green, blue = channels
+    spread: npt.NDArray[Any] = np.maximum(np.maximum(red, green), blue)
+    spread -= np.minimum(np.minimum(red, green), blue)
+    return spread

@@ -79,6 +79,43 @@ def test_a_coloured_marker_on_a_film_is_no_photograph():
     assert flags(one_film(encoded(film))) == set()
 
 
+TINTS = {"blue base": (0.8, 0.9, 1), "yellowed": (1, 0.93, 0.82), "strong blue": (0.6, 0.8, 1)}
+
+
+def tinted(film: np.ndarray, tint: tuple[float, float, float], fog: int = 0) -> np.ndarray:
+    return np.rint((fog + film[..., None] * ((255 - fog) / 255)) * tint).astype(np.uint8)
+
+
+@pytest.mark.parametrize("fog", [0, 60])
+@pytest.mark.parametrize("tint", TINTS.values(), ids=TINTS)
+def test_a_tint_of_the_whole_film_is_no_colour(tint, fog):
+    film = tinted(phantom(2), tint, fog)
+    # By the eye's measure of single pixels it would be a photograph.
+    assert (np.ptp(film, axis=2) > 32).mean() > 0.1
+    assert "colour" not in flags(one_film(encoded(film)))
+    assert "colour" not in flags(one_film(encoded(film, "JPEG", quality=85)))
+
+
+def test_a_marker_does_not_make_the_greys_beside_it_colours():
+    """It bends the line that the channels are fitted with."""
+    film = np.stack([phantom(2)] * 3, axis=2)
+    film[:64, :85] = (255, 220, 0)
+    assert one_film(encoded(film)).coloured_fraction < 0.1
+
+
+def test_one_strong_colour_all_over_is_no_tint():
+    film = phantom(2)
+    for colour in ((1, 1, 0.1), (1, 0.2, 0.2)):
+        assert "colour" in flags(one_film(encoded(tinted(film, colour))))
+
+
+def test_grey_in_three_channels_and_one_even_tint_have_no_colour():
+    grey = np.stack([phantom(2)] * 3, axis=2)
+    assert one_film(encoded(grey)).coloured_fraction == 0
+    even = np.full((200, 200, 3), (200, 220, 250), np.uint8)
+    assert one_film(encoded(even)).coloured_fraction == 0
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_drawn_chest_films_raise_no_flag_and_their_negatives_are_inverted(seed):
     film = phantom(seed, OPACITY_KINDS[seed % len(OPACITY_KINDS)])
@@ -124,6 +161,14 @@ def test_no_real_film_is_rejected_and_every_real_negative_is_found():
     assert len(films) > 200
     assert not set.union(*(flags(film) for film in films)) & set(REJECTED_BY_DEFAULT)
     assert all("inverted" in flags(255 - film) for film in films)
+
+
+@needs_real_data
+@pytest.mark.parametrize("tint", TINTS.values(), ids=TINTS)
+def test_no_real_film_on_a_tinted_base_is_a_photograph(tint):
+    for path in DICOM_FOLDER.glob("*.dcm"):
+        film = tinted(one_film(path.read_bytes()).pixels, tint)
+        assert one_film(encoded(film, "JPEG")).coloured_fraction < 0.01
 
 
 @needs_real_data
