@@ -69,23 +69,44 @@ def content_rows(data: bytes, settings: ReadSettings) -> Iterator[dict[str, Any]
     """
     digest = {"content_sha256": hashlib.sha256(data).hexdigest()}
     try:
-        for found in decode_radiographs(
-            data,
-            limits=settings.limits,
-            at_least=settings.preprocessing.at_least,
-            accept=settings.accept,
-            hmac_key=settings.hmac_key,
-        ):
-            if isinstance(found, ImageError):
-                yield digest | error_columns(found)
-            else:
-                yield digest | _film_columns(found, settings)
+        for columns in _image_columns(data, settings, settings.preprocessing.at_least):
+            yield digest | columns
     except Exception as error:
         yield digest | error_columns(error)
 
 
-def _film_columns(film: Radiograph, settings: ReadSettings) -> dict[str, Any]:
-    left, top, right, bottom = edges = settings.preprocessing.edges(film.pixels)
+def _image_columns(
+    data: bytes, settings: ReadSettings, at_least: int | None
+) -> Iterator[dict[str, Any]]:
+    for found in decode_radiographs(
+        data,
+        limits=settings.limits,
+        at_least=at_least,
+        accept=settings.accept,
+        hmac_key=settings.hmac_key,
+    ):
+        if isinstance(found, ImageError):
+            yield error_columns(found)
+            continue
+        edges = settings.preprocessing.edges(found.pixels)
+        if at_least is not None and _is_small_part(edges, found):
+            # The scale of the JPEG was chosen for its wide border: once more, at its full size.
+            yield from _image_columns(data, settings, None)
+        else:
+            yield _film_columns(found, edges, settings)
+
+
+def _is_small_part(edges: tuple[int, int, int, int], film: Radiograph) -> bool:
+    """Whether less is left between the borders of a shrunk JPEG than `at_least` reckons with."""
+    left, top, right, bottom = edges
+    is_shrunk = film.format == "jpeg" and film.pixels.size < film.rows * film.columns
+    return is_shrunk and 2 * max(right - left, bottom - top) < max(film.pixels.shape)
+
+
+def _film_columns(
+    film: Radiograph, edges: tuple[int, int, int, int], settings: ReadSettings
+) -> dict[str, Any]:
+    left, top, right, bottom = edges
     cropped = film.pixels[top:bottom, left:right]
     is_cropped = cropped.shape != film.pixels.shape
     # What is judged is the whole film, also where the model is shown a part of it.

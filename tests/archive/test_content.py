@@ -1,0 +1,59 @@
+"""What the rows of one file hold."""
+
+import numpy as np
+import pytest
+
+from lungopacity.archive import content
+from lungopacity.archive.content import ReadSettings, content_rows
+from lungopacity.radiograph import Preprocessing
+from tests.films import encoded, grey_film, one_film
+
+CROPPING = ReadSettings(Preprocessing(image_size=96, crop_borders=True))
+
+
+def framed(side: int) -> bytes:
+    """A film of 800 x 800 in the middle of a black square, as JPEG."""
+    square = np.zeros((side, side), np.uint8)
+    start = (side - 800) // 2
+    square[start : start + 800, start : start + 800] = grey_film(1, 800, 800) // 2 + 100
+    return encoded(square, "JPEG", quality=95)
+
+
+@pytest.fixture
+def scales(monkeypatch):
+    """`at_least` of each time that the file was decoded."""
+    asked = []
+
+    def decode(data, *, at_least, **options):
+        asked.append(at_least)
+        return decode_radiographs(data, at_least=at_least, **options)
+
+    decode_radiographs = content.decode_radiographs
+    monkeypatch.setattr(content, "decode_radiographs", decode)
+    return asked
+
+
+@pytest.mark.parametrize("side", [1700, 2500, 3000])
+def test_a_jpeg_of_a_small_film_in_a_wide_frame_keeps_its_pixels(side, scales):
+    data = framed(side)
+    (row,) = content_rows(data, CROPPING)
+    whole = one_film(data).pixels
+    preprocessing = CROPPING.preprocessing
+    expected = preprocessing.square(whole)
+    assert row["pixels"] == expected.tobytes()
+    assert row["shown_edges"] == list(preprocessing.edges(whole))
+    assert scales == [192, None]
+
+
+@pytest.mark.parametrize("side", [800, 1000, 1500])
+def test_other_jpegs_are_decoded_once_at_a_scale(side, scales):
+    (row,) = content_rows(framed(side), CROPPING)
+    assert row["status"] == "ok"
+    assert scales == [192]
+
+
+def test_a_png_of_a_small_film_is_decoded_once(scales):
+    square = np.zeros((1000, 1000), np.uint8)
+    square[300:700, 300:700] = grey_film(1, 400, 400) // 2 + 100
+    assert len(list(content_rows(encoded(square), CROPPING))) == 1
+    assert scales == [192]
