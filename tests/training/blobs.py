@@ -59,6 +59,7 @@ def _labelled(pixels_NHW: np.ndarray, labels_N: np.ndarray, split_N: np.ndarray)
             "content_sha256": [hashlib.sha256(film.tobytes()).hexdigest() for film in pixels_NHW],
             "label": [CLASS_NAMES[label] for label in labels_N],
             "split": split_N,
+            "patient_id": None,
         }
     )
     return LabelledPixels(
