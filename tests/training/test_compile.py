@@ -1,23 +1,20 @@
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 import lungopacity
 from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.models import (
     OperatingPoint,
-    TrainedModel,
-    build_network,
+    films_known_to,
     load_model,
     save_model,
     save_operating_point,
-    weights_of,
     with_operating_point,
 )
-from lungopacity.models.folder import validation_parquet
+from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
 from tests.models.tiny import history_parquet, tiny_model, write_tiny_model
@@ -26,24 +23,24 @@ from tests.training import compilers
 FILMS = np.random.default_rng(0).integers(0, 256, (6, 64, 64), dtype=np.uint8)
 
 
-def lite0(**changes: object) -> TrainedModel:
-    """That ncnn runs much faster than torch, whatever else the machine does."""
-    torch.manual_seed(0)
-    network = build_network("efficientnet-lite0", 2)
-    changes = {"architecture": "efficientnet-lite0", "preprocessing": Preprocessing(64), **changes}
-    model = tiny_model(architecture_settings=asdict(network.settings), **changes)
-    return replace(model, weights=weights_of(network))
+@pytest.fixture
+def quiet(monkeypatch):
+    monkeypatch.setattr("lungopacity.training.compile._compiled", compilers.on_a_quiet_machine)
 
 
+@pytest.mark.usefixtures("quiet")
 def test_a_folder_is_written_anew_with_the_same_id_and_what_sites_added(tmp_path, capsys):
     old, new = str(tmp_path / "old"), str(tmp_path / "new")
-    save_model(old, lite0(), history_parquet(), b"what validation said")
+    learnt = training_films_parquet(["a", "b"])
+    said = validation_parquet(["c"], ["Normal"], np.zeros((1, 2), np.float32), ["Normal", "x"])
+    save_model(old, tiny_model(image_size=64), history_parquet(), said, learnt)
     save_operating_point(old, load_model(old), "north", OperatingPoint(0.25))
     assert main(["compile", "--model", old, "--output", new]) == 0
     before, after = load_model(old), load_model(new)
     assert f"model {before.model_id} in {new}: CPUs run the network compiled" in (
         capsys.readouterr().out
     )
+    assert films_known_to(new) == films_known_to(old) == {"a", "b", "c"}
     assert before.compiled is None
     assert after == replace(before, compiled=after.compiled, spec=after.spec)
     assert after.spec.training["on_cpus"].startswith("CPUs run the network compiled, ")
@@ -73,11 +70,14 @@ def test_what_brings_nothing_is_not_written(tmp_path, monkeypatch, compiler, why
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.usefixtures("quiet")
 def test_an_ensemble_of_folders_of_before_is_compiled_member_by_member(tmp_path):
     uris = [str(tmp_path / name) for name in "ab"]
     facts = {"training": {"settings": {"seed": 7}, "data": {"fingerprint": "f"}}}
     for uri, size in zip(uris, (64, 48), strict=True):
-        model = lite0(preprocessing=Preprocessing(size, mean=0.4), temperature=0.5, **facts)
+        model = tiny_model(
+            seed=size, preprocessing=Preprocessing(size, mean=0.4), temperature=0.5, **facts
+        )
         pixels_NHW = FILMS[:, :size, :size]
         labels = ["Normal", "Lung_Opacity"] * 3
         digests = [f"{number}" for number in range(6)]
