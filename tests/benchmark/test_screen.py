@@ -29,7 +29,8 @@ def test_every_way_scores_every_image_in_s3_and_ours_gives_the_bare_loops_scores
     store = open_store(s3_uri)
     for number in range(60):
         store.write(f"{number}.png", encoded(grey_film(number, 200, 200)))
-    ways = ("bare", OURS, *ALTERNATIVES)
+    # Ray's two recipes differ by how they read alone.
+    ways = ("bare", OURS, *(way for way in ALTERNATIVES if way != "ray-read-images"))
     found = screen_speeds(s3_uri, model, ways=ways, repeats=1, batch_size=8, limit_s=120)
     speeds = {speed.way: speed for speed in found}
     assert tuple(speeds) == ways
@@ -44,7 +45,7 @@ def test_every_way_scores_every_image_in_s3_and_ours_gives_the_bare_loops_scores
     # No crop, and square films: only the shrinking differs.
     assert all(speeds[way].differs < 0.2 for way in ALTERNATIVES if way in speeds)
     assert {way for way in speeds if speeds[way].bytes_moved is not None} == {
-        OURS, "ray-read-images", "ray-download",
+        OURS, "ray-download",
     }  # fmt: skip
     lines = table(list(speeds.values())).splitlines()
     assert len(lines) == 1 + len(speeds)

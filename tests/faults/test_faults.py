@@ -24,7 +24,6 @@ def broken_scene(tmp_path_factory: pytest.TempPathFactory):
 STRUCK_HERE = [
     "kill -9 of the driver before the commit",
     "kill -9 of one node of three",
-    "5 % of requests broken",
 ]
 
 

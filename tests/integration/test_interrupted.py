@@ -74,6 +74,8 @@ def test_a_run_that_is_stopped_as_it_starts(tmp_path, number, code) -> None:
         time.sleep(0.2)
     assert not [item.key for item in open_store(results).list("runs/")]
 
+    if number == signal.SIGTERM:
+        return  # what follows is the same, and tried once
     (run_id,) = set(re.findall(r"run (\S+):", "".join(said)))
     again = [sys.executable, "-c", _GUARDED, *arguments, "--run-id", run_id]
     done = subprocess.run(again, capture_output=True, text=True)

@@ -77,25 +77,6 @@ def test_each_night_screens_what_is_new_or_changed_and_nothing_else(place):
     assert not list(place.store.list("_lock/"))
 
 
-def test_an_object_that_is_as_it_once_was_is_screened_again(place):
-    """Restored from a backup: what was screened long ago is not what `latest` shows."""
-    place.night()
-    place.archive.write("1.png", encoded(grey_film(41)))
-    place.night()
-    before = place.asked("SELECT source_etag FROM latest WHERE image = '1.png'")
-    place.archive.write("1.png", encoded(grey_film(1)))
-    assert place.night().runs[0].images == 1
-    assert place.asked("SELECT source_etag FROM latest WHERE image = '1.png'") != before
-
-
-def test_another_model_screens_everything_anew(place, tmp_path):
-    place.night()
-    write_tiny_model(str(tmp_path / "other"), seed=7)
-    place.model = str(tmp_path / "other")
-    assert place.night().runs[0].images == 9
-    assert place.asked("SELECT count(DISTINCT model_id), count(*) FROM latest") == [(2, 18)]
-
-
 def test_what_the_storage_failed_to_give_is_tried_again_every_night_and_the_broken_is_not(place):
     place.archive.write("broken.png", b"\x89PNG\r\n\x1a\n")
     listed = inventory_at(place.archive.uri)
@@ -121,13 +102,6 @@ def test_films_that_other_rules_rejected_are_screened_again(place):
     assert [(run.images, run.ok) for run in again.runs] == [(1, 1)]
 
 
-def test_at_most_so_many_a_night_and_the_next_night_goes_on(place):
-    assert place.night(dry_run=True).planned == 7
-    assert [place.night(max_images=3).runs[0].images for _ in range(4)] == [3, 3, 3, 0]
-    with pytest.raises(UserError, match="--max-images must be at least 1"):
-        place.night(max_images=0)
-
-
 def test_a_dry_run_writes_nothing(place, capfd):
     arguments = ["nightly", "--archive", place.archive.uri, "--model", place.model]
     assert main([*arguments, "--results", place.results, "--dry-run"]) == 0
@@ -144,7 +118,7 @@ def test_a_second_night_at_the_same_time_leaves_and_says_why(place, capfd):
     assert place.store.head("status.json") is None  # of the other night, and not touched
 
 
-@on_both
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_night_that_lost_its_lease_publishes_nothing_and_the_next_one_goes_on(place):
     stolen = threading.Event()
     write = type(place.store).write
@@ -169,14 +143,6 @@ def test_a_night_that_lost_its_lease_publishes_nothing_and_the_next_one_goes_on(
     assert place.asked("SELECT count(*) FROM predictions") == [(9,)]
 
 
-def test_hashed_names_are_known_again_under_the_same_key(place, tmp_path):
-    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
-    hidden = {"hmac_key": str(tmp_path / "key"), "hash_keys": True}
-    assert [place.night(**hidden).runs[0].images for _ in range(2)] == [9, 0]
-    place.archive.write("new.png", encoded(grey_film(40)))
-    assert place.night(**hidden).runs[0].images == 1
-
-
 def test_drift_is_told_against_a_frozen_run(place, capfd):
     baseline = place.night().runs[0].run_id
     place.archive.write("new.png", encoded(grey_film(40)))
@@ -192,19 +158,8 @@ def test_drift_is_told_against_a_frozen_run(place, capfd):
         place.night(baseline="never")
 
 
-def test_a_night_may_go_by_an_inventory(place, tmp_path):
-    import pyarrow.parquet as pq
-
-    from lungopacity.archive.inventory import take_inventory
-
-    listed = take_inventory(place.archive.uri).objects
-    pq.write_table(listed.slice(0, 4), tmp_path / "list.parquet")
-    assert place.night(inventory=str(tmp_path / "list.parquet")).runs[0].images == 4
-    assert place.night().runs[0].images == 5
-
-
 def test_a_night_that_is_told_to_end_gives_its_lease_back(place):
-    for number in range(1500):
+    for number in range(300):
         place.archive.write(f"more/{number}.png", encoded(grey_film(number % 9)))
     night = subprocess.Popen(
         [sys.executable, "-m", "lungopacity.cli", "nightly", "--archive", place.archive.uri,
@@ -223,4 +178,4 @@ def test_a_night_that_is_told_to_end_gives_its_lease_back(place):
     assert not list(place.store.list("_lock/")), told
     assert place.status()["state"] == "failed"
     finished, own = place.night().runs
-    assert (finished.images, own.images) == (1509, 0)
+    assert (finished.images, own.images) == (309, 0)

@@ -104,10 +104,14 @@ def test_a_small_model_of_real_films_knows_what_is_no_chest(tmp_path):
     for number, data in enumerate(unseen.values()):
         pixels = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
         archive.write(f"chest-{number}.dcm", declared_chest(pixels))
-        archive.write(f"turned-{number}.png", encoded(np.rot90(pixels)))
+        if number % 4 == 0:
+            archive.write(f"turned-{number}.png", encoded(np.rot90(pixels)))
+    others = open_store(str(tmp_path / "others"))
     for kind, draw in NOT_CHESTS.items():
         for seed in range(6):
-            archive.write(f"{kind}-{seed}.dcm", declared_chest(draw(seed)))
+            data = declared_chest(draw(seed))
+            archive.write(f"{kind}-{seed}.dcm", data)
+            others.write(f"{kind}-{seed}.dcm", data)
     result = lungopacity.screen(archive.uri, model, str(tmp_path / "results"))
     assert result.failed == 0
     rows = lungopacity.query(
@@ -127,7 +131,7 @@ def test_a_small_model_of_real_films_knows_what_is_no_chest(tmp_path):
     assert rows.loc[rows["kind"] == "turned", "unlike"].mean() > chests["unlike"].mean() + 0.1
 
     strict = lungopacity.screen(
-        archive.uri, model, str(tmp_path / "results"), reject_quality=["out_of_distribution"]
+        others.uri, model, str(tmp_path / "results"), reject_quality=["out_of_distribution"]
     )
     refused = lungopacity.query(
         str(tmp_path / "results"),

@@ -11,6 +11,7 @@ import pytest
 import lungopacity
 from lungopacity.models import save_model
 from lungopacity.models.compiled import CompiledNetwork, to_bytes
+from lungopacity.models.scorer import Scorer
 from lungopacity.storage import open_store
 from tests.films import dicom, encoded, grey_film, tar
 from tests.models.tiny import history_parquet, tiny_model, write_tiny_model
@@ -44,8 +45,8 @@ def assert_same_scores(archive: str, labels: pd.DataFrame, place, **options) -> 
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_every_format_loose_and_in_shards_scores_alike(store_uri, tmp_path):
-    store = open_store(store_uri)
+def test_every_format_loose_and_in_shards_scores_alike(s3_uri, tmp_path):
+    store = open_store(s3_uri)
     films = {
         **{f"{n}.png": encoded(grey_film(n, 300, 200)) for n in range(40)},
         **{f"{n}.jpg": encoded(grey_film(n, 900, 700), "JPEG") for n in range(40)},
@@ -57,7 +58,7 @@ def test_every_format_loose_and_in_shards_scores_alike(store_uri, tmp_path):
     store.write("x.tar", tar({name: films[name] for name in names[1::2]}))
     write_tiny_model(str(tmp_path / "model"), image_size=64, temperature=1.3)
     labels = pd.DataFrame({"image": names, "label": ["Normal", "Lung_Opacity"] * 50})
-    assert assert_same_scores(store_uri, labels, tmp_path, batch_size=7) == 100
+    assert assert_same_scores(s3_uri, labels, tmp_path, batch_size=7) == 100
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -68,9 +69,12 @@ def test_a_compiled_network_that_cannot_be_loaded_costs_time_and_no_score(tmp_pa
     store = open_store(str(tmp_path / "films"))
     for number in range(3):
         store.write(f"{number}.png", encoded(grey_film(number)))
-    labels = pd.DataFrame({"image": ["0.png", "1.png", "2.png"]})
-    labels["label"] = ["Normal", "Lung_Opacity", "Normal"]
-    assert assert_same_scores(store.uri, labels, tmp_path) == 3
+    lungopacity.screen(store.uri, str(tmp_path / "model"), str(tmp_path / "results"))
+    rows = lungopacity.query(str(tmp_path / "results"), "SELECT * FROM predictions").to_pandas()
+    assert rows["status"].tolist() == ["ok"] * 3
+    logits_NK = rows[["logit_Normal", "logit_Lung_Opacity"]].to_numpy()
+    expected_NK = Scorer(model).probabilities(logits_NK)
+    np.testing.assert_allclose(rows[["p_Normal", "p_Lung_Opacity"]], expected_NK, atol=1e-6)
     assert f"model {model.model_id}: ncnn cannot load the compiled network" in caplog.text
 
 

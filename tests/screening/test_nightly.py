@@ -218,6 +218,49 @@ def test_hashed_names_lie_in_the_order_of_their_hashes(place, hidden):
     ]  # fmt: skip
 
 
+def test_an_object_that_is_as_it_once_was_is_screened_again(place):
+    """Restored from a backup: what was screened long ago is not what `latest` shows."""
+    place.night()
+    place.archive.write("Adams.png", b"another film")
+    place.night()
+    before = query(place.results, "SELECT source_etag FROM latest WHERE image = 'Adams.png'")
+    place.archive.write("Adams.png", b"Adams.png")
+    (run,) = place.night().runs
+    assert place.screened(run.run_id) == ["Adams.png"]
+    after = query(place.results, "SELECT source_etag FROM latest WHERE image = 'Adams.png'")
+    assert after.num_rows == before.num_rows == 1
+    assert after != before
+
+
+def test_another_model_screens_everything_anew(place, tmp_path):
+    place.night()
+    place.model = str(tmp_path / "other")
+    write_tiny_model(place.model, seed=7)
+    assert place.night().runs[0].images == 4
+    counted = query(place.results, "SELECT count(DISTINCT model_id) m, count(*) n FROM latest")
+    assert counted.to_pylist() == [{"m": 2, "n": 8}]
+
+
+def test_at_most_so_many_a_night_and_the_next_night_goes_on(place):
+    assert place.night(dry_run=True).planned == 4
+    assert [place.night(max_images=3).runs[0].images for _ in range(3)] == [3, 1, 0]
+    with pytest.raises(UserError, match="--max-images must be at least 1"):
+        place.night(max_images=0)
+
+
+def test_hashed_names_are_known_again_under_the_same_key(place, hidden):
+    assert [place.night(**hidden).runs[0].images for _ in range(2)] == [4, 0]
+    place.archive.write("Evans.png", b"new")
+    assert place.night(**hidden).runs[0].images == 1
+
+
+def test_a_night_may_go_by_an_inventory(place, tmp_path):
+    listed = pa.concat_tables(list_archive(place.archive.uri).tables)
+    pq.write_table(listed.slice(0, 3), tmp_path / "list.parquet")
+    assert place.night(inventory=str(tmp_path / "list.parquet")).runs[0].images == 3
+    assert place.night().runs[0].images == 1
+
+
 def test_what_fails_every_night_keeps_nothing_else_waiting(place):
     place.failing = dict.fromkeys(("Adams.png", "Baker.png"), "forbidden")
     nights = [place.night(max_images=2).runs[0].run_id for _ in range(3)]

@@ -133,7 +133,8 @@ def test_model_folder_knows_the_films_that_no_test_may_hold(run: Run) -> None:
 
 def test_leaves_nothing_but_the_model(run: Run) -> None:
     names = {path.name for path in Path(run.output).iterdir()}
-    assert names == {
+    # Whether so small a network is faster compiled, a busy machine decides anew each time.
+    assert names - {"compiled.safetensors"} == {
         "model.safetensors",
         "model.json",
         "distribution.safetensors",
