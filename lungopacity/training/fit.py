@@ -203,7 +203,10 @@ def _compiled(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None, 
 
     try:
         found: tuple[bytes | None, str] = ray.get(
-            ray.remote(run).options(num_cpus=1, max_retries=0).remote(model, films)
+            ray.remote(run)
+            # Timed, torch must have what it has in screening.
+            .options(num_cpus=1, max_retries=0, runtime_env=worker_environment(False))
+            .remote(model, films)
         )
     except ray.exceptions.RayError as error:
         return None, f"CPUs run the network in torch: compiling it failed ({_last_line(error)})"
