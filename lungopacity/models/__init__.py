@@ -1,10 +1,6 @@
 """The networks by name, the model folder, and the one place that runs a trained network."""
 
 from lungopacity.models.folder import (
-    ModelSpec,
-    OperatingPoint,
-    TrainedModel,
-    copy_operating_points,
     films_known_to,
     find_training_films,
     find_validation,
@@ -13,10 +9,8 @@ from lungopacity.models.folder import (
     read_history,
     read_validation,
     save_model,
-    save_operating_point,
-    weights_of,
-    with_operating_point,
 )
+from lungopacity.models.model import ModelSpec, OperatingPoint, TrainedModel, weights_of
 from lungopacity.models.networks import (
     ENSEMBLE,
     NETWORK_NAMES,
@@ -24,6 +18,11 @@ from lungopacity.models.networks import (
     build_network,
     check_network,
     network_card,
+)
+from lungopacity.models.site_points import (
+    copy_operating_points,
+    save_operating_point,
+    with_operating_point,
 )
 
 __all__ = [

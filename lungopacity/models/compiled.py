@@ -33,7 +33,7 @@ from lungopacity.models.ensemble_settings import (
 from lungopacity.models.probabilities import calibrated_logits
 
 if TYPE_CHECKING:
-    from lungopacity.models.folder import ModelSpec, TrainedModel
+    from lungopacity.models.model import ModelSpec, TrainedModel
     from lungopacity.models.scorer import Scorer
     from lungopacity.radiograph import Preprocessing
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.models.compiled import NcnnScorer, loaded
-from lungopacity.models.folder import TrainedModel
+from lungopacity.models.model import TrainedModel
 from lungopacity.models.networks import ENSEMBLE
 from lungopacity.models.probabilities import softmax
 

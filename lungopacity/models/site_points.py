@@ -1,0 +1,75 @@
+"""Operating points that sites add to a model's folder: `operating_points/NAME.json`, each bound to
+the model by its id."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+
+from lungopacity.errors import NOTICE, ImageError, UserError
+from lungopacity.models.model import OperatingPoint, TrainedModel
+from lungopacity.storage import ConflictError, open_store
+
+_FOLDER = "operating_points"
+_POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def save_operating_point(uri: str, model: TrainedModel, name: str, point: OperatingPoint) -> None:
+    """Keep a site's operating point in the model's folder at `uri`.
+
+    Raises `UserError` where the name cannot be one of a file, or is taken.
+    """
+    if not _POINT_NAME.fullmatch(name):
+        raise UserError(
+            f"--name {name!r}: use up to 100 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    document = {"notice": NOTICE, "model_id": model.model_id, "name": name, **asdict(point)}
+    data = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
+    try:
+        open_store(uri).write(f"{_FOLDER}/{name}.json", data, if_absent=True)
+    except ConflictError as error:
+        raise UserError(
+            f"{uri}: an operating point '{name}' is there already; choose another --name"
+        ) from error
+
+
+def copy_operating_points(source: str, target: str) -> None:
+    """Those that sites have added to the folder at `source`, to another of the same model."""
+    store, copy = open_store(source), open_store(target)
+    for item in store.list(f"{_FOLDER}/"):
+        copy.write(item.key, store.read(item.key))
+
+
+def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> TrainedModel:
+    """The model, deciding at another of its operating points; None leaves it as it is.
+
+    Raises `UserError` where the folder at `uri` has none of that name, or one that was chosen for
+    another model: a threshold means something for the scores that it was chosen on alone.
+    """
+    if name is None:
+        return model
+    known = model.spec.operating_points.get(name)
+    if known is None:
+        store = open_store(uri)
+        try:
+            document = json.loads(store.read(f"{_FOLDER}/{name}.json"))
+            fields = OperatingPoint.__dataclass_fields__
+            known = OperatingPoint(**{key: document[key] for key in fields})
+            chosen_for = document["model_id"]
+        except ImageError as error:
+            folder = f"{_FOLDER}/"
+            added = [item.key.removeprefix(folder)[:-5] for item in store.list(folder)]
+            raise UserError(
+                f"{uri}: has no operating point '{name}'; it has "
+                + ", ".join([*model.spec.operating_points, *sorted(added)])
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{uri}: operating point '{name}' is damaged; pick it again") from error
+        if chosen_for != model.model_id:
+            raise UserError(
+                f"{uri}: operating point '{name}' was chosen for model {chosen_for}, not for "
+                f"{model.model_id}; pick it again with `lungopacity threshold`"
+            )
+    return replace(model, spec=replace(model.spec, operating_point=known))
