@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction
+from lungopacity.radiograph.deep import decode_deep, is_deep
 from lungopacity.radiograph.film import SYNTHETIC_MARK, DecodeLimits, Radiograph
 from lungopacity.radiograph.grey import stretch_to_uint8
 from lungopacity.radiograph.jpeg import (
@@ -24,7 +25,7 @@ from lungopacity.radiograph.jpeg import (
     read_header,
     scans_of,
 )
-from lungopacity.radiograph.png import decode_deep_png, decode_grey_png, is_deep, read_plain_header
+from lungopacity.radiograph.png import check_rows, decode_grey_png, read_plain_header
 from lungopacity.radiograph.tiff import check_pages, is_tiff
 
 if TYPE_CHECKING:
@@ -233,6 +234,15 @@ def _grey_pixels(
         # YCbCr where the file has it: its Y is the grey image, exactly. libjpeg makes none of RGB.
         colours = None if _is_rgb_jpeg(image) else "YCbCr"
         image.draft(colours, _draft_size(image.width, image.height, at_least))
+    if is_deep(image, data, kind):
+        orientation = _orientation(image)  # first: of a TIFF, Pillow turns what it has loaded
+        image.load()  # damage is told as of any other
+        deep, rgb = decode_deep(image, data, kind)
+        coloured = 0.0 if rgb is None else coloured_fraction(stretch_to_uint8(rgb))
+        return _turned(stretch_to_uint8(deep), orientation), coloured
+    if kind == "png":
+        image.load()
+        check_rows(data)
     if image.mode.startswith("I") or image.mode == "F":
         # 16 bits and more carry no window: their own range is mapped, as for such DICOM.
         values = np.asarray(image)
@@ -240,18 +250,13 @@ def _grey_pixels(
         # Pillow inverts white-is-zero films of up to 8 bits only.
         tags = getattr(image, "tag_v2", {})
         white_is_zero = kind == "tiff" and tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
-        return _turned(255 - grey if white_is_zero else grey, image), 0.0
+        return _turned(255 - grey if white_is_zero else grey, _orientation(image)), 0.0
     coloured = 0.0
-    if kind == "png" and is_deep(data):
-        image.load()  # damage is told as of any PNG
-        deep, rgb = decode_deep_png(data)
-        if rgb is not None:
-            coloured = coloured_fraction(stretch_to_uint8(rgb))
-        return _turned(stretch_to_uint8(deep), image), coloured
     if image.mode not in ("1", "L", "LA"):
         image.load()
         coloured = coloured_fraction(np.asarray(_coarse(image).convert("RGB")))
-    return _turned(_as_grey(image) if luma is None else luma, image), coloured
+    grey = _as_grey(image) if luma is None else luma
+    return _turned(grey, _orientation(image)), coloured
 
 
 def _is_rgb_jpeg(image: Any) -> bool:
@@ -290,13 +295,17 @@ def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
     return np.asarray(image if image.mode == "L" else image.convert("L"), dtype=np.uint8)
 
 
-def _turned(grey: npt.NDArray[np.uint8], image: Image.Image) -> npt.NDArray[np.uint8]:
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation: int = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow's parsers raise anything of damaged metadata; the pixels are whole
+        return 1
+    return orientation
+
+
+def _turned(grey: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # Pillow's parsers raise anything of damaged metadata; the pixels are whole
-        orientation = 1
     if orientation == 1:
         return grey
     turned = Image.fromarray(grey)

@@ -93,6 +93,17 @@ def is_cut_jpeg_2000(data: bytes) -> bool:
     return len(found) < tiles
 
 
+def bits_of_jpeg_2000(data: bytes) -> int:
+    """Of its deepest component (T.800 A.5.1, Ssiz); 0 where no codestream is found."""
+    at = data.find(_JPEG_2000)
+    if at < 0:
+        return 0
+    components = int.from_bytes(data[at + 40 : at + 42], "big")
+    return max(
+        ((size & 0x7F) + 1 for size in data[at + 42 : at + 42 + 3 * components : 3]), default=0
+    )
+
+
 def scans_of(frame: bytes) -> int:
     """How many scans a JPEG has; those of thumbnails in its metadata count, too."""
     return len(_SCAN_HEADER.findall(frame))

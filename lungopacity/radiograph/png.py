@@ -1,5 +1,5 @@
 """PNG: the fast way to the pixels of a plain grey film, which most of an archive's PNGs are, and
-the way to all bits of one that was stored in colour."""
+whether all rows are in any other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.radiograph.colour import deep_luminance
 
 # Chunks (PNG, third edition, table 5.3) that change no pixel and name nothing that a row keeps. A
 # file with any other, such as a palette, transparency, text or EXIF, is Pillow's to read.
@@ -19,9 +18,18 @@ _PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", 
 _PLAIN_CHUNKS |= {b"tIME", b"hIST", b"iCCP"}
 _GREY = b"\x08\x00"
 """In IHDR: 8 bits, colour type grey."""
-_DEEP = {b"\x10\x02", b"\x10\x04", b"\x10\x06"}
-"""16 bits: RGB, grey with alpha, RGB with alpha."""
-_ROWS_AT_ONCE = 64
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""A pixel, by colour type."""
+_ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+"""Left, top, and steps across and down of each pass over an interlaced picture (8.1)."""
 _SUB = 1
 _FIRST_ROWS = 4
 """Their filters tell whether a file is worth the quick way."""
@@ -64,36 +72,43 @@ def decode_grey_png(data: bytes, header: PngHeader) -> npt.NDArray[np.uint8]:
     Raises `ImageError` (`truncated`, `corrupt_image`).
     """
     quickly = _decode_row_by_row(data, header)
-    return _decode(data) if quickly is None else quickly
+    return decode_png(data) if quickly is None else quickly
 
 
-def is_deep(data: bytes) -> bool:
-    """Whether a PNG has 16 bits a sample, and more samples a pixel than grey: of such Pillow keeps
-    the upper 8 bits, which are next to nothing of a film of 12."""
-    return data[12:16] == b"IHDR" and data[24:26] in _DEEP
+def check_rows(data: bytes) -> None:
+    """Raise `ImageError` (`truncated`) where the coded rows end early: Pillow leaves black there.
+
+    Damage of any other kind is left for the decoder to tell.
+    """
+    import imagecodecs
+
+    columns, rows = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    bits, samples = data[24], _SAMPLES.get(data[25], 0)
+    passes = _ADAM7 if data[28] else ((0, 0, 1, 1),)
+    expected = 0
+    for left, top, across, down in passes:
+        width, height = -(-(columns - left) // across), -(-(rows - top) // down)
+        if width > 0 and height > 0:
+            expected += height * (1 + (width * bits * samples + 7) // 8)
+    coded, at = [], 8
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"IDAT":
+            coded.append(data[at + 8 : at + 8 + length])
+        at += 12 + length
+    try:
+        found = imagecodecs.deflate_decode(b"".join(coded), raw=False, out=expected)
+    except imagecodecs.DeflateError:
+        return
+    if len(found) < expected:
+        raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the PNG ends before its pixels do")
 
 
-def decode_deep_png(
-    data: bytes,
-) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16] | None]:
-    """Grey values on black (height, width), and the colours (height, width, 3) if there are any.
+def decode_png(data: bytes) -> npt.NDArray[Any]:
+    """All samples of any PNG, (height, width) or (height, width, samples).
 
     Raises `ImageError` (`truncated`, `corrupt_image`).
     """
-    samples: npt.NDArray[np.uint16] = _decode(data)
-    rgb = samples[..., :3] if samples.shape[2] > 2 else None
-    grey = np.empty(samples.shape[:2], np.uint16)
-    # Some rows at a time: they stay in the cache, and what is reckoned in 32 bits stays small.
-    for top in range(0, len(samples), _ROWS_AT_ONCE):
-        some = slice(top, top + _ROWS_AT_ONCE)
-        luma = samples[some, :, 0] if rgb is None else deep_luminance(rgb[some])
-        if samples.shape[2] % 2 == 0:
-            luma = (luma * samples[some, :, -1].astype(np.uint32) + 32767) // 65535
-        grey[some] = luma
-    return grey, rgb
-
-
-def _decode(data: bytes) -> npt.NDArray[Any]:
     import imagecodecs
 
     try:

@@ -226,6 +226,67 @@ def test_colours_of_16_bits_are_found_and_their_luma_is_that_of_8():
     assert whole.coloured_fraction == dark.coloured_fraction == shallow.coloured_fraction > 0.3
 
 
+def _png_of(picture: Image.Image, is_interlaced: bool) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, "PNG")
+    if not is_interlaced:
+        return sink.getvalue()
+    # Pillow writes none. Of one pass of 1 x 1 and six passes more, all rows are unfiltered.
+    samples = {"RGB": 3, "RGBA": 4, "LA": 2}.get(picture.mode, 1)
+    bits = {"1": 1, "I;16": 16}.get(picture.mode, 8)
+    planes = np.asarray(picture).reshape(picture.height, picture.width, samples)
+    if bits == 16:
+        planes = planes.astype(">u2")
+    rows = b""
+    for left, top, across, down in (
+        (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    ):  # fmt: skip
+        for row in planes[top::down, left::across]:
+            coded = np.packbits(row).tobytes() if bits == 1 else row.tobytes()
+            rows += b"\0" + coded
+    return _with(sink.getvalue(), zlib.compress(rows), is_interlaced=True)
+
+
+def _with(data: bytes, coded: bytes, is_interlaced: bool) -> bytes:
+    """The PNG with other coded rows."""
+    found, at = [], 8
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        found.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    header = dict(found)[b"IHDR"][:12] + bytes([is_interlaced])
+    rest = [(kind, value) for kind, value in found if kind not in (b"IHDR", b"IDAT", b"IEND")]
+    chunks = [(b"IHDR", header), *rest, (b"IDAT", coded), (b"IEND", b"")]
+    return data[:8] + b"".join(chunk(kind, value) for kind, value in chunks)
+
+
+def _without_last_bytes(data: bytes, count: int) -> bytes:
+    """The PNG with so many bytes less of its rows, in a sound stream; with more, if negative."""
+    coded, at = b"", 8
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"IDAT":
+            coded += data[at + 8 : at + 8 + length]
+        at += 12 + length
+    rows = zlib.decompress(coded)
+    rows = rows[:-count] if count > 0 else rows + bytes(-count)
+    return _with(data, zlib.compress(rows), is_interlaced=data[28] == 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1", "I;16"])
+@pytest.mark.parametrize("is_interlaced", [False, True])
+def test_rows_that_end_early_in_a_sound_stream_are_missed(mode, is_interlaced):
+    picture = Image.fromarray(FILM.astype(np.uint16) * 99 if mode == "I;16" else FILM)
+    data = _png_of(picture if mode == "I;16" else picture.convert(mode), is_interlaced)
+    assert one_film(data).pixels.shape == FILM.shape
+    with pytest.raises(ImageError) as error:
+        one_film(_without_last_bytes(data, 900 if mode != "1" else 60))
+    assert error.value.code is ErrorCode.TRUNCATED
+    # What follows the last row is no film's.
+    assert one_film(_without_last_bytes(data, -100)).pixels.shape == FILM.shape
+
+
 def test_exif_turns_a_film_of_16_bits_in_colour():
     exif = chunk(b"eXIf", Image.Exif().tobytes()[6:])
     assert one_film(deep(GREY_RGB, exif)).pixels.shape == (120, 130)

@@ -1,0 +1,86 @@
+"""Films stored with 16 bits a sample and more samples a pixel than grey: of such Pillow keeps the
+upper 8 bits, which are next to nothing of a film of 12."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph.colour import deep_luminance
+from lungopacity.radiograph.jpeg import bits_of_jpeg_2000
+from lungopacity.radiograph.png import decode_png
+
+Samples = npt.NDArray[np.uint16]
+
+_PNG_DEEP = {b"\x10\x02", b"\x10\x04", b"\x10\x06"}
+"""In IHDR: 16 bits; RGB, grey with alpha, RGB with alpha."""
+_TIFF_BITS = 258
+_TIFF_EXTRA = 338
+_TIFF_PLANES = 284
+_ONE_A_SAMPLE = 2
+_NOT_MULTIPLIED = 2
+"""Of ExtraSamples (TIFF 6.0, section 18): colours are as they are without their alpha."""
+_ROWS_AT_ONCE = 64
+
+
+def is_deep(image: Any, data: bytes, kind: str) -> bool:
+    """Whether `image`, that Pillow opened, is stored so."""
+    if kind == "png":
+        return data[12:16] == b"IHDR" and data[24:26] in _PNG_DEEP
+    if image.mode not in ("RGB", "RGBA", "RGBX", "LA"):
+        return False
+    if kind == "tiff":
+        bits = image.tag_v2.get(_TIFF_BITS, ())
+        return bool(bits) and set(bits) == {16}
+    return kind == "jpeg2000" and bits_of_jpeg_2000(data) > 8
+
+
+def decode_deep(image: Any, data: bytes, kind: str) -> tuple[Samples, Samples | None]:
+    """Grey values on black (height, width), and the colours (height, width, 3) if there are any.
+
+    `image`: as Pillow opened it, at the page that is wanted. Raises `ImageError`.
+    """
+    samples = _samples(image, data, kind)
+    has_alpha = samples.shape[2] % 2 == 0
+    if kind == "tiff" and has_alpha:
+        has_alpha = image.tag_v2.get(_TIFF_EXTRA, (0,))[0] == _NOT_MULTIPLIED
+    rgb = samples[..., :3] if samples.shape[2] > 2 else None
+    grey = np.empty(samples.shape[:2], np.uint16)
+    # Some rows at a time: they stay in the cache, and what is reckoned in 32 bits stays small.
+    for top in range(0, len(samples), _ROWS_AT_ONCE):
+        some = slice(top, top + _ROWS_AT_ONCE)
+        luma = samples[some, :, 0] if rgb is None else deep_luminance(rgb[some])
+        if has_alpha:
+            luma = (luma * samples[some, :, -1].astype(np.uint32) + 32767) // 65535
+        grey[some] = luma
+    return grey, rgb
+
+
+def _samples(image: Any, data: bytes, kind: str) -> Samples:
+    import imagecodecs
+
+    if kind == "png":
+        return decode_png(data)
+    try:
+        if kind == "tiff":
+            samples: Samples = imagecodecs.tiff_decode(data, index=image.tell())
+            if image.tag_v2.get(_TIFF_PLANES) == _ONE_A_SAMPLE:
+                samples = np.moveaxis(samples, 0, -1)
+        else:
+            samples = imagecodecs.jpeg2k_decode(data)
+    except (imagecodecs.TiffError, imagecodecs.Jpeg2kError, NotImplementedError) as error:
+        raise _uncommon() from error
+    if samples.ndim != 3 or samples.dtype != np.uint16:
+        raise _uncommon()
+    return samples
+
+
+def _uncommon() -> ImageError:
+    return ImageError(
+        ErrorCode.UNSUPPORTED,
+        Stage.DECODE,
+        "colours of more than 8 bits in an uncommon coding; write it anew in grey",
+    )
