@@ -1,0 +1,85 @@
+"""Containers in containers."""
+
+import gzip
+
+import pytest
+
+from lungopacity.errors import ErrorCode
+from lungopacity.radiograph import DecodeLimits
+from tests.archive.making import (
+    COMPRESSED_TARS,
+    FILMS,
+    KINDS,
+    TARS,
+    ZIPS,
+    every_kind,
+    make_tar,
+    make_zip,
+    walk,
+    whole_from,
+)
+
+
+@every_kind
+@pytest.mark.parametrize("outer", ["tar", "tar.gz", "tar.zst", "deflated.zip", "hf.parquet"])
+def test_a_container_in_a_container_is_entered(kind, outer):
+    inner = KINDS[kind](FILMS)
+    data = KINDS[outer]([("a", b"1"), (f"in.{kind}", inner), ("b", b"2")])
+    expected = [("a", b"1"), *((f"in.{kind}/{name}", film) for name, film in FILMS), ("b", b"2")]
+    assert walk(data) == (expected, None)
+
+
+def test_a_compressed_image_in_a_container_is_its_one_member():
+    data = make_tar([("deep/film.dcm.gz", gzip.compress(b"film"))])
+    assert walk(data) == ([("deep/film.dcm.gz/film.dcm", b"film")], None)
+
+
+def test_a_container_in_a_nested_container_is_refused_alone():
+    inner = make_tar([("1", b"1"), ("deep.zip", make_zip(FILMS)), ("2", b"2")])
+    rows, ended = walk(make_zip([("in.tar", inner), ("b", b"3")]))
+    refused = ("in.tar/deep.zip", ErrorCode.UNSUPPORTED)
+    assert rows == [("in.tar/1", b"1"), refused, ("in.tar/2", b"2"), ("b", b"3")]
+    assert ended is None
+
+
+@pytest.mark.parametrize("kind", [*TARS, *COMPRESSED_TARS, *ZIPS])
+@pytest.mark.parametrize("outer", ["tar", "tar.gz", "stored.zip"])
+def test_a_broken_nested_container_gives_its_readable_members_and_its_error(kind, outer):
+    inner = KINDS[kind](FILMS)
+    data = KINDS[outer]([("in", inner[: whole_from(kind, inner) * 9 // 10]), ("b", b"2")])
+    rows, ended = walk(data)
+    *films, broken, last = rows
+    assert films == [(f"in/{name}", film) for name, film in FILMS[: len(films)]]
+    assert (broken, last, ended) == (("in", ErrorCode.CORRUPT_ARCHIVE), ("b", b"2"), None)
+
+
+def test_a_cut_inside_a_nested_container_gives_its_readable_members():
+    data = make_tar([("a", b"1"), ("in.zip", make_zip(FILMS))])
+    rows, ended = walk(data[: data.index(FILMS[3][1])])
+    inner = [(f"in.zip/{name}", film) for name, film in FILMS[:3]]
+    assert rows == [("a", b"1"), *inner, ("in.zip", ErrorCode.CORRUPT_ARCHIVE)]
+    assert ended is ErrorCode.CORRUPT_ARCHIVE
+
+
+def test_a_nested_container_whose_own_checksum_fails_is_not_trusted():
+    data = bytearray(make_zip([("in.tar", make_tar(FILMS)), ("b", b"2")]))
+    data[data.index(FILMS[1][1]) + 10] ^= 1
+    assert walk(bytes(data)) == ([("in.tar", ErrorCode.CORRUPT_ARCHIVE), ("b", b"2")], None)
+
+
+def test_a_nested_container_may_be_larger_than_an_image_may_be():
+    limits = DecodeLimits(max_size_bytes=2000)
+    rows, ended = walk(make_tar([("in.zip", make_zip(FILMS))]), limits=limits)
+    assert (rows, ended) == ([(f"in.zip/{name}", film) for name, film in FILMS], None)
+
+
+@pytest.mark.parametrize("outer", ["tar", "tar.gz", "deflated.zip"])
+def test_a_nested_container_is_entered_for_a_wanted_member_alone(outer):
+    inner = make_tar([("x/1", b"1"), ("x/2", b"2")])
+    data = KINDS[outer]([("in", inner), ("other", inner), ("film", b"3"), ("in/x", b"4")])
+    rows, ended = walk(data, wanted=frozenset({"in/x/2", "film/y"}))
+    assert rows == [
+        *[("in/x/1", None), ("in/x/2", b"2")],
+        *[("other", None), ("film", None), ("in/x", None)],
+    ]
+    assert ended is None

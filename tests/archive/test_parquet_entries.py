@@ -1,0 +1,91 @@
+"""Parquet sheets of images."""
+
+import io
+import time
+
+import pyarrow as pa
+import pytest
+
+from lungopacity.archive.containers import members
+from lungopacity.errors import ErrorCode, ImageError
+from tests.archive.making import LIMITS, make_tar, noise, walk, write_parquet
+
+
+def _table(**columns) -> bytes:
+    return write_parquet(pa.table(columns))
+
+
+def test_a_null_is_an_empty_row_and_a_row_without_a_path_has_its_number():
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": b"1", "path": "a"}, {"bytes": None, "path": "b"}, None, {"bytes": b"2"}]
+    expected = [("a", b"1"), ("b", ErrorCode.EMPTY), ("2", ErrorCode.EMPTY), ("3", b"2")]
+    assert walk(_table(scan=pa.array(rows, kind))) == (expected, None)
+
+
+def test_the_image_column_is_the_known_one_of_several():
+    data = _table(mask=[b"m"], dcm=[b"film"], image_id=["i"])
+    assert walk(data) == ([("i", b"film")], None)
+    assert walk(_table(left=[b"1"], right=[b"2"])) == ([], ErrorCode.UNSUPPORTED)
+    assert walk(_table(left=[b"1"], label=[7])) == ([("0", b"1")], None)
+
+
+def test_the_first_column_of_text_names_the_rows():
+    data = _table(image=[b"1"], id=["id"], path=[3], filename=pa.array(["f"]).dictionary_encode())
+    assert walk(data) == ([("f", b"1")], None)
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view(), "dictionary"])
+@pytest.mark.parametrize("names", [pa.large_string(), pa.string_view(), "dictionary"])
+def test_bytes_and_names_are_read_whatever_arrow_calls_their_type(kind, names):
+    def column(values: pa.Array, wanted) -> pa.Array:
+        return values.dictionary_encode() if wanted == "dictionary" else values.cast(wanted)
+
+    films = column(pa.array([b"1", None, b"1"]), kind)
+    names = column(pa.array(["a", "b", None]), names)
+    expected = [("a", b"1"), ("b", ErrorCode.EMPTY), ("2", b"1")]
+    assert walk(_table(image=films, file_name=names)) == (expected, None)
+    structs = pa.StructArray.from_arrays([films, names], ["bytes", "path"])
+    assert walk(_table(scan=structs)) == (expected, None)
+
+
+def test_a_dictionary_of_images_is_unpacked_once_and_not_for_every_row(monkeypatch):
+    films = [noise(seed, 300_000) for seed in range(60)] + [b"small"] * 3000
+    data = _table(image=pa.array(films).dictionary_encode())
+    began = time.process_time()
+    assert walk(data) == ([(str(row), film) for row, film in enumerate(films)], None)
+    assert time.process_time() - began < 4
+    monkeypatch.setattr("lungopacity.archive.parquet_entries._DICTIONARY_BYTES", 1_000_000)
+    assert walk(data) == ([], ErrorCode.UNSUPPORTED)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[b"1", b"2"]]),
+        pa.array([[{"bytes": b"1", "path": "a"}]]),
+        pa.array([{"image": {"bytes": b"1"}}]),
+        pa.array([[("a", b"1")]], pa.map_(pa.string(), pa.binary())),
+    ],
+    ids=["list", "list of structs", "struct of structs", "map"],
+)
+def test_images_that_are_not_one_a_row_are_no_sheet(column):
+    data = _table(images=column, label=[1])
+    assert walk(data) == ([], ErrorCode.UNSUPPORTED)
+    with pytest.raises(ImageError, match="write one image a row"):
+        list(members(io.BytesIO(data), "x", LIMITS))
+    # Beside a column of images they are something else, as masks are.
+    assert walk(_table(masks=column, image=[b"1"])) == ([("0", b"1")], None)
+
+
+def test_digests_in_a_sheet_are_no_images():
+    digests = pa.array([bytes(32)], pa.binary(32))
+    assert walk(_table(sha256=digests, label=[1])) == ([], ErrorCode.NOT_AN_IMAGE)
+
+
+def test_a_sheet_is_no_image():
+    sheet = _table(image=["a.png"], label=[1])
+    assert walk(sheet, "labels.parquet") == ([], ErrorCode.NOT_AN_IMAGE)
+    assert walk(make_tar([("l.parquet", sheet), ("a", b"1")])) == (
+        [("l.parquet", ErrorCode.NOT_AN_IMAGE), ("a", b"1")],
+        None,
+    )

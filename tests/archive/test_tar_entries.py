@@ -1,0 +1,133 @@
+"""Tars: links, sparse files, and headers that lie."""
+
+import gzip
+import io
+import tarfile
+
+import pytest
+
+from lungopacity.errors import ErrorCode
+from lungopacity.radiograph import DecodeLimits
+from tests.archive.making import FILMS, make_tar, walk, zstd
+
+
+def test_a_tar_cut_between_two_members_is_noticed():
+    data = make_tar([("a", b"1"), ("b", b"2")])
+    assert walk(data[:1024]) == ([("a", b"1")], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_a_broken_header_in_the_middle_is_noticed():
+    data = bytearray(make_tar(FILMS))
+    data[data.index(FILMS[3][0].encode()) + 150] ^= 0x55  # in the header's checksum
+    assert walk(bytes(data)) == (FILMS[:3], ErrorCode.CORRUPT_ARCHIVE)
+    assert walk(gzip.compress(bytes(data))) == (FILMS[:3], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_tars_one_after_another_are_noticed():
+    data = make_tar(FILMS[:2]) + make_tar(FILMS[2:])
+    assert walk(data) == (FILMS[:2], ErrorCode.CORRUPT_ARCHIVE)
+    assert walk(zstd(data)) == (FILMS[:2], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_a_name_in_no_known_encoding_is_readable():
+    buffer = io.BytesIO()
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+    ) as tar:
+        info = tarfile.TarInfo("Röntgen.png")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"1"))
+    assert walk(buffer.getvalue()) == ([(r"R\xf6ntgen.png", b"1")], None)
+
+
+def _tar_of(*infos: tuple[tarfile.TarInfo, bytes], **options) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
+        for info, data in infos:
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _info(name: str, kind: bytes = tarfile.REGTYPE, linkname: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, linkname
+    return info
+
+
+def test_a_link_is_a_second_name_where_it_can_be_followed_and_a_row_where_not():
+    data = _tar_of(
+        (_info("a.png"), b"film"),
+        (_info("hard", tarfile.LNKTYPE, "a.png"), b""),
+        (_info("soft", tarfile.SYMTYPE, "a.png"), b""),
+        (_info("gone", tarfile.LNKTYPE, "elsewhere"), b""),
+        (_info("z.png"), b"other"),
+    )
+    refused = ErrorCode.UNSUPPORTED
+    rest = [("soft", refused), ("gone", refused), ("z.png", b"other")]
+    assert walk(data) == ([("a.png", b"film"), ("hard", b"film"), *rest], None)
+    assert walk(gzip.compress(data)) == ([("a.png", b"film"), ("hard", refused), *rest], None)
+
+
+def test_only_what_can_hold_a_film_has_a_row():
+    kinds = (tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
+    infos = [(_info(f"no{n}", kind), b"") for n, kind in enumerate(kinds)]
+    data = _tar_of(
+        *infos, (_info("contiguous", tarfile.CONTTYPE), b"1"), (_info("new", b"Z"), b"2")
+    )
+    assert walk(data) == ([("contiguous", b"1"), ("new", b"2")], None)
+
+
+def _sparse(name: str, size: int, data: bytes) -> bytes:
+    """A GNU sparse member: `data` at 0, the rest of `size` a hole."""
+    header = bytearray(make_tar([(name, data)])[:1024])
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[386:398], header[398:410] = b"%011o\0" % 0, b"%011o\0" % len(data)
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    return bytes(header)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_sparse_file_is_filled_with_zeros(compress):
+    data = _sparse("s", 2000, b"x" * 512) + make_tar([("next", b"1")])
+    expected = [("s", b"x" * 512 + bytes(1488)), ("next", b"1")]
+    assert walk(compress(data)) == (expected, None)
+
+
+def test_a_sparse_file_of_a_gigabyte_is_a_bomb_and_the_walk_goes_on():
+    data = _sparse("s", 1 << 30, b"x" * 512) + make_tar([("next", b"1")])
+    limits = DecodeLimits(max_size_bytes=1 << 40)
+    rows = [("s", ErrorCode.DECOMPRESSION_BOMB), ("next", b"1")]
+    assert walk(data, limits=limits) == (rows, None)
+
+
+@pytest.mark.parametrize("value", ["-512", "-100000", "9" * 30, "9" * 4000, "x", "", "1e3", "1024"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_pax_size_that_lies_ends_the_walk(value, compress):
+    info = _info("b")
+    info.pax_headers = {"size": value}
+    data = _tar_of((_info("a"), b"1"), (info, b"2"), (_info("c"), b"3"), format=tarfile.PAX_FORMAT)
+    rows, ended = walk(compress(data))
+    assert rows[0] == ("a", b"1")
+    assert ended is ErrorCode.CORRUPT_ARCHIVE
+
+
+@pytest.mark.parametrize("size", [-1, -512, -(10**6), 1 << 40, 1 << 62])
+def test_a_header_size_that_lies_ends_the_walk(size):
+    info = _info("b")
+    info.size = size
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    data = make_tar([("a", b"1")])[:1024] + header + make_tar([("c", b"3")])
+    rows, ended = walk(data)
+    assert rows[0] == ("a", b"1")
+    assert ended is ErrorCode.CORRUPT_ARCHIVE
+
+
+def test_endless_extended_headers_end_the_walk():
+    info = _info("long", tarfile.GNUTYPE_LONGNAME)
+    info.size = 1 << 33
+    assert walk(info.tobuf() + bytes(4096)) == ([], ErrorCode.CORRUPT_ARCHIVE)
+    info.type, info.size = tarfile.XHDTYPE, 0
+    assert walk(info.tobuf() * 5000 + bytes(1024)) == ([], ErrorCode.CORRUPT_ARCHIVE)

@@ -1,0 +1,141 @@
+"""Zips: members that cannot be read, and what no directory names."""
+
+import io
+import struct
+import zipfile
+
+import pytest
+
+from lungopacity.archive.containers import is_container
+from lungopacity.errors import ErrorCode
+from tests.archive.making import FILMS, KINDS, ZIPS, make_zip, noise, walk
+
+
+def test_directories_of_a_zip_have_no_row():
+    assert walk(make_zip([("folder/", b""), ("folder/a", b"1")])) == ([("folder/a", b"1")], None)
+
+
+def test_members_of_a_zip_come_in_stored_order():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in "cab":
+            archive.writestr(name, name)
+        archive.filelist.sort(key=lambda info: info.filename)
+    assert [name for name, _ in walk(buffer.getvalue())[0]] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize("kind", ZIPS)
+def test_a_broken_member_of_a_zip_is_lost_alone(kind):
+    data = bytearray(KINDS[kind](FILMS))
+    place = data.index(FILMS[2][0].encode()) + 700
+    data[place : place + 8] = b"\xaa" * 8
+    rows, ended = walk(bytes(data))
+    assert rows == [*FILMS[:2], (FILMS[2][0], ErrorCode.CORRUPT_ARCHIVE), *FILMS[3:]]
+    assert ended is None
+
+
+def _patched_zip(local: tuple[int, bytes], central: tuple[int, bytes], **options) -> bytes:
+    """Three films, with bytes changed in both headers of the middle one."""
+    data = bytearray(make_zip(FILMS[:3], **options))
+    name = FILMS[1][0].encode()
+    first, second = data.index(name) - 30, data.rindex(name) - 46
+    for place, (offset, value) in ((first, local), (second, central)):
+        data[place + offset : place + offset + len(value)] = value
+    return bytes(data)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize(
+    ("local", "central", "code"),
+    [
+        ((6, b"\x01\x08"), (8, b"\x01\x08"), ErrorCode.ENCRYPTED),
+        ((6, b"\x41\x08"), (8, b"\x41\x08"), ErrorCode.ENCRYPTED),
+        ((6, b"\x20\x08"), (8, b"\x20\x08"), ErrorCode.UNSUPPORTED),
+        ((8, b"\x09\x00"), (10, b"\x09\x00"), ErrorCode.UNSUPPORTED),
+        ((8, b"\x5d\x00"), (10, b"\x5d\x00"), ErrorCode.UNSUPPORTED),
+        ((14, b"\0\0\0\0"), (16, b"\0\0\0\0"), ErrorCode.CORRUPT_ARCHIVE),
+        ((22, b"\xff\0\0\0"), (24, b"\xff\0\0\0"), ErrorCode.CORRUPT_ARCHIVE),
+        ((22, b"\xff\xff\0\0"), (24, b"\xff\xff\0\0"), ErrorCode.CORRUPT_ARCHIVE),
+    ],
+)
+def test_a_member_that_cannot_be_read_is_a_row_of_its_own(local, central, code, readable):
+    data = _patched_zip(local, central)
+    rows, ended = walk(data if readable else data[:-30])
+    assert rows == [FILMS[0], (FILMS[1][0], code), FILMS[2]]
+    assert ended is (None if readable else ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_a_link_in_a_zip_is_a_row():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        info = zipfile.ZipInfo("link")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+    assert walk(buffer.getvalue()) == ([("link", ErrorCode.UNSUPPORTED)], None)
+
+
+def test_a_zip_behind_a_zip_hides_nothing_in_silence():
+    rows, ended = walk(make_zip(FILMS[:2]) + make_zip(FILMS[2:]))
+    assert (rows, ended) == (FILMS[2:], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_a_directory_that_hides_a_member_is_noticed():
+    data = bytearray(make_zip(FILMS))
+    entry = data.index(b"PK\x01\x02")
+    size = data.index(b"PK\x01\x02", entry + 4) - entry
+    data[entry + 32 : entry + 34] = struct.pack("<H", size)  # the comment's length
+    rows, ended = walk(bytes(data))
+    assert (rows, ended) == ([FILMS[0], *FILMS[2:]], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_a_name_that_differs_between_the_headers_of_a_zip_is_not_believed():
+    data = bytearray(make_zip(FILMS))
+    data[data.rindex(FILMS[1][0].encode())] ^= 1
+    rows, ended = walk(bytes(data))
+    assert [content for _, content in rows if content is ErrorCode.CORRUPT_ARCHIVE] == [
+        ErrorCode.CORRUPT_ARCHIVE
+    ]
+    assert (rows[0], rows[2:], ended) == (FILMS[0], FILMS[2:], None)
+
+
+def test_more_members_than_an_end_record_can_count_are_read():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for number in range(65_600):
+            archive.writestr(zipfile.ZipInfo(str(number)), b"")
+    rows, ended = walk(buffer.getvalue(), wanted=frozenset({"65599"}))
+    assert (len(rows), rows[-1], ended) == (65_600, ("65599", ErrorCode.EMPTY), None)
+
+
+def test_a_zip_that_unpacks_itself_is_read():
+    assert walk(b"MZ" + bytes(600) + make_zip(FILMS), "x.zip") == (FILMS, None)
+    assert is_container(b"MZ" + bytes(510), "x.ZIP")
+    assert not is_container(b"MZ" + bytes(510), "x.exe")
+
+
+def test_a_spanned_marker_is_no_obstacle():
+    marked = b"PK\x07\x08" + make_zip(FILMS)
+    assert is_container(marked[:512])
+    assert walk(marked) == (FILMS, None)
+    assert walk(marked[:-10]) == (FILMS, ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_zip64_members_are_recovered():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in FILMS:
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(data)
+    assert walk(buffer.getvalue()) == (FILMS, None)
+    assert walk(buffer.getvalue()[:-10]) == (FILMS, ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_members_that_share_bytes_are_not_unpacked():
+    """David Fifield's bomb: many names for one kernel."""
+    data = make_zip([("kernel", noise(0))])
+    start = data.index(b"PK\x01\x02")
+    central = data[start : data.index(b"PK\x05\x06")]
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 100, 100, len(central) * 100, start, 0)
+    rows, ended = walk(data[:start] + central * 100 + end)
+    assert [content for _, content in rows] == [ErrorCode.CORRUPT_ARCHIVE] * 99 + [noise(0)]
+    assert ended is None
