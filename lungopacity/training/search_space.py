@@ -126,12 +126,12 @@ def search_space(settings: TrainingSettings, search: Mapping[str, str]) -> dict[
 
 
 def draw(space: Mapping[str, Domain], seed: int, trial: int) -> dict[str, str]:
-    """The settings of a trial, the same however many trials there are. Of trial 0 there are none:
-    it is the recipe itself, to be beaten."""
+    """The settings of a trial, the same however many trials there are, and in whatever order the
+    space was given. Of trial 0 there are none: it is the recipe itself, to be beaten."""
     if trial == 0:
         return {}
     rng = np.random.default_rng([seed, trial])
-    return {name: domain.draw(rng) for name, domain in space.items()}
+    return {name: domain.draw(rng) for name, domain in sorted(space.items())}
 
 
 def with_draw(settings: TrainingSettings, words: Mapping[str, str]) -> TrainingSettings:

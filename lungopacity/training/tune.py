@@ -134,8 +134,8 @@ def tune(
             f"no trial of {trials} finished an epoch: {(errors or ['out of time'])[0]}; "
             "give other --search, or a longer --time-budget-s"
         )
-    # Taken from the words drawn: the command is to the letter what was trained.
-    words = draw(space, task.settings.seed, best["trial"])
+    # Taken from the words that were kept: the command is to the letter what was trained.
+    words = known.rows[best["trial"]]["words"]
     arguments = train_arguments(task, words, output)
     found = {**best, "settings": words, **arguments, "versions": versions(), "notice": NOTICE}
     store.write("best.json", json.dumps(found, indent=2).encode())

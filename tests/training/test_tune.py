@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -19,10 +18,9 @@ import lungopacity
 from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
 from lungopacity.cli import main
 from lungopacity.errors import UserError
-from lungopacity.models import NETWORK_NAMES, read_history
+from lungopacity.models import read_history
 from lungopacity.storage import open_store
-from lungopacity.training.search_space import default_space, draw, parse_domain, search_space
-from lungopacity.training.settings import TrainingSettings, recipe, with_words
+from lungopacity.training.settings import TrainingSettings
 from lungopacity.training.trials import Trials
 
 SEARCH = {"learning_rate": "choice:0.004,3,1e30", "model_settings.dropout": "choice:0.1,2"}
@@ -146,46 +144,6 @@ def test_a_search_in_which_nothing_succeeds_says_why(searched: Search, tmp_path)
     assert not (output / "best.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "kind", "low", "high"),
-    [
-        ("log:1e-4:1e-2", pa.float64(), 1e-4, 1e-2),
-        ("uniform:0:0.3", pa.float64(), 0, 0.3),
-        ("int:4:6", pa.int64(), 4, 6),
-        ("choice:0,0.2", pa.float64(), 0, 0.2),
-    ],
-)
-def test_draws_stay_within_their_ends_and_reach_far(text, kind, low, high) -> None:
-    space = {"it": parse_domain(text)}
-    drawn = [float(draw(space, 0, trial)["it"]) for trial in range(1, 200)]
-    assert low <= min(drawn) <= low + 0.1 * (high - low)
-    assert high - 0.2 * (high - low) <= max(drawn) <= high
-    assert space["it"].arrow_type == kind
-    if text.startswith("log"):
-        assert sum(value < 1e-3 for value in drawn) == pytest.approx(100, abs=25)
-
-
-@pytest.mark.parametrize(
-    ("search", "said"),
-    [
-        ({"rate": "log:1:2"}, "no setting 'rate'"),
-        ({"learning_rate": "log:0:2"}, "'log:0:2' is none of log:LOW:HIGH"),
-        ({"learning_rate": "log:2:1"}, "is none of"),
-        ({"learning_rate": "about 1"}, "is none of"),
-        ({"epochs": "int:1.5:2"}, "is none of"),
-        ({"mixup_alpha": "choice:"}, "is none of"),
-        ({"epochs": "uniform:1.5:2"}, "epochs must be a int"),
-        ({"label_smoothing": "uniform:0:1"}, "label_smoothing must be from 0 to below 1"),
-        ({"class_balance": "choice:none,much"}, "class_balance must be one of"),
-        ({"preprocessing.image_size": "choice:64,96"}, "the same in all trials"),
-        ({"seed": "int:0:9"}, "the same in all trials"),
-    ],
-)
-def test_a_search_that_makes_no_sense_is_refused(search, said) -> None:
-    with pytest.raises(ValueError, match=said):
-        search_space(TrainingSettings(), search)
-
-
 def test_the_command_says_which_option_was_wrong(films, tmp_path, capsys) -> None:
     common = ["tune", "--images", f"{films}/archive", "--labels", f"{films}/labels.csv",
               "--output", str(tmp_path)]  # fmt: skip
@@ -196,12 +154,3 @@ def test_the_command_says_which_option_was_wrong(films, tmp_path, capsys) -> Non
     ):
         assert main([*common, *more]) == 2
         assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", NETWORK_NAMES)
-def test_every_network_has_a_space_that_its_recipe_takes(name) -> None:
-    settings = recipe(name)
-    space = search_space(settings, {})
-    assert set(space) == set(default_space(name))
-    for trial in range(1, 6):
-        with_words(settings, draw(space, 0, trial))
