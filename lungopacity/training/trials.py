@@ -27,6 +27,8 @@ DONE, STOPPED, DIVERGED, FAILED, OUT_OF_TIME = (
 )
 """done: trained to its end; stopped: by ASHA; diverged: a loss was no number; failed: it crashed,
 twice; out of time: cut short by the time budget, and run anew by the next call."""
+_SOUND = (DONE, STOPPED, OUT_OF_TIME)
+"""What of them training gives a model of; it discards a run that diverges, whole."""
 
 _FIGURES = [
     pa.field("epochs", pa.int64(), nullable=False),
@@ -88,8 +90,8 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
 
     def out_of_time(self) -> None:
         """Of trials that began and have no row: for the table alone."""
-        for number in self._epochs:
-            if number not in self.rows:
+        for number, epochs in self._epochs.items():
+            if number not in self.rows and not epochs[-1].get("diverged"):
                 self.rows[number] = self._row(number, OUT_OF_TIME, None)
 
     def _cut(self, number: int) -> bool:
@@ -105,9 +107,8 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
         self.rows[number] = row
         kept = {**row, "notice": NOTICE}
         self._store.write(f"trials/{number:05}.json", json.dumps(kept).encode())
-        losses = [row["validation_loss"] for row in self.rows.values()]
-        best = min((loss for loss in losses if loss is not None), default=None)
-        self.on_row("" if best is None else f"lowest validation loss {best:.4f}")
+        best = best_of(self.rows.values())
+        self.on_row("" if best is None else f"lowest validation loss {best['validation_loss']:.4f}")
 
     def _row(self, number: int, status: str, error: str | None) -> dict[str, Any]:
         epochs = [row for row in self._epochs.get(number, []) if not row.get("diverged")]
@@ -127,8 +128,19 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
         }
 
 
+def best_of(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The row of the lowest validation loss, of those that training gives a model of."""
+    sound = [row for row in rows if row["status"] in _SOUND]
+    return min(sound, key=_rank, default=None)
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[bool, bool, float, int]:
+    loss = row["validation_loss"]
+    return row["status"] not in _SOUND, loss is None, loss or 0.0, row["trial"]
+
+
 def trials_table(rows: Iterable[Mapping[str, Any]], space: Mapping[str, Domain]) -> pa.Table:
-    """The lowest validation loss first, then those without one.
+    """The lowest validation loss first; last, and alike, those that diverged or failed.
 
     Columns: trial, status; one for each setting that is searched, null where the recipe's own value
     was tried; epochs (that were trained), best_epoch; validation_loss (nats), validation_accuracy,
@@ -148,11 +160,7 @@ def trials_table(rows: Iterable[Mapping[str, Any]], space: Mapping[str, Domain])
         words = {name: value_of(word, kinds[name]) for name, word in row["words"].items()}
         return {**words, **row}
 
-    def rank(row: Mapping[str, Any]) -> tuple[bool, float, int]:
-        loss = row["validation_loss"]
-        return loss is None, loss or 0.0, row["trial"]
-
-    return pa.Table.from_pylist([filled(row) for row in sorted(rows, key=rank)], schema=schema)
+    return pa.Table.from_pylist([filled(row) for row in sorted(rows, key=_rank)], schema=schema)
 
 
 def train_arguments(task: TrainingTask, drawn: Mapping[str, str], output: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.search_space import Domain, draw, search_space, with_draw
 from lungopacity.training.settings import TrainingSettings
 from lungopacity.training.task import DEFAULT_CLASSES, TrainingTask, training_task
-from lungopacity.training.trials import Trials, train_arguments, trials_table
+from lungopacity.training.trials import Trials, best_of, train_arguments, trials_table
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class TuneResult:
     """A search. `trials.parquet` and `best.json` lie in the output, too."""
 
     trials: pa.Table
-    """A row a trial, the lowest validation loss first; see `trials_table`."""
+    """A row a trial, the best first; see `trials_table`."""
     best: dict[str, Any]
     """Of the first row: its settings, figures, and the `command` that trains it."""
 
@@ -126,18 +126,22 @@ def tune(
     sink = io.BytesIO()
     pq.write_table(table, sink)
     store.write("trials.parquet", sink.getvalue())
-    rows = table.to_pylist()
-    best: dict[str, Any] = rows[0] if rows else {_OBJECTIVE: None}
-    if best[_OBJECTIVE] is None:
-        errors = [row["error"] for row in rows if row["error"]]
+    best = best_of(known.rows.values())
+    if best is None:
+        errors = [row["error"] for row in table.to_pylist() if row["error"]]
         raise UserError(
-            f"no trial of {trials} finished an epoch: {(errors or ['out of time'])[0]}; "
+            f"no trial of {trials} gives a model: {(errors or ['out of time'])[0]}; "
             "give other --search, or a longer --time-budget-s"
         )
     # Taken from the words that were kept: the command is to the letter what was trained.
-    words = known.rows[best["trial"]]["words"]
-    arguments = train_arguments(task, words, output)
-    found = {**best, "settings": words, **arguments, "versions": versions(), "notice": NOTICE}
+    arguments = train_arguments(task, best["words"], output)
+    found = {
+        **table.to_pylist()[0],
+        "settings": best["words"],
+        **arguments,
+        "versions": versions(),
+        "notice": NOTICE,
+    }
     store.write("best.json", json.dumps(found, indent=2).encode())
     return TuneResult(table, found)
 

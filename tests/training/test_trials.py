@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +13,33 @@ from typing import Any
 import pytest
 
 import lungopacity.training.tune as tuning
+from lungopacity.errors import UserError
+from lungopacity.storage import open_store
+from lungopacity.training.search_space import search_space
+from lungopacity.training.settings import TrainingSettings
 from lungopacity.training.task import TrainingTask
-from lungopacity.training.trials import Trials
+from lungopacity.training.trials import Trials, best_of, trials_table
 from lungopacity.training.tune import TuneResult
 from tests.training.blobs import blob_films
 
 SEARCH = {"learning_rate": "log:1e-4:1e-2", "label_smoothing": "uniform:0:0.3"}
 
 
-def tell(known: Trials, number: int, *losses: float) -> None:
-    """That a trial ran to its end, with the validation loss of each epoch."""
+def tell(known: Trials, number: int, *losses: float, end: str = "complete") -> None:
+    """The validation loss of each epoch of a trial, and its end: none is of the time budget. Of an
+    epoch that is no number Tune gets no more."""
     trial = SimpleNamespace(config={"trial": number}, pickled_error_file=None)
     for epoch, loss in enumerate(losses, start=1):
         row = {"epoch": epoch, "validation_loss": loss, "seconds": 1.0}
-        known.on_trial_result(0, [], trial, row)
-    known.on_trial_complete(0, [], trial)
+        known.on_trial_result(0, [], trial, {**row, **({"diverged": True} if loss == inf else {})})
+    if end:
+        getattr(known, f"on_trial_{end}")(0, [], trial)
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Trials:
+    settings = TrainingSettings(epochs=4)
+    return Trials(open_store(str(tmp_path)), search_space(settings, SEARCH), settings)
 
 
 @pytest.fixture
@@ -65,3 +78,39 @@ def test_the_best_is_said_with_the_words_that_it_was_trained_with(search, tmp_pa
         assert all(
             f"--set {name}={word}" in best["command"] for name, word in kept["words"].items()
         )
+
+
+def test_no_trial_that_diverged_or_failed_is_the_best(known) -> None:
+    said: list[str] = []
+    known.on_row = said.append
+    tell(known, 1, 0.5, 0.30, inf)
+    tell(known, 2, 0.5, 0.33, end="error")
+    assert best_of(known.rows.values()) is None
+    tell(known, 0, 0.39, 0.38, 0.37, 0.36)
+    assert said == ["", "", "lowest validation loss 0.3600"]
+    rows = trials_table(known.rows.values(), known.space).to_pylist()
+    assert [(row["trial"], row["status"]) for row in rows] == [
+        (0, "done"),
+        (1, "diverged"),
+        (2, "failed"),
+    ]
+    assert rows[1]["validation_loss"] == 0.30  # of its epoch before
+    assert best_of(known.rows.values()) == known.rows[0]
+
+
+def test_a_search_of_which_every_trial_diverges_has_no_best(search, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(tuning, "_run", lambda *given: tell(given[-3], 0, 0.5, inf))
+    with pytest.raises(UserError, match="no trial of 1 gives a model: the loss of epoch 2 is no"):
+        search(trials=1)
+    assert not (tmp_path / "out" / "best.json").exists()
+
+
+def test_what_the_time_budget_cuts_short_is_a_row_and_runs_anew(known, tmp_path) -> None:
+    tell(known, 0, 0.4, 0.3, 0.3, 0.3)
+    tell(known, 1, 0.2, end="")
+    known.out_of_time()
+    rows = trials_table(known.rows.values(), known.space).to_pylist()
+    assert [(row["trial"], row["status"]) for row in rows] == [(1, "out of time"), (0, "done")]
+    assert best_of(known.rows.values())["trial"] == 1
+    again = Trials(open_store(str(tmp_path)), known.space, TrainingSettings(epochs=4))
+    assert set(again.rows) == {0}

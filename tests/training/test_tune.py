@@ -138,7 +138,7 @@ def test_a_search_in_which_nothing_succeeds_says_why(searched: Search, tmp_path)
     (output / "trials").mkdir(parents=True)
     failed = json.loads(Path(searched.output, "trials", "00004.json").read_text())
     (output / "trials" / "00000.json").write_text(json.dumps({**failed, "trial": 0}))
-    with pytest.raises(UserError, match=r"no trial of 1 finished an epoch: dropout must be"):
+    with pytest.raises(UserError, match=r"no trial of 1 gives a model: dropout must be"):
         lungopacity.tune(**{**searched.arguments, "output": str(output), "trials": 1})
     assert pq.read_table(output / "trials.parquet")["status"].to_pylist() == ["failed"]
     assert not (output / "best.json").exists()
