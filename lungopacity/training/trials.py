@@ -30,8 +30,9 @@ twice; out of time: cut short by the time budget, and run anew by the next call.
 _SOUND = (DONE, STOPPED, OUT_OF_TIME)
 """What of them training gives a model of; it discards a run that diverges, whole."""
 
+# None by the name of a setting: what is searched has columns, too.
 _FIGURES = [
-    pa.field("epochs", pa.int64(), nullable=False),
+    pa.field("epochs_trained", pa.int64(), nullable=False),
     pa.field("best_epoch", pa.int64()),
     pa.field("validation_loss", pa.float64()),
     pa.field("validation_accuracy", pa.float64()),
@@ -117,7 +118,7 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
             "trial": number,
             "status": status,
             "words": draw(self.space, self._settings.seed, number),
-            "epochs": len(epochs),
+            "epochs_trained": len(epochs),
             "best_epoch": best.get("epoch"),
             **{
                 name: best.get(name)
@@ -143,7 +144,7 @@ def trials_table(rows: Iterable[Mapping[str, Any]], space: Mapping[str, Domain])
     """The lowest validation loss first; last, and alike, those that diverged or failed.
 
     Columns: trial, status; one for each setting that is searched, null where the recipe's own value
-    was tried; epochs (that were trained), best_epoch; validation_loss (nats), validation_accuracy,
+    was tried; epochs_trained, best_epoch; validation_loss (nats), validation_accuracy,
     validation_auc (0 … 1) of that epoch; seconds (of training), error.
     """
     kinds = {name: domain.arrow_type for name, domain in space.items()}

@@ -80,6 +80,16 @@ def test_the_best_is_said_with_the_words_that_it_was_trained_with(search, tmp_pa
         )
 
 
+def test_any_setting_can_be_searched_beside_the_figures(search) -> None:
+    found = search(search={"epochs": "int:5:50"})
+    drawn = [row["epochs"] for row in found.trials.to_pylist()]
+    assert drawn[-1] is None  # the recipe's own
+    assert all(5 <= epochs <= 50 for epochs in drawn[:-1])
+    assert found.trials["epochs_trained"].to_pylist() == [1] * 5
+    # Whatever else is told of a trial has another name than any setting.
+    assert not set(found.best) - {"epochs"} & set(TrainingSettings.__dataclass_fields__)
+
+
 def test_no_trial_that_diverged_or_failed_is_the_best(known) -> None:
     said: list[str] = []
     known.on_row = said.append

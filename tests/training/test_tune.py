@@ -74,7 +74,7 @@ def test_every_trial_is_a_row_whatever_became_of_it(searched: Search) -> None:
     # Of the first two, the worse may be stopped; which it is, is chance.
     assert "done" in (told[0], told[1])
     assert {told[0], told[1]} <= {"done", "stopped"}
-    assert searched.rows[2]["epochs"] < 4
+    assert searched.rows[2]["epochs_trained"] < 4
     assert searched.rows[3]["error"].startswith("the loss of epoch 1 is no number")
     assert searched.rows[4]["error"] == "dropout must be from 0 to below 1, not 2"
     assert searched.rows[4]["validation_loss"] is None
@@ -85,7 +85,7 @@ def test_the_best_trial_comes_first_and_says_what_it_earned(searched: Search) ->
     rows = searched.result.trials.to_pylist()
     losses = [row["validation_loss"] for row in rows if row["validation_loss"] is not None]
     assert losses == sorted(losses)
-    assert 1 <= rows[0]["best_epoch"] <= rows[0]["epochs"] <= 4
+    assert 1 <= rows[0]["best_epoch"] <= rows[0]["epochs_trained"] <= 4
     assert 0 <= rows[0]["validation_auc"] <= 1
     assert searched.rows[0]["learning_rate"] is None  # the recipe's own
     assert searched.rows[1]["learning_rate"] == 0.004
