@@ -114,8 +114,8 @@ def train(classes: str, **options: Any) -> int:
     metavar="NAME=FROM",
     multiple=True,
     callback=lambda _context, _option, words: pairs_of(words),
-    help="log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A,B of a setting. Default: the "
-    "network's own space.",
+    help="log:LOW:HIGH or uniform:LOW:HIGH of a setting, int:LOW:HIGH of one in whole numbers, or "
+    "choice:A,B. Default: the network's own space.",
 )
 @click.option(
     "--time-budget-s", type=float, default=None, help="What it cuts short runs in the next call."

@@ -9,15 +9,20 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from lungopacity.models import network_card
+from lungopacity.models import build_network, network_card
 from lungopacity.training.settings import TrainingSettings, with_words
 
 _FORMS = "log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,…"
-_FIXED = ("preprocessing", "positive_class", "weights", "workers", "max_workers", "use_gpu", "seed")
+_FIXED = {
+    "preprocessing", "model_settings.image_size", "positive_class", "weights", "workers",
+    "max_workers", "use_gpu", "seed",
+}  # fmt: skip
 """Settings that all trials share: they decide what the films and the splits are, what the score is
 of, or what a trial runs on."""
 
@@ -78,6 +83,11 @@ class Domain:
         return f"{self.low:.4g}", f"{self.high:.4g}"
 
     @property
+    def fractions(self) -> bool:
+        """Whether it draws numbers that are not whole."""
+        return self.kind in ("log", "uniform")
+
+    @property
     def arrow_type(self) -> pa.DataType:
         """Of its column among the trials."""
         if self.kind != "choice":
@@ -111,18 +121,41 @@ def default_space(model: str) -> dict[str, str]:
 
 def search_space(settings: TrainingSettings, search: Mapping[str, str]) -> dict[str, Domain]:
     """search: forms by setting; none takes the network's default. Raises `ValueError` for a setting
-    or a form that is none, or that leads out of what the setting may be."""
+    or a form that is none, or that leads out of what the setting or the network may be."""
+    network_settings = _network_settings(settings)
     space = {}
     for name, text in (search or default_space(settings.model)).items():
-        if name.partition(".")[0] in _FIXED:
+        part, inside, leaf = name.partition(".")
+        if _FIXED & {name, part}:
             raise ValueError(f"{name}: is the same in all trials; give it to tune itself")
         try:
-            space[name] = parse_domain(text)
-            for word in space[name].ends():
-                with_words(settings, {name: word})
+            space[name] = domain = parse_domain(text)
+            owner = getattr(settings, part, None) if inside else settings
+            if part == "model_settings":
+                owner = network_settings
+            # What there is not, `with_words` or the network refuses.
+            if domain.fractions and not isinstance(getattr(type(owner), leaf or name, 0.0), float):
+                whole = f"int:{math.floor(domain.low)}:{math.ceil(domain.high)}"
+                raise ValueError(f"'{text}' draws fractions; give {whole}, or choice:A,B,…")
+            for word in domain.ends():
+                tried = with_words(settings, {name: word})
+                if owner is network_settings:
+                    _network_settings(tried)
         except ValueError as error:
             raise ValueError(f"{name}: {str(error).removeprefix('set: ')}") from None
     return space
+
+
+def _network_settings(settings: TrainingSettings) -> Any:
+    """All those of the network. It is built for that, without memory. Raises `ValueError` where it
+    cannot be built so."""
+    try:
+        with torch.device("meta"):
+            return build_network(settings.model, 2, settings.model_settings).settings
+    except NotImplementedError:
+        return None  # torchvision's regnets need memory; their settings were checked before
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error
 
 
 def draw(space: Mapping[str, Domain], seed: int, trial: int) -> dict[str, str]:

@@ -106,6 +106,8 @@ def tune(
     )
     try:
         space = search_space(task.settings, search or {})
+        for number in range(trials):
+            with_draw(task.settings, draw(space, task.settings.seed, number))
     except ValueError as error:
         raise UserError(f"--search {error}") from error
     store = open_store(output)

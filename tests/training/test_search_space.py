@@ -3,6 +3,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
+import lungopacity.training.search_space as spaces
 from lungopacity.models import NETWORK_NAMES
 from lungopacity.training.search_space import default_space, draw, parse_domain, search_space
 from lungopacity.training.settings import TrainingSettings, recipe, with_words
@@ -36,10 +37,16 @@ def test_draws_stay_within_their_ends_and_reach_far(text, kind, low, high) -> No
         ({"learning_rate": "about 1"}, "is none of"),
         ({"epochs": "int:1.5:2"}, "is none of"),
         ({"mixup_alpha": "choice:"}, "is none of"),
-        ({"epochs": "uniform:1.5:2"}, "epochs must be a int"),
+        ({"epochs": "uniform:1.5:2"}, "epochs: 'uniform:1.5:2' draws fractions; give int:1:2"),
+        ({"batch_size": "log:8:64"}, "give int:8:64"),
+        ({"model_settings.hidden_units": "uniform:0:128"}, "give int:0:128"),
+        ({"model_settings.hidden_units": "choice:0,0.5"}, "hidden_units: settings of classical"),
+        ({"model_settings.droput": "uniform:0:0.5"}, "unexpected keyword argument 'droput'"),
+        ({"model_settings.dropout": "choice:0.1,2"}, "dropout must be from 0 to below 1, not 2"),
         ({"label_smoothing": "uniform:0:1"}, "label_smoothing must be from 0 to below 1"),
         ({"class_balance": "choice:none,much"}, "class_balance must be one of"),
         ({"preprocessing.image_size": "choice:64,96"}, "the same in all trials"),
+        ({"model_settings.image_size": "choice:64,96"}, "the same in all trials"),
         ({"seed": "int:0:9"}, "the same in all trials"),
     ],
 )
@@ -55,6 +62,13 @@ def test_every_network_has_a_space_that_its_recipe_takes(name) -> None:
     assert set(space) == set(default_space(name))
     for trial in range(1, 6):
         with_words(settings, draw(space, 0, trial))
+
+
+def test_the_spaces_of_the_networks_are_tried_on_them(monkeypatch) -> None:
+    wrong = {**default_space("cov-net"), "model_settings.droput": "uniform:0:0.5"}
+    monkeypatch.setattr(spaces, "_FRESH", wrong)
+    with pytest.raises(ValueError, match=r"model_settings\.droput"):
+        search_space(recipe("cov-net"), {})
 
 
 def test_what_is_drawn_does_not_hang_on_the_order_of_the_options() -> None:

@@ -90,6 +90,23 @@ def test_any_setting_can_be_searched_beside_the_figures(search) -> None:
     assert not set(found.best) - {"epochs"} & set(TrainingSettings.__dataclass_fields__)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"epochs": "uniform:4:40"}, "--search epochs: .* give int:4:40"),
+        ({"model_settings.dropout": "uniform:0:2"}, "--search model_settings.dropout: .* not 2"),
+        ({"patience": f"int:0:{10**19}"}, "--search .*int64"),  # which is refused when it is drawn
+    ],
+)
+def test_what_no_trial_can_be_drawn_from_is_refused_first(
+    search, monkeypatch, tmp_path, given, said
+) -> None:
+    monkeypatch.setattr(TrainingTask, "load", lambda _: pytest.fail("films were decoded"))
+    with pytest.raises(UserError, match=said):
+        search(search=given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_trial_that_diverged_or_failed_is_the_best(known) -> None:
     said: list[str] = []
     known.on_row = said.append

@@ -23,8 +23,11 @@ from lungopacity.storage import open_store
 from lungopacity.training.settings import TrainingSettings
 from lungopacity.training.trials import Trials
 
-SEARCH = {"learning_rate": "choice:0.004,3,1e30", "model_settings.dropout": "choice:0.1,2"}
-# Of this seed trial 1 is sound, 2 far too fast, 3 diverges and 4 builds no network.
+SEARCH = {
+    "learning_rate": "choice:0.004,3,1e30",
+    "model_settings.hidden_units": f"choice:0,{10**15}",
+}
+# Of this seed trial 1 is sound, 2 far too fast, 3 diverges and 4 has no memory for its network.
 SEED = 429
 
 
@@ -76,7 +79,7 @@ def test_every_trial_is_a_row_whatever_became_of_it(searched: Search) -> None:
     assert {told[0], told[1]} <= {"done", "stopped"}
     assert searched.rows[2]["epochs_trained"] < 4
     assert searched.rows[3]["error"].startswith("the loss of epoch 1 is no number")
-    assert searched.rows[4]["error"] == "dropout must be from 0 to below 1, not 2"
+    assert "you tried to allocate" in searched.rows[4]["error"]
     assert searched.rows[4]["validation_loss"] is None
     assert all(row["error"] is None for row in (searched.rows[n] for n in range(3)))
 
@@ -138,7 +141,7 @@ def test_a_search_in_which_nothing_succeeds_says_why(searched: Search, tmp_path)
     (output / "trials").mkdir(parents=True)
     failed = json.loads(Path(searched.output, "trials", "00004.json").read_text())
     (output / "trials" / "00000.json").write_text(json.dumps({**failed, "trial": 0}))
-    with pytest.raises(UserError, match=r"no trial of 1 gives a model: dropout must be"):
+    with pytest.raises(UserError, match=r"no trial of 1 gives a model: .*you tried to allocate"):
         lungopacity.tune(**{**searched.arguments, "output": str(output), "trials": 1})
     assert pq.read_table(output / "trials.parquet")["status"].to_pylist() == ["failed"]
     assert not (output / "best.json").exists()
