@@ -92,6 +92,12 @@ def tune(
         raise UserError(f"--trials must be 1 or more, not {trials}")
     if time_budget_s is not None and not time_budget_s > 0:
         raise UserError(f"--time-budget-s must be above 0, not {time_budget_s}")
+    for name in ("workers", "max_workers"):
+        if name in (settings or {}):
+            raise UserError(
+                f"--set {name}: every trial is one worker's; give --workers to the command that "
+                "trains the best"
+            )
     task = training_task(
         images,
         labels,

@@ -153,6 +153,8 @@ def test_the_command_says_which_option_was_wrong(films, tmp_path, capsys) -> Non
     for more, said in (
         (["--search", "seed=int:0:9"], "error: --search seed: is the same in all trials"),
         (["--trials", "0"], "error: --trials must be 1 or more"),
+        (["--set", "workers=4"], "error: --set workers: every trial is one worker's"),
+        (["--set", "max_workers=4"], "error: --set max_workers: every trial is one worker's"),
         (["--time-budget-s", "0"], "error: --time-budget-s must be above 0"),
     ):
         assert main([*common, *more]) == 2
