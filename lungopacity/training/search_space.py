@@ -133,7 +133,7 @@ def search_space(settings: TrainingSettings, search: Mapping[str, str]) -> dict[
             owner = getattr(settings, part, None) if inside else settings
             if part == "model_settings":
                 owner = network_settings
-            # What there is not, `with_words` or the network refuses.
+            # A name that there is not is left to `with_words`, or to the network.
             if domain.fractions and not isinstance(getattr(type(owner), leaf or name, 0.0), float):
                 whole = f"int:{math.floor(domain.low)}:{math.ceil(domain.high)}"
                 raise ValueError(f"'{text}' draws fractions; give {whole}, or choice:A,B,…")

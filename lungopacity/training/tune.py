@@ -29,6 +29,7 @@ import torch
 from ray import tune as ray_tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
+from lungopacity.dataset.classes import class_names_of
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import NOTICE, UserError
 from lungopacity.models import build_network
@@ -40,7 +41,7 @@ from lungopacity.training.fit import count_films, films_of, first_tensors
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.search_space import Domain, draw, search_space, with_draw
 from lungopacity.training.settings import TrainingSettings
-from lungopacity.training.task import DEFAULT_CLASSES, TrainingTask, training_task
+from lungopacity.training.task import DEFAULT_CLASSES, training_task
 from lungopacity.training.trials import Trials, best_of, train_arguments, trials_table
 
 log = logging.getLogger(__name__)
@@ -116,20 +117,23 @@ def tune(
             with_draw(task.settings, draw(space, task.settings.seed, number))
     except ValueError as error:
         raise UserError(f"--search {error}") from error
+    names = class_names_of(task.label_map)
+    network = build_network(model, len(names), task.settings.model_settings)
+    first, source = first_tensors(network, task.settings)
     store = open_store(output)
     with ray_session():
         task = replace(task, settings=replace(task.settings, use_gpu=resolve_gpu(use_gpu)))
         require_resources(1, task.settings.use_gpu, "tuning")
         data = task.load()
         count_films(data, task.settings)
-        _claim(store, task, space, data)
+        _claim(store, task.settings, source, space, data)
         known = Trials(store, space, task.settings)
         waiting = [number for number in range(trials) if number not in known.rows]
         if waiting:
             with Progress("Trials", total=trials, unit="trials") as progress:
                 progress.advance(trials - len(waiting))
                 known.on_row = lambda note: progress.advance(1, note=note)
-                _run(task.settings, data, known, waiting, time_budget_s)
+                _run(task.settings, data, first, known, waiting, time_budget_s)
     table = trials_table(known.rows.values(), space)
     sink = io.BytesIO()
     pq.write_table(table, sink)
@@ -155,11 +159,18 @@ def tune(
 
 
 def _claim(
-    store: Store, task: TrainingTask, space: Mapping[str, Domain], data: LabelledPixels
+    store: Store,
+    settings: TrainingSettings,
+    weights: Mapping[str, Any] | None,
+    space: Mapping[str, Domain],
+    data: LabelledPixels,
 ) -> None:
     """Make the output this search's. Raises `UserError` where it is another's."""
     facts = {
-        "settings": {**task.settings.as_json(), "use_gpu": None},
+        "settings": {**settings.as_json(), "use_gpu": None},
+        # By content: a file may be another by now.
+        "weights": weights,
+        "version": versions()["lungopacity"],
         "search": {name: vars(domain) for name, domain in space.items()},
         "classes": list(data.class_names),
         "fingerprint": data.fingerprint,
@@ -171,21 +182,20 @@ def _claim(
     except ConflictError:
         if json.loads(store.read("search.json"))["sha256"] != digest:
             raise UserError(
-                f"{store.uri}: holds a search of other settings, films or --search; choose "
-                "another --output"
+                f"{store.uri}: holds a search of other settings, films, weights or --search, or of "
+                "another version; choose another --output"
             ) from None
 
 
 def _run(
     settings: TrainingSettings,
     data: LabelledPixels,
+    first: Mapping[str, torch.Tensor] | None,
     known: Trials,
     waiting: Sequence[int],
     time_budget_s: float | None,
 ) -> None:
     """Run the trials of these numbers; their rows go to `known`."""
-    network = build_network(settings.model, len(data.class_names), settings.model_settings)
-    first, _ = first_tensors(network, settings)
     threads = _threads(len(waiting))
     run = ray_tune.with_parameters(
         _trial,

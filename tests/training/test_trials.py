@@ -14,6 +14,7 @@ import pytest
 
 import lungopacity.training.tune as tuning
 from lungopacity.errors import UserError
+from lungopacity.models import build_network, weights_of
 from lungopacity.storage import open_store
 from lungopacity.training.search_space import search_space
 from lungopacity.training.settings import TrainingSettings
@@ -78,6 +79,24 @@ def test_the_best_is_said_with_the_words_that_it_was_trained_with(search, tmp_pa
         assert all(
             f"--set {name}={word}" in best["command"] for name, word in kept["words"].items()
         )
+
+
+def test_a_search_goes_on_from_the_same_weights_alone(search, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "first.safetensors"
+    file.write_bytes(weights_of(build_network("classical-cnn", 2)))
+    search(trials=2, weights=str(file))
+    search(trials=3, weights=str(file))
+    with monkeypatch.context() as other:
+        other.setattr(tuning, "versions", lambda: {"lungopacity": "0.0"})
+        with pytest.raises(UserError, match=r"holds a search of .* another version"):
+            search(trials=4, weights=str(file))
+    file.write_bytes(weights_of(build_network("classical-cnn", 2)))  # drawn anew
+    with pytest.raises(UserError, match="holds a search of other settings, films, weights"):
+        search(trials=4, weights=str(file))
+    file.unlink()
+    monkeypatch.setattr(TrainingTask, "load", lambda _: pytest.fail("films were decoded"))
+    with pytest.raises(UserError, match=r"--weights .*cannot be read"):
+        search(trials=4, weights=str(file))
 
 
 def test_any_setting_can_be_searched_beside_the_figures(search) -> None:
