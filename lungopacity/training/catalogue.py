@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,8 @@ from lungopacity.models.networks import TORCHVISION
 from lungopacity.progress import Progress
 from lungopacity.training.settings import recipe
 
+_BY_OPTION = ("model", "use_gpu")
+"""Settings that an option of their own decides, and never --set."""
 _WEIGHTS = {"installed": "installed", "download": "download or FILE", None: "none"}
 
 
@@ -47,7 +50,8 @@ def parameters(name: str, classes: int = 2) -> int:
 
 
 def recipe_table(name: str) -> str:
-    """Every setting of the network's recipe, its value, and what it does. Raises `UserError`."""
+    """Every setting of the network's recipe, its value as `--set` takes it, and what it does.
+    Raises `UserError`."""
     settings = recipe(name)
     network = build_network(name, 2, settings.model_settings)
     lines = [f"{name}: train --set NAME=VALUE changes any of these", ""]
@@ -60,9 +64,12 @@ def recipe_table(name: str) -> str:
     for prefix, part in parts:
         texts = field_texts(type(part))
         for field, value in vars(part).items():
-            if field == "model" or isinstance(value, Mapping) or hasattr(value, "__dict__"):
+            if field in _BY_OPTION or isinstance(value, Mapping) or hasattr(value, "__dict__"):
                 continue
-            lines += [f"{prefix}{field} = {value}", f"    {texts.get(field, '')}"]
+            # Inside model_settings --set takes JSON alone.
+            plain = isinstance(value, str) and prefix != "model_settings."
+            word = value if plain else json.dumps(value)
+            lines += [f"{prefix}{field} = {word}", f"    {texts.get(field, '')}"]
     return "\n".join(lines)
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from lungopacity.errors import UserError
 from lungopacity.models import NETWORK_NAMES, build_network
@@ -105,6 +107,21 @@ def test_every_setting_is_explained_where_it_is_defined() -> None:
     assert "weights = imagenet" in table
     assert "augmentation.flip_probability = 0.5\n    Share of films mirrored" in table
     assert "model_settings.drop_path = 0.1" in table
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_the_settings_are_shown_as_set_takes_them(name) -> None:
+    lines = [line for line in recipe_table(name).splitlines()[2:] if not line.startswith(" ")]
+    words = dict(line.split(" = ", 1) for line in lines)
+    assert not {"model", "use_gpu"} & set(words)
+    chosen = with_words(recipe(name), words)
+    assert replace(chosen, model_settings=recipe(name).model_settings) == recipe(name)
+    with torch.device("meta"):
+        own, ours = (
+            build_network(name, 2, settings.model_settings).settings
+            for settings in (recipe(name), chosen)
+        )
+    assert own == ours
 
 
 def test_the_networks_are_listed_with_what_they_weigh() -> None:
