@@ -109,7 +109,7 @@ def test_every_setting_is_explained_where_it_is_defined() -> None:
     assert "model_settings.drop_path = 0.1" in table
 
 
-@pytest.mark.parametrize("name", NETWORK_NAMES)
+@pytest.mark.parametrize("name", ["classical-cnn", "cov-net", "efficientnet-lite0"])
 def test_the_settings_are_shown_as_set_takes_them(name) -> None:
     lines = [line for line in recipe_table(name).splitlines()[2:] if not line.startswith(" ")]
     words = dict(line.split(" = ", 1) for line in lines)

@@ -115,6 +115,9 @@ def test_the_same_command_goes_on_and_more_trials_are_added(searched: Search) ->
     assert set(before) == {f"0000{number}.json" for number in range(5)}
     lost = json.loads((kept / "00001.json").read_text())
     (kept / "00001.json").unlink()  # as if killed before it ended
+    cut = lungopacity.tune(**searched.arguments, time_budget_s=0.01).trials.to_pylist()
+    assert {row["trial"]: row["status"] for row in cut}.get(1, "out of time") == "out of time"
+    assert not (kept / "00001.json").exists()
     again = lungopacity.tune(**searched.arguments)
     found = {row["trial"]: row for row in again.trials.to_pylist()}
     # Alone, it is not stopped by others: it goes on to at least as good an epoch.
