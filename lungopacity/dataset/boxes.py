@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lungopacity.dataset.manifest import read_table
+from lungopacity.dataset.tables import read_table
 from lungopacity.errors import UserError
 
 BOX_COLUMNS = ("image", "x", "y", "width", "height")
@@ -20,7 +20,7 @@ def read_boxes(uri: str) -> pd.DataFrame:
     `UserError` where the file is absent, lacks a column, has a row without an image, something that
     is no finite number, or a side that is not above 0.
     """
-    frame = read_table(uri, "boxes")
+    frame = read_table(uri, "boxes", ["image"])
     for column in BOX_COLUMNS:
         if column not in frame:
             raise UserError(

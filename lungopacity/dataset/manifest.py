@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
-from lungopacity.errors import ImageError, UserError
+from lungopacity.dataset.tables import read_table
+from lungopacity.errors import UserError
 from lungopacity.radiograph import MAX_AGE_YEARS
-from lungopacity.storage import open_store, split_uri
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +18,23 @@ FACT_COLUMNS = ("view_position", "patient_sex", "patient_age_years")
 """Optional columns that evaluation forms subgroups of."""
 SITE = "site"
 """Where a film was taken: a column that evaluation forms subgroups of, where there is one."""
-_NAMES = ("image", "label", "patient_id", SITE)
-"""Columns whose values are names, also where they look like numbers."""
-_TERMS = ("split", "view_position", "patient_sex")
+TEXTS = ("image", "label", "patient_id", SITE, "split", "view_position", "patient_sex")
+"""Columns whose values are names or terms."""
 
 
 def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
     """The labels file, CSV or Parquet: columns `image`, `label`, and the optional ones or nulls.
 
     by: further columns to keep, and with them `site` where there is one; None keeps no other.
-    Raises `UserError` where the file is absent, lacks a column, names one image twice, or has a
-    split that is none of train, validation, test.
+    Raises `UserError` where the file is absent, lacks a column or spells it otherwise, names one
+    image twice, or has a split that is none of train, validation, test.
     """
-    frame = read_table(uri, "labels")
+    return checked_labels(read_table(uri, "labels", TEXTS), uri, by)
+
+
+def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
+    """`read_labels` of a table that is read already. uri: what messages call it."""
+    _check_spelling(frame, uri, by or ())
     for column in ("image", "label", *(by or ())):
         # View, sex and age may also stand in the films' headers.
         if column not in frame and column not in FACT_COLUMNS:
@@ -52,8 +54,10 @@ def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
             frame[column] = None
     splits = set(frame["split"].dropna())
     if not splits <= set(SPLITS):
-        wrong = ", ".join(sorted(map(str, splits - set(SPLITS))))
-        raise UserError(f"{uri}: unknown split {wrong}; the splits are {', '.join(SPLITS)}")
+        wrong = ", ".join(_shown(split) for split in sorted(map(str, splits - set(SPLITS))))
+        raise UserError(
+            f"{uri}: unknown split {wrong}; the splits are {', '.join(SPLITS)}, spelt exactly so"
+        )
     ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
     impossible = frame["patient_age_years"].notna() & ~ages.between(0, MAX_AGE_YEARS)
     if impossible.any():
@@ -65,32 +69,17 @@ def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
     return frame[list(dict.fromkeys([*known, *further]))]
 
 
-def read_table(uri: str, what: str) -> pd.DataFrame:
-    """A CSV or Parquet file as it is, the columns of `_NAMES` and `_TERMS` as text.
-
-    what: what the user calls it. Raises `UserError` where it is absent or neither.
-    """
-    parent, name = split_uri(uri)
-    try:
-        data = open_store(parent).read(name)
-        if data[:4] != b"PAR1":
-            return pd.read_csv(io.BytesIO(data), dtype=dict.fromkeys(_NAMES, str))
-        frame = pd.read_parquet(io.BytesIO(data))
-    except ImageError as error:
-        raise UserError(f"{uri}: {what} cannot be read: {error.message}") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
-    for column in {*_NAMES, *_TERMS} & set(frame.columns):
-        frame[column] = frame[column].astype(object).map(_text_of)
-    return frame
+def _check_spelling(frame: pd.DataFrame, uri: str, by: Sequence[str]) -> None:
+    """A `Split` that nobody looks at would let films be divided anew, and nobody would know."""
+    for column in ("image", "label", "split", "patient_id", *FACT_COLUMNS):
+        for name in map(str, frame.columns):
+            if column not in frame and name not in by and name.strip().lower() == column:
+                raise UserError(f"{uri}: has a column '{name}'; spell it '{column}'")
 
 
-def _text_of(value: Any) -> str | None:
-    """As a CSV would have it: the number of a patient is a name, and an empty text is none."""
-    if pd.isna(value) or value == "":
-        return None
-    # Beside gaps, pandas keeps whole numbers as floats.
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+def _shown(word: str) -> str:
+    """In quotes where one would not see its spaces."""
+    return word if word == word.strip() else repr(word)
 
 
 def select_classes(labels: pd.DataFrame, label_map: Mapping[str, str], uri: str) -> pd.DataFrame:
@@ -105,7 +94,7 @@ def select_classes(labels: pd.DataFrame, label_map: Mapping[str, str], uri: str)
             merged = "" if sources == [name] else f" ({' + '.join(sources)})"
             raise UserError(
                 f"{uri}: no image of class '{name}'{merged}; the labels have "
-                + ", ".join(f"{label} ({count})" for label, count in counts.items())
+                + ", ".join(f"{_shown(str(label))} ({count})" for label, count in counts.items())
                 + " (choose with --classes)"
             )
     chosen = labels[labels["label"].isin(list(label_map))].reset_index(drop=True)

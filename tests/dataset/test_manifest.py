@@ -1,3 +1,4 @@
+import gzip
 import io
 
 import pandas as pd
@@ -42,6 +43,26 @@ def test_csv_and_parquet_are_read_alike(store_uri):
     assert from_csv["split"].isna().all()
 
 
+def test_words_that_pandas_takes_for_gaps_are_names_in_either_file(tmp_path):
+    frame = pd.DataFrame(
+        {
+            "image": ["NA", "null", "c", "d"],
+            "label": ["None", "NA", "Normal", "NA"],
+            "patient_id": ["n/a", "NaN", None, ""],
+            "patient_age_years": ["50", "NA", "60", ""],
+        }
+    )
+    frame.to_parquet(tmp_path / "a.parquet")
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    from_csv, from_parquet = (
+        read_labels(str(tmp_path / f"a.{kind}")) for kind in ("csv", "parquet")
+    )
+    pd.testing.assert_frame_equal(from_csv, from_parquet)
+    assert from_csv["image"].tolist() == ["NA", "null", "c", "d"]
+    assert from_csv["patient_id"].fillna("?").tolist() == ["n/a", "NaN", "?", "?"]
+    assert from_csv["patient_age_years"].fillna(-1).tolist() == [50, -1, 60, -1]
+
+
 def test_numbers_stay_names(tmp_path):
     (tmp_path / "a.csv").write_text("image,label,patient_id\n007,Normal,0012\n")
     frame = read_labels(str(tmp_path / "a.csv"))
@@ -75,12 +96,46 @@ def test_what_parquet_keeps_as_numbers_are_names_and_an_empty_text_is_none(tmp_p
         ("image,label\na,\n", "without image or label"),
         ("image,label\na,Normal\na,Normal\n", "more than one row, as a"),
         ("image,label,split\na,Normal,dev\n", "unknown split dev"),
+        ("image,label,split\na,Normal, test\n", "unknown split ' test'; .* spelt exactly so"),
+        ("image,label,split\na,Normal,test,\n", "line 2 has 4 fields, the header has 3"),
+        ("image,label,split\n\n'a\n',x,test\nb,Normal\n", "line 3 has 1 fields"),
+        ('image,label,split\n"a\n",x,test\nb,Normal\n', "line 4 has 2 fields"),
+        ("image,label,label\na,Normal,x\n", "column 'label' is there 2 times"),
+        ("image;label\na;Normal\n", "semicolons lie between its columns"),
+        ("image\tlabel\na\tNormal\n", "tabs lie between its columns"),
+        ("Image,label\na,Normal\n", "has a column 'Image'; spell it 'image'"),
+        ("image, label\na,Normal\n", "has a column ' label'; spell it 'label'"),
+        ("image,label,Split\na,Normal,test\n", "has a column 'Split'; spell it 'split'"),
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ('image,label\na,"Normal\nb,Normal\n', "neither CSV nor Parquet|line 3"),
+        (f'image,label\na,"{"x" * 140_000}', r"line 2 is no CSV \(field larger"),
+        ("image,label\né,Normal\n".encode("latin-1"), "line 2 is not UTF-8; save it as CSV UTF-8"),
+        ("image,label\n".encode("utf-16"), "line 1 is not UTF-8; save it as CSV UTF-8"),
+        (gzip.compress(b"image,label\n"), "packed with gzip; unpack it"),
+        (b"PAR1" + bytes(50), "is no whole Parquet file"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_mend(tmp_path, text, message):
-    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "a.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         read_labels(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("text", ["\ufeffimage,label\na,Normal\n", "image,label\r\ra,Normal\r"])
+def test_what_spreadsheets_write_is_read(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    assert read_labels(str(tmp_path / "a.csv")).loc[0, ["image", "label"]].tolist() == [
+        "a",
+        "Normal",
+    ]
+
+
+@pytest.mark.parametrize(("value", "kind"), [(b"Normal", "bytes"), (["Normal"], "ndarray")])
+def test_parquet_that_holds_no_text_is_refused(tmp_path, value, kind):
+    pd.DataFrame({"image": ["a"], "label": [value]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=f"column 'label' holds {kind} and not text; write it as"):
+        read_labels(str(tmp_path / "a.parquet"))
 
 
 def test_an_impossible_age_is_unknown_and_said(tmp_path, caplog):
@@ -107,6 +162,9 @@ def test_other_classes_are_left_out_and_a_missing_one_refused():
     frame = labels()
     chosen = select_classes(frame, {"Normal": "Healthy"}, URI)
     assert set(chosen["label"]) == {"Healthy"}
+    spaced = frame.assign(label="Normal ")
+    with pytest.raises(UserError, match=r"the labels have 'Normal ' \(120\)"):
+        select_classes(spaced, {"Normal": "Normal"}, URI)
     with pytest.raises(
         UserError, match=r"no image of class 'COVID'; the labels have Normal \(78\)"
     ):
@@ -150,6 +208,11 @@ def test_half_filled_splits_are_refused():
     frame.loc[:5, "split"] = "train"
     with pytest.raises(UserError, match="114 of 120 rows have no split"):
         assign_splits(frame, URI, seed=0)
+
+
+def test_rows_without_a_patient_are_told_of(caplog):
+    assign_splits(labels().assign(patient_id=None), URI, seed=0)
+    assert "labels.csv: rows without patient_id are split as patients of their own" in caplog.text
 
 
 def test_too_few_patients_to_split_are_refused():

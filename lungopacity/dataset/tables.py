@@ -1,0 +1,130 @@
+"""Tables that people bring, CSV or Parquet: the same values in either give the same frame."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lungopacity.errors import ImageError, UserError
+from lungopacity.storage import open_store, split_uri
+
+_NO_NUMBER = ("", "NA", "N/A", "n/a", "na", "nan", "NaN", "NULL", "null", "None")
+"""Of columns that may be numbers. A text may be any of them, and is missing where it is empty."""
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_GZIP = b"\x1f\x8b"
+_OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def read_table(uri: str, what: str, texts: Collection[str]) -> pd.DataFrame:
+    """A CSV or Parquet file as it is. Where it has columns of `texts`, their values are text, also
+    where they look like numbers, and missing where they are empty.
+
+    what: what the user calls it. Raises `UserError` where it is absent or neither.
+    """
+    parent, name = split_uri(uri)
+    try:
+        data = open_store(parent).read(name)
+    except ImageError as error:
+        raise UserError(f"{uri}: {what} cannot be read: {error.message}") from error
+    return table_of(data, uri, texts)
+
+
+def table_of(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
+    """`read_table` of a file's bytes. uri: what messages call it."""
+    of = _of_parquet if data[:4] == b"PAR1" else _of_csv
+    return of(data, uri, texts)
+
+
+def _of_parquet(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
+    try:
+        frame = pd.read_parquet(io.BytesIO(data))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{uri}: is no whole Parquet file ({type(error).__name__})") from error
+    for column in frame.columns.intersection(list(texts)):
+        values = frame[column].astype(object)
+        for value in values:
+            if isinstance(value, bytes | list | dict | np.ndarray):
+                raise UserError(
+                    f"{uri}: column '{column}' holds {type(value).__name__} and not text; "
+                    "write it as strings"
+                )
+        frame[column] = values.map(_text_of)
+    return frame
+
+
+def _text_of(value: Any) -> str | None:
+    """As a CSV would have it: the number of a patient is a name, and an empty text is none."""
+    if pd.isna(value) or value == "":
+        return None
+    # Beside gaps, pandas keeps whole numbers as floats.
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _of_csv(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
+    text = _decoded(data, uri)
+    header = _header_of(text, uri)
+    try:
+        return pd.read_csv(
+            io.StringIO(text),
+            dtype=dict.fromkeys(texts, str),
+            index_col=False,
+            keep_default_na=False,
+            na_values={name: [""] if name in texts else list(_NO_NUMBER) for name in header},
+        )
+    except ValueError as error:
+        raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
+
+
+def _decoded(data: bytes, uri: str) -> str:
+    if data.startswith(_GZIP):
+        raise UserError(f"{uri}: is packed with gzip; unpack it first")
+    if b"\0" in data and not data.startswith(_UTF16):
+        raise UserError(f"{uri}: is neither CSV nor Parquet (it holds null bytes)")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{uri}: line {line} is not UTF-8; save it as CSV UTF-8") from error
+    if not text.strip():
+        raise UserError(f"{uri}: is empty")
+    return text
+
+
+def _header_of(text: str, uri: str) -> list[str]:
+    """The columns' names. pandas takes what is too much in a line for an index, and a name's second
+    column for another name: both would give films the values of something else."""
+    lines = csv.reader(io.StringIO(text, newline=""))
+    header: list[str] = []
+    try:
+        for fields in lines:
+            if not "".join(fields).strip() and len(fields) < 2:
+                continue
+            if not header:
+                header = fields
+                _check_header(header, uri)
+            elif len(fields) != len(header):
+                raise UserError(
+                    f"{uri}: line {lines.line_num} has {len(fields)} fields, the header has "
+                    f"{len(header)}; mend it, with quotes around what holds a comma"
+                )
+    except csv.Error as error:
+        raise UserError(f"{uri}: line {lines.line_num} is no CSV ({error}); mend it") from error
+    return header
+
+
+def _check_header(header: list[str], uri: str) -> None:
+    if len(header) == 1:
+        for sign, told in _OTHER_SEPARATORS.items():
+            if sign in header[0]:
+                raise UserError(
+                    f"{uri}: {told} lie between its columns; save it with commas between them"
+                )
+    for name, times in Counter(header).items():
+        if name and times > 1:
+            raise UserError(f"{uri}: column '{name}' is there {times} times; keep one of them")
