@@ -17,7 +17,8 @@ import duckdb
 import pandas as pd
 
 from lungopacity.archive.inventory import list_archive
-from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, read_labels
+from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, TEXTS, checked_labels
+from lungopacity.dataset.tables import table_of
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.workbench import quoted
 from lungopacity.storage import open_store, split_uri
@@ -205,10 +206,16 @@ def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:
 
 
 def write_labels(frame: pd.DataFrame, output: str) -> pd.DataFrame:
-    """Write a labels file as CSV, and read it back as every command will. Raises `UserError`."""
+    """Write a labels file as CSV; the labels as every command will read them.
+
+    Raises `UserError`, and writes nothing, where they would be refused.
+    """
     parent, name = split_uri(output)
-    open_store(parent).write(name, frame.to_csv(index=False).encode())
-    return read_labels(output)
+    data = frame.to_csv(index=False).encode()
+    told = f"{output} (not written)"
+    labels = checked_labels(table_of(data, told, TEXTS), told)
+    open_store(parent).write(name, data)
+    return labels
 
 
 def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 import pytest
 
@@ -185,6 +187,23 @@ def test_any_tables_become_labels_by_sql(tmp_path, capsys):
     ):
         assert main(["labels", "--sql", wrong, *words, "--output", output]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("SELECT image, label, 'dev' AS split FROM t", "unknown split dev"),
+        ("SELECT * FROM t WHERE false", "no rows"),
+        ("SELECT image, NULL AS label FROM t", "without image or label"),
+        ("FROM t UNION ALL FROM t", "more than one row"),
+    ],
+)
+def test_labels_that_would_be_refused_are_not_written(tmp_path, capsys, sql, said):
+    good = tmp_path / "good.csv"
+    good.write_text("image,label\na.png,Normal\n")
+    assert main(["labels", "--table", f"t={good}", "--sql", sql, "--output", str(good)]) == 2
+    assert re.search(rf"good.csv \(not written\): .*{said}", capsys.readouterr().err)
+    assert good.read_text() == "image,label\na.png,Normal\n"
 
 
 @pytest.mark.parametrize(
