@@ -313,17 +313,20 @@ def _of_object(columns: dict[str, Any]) -> dict[str, Any]:
 
 def _told_apart_from_sidecars(content: dict[str, Any], file: _File) -> dict[str, Any]:
     not_an_image = content.get("error_code") == ErrorCode.NOT_AN_IMAGE
-    if not_an_image and _is_sidecar(posixpath.basename(file.name), file.data or b""):
+    if not_an_image and _is_sidecar(file.name, file.data or b""):
         return {**content, "status": Status.REJECTED.value}
     return content
 
 
-def _is_sidecar(name: str, data: bytes) -> bool:
-    return (
-        name.lower().endswith(_SIDECAR_SUFFIXES)
-        or name.lower() in _SIDECAR_NAMES
-        or (name.startswith("._") and data.startswith(_APPLE_DOUBLE))
-    )
+def _is_sidecar(key: str, data: bytes) -> bool:
+    of_macos = posixpath.basename(key).startswith("._") and data.startswith(_APPLE_DOUBLE)
+    return of_macos or is_sidecar_name(key)
+
+
+def is_sidecar_name(key: str) -> bool:
+    """Whether it is the name of a sheet or note, or of what systems keep in a folder."""
+    name = posixpath.basename(key).lower()
+    return name.endswith(_SIDECAR_SUFFIXES) or name in _SIDECAR_NAMES
 
 
 def _reported(error: Exception) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,4 +120,7 @@ def pairs_of(words: Sequence[str]) -> dict[str, str]:
     for name, sign, _ in pairs:
         if not name or not sign:
             raise click.BadParameter(f"'{name}' is not of the form NAME=VALUE")
+    for name, times in Counter(name.strip() for name, _, _ in pairs).items():
+        if times > 1:
+            raise click.BadParameter(f"'{name}' is given {times} times")
     return {name.strip(): value.strip() for name, _, value in pairs}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import duckdb
 import pandas as pd
 
 from lungopacity.archive.inventory import list_archive
+from lungopacity.archive.reading import is_sidecar_name
 from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, TEXTS, checked_labels
 from lungopacity.dataset.tables import table_of
 from lungopacity.errors import ImageError, UserError
@@ -29,8 +31,8 @@ _COLUMNS = ("image", "label", "split", "patient_id", *FACT_COLUMNS, SITE)
 SKIPPED_FOLDERS = ("masks",)
 """Beside the images of the COVID-19 Radiography Database."""
 _FOLDERS_OF_IMAGES = ("images",)
-_SHEETS = (".csv", ".txt", ".md", ".xlsx", ".json")
-"""Beside the images, too."""
+_SHEETS = (".xlsx",)
+"""Beside the images, too; and macOS keeps a file `._NAME` beside each."""
 _SOURCES = ".metadata.xlsx"
 """Ends the name of a class's sheet there, which says of each image where it was taken from."""
 
@@ -122,12 +124,14 @@ def labels_of_folders(images: str) -> pd.DataFrame:
     images: URI of an archive. The class is the folder next to the image; `images` folders count as
     the one above them, and what lies under `masks` is left out, as in the COVID-19 Radiography
     Database. Its sheets (Normal.metadata.xlsx, …) name the source of each image: its classes come
-    from different ones, and `audit` tells how well they betray the label. Raises `UserError` where
-    images lie in no folder, or in shards.
+    from different ones, and `audit` tells how well they betray the label. What else systems keep
+    beside films is no image. Raises `UserError` where images lie in no folder, or in shards.
     """
     rows: list[tuple[str, str]] = []
     sites: dict[str, str] = {}
-    for table in list_archive(images).tables:
+    archive = list_archive(images)
+    store = open_store(archive.uri)
+    for table in archive.tables:
         for name, is_shard in zip(
             table["image"].to_pylist(), table["is_shard"].to_pylist(), strict=True
         ):
@@ -140,8 +144,11 @@ def labels_of_folders(images: str) -> pd.DataFrame:
                 continue
             if name.lower().endswith(_SOURCES):
                 sites |= _sites_of(f"{images.rstrip('/')}/{name}")
-            if name.lower().endswith(_SHEETS):
+            if is_sidecar_name(name) or name.lower().endswith(_SHEETS) or "/._" in f"/{name}":
                 continue
+            if "\\" in name and store.head(name) is None:
+                # Listed under another name than its own: see `LocalStore`.
+                raise UserError(f"{images}: {name} has a name that is not UTF-8; rename it")
             classes = [folder for folder in folders if folder.lower() not in _FOLDERS_OF_IMAGES]
             if not classes:
                 raise UserError(f"{images}: {name} lies in no folder that could name its class")
@@ -174,12 +181,14 @@ def _sites_of(uri: str) -> dict[str, str]:
     return dict(zip(names[known], sites[known], strict=True))
 
 
-def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:
+def labels_of_tables(sql: str, tables: Mapping[str, str], told: str = "--sql") -> pd.DataFrame:
     """What DuckDB answers to `sql` over the tables, by name: URIs of CSV or Parquet files.
 
-    It must give `image` and `label`, and may give the other columns of a labels file. Raises
-    `UserError` for SQL that is refused, and for other columns.
+    It must give `image` and `label`, and may give the other columns of a labels file. told: what
+    messages call the SQL. Raises `UserError` for SQL that is refused, and for other columns or
+    names that SQL does not tell apart.
     """
+    _check_names(tables)
     with TemporaryDirectory(prefix="lungopacity-") as folder, duckdb.connect() as connection:
         for name, uri in tables.items():
             path = Path(folder) / f"{name}.table"
@@ -193,16 +202,32 @@ def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:
                 raise UserError(f"{uri}: is neither CSV nor Parquet ({_line(error)})") from error
         connection.execute("SET enable_external_access = false")
         try:
-            frame: pd.DataFrame = connection.sql(sql).df()
+            answer = connection.sql(sql)
+            frame = pd.DataFrame() if answer is None else answer.df()
         except duckdb.Error as error:
-            raise UserError(f"--sql: {_line(error)}") from error
+            raise UserError(f"{told}: {_line(error)}") from error
     wrong = [name for name in frame.columns if name not in _COLUMNS]
     if wrong or not {"image", "label"} <= set(frame.columns):
         raise UserError(
-            f"--sql: gives the columns {', '.join(frame.columns)}; image and label are needed, and "
+            f"{told}: gives {_listed(frame)}; image and label are needed, and "
             f"known are {', '.join(_COLUMNS)}"
         )
     return frame.sort_values("image")
+
+
+def _check_names(tables: Mapping[str, str]) -> None:
+    for name in tables:
+        if not re.fullmatch(r"\w{1,64}", name):
+            raise UserError(f"--table {name}=…: a name is up to 64 letters, digits and _")
+    if len({name.lower() for name in tables}) < len(tables):
+        raise UserError(
+            f"--table: SQL does not tell capitals apart, and {', '.join(tables)} are two names of "
+            "the same; choose others"
+        )
+
+
+def _listed(frame: pd.DataFrame) -> str:
+    return f"the columns {', '.join(frame.columns)}" if len(frame.columns) else "no table"
 
 
 def write_labels(frame: pd.DataFrame, output: str) -> pd.DataFrame:
@@ -226,7 +251,10 @@ def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
     if set(tables) != set(chosen.tables):
         wanted = " ".join(f"--table {table}=FILE" for table in chosen.tables)
         raise UserError(f"--layout {name} takes {wanted}: {chosen.source}")
-    return labels_of_tables(chosen.sql, tables)
+    files = ", ".join(tables.values())
+    return labels_of_tables(
+        chosen.sql, tables, f"--layout {name}, which takes {chosen.source}: {files}"
+    )
 
 
 def summary(labels: pd.DataFrame) -> str:

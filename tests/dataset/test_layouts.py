@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pandas as pd
@@ -114,6 +115,9 @@ def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
         "COVID.metadata.xlsx",
         "Viral Pneumonia/images/V-1.png",
         "Normal/N-1.png",
+        "Normal/Thumbs.db",
+        "COVID/.DS_Store",
+        "COVID/images/._COVID-1.png",
         "README.md.txt",
     ):
         store.write(name, encoded(grey_film()) if name.endswith("png") else b"text")
@@ -151,6 +155,10 @@ def test_sheets_beside_the_folders_name_the_site_of_each_image(tmp_path, caplog)
         "Normal.metadata.xlsx",
         "Other.metadata.xlsx",
     ]
+    assert all(
+        "says no sites: it is no sheet with the columns FILE NAME and URL" in record.message
+        for record in caplog.records
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,6 +167,8 @@ def test_sheets_beside_the_folders_name_the_site_of_each_image(tmp_path, caplog)
         ("loose.png", "no folder that could name"),
         ("a/films.tar", "is a shard"),
         ("a/x.csv", "no image"),
+        ("a/.DS_Store", "no image"),
+        (os.fsdecode(b"a/caf\xe9.png"), r"a/caf\\xe9.png has a name that is not UTF-8; rename it"),
     ],
 )
 def test_what_lies_in_no_class_is_refused(tmp_path, name, said):
@@ -183,6 +193,7 @@ def test_any_tables_become_labels_by_sql(tmp_path, capsys):
         ("SELECT key AS image FROM films", "image and label are needed"),
         ("SELECT key AS image, 1 AS label, 2 AS diagnosis FROM films", "diagnosis"),
         ("SELECT nothing FROM films", "--sql: Binder Error"),
+        ("-- nothing", "--sql: gives no table; image and label are needed"),
         ("SELECT * FROM read_csv('/etc/passwd')", "--sql: "),
     ):
         assert main(["labels", "--sql", wrong, *words, "--output", output]) == 2
@@ -215,11 +226,23 @@ def test_labels_that_would_be_refused_are_not_written(tmp_path, capsys, sql, sai
         (["--layout", "nih"], "takes --table entries=FILE: NIH ChestX-ray14"),
         (["--layout", "nih", "--table", "entries=/nowhere/x.csv"], "x.csv: cannot be read"),
         (["--sql", "SELECT 1", "--table", "nothing"], "NAME=VALUE"),
+        (["--sql", "SELECT 1", "--table", "a=x", "--table", "a=y"], "'a' is given 2 times"),
+        (["--sql", "SELECT 1", "--table", "a=x", "--table", "A=y"], "SQL does not tell capitals"),
+        (["--sql", "SELECT 1", "--table", "a/b=x"], "--table a/b=…: a name is up to 64 letters"),
+        (["--sql", "SELECT 1", "--table", 'a"b=x'], "a name is up to 64 letters, digits and _"),
+        (["--sql", "SELECT 1", "--table", f"{'a' * 300}=x"], "a name is up to 64 letters"),
     ],
 )
 def test_a_wrong_call_says_what_is_missing(arguments, said, tmp_path, capsys):
     assert main(["labels", *arguments, "--output", str(tmp_path / "l.csv")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_table_of_another_set_is_named_with_what_is_wanted(tmp_path):
+    (tmp_path / "t.csv").write_text(TABLES["rsna"])
+    said = r"--layout nih, which takes NIH ChestX-ray14: entries = .*: .*t.csv: Binder Error"
+    with pytest.raises(UserError, match=said):
+        labels_of_layout("nih", {"entries": str(tmp_path / "t.csv")})
 
 
 def test_a_file_that_is_no_table_is_named(tmp_path, capsys):
