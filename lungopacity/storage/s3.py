@@ -24,7 +24,13 @@ from lungopacity.storage.ahead import ahead
 from lungopacity.storage.interface import ConflictError, ObjectInfo
 from lungopacity.storage.outage import answered, heard, patiently, trust
 from lungopacity.storage.s3_clients import S3Clients, aws_session, clients_of
-from lungopacity.storage.s3_errors import NO_CREDENTIALS, image_error_of, status_of, user_errors
+from lungopacity.storage.s3_errors import (
+    NO_CREDENTIALS,
+    image_error_of,
+    no_connection,
+    status_of,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -214,9 +220,8 @@ class S3Store:
         except (ConnectTimeoutError, ReadTimeoutError) as error:
             raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time") from error
         except (BotoCoreError, OSError) as error:
-            raise ImageError(
-                ErrorCode.UNAVAILABLE, Stage.FETCH, f"no connection ({type(error).__name__})"
-            ) from error
+            told = no_connection(error, self.client.meta.endpoint_url)
+            raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
         md5 = hashlib.md5(usedforsecurity=False)
         received = 0
         try:

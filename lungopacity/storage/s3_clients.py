@@ -81,4 +81,7 @@ def _s3_client() -> Any:
         session = aws_session()
         return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
     except (BotoCoreError, ValueError) as error:
-        raise UserError(f"S3 cannot be used: {error}") from error
+        told = " ".join(str(error).split())
+        raise UserError(
+            f"S3 cannot be used: {told}; check the AWS variables and profiles"
+        ) from error

@@ -47,6 +47,21 @@ def image_error_of(error: Any) -> ImageError:
     return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"storage answered {status}{told}")
 
 
+def no_connection(error: Exception, endpoint: str) -> str:
+    """Why nothing was asked, of a botocore or operating system's error."""
+    from botocore.exceptions import (
+        EndpointConnectionError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
+
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return NO_CREDENTIALS
+    if isinstance(error, EndpointConnectionError):
+        return f"no server answers at {endpoint}; check AWS_ENDPOINT_URL and the network"
+    return f"no connection ({type(error).__name__})"
+
+
 @contextmanager
 def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
     """Turn what S3 says of the whole place into one line with its mend.
@@ -63,12 +78,8 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
 
     try:
         yield
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise UserError(f"{where}: {NO_CREDENTIALS}") from error
-    except EndpointConnectionError as error:
-        raise UserError(
-            f"{where}: no server answers at {endpoint}; check AWS_ENDPOINT_URL and the network"
-        ) from error
+    except (EndpointConnectionError, NoCredentialsError, PartialCredentialsError) as error:
+        raise UserError(f"{where}: {no_connection(error, endpoint)}") from error
     except ClientError as error:
         code = _code_of(error)
         if code == "NoSuchBucket":
@@ -92,4 +103,4 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
             ) from error
         raise UserError(f"{where}: {endpoint} answered {code or status_of(error)}") from error
     except BotoCoreError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error

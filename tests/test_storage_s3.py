@@ -1,0 +1,120 @@
+"""What is told of S3 where it cannot be reached, or refuses."""
+
+import re
+import socket
+
+import pytest
+from botocore.exceptions import ClientError, ParamValidationError
+
+from lungopacity.errors import ErrorCode, ImageError, UserError
+from lungopacity.storage import open_store
+from lungopacity.storage.s3_errors import image_error_of, user_errors
+
+
+def failing_list(uri: str) -> str:
+    with pytest.raises(UserError) as caught:
+        list(open_store(uri).list())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_missing_bucket_is_named_with_the_mend(s3_server):
+    assert "no bucket 'nowhere'" in failing_list("s3://nowhere/x")
+
+
+def test_a_wrong_secret_is_named_with_the_mend(s3_server, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    message = failing_list("s3://tests/x")
+    assert "does not accept these credentials" in message
+    assert "AWS_SECRET_ACCESS_KEY" in message
+
+
+def s3_answer(status: int, code: str) -> ClientError:
+    return ClientError(
+        {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "s3_code", "code", "message"),
+    [
+        (404, "NoSuchKey", ErrorCode.MISSING, "no such object (NoSuchKey)"),
+        (404, "NoSuchBucket", ErrorCode.MISSING, "no such object (NoSuchBucket)"),
+        (403, "RequestTimeTooSkewed", ErrorCode.FORBIDDEN, "access denied (RequestTimeTooSkewed)"),
+        (403, "403", ErrorCode.FORBIDDEN, "access denied"),
+        (403, "AccessDenied: Jane Doe", ErrorCode.FORBIDDEN, "access denied"),
+        (400, "ExpiredToken", ErrorCode.UNAVAILABLE, "storage answered 400 (ExpiredToken)"),
+        (
+            400,
+            "KMS.DisabledException",
+            ErrorCode.UNAVAILABLE,
+            "storage answered 400 (KMS.DisabledException)",
+        ),
+        (
+            403,
+            "InvalidObjectState",
+            ErrorCode.FORBIDDEN,
+            "archived in a cold storage class; restore it, then screen again",
+        ),
+    ],
+)
+def test_what_s3_answers_to_a_read_is_told_by_its_own_code(status, s3_code, code, message):
+    told = image_error_of(s3_answer(status, s3_code))
+    assert (told.code, told.message) == (code, message)
+
+
+@pytest.mark.parametrize(
+    ("status", "s3_code", "message"),
+    [
+        (400, "ExpiredToken", "does not accept these credentials (ExpiredToken)"),
+        (403, "RequestTimeTooSkewed", "the clock of this machine"),
+        (403, "403", "access denied (403)"),
+        (503, "a <b>", "answered 503"),
+    ],
+)
+def test_what_s3_answers_of_a_whole_place_has_its_mend(status, s3_code, message):
+    with pytest.raises(UserError, match=re.escape(message)), user_errors("x", "b", "http://s3"):
+        raise s3_answer(status, s3_code)
+
+
+def test_no_server_at_the_endpoint_is_said(monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    assert "no server answers" in failing_list("s3://tests/x")
+    with pytest.raises(ImageError, match=f"no server answers at http://127.0.0.1:{port}; check"):
+        open_store("s3://tests").read("x")
+
+
+def test_no_credentials_is_said(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    assert "no AWS credentials" in failing_list("s3://tests/x")
+    with pytest.raises(ImageError, match="no AWS credentials found; set AWS_ACCESS_KEY_ID"):
+        open_store("s3://tests").read("x")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("AWS_ENDPOINT_URL", "not a url", "Invalid endpoint: not a url"),
+        ("AWS_PROFILE", "nosuch", r"The config profile \(nosuch\) could not be found"),
+    ],
+)
+def test_a_wrong_variable_of_aws_is_said(monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"S3 cannot be used: {message}; check the AWS variables"):
+        open_store("s3://tests/x").head("a")
+
+
+def test_what_botocore_says_is_one_line():
+    said = r"^x: Parameter validation failed: a b$"
+    with pytest.raises(UserError, match=said), user_errors("x", "b", "http://s3"):
+        raise ParamValidationError(report="a\nb")
