@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from lungopacity.archive.containers import SHARD_SUFFIXES
 from lungopacity.errors import UserError
 from lungopacity.results.schema import PLAN_SCHEMA
-from lungopacity.storage import ObjectInfo, Store, open_store, split_uri
+from lungopacity.storage import ObjectInfo, S3Store, Store, open_store, split_uri
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +60,14 @@ def list_archive(uri: str, on_listed: Callable[[int], None] | None = None) -> In
     objects = iter(store.list())
     first = next(objects, None)
     if first is None:
+        empty = UserError(f"{store.uri}: nothing lies there; check the path or prefix")
+        if isinstance(store, S3Store) and not store.prefix:
+            raise empty  # a bucket lies in nothing where it could be one object
         parent, name = split_uri(uri)
-        # "s3://bucket" alone has no parent to look the name up in.
-        first = open_store(parent).head(name) if parent not in ("s3:/", "s3://") else None
-        if first is None:
-            raise UserError(f"{store.uri}: nothing lies there; check the path or prefix")
         store = open_store(parent)
+        first = store.head(name)
+        if first is None:
+            raise empty
     return Inventory(store.uri, _tables(chain([first], objects), on_listed))
 
 

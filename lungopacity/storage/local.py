@@ -20,11 +20,19 @@ if TYPE_CHECKING:
     import pyarrow.fs
 
 
+def absolute(path: Path) -> Path:
+    """With `~` and `..` spelt out. Raises `UserError` for the home of nobody."""
+    try:
+        return Path(os.path.abspath(path.expanduser()))
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such user here; spell the path out") from error
+
+
 class LocalStore:
     """A folder on disk. The etag is mtime and size: reading every file to list it is too dear."""
 
     def __init__(self, root: Path) -> None:
-        self.root = Path(os.path.abspath(root.expanduser()))
+        self.root = absolute(root)
         self.uri = str(self.root)
 
     def _path(self, key: str) -> Path:
@@ -61,9 +69,9 @@ class LocalStore:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         # Only the folder that the prefix ends in: results grow, and are listed at every commit.
         start = self._path(prefix.rpartition("/")[0])
-        if not start.is_dir():
-            return
         try:
+            if not _is_folder(start):
+                return
             # followlinks: archives are often mounted by a symbolic link.
             for folder, subfolders, names in os.walk(start, followlinks=True, onerror=_raise_error):
                 subfolders[:] = sorted(
@@ -75,15 +83,21 @@ class LocalStore:
                         yield from self._listed(path)
         except OSError as error:
             raise UserError(
-                f"{error.filename}: cannot be listed ({error.strerror}); check its permissions"
+                f"{error.filename}: cannot be listed ({error.strerror}); check name and permissions"
             ) from error
 
     def head(self, key: str) -> ObjectInfo | None:
         path = self._path(key)
         try:
-            return self._info(path, path.stat()) if path.is_file() else None
-        except OSError:
+            facts = path.stat()
+        except PermissionError as error:
+            # Nobody is to take what may not be seen for what is not there, and make it anew.
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); check its permissions"
+            ) from error
+        except (OSError, ValueError):
             return None
+        return self._info(path, facts) if stat.S_ISREG(facts.st_mode) else None
 
     @contextmanager
     def open_local(self, key: str, *, etag: str | None = None) -> Iterator[IO[bytes]]:
@@ -92,6 +106,11 @@ class LocalStore:
             file = _open_at_once(path)
         except OSError as error:
             raise _fetch_error_of(error) from error
+        except (UserError, ValueError) as error:
+            # Of a list that somebody else wrote.
+            raise ImageError(
+                ErrorCode.UNSUPPORTED, Stage.FETCH, "the key is that of no file in the folder"
+            ) from error
         with file:
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode):
@@ -168,7 +187,14 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be deleted ({error.strerror}); check its permissions"
+            ) from error
         for folder in path.parents:
             if folder == self.root or not folder.is_relative_to(self.root):
                 break
@@ -185,6 +211,14 @@ class LocalStore:
 
 def _raise_error(error: OSError) -> None:
     raise error
+
+
+def _is_folder(path: Path) -> bool:
+    """As `Path.is_dir`, which takes for absent, or raises, what may not be seen, by version."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _leads_back(folder: Path) -> bool:
@@ -211,6 +245,10 @@ def _no_regular_file() -> ImageError:
 
 
 def _fetch_error_of(error: OSError) -> ImageError:
+    if error.errno == errno.ENAMETOOLONG:
+        return ImageError(
+            ErrorCode.UNSUPPORTED, Stage.FETCH, "the key is too long for a file's name"
+        )
     if error.errno == errno.ENXIO:  # a socket
         return _no_regular_file()
     if error.errno == errno.ELOOP or isinstance(
