@@ -450,19 +450,6 @@ def test_sql_that_is_refused_is_one_line(place, capfd, sql, message):
     assert message in err
 
 
-def test_a_defect_of_our_own_names_itself_and_how_to_report_it(monkeypatch, capfd):
-    def broken(uri: str) -> None:
-        raise ZeroDivisionError("division by zero")
-
-    monkeypatch.setattr("lungopacity.results.query.open_store", broken)
-    code, _, err = run(capfd, "runs", "--results", "x")
-    assert code == 2
-    assert "unforeseen ZeroDivisionError: division by zero" in err
-    monkeypatch.setenv("LUNGOPACITY_DEBUG", "1")
-    with pytest.raises(ZeroDivisionError):
-        main(["runs", "--results", "x"])
-
-
 def test_doctor_finds_what_is_there_and_what_is_missing(s3_server, capfd):
     code, out, _ = run(capfd, "doctor", "--storage", "s3://tests")
     assert code == 0

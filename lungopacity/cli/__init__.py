@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from lungopacity.cli import evaluation, labelled, machine, results, screening, training
-from lungopacity.cli.options import EPILOG
+from lungopacity.cli.options import EPILOG, refuse_empty_texts
 from lungopacity.errors import UserError
 
 _DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
@@ -60,6 +60,7 @@ for _command in (
     machine.benchmark,
 ):
     cli.add_command(_command)
+refuse_empty_texts(cli)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

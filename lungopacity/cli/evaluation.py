@@ -8,6 +8,7 @@ import click
 
 from lungopacity.cli.options import (
     EPILOG,
+    OBJECTS,
     gpu_option,
     images_option,
     labels_option,
@@ -62,7 +63,7 @@ def evaluate(as_json: bool, **options: Any) -> int:
 @click.option(
     "--boxes", metavar="FILE", default=None, help="CSV or Parquet: image, x, y, width, height."
 )
-@click.option("--limit", type=int, default=None, help="Only the first so many images.")
+@click.option("--limit", type=OBJECTS, default=None, help="Only the first so many images.")
 @click.option("--output", metavar="URI", required=True, help="Where pictures and tables go.")
 @operating_point_option
 @rule_options

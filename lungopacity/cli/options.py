@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from lungopacity.errors import NOTICE
+from lungopacity.errors import NOTICE, UserError
 
 EPILOG = f"{NOTICE} A URI is a path, file:// or s3://bucket/prefix; S3 takes the AWS variables."
+
+OBJECTS = click.IntRange(max=10**12)
+"""A count of objects, that any database and Python itself can count to."""
+
+
+class _Filled(click.types.StringParamType):
+    """A text that is not empty: `--output "$OUT"` with OUT unset would mean this very folder, or
+    the default, or `none`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "" and param is not None:
+            mend = "say none" if param.callback is words_of else "give it a value, or leave it out"
+            raise UserError(f"{param.opts[0]} is empty; {mend}")
+        return super().convert(value, param, ctx)
+
+
+def refuse_empty_texts(command: click.Command) -> None:
+    """Of every option and argument of the command, and of those below it."""
+    for parameter in command.params:
+        if parameter.type is click.STRING:
+            parameter.type = _Filled()
+    if isinstance(command, click.Group):
+        for below in command.commands.values():
+            refuse_empty_texts(below)
 
 
 images_option = click.option(
@@ -38,6 +63,8 @@ def _told_limits(_context: click.Context, _option: click.Parameter, text: str | 
         limits = {"": 0.0}
     if not set(limits) <= {"CPU", "GPU"}:
         raise click.BadParameter(f"'{text}' is not of the form CPU=80,GPU=4")
+    if not all(0 <= number < math.inf for number in limits.values()):
+        raise click.BadParameter(f"'{text}': give numbers of 0 or more")
     grows_to(limits)
 
 
@@ -83,7 +110,7 @@ def rule_options(command: Any) -> Any:
     accept = click.option(
         "--accept",
         metavar="CODES",
-        default="",
+        default="none",
         callback=words_of,
         help="Score all the same: lateral_view, wrong_body_part, wrong_modality.",
     )

@@ -8,6 +8,7 @@ import click
 
 from lungopacity.cli.options import (
     EPILOG,
+    OBJECTS,
     gpu_option,
     hmac_key_option,
     model_option,
@@ -77,7 +78,7 @@ def _screening_options(command: Any) -> Any:
     "--output", metavar="URI", required=True, help="Results folder; runs are added to it."
 )
 @click.option("--run-id", default=None, help="Default: a new one. Give a killed run's to go on.")
-@click.option("--limit", type=int, default=None, help="Only the first so many objects, by key.")
+@click.option("--limit", type=OBJECTS, default=None, help="Only the first so many objects, by key.")
 def screen(**options: Any) -> int:
     """Score every image of an archive; publish predictions and metrics as Parquet."""
     from lungopacity.screening.report import summary
@@ -92,7 +93,10 @@ def screen(**options: Any) -> int:
 @_screening_options
 @click.option("--results", metavar="URI", required=True, help="Results folder.")
 @click.option(
-    "--max-images", type=int, default=None, help="At most so many objects; the next night goes on."
+    "--max-images",
+    type=OBJECTS,
+    default=None,
+    help="At most so many objects; the next night goes on.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say how many objects a night would screen.")
 def nightly(**options: Any) -> int:

@@ -1,0 +1,73 @@
+"""What the command line refuses before any work, and what it says of a defect."""
+
+import click
+import pytest
+
+from lungopacity.cli import cli, main
+
+
+def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["screen", "--output", ""], "--output is empty; give it a value, or leave it out"),
+        (["screen", "--run-id", ""], "--run-id is empty"),
+        (["screen", "--reject-quality", ""], "--reject-quality is empty; say none"),
+        (["train", "--images", "a", "--images", ""], "--images is empty"),
+        (["benchmark", "score", "--networks", ""], "--networks is empty"),
+        (["query", "--results", "r", ""], "sql is empty"),
+        (["screen", "--limit", "1" + "0" * 20], "not in the range x<=1000000000000"),
+        (["explain", "--limit", "1" + "0" * 20], "not in the range x<=1000000000000"),
+        (["nightly", "--max-images", "1" + "0" * 20], "not in the range x<=1000000000000"),
+        (["screen", "--grows-to", "CPU=inf"], "'CPU=inf': give numbers of 0 or more"),
+        (["screen", "--grows-to", "CPU=nan"], "'CPU=nan': give numbers of 0 or more"),
+        (["screen", "--grows-to", "GPU=-1"], "'GPU=-1': give numbers of 0 or more"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(capfd, arguments, message):
+    code, out, err = run(capfd, *arguments)
+    assert (code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line.lower().startswith("error: ")]
+    assert message in line
+
+
+def test_the_default_rules_are_those_of_no_word():
+    accept, reject = (
+        next(option for option in cli.commands["screen"].params if option.name == name)
+        for name in ("accept", "reject_quality")
+    )
+    context = click.Context(cli.commands["screen"])
+    assert accept.process_value(context, accept.get_default(context)) == []
+    assert reject.process_value(context, reject.get_default(context)) is None
+    assert reject.process_value(context, "none") == []
+
+
+def test_a_module_that_a_node_lacks_is_told_with_the_mend(monkeypatch, capfd):
+    def broken(uri: str) -> None:
+        try:
+            raise ModuleNotFoundError("No module named 'gdcm'", name="gdcm")
+        except ModuleNotFoundError as error:
+            raise RuntimeError("a task failed") from error
+
+    monkeypatch.setattr("lungopacity.results.query.open_store", broken)
+    code, _, err = run(capfd, "runs", "--results", "x")
+    assert code == 2
+    assert "has no module 'gdcm'; install requirements.lock there" in err
+
+
+def test_a_defect_of_our_own_names_itself_and_how_to_report_it(monkeypatch, capfd):
+    def broken(uri: str) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("lungopacity.results.query.open_store", broken)
+    code, _, err = run(capfd, "runs", "--results", "x")
+    assert code == 2
+    assert "unforeseen ZeroDivisionError: division by zero" in err
+    monkeypatch.setenv("LUNGOPACITY_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["runs", "--results", "x"])
