@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lungopacity.errors import UserError
+from lungopacity.results.schema import class_column
 
 
 def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
@@ -13,7 +14,8 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
     words: `A` is the class of label A; `A+B=Name` merges the labels A and B into the class Name;
     `A=Name` renames; `-A` leaves A out. Of words that only leave out, the rest of `known`, the
     labels that there are, are the classes, by name. Raises `UserError` for words that give less
-    than two classes, one label two classes, or a class the name of a label that is not in it.
+    than two classes, one label two classes, two classes one column of the results, or a class the
+    name of a label that is not in it.
     """
     found: dict[str, str] = {}
     dropped = {word[1:].strip() for word in words if word.startswith("-")}
@@ -37,12 +39,26 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
                 f"--classes: '{name}' is also a label, which is not in the class of that name; "
                 "name the class otherwise"
             )
+    _check_columns(class_names_of(found))
     if len(set(found.values())) < 2:
         raise UserError(
             "--classes: give two or more different names, as Normal,Lung_Opacity; merged, as "
             "COVID+Viral_Pneumonia=Infection; or those to leave out, as -Not_Normal"
         )
     return found
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    """A model of such classes could be trained, and never screen. SQL sees no capitals."""
+    of: dict[str, str] = {}
+    for name in names:
+        column = class_column("p", name)
+        other = of.setdefault(column.lower(), name)
+        if other != name:
+            raise UserError(
+                f"--classes: '{other}' and '{name}' would have one column, {column}, in results; "
+                f"rename one, as LABEL=Name, or merge them"
+            )
 
 
 def class_names_of(label_map: dict[str, str]) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ def test_the_names_are_each_there_once():
         (["Normal", "COVID", "-COVID"], "both given and left out"),
         (["Normal+=A", "COVID"], "not of the form"),
         (["Normal=", "COVID"], "not of the form"),
+        (["Normal=a-b", "COVID=a_b"], "'a-b' and 'a_b' would have one column, p_a_b, in results"),
+        (["Normal=x", "COVID=X"], "'x' and 'X' would have one column, p_X, in results"),
         (["Normal", "COVID=Not_Normal"], "'Not_Normal' is also a label"),
     ],
 )
