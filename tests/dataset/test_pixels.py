@@ -88,7 +88,7 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path):
         load([str(tmp_path / "a"), str(tmp_path / "b")], frame)
 
 
-def test_a_few_unreadable_films_are_left_out_by_name_and_many_are_refused(tmp_path):
+def test_a_few_unreadable_films_are_left_out_by_name_and_many_are_refused(tmp_path, caplog):
     store = open_store(str(tmp_path / "a"))
     names = [f"{n}.png" for n in range(30)]
     for number, name in enumerate(names):
@@ -97,6 +97,7 @@ def test_a_few_unreadable_films_are_left_out_by_name_and_many_are_refused(tmp_pa
     frame = labels_of(tmp_path, names)
     data = load([str(tmp_path / "a")], frame)
     assert data.unreadable["image"].tolist() == ["7.png"]
+    assert "left out: 7.png (not_an_image: " in caplog.text
     assert "7.png" not in set(data.images["image"])
     assert len(data.pixels_NHW) == len(data.labels_N) == 29
     store.write("8.png", b"broken")
