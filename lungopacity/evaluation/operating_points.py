@@ -15,18 +15,21 @@ from lungopacity.errors import UserError
 from lungopacity.evaluation.metrics import Metric, proportion
 from lungopacity.models import OperatingPoint
 
-RULES = """youden                 the highest sensitivity + specificity - 1 (Youden 1950)
-sensitivity=0.95       at least this sensitivity, and then the highest specificity
-specificity=0.95       at least this specificity, and then the highest sensitivity
-cost=5                 the least cost, a missed opacity costing five false alarms
-cost=5@0.02            the same where 2 % of the films have one, and not as many as here
-band=0.99,0.95         positive from a specificity of 0.95, review from a sensitivity of 0.99"""
+RULES = {
+    "youden": "the highest sensitivity + specificity - 1 (Youden 1950)",
+    "sensitivity=0.95": "at least this sensitivity, and then the highest specificity",
+    "specificity=0.95": "at least this specificity, and then the highest sensitivity",
+    "cost=5": "the least cost, a missed opacity costing five false alarms",
+    "cost=5@0.02": "the same where 2 % of the films have one, and not as many as here",
+    "band=0.99,0.95": "positive from a specificity of 0.95, review from a sensitivity of 0.99",
+}
 """Of `pick`: how each is written, and what it does."""
 
 STANDARD = ("youden", "sensitivity=0.95", "specificity=0.95", "band=0.99,0.95")
 """What every model folder has."""
 
-
+_HIGHEST_COST = 1e6
+"""Of a missed opacity, in false alarms. Beyond, sums of both are rounded to those of one alone."""
 _ROUNDING = 1e-12
 """Of shares of whole numbers of films, in float64."""
 
@@ -133,7 +136,7 @@ def _parsed(rule: str) -> tuple[str, list[float]]:
             "sensitivity": len(numbers) == 1 and 0 < numbers[0] <= 1,
             "specificity": len(numbers) == 1 and 0 < numbers[0] <= 1,
             "cost": 1 <= len(numbers) <= 2
-            and numbers[0] > 0
+            and 0 < numbers[0] <= _HIGHEST_COST
             and ("@" in rest) == (len(numbers) == 2)
             and all(0 < share < 1 for share in numbers[1:]),
             "band": len(numbers) == 2 and all(0 < share <= 1 for share in numbers),
@@ -141,7 +144,7 @@ def _parsed(rule: str) -> tuple[str, list[float]]:
     except (KeyError, ValueError):
         fits = False
     if not fits:
-        raise UserError(f"'{rule}' is no rule for a threshold; the rules are\n{RULES}")
+        raise UserError(f"'{rule}' is no rule for a threshold; give one as {' or '.join(RULES)}")
     return name, numbers
 
 

@@ -138,11 +138,21 @@ def test_a_model_that_needs_no_band_has_none() -> None:
 @pytest.mark.parametrize(
     "rule",
     "best sensitivity sensitivity=0 sensitivity=1.1 specificity=x cost cost=-1 cost=1,0.5 cost=1@2 "
-    "band=0.9 band=0.9,0.9,0.9 youden=1 =0.5".split(),
+    "band=0.9 band=0.9,0.9,0.9 youden=1 =0.5 cost=inf cost=nan cost=1e308 cost=1e7 cost=5@nan "
+    "sensitivity=nan specificity=inf band=nan,0.9".split(),
 )
 def test_another_rule_is_refused_with_those_there_are(rule) -> None:
-    with pytest.raises(UserError, match=r"is no rule for a threshold; the rules are\nyouden"):
+    with pytest.raises(
+        UserError, match="is no rule for a threshold; give one as youden or"
+    ) as error:
         pick(rule, *films(20))
+    assert "\n" not in str(error.value)
+
+
+def test_the_highest_cost_still_tells_good_thresholds_from_bad_ones() -> None:
+    scores_V = np.array([0.1, 0.2, 0.7, 0.9])
+    point = pick("cost=1e6", scores_V, np.array([False, False, True, True]))
+    assert (point.sensitivity, point.specificity) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("kind", [True, False])
@@ -152,8 +162,8 @@ def test_one_kind_of_image_gives_no_threshold(kind) -> None:
 
 
 def test_every_rule_that_is_explained_is_one() -> None:
-    for line in RULES.splitlines():
-        pick(line.split()[0], *films(100))
+    for rule in RULES:
+        pick(rule, *films(100))
 
 
 def test_decisions_are_counted_at_each_point() -> None:
