@@ -17,6 +17,8 @@ import re
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from types import UnionType
 from typing import Any
 
 from lungopacity.errors import ImageError, UserError
@@ -123,15 +125,61 @@ def read_runs(store: Store) -> list[dict[str, Any]]:
 
 def _parsed(store: Store, key: str) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads(store.read(key))
+        record = json.loads(store.read(key))
         version = record["schema_version"]
-    except (ImageError, ValueError, KeyError) as error:
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"{store.uri}/{key}: results schema {version} is newer than this lungopacity reads "
+                f"({SCHEMA_VERSION}); upgrade lungopacity"
+            )
+        _check_record(record)
+    except (ImageError, ValueError, TypeError, LookupError) as error:
         raise UserError(
-            f"{store.uri}/{key}: the commit record cannot be read; restore it"
+            f"{store.uri}/{key}: the commit record cannot be read ({_said(error)}); restore it"
         ) from error
-    if version > SCHEMA_VERSION:
-        raise UserError(
-            f"{store.uri}/{key}: results schema {version} is newer than this lungopacity reads "
-            f"({SCHEMA_VERSION}); upgrade lungopacity"
-        )
-    return record
+    return dict(record)
+
+
+_FIELDS: dict[str, type | UnionType] = {
+    "run_id": str,
+    "model_id": str,
+    "archive": str,
+    "started_at": str,
+    "finished_at": str,
+    "class_names": list,
+    "counts": dict,
+    "files": list,
+    "metrics_file": dict,
+}
+_MORE_FIELDS: dict[str, type | UnionType] = {
+    "sequence": int,
+    "synthetic": bool,
+    "images": int,
+    "positive": int,
+    "images_per_s": float | int | None,
+    "settings": dict,
+}
+"""Those that records of older versions may lack."""
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Whatever reads a record relies on this. Raises `ValueError` and `LookupError`."""
+    there = {name: kind for name, kind in _MORE_FIELDS.items() if name in record}
+    for name, kind in {**_FIELDS, **there}.items():
+        if not isinstance(record[name], kind):
+            raise ValueError(f"'{name}' is {json.dumps(record[name])[:40]}")
+    for name in ("started_at", "finished_at"):
+        datetime.fromisoformat(record[name])
+    texts = [file["key"] for file in (*record["files"], record["metrics_file"])]
+    if not all(isinstance(text, str) for text in (*texts, *record["class_names"])):
+        raise ValueError("names that are no text")
+    if not all(isinstance(count, int) for count in record["counts"].values()):
+        raise ValueError("counts that are no numbers")
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, ImageError):
+        return error.message
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return "it is no JSON object of ours" if isinstance(error, TypeError) else str(error)

@@ -10,6 +10,7 @@ from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import PLANNED_SCHEMA
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, unfinished_runs
 from lungopacity.storage import open_store
+from tests.results.records import record_of
 
 
 @pytest.fixture
@@ -94,11 +95,12 @@ def test_a_plan_that_is_damaged_or_gone_is_named(archive, store_uri, tmp_path, d
 
 def test_a_published_run_is_never_planned_again(archive, store_uri, tmp_path):
     results = open_store(store_uri)
-    commit_run(results, "one", {"run_id": "one", "started_at": "2026-01-01"})
+    results.write("metrics/one.parquet", b"")
+    commit_run(results, "one", record_of("one"))
     with pytest.raises(UserError, match="published already"):
         planned(results, archive, "model", "one", tmp_path / "1")
     with pytest.raises(UserError, match="published by another job"):
-        commit_run(results, "one", {"run_id": "one", "started_at": "2026-01-01"})
+        commit_run(results, "one", record_of("one"))
 
 
 def test_an_inventory_that_names_an_object_twice_is_refused(archive, tmp_path):

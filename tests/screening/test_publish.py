@@ -17,6 +17,7 @@ from lungopacity.results.workbench import parquet_bytes
 from lungopacity.screening.plan import Plan, RunStart
 from lungopacity.screening.publish import collect, remove_work
 from lungopacity.storage import ObjectInfo, open_store
+from tests.results.records import record_of
 
 CLASSES = ("Normal", "Lung_Opacity")
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -203,7 +204,8 @@ def test_two_that_publish_one_run_do_not_touch_each_others_files(tmp_path):
 def test_whoever_finds_the_parts_gone_is_told_that_the_run_is_published(tmp_path):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a")])
-    commit_run(store, "run", {"run_id": "run"})
+    store.write("metrics/run.parquet", b"")
+    commit_run(store, "run", record_of("run"))
     real_list = store.list
     store.list = lambda prefix="": [*real_list(prefix), ObjectInfo.gone(f"{prefix}x/p.parquet")]
     with (
