@@ -34,6 +34,7 @@ from lungopacity.models import (
     load_model,
     read_history,
 )
+from lungopacity.results.schema import check_class_columns
 from lungopacity.runtime import ray_session, require_resources, resolve_gpu
 from lungopacity.storage import open_store
 
@@ -64,6 +65,7 @@ def evaluate(
     accepted, rejecting = rules_from(accept, reject_quality)
     trained = load_model(model)
     spec = trained.spec
+    check_class_columns(spec.class_names)
     chosen = labels_of_split(labels, spec, split, by)
     further = column_groups(chosen, by, labels)
     # What was only kept to form subgroups must not meet the columns of what is read.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from lungopacity.errors import NOTICE
+from lungopacity.errors import NOTICE, UserError
 from lungopacity.radiograph.quality import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
 
 SCHEMA_VERSION = 2
@@ -173,16 +173,23 @@ def class_column(prefix: str, class_name: str) -> str:
     return f"{prefix}_{re.sub(r'[^0-9A-Za-z_]', '_', class_name)}"
 
 
-def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
-    """What a model with these classes says of a film.
+def check_class_columns(class_names: Sequence[str]) -> None:
+    """Raises `UserError` where two class names give the same column."""
+    seen: dict[str, str] = {}
+    for name in class_names:
+        first = seen.setdefault(class_column("p", name), name)
+        if first != name:
+            raise UserError(
+                f"the model's classes '{first}' and '{name}' both have the column "
+                f"{class_column('p', name)}; train again and rename one, as --classes LABEL=Name"
+            )
 
-    Raises `ValueError` where two class names give the same column.
-    """
-    columns = [class_column("p", name) for name in class_names]
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"class names {list(class_names)} do not give different column names")
+
+def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
+    """What a model with these classes says of a film. Raises as `check_class_columns`."""
+    check_class_columns(class_names)
     return [
-        *(pa.field(column, pa.float32()) for column in columns),
+        *(pa.field(class_column("p", name), pa.float32()) for name in class_names),
         *(pa.field(class_column("logit", name), pa.float32()) for name in class_names),
         pa.field("predicted_label", pa.string()),
         pa.field("decision", pa.string()),

@@ -16,7 +16,7 @@ from lungopacity.evaluation.drift import Sample
 from lungopacity.models import TrainedModel, load_model, with_operating_point
 from lungopacity.results.folder import read_run
 from lungopacity.results.query import files_of_runs, predictions_of
-from lungopacity.results.schema import class_column
+from lungopacity.results.schema import check_class_columns, class_column
 from lungopacity.results.workbench import workbench
 from lungopacity.screening.pseudonyms import Pseudonyms, read_pseudonyms
 from lungopacity.storage import Store, open_store
@@ -113,6 +113,7 @@ def screening_job(
         raise UserError("--key-map is for --hash-keys; give both or none")
     accepted, rejecting = rules_from(accept, reject_quality)
     trained = with_operating_point(model, load_model(model), operating_point)
+    check_class_columns(trained.spec.class_names)
     results = open_store(output)
     pseudonyms = None
     if hmac_key is not None:

@@ -1,0 +1,29 @@
+"""What a run is asked for, refused before anything is listed."""
+
+from __future__ import annotations
+
+import pytest
+
+from lungopacity.errors import UserError
+from lungopacity.results.folder import commit_run
+from lungopacity.screening.job import screening_job
+from lungopacity.storage import open_store
+from tests.models.tiny import write_tiny_model
+from tests.results.records import record_of
+
+
+def test_classes_that_would_share_a_column_are_refused(tmp_path):
+    write_tiny_model(str(tmp_path / "model"), class_names=("a-b", "a_b"), positive_class="a_b")
+    with pytest.raises(UserError, match="classes 'a-b' and 'a_b' both have the column p_a_b;"):
+        screening_job(str(tmp_path / "model"), str(tmp_path / "results"))
+
+
+def test_drift_is_measured_against_a_run_of_the_same_model(tmp_path):
+    model, results = str(tmp_path / "model"), str(tmp_path / "results")
+    write_tiny_model(model)
+    with pytest.raises(UserError, match=r"--baseline: .* has no published run 'good'; see"):
+        screening_job(model, results, baseline="good")
+    open_store(results).write("metrics/good.parquet", b"")
+    commit_run(open_store(results), "good", record_of("good"))
+    with pytest.raises(UserError, match=r"run 'good' is of model m, not \w{16}: scores of two"):
+        screening_job(model, results, baseline="good")
