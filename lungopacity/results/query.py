@@ -38,9 +38,12 @@ _RUNS_SCHEMA = pa.schema(
 
 # All rows of one object come from one run: a shard that could not be opened one night has one row
 # then, and the next night a row for each member.
+# `places` lies where SHOW TABLES does not look.
 _LATEST = """
+CREATE SCHEMA internal;
+CREATE TABLE internal.places AS SELECT * FROM run_places;
 CREATE VIEW latest AS SELECT * EXCLUDE (place) FROM (
-    SELECT predictions.*, place FROM predictions JOIN run_places USING (run_id)
+    SELECT predictions.*, place FROM predictions JOIN internal.places USING (run_id)
     QUALIFY place = max(place) OVER (PARTITION BY archive, image, model_id)
 )"""
 
@@ -62,17 +65,28 @@ def query(results_uri: str, sql: str) -> pa.Table:
         connection.register("runs", _runs_table(records))
         connection.register("run_places", run_places(records))
         connection.execute(_LATEST)
+        connection.unregister("run_places")
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_external_access = false")
         try:
-            statements = connection.extract_statements(sql)
-            if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
-                raise UserError("SQL: one question is answered at a time; begin with SELECT")
+            _check_question([one.type.name for one in connection.extract_statements(sql)])
             return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
             if "reading the stream registered" in str(error):
                 raise _unreadable(store, error) from error
             raise UserError(f"SQL: {_first_lines(str(error))}") from error
+
+
+def _check_question(kinds: Sequence[str]) -> None:
+    """kinds: of the statements, as DuckDB names them."""
+    if kinds == ["MULTI"]:
+        raise UserError("SQL: PIVOT needs the values by name, as PIVOT … ON column IN ('a', 'b')")
+    if len(kinds) != 1:
+        raise UserError(
+            f"SQL: {len(kinds)} questions; one is answered at a time, begin with SELECT"
+        )
+    if kinds != ["SELECT"]:
+        raise UserError(f"SQL: {kinds[0]} is not answered; begin with SELECT")
 
 
 @contextmanager

@@ -5,42 +5,73 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from lungopacity.errors import UserError
+
 
 def rendered(table: pa.Table, output_format: str) -> bytes:
-    """The table as `table` (aligned text), `csv`, `json` (one object a line) or `parquet`."""
-    if output_format == "csv":
-        sink = io.BytesIO()
-        pa.csv.write_csv(table, sink)
-        return sink.getvalue()
-    if output_format == "json":
-        lines = (
-            json.dumps(_finite(row), default=str, allow_nan=False) for row in table.to_pylist()
-        )
-        return "".join(f"{line}\n" for line in lines).encode()
-    if output_format == "parquet":
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        return sink.getvalue()
-    assert output_format == "table", output_format
-    return _aligned(table).encode()
+    """The table as `table` (aligned text), `csv`, `json` (one object a line) or `parquet`.
+
+    Raises `UserError` where the format has no way to tell a column.
+    """
+    write = {"csv": _csv, "json": _json, "parquet": _parquet, "table": _aligned}[output_format]
+    try:
+        return write(table)
+    # Python has no dates before year 1 nor after 9999.
+    except (pa.ArrowException, OverflowError, ValueError) as error:
+        raise UserError(
+            f"column {_refused(table, write)} cannot be told as {output_format}; choose another "
+            "--format, as json, or cast it: CAST(… AS VARCHAR)"
+        ) from error
+
+
+def _refused(table: pa.Table, write: Callable[[pa.Table], bytes]) -> str:
+    """The first column that cannot be written, and its type."""
+    for number, field in enumerate(table.schema):
+        try:
+            write(table.select([number]))
+        except (pa.ArrowException, OverflowError, ValueError):
+            return f"'{field.name}' ({field.type})"
+    return "types"
+
+
+def _csv(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pa.csv.write_csv(table, sink)
+    return sink.getvalue()
+
+
+def _json(table: pa.Table) -> bytes:
+    (name, times), *_ = [*Counter(table.column_names).most_common(1), ("", 0)]
+    if times > 1:
+        raise UserError(f"column '{name}' occurs {times} times, in JSON it can once; rename by AS")
+    lines = (json.dumps(_finite(row), default=str, allow_nan=False) for row in table.to_pylist())
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
 
 
 def _finite(value: Any) -> Any:
     """The value with null for what JSON has no number for: NaN and the infinities."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _aligned(table: pa.Table) -> str:
+def _aligned(table: pa.Table) -> bytes:
     numeric = [pa.types.is_integer(f.type) or pa.types.is_floating(f.type) for f in table.schema]
     cells = [[_cell(value) for value in column.to_pylist()] for column in table.columns]
     widths = [
@@ -57,7 +88,8 @@ def _aligned(table: pa.Table) -> str:
 
     rows = [list(row) for row in zip(*cells, strict=True)]
     rule = ["-" * width for width in widths]
-    return "\n".join(line(row) for row in [table.column_names, rule, *rows]) + "\n"
+    lines = [line(row) for row in [table.column_names, rule, *rows]]
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _cell(value: object) -> str:

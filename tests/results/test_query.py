@@ -11,8 +11,11 @@ from lungopacity.results.query import query, runs
 from lungopacity.results.render import rendered
 from lungopacity.results.schema import METRICS_SCHEMA, class_column, predictions_schema
 from lungopacity.results.workbench import parquet_bytes, workbench
+from lungopacity.screening.clean import clean
 from lungopacity.screening.history import History
+from lungopacity.screening.retry import retry
 from lungopacity.storage import open_store
+from tests.results.records import record_of
 
 NOW = datetime(2026, 3, 4, 23, 59, tzinfo=UTC)
 
@@ -106,10 +109,43 @@ def test_a_damaged_commit_record_is_named(tmp_path):
         runs(str(tmp_path))
 
 
+RECORDS = {
+    "a list": lambda record: [],
+    "a text": lambda record: "x",
+    "null": lambda record: None,
+    "no version": lambda record: {**record, "schema_version": None},
+    "version as text": lambda record: {**record, "schema_version": "2"},
+    "no date": lambda record: {**record, "started_at": "soon"},
+    "sequence as text": lambda record: {**record, "sequence": "1"},
+    "settings of null": lambda record: {**record, "settings": None},
+    "a list of settings": lambda record: {**record, "settings": []},
+    "files without keys": lambda record: {**record, "files": [{}]},
+    "files that are none": lambda record: {**record, "files": ["x"]},
+    **{
+        f"without {name}": lambda record, name=name: {
+            key: value for key, value in record.items() if key != name
+        }
+        for name in ("started_at", "files", "class_names", "counts", "metrics_file")
+    },
+}
+
+
+@pytest.mark.parametrize("damage", RECORDS)
+def test_a_record_that_is_json_and_no_record_is_named(tmp_path, damage):
+    store = open_store(str(tmp_path))
+    record = {"schema_version": 2, **record_of("one")}
+    store.write(run_key("one"), json.dumps(RECORDS[damage](record)).encode())
+    for read in (runs, clean, lambda uri: query(uri, "SELECT 1"), lambda uri: retry(uri, "one")):
+        with pytest.raises(UserError, match=r"one\.json: the commit record cannot be read \("):
+            read(str(tmp_path))
+
+
 def test_class_names_become_columns_that_need_no_quotes():
     names = predictions_schema(["Normal", "COVID-19"]).names
     assert {"p_COVID_19", "logit_COVID_19"} <= set(names)
-    with pytest.raises(ValueError, match="different column names"):
+    with pytest.raises(
+        UserError, match="'COVID-19' and 'COVID 19' both have the column p_COVID_19"
+    ):
         predictions_schema(["COVID-19", "COVID 19"])
 
 
@@ -177,3 +213,61 @@ def test_json_has_null_where_it_has_no_number():
     lines = [json.loads(line, parse_constant=pytest.fail) for line in
              rendered(table, "json").splitlines()]  # fmt: skip
     assert lines == [{"value": None, "list": [None]}, {"value": 1.5, "list": [2.0]}]
+
+
+@pytest.mark.parametrize(
+    ("sql", "formats"),
+    [
+        ("[1, 2]", ["csv"]),
+        ("{'x': 1}", ["csv"]),
+        ("map {'k': 1}", ["csv"]),
+        ("INTERVAL 1 DAY", ["csv", "parquet"]),
+        ("union_value(a := 1)", ["csv", "parquet"]),
+        ("DATE '10000-01-01'", ["table", "json"]),
+        ("DATE '0044-03-15 (BC)'", ["table", "json"]),
+        ("TIMESTAMP 'infinity'", ["table", "json"]),
+    ],
+)
+def test_what_a_format_cannot_tell_is_named_with_the_mend(tmp_path, sql, formats):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    answer = query(str(tmp_path), f"SELECT 1 AS one, {sql} AS odd")
+    for output_format in formats:
+        with pytest.raises(
+            UserError, match=rf"column 'odd' \(.* cannot be told as {output_format}"
+        ):
+            rendered(answer, output_format)
+    if "csv" not in formats:
+        assert rendered(answer, "csv")
+    as_text = query(str(tmp_path), f"SELECT CAST({sql} AS VARCHAR) AS odd")
+    assert all(rendered(as_text, name) for name in ("table", "csv", "json", "parquet"))
+
+
+def test_columns_of_one_name_are_refused_where_one_would_hide_the_other(tmp_path):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    answer = query(str(tmp_path), "SELECT 1 AS a, 2 AS a")
+    assert rendered(answer, "csv") == b'"a","a"\n1,2\n'
+    with pytest.raises(UserError, match="column 'a' occurs 2 times, in JSON it can once"):
+        rendered(answer, "json")
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("", "0 questions; one is answered at a time"),
+        ("SELECT 1; SELECT 2", "2 questions; one is answered at a time"),
+        ("EXPLAIN SELECT 1", "EXPLAIN is not answered; begin with SELECT"),
+        ("PIVOT runs ON model_id USING sum(ok)", r"PIVOT needs the values by name, as .* IN \("),
+    ],
+)
+def test_what_is_no_question_is_told_why(tmp_path, sql, message):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    with pytest.raises(UserError, match=message):
+        query(str(tmp_path), sql)
+
+
+def test_the_tables_are_those_that_are_told(tmp_path):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    tables = query(str(tmp_path), "SHOW TABLES")["name"].to_pylist()
+    assert tables == ["latest", "metrics", "predictions", "runs"]
+    pivoted = query(str(tmp_path), "PIVOT runs ON model_id IN ('m') USING sum(ok) GROUP BY archive")
+    assert pivoted.to_pylist() == [{"archive": "a", "m": 1}]
