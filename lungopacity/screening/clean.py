@@ -20,6 +20,7 @@ from lungopacity.screening.lease import LEASE_S, LOCKS
 from lungopacity.storage import ObjectInfo, open_store
 
 OLDER_THAN_DAYS = 7.0
+_OLDEST_DAYS = 36500
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ def clean(
 
     An unfinished run that is removed can no longer be taken up. What was written within the last
     hour may be of a job that is at work, and stays, as does a lease that may still be held. Raises
-    `UserError`.
+    `UserError`; also where something cannot be removed, after all else was.
     """
-    if older_than_days < 0:
-        raise UserError(f"--older-than must not be negative, but is {older_than_days}")
+    if not 0 <= older_than_days <= _OLDEST_DAYS:
+        raise UserError(
+            f"--older-than must be from 0 to {_OLDEST_DAYS} days, not {older_than_days:g}"
+        )
     store = open_store(results)
     # The files first, the records after: a run that is published meanwhile keeps its files.
     found = list(store.list())
@@ -63,6 +66,7 @@ def clean(
 
     files: Counter[str] = Counter()
     size_bytes = 0
+    kept: list[str] = []
     for item in found:
         kind = _kind(item, published, named)
         if kind is None:
@@ -72,10 +76,19 @@ def clean(
         least = timedelta(seconds=LEASE_S) if kind == _LOCK else _AT_WORK
         if kind != _PUBLISHED_WORK and now - touched < max(age, least):
             continue
-        if not dry_run:
-            store.delete(item.key)
+        try:
+            if not dry_run:
+                store.delete(item.key)
+        except OSError as error:
+            kept.append(f"{store.uri}/{item.key} ({error.strerror})")
+            continue
         files[kind] += 1
         size_bytes += item.size_bytes
+    if kept:
+        raise UserError(
+            f"{len(kept)} files cannot be removed, as {kept[0]}; check their permissions. "
+            f"{files.total()} others were removed"
+        )
     return Swept(store.uri, files, size_bytes, dry_run)
 
 

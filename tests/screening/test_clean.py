@@ -10,6 +10,7 @@ from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run
 from lungopacity.screening.clean import clean
 from lungopacity.storage import open_store
+from tests.results.records import record_of
 
 PICTURE = f"{'0123456789abcdef' * 4}.png"
 
@@ -45,12 +46,11 @@ LEFT = {
 @pytest.fixture
 def results(store_uri):
     store = open_store(store_uri)
-    record = {
-        "run_id": "a",
-        "started_at": "2026-01-01",
-        "files": [{"key": "predictions/screened_on=2026-01-01/a-1234-00000.parquet"}],
-        "metrics_file": {"key": "metrics/a-1234.parquet"},
-    }
+    record = record_of(
+        "a",
+        files=[{"key": "predictions/screened_on=2026-01-01/a-1234-00000.parquet"}],
+        metrics_file={"key": "metrics/a-1234.parquet"},
+    )
     for key in [*(KEPT - {"runs/a.json"}), *LEFT]:
         store.write(key, b"x")
     commit_run(store, "a", record)
@@ -116,8 +116,27 @@ def test_the_command_says_what_it_did(results, capfd):
     assert "work of unfinished runs: 3" in capfd.readouterr().out
     assert main(["clean", "--results", results.uri]) == 0
     assert "nothing to sweep" in capfd.readouterr().out
-    with pytest.raises(UserError, match="--older-than must not be negative"):
-        clean(results.uri, older_than_days=-1)
+
+
+@pytest.mark.parametrize("days", [-1, float("nan"), float("inf"), 1e9, 1e300])
+def test_an_age_that_is_none_is_refused(tmp_path, days):
+    with pytest.raises(UserError, match="--older-than must be from 0 to 36500 days, not"):
+        clean(str(tmp_path), older_than_days=days)
+
+
+@pytest.mark.usefixtures("hours_later")
+def test_what_may_not_be_removed_keeps_nothing_else(results, monkeypatch):
+    delete = type(results).delete
+
+    def refusing(store, key):
+        if key.startswith("_work/b/"):
+            raise PermissionError(1, "Operation not permitted")
+        delete(store, key)
+
+    monkeypatch.setattr(type(results), "delete", refusing)
+    with pytest.raises(UserError, match=r"3 files cannot be removed, as .*Operation not permitted"):
+        clean(results.uri, older_than_days=0)
+    assert keys(results) == KEPT | {key for key in LEFT if key.startswith("_work/b/")}
 
 
 def test_where_no_run_was_ever_published_nothing_but_work_goes(store_uri, monkeypatch):
