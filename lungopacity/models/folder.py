@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,16 +120,35 @@ def load_model(uri: str) -> TrainedModel:
     """
     store = open_store(uri)
     files = _verified_files(store, uri)
-    document = json.loads(files[SPEC_FILE])
-    if document["format_version"] > FORMAT_VERSION:
+    try:
+        document = json.loads(files[SPEC_FILE])
+        if document["format_version"] > FORMAT_VERSION:
+            raise UserError(
+                f"{uri}: model format {document['format_version']} is newer than {FORMAT_VERSION}, "
+                "the newest that this lungopacity reads; upgrade it"
+            )
+        spec, model_id = _spec_of(document), document["model_id"]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{uri}: model format {document['format_version']} is newer than {FORMAT_VERSION}, "
-            "the newest that this lungopacity reads; upgrade it"
+            f"{uri}: {SPEC_FILE} is damaged ({why}); restore the folder or train again"
+        ) from error
+    model = TrainedModel(
+        spec, files[WEIGHTS_FILE], files.get(DISTRIBUTION_FILE), files.get(COMPILED_FILE)
+    )
+    if model.model_id != model_id:
+        raise UserError(
+            f"{uri}: {SPEC_FILE} says model {model_id}, its contents are {model.model_id}; restore "
+            "the folder or train again"
         )
+    return model
+
+
+def _spec_of(document: dict[str, Any]) -> ModelSpec:
     # What older folders lack has a default.
     known = {name: document[name] for name in ModelSpec.__dataclass_fields__ if name in document}
     biases = known.get("class_biases")
-    spec = ModelSpec(
+    return ModelSpec(
         **{
             **known,
             "class_names": tuple(known["class_names"]),
@@ -141,15 +161,6 @@ def load_model(uri: str) -> TrainedModel:
             },
         }
     )
-    model = TrainedModel(
-        spec, files[WEIGHTS_FILE], files.get(DISTRIBUTION_FILE), files.get(COMPILED_FILE)
-    )
-    if model.model_id != document["model_id"]:
-        raise UserError(
-            f"{uri}: model.json says model {document['model_id']}, its contents are "
-            f"{model.model_id}; restore the folder or train again"
-        )
-    return model
 
 
 def read_history(uri: str) -> bytes | None:

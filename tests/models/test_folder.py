@@ -137,6 +137,51 @@ def test_a_newer_format_is_refused_with_the_reason(tmp_path):
         load_model(str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format_version": None},
+        {"format_version": "4"},
+        {"temperature": 0},
+        {"temperature": None},
+        {"class_names": None},
+        {"preprocessing": {"sides": 3}},
+        {"operating_point": {"threshold": 3}},
+        {"operating_points": []},
+        ["class_names"],
+        [],
+    ],
+)
+def test_a_model_json_that_makes_no_model_is_damaged(tmp_path, change):
+    write_tiny_model(str(tmp_path / "m"))
+    store = open_store(str(tmp_path / "m"))
+    document = json.loads(store.read(SPEC_FILE))
+    if isinstance(change, dict):
+        document |= change
+    elif change:
+        del document[change[0]]
+    else:
+        document = []
+    store.write(SPEC_FILE, json.dumps(document).encode())
+    write_sums(str(tmp_path / "m"))
+    with pytest.raises(UserError, match=r"m: model\.json is damaged \(.*\); restore the folder"):
+        load_model(str(tmp_path / "m"))
+    store.write(SPEC_FILE, json.dumps(document).encode()[:-1])
+    write_sums(str(tmp_path / "m"))
+    with pytest.raises(UserError, match=r"model\.json is damaged"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_a_model_json_of_another_model_is_told(tmp_path):
+    write_tiny_model(str(tmp_path / "m"))
+    store = open_store(str(tmp_path / "m"))
+    document = json.loads(store.read(SPEC_FILE)) | {"temperature": 1.5}
+    store.write(SPEC_FILE, json.dumps(document).encode())
+    write_sums(str(tmp_path / "m"))
+    with pytest.raises(UserError, match=r"model\.json says model \w{16}, its contents are \w{16};"):
+        load_model(str(tmp_path / "m"))
+
+
 def test_no_pickle_lies_in_the_folder(tmp_path):
     write_tiny_model(str(tmp_path / "m"))
     names = sorted(path.name for path in Path(tmp_path / "m").iterdir())
