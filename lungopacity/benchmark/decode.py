@@ -10,6 +10,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.reading import read_files
-from lungopacity.errors import UserError
+from lungopacity.errors import ImageError, UserError
 from lungopacity.progress import Progress
 from lungopacity.radiograph import DecodeLimits, Preprocessing, decode_radiographs
 
@@ -56,7 +57,9 @@ def decode_speeds(
     """
     if count < 1 or repeats < 1:
         raise UserError("--count and --repeats must be at least 1")
-    films = list(_films(images, count))
+    films = list(islice(_films(images, count), count))
+    if not films:
+        raise UserError(f"{images}: holds no film that can be read; give --images films")
     formats = _formats()
     speeds: list[DecodeSpeed] = []
     with Progress("Decoding", total=len(formats), unit="formats") as progress:
@@ -94,8 +97,12 @@ def _films(images: str | None, count: int) -> Iterator[Grey]:
         return
     archive = take_inventory(images)
     files = read_files(archive.store, archive.objects, ReadSettings(Preprocessing()))
-    for _, data in islice(files, count):
-        yield _ours(None)(data)
+    for _, data in files:
+        # What is no film is passed over.
+        with suppress(ImageError):
+            for found in decode_radiographs(data, limits=_LIMITS):
+                if not isinstance(found, Exception):
+                    yield found.pixels
 
 
 def _measured(

@@ -28,6 +28,8 @@ from lungopacity.results.schema import class_column
 from lungopacity.storage import open_store
 
 _Z_95 = NormalDist().inv_cdf(0.975)
+_COLUMNS = {"image", "label", "predicted_label", "model_id", "synthetic"}
+"""Of a report's predictions, besides a score a class."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,8 @@ def _read(report: str) -> pd.DataFrame:
     try:
         data = open_store(report).read("predictions.parquet")
         frame = pd.read_parquet(io.BytesIO(data))
+        if _COLUMNS - set(frame.columns):
+            raise ValueError("of another kind")
     except (ImageError, OSError, ValueError) as error:
         raise UserError(
             f"{report}: no report lies there; give the --output of `lungopacity evaluate`"
@@ -259,5 +263,5 @@ def _read(report: str) -> pd.DataFrame:
 def _positive_class(report: str) -> str:
     try:
         return str(json.loads(open_store(report).read("evaluation.json"))["positive_class"])
-    except (ImageError, ValueError, KeyError) as error:
+    except (ImageError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{report}/evaluation.json cannot be read; evaluate again") from error

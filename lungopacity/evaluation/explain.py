@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -124,7 +125,8 @@ def _read(
             for table in read_images(archive.store, archive.objects, settings, wanted=wanted):
                 yield from (row for row in table.to_pylist() if row["shard_rows"] is None)
 
-    return islice(every(), limit if wanted is None else None)
+    most = None if limit is None or wanted is not None else min(limit, sys.maxsize)
+    return islice(every(), most)
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:

@@ -124,11 +124,7 @@ class Lease:
             pass
 
     def _held(self, age: timedelta) -> str:
-        holder: dict[str, Any] = {}
-        try:
-            holder = json.loads(self.store.read(self.key))
-        except (ImageError, ValueError):
-            pass
+        holder = self._content()
         return (
             f"{self.store.uri}: another job is at work there: {holder.get('purpose', 'unknown')}, "
             f"process {holder.get('process', '?')} on {holder.get('host', '?')}, last sign of life "
@@ -159,11 +155,16 @@ class Lease:
         self._etag = None if found is None else found.etag
         self._renewed = time.monotonic()
 
-    def _is_ours(self) -> bool:
+    def _content(self) -> dict[str, Any]:
+        """What the lease says; nothing where it is gone or damaged."""
         try:
-            return bool(json.loads(self.store.read(self.key)).get("token") == self._token)
+            found = json.loads(self.store.read(self.key))
         except (ImageError, ValueError):
-            return False
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _is_ours(self) -> bool:
+        return bool(self._content().get("token") == self._token)
 
     def _keep(self) -> None:
         while not self._stop.wait(self.seconds / _RENEWALS):

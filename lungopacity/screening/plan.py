@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -211,6 +212,7 @@ def choose(
             history.load(connection)
             chosen = history.to_screen("listed")
         if limit is not None:
+            limit = min(limit, sys.maxsize)
             chosen = f"SELECT * FROM ({chosen}) ORDER BY tried NULLS FIRST, image LIMIT {limit}"
         files = export(
             connection,

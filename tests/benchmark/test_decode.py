@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from lungopacity.benchmark.decode import decode_speeds, table
+from lungopacity.benchmark.decode import _films, decode_speeds, table
 from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.storage import open_store
@@ -42,6 +42,11 @@ def test_the_command_prints_json(archive, capfd):
     assert {row["format"] for row in json.loads(out)} >= {"PNG", "JPEG"}
 
 
-def test_nothing_to_measure_is_refused():
+def test_nothing_to_measure_is_refused(tmp_path, archive):
     with pytest.raises(UserError, match="at least 1"):
         decode_speeds(count=0)
+    (tmp_path / "notes.txt").write_text("no film")
+    with pytest.raises(UserError, match="holds no film that can be read"):
+        decode_speeds(str(tmp_path))
+    # What is no film among films is passed over.
+    assert len(list(_films(archive, 24))) == 2

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 
@@ -180,6 +181,14 @@ def test_what_is_no_report_is_told(tmp_path):
     first = report(str(tmp_path / "1"), "aaa", 1)
     with pytest.raises(UserError, match="no report lies there"):
         compare(first, str(tmp_path / "none"))
+    foreign = io.BytesIO()
+    pd.DataFrame({"image": ["a.png"], "score": [0.5]}).to_parquet(foreign)
+    open_store(str(tmp_path / "foreign")).write("predictions.parquet", foreign.getvalue())
+    with pytest.raises(UserError, match="no report lies there"):
+        compare(first, str(tmp_path / "foreign"))
+    open_store(first).write("evaluation.json", b"[]")
+    with pytest.raises(UserError, match="evaluate again"):
+        compare(first, first)
     open_store(first).delete("evaluation.json")
     with pytest.raises(UserError, match="evaluate again"):
         compare(first, first)

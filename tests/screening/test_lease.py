@@ -105,6 +105,13 @@ def test_a_clock_that_was_set_back_does_not_lock_for_ever(tmp_path):
         held.check()
 
 
+@pytest.mark.parametrize("content", [b"[]", b'"x"', b"5", b"null", b"{"])
+def test_a_lease_that_says_nothing_is_still_held(tmp_path, content):
+    open_store(str(tmp_path)).write("_lock/nightly.json", content)
+    with pytest.raises(UserError, match=r"another job is at work there: unknown, process \? on"):
+        lease(str(tmp_path))._take()
+
+
 def test_a_lost_answer_is_not_taken_for_another_holder(tmp_path):
     """The client asks again after a broken connection, and meets its own first request."""
     store = open_store(str(tmp_path))
