@@ -17,11 +17,11 @@ import pytest
 
 from lungopacity.cli import main
 from lungopacity.errors import NOTICE
-from lungopacity.models.folder import training_films_parquet
+from lungopacity.models.folder import save_model, training_films_parquet
 from lungopacity.results.schema import evaluation_schema
 from lungopacity.storage import open_store
 from tests.films import dicom, encoded, grey_film, tar
-from tests.models.tiny import write_tiny_model
+from tests.models.tiny import tiny_model, write_tiny_model
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "lungopacity"
 
@@ -167,6 +167,8 @@ def test_rejections_are_the_users_to_choose(place, capfd):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_evaluate_writes_its_report(place, capfd):
+    save_model(str(place / "model"), tiny_model())  # without a history, as of an ensemble
+    open_store(str(place / "report")).write("history.png", b"of another model")
     code, out, _ = run(
         capfd, "evaluate", "--model", place / "model", "--images", place / "archive",
         "--labels", place / "labels.csv", "--output", place / "report", "--json",
@@ -176,6 +178,8 @@ def test_evaluate_writes_its_report(place, capfd):
     assert (report["images"], report["split"], report["notice"]) == (2, "test", NOTICE)
     written = {path.name for path in (place / "report").iterdir()}
     assert written >= {"metrics.parquet", "predictions.parquet", "confusion_matrix.png", "roc.png"}
+    # Nor anything of a report that was there.
+    assert not [name for name in written if name.startswith((".", "history"))]
     scores = pq.read_schema(place / "report" / "predictions.parquet")
     assert scores.equals(evaluation_schema(["Normal", "Lung_Opacity"]), check_metadata=True)
 
@@ -347,6 +351,26 @@ MISTAKES = {
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model",
          "--output", "{place}/labels.csv/x"],
         "labels.csv",
+    ),
+    "no place for a model": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{place}/labels.csv/x"],
+        "labels.csv/x/.probe-",
+    ),
+    "no place for trials": (
+        ["tune", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{place}/labels.csv/x"],
+        "labels.csv/x/.probe-",
+    ),
+    "no place for a report": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/labels.csv", "--output", "{place}/labels.csv/x"],
+        "labels.csv/x/.probe-",
+    ),
+    "no place for an audit": (
+        ["audit", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{place}/labels.csv/x"],
+        "labels.csv/x/.probe-",
     ),
     "batch that workers cannot share": (
         ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",

@@ -24,7 +24,14 @@ from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.card import model_card
 from lungopacity.evaluation.measure import ScoredImages, measure
-from lungopacity.evaluation.report import EvaluationResult, write_figures, write_tables
+from lungopacity.evaluation.report import (
+    EVALUATION,
+    EXPLANATION,
+    EvaluationResult,
+    check_output,
+    write_figures,
+    write_tables,
+)
 from lungopacity.evaluation.subgroups import check_columns, column_groups
 from lungopacity.evaluation.table import fact_groups
 from lungopacity.models import (
@@ -53,7 +60,8 @@ def evaluate(
     reject_quality: Sequence[str] | None = None,
     use_gpu: bool | None = None,
 ) -> EvaluationResult:
-    """Score the labelled images of one split and write metrics, scores and figures to `output`.
+    """Score the labelled images of one split and write metrics, scores and figures to `output`, in
+    place of an older report there.
 
     Where the labels carry no split, it is the one that training with the model's seed made of them.
     `split`: train, validation, test or all. `by`: columns of the labels to form subgroups of,
@@ -70,6 +78,7 @@ def evaluate(
     further = column_groups(chosen, by, labels)
     # What was only kept to form subgroups must not meet the columns of what is read.
     chosen = chosen.drop(columns=[name for name in further if name != "split"])
+    check_output(output, EXPLANATION)
     with ray_session():
         rules = ReadSettings(spec.preprocessing, accept=accepted, reject_quality=rejecting)
         data = load_pixels(images, chosen, spec.class_names, rules, labels)
@@ -102,6 +111,7 @@ def evaluate(
         metrics=metrics,
     )
     store = open_store(output)
+    store.delete(EVALUATION)
     write_tables(store, result, data, resampling, logits_NK, probabilities_NK)
     card = model_card(
         spec,
@@ -114,6 +124,7 @@ def evaluate(
     )
     store.write("model_card.md", card.encode())
     write_figures(store, result, scored, resampling, read_history(model))
+    store.write(EVALUATION, result.to_json().encode())
     return result
 
 

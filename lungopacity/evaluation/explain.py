@@ -33,6 +33,7 @@ from lungopacity.evaluation.pointing import (
     point,
     pointing_metrics,
 )
+from lungopacity.evaluation.report import EVALUATION, EXPLANATION, check_output
 from lungopacity.evaluation.table import metrics_table
 from lungopacity.models import TrainedModel, films_known_to, load_model, with_operating_point
 from lungopacity.progress import Progress
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 _SIDE = 512
 """Of a picture, in pixels."""
 _FILMS_AT_ONCE = 16
+_PICTURE = re.compile(r"overlays/[A-Za-z0-9._-]*-[0-9a-f]{12}(?:-\d+)?\.png")
+"""See `_file_name`."""
 Row = dict[str, Any]
 
 
@@ -63,7 +66,8 @@ def explain(
     reject_quality: Sequence[str] | None = None,
     use_gpu: bool | None = None,
 ) -> ExplanationResult:
-    """Write a picture of each image with its class activation map, `explain.parquet` and metrics.
+    """Write a picture of each image with its class activation map, `explain.parquet` and metrics,
+    in place of older ones there.
 
     model, output: URIs. images: URIs of archives, shards or single images. `labels`: only the
     images of one `split` of a labels file. `boxes`: a boxes file (`read_boxes`), for the pointing
@@ -74,6 +78,7 @@ def explain(
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
     accepted, rejecting = rules_from(accept, reject_quality)
+    check_output(output, EVALUATION)
     trained = with_operating_point(model, load_model(model), operating_point)
     chosen = None if labels is None else labels_of_split(labels, trained.spec, split)
     if chosen is not None and limit is not None:
@@ -96,6 +101,8 @@ def explain(
     with Progress("Explaining", total=limit if wanted is None else len(wanted)) as progress:
         for batch in _batches(_read(images, settings, wanted, limit)):
             end_if_told()
+            if not rows:
+                explainer.store.delete(EXPLANATION)
             found = explainer.explained(batch)
             rows += found
             progress.advance(len(found))
@@ -245,9 +252,13 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
         table=table,
     )
     told = metrics_table(metrics, "explain", model.model_id, synthetic=result.synthetic)
+    shown = set(table["overlay"].to_pylist())
+    for item in list(store.list("overlays/")):
+        if _PICTURE.fullmatch(item.key) and item.key not in shown:
+            store.delete(item.key)
     store.write("metrics.parquet", parquet_bytes(told))
-    store.write("explain.json", result.to_json().encode())
     store.write("explain.parquet", parquet_bytes(table))
+    store.write(EXPLANATION, result.to_json().encode())
     return result
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity.dataset.pixels import LabelledPixels
-from lungopacity.errors import NOTICE
+from lungopacity.errors import NOTICE, UserError
 from lungopacity.evaluation import canvas, curves, plots
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.measure import ScoredImages
@@ -28,9 +28,13 @@ from lungopacity.evaluation.table import (
     with_interval,
 )
 from lungopacity.results.schema import class_column, evaluation_schema
-from lungopacity.storage import Store
+from lungopacity.storage import Store, open_store
+from lungopacity.storage.probe import check_writable
 
 _MOST_TOLD = 10
+EVALUATION = "evaluation.json"
+EXPLANATION = "explain.json"
+"""Written last: what lies beside it is whole, and of one report."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,14 @@ class EvaluationResult:
         return json.dumps({"notice": NOTICE, **facts, "metrics": rows}, indent=2)
 
 
+def check_output(output: str, holds_not: str) -> None:
+    """Raises `UserError` where nothing can be written, or a report of another kind lies there: it
+    has a metrics.parquet, too."""
+    if open_store(output).head(holds_not) is not None:
+        raise UserError(f"{output}: holds a report with {holds_not}; choose another --output")
+    check_writable(output)
+
+
 def write_tables(
     store: Store,
     result: EvaluationResult,
@@ -130,7 +142,7 @@ def write_tables(
     logits_NK: npt.NDArray[np.float32],
     probabilities_NK: npt.NDArray[np.float32],
 ) -> None:
-    """metrics.parquet, predictions.parquet (a row an image), evaluation.json, table1.txt."""
+    """metrics.parquet, predictions.parquet (a row an image) and table1.txt."""
     run_id = f"evaluation-{result.split}"
     table = metrics_table(result.metrics, run_id, result.model_id, synthetic=result.synthetic)
     frame = data.images.assign(model_id=result.model_id, synthetic=result.synthetic)
@@ -153,7 +165,6 @@ def write_tables(
         sink = pa.BufferOutputStream()
         pq.write_table(content, sink, compression="zstd")
         store.write(name, sink.getvalue().to_pybytes())
-    store.write("evaluation.json", result.to_json().encode())
     store.write("table1.txt", (result.summary() + "\n").encode())
 
 
@@ -164,7 +175,8 @@ def write_figures(
     resampling: Resampling,
     history_parquet: bytes | None,
 ) -> None:
-    """Each figure as PNG and SVG. history_parquet: of the training, where it is known."""
+    """Each figure as PNG and SVG, in place of those of an older report. history_parquet: of the
+    training, where it is known."""
     labels_N, exact_NK, names = scored.labels_N, scored.probabilities_NK, result.class_names
     note = "synthetic" if result.synthetic else ""
     title = f"{result.model_id} · {result.split} · n = {result.images}"
@@ -185,6 +197,9 @@ def write_figures(
         figures["history"] = plots.history_figure(
             history, f"{result.model_id} · training", note=note
         )
+    else:
+        for name in ("history.png", "history.svg"):
+            store.delete(name)
     for name, figure in figures.items():
         store.write(f"{name}.png", canvas.figure_png(figure))
         store.write(f"{name}.svg", canvas.figure_svg(figure))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -69,13 +68,6 @@ def read_pseudonyms(key_uri: str, key_map: str | None) -> Pseudonyms:
             "make one with `openssl rand -hex 32`"
         )
     return Pseudonyms(key, key_map)
-
-
-def check_key_map(uri: str) -> None:
-    """Raises `UserError` where nothing can be kept in the folder."""
-    store, key = open_store(uri), f".probe-{uuid.uuid4().hex}"
-    store.write(key, b"")
-    store.delete(key)
 
 
 def write_key_map(uri: str, run_id: str, names: Mapping[str, str]) -> None:

@@ -29,9 +29,9 @@ from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.pipeline import OBJECTS, ScoringResources, screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, read_start
-from lungopacity.screening.pseudonyms import check_key_map
 from lungopacity.screening.publish import collect, remove_work
 from lungopacity.storage import open_store
+from lungopacity.storage.probe import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def run_job(
     observe.set_run(run_id)
     if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
         # It is written last: after a night's work it would be late to hear that it cannot be.
-        check_key_map(job.pseudonyms.key_map)
+        check_writable(job.pseudonyms.key_map)
     with TemporaryDirectory(prefix="lungopacity-") as name:
         folder = Path(name)
         plan = make_plan(

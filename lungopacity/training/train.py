@@ -11,6 +11,7 @@ from lungopacity.errors import UserError
 from lungopacity.models import is_model
 from lungopacity.progress import Progress
 from lungopacity.runtime import ray_session, resolve_gpu
+from lungopacity.storage.probe import check_writable
 from lungopacity.training.fit import TrainingResult, fit
 from lungopacity.training.task import DEFAULT_CLASSES, training_task
 from lungopacity.training.tracking import run_logs
@@ -69,6 +70,7 @@ def train(
         accept=accept,
         reject_quality=reject_quality,
     )
+    check_writable(output)
     with run_logs(tensorboard, mlflow) as logs, ray_session():
         chosen = replace(task.settings, use_gpu=resolve_gpu(use_gpu))
         data = task.load()

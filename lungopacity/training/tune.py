@@ -36,6 +36,7 @@ from lungopacity.models import build_network
 from lungopacity.progress import Progress
 from lungopacity.runtime import capacity, ray_session, require_resources, resolve_gpu, versions
 from lungopacity.storage import ConflictError, Store, open_store
+from lungopacity.storage.probe import check_writable
 from lungopacity.training.calibrate import calibrate
 from lungopacity.training.fit import count_films, films_of, first_tensors
 from lungopacity.training.loop import Films, Worker, learn
@@ -117,6 +118,7 @@ def tune(
             with_draw(task.settings, draw(space, task.settings.seed, number))
     except ValueError as error:
         raise UserError(f"--search {error}") from error
+    check_writable(output)
     names = class_names_of(task.label_map)
     network = build_network(model, len(names), task.settings.model_settings)
     first, source = first_tensors(network, task.settings)

@@ -216,6 +216,24 @@ def test_what_cannot_be_read_has_a_row_and_the_exit_code(tmp_path, capfd):
     ]
 
 
+def test_nothing_of_an_older_report_is_left_beside_a_new_one(tmp_path):
+    films, out = open_store(str(tmp_path / "films")), tmp_path / "out"
+    for name in ("a.png", "b.png"):
+        films.write(name, encoded(grey_film(ord(name[0]))))
+    write_tiny_model(str(tmp_path / "model"))
+    model = str(tmp_path / "model")
+    lungopacity.explain(model, [films.uri], str(out))
+    (out / "overlays" / "notes of a user.png").write_text("kept")
+    lungopacity.explain(model, [films.uri], str(out), limit=1)
+    left = sorted(path.name[:6] for path in (out / "overlays").iterdir())
+    assert left == ["a.png-", "notes "]
+    assert pq.read_table(out / "explain.parquet")["image"].to_pylist() == ["a.png"]
+    # What evaluate writes is not mixed with it.
+    (out / "evaluation.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a report with evaluation\.json; choose another"):
+        lungopacity.explain(model, [films.uri], str(out))
+
+
 def test_mistakes_are_said(tmp_path, phantoms):
     write_tiny_model(str(tmp_path / "model"))
     (tmp_path / "labels.csv").write_text(
@@ -228,6 +246,8 @@ def test_mistakes_are_said(tmp_path, phantoms):
         ({"boxes": str(tmp_path / "none.csv")}, "boxes cannot be read"),
         ({"use_gpu": True}, "--use-gpu: this machine has no GPU"),
         ({"operating_point": "no"}, "has no operating point 'no'"),
+        ({"output": str(tmp_path / "labels.csv" / "x")}, "cannot be written"),
     ):
+        arguments = {"output": str(tmp_path / "out"), **options}
         with pytest.raises(UserError, match=message):
-            lungopacity.explain(str(tmp_path / "model"), films, str(tmp_path / "out"), **options)
+            lungopacity.explain(str(tmp_path / "model"), films, **arguments)
