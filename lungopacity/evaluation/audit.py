@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -25,6 +26,7 @@ from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import ray_session
 from lungopacity.storage import open_store
+from lungopacity.storage.probe import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +157,8 @@ def audit(
     split_given = bool(frame["split"].notna().all())
     frame = assign_splits(frame, labels, seed=0)
     rules = ReadSettings(Preprocessing(SIDE), accept=accepted, reject_quality=rejecting)
+    if output is not None:
+        check_writable(output)
     with ray_session():
         data = load_pixels(images, frame.drop(columns=SITE, errors="ignore"), names, rules, labels)
     if SITE in frame:
@@ -242,6 +246,9 @@ def _shortcuts(data: LabelledPixels, positive_N: npt.NDArray[np.bool_]) -> Itera
         return
     frame = data.images
     patients = frame["patient_id"].fillna("image " + frame["image"]).to_numpy(str)
+    if len(set(patients)) < 2 or len(frame) < 3:
+        log.warning("too few patients or films: nothing can be tried on others")
+        return
     for fact, values in _facts(frame).items():
         known_N = np.array([value is not None for value in values])
         if len({value for value in values if value is not None}) < 2:
@@ -289,10 +296,17 @@ def _facts(frame: pd.DataFrame) -> dict[str, list[str | None]]:
 def _folds(
     positive_N: npt.NDArray[np.bool_], patients: npt.NDArray[np.str_]
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Training and test rows. Each fold has a patient of either kind to be tried on, if there are
+    as many."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    folds = StratifiedGroupKFold(n_splits=_FOLDS, shuffle=True, random_state=0)
-    yield from folds.split(positive_N, positive_N, patients)
+    of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
+    count = max(2, min(_FOLDS, *of_kind))
+    folds = StratifiedGroupKFold(n_splits=count, shuffle=True, random_state=0)
+    with warnings.catch_warnings():
+        # A single film of a kind is in one fold alone.
+        warnings.filterwarnings("ignore", "The least populated class")
+        yield from list(folds.split(positive_N, positive_N, patients))
 
 
 def _rates(
@@ -325,8 +339,11 @@ def _border_scores(
     border_HW[width:-width, width:-width] = False
     seen_NF = pixels_NHW[:, border_HW].astype(np.float32)
     scores_N = np.zeros(len(positive_N))
-    with Progress("Reading borders", total=_FOLDS, unit="folds") as progress:
-        for train, test in _folds(positive_N, patients):
+    folds = list(_folds(positive_N, patients))
+    with Progress("Reading borders", total=len(folds), unit="folds") as progress:
+        for train, test in folds:
+            if len(set(positive_N[train])) < 2:
+                continue  # nothing to be learnt from
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
             probe.fit(seen_NF[train], positive_N[train])
             scores_N[test] = probe.decision_function(seen_NF[test])
