@@ -30,6 +30,17 @@ PREDICTIONS = "predictions"
 METRICS = "metrics"
 EXPLANATIONS = "explanations"
 WORK = "_work"
+RESULTS_FILE = (
+    r"(?:^|/)(?:predictions/screened_on=\d{4}-\d\d-\d\d/[^/]+-[0-9a-f]{8}-\d{5}\.parquet"
+    r"|metrics/[^/]+-[0-9a-f]{8}\.parquet"
+    r"|explanations/[^/]+/[0-9a-f]{64}(?:-\d+)?\.png"
+    r"|runs/\d{8}T\d{6}Z-[0-9a-f]{8}-[0-9a-f]{8}\.json"
+    r"|_work/[^/]+/(?:run\.json|plan-[0-9a-f]{32}-\d{5}\.parquet|attempt=[0-9a-f]{32}/.+)"
+    r"|_lock/nightly\.json)$"
+)
+"""Of keys below any results folder, wherever that lies. So narrow that no film of anybody bears
+such a name by chance; status.json, and records of runs that were named by hand, are not told."""
+
 _READ_THREADS = 16
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

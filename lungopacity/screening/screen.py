@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lungopacity import observe
@@ -21,6 +22,7 @@ from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import Status, UserError
 from lungopacity.models.compiled import loaded
 from lungopacity.progress import Progress
+from lungopacity.results.folder import RESULTS_FILE
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.runtime import done_with_ray, end_if_told, ray_ahead, ray_session, resolve_gpu
 from lungopacity.screening.explanations import Explainer
@@ -78,7 +80,8 @@ def inventory_at(
 ) -> Inventory:
     """List the archive, or read the list that is given for it; with progress.
 
-    `written`: see `inside`; what lies there is left out. Raises `UserError`.
+    `written`: see `inside`; what lies there is left out, and so are the files of other results.
+    Raises `UserError`.
     """
     ours = inside(archive, written)
     progress = Progress("Listing the archive", unit="objects")
@@ -88,7 +91,28 @@ def inventory_at(
         else read_inventory(inventory, archive, progress.advance)
     )
     shown = Inventory(found.uri, progress.around(found.tables))
-    return left_out(shown, ours)
+    return _without_results(left_out(shown, ours))
+
+
+def _without_results(inventory: Inventory) -> Inventory:
+    """The inventory without the files of results that lie in the archive, as of another model, or
+    of a copy; a log line counts them. By their names: to look into a folder would cost a request
+    each."""
+
+    def others() -> Iterator[pa.Table]:
+        objects = 0
+        for table in inventory.tables:
+            results = pc.match_substring_regex(table["image"], RESULTS_FILE)
+            objects += pc.sum(results).as_py() or 0
+            yield table.filter(pc.invert(results))
+        if objects:
+            log.info(
+                "%d objects of %s are left out, which bear the names of files of results",
+                objects,
+                inventory.uri,
+            )
+
+    return Inventory(inventory.uri, others())
 
 
 def inside(archive: str, written: Sequence[str]) -> list[str]:

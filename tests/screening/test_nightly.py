@@ -164,6 +164,29 @@ def test_results_inside_the_archive_are_no_films(place, hidden, tmp_path, caplog
     assert f"objects of {place.archive.uri} are left out, which lie below results/" in caplog.text
 
 
+def test_results_of_before_inside_the_archive_are_no_films(place, caplog):
+    """Of another command, or a copy: they do not lie where this one writes to."""
+    caplog.set_level("INFO")
+    place.night()
+    place.killed()
+    old = {item.key: item.key for item in place.store.list()} | {
+        "_work/killed/attempt=0/part.parquet": f"_work/killed/attempt={'0' * 32}/part.parquet"
+    }
+    for key, name in old.items():
+        place.archive.write(f"2025/old results/{name}", place.store.read(key))
+    place.archive.write(f"2025/old results/explanations/run/{'0' * 64}.png", b"a picture")
+    # Names that people give are none of them.
+    films = {"predictions/a.png", "metrics/a-1.parquet", "x/runs/a.json", "explanations/run/a.png"}
+    for key in films:
+        place.archive.write(key, b"a film")
+    place.results = str(place.folder / "new results")
+    place.store = open_store(place.results)
+    (run,) = place.night().runs
+    told = films | {"Adams.png", "Baker.png", "Clark.png", "Davis.png"}
+    assert set(place.screened(run.run_id)) == told | {"2025/old results/status.json"}
+    assert f"7 objects of {place.archive.uri} are left out, which bear" in caplog.text
+
+
 def test_results_that_are_the_archive_are_refused(place):
     place.results = place.archive.uri
     before = [item.key for item in place.archive.list()]
