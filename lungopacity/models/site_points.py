@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 from lungopacity.errors import NOTICE, ImageError, UserError
 from lungopacity.models.model import OperatingPoint, TrainedModel
-from lungopacity.storage import ConflictError, open_store
+from lungopacity.storage import ConflictError, Store, open_store
 
 _FOLDER = "operating_points"
 _POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -53,18 +53,15 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
     known = model.spec.operating_points.get(name)
     if known is None:
         store = open_store(uri)
+        if not _POINT_NAME.fullmatch(name):
+            raise _unknown(store, model, name)
         try:
             document = json.loads(store.read(f"{_FOLDER}/{name}.json"))
             fields = OperatingPoint.__dataclass_fields__
             known = OperatingPoint(**{key: document[key] for key in fields})
             chosen_for = document["model_id"]
         except ImageError as error:
-            folder = f"{_FOLDER}/"
-            added = [item.key.removeprefix(folder)[:-5] for item in store.list(folder)]
-            raise UserError(
-                f"{uri}: has no operating point '{name}'; it has "
-                + ", ".join([*model.spec.operating_points, *sorted(added)])
-            ) from error
+            raise _unknown(store, model, name) from error
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{uri}: operating point '{name}' is damaged; pick it again") from error
         if chosen_for != model.model_id:
@@ -73,3 +70,13 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
                 f"{model.model_id}; pick it again with `lungopacity threshold`"
             )
     return replace(model, spec=replace(model.spec, operating_point=known))
+
+
+def _unknown(store: Store, model: TrainedModel, name: str) -> UserError:
+    folder = f"{_FOLDER}/"
+    added = [item.key.removeprefix(folder)[:-5] for item in store.list(folder)]
+    known = ", ".join([*model.spec.operating_points, *sorted(added)])
+    return UserError(
+        f"{store.uri}: has no operating point '{name}'; "
+        + (f"it has {known}" if known else "it has one alone: leave out --operating-point")
+    )

@@ -1,0 +1,27 @@
+"""Operating points beside a model; how they are picked is tested with `threshold`."""
+
+from __future__ import annotations
+
+import pytest
+
+from lungopacity.errors import UserError
+from lungopacity.models import (
+    OperatingPoint,
+    save_operating_point,
+    with_operating_point,
+)
+from tests.models.tiny import write_tiny_model
+
+
+def test_a_name_that_is_none_leads_nowhere(tmp_path):
+    model = write_tiny_model(str(tmp_path / "m"), operating_points={"youden": OperatingPoint(0.4)})
+    save_operating_point(str(tmp_path / "m"), model, "ours", OperatingPoint(0.3))
+    for name in ("../../labels", "", "sensitivity=0.9"):
+        with pytest.raises(UserError, match=f"no operating point '{name}'; it has youden, ours$"):
+            with_operating_point(str(tmp_path / "m"), model, name)
+
+
+def test_a_model_of_one_point_says_so(tmp_path):
+    model = write_tiny_model(str(tmp_path / "m"))
+    with pytest.raises(UserError, match="it has one alone: leave out --operating-point"):
+        with_operating_point(str(tmp_path / "m"), model, "youden")
