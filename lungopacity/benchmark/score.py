@@ -58,7 +58,13 @@ def score_speeds(networks: Sequence[str], films: int = 64, repeats: int = 5) -> 
                 environment(KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": "1"}),
                 ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process,
             ):
-                speeds.append(process.submit(_measured, name, films, repeats).result())
+                try:
+                    speeds.append(process.submit(_measured, name, films, repeats).result())
+                except BaseException:
+                    # The pool itself would wait for its end.
+                    for child in multiprocessing.active_children():
+                        child.terminate()
+                    raise
             progress.advance(1)
     return speeds
 

@@ -1,8 +1,24 @@
 import json
+import multiprocessing
+import os
+import signal
+import threading
 
 import pytest
 
+from lungopacity.benchmark.score import score_speeds
 from lungopacity.cli import main
+
+
+def test_whoever_ends_it_waits_for_no_film():
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            score_speeds(["classical-cnn"], repeats=10**6)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not multiprocessing.active_children()
 
 
 def test_a_network_is_timed_both_ways_and_says_the_same(capfd):
