@@ -332,8 +332,8 @@ def _as_warning(place: str) -> Iterator[None]:
 def _said(error: Exception) -> str:
     """MLflow says much, and quotes the URI with its password: its first sentence, without URIs."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    words = [word for word in first.split() if "@" not in word]
-    return " ".join(words)[:300]
+    words = [word for word in first.split(". ")[0].split() if "@" not in word]
+    return " ".join(words)[:200]
 
 
 def _without_password(uri: str) -> str:

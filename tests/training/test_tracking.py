@@ -13,7 +13,7 @@ import pytest
 from lungopacity.errors import UserError
 from lungopacity.storage import join_uri
 from lungopacity.training.fit import TrainingResult
-from lungopacity.training.tracking import run_logs
+from lungopacity.training.tracking import _as_user_error, run_logs
 from tests.models.tiny import tiny_model
 from tests.training.blobs import SMALL_RUN
 from tests.training.logs_read import mlflow_run, scalars, tensorboard_events
@@ -99,6 +99,12 @@ def test_an_epoch_is_readable_as_soon_as_it_is_told(store_uri: str, tmp_path: Pa
         logs.epoch(row(1))
         events = tensorboard_events(join_uri(store_uri, RUN), tmp_path / "copy")
         assert scalars(events, "train_loss") == {1: 1.0}
+
+
+def test_of_what_mlflow_says_the_first_sentence_is_told() -> None:
+    said = r"^--mlflow x: cannot be written to \(No such store\)$"
+    with pytest.raises(UserError, match=said), _as_user_error("--mlflow x"):
+        raise ValueError("No such store. Please migrate. See https://…\nand more")
 
 
 def test_mlflow_has_epochs_settings_and_the_model(tmp_path: Path) -> None:
