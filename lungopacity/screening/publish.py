@@ -213,8 +213,8 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
 
 def _unreadable(plan: Plan, why: str) -> UserError:
     return UserError(
-        f"run '{plan.start.run_id}' cannot go on: a part file below {plan.work} cannot be read "
-        f"({why}); choose another --run-id"
+        f"run '{plan.start.run_id}' cannot go on: its plan, or a part file below {plan.work}, "
+        f"cannot be read ({why}); choose another --run-id"
     )
 
 

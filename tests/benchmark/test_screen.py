@@ -1,4 +1,5 @@
 import json
+import subprocess
 from importlib.util import find_spec
 
 import numpy as np
@@ -74,6 +75,18 @@ def test_what_fails_or_hangs_is_said_so(tmp_path, model):
     (late,) = screen_speeds(str(tmp_path), model, ways=["dataloader"], repeats=1, limit_s=0.2)
     assert late.note == "failed: did not end in 0.2 s"
     assert "did not end" in table([late])
+
+
+def test_where_one_of_ours_fails_its_last_line_is_told(tmp_path, model, monkeypatch):
+    def failing(way, *_):
+        raise subprocess.CalledProcessError(3, way, stderr="a traceback\nValueError: why")
+
+    monkeypatch.setattr("lungopacity.benchmark.screen._started", failing)
+    open_store(str(tmp_path)).write("a.png", encoded(grey_film(1)))
+    with pytest.raises(UserError, match="bare failed: ValueError: why"):
+        screen_speeds(str(tmp_path), model, ways=["bare"], repeats=1)
+    (other,) = screen_speeds(str(tmp_path), model, ways=["dataloader"], repeats=1)
+    assert other.note == "failed: ValueError: why"
 
 
 def test_an_archive_without_a_readable_image_is_said_so(tmp_path, model):

@@ -1,11 +1,14 @@
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from lungopacity.benchmark.train import train_speeds
+from lungopacity.benchmark.train import _bare, train_speeds
 from lungopacity.cli import main
 from lungopacity.errors import UserError
+from lungopacity.models import build_network
 from tests.films import encoded, grey_film
 
 
@@ -32,5 +35,18 @@ def test_the_loop_is_timed_without_ray_and_with_workers(tmp_path, capfd):
 
 
 def test_one_epoch_is_too_few(tmp_path):
-    with pytest.raises(UserError, match="--epochs must be at least 2"):
-        train_speeds([str(tmp_path)], "labels.csv", epochs=1)
+    for wrong in ({"epochs": 1}, {"repeats": 0}, {"workers": [0]}):
+        with pytest.raises(UserError, match="--epochs must be at least 2, --repeats and --work"):
+            train_speeds([str(tmp_path)], "labels.csv", **wrong)
+
+
+def test_a_loop_that_ends_early_is_told(monkeypatch):
+    ended = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr("lungopacity.benchmark.train.subprocess.run", lambda *_, **__: ended)
+    network = build_network("classical-cnn", 2, {})
+    monkeypatch.setattr("lungopacity.benchmark.train.first_tensors", lambda *_: ({}, None))
+    monkeypatch.setattr("lungopacity.benchmark.train.build_network", lambda *_: network)
+    films = SimpleNamespace(classes=2)
+    settings = SimpleNamespace(model="", model_settings={}, use_gpu=False)
+    with pytest.raises(UserError, match="the loop without Ray ended with 3"):
+        _bare(films, settings)

@@ -112,6 +112,40 @@ def test_a_lease_that_says_nothing_is_still_held(tmp_path, content):
         lease(str(tmp_path))._take()
 
 
+def test_of_two_that_take_over_one_is_refused(tmp_path, monkeypatch, caplog):
+    """Both have found it expired; the other one was quicker."""
+    store = open_store(str(tmp_path))
+    store.write("_lock/nightly.json", b"{}")
+    os.utime(tmp_path / "_lock" / "nightly.json", (0, 0))
+    second = lease(str(tmp_path))
+
+    def put(*, if_absent: bool = False, if_match: str | None = None) -> None:
+        raise ConflictError(second.key)
+
+    monkeypatch.setattr(second, "_put", put)
+    with pytest.raises(UserError, match="another job is at work there: unknown"):
+        second._take()
+    assert "is taken over" in caplog.text
+
+
+def test_storage_that_fails_loses_the_lease_in_time_and_stops_nothing(tmp_path, caplog):
+    held = lease(str(tmp_path), 0.3)
+    with held:
+
+        def failing(*_: object, **__: object) -> None:
+            raise UserError("no server answers")
+
+        held.store.write = held.store.delete = failing
+        deadline = time.monotonic() + 10
+        while held._lost is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=r"was lost \(it could not be renewed in time\)"):
+            held.check()
+        held._lost = None
+    assert "the lease could not be renewed: no server answers" in caplog.text
+    assert "the lease could not be given back: no server answers" in caplog.text
+
+
 def test_a_lost_answer_is_not_taken_for_another_holder(tmp_path):
     """The client asks again after a broken connection, and meets its own first request."""
     store = open_store(str(tmp_path))

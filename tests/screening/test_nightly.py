@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
-from datetime import UTC, datetime
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,95 +12,14 @@ import lungopacity
 from lungopacity.archive.inventory import list_archive, take_inventory
 from lungopacity.errors import UserError
 from lungopacity.results.query import query
-from lungopacity.results.schema import part_schema
-from lungopacity.results.workbench import parquet_bytes
 from lungopacity.screening import screen
-from lungopacity.screening.job import ScreeningJob, screening_job
-from lungopacity.screening.nightly import Night, nightly
-from lungopacity.screening.plan import Plan, make_plan
+from lungopacity.screening.job import screening_job
+from lungopacity.screening.nightly import nightly
 from lungopacity.screening.pseudonyms import read_key_map
 from lungopacity.screening.report import summary
-from lungopacity.storage import open_store
+from lungopacity.storage import LocalStore, open_store
 from tests.films import tar
 from tests.models.tiny import write_tiny_model
-
-
-class Place:
-    """An archive of four objects, a model, results, and what each object is said to be."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.archive = open_store(str(folder / "archive"))
-        for name in ("Adams.png", "Baker.png", "Clark.png", "Davis.png"):
-            self.archive.write(name, name.encode())
-        self.model = str(folder / "model")
-        write_tiny_model(self.model)
-        self.results = str(folder / "results")
-        self.store = open_store(self.results)
-        self.failing: dict[str, str] = {}
-        """Error codes by object."""
-
-    def night(self, **options) -> Night:
-        return nightly(self.archive.uri, self.model, self.results, **options)
-
-    def job(self, **options) -> ScreeningJob:
-        return screening_job(self.model, self.results, **options)
-
-    def status(self) -> dict:
-        return json.loads(self.store.read("status.json"))
-
-    def screened(self, run_id: str) -> list[str]:
-        rows = query(self.results, f"SELECT image FROM predictions WHERE run_id = '{run_id}'")
-        return rows["image"].to_pylist()
-
-    def write_parts(
-        self, plan: Plan, objects: pa.Table, change: Callable[[pa.Table], pa.Table] | None = None
-    ) -> None:
-        rows = [
-            {**row, "screened_at": datetime.now(UTC), **self._outcome(row["image"])}
-            for row in objects.to_pylist()
-        ]
-        table = pa.Table.from_pylist(rows, schema=part_schema(("Normal", "Lung_Opacity")))
-        table = table if change is None else change(table)
-        self.store.write(f"{plan.work}attempt=0/part.parquet", parquet_bytes(table))
-
-    def _outcome(self, image: str) -> dict:
-        if code := self.failing.get(image):
-            return {"status": "failed", "error_code": code}
-        return {"status": "ok", "p_Normal": 0.25, "p_Lung_Opacity": 0.75, "decision": "positive"}
-
-    def killed(
-        self,
-        run_id: str = "killed",
-        archive: str = "",
-        change: Callable[[pa.Table], pa.Table] | None = None,
-        **options,
-    ) -> Plan:
-        """A night that was killed before it published what it had screened."""
-        job = self.job(**options)
-        with TemporaryDirectory() as folder:
-            plan = make_plan(
-                job.results, list_archive(archive or self.archive.uri), job.model.model_id, run_id,
-                Path(folder), rules=job.rules, nightly=True,
-            )  # fmt: skip
-            for file in plan.files:
-                self.write_parts(plan, pq.read_table(file), change)
-        return plan
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Place:
-    place = Place(tmp_path)
-    monkeypatch.setattr(
-        screen, "_run_pipeline", lambda _job, plan, todo: place.write_parts(plan, todo)
-    )
-    return place
-
-
-@pytest.fixture
-def hidden(tmp_path) -> dict:
-    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
-    return {"hmac_key": str(tmp_path / "key"), "hash_keys": True}
 
 
 def test_a_killed_night_is_finished_first(place):
@@ -364,16 +278,6 @@ def test_the_warning_of_labels_names_nobody_where_names_are_hashed(place, hidden
     assert "Adams" not in caplog.text
 
 
-def test_a_run_that_goes_on_says_that_it_keeps_its_objects(place, caplog, monkeypatch):
-    monkeypatch.setattr(screen, "ray_ahead", nullcontext)
-    place.killed()
-    result = lungopacity.screen(
-        place.archive.uri, place.model, place.results, run_id="killed", limit=2
-    )
-    assert result.images == 4
-    assert "--limit and --inventory change nothing" in caplog.text
-
-
 @pytest.mark.parametrize("damage", ["gone", "damaged"])
 def test_predictions_that_cannot_be_read_are_named_with_the_mend(place, damage):
     run = place.night().runs[0]
@@ -391,3 +295,27 @@ def test_predictions_that_cannot_be_read_are_named_with_the_mend(place, damage):
     ):
         with pytest.raises(UserError, match=told):
             asked()
+
+
+def test_a_status_that_cannot_be_written_costs_no_night(place, monkeypatch, caplog):
+    write = LocalStore.write
+
+    def failing(store, key, data, **conditions):
+        if key == "status.json":
+            raise UserError("no space")
+        write(store, key, data, **conditions)
+
+    monkeypatch.setattr(LocalStore, "write", failing)
+    assert place.night().runs[0].images == 4
+    assert "status.json could not be written: no space" in caplog.text
+
+
+def test_a_run_that_does_not_say_its_model_is_retried_with_one_that_is_given(place):
+    place.failing["Adams.png"] = "timeout"
+    (run,) = place.night(max_failed_fraction=1.0).runs
+    key = f"runs/{run.run_id}.json"
+    record = json.loads(place.store.read(key))
+    del record["model"]
+    place.store.write(key, json.dumps(record).encode())
+    with pytest.raises(UserError, match="does not say where its model lies; give --model URI"):
+        lungopacity.retry(place.results, run.run_id)

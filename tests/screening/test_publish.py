@@ -215,6 +215,18 @@ def test_whoever_finds_the_parts_gone_is_told_that_the_run_is_published(tmp_path
         pass
 
 
+@pytest.mark.parametrize("damaged", ["part", "plan"])
+def test_what_cannot_be_read_is_named_with_the_mend(tmp_path, damaged):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
+    store.write(f"{plan.work}attempt=0/x.parquet", b"PAR1 no more")
+    if damaged == "plan":
+        remove_work(store, plan)
+        plan.files[0].write_bytes(b"PAR1 no more")
+    said = r"run 'run' cannot go on: its plan, or a part file below _work/run/, cannot be read \("
+    with pytest.raises(UserError, match=said), collect(store, plan, CLASSES):
+        pass
+
+
 def test_no_column_is_ever_of_type_null(tmp_path):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a")])

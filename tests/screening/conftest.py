@@ -1,0 +1,23 @@
+"""What tests of screening share. What a film scores does not matter to them."""
+
+from __future__ import annotations
+
+import pytest
+
+from lungopacity.screening import screen
+from tests.screening.nights import Place
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Place:
+    place = Place(tmp_path)
+    monkeypatch.setattr(
+        screen, "_run_pipeline", lambda _job, plan, todo: place.write_parts(plan, todo)
+    )
+    return place
+
+
+@pytest.fixture
+def hidden(tmp_path) -> dict:
+    (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
+    return {"hmac_key": str(tmp_path / "key"), "hash_keys": True}

@@ -1,0 +1,85 @@
+"""An archive, a model and results, to screen without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lungopacity.archive.inventory import list_archive
+from lungopacity.results.query import query
+from lungopacity.results.schema import part_schema
+from lungopacity.results.workbench import parquet_bytes
+from lungopacity.screening.job import ScreeningJob, screening_job
+from lungopacity.screening.nightly import Night, nightly
+from lungopacity.screening.plan import Plan, make_plan
+from lungopacity.storage import open_store
+from tests.models.tiny import write_tiny_model
+
+
+class Place:
+    """An archive of four objects, a model, results, and what each object is said to be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.archive = open_store(str(folder / "archive"))
+        for name in ("Adams.png", "Baker.png", "Clark.png", "Davis.png"):
+            self.archive.write(name, name.encode())
+        self.model = str(folder / "model")
+        write_tiny_model(self.model)
+        self.results = str(folder / "results")
+        self.store = open_store(self.results)
+        self.failing: dict[str, str] = {}
+        """Error codes by object."""
+
+    def night(self, **options) -> Night:
+        return nightly(self.archive.uri, self.model, self.results, **options)
+
+    def job(self, **options) -> ScreeningJob:
+        return screening_job(self.model, self.results, **options)
+
+    def status(self) -> dict:
+        return json.loads(self.store.read("status.json"))
+
+    def screened(self, run_id: str) -> list[str]:
+        rows = query(self.results, f"SELECT image FROM predictions WHERE run_id = '{run_id}'")
+        return rows["image"].to_pylist()
+
+    def write_parts(
+        self, plan: Plan, objects: pa.Table, change: Callable[[pa.Table], pa.Table] | None = None
+    ) -> None:
+        rows = [
+            {**row, "screened_at": datetime.now(UTC), **self._outcome(row["image"])}
+            for row in objects.to_pylist()
+        ]
+        table = pa.Table.from_pylist(rows, schema=part_schema(("Normal", "Lung_Opacity")))
+        table = table if change is None else change(table)
+        self.store.write(f"{plan.work}attempt=0/part.parquet", parquet_bytes(table))
+
+    def _outcome(self, image: str) -> dict:
+        if code := self.failing.get(image):
+            return {"status": "failed", "error_code": code}
+        return {"status": "ok", "p_Normal": 0.25, "p_Lung_Opacity": 0.75, "decision": "positive"}
+
+    def killed(
+        self,
+        run_id: str = "killed",
+        archive: str = "",
+        change: Callable[[pa.Table], pa.Table] | None = None,
+        **options,
+    ) -> Plan:
+        """A night that was killed before it published what it had screened."""
+        job = self.job(**options)
+        with TemporaryDirectory() as folder:
+            plan = make_plan(
+                job.results, list_archive(archive or self.archive.uri), job.model.model_id, run_id,
+                Path(folder), rules=job.rules, nightly=True,
+            )  # fmt: skip
+            for file in plan.files:
+                self.write_parts(plan, pq.read_table(file), change)
+        return plan
