@@ -204,11 +204,24 @@ def test_age_bands_meet_without_a_gap(years, band):
         (np.array([0]), np.array([[np.nan, 1.0]]), "NaN"),
         (np.array([0]), np.array([[0.9, 0.9]]), "sum to 1"),
         (np.array([0]), np.array([[-0.5, 1.5]]), "outside"),
+        (np.array([0]), np.array([[1.0]]), "not \\(n, 2\\)"),
+        (np.array([0.0]), two_class([0.5]), "labels are float64, not integers"),
     ],
 )
 def test_scores_that_are_none_are_refused(labels, probabilities, message):
     with pytest.raises(ValueError, match=message):
         classification_metrics(labels, probabilities, NAMES)
+
+
+def test_figures_of_what_does_not_fit_are_refused():
+    with pytest.raises(ValueError, match="two or more different class names"):
+        classification_metrics(LABELS, SCORES, ("Normal", "Normal"))
+    with pytest.raises(ValueError, match="column view_position has 1 values, not 8"):
+        subgroup_metrics(LABELS, SCORES, NAMES, {"view_position": ["PA"]})
+    with pytest.raises(ValueError, match="an age of nan years is none"):
+        age_band(float("nan"))
+    with pytest.raises(ValueError, match="differ"):
+        confusion_matrix(LABELS, LABELS[:1], 2)
 
 
 def test_a_positive_class_that_is_none_is_refused():

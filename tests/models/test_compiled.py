@@ -156,6 +156,12 @@ assert "torch" not in sys.modules, "torch takes two seconds to import"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_without_its_translator_a_network_stays_in_torch(monkeypatch):
+    monkeypatch.setattr("pnnx.EXEC_PATH", "/nowhere/pnnx")
+    with pytest.raises(CompileError, match=r"pnnx could not translate it \(.*/nowhere/pnnx"):
+        compile_network(tiny_model())
+
+
 class Sorting(torch.nn.Module):
     def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
         return torch.sort(x_B1HW, dim=3).values.mean(dim=3).flatten(1)

