@@ -1,4 +1,4 @@
-"""The driver's side of training: checks, the Ray Train run, calibration, the model folder.
+"""The driver's side of training: checks, the run, calibration, the model folder.
 
 A run is named by the hash of its settings and data, and its checkpoints lie in `_training/<name>`
 of the output: the same command goes on where a crash left it, and another command starts afresh.
@@ -11,9 +11,7 @@ import hashlib
 import io
 import json
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,10 +22,6 @@ import pyarrow.parquet as pq
 import ray
 import safetensors.numpy
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import LoggingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import ImageError, UserError
@@ -46,18 +40,11 @@ from lungopacity.runtime import require_resources, versions, worker_environment
 from lungopacity.storage import join_uri, open_store
 from lungopacity.training.calibrate import calibrate
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
-from lungopacity.training.loop import Films, train_loop
-from lungopacity.training.relay import relayed_rows
+from lungopacity.training.loop import Films
+from lungopacity.training.ray_run import last_line, run_ray_train
 from lungopacity.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
-
-MAX_RESTARTS = 3
-"""Of a run's workers, before the run is given up."""
-MAX_ELASTIC_RESTARTS = 30
-"""The same where their number may change: such runs are made for nodes that come and go."""
-RESIZE_EVERY_S = 60.0
-"""How often such a run looks for room for more workers; it then begins the epoch again."""
 
 HISTORY_SCHEMA = pa.schema(
     [
@@ -117,7 +104,7 @@ def fit(
     films = films_of(data)
     if on_start is not None:
         on_start(run, _rows_of_before(join_uri(work_uri, run)))
-    result = _run_ray_train(films, first, settings, work_uri, run, on_epoch)
+    result = run_ray_train(films, first, settings, work_uri, run, on_epoch)
     diverged = result.return_value["diverged_in_epoch"]
     if diverged:
         raise UserError(
@@ -209,7 +196,7 @@ def _compiled(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None, 
             .remote(model, films)
         )
     except ray.exceptions.RayError as error:
-        return None, f"CPUs run the network in torch: compiling it failed ({_last_line(error)})"
+        return None, f"CPUs run the network in torch: compiling it failed ({last_line(error)})"
     return found
 
 
@@ -291,87 +278,6 @@ def _rows_of_before(run_uri: str) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError, ImageError):
                 histories.append(json.loads(store.read(item.key)))
     return max(histories, key=len)
-
-
-def _run_ray_train(
-    films: Films,
-    first: dict[str, torch.Tensor] | None,
-    settings: TrainingSettings,
-    work_uri: str,
-    run: str,
-    on_epoch: Callable[[dict[str, Any]], None] | None,
-) -> ray.train.Result:
-    filesystem, root = open_store(work_uri).arrow_filesystem()
-    elastic = settings.max_workers > 0
-    restarts = MAX_ELASTIC_RESTARTS if elastic else MAX_RESTARTS
-    with relayed_rows(on_epoch) as callbacks, _own_interrupt_handler():
-        trainer = TorchTrainer(
-            train_loop,
-            train_loop_config={
-                "settings": settings,
-                "films": ray.put(films),
-                "first": None if first is None else ray.put(first),
-            },
-            scaling_config=ScalingConfig(
-                num_workers=(settings.workers, settings.max_workers)
-                if elastic
-                else settings.workers,
-                elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
-                use_gpu=settings.use_gpu,
-                resources_per_worker={"CPU": 1, **({"GPU": 1} if settings.use_gpu else {})},
-            ),
-            run_config=RunConfig(
-                name=run,
-                storage_path=root,
-                storage_filesystem=filesystem,
-                failure_config=FailureConfig(max_failures=restarts),
-                # Ray keeps the latest besides the best one.
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=1,
-                    checkpoint_score_attribute="validation_loss",
-                    checkpoint_score_order="min",
-                ),
-                callbacks=callbacks,
-                # Training runs in a thread: what it allocates with was chosen before it began.
-                worker_runtime_env=worker_environment(settings.use_gpu),
-                logging_config=LoggingConfig(log_level="ERROR"),
-            ),
-        )
-        try:
-            return trainer.fit()
-        except TrainingFailedError as error:
-            raise UserError(
-                f"training was given up after {restarts} restarts: {_cause(error)}; its "
-                "finished epochs are kept, and the same command goes on from there"
-            ) from error
-
-
-def _cause(error: TrainingFailedError) -> str:
-    failures = getattr(error, "worker_failures", None)
-    return _last_line(next(iter(failures.values())) if failures else error)
-
-
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _own_interrupt_handler() -> Iterator[None]:
-    """Ray Train takes Ctrl-C for itself, ends the process with code 0, and never gives it back. Any
-    other code is that of a SIGTERM."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        if error.code:
-            raise
-        raise KeyboardInterrupt from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _spec(

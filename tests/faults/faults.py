@@ -287,9 +287,9 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_
 doomed = cluster.add_node(num_cpus=1)
 os.environ["RAY_ADDRESS"] = cluster.address
 from lungopacity.runtime import ray_session
-from lungopacity.training import fit as training
+from lungopacity.training import fit as training, ray_run
 from tests.training.blobs import SMALL_RUN, blob_films
-training.RESIZE_EVERY_S = 5.0
+ray_run.RESIZE_EVERY_S = 5.0
 seen = []
 alone = threading.Event()
 def follow(row):

@@ -25,10 +25,10 @@ from lungopacity.storage import join_uri
 from lungopacity.training.fit import (
     HISTORY_SCHEMA,
     TrainingResult,
-    _own_interrupt_handler,
     _run_name,
     fit,
 )
+from lungopacity.training.ray_run import _own_interrupt_handler
 from lungopacity.training.tracking import run_logs
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
 from tests.training.logs_read import mlflow_run, tensorboard_events

@@ -1,0 +1,114 @@
+"""A run of Ray Train: its workers, restarts and checkpoints, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from lungopacity.errors import UserError
+from lungopacity.runtime import worker_environment
+from lungopacity.storage import open_store
+from lungopacity.training.loop import Films, train_loop
+from lungopacity.training.relay import relayed_rows
+from lungopacity.training.settings import TrainingSettings
+
+MAX_RESTARTS = 3
+"""Of a run's workers, before the run is given up."""
+MAX_ELASTIC_RESTARTS = 30
+"""The same where their number may change: such runs are made for nodes that come and go."""
+RESIZE_EVERY_S = 60.0
+"""How often such a run looks for room for more workers; it then begins the epoch again."""
+
+
+def run_ray_train(
+    films: Films,
+    first: dict[str, torch.Tensor] | None,
+    settings: TrainingSettings,
+    work_uri: str,
+    run: str,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+) -> ray.train.Result:
+    """Train, or go on where a crashed run of that name stopped; its checkpoints lie in
+    `work_uri`/`run`. `first`: as in `learn`; on_epoch: as in `fit`. Raises `UserError`."""
+    filesystem, root = open_store(work_uri).arrow_filesystem()
+    elastic = settings.max_workers > 0
+    restarts = MAX_ELASTIC_RESTARTS if elastic else MAX_RESTARTS
+    with relayed_rows(on_epoch) as callbacks, _own_interrupt_handler():
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={
+                "settings": settings,
+                "films": ray.put(films),
+                "first": None if first is None else ray.put(first),
+            },
+            scaling_config=ScalingConfig(
+                num_workers=(settings.workers, settings.max_workers)
+                if elastic
+                else settings.workers,
+                elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
+                use_gpu=settings.use_gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": 1} if settings.use_gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=run,
+                storage_path=root,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=restarts),
+                # Ray keeps the latest besides the best one.
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=1,
+                    checkpoint_score_attribute="validation_loss",
+                    checkpoint_score_order="min",
+                ),
+                callbacks=callbacks,
+                # Training runs in a thread: what it allocates with was chosen before it began.
+                worker_runtime_env=worker_environment(settings.use_gpu),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            return trainer.fit()
+        except TrainingFailedError as error:
+            raise UserError(
+                f"training was given up after {restarts} restarts: {_cause(error)}; its "
+                "finished epochs are kept, and the same command goes on from there"
+            ) from error
+
+
+def _cause(error: TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", None)
+    return last_line(next(iter(failures.values())) if failures else error)
+
+
+def last_line(error: Exception) -> str:
+    """What went wrong in few words: Ray quotes whole tracebacks."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _own_interrupt_handler() -> Iterator[None]:
+    """Ray Train takes Ctrl-C for itself, ends the process with code 0, and never gives it back. Any
+    other code is that of a SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code:
+            raise
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
