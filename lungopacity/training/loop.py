@@ -286,14 +286,7 @@ def _train_epoch(
             logits_BK = distributed(x_B1HW)
         logits_BK = logits_BK.float()
 
-        def loss_of(labels_B: torch.Tensor, logits_BK: torch.Tensor = logits_BK) -> torch.Tensor:
-            return functional.cross_entropy(
-                logits_BK, labels_B, weights_K, label_smoothing=settings.label_smoothing
-            )
-
-        loss = loss_of(labels_B)
-        if settings.mixup_alpha:
-            loss = torch.lerp(loss_of(labels_B.flip(0)), loss, share)
+        loss = loss_of(logits_BK, labels_B, share, weights_K, settings.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -310,6 +303,31 @@ def _train_epoch(
         "learning_rate": optimizer.param_groups[0]["lr"],
         "images_per_s": seen / (time.monotonic() - started),
     }
+
+
+def loss_of(
+    logits_BK: torch.Tensor,
+    labels_B: torch.Tensor,
+    share: float,
+    weights_K: torch.Tensor | None,
+    smoothing: float,
+) -> torch.Tensor:
+    """The mean over the films, to be averaged over ranks and batches of one size.
+
+    share: of a film itself, where it is blended with the one at the other end of the batch.
+    weights_K: what a film of each class counts. Not `cross_entropy`'s own weights: it smooths by
+    those of all classes, and divides by those of the films in one rank's batch, so that the loss
+    would depend on how many workers share it.
+    """
+
+    def mean_of(labels_B: torch.Tensor) -> torch.Tensor:
+        losses_B = functional.cross_entropy(
+            logits_BK, labels_B, reduction="none", label_smoothing=smoothing
+        )
+        return (losses_B if weights_K is None else weights_K[labels_B] * losses_B).mean()
+
+    own = mean_of(labels_B)
+    return own if share == 1.0 else torch.lerp(mean_of(labels_B.flip(0)), own, share)
 
 
 @torch.no_grad()

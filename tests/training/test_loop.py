@@ -1,0 +1,156 @@
+"""The parts of the training loop, without Ray."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lungopacity.training.loop import (
+    Films,
+    Worker,
+    _patience_spent,
+    _train_epoch,
+    learning_rate_at,
+    loss_of,
+)
+from lungopacity.training.settings import AugmentationSettings, TrainingSettings
+
+SMOOTHING = 0.1
+
+
+def worker(settings: TrainingSettings, rank: int = 0, workers: int = 1, rare: int = 5) -> Worker:
+    """Of 95 films of class 0 and `rare` of class 1; each is told from others by its grey."""
+    labels_N = np.array([0] * 95 + [1] * rare)
+    pixels_NHW = np.repeat(np.arange(len(labels_N), dtype=np.uint8), 16).reshape(-1, 4, 4)
+    train = np.arange(len(labels_N))
+    films = Films(pixels_NHW, labels_N, train, train[:0], classes=2)
+    return Worker(settings, films, rank, workers, torch.device("cpu"))
+
+
+def test_weights_count_a_film_by_the_inverse_of_its_class() -> None:
+    weights_K = worker(TrainingSettings(class_balance="weights")).class_weights()
+    assert weights_K is not None
+    assert weights_K.tolist() == pytest.approx([100 / 190, 10.0])
+    assert worker(TrainingSettings()).class_weights() is None
+
+
+def test_sampling_draws_as_many_of_each_class_over_all_workers() -> None:
+    settings = TrainingSettings(class_balance="sampling", batch_size=12)
+    for workers in (1, 2, 3):
+        drawn = [
+            index
+            for rank in range(workers)
+            for batch in worker(settings, rank, workers).batches(epoch=3)
+            for index in batch
+        ]
+        counts = np.bincount(worker(settings).films.labels_N[drawn])
+        assert counts.tolist() == pytest.approx([50, 50], abs=workers)
+
+
+def expected(
+    logits_BK: torch.Tensor, labels_B: torch.Tensor, weights_K: torch.Tensor
+) -> torch.Tensor:
+    """The loss as the settings describe it, film by film."""
+    targets_BK = (1 - SMOOTHING) * functional.one_hot(labels_B, 2) + SMOOTHING / 2
+    losses_B = -(targets_BK * logits_BK.log_softmax(1)).sum(1)
+    return (weights_K[labels_B] * losses_B).mean()
+
+
+def test_a_film_counts_its_classs_weight_whatever_else_is_in_its_batch() -> None:
+    weights_K = worker(TrainingSettings(class_balance="weights")).class_weights()
+    assert weights_K is not None
+    labels_B = torch.from_numpy(worker(TrainingSettings()).films.labels_N)
+    logits_BK = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    whole = loss_of(logits_BK, labels_B, 1.0, weights_K, SMOOTHING)
+    assert whole.item() == pytest.approx(expected(logits_BK, labels_B, weights_K).item())
+    # As DDP does over ranks: batches of one size, of which most hold no rare film.
+    parts = [
+        loss_of(
+            logits_BK[start : start + 4], labels_B[start : start + 4], 1.0, weights_K, SMOOTHING
+        )
+        for start in range(0, 100, 4)
+    ]
+    assert torch.stack(parts).mean().item() == pytest.approx(whole.item())
+
+
+def test_label_smoothing_gives_away_the_same_of_every_class() -> None:
+    weights_K = worker(TrainingSettings(class_balance="weights")).class_weights()
+    assert weights_K is not None
+    for label, given in ((0, [0.95, 0.05]), (1, [0.05, 0.95])):
+        logits_1K = torch.zeros(1, 2, requires_grad=True)
+        loss_of(logits_1K, torch.tensor([label]), 1.0, weights_K, SMOOTHING).backward()
+        assert logits_1K.grad is not None
+        targets_K = 0.5 - logits_1K.grad[0] / weights_K[label]
+        assert targets_K.tolist() == pytest.approx(given)
+
+
+class Recorder(nn.Module):
+    """Keeps what it is shown and says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 2)
+        self.shown: list[torch.Tensor] = []
+        self.said: list[torch.Tensor] = []
+
+    def forward(self, x_B1HW: torch.Tensor) -> torch.Tensor:
+        self.shown.append(x_B1HW[:, 0, 0, 0])
+        logits_BK: torch.Tensor = self.head(x_B1HW.mean(dim=(2, 3)))
+        self.said.append(logits_BK.detach())
+        return logits_BK
+
+
+def test_mixup_blends_films_and_labels_by_the_same_share() -> None:
+    still = AugmentationSettings(0, 0, 0, 0, 0, 0, 0)
+    settings = TrainingSettings(
+        augmentation=still, mixup_alpha=1.0, class_balance="weights", label_smoothing=SMOOTHING,
+        batch_size=140, precision="float32",
+    )  # fmt: skip
+    own = worker(settings, rare=45)
+    network = Recorder()
+    row = _train_epoch(own, network, torch.optim.SGD(network.parameters()), 1, None)
+    (index_B,), (shown_B,), (logits_BK,) = own.batches(1), network.shown, network.said
+    x_B = (torch.from_numpy(own.films.pixels_NHW[index_B][:, 0, 0]) / 255 - 0.5) / 0.25
+    share = ((shown_B - x_B.flip(0)) / (x_B - x_B.flip(0)))[0].item()
+    assert 0.01 < share < 0.99
+    torch.testing.assert_close(shown_B, share * x_B + (1 - share) * x_B.flip(0))
+    labels_B = torch.from_numpy(own.films.labels_N[index_B])
+    weights_K = own.class_weights()
+    assert weights_K is not None
+    loss = share * expected(logits_BK, labels_B, weights_K)
+    loss += (1 - share) * expected(logits_BK, labels_B.flip(0), weights_K)
+    assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_the_learning_rate_rises_evenly_and_falls_as_half_a_cosine() -> None:
+    settings = TrainingSettings(learning_rate=0.4, warmup_fraction=0.2)
+    told = [learning_rate_at(progress, settings) for progress in (0, 0.05, 0.1, 0.2, 0.6, 1)]
+    assert told == pytest.approx([0, 0.1, 0.2, 0.4, 0.2, 0])
+    assert learning_rate_at(0.4, settings) == pytest.approx(0.2 * (1 + math.sqrt(0.5)))
+    assert learning_rate_at(0, replace(settings, warmup_fraction=0.0)) == 0.4
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "spent"),
+    [
+        ([], 1, False),
+        ([3, 2, 1], 1, False),
+        ([3, 1, 2], 1, True),
+        ([3, 1, 2], 2, False),
+        ([3, 1, 2, 2], 2, True),
+        ([3, 1, 2, 1], 2, True),  # as low is not lower
+        ([3, 1, 2, 0.9], 2, False),
+        ([1, 2, 3, 4], 0, False),
+    ],
+)
+def test_patience_is_spent_after_so_many_epochs_without_a_lower_loss(
+    losses: list[float], patience: int, spent: bool
+) -> None:
+    history = [{"validation_loss": loss} for loss in losses]
+    assert _patience_spent(history, patience) is spent
