@@ -29,6 +29,7 @@ import torch
 import torch.distributed
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
 
 from lungopacity.models import build_network
 from lungopacity.models.normalise import normalise
@@ -245,6 +246,19 @@ def _freeze(network: torch.nn.Module, frozen: bool) -> None:
         weight.requires_grad_(not frozen or name.startswith("head."))
 
 
+def _set_training(distributed: torch.nn.Module, network: torch.nn.Module, frozen: bool) -> None:
+    """Everything is in training mode, the dropout before the last layer too; but of what is frozen
+    the running statistics stay, and no branch is left out."""
+    distributed.train()
+    if not frozen:
+        return
+    for name, part in network.named_modules():
+        # By name: the libraries that have them are not imported for networks that do not.
+        leaves_out = type(part).__name__ in ("DropPath", "StochasticDepth")
+        if (isinstance(part, _NormBase) or leaves_out) and name.partition(".")[0] != "head":
+            part.eval()
+
+
 def _train_epoch(
     worker: Worker,
     distributed: torch.nn.Module,
@@ -263,11 +277,7 @@ def _train_epoch(
     sums = torch.zeros(2, device=device)
     weights_K = worker.class_weights()
     network = getattr(distributed, "module", distributed)
-    distributed.train()
-    if epoch <= settings.frozen_epochs:
-        # The running statistics of what is frozen stay as they are, too.
-        for name, part in network.named_children():
-            part.train(name == "head")
+    _set_training(distributed, network, epoch <= settings.frozen_epochs)
     for number, index_B in enumerate(batches, start=1):
         # Counted to the end of the step, so that the first step moves and the last does too.
         progress = (epoch - 1 + (number - 0.5) / len(batches)) / settings.epochs

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lungopacity.models import build_network
 from lungopacity.training.loop import (
     Films,
     Worker,
     _patience_spent,
+    _set_training,
     _train_epoch,
     learning_rate_at,
     loss_of,
@@ -126,6 +128,22 @@ def test_mixup_blends_films_and_labels_by_the_same_share() -> None:
     loss = share * expected(logits_BK, labels_B, weights_K)
     loss += (1 - share) * expected(logits_BK, labels_B.flip(0), weights_K)
     assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cov-net", "efficientnet-lite0", "classical-cnn"])
+def test_while_the_rest_is_frozen_the_last_layer_learns_with_its_dropout(name: str) -> None:
+    with torch.device("meta"):
+        drop_path = {"drop_path": 0.2} if name.startswith("eff") else {}
+        network = build_network(name, 2, {"dropout": 0.45, **drop_path})
+    for frozen in (True, False):
+        _set_training(network, network, frozen)
+        parts = list(network.modules())
+        assert all(
+            part.training for part in parts if isinstance(part, nn.Dropout) and part.p == 0.45
+        )
+        assert {part.training for part in parts if isinstance(part, nn.BatchNorm2d)} == {not frozen}
+        paths = {part.training for part in parts if type(part).__name__ == "DropPath"}
+        assert paths == ({not frozen} if drop_path else set())
 
 
 def test_the_learning_rate_rises_evenly_and_falls_as_half_a_cosine() -> None:
