@@ -72,14 +72,16 @@ class Worker:
         """This rank's part of the epoch's order; batches are as many and as large in every rank.
 
         As torch's DistributedSampler does, the order is filled up from its start until it divides;
-        unlike there, batches are of even size, so that none is too small for batch normalisation.
+        unlike there, batches are of even size and hold two films or more, so that none is too small
+        for batch normalisation.
         The steps are the same however many workers share them, for their number may change in a
         run: learning rate and average go by steps.
         """
         order = self._order(np.random.default_rng([self.settings.seed, epoch]))
-        share = math.ceil(len(order) / self.workers)
+        steps = math.ceil(len(order) / self.settings.batch_size)
+        share = max(math.ceil(len(order) / self.workers), 2 * steps)
         mine = np.resize(order, share * self.workers)[self.rank :: self.workers]
-        return np.array_split(mine, math.ceil(len(order) / self.settings.batch_size))
+        return np.array_split(mine, steps)
 
     def _order(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """The training films in a random order; if classes are balanced, the same number of each,

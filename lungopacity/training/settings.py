@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -12,6 +13,12 @@ from lungopacity.radiograph import Preprocessing
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 BALANCES = ("none", "weights", "sampling")
+
+
+def _check_finite(settings: Any) -> None:
+    for name, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, not {value}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class AugmentationSettings:
     """Of the film's area, the most that the rectangle takes."""
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         for name in ("rotation_degrees", "gamma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -68,7 +76,7 @@ class TrainingSettings:
     epochs: int = 30
     """Times that every training film is seen."""
     batch_size: int = 32
-    """Films a step, over all workers together."""
+    """Films a step, over all workers together; two or more for each, for batch normalisation."""
     workers: int = 1
     """Processes that train together, one CPU or one GPU reserved for each."""
     max_workers: int = 0
@@ -104,30 +112,32 @@ class TrainingSettings:
     """Stop after so many epochs without a lower validation loss; 0: never."""
 
     def __post_init__(self) -> None:
+        _check_finite(self)
+        _check_finite(self.preprocessing)
         for name in ("epochs", "batch_size", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in (
-            "seed", "weight_decay", "patience", "mixup_alpha", "frozen_epochs", "max_workers"
-        ):  # fmt: skip
+        for name in ("weight_decay", "patience", "mixup_alpha", "frozen_epochs", "max_workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         for name in ("warmup_fraction", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
-        if self.max_workers:
-            if self.workers > self.max_workers:
-                raise ValueError(
-                    f"workers {self.workers}:{self.max_workers} must be the fewest and the most"
-                )
-            if self.batch_size < self.max_workers:
-                raise ValueError(
-                    f"batch_size {self.batch_size} must be a film for each of up to "
-                    f"{self.max_workers} workers"
-                )
-        elif self.batch_size % self.workers:
+        if self.max_workers and self.workers > self.max_workers:
+            raise ValueError(
+                f"workers {self.workers}:{self.max_workers} must be the fewest and the most"
+            )
+        most = self.max_workers or self.workers
+        if self.batch_size < 2 * most:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be two films or more for each of "
+                f"{'up to ' if self.max_workers else ''}{most} workers"
+            )
+        if not self.max_workers and self.batch_size % self.workers:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of workers ({self.workers})"
             )
@@ -166,18 +176,29 @@ def recipe(model: str) -> TrainingSettings:
     return TrainingSettings(model=model, preprocessing=card.preprocessing, **chosen)
 
 
-def with_words(settings: TrainingSettings, words: Mapping[str, str]) -> TrainingSettings:
+def with_words(
+    settings: TrainingSettings,
+    words: Mapping[str, str],
+    options: Mapping[str, Any] | None = None,
+) -> TrainingSettings:
     """The settings with some changed, each by its name and a word, as `learning_rate` and `1e-3`.
 
     `augmentation.NAME`, `preprocessing.NAME` and `model_settings.NAME` reach inside; what goes
-    there is JSON. Raises `ValueError` for an unknown name or a word that is no such value.
+    there is JSON. options: values by name, mappings of them where there are parts; words win. All
+    are changed at once, so that it does not matter which comes first. Raises `ValueError` for an
+    unknown name, a word that is no such value, or what no run can use.
     """
+    changes = {
+        name: dict(value) if isinstance(value, Mapping) else value
+        for name, value in (options or {}).items()
+    }
     for path, word in words.items():
-        settings = _with_word(settings, path, word)
-    return settings
+        _gather(changes, settings, path, word)
+    return _changed(settings, changes)  # type: ignore[no-any-return]
 
 
-def _with_word(settings: Any, path: str, word: str) -> Any:
+def _gather(changes: dict[str, Any], settings: Any, path: str, word: str) -> None:
+    """Put the value that the word stands for where it belongs among the changes."""
     name, _, rest = path.partition(".")
     own = {item.name for item in fields(settings)}
     if name not in own or name == "model":
@@ -187,11 +208,13 @@ def _with_word(settings: Any, path: str, word: str) -> Any:
     if isinstance(old, Mapping):
         if not rest:
             raise ValueError(f"set: {name} wants the name of one of them, as {name}.dropout")
-        return replace(settings, **{name: {**old, rest: _json(path, word)}})
+        changes.setdefault(name, {})[rest] = _json(path, word)
+        return
     if rest:
         if not hasattr(old, "__dataclass_fields__"):
             raise ValueError(f"set: {name} has no parts")
-        return replace(settings, **{name: _with_word(old, rest, word)})
+        _gather(changes.setdefault(name, {}), old, rest, word)
+        return
     if hasattr(old, "__dataclass_fields__"):
         raise ValueError(f"set: {name} wants the name of one of its parts, as {name}.image_size")
     value = word if isinstance(old, str) else _json(path, word)
@@ -199,7 +222,18 @@ def _with_word(settings: Any, path: str, word: str) -> Any:
         value = float(value)
     if type(value) is not type(old):
         raise ValueError(f"set: {path} must be a {type(old).__name__}, not '{word}'")
-    return replace(settings, **{name: value})
+    changes[name] = value
+
+
+def _changed(settings: Any, changes: Mapping[str, Any]) -> Any:
+    new: dict[str, Any] = {}
+    for name, value in changes.items():
+        old = getattr(settings, name)
+        if isinstance(old, Mapping):
+            new[name] = {**old, **value}
+        else:
+            new[name] = _changed(old, value) if isinstance(value, Mapping) else value
+    return replace(settings, **new)
 
 
 def _json(path: str, word: str) -> Any:

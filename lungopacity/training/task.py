@@ -115,13 +115,9 @@ def _chosen(
     words: Mapping[str, str],
 ) -> TrainingSettings:
     """The recipe with what the user wants of it. Raises `ValueError`."""
-    settings = replace(settings, **options)
-    if image_size is not None:
-        settings = replace(
-            settings, preprocessing=replace(settings.preprocessing, image_size=image_size)
-        )
-    settings = with_words(settings, words)
+    size = {} if image_size is None else {"preprocessing": {"image_size": image_size}}
+    settings = with_words(settings, words, {**options, **size})
     if network_card(settings.model).fixed_size:
-        size = {"image_size": settings.preprocessing.image_size}
-        settings = replace(settings, model_settings={**size, **settings.model_settings})
+        side = {"image_size": settings.preprocessing.image_size}
+        settings = replace(settings, model_settings={**side, **settings.model_settings})
     return settings

@@ -51,6 +51,8 @@ def train(
     if is_model(output):
         raise UserError(f"{output}: holds a finished model; choose another --output, or remove it")
     fewest, most = (workers, 0) if isinstance(workers, int) else workers
+    if not isinstance(workers, int) and most < max(1, fewest):
+        raise UserError(f"--workers {fewest}:{most} must be the fewest and the most")
     task = training_task(
         images,
         labels,

@@ -3,6 +3,7 @@ node is among the faults: `make faults`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +38,15 @@ def test_an_epoch_has_the_same_steps_however_many_share_it(films: int) -> None:
         assert len(seen) < films + workers
 
 
+@pytest.mark.parametrize("films", [1, 3, 25, 49])
+def test_no_batch_is_of_one_film_which_batch_norm_cannot_take(films: int) -> None:
+    for settings, workers in ((ELASTIC, 9), (TrainingSettings(batch_size=2), 1)):
+        ranks = [batches(settings, films, workers, rank) for rank in range(workers)]
+        assert {len(own) for own in ranks} == {math.ceil(films / settings.batch_size)}
+        assert min(len(batch) for own in ranks for batch in own) >= 2
+        assert len({tuple(map(len, own)) for own in ranks}) == 1
+
+
 @pytest.mark.parametrize("films", [33, 97, 240])
 def test_a_batch_that_divides_is_never_exceeded(films: int) -> None:
     for workers in (1, 2, 3, 4, 6, 8):
@@ -47,8 +57,8 @@ def test_a_batch_that_divides_is_never_exceeded(films: int) -> None:
 
 def test_a_batch_need_not_divide_where_the_number_may_change() -> None:
     assert replace(ELASTIC, batch_size=25).batch_size == 25
-    with pytest.raises(ValueError, match="a film for each of up to 9 workers"):
-        replace(ELASTIC, batch_size=8)
+    with pytest.raises(ValueError, match="two films or more for each of up to 9 workers"):
+        replace(ELASTIC, batch_size=17)
     with pytest.raises(ValueError, match="workers 10:9 must be the fewest and the most"):
         replace(ELASTIC, workers=10)
 
@@ -60,7 +70,9 @@ def test_a_batch_need_not_divide_where_the_number_may_change() -> None:
         ("1:2:3", "'1:2:3' is not of the form 4 or 2:8"),
         ("8:2", "--workers 8:2 must be the fewest and the most"),
         ("0:2", "--workers must be 1 or more"),
-        ("2:64", "--batch-size 32 must be a film for each of up to 64 workers"),
+        ("2:0", "--workers 2:0 must be the fewest and the most"),
+        ("2:-1", "--workers 2:-1 must be the fewest and the most"),
+        ("2:64", "--batch-size 32 must be two films or more for each of up to 64 workers"),
     ],
 )
 def test_a_range_of_workers_that_cannot_be_is_refused(word, said, tmp_path, capsys) -> None:

@@ -240,7 +240,7 @@ def test_refuses_more_workers_than_the_cluster_can_ever_run(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="needs 64 CPUs"):
-        fit(FILMS, replace(SMALL_RUN, workers=64, batch_size=64), str(tmp_path))
+        fit(FILMS, replace(SMALL_RUN, workers=64, batch_size=128), str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,12 @@ from lungopacity.training.settings import recipe, with_words
         ("batch_size", 0),
         ("workers", 0),
         ("seed", -1),
+        ("seed", 2**32),
+        ("batch_size", 1),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("mixup_alpha", float("inf")),
         ("weight_decay", -0.1),
         ("warmup_fraction", 1.0),
         ("label_smoothing", 1.0),
@@ -41,6 +45,14 @@ def test_refuses_what_no_run_can_use(name: str, value: object) -> None:
 def test_refuses_a_batch_that_workers_cannot_share() -> None:
     with pytest.raises(ValueError, match="multiple of workers"):
         TrainingSettings(batch_size=32, workers=3)
+    with pytest.raises(ValueError, match="batch_size 4 must be two films or more for each of 4"):
+        TrainingSettings(batch_size=4, workers=4)
+
+
+def test_refuses_amounts_without_end_in_what_lies_inside() -> None:
+    for words in ({"augmentation.gamma": "Infinity"}, {"preprocessing.mean": "NaN"}):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            with_words(TrainingSettings(), words)
 
 
 def test_every_setting_can_be_written_as_json() -> None:
@@ -69,6 +81,21 @@ def test_settings_inside_settings_are_reached() -> None:
     changed = with_words(TrainingSettings(), words)
     assert changed.augmentation == AugmentationSettings(flip_probability=0.0)
     assert changed.preprocessing.mean == 0.4
+
+
+def test_it_does_not_matter_which_change_comes_first() -> None:
+    words = {"workers": "3", "batch_size": "33", "augmentation.scale": "0.5"}
+    for given in (words, dict(reversed(words.items()))):
+        changed = with_words(TrainingSettings(), given)
+        assert (changed.workers, changed.batch_size) == (3, 33)
+        assert changed.augmentation.scale == 0.5
+    changed = with_words(
+        TrainingSettings(),
+        {"batch_size": "33", "preprocessing.std": "0.5"},
+        {"workers": 3, "preprocessing": {"image_size": 64, "std": 0.3}},
+    )
+    assert (changed.workers, changed.batch_size) == (3, 33)
+    assert (changed.preprocessing.image_size, changed.preprocessing.std) == (64, 0.5)
 
 
 @pytest.mark.parametrize(
