@@ -83,7 +83,7 @@ class TrainingSettings:
     """If above 0, as many as the cluster has room for, from `workers` to this; a node that is lost
     or joins changes their number. 0: always `workers`."""
     use_gpu: bool = False
-    """One GPU a worker."""
+    """One GPU a worker; said by --use-gpu and --no-gpu, never by --set."""
     seed: int = 0
     """Of everything drawn: first weights, order, augmentation, dropout."""
     learning_rate: float = 2e-3

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
+import torch
 
 from lungopacity.archive.content import ReadSettings, rules_from
 from lungopacity.dataset.classes import class_names_of, classes_of_labels
@@ -19,10 +20,11 @@ from lungopacity.dataset.manifest import (
 )
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import ErrorCode, UserError
-from lungopacity.models import network_card
+from lungopacity.models import build_network, network_card
 from lungopacity.training.settings import TrainingSettings, recipe, with_words
 
 DEFAULT_CLASSES = ("Normal", "Lung_Opacity")
+_OF_NETWORK = "model_settings."
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def training_task(
         )
     except ValueError as error:
         raise UserError(option_of(str(error))) from error
+    _check_network(chosen, len(names), words)
     frame = select_classes(frame, label_map, labels)
     frame = assign_splits(frame, labels, chosen.seed)
     check_patients(frame, labels)
@@ -115,9 +118,28 @@ def _chosen(
     words: Mapping[str, str],
 ) -> TrainingSettings:
     """The recipe with what the user wants of it. Raises `ValueError`."""
+    if "use_gpu" in words:
+        raise ValueError("set: use_gpu is chosen by --use-gpu and --no-gpu")
     size = {} if image_size is None else {"preprocessing": {"image_size": image_size}}
     settings = with_words(settings, words, {**options, **size})
     if network_card(settings.model).fixed_size:
         side = {"image_size": settings.preprocessing.image_size}
         settings = replace(settings, model_settings={**side, **settings.model_settings})
     return settings
+
+
+def _check_network(settings: TrainingSettings, classes: int, words: Mapping[str, str]) -> None:
+    """Build it once, without memory. Raises `UserError` where it cannot be built so."""
+    try:
+        with torch.device("meta"):
+            build_network(settings.model, classes, settings.model_settings)
+    except NotImplementedError:
+        pass  # torchvision's regnets need memory, and have no settings that were not checked before
+    except (ValueError, RuntimeError, AssertionError) as error:
+        given = [f"{name}={word}" for name, word in words.items() if name.startswith(_OF_NETWORK)]
+        option = f"--set {' '.join(given)}"
+        if not given:
+            option = f"--image-size {settings.preprocessing.image_size}"
+        raise UserError(
+            f"{option}: {str(error).splitlines()[0]}; see `lungopacity models {settings.model}`"
+        ) from error

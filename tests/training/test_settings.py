@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from lungopacity.models import NETWORK_NAMES, build_network
 from lungopacity.training import AugmentationSettings, TrainingSettings
 from lungopacity.training.catalogue import field_texts, networks_table, recipe_table
 from lungopacity.training.settings import recipe, with_words
+from lungopacity.training.task import TrainingTask, training_task
 
 
 @pytest.mark.parametrize(
@@ -162,3 +165,50 @@ def test_the_networks_are_listed_with_what_they_weigh() -> None:
 def test_the_recipe_of_an_unknown_network_is_refused() -> None:
     with pytest.raises(UserError, match="unknown model 'lenet'"):
         recipe_table("lenet")
+
+
+def task(tmp_path: Path, model: str, image_size: int | None = None, **words: str) -> TrainingTask:
+    """Of films that are not there: none is read."""
+    labels = tmp_path / "labels.csv"
+    rows = [f"{n}.png,{('Normal', 'Lung_Opacity')[n % 2]}" for n in range(40)]
+    labels.write_text("\n".join(["image,label", *rows]))
+    return training_task(
+        [str(tmp_path / "films")],
+        str(labels),
+        model=model,
+        classes=("Normal", "Lung_Opacity"),
+        positive_class=None,
+        image_size=image_size,
+        options={"workers": 1},
+        words={name.replace("__", "."): word for name, word in words.items()},
+        accept=(),
+        reject_quality=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "words", "said"),
+    [
+        ("classical-cnn", None, {"model_settings__dropout": "2"}, "from 0 to below 1, not 2; see"),
+        ("classical-cnn", None, {"model_settings__dropot": "0.2"}, "argument 'dropot'; see `lung"),
+        ("resnet-50", None, {"model_settings__drop_path": "1"}, "drop_path must be from 0"),
+        ("cov-net", None, {"model_settings__channels": "8"}, "'int' object is not iterable"),
+        ("torchvision:vit_b_32", 100, {}, "--image-size 100: Input shape indivisible"),
+        ("classical-cnn", None, {"use_gpu": "true"}, "--set: use_gpu is chosen by --use-gpu and"),
+        ("classical-cnn", None, {"seed": "4294967296"}, "--seed must be from 0 to 4294967295"),
+    ],
+)
+def test_what_no_network_can_be_is_said_before_a_film_is_read(
+    tmp_path, model, size, words, said
+) -> None:
+    with pytest.raises(UserError, match=re.escape(said)) as refused:
+        task(tmp_path, model, size, **words)
+    for name, word in words.items():
+        if name.startswith("model_settings"):
+            assert str(refused.value).startswith(f"--set {name.replace('__', '.')}={word}: ")
+
+
+def test_networks_are_checked_whatever_they_are_made_of(tmp_path) -> None:
+    assert task(tmp_path, "torchvision:regnet_x_400mf").settings.model.endswith("400mf")
+    vit = task(tmp_path, "torchvision:vit_b_32", 64, model_settings__dropout="0.5")
+    assert vit.settings.model_settings == {"image_size": 64, "dropout": 0.5}
