@@ -328,14 +328,25 @@ MISTAKES = {
         "--epochs must be 1 or more",
     ),
     "too many workers": (
-        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
-         "--output", "{out}", "--workers", "64", "--batch-size", "64"],
+        # Nor are there films: what cannot be is said before they are read.
+        ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--workers", "64", "--batch-size", "128"],
         "the Ray cluster has",
     ),
     "no GPU to train on": (
         ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
          "--output", "{out}", "--use-gpu"],
         "needs 1 GPUs, the Ray cluster has 0",
+    ),
+    "no positive class": (
+        ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--positive-class", "Fracture"],
+        "positive class 'Fracture' is none of the labels",
+    ),
+    "no first weights": (
+        ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--weights", "{place}/none.pth"],
+        "none.pth: cannot be read (no such file)",
     ),
     "no GPU to screen on": (
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",

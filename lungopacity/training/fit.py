@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -73,11 +73,31 @@ class TrainingResult:
     """The epoch whose weights were kept: that of the lowest validation loss."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a training begins from, had before a film is read."""
+
+    architecture_settings: dict[str, Any]
+    first: dict[str, torch.Tensor] | None
+    weights: dict[str, Any] | None
+    """See `first_tensors`."""
+
+
+def start_of(settings: TrainingSettings, class_names: Sequence[str]) -> Start:
+    """Needs a running Ray. Raises `UserError` where no class is the positive one, the cluster is
+    too small or the first weights cannot be had; `ValueError` for settings the network refuses."""
+    _check_positive(settings, class_names)
+    require_resources(settings.workers, settings.workers * settings.use_gpu, "training")
+    network = build_network(settings.model, len(class_names), settings.model_settings)
+    return Start(asdict(network.settings), *first_tensors(network, settings))  # type: ignore[call-overload]
+
+
 def fit(
     data: LabelledPixels,
     settings: TrainingSettings,
     output: str,
     *,
+    start: Start | None = None,
     label_map: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
     on_start: Callable[[str, list[dict[str, Any]]], None] | None = None,
@@ -85,26 +105,25 @@ def fit(
 ) -> TrainingResult:
     """Train on `data`, and write the model folder `output`. Needs a running Ray.
 
-    label_map: which labels became which class. provenance: JSON-able facts for the model folder, as
-    the label file's name. on_start: called once before training, with the run's name and the
-    history rows that a crashed run of it left. on_epoch: called with each history row while
-    training runs, from another thread; a resumed run begins with its first new epoch. Raises
-    `UserError` where the output has a model, a class lacks films, the first weights cannot be had,
-    the cluster is too small or the training fails; `ValueError` for settings the network refuses.
+    start: what `start_of` gave, if it was asked before. label_map: which labels became which
+    class. provenance: JSON-able facts for the model folder, as the label file's name. on_start:
+    called once before training, with the run's name and the history rows that a crashed run of it
+    left. on_epoch: called with each history row while training runs, from another thread; a
+    resumed run begins with its first new epoch. Raises `UserError` where the output has a model, a
+    class lacks films, the first weights cannot be had, the cluster is too small or the training
+    fails; `ValueError` for settings the network refuses.
     """
     if is_model(output):
         raise UserError(f"{output}: a trained model is there already; give another --output")
     counts = count_films(data, settings)
-    require_resources(settings.workers, settings.workers * settings.use_gpu, "training")
-    network = build_network(settings.model, len(data.class_names), settings.model_settings)
-    first, weights = first_tensors(network, settings)
+    start = start or start_of(settings, data.class_names)
 
-    run = _run_name(data, settings, weights)
+    run = _run_name(data, settings, start.weights)
     work_uri = join_uri(output, "_training")
     films = films_of(data)
     if on_start is not None:
         on_start(run, _rows_of_before(join_uri(work_uri, run)))
-    result = run_ray_train(films, first, settings, work_uri, run, on_epoch)
+    result = run_ray_train(films, start.first, settings, work_uri, run, on_epoch)
     diverged = result.return_value["diverged_in_epoch"]
     if diverged:
         raise UserError(
@@ -119,7 +138,7 @@ def fit(
     )
     history = json.loads(_read(latest, HISTORY_FILE))
     logits_VK = safetensors.numpy.load(_read(kept, LOGITS_FILE))["logits_VK"]
-    spec = _spec(data, settings, asdict(network.settings), logits_VK, films.validation)  # type: ignore[call-overload]
+    spec = _spec(data, settings, start.architecture_settings, logits_VK, films.validation)
     training = {
         "settings": settings.as_json(),
         "data": {
@@ -127,7 +146,7 @@ def fit(
             "images": counts,
             "unknown_patients": int(data.images["patient_id"].isna().sum()),
         },
-        "weights": weights,
+        "weights": start.weights,
         "versions": versions(),
         "best_epoch": int(best_metrics["epoch"]),
         "seconds": round(sum(row["seconds"] for row in history), 1),
@@ -229,11 +248,7 @@ def first_tensors(
 def count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, dict[str, int]]:
     """Films by split and class. Raises `UserError` where one that training needs has none."""
     names = data.class_names
-    if settings.positive_class not in names:
-        raise UserError(
-            f"positive class '{settings.positive_class}' is none of the labels "
-            f"({', '.join(names)}); give one of them as --positive-class"
-        )
+    _check_positive(settings, names)
     counts = {
         split: {
             name: int(((data.split_N == split) & (data.labels_N == index)).sum())
@@ -251,6 +266,14 @@ def count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, d
                     "the class out"
                 )
     return counts
+
+
+def _check_positive(settings: TrainingSettings, names: Sequence[str]) -> None:
+    if settings.positive_class not in names:
+        raise UserError(
+            f"positive class '{settings.positive_class}' is none of the labels "
+            f"({', '.join(names)}); give one of them as --positive-class"
+        )
 
 
 def _run_name(

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lungopacity.dataset.classes import class_names_of
 from lungopacity.errors import UserError
 from lungopacity.models import is_model
 from lungopacity.progress import Progress
 from lungopacity.runtime import ray_session, resolve_gpu
 from lungopacity.storage.probe import check_writable
-from lungopacity.training.fit import TrainingResult, fit
+from lungopacity.training.fit import TrainingResult, fit, start_of
 from lungopacity.training.task import DEFAULT_CLASSES, training_task
 from lungopacity.training.tracking import run_logs
 
@@ -75,6 +76,8 @@ def train(
     check_writable(output)
     with run_logs(tensorboard, mlflow) as logs, ray_session():
         chosen = replace(task.settings, use_gpu=resolve_gpu(use_gpu))
+        # What cannot be is said before the films are read.
+        start = start_of(chosen, class_names_of(task.label_map))
         data = task.load()
         with Progress("Training", total=chosen.epochs, unit="epochs") as progress:
 
@@ -91,6 +94,7 @@ def train(
                 data,
                 chosen,
                 output,
+                start=start,
                 label_map=task.label_map,
                 provenance=task.provenance(),
                 on_start=lambda run, earlier: logs.start(run, chosen, output, earlier),
