@@ -16,8 +16,8 @@ from lungopacity.results.folder import (
     WORK,
     read_runs,
 )
-from lungopacity.screening.lease import LEASE_S, LOCKS
 from lungopacity.storage import ObjectInfo, open_store
+from lungopacity.storage.lease import LEASE_S, LOCKS
 
 OLDER_THAN_DAYS = 7.0
 _OLDEST_DAYS = 36500

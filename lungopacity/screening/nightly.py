@@ -18,10 +18,10 @@ from lungopacity.evaluation.drift import Shift
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
-from lungopacity.screening.lease import Lease
 from lungopacity.screening.plan import RunStart, choose, unfinished_runs
 from lungopacity.screening.screen import inside, inventory_at, run_job
 from lungopacity.storage import Store, open_store
+from lungopacity.storage.lease import Lease
 
 log = logging.getLogger(__name__)
 

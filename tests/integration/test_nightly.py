@@ -14,9 +14,9 @@ import lungopacity
 from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.screening.job import screening_job
-from lungopacity.screening.lease import Lease
 from lungopacity.screening.screen import inventory_at, run_job
 from lungopacity.storage import open_store
+from lungopacity.storage.lease import Lease
 from tests.films import encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model
 

@@ -1,4 +1,4 @@
-"""One night at a time: a lease on the results folder, kept in the folder itself.
+"""One job at a time: a lease on a folder of results, kept in the folder itself.
 
 Held by whoever put `_lock/<name>.json` on the condition that no other had. It is renewed while its
 holder lives, and may be taken over when it was not renewed for as long as it lasts. Ages are told
@@ -20,13 +20,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from lungopacity.errors import ImageError, UserError
-from lungopacity.storage import ConflictError, Store
+from lungopacity.storage.interface import ConflictError, Store
 
 log = logging.getLogger(__name__)
 
 LOCKS = "_lock"
 LEASE_S = 90.0
-"""How long a lease outlives its last renewal: what a killed night makes the next one wait."""
+"""How long a lease outlives its last renewal: what a killed job makes the next one wait."""
 _RENEWALS = 5
 """Within that time: some may fail."""
 
@@ -40,6 +40,9 @@ class Lease:
     purpose: str
     """What the next one in line is told, besides host and process."""
     seconds: float = LEASE_S
+    patient: bool = False
+    """Wait until another's lease is renewed, or is over: a killed job may be started again at once.
+    Otherwise whoever held it within its time is taken to live."""
     _token: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
     _etag: str | None = field(default=None, init=False)
     _stop: threading.Event = field(default_factory=threading.Event, init=False)
@@ -91,7 +94,7 @@ class Lease:
         except ConflictError:
             found = self.store.head(self.key)
             if found is not None:
-                self._wait_while_in_future(found.etag, found.modified_at)
+                self._wait_for_renewal(found.etag, found.modified_at)
                 found = self.store.head(self.key)
             if found is not None:
                 age = self.store.now() - found.modified_at
@@ -103,14 +106,21 @@ class Lease:
             except ConflictError:
                 raise UserError(self._held(timedelta(0))) from None
 
-    def _wait_while_in_future(self, etag: str, modified_at: datetime) -> None:
-        """A clock was set back since the lease was renewed, and tells no age. A holder that lives
-        renews it; one that does not within the time of a lease does not live."""
-        ahead = modified_at - self.store.now()
-        if ahead < timedelta(seconds=self.seconds):
+    def _wait_for_renewal(self, etag: str, modified_at: datetime) -> None:
+        """Where its age does not tell whether the holder lives: one that lives renews it, one that
+        does not within the time of a lease does not live. Of a date to come, after a clock was set
+        back, no age can be told."""
+        age_s = (self.store.now() - modified_at).total_seconds()
+        is_ahead = age_s <= -self.seconds
+        if not is_ahead and not (self.patient and age_s <= self.seconds):
             return
-        log.warning("the lease is dated %s from now; waiting whether it is renewed", _told(ahead))
-        deadline = time.monotonic() + self.seconds
+        wait_s = self.seconds if is_ahead else self.seconds - age_s
+        log.warning(
+            "%s is at work there, or was killed; waiting up to %.0f s for a sign of life",
+            self._holder(),
+            wait_s,
+        )
+        deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline:
             time.sleep(self.seconds / _RENEWALS)
             found = self.store.head(self.key)
@@ -124,12 +134,17 @@ class Lease:
             pass
 
     def _held(self, age: timedelta) -> str:
-        holder = self._content()
         return (
-            f"{self.store.uri}: another job is at work there: {holder.get('purpose', 'unknown')}, "
-            f"process {holder.get('process', '?')} on {holder.get('host', '?')}, last sign of life "
+            f"{self.store.uri}: another job is at work there: {self._holder()}, last sign of life "
             f"{_told(age)} ago; wait for its end (a killed one's lease ends {self.seconds:.0f} s "
             "after its last sign of life)"
+        )
+
+    def _holder(self) -> str:
+        holder = self._content()
+        return (
+            f"{holder.get('purpose', 'unknown')}, process {holder.get('process', '?')} on "
+            f"{holder.get('host', '?')}"
         )
 
     def _put(self, *, if_absent: bool = False, if_match: str | None = None) -> None:

@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 
 from lungopacity.errors import UserError
-from lungopacity.screening.lease import Lease
 from lungopacity.storage import ConflictError, open_store
+from lungopacity.storage.lease import Lease
 
 SHORT_S = 2.0
 
@@ -52,6 +52,20 @@ def test_a_killed_holders_lease_is_taken_over_when_it_is_over_and_not_before(sto
     assert time.monotonic() - began > SHORT_S - 1.1  # S3 tells whole seconds
     with pytest.raises(UserError, match="was lost"):
         dead.check()
+
+
+def test_a_patient_one_waits_out_a_killed_holder_and_refuses_beside_a_living_one(store_uri):
+    def patient() -> Lease:
+        return Lease(open_store(store_uri), "nightly", "a night", SHORT_S, patient=True)
+
+    lease(store_uri)._take()
+    with patient() as held:
+        held.check()
+        began = time.monotonic()
+        with pytest.raises(UserError, match="another job is at work"):
+            patient().__enter__()
+        assert time.monotonic() - began < SHORT_S
+        held.check()
 
 
 def test_a_race_for_an_expired_lease_has_one_winner(store_uri):
