@@ -1,7 +1,8 @@
 """The driver's side of training: checks, the run, calibration, the model folder.
 
 A run is named by the hash of its settings and data, and its checkpoints lie in `_training/<name>`
-of the output: the same command goes on where a crash left it, and another command starts afresh.
+of the output: the same command goes on where a crash left it, and another command starts afresh,
+beside what others left. The same command does not run twice at once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import ray
 import safetensors.numpy
 import torch
+from pyarrow.fs import FileSelector
 
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import ImageError, UserError
@@ -33,13 +35,14 @@ from lungopacity.models import (
     network_card,
     save_model,
 )
-from lungopacity.models.compiled import compiled_if_better
 from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.models.pretrained import first_weights, take_weights
-from lungopacity.runtime import require_resources, versions, worker_environment
+from lungopacity.runtime import require_resources, versions
 from lungopacity.storage import join_uri, open_store
+from lungopacity.storage.lease import LEASE_S, Lease
 from lungopacity.training.calibrate import calibrate
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
+from lungopacity.training.finish import compiled_of, distribution_of
 from lungopacity.training.loop import Films
 from lungopacity.training.ray_run import last_line, run_ray_train
 from lungopacity.training.settings import TrainingSettings
@@ -111,112 +114,95 @@ def fit(
     left. on_epoch: called with each history row while training runs, from another thread; a
     resumed run begins with its first new epoch. Raises `UserError` where the output has a model, a
     class lacks films, the first weights cannot be had, the cluster is too small or the training
-    fails; `ValueError` for settings the network refuses.
+    fails, or the same training is at work; `ValueError` for settings the network refuses.
     """
-    if is_model(output):
-        raise UserError(f"{output}: a trained model is there already; give another --output")
+    _refuse_model(output, "give another --output")
     counts = count_films(data, settings)
     start = start or start_of(settings, data.class_names)
 
     run = _run_name(data, settings, start.weights)
-    work_uri = join_uri(output, "_training")
+    work_uri, run_uri = join_uri(output, "_training"), join_uri(output, "_training", run)
     films = films_of(data)
-    if on_start is not None:
-        on_start(run, _rows_of_before(join_uri(work_uri, run)))
-    result = run_ray_train(films, start.first, settings, work_uri, run, on_epoch)
-    diverged = result.return_value["diverged_in_epoch"]
-    if diverged:
-        raise UserError(
-            f"training diverged: the loss of epoch {diverged} is no number; lower it with "
-            f"--set learning_rate={settings.learning_rate / 4:g}"
+    # Twice at once, each would remove the other's checkpoints.
+    lease = Lease(open_store(output), run, f"training of {settings.model}", LEASE_S, patient=True)
+    with lease:
+        _refuse_model(output, "give another --output")
+        if on_start is not None:
+            on_start(run, _rows_of_before(run_uri))
+        result = run_ray_train(films, start.first, settings, work_uri, run, on_epoch)
+        diverged = result.return_value["diverged_in_epoch"]
+        if diverged:
+            raise UserError(
+                f"training diverged: the loss of epoch {diverged} is no number; lower it with "
+                f"--set learning_rate={settings.learning_rate / 4:g}"
+            )
+        best, best_metrics = min(
+            result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
         )
-    best, best_metrics = min(
-        result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
-    )
-    kept, latest = (
-        join_uri(work_uri, run, point.path.rsplit("/", 1)[1]) for point in (best, result.checkpoint)
-    )
-    history = json.loads(_read(latest, HISTORY_FILE))
-    logits_VK = safetensors.numpy.load(_read(kept, LOGITS_FILE))["logits_VK"]
-    spec = _spec(data, settings, start.architecture_settings, logits_VK, films.validation)
-    training = {
-        "settings": settings.as_json(),
-        "data": {
-            "fingerprint": data.fingerprint,
-            "images": counts,
-            "unknown_patients": int(data.images["patient_id"].isna().sum()),
-        },
-        "weights": start.weights,
-        "versions": versions(),
-        "best_epoch": int(best_metrics["epoch"]),
-        "seconds": round(sum(row["seconds"] for row in history), 1),
-        "provenance": dict(provenance or {}),
-    }
-    model = TrainedModel(
-        ModelSpec(**spec, label_map=dict(label_map or {}), training=training),
-        _read(kept, NETWORK_FILE),
-    )
-    shared = ray.put(films)
-    model = replace(model, distribution=_distribution(model, shared, settings.use_gpu))
-    compiled, said = _compiled(model, shared)
-    log.info("%s", said)
-    training["on_cpus"] = said
-    model = replace(model, compiled=compiled)
-    validation = validation_parquet(
-        data.images["content_sha256"].iloc[films.validation].to_list(),
-        [data.class_names[label] for label in data.labels_N[films.validation]],
-        logits_VK,
-        data.class_names,
-    )
-    learnt = training_films_parquet(data.images["content_sha256"].iloc[films.train].to_list())
-    save_model(output, model, _history_parquet(history), validation, learnt)
-    filesystem, root = open_store(work_uri).arrow_filesystem()
-    filesystem.delete_dir(root)
+        kept, latest = (
+            join_uri(run_uri, point.path.rsplit("/", 1)[1]) for point in (best, result.checkpoint)
+        )
+        history = json.loads(_read(latest, HISTORY_FILE))
+        logits_VK = safetensors.numpy.load(_read(kept, LOGITS_FILE))["logits_VK"]
+        spec = _spec(data, settings, start.architecture_settings, logits_VK, films.validation)
+        training = {
+            "settings": settings.as_json(),
+            "data": {
+                "fingerprint": data.fingerprint,
+                "images": counts,
+                "unknown_patients": int(data.images["patient_id"].isna().sum()),
+            },
+            "weights": start.weights,
+            "versions": versions(),
+            "best_epoch": int(best_metrics["epoch"]),
+            "seconds": round(sum(row["seconds"] for row in history), 1),
+            "provenance": dict(provenance or {}),
+        }
+        model = TrainedModel(
+            ModelSpec(**spec, label_map=dict(label_map or {}), training=training),
+            _read(kept, NETWORK_FILE),
+        )
+        shared = ray.put(films)
+        model = replace(model, distribution=distribution_of(model, shared, settings.use_gpu))
+        compiled, said = compiled_of(model, shared)
+        log.info("%s", said)
+        training["on_cpus"] = said
+        model = replace(model, compiled=compiled)
+        validation = validation_parquet(
+            data.images["content_sha256"].iloc[films.validation].to_list(),
+            [data.class_names[label] for label in data.labels_N[films.validation]],
+            logits_VK,
+            data.class_names,
+        )
+        learnt = training_films_parquet(data.images["content_sha256"].iloc[films.train].to_list())
+        _refuse_model(
+            output,
+            f"another training was faster; the finished epochs of this one are kept in {run_uri}: "
+            "remove that model, and the same command makes one of them",
+        )
+        save_model(output, model, _history_parquet(history), validation, learnt)
+        _tidy(work_uri, run)
     return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])
 
 
-def _distribution(model: TrainedModel, films: ray.ObjectRef, use_gpu: bool) -> bytes:
-    """Where the training films lie in the kept network's features, in a Ray task: the driver of a
-    submitted job may have no GPU, and few cores."""
-
-    def run(kept: TrainedModel, films: Films) -> bytes:
-        import os
-
-        from lungopacity.models.distribution import TrainingDistribution
-        from lungopacity.models.scorer import Scorer
-
-        scorer = Scorer(kept, use_gpu=use_gpu, threads=len(os.sched_getaffinity(0)))
-        train_NF, validation_NF = (
-            scorer.scores(films.pixels_NHW[rows]).features_NF
-            for rows in (films.train, films.validation)
-        )
-        return TrainingDistribution.of(train_NF, validation_NF).to_bytes()
-
-    found: bytes = ray.get(
-        ray.remote(run)
-        .options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
-        .remote(model, films)
-    )
-    return found
+def _refuse_model(output: str, mend: str) -> None:
+    if is_model(output):
+        raise UserError(f"{output}: a trained model is there already; {mend}")
 
 
-def _compiled(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None, str]:
-    """The network as CPUs run it best, or None, and what was found. In a task of its own: what ncnn
-    makes of a network that it does not know well may end the process."""
-
-    def run(kept: TrainedModel, films: Films) -> tuple[bytes | None, str]:
-        return compiled_if_better(kept, films.pixels_NHW[films.validation])
-
+def _tidy(work_uri: str, run: str) -> None:
+    """Remove a finished run's checkpoints, and none of other commands of the same output."""
     try:
-        found: tuple[bytes | None, str] = ray.get(
-            ray.remote(run)
-            # Timed, torch must have what it has in screening.
-            .options(num_cpus=1, max_retries=0, runtime_env=worker_environment(False))
-            .remote(model, films)
+        filesystem, root = open_store(work_uri).arrow_filesystem()
+        filesystem.delete_dir(f"{root}/{run}")
+        if not filesystem.get_file_info(FileSelector(root, allow_not_found=True)):
+            filesystem.delete_dir(root)
+    except (OSError, pa.ArrowException, UserError) as error:
+        log.warning(
+            "the model is finished; its checkpoints in %s could not be removed (%s), remove them",
+            join_uri(work_uri, run),
+            last_line(error),
         )
-    except ray.exceptions.RayError as error:
-        return None, f"CPUs run the network in torch: compiling it failed ({last_line(error)})"
-    return found
 
 
 def films_of(data: LabelledPixels) -> Films:

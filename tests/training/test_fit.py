@@ -154,6 +154,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setattr("lungopacity.training.fit.LEASE_S", 2.0)  # of the killed one
     output, places = str(tmp_path / "model"), (str(tmp_path / "tb"), f"file://{tmp_path}/mlruns")
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "tests.training.crashing_run", address, output, *places]

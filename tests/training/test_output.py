@@ -1,0 +1,111 @@
+"""What `fit` leaves of its own and of others in the output, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lungopacity.errors import UserError
+from lungopacity.models import load_model
+from lungopacity.storage import join_uri
+from lungopacity.training.fit import _rows_of_before, _run_name, fit
+from lungopacity.training.loop import Films, Worker, learn
+from lungopacity.training.settings import TrainingSettings
+from tests.training.blobs import SMALL_RUN, blob_films
+
+FEW = blob_films(train=16, validation=8, test=0)
+SHORT = replace(SMALL_RUN, epochs=1)
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[TrainingSettings], None]]:
+    """`fit` trains in this process, and calls what is put in the list when it has trained."""
+    then: list[Callable[[TrainingSettings], None]] = []
+
+    def trained(films: Films, first: None, settings: TrainingSettings, uri: str, run: str, _: Any):
+        points: list[tuple[SimpleNamespace, dict[str, Any]]] = []
+
+        def report(row: dict[str, Any], _: Any, save: Callable[[str], None]) -> None:
+            folder = Path(uri, run, f"checkpoint_{row['epoch']}")
+            folder.mkdir(parents=True)
+            save(str(folder))
+            points.append((SimpleNamespace(path=str(folder)), row))
+
+        learn(Worker(settings, films, 0, 1, torch.device("cpu")), first, None, report)
+        for call in then:
+            call(settings)
+        return SimpleNamespace(
+            return_value={"diverged_in_epoch": None},
+            best_checkpoints=points,
+            checkpoint=points[-1][0],
+        )
+
+    for name, stand_in in (
+        ("run_ray_train", trained),
+        ("require_resources", lambda *_: None),
+        ("distribution_of", lambda *_: None),
+        ("compiled_of", lambda *_: (None, "")),
+        ("LEASE_S", 1.0),
+    ):
+        monkeypatch.setattr(f"lungopacity.training.fit.{name}", stand_in)
+    monkeypatch.setattr("ray.put", lambda films: films)
+    return then
+
+
+def test_two_trainings_of_one_output_spare_each_others_epochs(
+    without_ray: list[Callable[[TrainingSettings], None]], tmp_path: Path
+) -> None:
+    output, other = str(tmp_path / "model"), replace(SHORT, learning_rate=2e-3)
+    runs = [_run_name(FEW, settings, None) for settings in (SHORT, other)]
+
+    def the_other_begins_and_ends(settings: TrainingSettings) -> None:
+        if settings is SHORT:
+            fit(FEW, other, output)
+            assert [path.name for path in Path(output, "_training").iterdir()] == [runs[0]]
+
+    without_ray.append(the_other_begins_and_ends)
+    with pytest.raises(UserError, match=f"another training was faster.*_training/{runs[0]}: "):
+        fit(FEW, SHORT, output)
+    assert load_model(output).spec.training["settings"]["learning_rate"] == 2e-3
+    assert len(_rows_of_before(join_uri(output, "_training", runs[0]))) == 1
+    assert {path.name for path in Path(output).iterdir()} >= {"SHA256SUMS", "_training"}
+    assert not Path(output, "_lock").exists()
+
+
+def test_the_same_training_does_not_run_twice_at_once(
+    without_ray: list[Callable[[TrainingSettings], None]], tmp_path: Path
+) -> None:
+    output = str(tmp_path / "model")
+    said: list[str] = []
+
+    def again(_: TrainingSettings) -> None:
+        without_ray.clear()
+        with pytest.raises(UserError) as refused:
+            fit(FEW, SHORT, output)
+        said.append(str(refused.value))
+
+    without_ray.append(again)
+    fit(FEW, SHORT, output)
+    assert "another job is at work there: training of classical-cnn" in said[0]
+    assert {path.name for path in Path(output).iterdir()}.isdisjoint({"_lock", "_training"})
+
+
+def test_a_model_is_finished_even_if_its_checkpoints_cannot_be_removed(
+    without_ray: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("AWS Error SLOW_DOWN during DeleteObjects operation")
+
+    monkeypatch.setattr("lungopacity.training.fit.FileSelector", broken)
+    result = fit(FEW, SHORT, str(tmp_path / "model"))
+    assert load_model(str(tmp_path / "model")).model_id == result.model.model_id
+    assert "could not be removed (OSError: AWS Error SLOW_DOWN" in caplog.text
