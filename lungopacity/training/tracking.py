@@ -7,13 +7,16 @@ on after a crash. Nothing of the films is told: no label, no name, no weights.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
+import queue
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +33,7 @@ EXPERIMENT = "lungopacity"
 
 _EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 _RUN_TAG = "lungopacity.run"
+_OUTPUT_TAG = "model_folder"
 # Read by MLflow when it is imported. It would tell its makers of every use, and try for minutes to
 # reach a server that is not there.
 _MLFLOW_VARIABLES = {
@@ -37,6 +41,10 @@ _MLFLOW_VARIABLES = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
+
+
+_WAIT_S = 30.0
+"""At the end of a training, for a place that says nothing."""
 
 
 class RunLog(ABC):
@@ -50,9 +58,7 @@ class RunLog(ABC):
         """Epochs."""
 
     @abstractmethod
-    def start(
-        self, run: str, settings: Mapping[str, bool | float | str], output: str, resumed: bool
-    ) -> None:
+    def start(self, run: str, settings: Mapping[str, bool | float | str], output: str) -> None:
         """Open the run of that name, and say what it is. May set `told`."""
 
     @abstractmethod
@@ -75,12 +81,57 @@ class RunLog(ABC):
                 self.told.add(row["epoch"])
 
 
+class _Teller:
+    """A place with a thread of its own: one that is slow, or hangs, holds nothing else up."""
+
+    def __init__(self, place: RunLog) -> None:
+        self.place = place
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._skips_epochs = False
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Returns at once."""
+
+        def tell() -> None:
+            if not self._skips_epochs:
+                self.place.tell_rows([row])
+
+        self._do(tell)
+
+    def end(self, last: Callable[[], None], *, tells_all: bool) -> None:
+        """Do that, and wait for it while the place shows any life. tells_all: it tells of every
+        epoch itself, so that those that wait need not be told one by one."""
+        self._skips_epochs = tells_all
+        thread, told = self._do(last), -1
+        self._jobs.put(None)
+        while thread.is_alive() and told < len(self.place.told):
+            told = len(self.place.told)
+            thread.join(_WAIT_S)
+        if thread.is_alive():
+            log.warning("%s: does not answer; not all was written", self.place.place)
+
+    def _do(self, job: Callable[[], None]) -> threading.Thread:
+        self._jobs.put(job)
+        if self._thread is None or not self._thread.is_alive():
+            # A daemon: one that hangs does not hold the process up either.
+            self._thread = threading.Thread(target=self._work, daemon=True, name=self.place.place)
+            self._thread.start()
+        return self._thread
+
+    def _work(self) -> None:
+        for job in iter(self._jobs.get, None):
+            with _as_warning(self.place.place):
+                job()
+
+
 class RunLogs:
-    """All places of one run. Once training runs, none of them can stop it: what could not be told
-    is told at the end, or a log line says that it was not."""
+    """All places of one run. Once training runs, none of them can stop it or hold it up: what could
+    not be told is told at the end, or a log line says that it was not."""
 
     def __init__(self, logs: Sequence[RunLog]) -> None:
-        self._logs = logs
+        self.places = logs
+        self._tellers = [_Teller(place) for place in logs]
 
     def start(
         self,
@@ -91,16 +142,15 @@ class RunLogs:
     ) -> None:
         """earlier: rows of epochs that were trained before a crash. Raises `UserError` where a
         place cannot be written to."""
-        for place in self._logs:
+        for place in self.places:
             with _as_user_error(place.place):
-                place.start(run, flat_settings(settings), output, resumed=bool(earlier))
+                place.start(run, flat_settings(settings), output)
                 place.tell_rows(earlier)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """A history row, as it comes."""
-        for place in self._logs:
-            with _as_warning(place.place):
-                place.tell_rows([row])
+        for teller in self._tellers:
+            teller.epoch(row)
 
     def finish(self, result: TrainingResult) -> None:
         """The model, and what could not be told of its epochs before."""
@@ -114,15 +164,17 @@ class RunLogs:
             "best_epoch": str(result.best_epoch),
             "synthetic": str(spec.synthetic).lower(),
         }
-        for place in self._logs:
-            with _as_warning(place.place):
-                place.tell_rows(result.history)
-                place.finish(metrics, facts, result.best_epoch)
+
+        def finished(place: RunLog) -> None:
+            place.tell_rows(result.history)
+            place.finish(metrics, facts, result.best_epoch)
+
+        for teller in self._tellers:
+            teller.end(functools.partial(finished, teller.place), tells_all=True)
 
     def give_up(self) -> None:
-        for place in self._logs:
-            with _as_warning(place.place):
-                place.give_up()
+        for teller in self._tellers:
+            teller.end(teller.place.give_up, tells_all=False)
 
 
 @contextlib.contextmanager
@@ -159,9 +211,7 @@ class TensorBoardLog(RunLog):
                 store.root.mkdir(parents=True, exist_ok=True)
             next(iter(store.list()), None)
 
-    def start(
-        self, run: str, settings: Mapping[str, bool | float | str], output: str, resumed: bool
-    ) -> None:
+    def start(self, run: str, settings: Mapping[str, bool | float | str], output: str) -> None:
         # Not its SummaryWriter, which writes when it pleases: `flush` must leave a whole file.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
@@ -248,20 +298,23 @@ class MlflowLog(RunLog):
             )
         self._run: str | None = None
 
-    def start(
-        self, run: str, settings: Mapping[str, bool | float | str], output: str, resumed: bool
-    ) -> None:
+    def start(self, run: str, settings: Mapping[str, bool | float | str], output: str) -> None:
         from mlflow.entities import Param
 
+        # Also of one that was killed before its first checkpoint, and not of another output.
         unfinished = f"tags.`{_RUN_TAG}` = '{run}' and attributes.status != 'FINISHED'"
-        found = self._client.search_runs([self._experiment], unfinished) if resumed else []
+        found = [
+            item
+            for item in self._client.search_runs([self._experiment], unfinished)
+            if item.data.tags.get(_OUTPUT_TAG) == output
+        ]
         if found:
             self._run = str(found[0].info.run_id)
             self._client.update_run(self._run, status="RUNNING")
             history = self._client.get_metric_history(self._run, "validation_loss")
             self.told = {metric.step for metric in history}
             return
-        tags = {_RUN_TAG: run, "model_folder": output, "mlflow.note.content": NOTICE}
+        tags = {_RUN_TAG: run, _OUTPUT_TAG: output, "mlflow.note.content": NOTICE}
         made = self._client.create_run(
             self._experiment, tags=tags, run_name=f"{settings['model']} {run}"
         )

@@ -5,15 +5,29 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from lungopacity.errors import UserError
 from lungopacity.storage import join_uri
 from lungopacity.training.fit import TrainingResult
-from lungopacity.training.tracking import _as_user_error, run_logs
+from lungopacity.training.tracking import (
+    EXPERIMENT,
+    MlflowLog,
+    RunLog,
+    RunLogs,
+    TensorBoardLog,
+    _as_user_error,
+    flat_settings,
+    run_logs,
+)
 from tests.models.tiny import tiny_model
 from tests.training.blobs import SMALL_RUN
 from tests.training.logs_read import mlflow_run, scalars, tensorboard_events
@@ -45,6 +59,14 @@ def told(tensorboard: str | None, mlflow: str | None, epochs: int, earlier: int 
         for epoch in range(earlier + 1, epochs + 1):
             logs.epoch(row(epoch))
         logs.finish(result(epochs))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Each place is told by a thread of its own."""
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def crashed(tensorboard: str | None, mlflow: str | None, epochs: int) -> None:
@@ -97,8 +119,12 @@ def test_an_epoch_is_readable_as_soon_as_it_is_told(store_uri: str, tmp_path: Pa
     with run_logs(store_uri, None) as logs:
         logs.start(RUN, SMALL_RUN, MODEL, [])
         logs.epoch(row(1))
-        events = tensorboard_events(join_uri(store_uri, RUN), tmp_path / "copy")
-        assert scalars(events, "train_loss") == {1: 1.0}
+
+        def shown() -> bool:
+            events = tensorboard_events(join_uri(store_uri, RUN), tmp_path / uuid.uuid4().hex)
+            return "train_loss" in events.Tags()["scalars"]
+
+        wait_until(shown)
 
 
 def test_of_what_mlflow_says_the_first_sentence_is_told() -> None:
@@ -136,7 +162,9 @@ def test_a_resumed_run_tells_no_epoch_twice_and_loses_none(tmp_path: Path) -> No
 
 def test_a_run_that_ends_without_a_model_is_not_left_running(tmp_path: Path) -> None:
     crashed(None, f"file://{tmp_path}/mlruns", epochs=1)
-    assert mlflow_run(f"file://{tmp_path}/mlruns", RUN)[0].info.status == "FAILED"
+    run, histories = mlflow_run(f"file://{tmp_path}/mlruns", RUN)
+    assert run.info.status == "FAILED"
+    assert histories["train_loss"] == [(1, 1.0)]
 
 
 def test_a_log_that_breaks_does_not_stop_the_training(
@@ -146,14 +174,83 @@ def test_a_log_that_breaks_does_not_stop_the_training(
     with caplog.at_level(logging.WARNING), run_logs(None, f"file://{mlflow}") as logs:
         logs.start(RUN, SMALL_RUN, MODEL, [])
         logs.epoch(row(1))
+        wait_until(lambda: 1 in logs.places[0].told)
         shutil.move(mlflow, tmp_path / "away")
         logs.epoch(row(2))
-        assert "not written" in caplog.text
+        wait_until(lambda: "not written" in caplog.text)
         shutil.move(tmp_path / "away", mlflow)
         logs.epoch(row(3))
         logs.finish(result(3))
     _, histories = mlflow_run(f"file://{mlflow}", RUN)
     assert sorted(step for step, _ in histories["train_loss"]) == [1, 2, 3]
+
+
+class Hanging(RunLog):
+    """A server that takes a request and does not answer."""
+
+    place = "--mlflow http://far"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = threading.Event()
+
+    def start(self, run: str, settings: object, output: str) -> None: ...
+
+    def tell(self, row: Mapping[str, Any]) -> None:
+        self.answer.wait(30)
+
+    def finish(self, metrics: object, facts: object, epoch: int) -> None: ...
+
+    def give_up(self) -> None:
+        self.answer.wait(30)
+
+
+def test_a_place_that_hangs_holds_up_neither_training_nor_other_places(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lungopacity.training.tracking._WAIT_S", 0.3)
+    hanging = Hanging()
+    logs = RunLogs([hanging, TensorBoardLog(str(tmp_path / "tb"))])
+    logs.start(RUN, SMALL_RUN, MODEL, [])
+    began = time.monotonic()
+    for epoch in range(1, 41):
+        logs.epoch(row(epoch))
+    assert time.monotonic() - began < 1
+    with caplog.at_level(logging.WARNING):
+        logs.finish(result(40))
+    assert time.monotonic() - began < 10
+    assert "--mlflow http://far: does not answer; not all was written" in caplog.text
+    events = tensorboard_events(str(tmp_path / "tb" / RUN), tmp_path / "copy")
+    assert len(events.Scalars("train_loss")) == 40
+    hanging.answer.set()
+
+
+def test_a_slow_place_is_told_all_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lungopacity.training.tracking._WAIT_S", 0.3)
+    slow = Hanging()
+    monkeypatch.setattr(slow, "tell", lambda row: time.sleep(0.1))
+    logs = RunLogs([slow])
+    for epoch in range(1, 8):
+        logs.epoch(row(epoch))
+    logs.finish(result(7))
+    assert slow.told == set(range(1, 8))
+
+
+def test_a_run_killed_before_its_first_epoch_is_taken_up_by_the_same_command_alone(
+    tmp_path: Path,
+) -> None:
+    store = f"file://{tmp_path}/mlruns"
+    MlflowLog(store).start(RUN, flat_settings(SMALL_RUN), "another/output")
+    MlflowLog(store).start(RUN, flat_settings(SMALL_RUN), MODEL)  # and killed
+    told(None, store, epochs=1)
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    found = client.search_runs([experiment.experiment_id])
+    assert {run.data.tags["model_folder"]: run.info.status for run in found} == {
+        "another/output": "RUNNING",
+        MODEL: "FINISHED",
+    }
+    assert len(found) == 2
 
 
 def test_without_mlflow_the_mend_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
