@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lungopacity.storage import open_store
-from lungopacity.training.tracking import EXPERIMENT
+from lungopacity.training.mlflow_log import EXPERIMENT
 
 
 def tensorboard_events(uri: str, copy: Path) -> EventAccumulator:

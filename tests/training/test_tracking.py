@@ -18,16 +18,10 @@ from mlflow import MlflowClient
 from lungopacity.errors import UserError
 from lungopacity.storage import join_uri
 from lungopacity.training.fit import TrainingResult
-from lungopacity.training.tracking import (
-    EXPERIMENT,
-    MlflowLog,
-    RunLog,
-    RunLogs,
-    TensorBoardLog,
-    _as_user_error,
-    flat_settings,
-    run_logs,
-)
+from lungopacity.training.mlflow_log import EXPERIMENT, MlflowLog
+from lungopacity.training.run_log import RunLog, as_user_error
+from lungopacity.training.tensorboard_log import TensorBoardLog
+from lungopacity.training.tracking import RunLogs, flat_settings, run_logs
 from tests.models.tiny import tiny_model
 from tests.training.blobs import SMALL_RUN
 from tests.training.logs_read import mlflow_run, scalars, tensorboard_events
@@ -129,7 +123,7 @@ def test_an_epoch_is_readable_as_soon_as_it_is_told(store_uri: str, tmp_path: Pa
 
 def test_of_what_mlflow_says_the_first_sentence_is_told() -> None:
     said = r"^--mlflow x: cannot be written to \(No such store\)$"
-    with pytest.raises(UserError, match=said), _as_user_error("--mlflow x"):
+    with pytest.raises(UserError, match=said), as_user_error("--mlflow x"):
         raise ValueError("No such store. Please migrate. See https://…\nand more")
 
 

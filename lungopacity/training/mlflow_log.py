@@ -1,0 +1,104 @@
+"""A training run on a tracking server of MLflow."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from lungopacity.errors import NOTICE, UserError
+from lungopacity.training.run_log import RunLog, as_user_error
+
+EXPERIMENT = "lungopacity"
+"""MLflow's experiment, unless the variable MLFLOW_EXPERIMENT_NAME says another."""
+
+_EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
+_RUN_TAG = "lungopacity.run"
+_OUTPUT_TAG = "model_folder"
+# Read by MLflow when it is imported. It would tell its makers of every use, and try for minutes to
+# reach a server that is not there.
+_MLFLOW_VARIABLES = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+
+class MlflowLog(RunLog):
+    """A run of an MLflow server, found again by its tag."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__()
+        self.place = f"--mlflow {_without_password(uri)}"
+        for name, value in _MLFLOW_VARIABLES.items():
+            os.environ.setdefault(name, value)
+        try:
+            from mlflow import MlflowClient
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "--mlflow: MLflow is not installed where the training is started; pip install "
+                "'lungopacity[mlflow]'"
+            ) from error
+        name = os.environ.get(_EXPERIMENT_VARIABLE, EXPERIMENT)
+        with as_user_error(self.place):
+            self._client = MlflowClient(uri)
+            found = self._client.get_experiment_by_name(name)
+            self._experiment = (
+                self._client.create_experiment(name) if found is None else found.experiment_id
+            )
+        self._run: str | None = None
+
+    def start(self, run: str, settings: Mapping[str, bool | float | str], output: str) -> None:
+        from mlflow.entities import Param
+
+        # Also of one that was killed before its first checkpoint, and not of another output.
+        unfinished = f"tags.`{_RUN_TAG}` = '{run}' and attributes.status != 'FINISHED'"
+        found = [
+            item
+            for item in self._client.search_runs([self._experiment], unfinished)
+            if item.data.tags.get(_OUTPUT_TAG) == output
+        ]
+        if found:
+            self._run = str(found[0].info.run_id)
+            self._client.update_run(self._run, status="RUNNING")
+            history = self._client.get_metric_history(self._run, "validation_loss")
+            self.told = {metric.step for metric in history}
+            return
+        tags = {_RUN_TAG: run, _OUTPUT_TAG: output, "mlflow.note.content": NOTICE}
+        made = self._client.create_run(
+            self._experiment, tags=tags, run_name=f"{settings['model']} {run}"
+        )
+        self._run = str(made.info.run_id)
+        parameters = [Param(name, str(value)) for name, value in settings.items()]
+        self._client.log_batch(self._run, params=parameters)
+
+    def tell(self, row: Mapping[str, Any]) -> None:
+        values = {name: value for name, value in row.items() if name != "epoch"}
+        # Last: an epoch that has it has all.
+        values["validation_loss"] = values.pop("validation_loss")
+        self._metrics(values, row["epoch"])
+
+    def finish(self, metrics: Mapping[str, float], facts: Mapping[str, str], epoch: int) -> None:
+        self._metrics(metrics, epoch)
+        for name, text in facts.items():
+            self._client.set_tag(self._run, name, text)
+        self._client.set_terminated(self._run, "FINISHED")
+        self._run = None
+
+    def give_up(self) -> None:
+        if self._run is not None:
+            self._client.set_terminated(self._run, "FAILED")
+
+    def _metrics(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
+
+
+def _without_password(uri: str) -> str:
+    host = urlsplit(uri).netloc
+    return uri.replace(host, host.rpartition("@")[2], 1) if "@" in host else uri
