@@ -7,6 +7,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lungopacity.errors import REJECTING, ErrorCode, ImageError, Stage, Status, UserError
 from lungopacity.radiograph import (
     ACCEPTABLE,
@@ -69,15 +72,42 @@ def content_rows(data: bytes, settings: ReadSettings) -> Iterator[dict[str, Any]
     """
     digest = {"content_sha256": hashlib.sha256(data).hexdigest()}
     try:
-        for columns in _image_columns(data, settings, settings.preprocessing.at_least):
-            yield digest | columns
+        for found in shown_films(data, settings):
+            if isinstance(found, ImageError):
+                yield digest | error_columns(found)
+            else:
+                yield digest | _film_columns(found, settings)
     except Exception as error:
         yield digest | error_columns(error)
 
 
-def _image_columns(
+@dataclass(frozen=True)
+class ShownFilm:
+    """A film as it was decoded for a model, and the part of it that the model is shown."""
+
+    film: Radiograph
+    edges: tuple[int, int, int, int]
+    """Left, top, right and bottom of that part."""
+
+    @property
+    def shown(self) -> npt.NDArray[np.uint8]:
+        """(height, width) uint8: a view."""
+        left, top, right, bottom = self.edges
+        return self.film.pixels[top:bottom, left:right]
+
+
+def shown_films(data: bytes, settings: ReadSettings) -> Iterator[ShownFilm | ImageError]:
+    """Every film of a file, at a size that its `shown` part can be shrunk from.
+
+    A frame that cannot be decoded comes as its `ImageError`. Raises `ImageError` for a file that
+    cannot be decoded at all.
+    """
+    return _shown_films(data, settings, settings.preprocessing.at_least)
+
+
+def _shown_films(
     data: bytes, settings: ReadSettings, at_least: int | None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[ShownFilm | ImageError]:
     for found in decode_radiographs(
         data,
         limits=settings.limits,
@@ -86,14 +116,14 @@ def _image_columns(
         hmac_key=settings.hmac_key,
     ):
         if isinstance(found, ImageError):
-            yield error_columns(found)
+            yield found
             continue
         edges = settings.preprocessing.edges(found.pixels)
         if at_least is not None and _is_small_part(edges, found):
             # The scale of the JPEG was chosen for its wide border: once more, at its full size.
-            yield from _image_columns(data, settings, None)
+            yield from _shown_films(data, settings, None)
         else:
-            yield _film_columns(found, edges, settings)
+            yield ShownFilm(found, edges)
 
 
 def _is_small_part(edges: tuple[int, int, int, int], film: Radiograph) -> bool:
@@ -103,11 +133,8 @@ def _is_small_part(edges: tuple[int, int, int, int], film: Radiograph) -> bool:
     return is_shrunk and 2 * max(right - left, bottom - top) < max(film.pixels.shape)
 
 
-def _film_columns(
-    film: Radiograph, edges: tuple[int, int, int, int], settings: ReadSettings
-) -> dict[str, Any]:
-    left, top, right, bottom = edges
-    cropped = film.pixels[top:bottom, left:right]
+def _film_columns(found: ShownFilm, settings: ReadSettings) -> dict[str, Any]:
+    film, cropped = found.film, found.shown
     is_cropped = cropped.shape != film.pixels.shape
     # What is judged is the whole film, also where the model is shown a part of it.
     shrink = settings.preprocessing.roughly_fit if is_cropped else settings.preprocessing.fit
@@ -127,7 +154,7 @@ def _film_columns(
         "pixels": settings.preprocessing.pad(content).tobytes(),
         "shown_height": height,
         "shown_width": width,
-        "shown_edges": _in_stored_pixels(edges, film),
+        "shown_edges": _in_stored_pixels(found.edges, film),
     }
 
 
