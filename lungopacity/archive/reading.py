@@ -120,12 +120,12 @@ def read_images(
 
 def read_files(
     store: Store, objects: pa.Table, settings: ReadSettings
-) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every image file of the objects, containers unpacked; what cannot be read
-    is passed over."""
+) -> Iterator[tuple[str, str | None, bytes]]:
+    """Key, member and bytes of every image file of the objects, containers unpacked; what cannot be
+    read is passed over."""
     for file in _files(store, objects, settings, None, ReadFigures()):
         if file.data is not None:
-            yield file.name, file.data
+            yield file.columns["image"], file.columns.get("member"), file.data
 
 
 def _rows(

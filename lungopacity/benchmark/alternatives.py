@@ -1,8 +1,9 @@
 """What a user would write instead of `lungopacity screen`, each as its own documentation has it.
 
-Each reads loose images, scores them with the same network in float32, and writes Parquet: image,
-p_…, scored_at (seconds). None of them looks at quality, keeps a film that cannot be read, checks a
-digest, or can be stopped and go on; that is what screening does for its time.
+Each reads loose images that Pillow knows by their suffix, scores them with the same network in
+float32, and writes Parquet: image, p_…, scored_at (seconds). None of them looks at quality, keeps a
+film that cannot be read, checks a digest, or can be stopped and go on; that is what screening does
+for its time.
 
 - `dataloader`: torch's DataLoader, a worker a core, boto3 and Pillow, and a loop.
 - `ray-read-images`: `ray.data.read_images`, `map_batches` with an actor, `write_parquet`.
@@ -17,7 +18,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +30,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity.archive.inventory import take_inventory
+from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.results.schema import class_column
-from lungopacity.runtime import quiet_ray_data, ray_session
+from lungopacity.runtime import quiet_ray_data, ray_session, worker_environment
 from lungopacity.storage import join_uri, open_store
 
 if TYPE_CHECKING:
@@ -37,16 +41,38 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
+"""What Ray's `read_images` takes for an image; the others are given the same."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be scored, and how."""
+
+    way: str
+    """One of `WAYS`."""
+    images: str
+    """URI."""
+    model: str
+    """URI."""
+    output: str
+    """URI of a folder for Parquet files."""
+    batch_size: int
+    use_gpu: bool = False
+
 
 class _Model:
     """The network of a model folder, as one would call it by hand."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, use_gpu: bool, threads: int | None = None) -> None:
+        """`threads`: None is torch's own choice."""
         import torch
 
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.trained = load_model(model)
         self.size = self.trained.spec.preprocessing.image_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if use_gpu else "cpu")
         network = self.trained.network().to(self.device)
         self.network: torch.nn.Module = network.to(memory_format=torch.channels_last)
 
@@ -116,18 +142,29 @@ def _getter(uri: str) -> Callable[[str], bytes]:
     return get
 
 
-def dataloader(images: str, model: str, output: str, batch_size: int) -> None:
+def _image_keys(images: str) -> tuple[str, list[str]]:
+    """URI of the root, and keys. Sheets and notes beside films are left out, as a user would."""
+    archive = take_inventory(images)
+    keys = [
+        key for key in archive.objects["image"].to_pylist() if key.lower().endswith(IMAGE_SUFFIXES)
+    ]
+    if not keys:
+        raise UserError(f"no key ends with {', '.join(IMAGE_SUFFIXES)}")
+    return archive.uri, keys
+
+
+def dataloader(task: Task) -> None:
     """torch's DataLoader and a loop."""
     import torch.utils.data
 
-    scorer = _Model(model)
-    archive = take_inventory(images)
-    films: Any = _Films(archive.uri, archive.objects["image"].to_pylist(), scorer.size)
+    scorer = _Model(task.model, task.use_gpu)
+    root, keys = _image_keys(task.images)
+    films: Any = _Films(root, keys, scorer.size)
     loader = torch.utils.data.DataLoader(
         films,
-        batch_size=batch_size,
+        batch_size=task.batch_size,
         num_workers=len(os.sched_getaffinity(0)),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=task.use_gpu,
         # boto3 and a process that was forked from one with threads do not go together.
         multiprocessing_context="spawn",
     )
@@ -135,69 +172,79 @@ def dataloader(images: str, model: str, output: str, batch_size: int) -> None:
         pa.table({"image": list(keys), **scorer.columns(pixels_NHW.numpy())})
         for keys, pixels_NHW in loader
     ]
-    pq.write_table(pa.concat_tables(tables), f"{output}/predictions.parquet")
+    pq.write_table(pa.concat_tables(tables), f"{task.output}/predictions.parquet")
 
 
-def ray_read_images(images: str, model: str, output: str, batch_size: int) -> None:
+def ray_read_images(task: Task) -> None:
     """Ray Data's recipe for batch inference on images."""
     import ray
 
-    size = load_model(model).spec.preprocessing.image_size
-    filesystem, root = _filesystem(images)
-    with ray_session():
+    size = load_model(task.model).spec.preprocessing.image_size
+    filesystem, root = _filesystem(task.images)
+    with ray_session(), _told_bytes_moved():
         quiet_ray_data()
         films = ray.data.read_images(
             root, filesystem=filesystem, mode="L", size=(size, size), include_paths=True
         )
-        _ray_scored(films, "image", "path", model, batch_size).write_parquet(output)
-        _say_bytes_moved()
+        _write(_ray_scored(films, "path", root, task), task.output)
 
 
-def ray_download(images: str, model: str, output: str, batch_size: int) -> None:
+def ray_download(task: Task) -> None:
     """Ray Data's recipe for a list of URIs."""
     import ray
     from ray.data.expressions import download
 
-    size = load_model(model).spec.preprocessing.image_size
-    filesystem, root = _filesystem(images)
-    keys = take_inventory(images).objects["image"].to_pylist()
+    size = load_model(task.model).spec.preprocessing.image_size
+    uri, keys = _image_keys(task.images)
+    filesystem, root = _filesystem(uri)
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
         pixels = np.stack([_decoded(data, size) for data in batch["bytes"]])
         return {"uri": batch["uri"], "image": pixels}
 
-    with ray_session():
+    with ray_session(), _told_bytes_moved():
         quiet_ray_data()
         films = (
             ray.data.from_items([{"uri": f"{root}/{key}"} for key in keys])
             .with_column("bytes", download("uri", filesystem=filesystem))
             .map_batches(decode)
         )
-        _ray_scored(films, "image", "uri", model, batch_size).write_parquet(output)
-        _say_bytes_moved()
+        _write(_ray_scored(films, "uri", root, task), task.output)
 
 
-def _ray_scored(films: Any, pixels: str, name: str, model: str, batch_size: int) -> Any:
+def _write(scored: Any, output: str) -> None:
+    filesystem, root = _filesystem(output)
+    scored.write_parquet(root, filesystem=filesystem)
+
+
+def _ray_scored(films: Any, name: str, root: str, task: Task) -> Any:
+    """`name`: the column of paths below `root`."""
     import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if task.use_gpu else 0
+    cpus = int(ray.cluster_resources()["CPU"])
+    actors = gpus or max(1, cpus - 2)
+    # Ray allows an actor as many as CPUs are reserved for it, and one where there are none.
+    threads = max(1, cpus // actors)
 
     class Score:
         def __init__(self) -> None:
-            self.model = _Model(model)
+            self.model = _Model(task.model, task.use_gpu, threads)
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            films = np.ascontiguousarray(batch[pixels])
-            return {"image": batch[name], **self.model.columns(films)}
+            films = np.ascontiguousarray(batch["image"])
+            keys = [path.removeprefix(f"{root}/") for path in batch[name]]
+            return {"image": np.array(keys), **self.model.columns(films)}
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    cpus = int(ray.cluster_resources()["CPU"])
     return films.map_batches(
         Score,
-        batch_size=batch_size,
+        batch_size=task.batch_size,
         num_gpus=1 if gpus else None,
         # With a CPU each, as the recipe has it, two CPUs are taken by actors (one plans downloads)
         # and none is left to read: the job hangs without a word.
         num_cpus=0 if cpus <= 2 else 1,
-        compute=ray.data.ActorPoolStrategy(size=gpus or max(1, cpus - 2)),
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        runtime_env=worker_environment(task.use_gpu),
     )
 
 
@@ -208,7 +255,7 @@ def _filesystem(images: str) -> tuple[Any, str]:
     return None, store.uri.removeprefix("file://")
 
 
-def daft(images: str, model: str, output: str, batch_size: int) -> None:
+def daft(task: Task) -> None:
     """Daft's recipe for batch inference on images."""
     import daft
     from daft import DataType, col
@@ -216,12 +263,11 @@ def daft(images: str, model: str, output: str, batch_size: int) -> None:
     from daft.functions.image import resize
     from daft.io import IOConfig, S3Config
 
-    trained = load_model(model)
+    trained = load_model(task.model)
     size, names = trained.spec.preprocessing.image_size, trained.spec.class_names
-    archive = take_inventory(images)
-    keys = archive.objects["image"].to_pylist()
+    root, keys = _image_keys(task.images)
     config = None
-    if archive.uri.startswith("s3://"):
+    if root.startswith("s3://"):
         config = IOConfig(
             s3=S3Config(
                 endpoint_url=os.environ.get("AWS_ENDPOINT_URL"),
@@ -231,44 +277,59 @@ def daft(images: str, model: str, output: str, batch_size: int) -> None:
     fields = {class_column("p", name): DataType.float32() for name in names}
     fields["scored_at"] = DataType.float64()
 
-    @daft.cls
+    @daft.cls(gpus=1 if task.use_gpu else 0)
     class Score:
         def __init__(self) -> None:
-            self.model = _Model(model)
+            self.model = _Model(task.model, task.use_gpu)
 
-        @daft.method.batch(return_dtype=DataType.struct(fields), unnest=True, batch_size=batch_size)
+        @daft.method.batch(
+            return_dtype=DataType.struct(fields), unnest=True, batch_size=task.batch_size
+        )
         def score(self, films: Any) -> Any:
             pixels_NHW = np.stack(films.to_pylist()).reshape(-1, size, size)
             return pa.table(self.model.columns(pixels_NHW)).to_struct_array().combine_chunks()
 
-    frame = daft.from_pydict({"image": keys, "uri": [join_uri(archive.uri, key) for key in keys]})
+    frame = daft.from_pydict({"image": keys, "uri": [join_uri(root, key) for key in keys]})
     frame = frame.with_column(
         "film", resize(decode_image(download(col("uri"), io_config=config), mode="L"), size, size)
     )
-    frame.select(col("image"), Score().score(col("film"))).write_parquet(output)
+    frame.select(col("image"), Score().score(col("film"))).write_parquet(task.output)
 
 
-def ours(images: str, model: str, output: str, batch_size: int) -> None:
+def ours(task: Task) -> None:
     """`lungopacity screen` inside of a Ray that can be asked afterwards what went through it."""
     from lungopacity.screening.screen import screen
 
-    with ray_session():
-        screen(images, model, output, batch_size=batch_size)
-        _say_bytes_moved()
+    with ray_session(), _told_bytes_moved():
+        screen(
+            task.images,
+            task.model,
+            task.output,
+            batch_size=task.batch_size,
+            use_gpu=task.use_gpu,
+            reject_quality=(),
+        )
 
 
-def _say_bytes_moved() -> None:
-    """Print how many bytes went through the object stores of all nodes, for whoever started us."""
+@contextmanager
+def _told_bytes_moved() -> Iterator[None]:
+    """Print how many bytes went through Ray in the block, for whoever started us."""
+    before = bytes_moved()
+    yield
+    print(json.dumps({"bytes_moved": bytes_moved() - before}))
+
+
+def bytes_moved() -> int:
+    """Through the object stores of all nodes, since the Ray cluster was started."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     # Any node asks all the others.
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    moved = get_memory_info_reply(state).store_stats.cumulative_created_bytes
-    print(json.dumps({"bytes_moved": moved}))
+    return int(get_memory_info_reply(state).store_stats.cumulative_created_bytes)
 
 
-WAYS: dict[str, Callable[[str, str, str, int], None]] = {
+WAYS: dict[str, Callable[[Task], None]] = {
     "ours": ours,
     "dataloader": dataloader,
     "ray-read-images": ray_read_images,
@@ -277,5 +338,5 @@ WAYS: dict[str, Callable[[str, str, str, int], None]] = {
 }
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    WAYS[given["way"]](given["images"], given["model"], given["output"], given["batch_size"])
+    given = Task(**json.loads(Path(sys.argv[1]).read_text()))
+    WAYS[given.way](given)

@@ -1,137 +1,239 @@
 """The limit of a machine: one process a core reads, decodes and scores, and nothing else happens.
 
-It reads, decodes and computes by the functions that screening calls, so what screening takes longer
-is the cost of the framework around them, of the rows that it writes, and of its safeguards.
+On a GPU each core's process decodes, and all feed one scorer. Whatever it is, it reads, decodes and
+computes by the functions that screening calls, so what screening takes longer is the cost of the
+framework around them, of the rows that it writes, and of its safeguards.
+
+A shard is read by one process, as in screening: of fewer shards than cores, some cores have nothing
+to do.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
+import queue
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lungopacity.archive.content import ReadSettings
+from lungopacity.archive.content import ReadSettings, shown_films
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.reading import read_files
 from lungopacity.archive.stream import read_tasks
 from lungopacity.errors import ImageError
 from lungopacity.models import TrainedModel, load_model
-from lungopacity.models.scorer import Scorer
-from lungopacity.radiograph import decode_radiographs
 from lungopacity.results.schema import class_column
+from lungopacity.storage import open_store
+
+if TYPE_CHECKING:
+    from lungopacity.models.scorer import Scorer
 
 WHOLE, READ_HALF, SCORE_HALF = "bare", "bare-read", "bare-score"
 """The loop, and its halves: reading and decoding alone, and the forward pass alone."""
 _OBJECTS_PER_TURN = 128
+_TURNS_A_PROCESS = 4
+_FILMS_HELD = 64
+"""Of the forward pass alone, that are scored again and again."""
+
+Name = tuple[str, str | None, int | None]
+"""Key, member of a shard, and frame."""
+Pixels = npt.NDArray[np.uint8]
 
 
-def run(way: str, images: str, model: str, output: str, batch_size: int) -> None:
-    """Score every image and write a Parquet file a process: image, p_…, scored_at (seconds).
+@dataclass(frozen=True)
+class BareTask:
+    """What is to be scored, and by which of the three ways."""
 
-    way: one of the three above. images, model: URIs. output: a local folder.
+    way: str
+    images: str
+    """URI."""
+    model: str
+    """URI."""
+    output: str
+    """A local folder."""
+    batch_size: int
+    use_gpu: bool = False
+    films: int = 0
+    """Of the forward pass alone: how many it scores."""
+
+
+def run(task: BareTask, *, one_scorer: bool | None = None) -> None:
+    """Score every image and write Parquet files: image, member, frame, p_…, scored_at (seconds).
+
+    `one_scorer`: this process computes what the others decode; None: on a GPU.
     """
+    if one_scorer is None:
+        one_scorer = task.use_gpu
     processes = len(os.sched_getaffinity(0))
-    archive = take_inventory(images)
-    turns = [
-        part for table in read_tasks(archive.objects) for part in _parts(table, _OBJECTS_PER_TURN)
-    ]
-    films = archive.objects.num_rows
-    if way == SCORE_HALF and any(archive.objects["is_shard"].to_pylist()):
-        settings = ReadSettings(load_model(model).spec.preprocessing)
-        films = sum(1 for turn in turns for _ in read_files(archive.store, turn, settings))
+    archive = take_inventory(task.images)
+    turns = _turns_of(archive.objects, processes)
     context = multiprocessing.get_context("spawn")
     taken = context.Value("q", 0)
+    room = None
+    if one_scorer and task.way == WHOLE:
+        size = load_model(task.model).spec.preprocessing.image_size
+        room = _Room(context, 2 * processes, task.batch_size, size)
+    elif one_scorer and task.way == SCORE_HALF:
+        processes = 1
     workers = [
         context.Process(
             target=_process,
-            args=(
-                way,
-                archive.uri,
-                turns,
-                films,
-                model,
-                f"{output}/{rank}.parquet",
-                batch_size,
-                taken,
-            ),
+            args=(task, archive.uri, turns, taken, room, f"{task.output}/{rank}.parquet"),
+            daemon=True,
         )
         for rank in range(processes)
     ]
     for worker in workers:
         worker.start()
+    if room is not None:
+        _score_what_comes(task, room, workers)
     for worker in workers:
         worker.join()
+    _check(workers)
+
+
+def _turns_of(objects: pa.Table, processes: int) -> list[pa.Table]:
+    # Small enough that every process has some.
+    rows = math.ceil(objects.num_rows / (_TURNS_A_PROCESS * processes))
+    rows = max(1, min(_OBJECTS_PER_TURN, rows))
+    return [
+        table.slice(start, rows)
+        for table in read_tasks(objects)
+        for start in range(0, table.num_rows, rows)
+    ]
+
+
+def _check(workers: Sequence[Any]) -> None:
+    for worker in workers:
         if worker.exitcode:
             raise SystemExit(f"a process of the bare loop ended with {worker.exitcode}")
 
 
-def _parts(table: pa.Table, rows: int) -> Iterator[pa.Table]:
-    for start in range(0, table.num_rows, rows):
-        yield table.slice(start, rows)
+class _Room:
+    """Shared memory for batches on their way from the processes that decode to the one scorer."""
+
+    def __init__(self, context: Any, batches: int, batch_size: int, size: int) -> None:
+        self._shape = (batches, batch_size, size, size)
+        self._memory = context.RawArray("B", math.prod(self._shape))
+        self.free, self.full = context.Queue(), context.Queue()
+        for slot in range(batches):
+            self.free.put(slot)
+
+    def pixels(self) -> Pixels:
+        """(batches, batch_size, size, size) uint8: a view."""
+        return np.frombuffer(self._memory, np.uint8).reshape(self._shape)
 
 
 def _process(
-    way: str,
+    task: BareTask,
     uri: str,
     turns: Sequence[pa.Table],
-    count: int,
-    model: str,
-    output: str,
-    batch_size: int,
     taken: Any,
+    room: _Room | None,
+    output: str,
 ) -> None:
-    trained = load_model(model)
-    scorer = Scorer(trained, threads=1)
+    trained = load_model(task.model)
     films = _films(uri, turns, trained, taken)
-    if way == SCORE_HALF:
-        films = _same_films(uri, turns, count, trained, taken)
-    tables = []
-    while batch := list(islice(films, batch_size)):
-        names = [name for name, _ in batch]
-        if way == READ_HALF:
-            columns: dict[str, Any] = {}
-        else:
-            scores = scorer.scores(np.stack([pixels for _, pixels in batch]), batch_size)
-            scorer.out_of_distribution(scores.features_NF)
-            probabilities_NK = scorer.probabilities(scores.logits_NK)
-            columns = {
-                class_column("p", name): probabilities_NK[:, index]
-                for index, name in enumerate(trained.spec.class_names)
-            }
-        now = np.full(len(names), time.time())
-        tables.append(pa.table({"image": names, **columns, "scored_at": now}))
+    if room is not None:
+        pixels = room.pixels()
+        for names, pixels_NHW in _batches(films, task.batch_size):
+            slot = room.free.get()
+            pixels[slot, : len(names)] = pixels_NHW
+            room.full.put((slot, names))
+        room.full.put(None)
+        return
+    if task.way == SCORE_HALF:
+        films = _same_films(uri, turns, task.films, trained, taken)
+    scorer = None if task.way == READ_HALF else _scorer(trained, task.use_gpu)
+    _write([_scored(scorer, *batch) for batch in _batches(films, task.batch_size)], output)
+
+
+def _score_what_comes(task: BareTask, room: _Room, workers: Sequence[Any]) -> None:
+    scorer = _scorer(load_model(task.model), task.use_gpu)
+    pixels, tables = room.pixels(), []
+    decoding = len(workers)
+    while decoding:
+        try:
+            came = room.full.get(timeout=1)
+        except queue.Empty:
+            _check(workers)
+            continue
+        if came is None:
+            decoding -= 1
+            continue
+        slot, names = came
+        tables.append(_scored(scorer, names, pixels[slot, : len(names)]))
+        room.free.put(slot)
+    _write(tables, f"{task.output}/scored.parquet")
+
+
+def _scorer(trained: TrainedModel, use_gpu: bool) -> Scorer:
+    from lungopacity.models.scorer import Scorer
+
+    return Scorer(trained, use_gpu=use_gpu, threads=1)
+
+
+def _scored(scorer: Scorer | None, names: Sequence[Name], pixels_NHW: Pixels) -> pa.Table:
+    columns: dict[str, Any] = {}
+    if scorer is not None:
+        scores = scorer.scores(pixels_NHW, len(pixels_NHW))
+        scorer.out_of_distribution(scores.features_NF)
+        probabilities_NK = scorer.probabilities(scores.logits_NK)
+        columns = {
+            class_column("p", name): probabilities_NK[:, index]
+            for index, name in enumerate(scorer.model.spec.class_names)
+        }
+    images, members, frames = zip(*names, strict=True)
+    return pa.table(
+        {
+            "image": pa.array(images, pa.string()),
+            "member": pa.array(members, pa.string()),
+            "frame": pa.array(frames, pa.int32()),
+            **columns,
+            "scored_at": np.full(len(names), time.time()),
+        }
+    )
+
+
+def _write(tables: Sequence[pa.Table], output: str) -> None:
     if tables:
         pq.write_table(pa.concat_tables(tables), output)
 
 
+def _batches(
+    films: Iterator[tuple[Name, Pixels]], batch_size: int
+) -> Iterator[tuple[list[Name], Pixels]]:
+    while batch := list(islice(films, batch_size)):
+        yield [name for name, _ in batch], np.stack([pixels for _, pixels in batch])
+
+
 def _films(
     uri: str, turns: Sequence[pa.Table], model: TrainedModel, taken: Any
-) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+) -> Iterator[tuple[Name, Pixels]]:
     """The films that decode. A turn goes to whichever process is free: no core waits at the end."""
-    from lungopacity.storage import open_store
-
     store, settings = open_store(uri), ReadSettings(model.spec.preprocessing)
+    preprocessing = settings.preprocessing
     for turn in _turns(turns, taken):
-        for name, data in read_files(store, turn, settings):
+        for image, member, data in read_files(store, turn, settings):
             # What cannot be read is passed over, as whole files or as single frames.
             with suppress(ImageError):
-                for found in decode_radiographs(
-                    data, limits=settings.limits, at_least=settings.preprocessing.at_least
-                ):
+                for found in shown_films(data, settings):
                     if not isinstance(found, ImageError):
-                        yield name, settings.preprocessing.square(found.pixels)
+                        name = (image, member, found.film.frame)
+                        yield name, preprocessing.pad(preprocessing.fit(found.shown))
 
 
 def _turns(turns: Sequence[pa.Table], taken: Any) -> Iterator[pa.Table]:
@@ -146,18 +248,18 @@ def _turns(turns: Sequence[pa.Table], taken: Any) -> Iterator[pa.Table]:
 
 def _same_films(
     uri: str, turns: Sequence[pa.Table], count: int, model: TrainedModel, taken: Any
-) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
-    """As many films as there are, of the pixels of the first few."""
-    first = list(islice(_films(uri, turns[:1], model, multiprocessing.Value("q", 0)), 64))
-    while True:
+) -> Iterator[tuple[Name, Pixels]]:
+    """`count` films over all processes, of the pixels of the first few that decode."""
+    alone = multiprocessing.Value("q", 0)
+    first = list(islice(_films(uri, turns, model, alone), _FILMS_HELD))
+    while first:
         with taken.get_lock():
             left = count - taken.value
             taken.value += len(first)
-        if left <= 0 or not first:
+        if left <= 0:
             return
         yield from first[:left]
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    run(given["way"], given["images"], given["model"], given["output"], given["batch_size"])
+    run(BareTask(**json.loads(Path(sys.argv[1]).read_text())))

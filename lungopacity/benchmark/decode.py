@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import count as numbers
 from itertools import islice
 from typing import Any
 
@@ -53,13 +54,13 @@ def decode_speeds(
     """Measure every format.
 
     images: URI of films to encode anew in each format; None draws phantoms. `count`: how many.
-    Raises `UserError`.
+    What cannot be decoded is passed over. Raises `UserError` where nothing is left.
     """
     if count < 1 or repeats < 1:
         raise UserError("--count and --repeats must be at least 1")
-    films = list(islice(_films(images, count), count))
+    films = list(islice(_phantoms() if images is None else _films(images), count))
     if not films:
-        raise UserError(f"{images}: holds no film that can be read; give --images films")
+        raise UserError(f"{images}: holds no film that can be decoded")
     formats = _formats()
     speeds: list[DecodeSpeed] = []
     with Progress("Decoding", total=len(formats), unit="formats") as progress:
@@ -86,22 +87,21 @@ def table(speeds: Sequence[DecodeSpeed]) -> str:
     return "\n".join(lines)
 
 
-def _films(images: str | None, count: int) -> Iterator[Grey]:
-    if images is None:
-        from lungopacity.archive.phantom_film import WHITE, draw_body, draw_film
+def _phantoms() -> Iterator[Grey]:
+    from lungopacity.archive.phantom_film import WHITE, draw_body, draw_film
 
-        for seed in range(count):
-            body = draw_body(np.random.default_rng(seed), "F", 50)
-            film = draw_film(np.random.default_rng([seed, 1]), body, "PA", None, 1024)
-            yield np.rint(film.pixels * (255.0 / WHITE)).astype(np.uint8)
-        return
+    for seed in numbers():
+        body = draw_body(np.random.default_rng(seed), "F", 50)
+        film = draw_film(np.random.default_rng([seed, 1]), body, "PA", None, 1024)
+        yield np.rint(film.pixels * (255.0 / WHITE)).astype(np.uint8)
+
+
+def _films(images: str) -> Iterator[Grey]:
     archive = take_inventory(images)
-    files = read_files(archive.store, archive.objects, ReadSettings(Preprocessing()))
-    for _, data in files:
-        # What is no film is passed over.
+    for _, _, data in read_files(archive.store, archive.objects, ReadSettings(Preprocessing())):
         with suppress(ImageError):
             for found in decode_radiographs(data, limits=_LIMITS):
-                if not isinstance(found, Exception):
+                if not isinstance(found, ImageError):
                     yield found.pixels
 
 
@@ -159,7 +159,7 @@ def _pillow_reduced(data: bytes) -> Grey:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        image.draft("L", (_REDUCED, _REDUCED))
+        image.draft("L", _reduced(image.width, image.height))
         return np.asarray(image)
 
 
@@ -173,8 +173,16 @@ def _simplejpeg(data: bytes) -> Grey:
 def _simplejpeg_reduced(data: bytes) -> Grey:
     import simplejpeg
 
-    pixels: Grey = simplejpeg.decode_jpeg(data, "GRAY", min_height=_REDUCED, min_width=_REDUCED)
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    width, height = _reduced(width, height)
+    pixels: Grey = simplejpeg.decode_jpeg(data, "GRAY", min_height=height, min_width=width)
     return pixels[..., 0]
+
+
+def _reduced(width: int, height: int) -> tuple[int, int]:
+    """What is asked of each: the longer side is to have so many pixels at least."""
+    scale = _REDUCED / max(width, height)
+    return round(width * scale), round(height * scale)
 
 
 def _torchvision(data: bytes) -> Grey:

@@ -8,39 +8,41 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import statistics
-import subprocess
-import sys
-import threading
-import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-import pandas as pd
-import psutil
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from lungopacity.archive.inventory import take_inventory
-from lungopacity.benchmark import bare_loop
+from lungopacity.benchmark import alternatives, bare_loop
+from lungopacity.benchmark.place import Place
+from lungopacity.benchmark.watched import FailedError, Taken, run_watched
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.progress import Progress
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import KEEP_FREED_MEMORY
+from lungopacity.storage import join_uri, open_store
 
 LIMIT = (bare_loop.WHOLE, bare_loop.READ_HALF, bare_loop.SCORE_HALF)
 OURS = "lungopacity"
 ALTERNATIVES = ("dataloader", "ray-read-images", "ray-download", "daft")
 WAYS = (*LIMIT, OURS, *ALTERNATIVES)
+_OF_RAY = (OURS, "ours", "ray-read-images", "ray-download")
 _STEADY = (0.1, 0.9)
 """From the tenth to the ninetieth of a hundred images: start and end do not count."""
-_SAMPLE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,19 @@ class _Task:
     limit_s: float
     positive: str
     """The column whose probabilities are compared."""
+    place: Place
+    output: str | None
+    """URI of a place for what Ray's ways write; None: a local folder."""
 
 
 @dataclass(frozen=True)
 class _Run:
     images: int
-    seconds: float
-    steady: float
-    busy: float
-    memory_mib: float
-    store_mib: float
+    taken: Taken
+    steady: float | None
     bytes_moved: float | None
-    p: Mapping[str, float]
-    """Of the positive class, by name."""
+    p: Mapping[bare_loop.Name, float]
+    """Of the positive class."""
 
 
 @dataclass(frozen=True)
@@ -73,26 +75,32 @@ class ScreenSpeed:
     """One way to score all images."""
 
     way: str
+    on: str = ""
+    """How many cores and GPUs it has."""
     images: int = 0
-    """How many got a score: a way may lose some."""
+    """How many got a score: a way may lose some. 0: it has no figures."""
     images_per_s: float = 0.0
     """Of the whole job, from the start of its process to its end; median over the repeats."""
     spread: float = 0.0
     """Half the range of that over the repeats, as a share of the median."""
-    steady_per_s: float = 0.0
-    """From the first tenth of the images to the last; median."""
-    cpu_busy: float = 0.0
-    """Share of the machine's CPU time, the storage server's on the same machine included."""
-    memory_mib: float = 0.0
-    """Largest private memory of all its processes together."""
-    store_mib: float = 0.0
+    steady_per_s: float | None = None
+    """From the first tenth of the images to the last; median. None where there were too few."""
+    cpu_busy: float | None = None
+    """Share of the machine's CPU time, the storage server's on the same machine included. None
+    where it runs on several machines."""
+    gpu_busy: float | None = None
+    """Share of the time in which a kernel ran; None where nobody tells."""
+    memory_mib: float | None = None
+    """Largest private memory of all its processes together; None where a Ray cluster was joined,
+    whose processes are not of the way's own."""
+    store_mib: float | None = None
     """Largest growth of shared memory, where Ray's object store lies."""
     bytes_moved: float | None = None
     """Through Ray's object store, an image; None where there is no Ray."""
     differs: float | None = None
     """Largest difference of a film's probability from the bare loop's."""
     note: str = ""
-    """Why it was not run."""
+    """Why it was not run, or not as often as it should."""
 
 
 def screen_speeds(
@@ -103,12 +111,15 @@ def screen_speeds(
     repeats: int = 3,
     batch_size: int = 64,
     limit_s: float = 3600.0,
+    use_gpu: bool | None = None,
+    output: str | None = None,
 ) -> list[ScreenSpeed]:
     """Run every way `repeats` times, in turns.
 
     images, model: URIs. `limit_s`: a run that takes longer is ended: some ways hang where they have
-    too few CPUs. Raises `UserError` for an unknown way, for nothing to read, and where one
-    of ours fails; of the others the note says so.
+    too few CPUs. `use_gpu`: None uses what there is. `output`: URI of a place for what Ray's ways
+    write, which is removed again; needed where the Ray cluster has several nodes. Raises
+    `UserError` for an unknown way and for nothing to read; of a way that fails, the note says so.
     """
     unknown = sorted(set(ways) - set(WAYS))
     if unknown:
@@ -116,169 +127,230 @@ def screen_speeds(
     if repeats < 1 or batch_size < 1:
         raise UserError("--repeats and --batch-size must be at least 1")
     positive = class_column("p", load_model(model).spec.positive_class)
-    task = _Task(images, model, batch_size, limit_s, positive)
-    shards = any(take_inventory(images).objects["is_shard"].to_pylist())
-    notes = {way: _why_not(way, shards) for way in ways}
-    runs: dict[str, list[_Run]] = {way: [] for way in ways}
-    bytes_moved = None
+    objects = take_inventory(images).objects
+    place = Place.found(use_gpu)
+    if place.nodes > 1 and output is None and set(ways) & set(_OF_RAY):
+        raise UserError(
+            f"the Ray cluster has {place.nodes} nodes; say with --output URI where all of them can "
+            "write"
+        )
+    task = _Task(images, model, batch_size, limit_s, positive, place, output)
+    shards = sum(objects["is_shard"].to_pylist())
+    notes = {way: _why_not(way, shards > 0) for way in ways}
     able = [way for way in ways if not notes[way]]
-    with Progress("Screening", total=repeats * len(able), unit="runs") as progress:
-        for _ in range(repeats):
-            for way in able:
-                if not notes[way]:
-                    try:
-                        runs[way].append(_run(way, task))
-                    except _NoFiguresError as error:
-                        notes[way] = str(error)
-                progress.advance(1)
-        if OURS in able:
-            # Asking Ray needs a Ray that outlives the job: a run that is not timed.
-            with TemporaryDirectory(prefix="lungopacity-") as folder:
-                told, _ = _started("ours", task, Path(folder))
+    if bare_loop.WHOLE in able and objects.num_rows == shards < place.cores:
+        notes[bare_loop.WHOLE] = "no limit: it has fewer shards than cores"
+    runs = _runs(task, able, repeats, notes)
+    bytes_moved = None
+    if runs.get(OURS):
+        # Asking Ray needs a Ray that outlives the job: a run that is not timed.
+        try:
+            with _scratch(task, OURS) as (folder, written):
+                told, _ = _started("ours", task, folder, written)
             bytes_moved = _moved(told)
+        except FailedError as error:
+            notes[OURS] = notes[OURS] or f"bytes moved: failed: {error}"
     of_bare = runs.get(bare_loop.WHOLE)
     return [
-        ScreenSpeed(way, note=notes[way])
-        if notes[way]
-        else _summed_up(way, runs[way], of_bare, bytes_moved if way == OURS else None)
+        _summed_up(way, runs[way], of_bare, bytes_moved if way == OURS else None, place, notes[way])
+        if runs.get(way)
+        else ScreenSpeed(way, note=notes[way])
         for way in ways
     ]
 
 
+def _runs(
+    task: _Task, ways: Sequence[str], repeats: int, notes: dict[str, str]
+) -> dict[str, list[_Run]]:
+    """Of each way; one that fails has no further ones, and a note."""
+    runs: dict[str, list[_Run]] = {way: [] for way in ways}
+    failed: set[str] = set()
+    films = 0
+    with Progress("Screening", total=repeats * len(ways), unit="runs") as progress:
+        for number in range(repeats):
+            for way in ways:
+                try:
+                    if way == bare_loop.SCORE_HALF and not films:
+                        films = _films_of(task, runs)
+                    if way not in failed:
+                        runs[way].append(_run(way, task, films))
+                except FailedError as error:
+                    failed.add(way)
+                    notes[way] = f"failed{f' in repeat {number + 1}' if number else ''}: {error}"
+                progress.advance(1)
+    return runs
+
+
+def _films_of(task: _Task, runs: Mapping[str, Sequence[_Run]]) -> int:
+    """How many films can be read: of a run that has read them, or of one that is not timed."""
+    for way in (bare_loop.WHOLE, bare_loop.READ_HALF):
+        if runs.get(way):
+            return runs[way][0].images
+    return _run(bare_loop.READ_HALF, task, 0).images
+
+
 def table(speeds: Sequence[ScreenSpeed]) -> str:
-    """A line for each way; ratios are to the bare loop, where it was run."""
-    bare = next((speed for speed in speeds if speed.way == bare_loop.WHOLE), None)
+    """A line for each way; ratios are to the bare loop, where it was run on as many cores and GPUs.
+    Notes stand below."""
+    bare = next(
+        (speed for speed in speeds if speed.way == bare_loop.WHOLE and speed.images),
+        ScreenSpeed(""),
+    )
     titles = (
-        "way", "images", "images/s", "spread", "/ bare", "steady", "/ bare", "CPU", "MiB",
+        "way", "images", "images/s", "spread", "/ bare", "steady", "/ bare", "CPU", "GPU", "MiB",
         "store MiB", "bytes moved", "differs",
     )  # fmt: skip
-    form = "{:<16}{:>8}{:>10}{:>8}{:>8}{:>9}{:>8}{:>6}{:>8}{:>11}{:>13}{:>9}"
-    lines = [form.format(*titles)]
+    form = "{:<16}{:>8}{:>10}{:>8}{:>8}{:>9}{:>8}{:>6}{:>6}{:>8}{:>11}{:>13}{:>9}"
+    lines = [f"{form.format(*titles)}  on"]
     for speed in speeds:
-        if speed.note:
-            lines.append(f"{speed.way:<16}{speed.note}")
+        if not speed.images:
             continue
-        lines.append(
-            form.format(
-                speed.way,
-                speed.images,
-                f"{speed.images_per_s:.1f}",
-                f"{speed.spread:.0%}",
-                f"{speed.images_per_s / bare.images_per_s:.2f}" if bare else "",
-                f"{speed.steady_per_s:.1f}",
-                f"{speed.steady_per_s / bare.steady_per_s:.2f}" if bare else "",
-                f"{speed.cpu_busy:.0%}",
-                f"{speed.memory_mib:.0f}",
-                f"{speed.store_mib:.0f}",
-                "" if speed.bytes_moved is None else f"{speed.bytes_moved / speed.images:.0f}",
-                "" if speed.differs is None else f"{speed.differs:.1g}",
-            )
+        alike = speed.on == bare.on
+        cells = (
+            f"{speed.images_per_s:.1f}",
+            f"{speed.spread:.0%}",
+            _ratio(speed.images_per_s, bare.images_per_s if alike else None),
+            _cell(speed.steady_per_s, ".1f"),
+            _ratio(speed.steady_per_s, bare.steady_per_s if alike else None),
+            _cell(speed.cpu_busy, ".0%"),
+            _cell(speed.gpu_busy, ".0%"),
+            _cell(speed.memory_mib, ".0f"),
+            _cell(speed.store_mib, ".0f"),
+            _cell(speed.bytes_moved, ".0f"),
+            _cell(speed.differs, ".1g"),
         )
+        lines.append(f"{form.format(speed.way, speed.images, *cells)}  {speed.on}")
+    lines += [f"{speed.way:<16}{speed.note}" for speed in speeds if speed.note]
     return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _ratio(rate: float | None, bare: float | None) -> str:
+    return f"{rate / bare:.2f}" if rate is not None and bare else ""
 
 
 def _why_not(way: str, shards: bool) -> str:
     if way in ALTERNATIVES and shards:
         return "reads no shards"
     if way == "daft" and find_spec("daft") is None:
-        return "not installed: pip install daft"
+        return "not installed: pip install 'lungopacity[benchmark]'"
     return ""
 
 
-class _NoFiguresError(Exception):
-    """A way cannot be timed, and why."""
-
-
-def _run(way: str, task: _Task) -> _Run:
-    """Raises `_NoFiguresError`; `UserError` where one of ours fails."""
-    with TemporaryDirectory(prefix="lungopacity-") as name:
-        folder = Path(name)
-        try:
-            told, taken = _started(way, task, folder)
-        except subprocess.CalledProcessError as error:
-            message = (error.stderr.strip().splitlines() or [""])[-1]
-            if way not in ALTERNATIVES:
-                raise UserError(f"{way} failed: {message}") from error
-            raise _NoFiguresError(f"failed: {message[:100]}") from error
-        rows = _scored_rows(way, folder / "output")
-    if len(rows) < 2:
-        raise _NoFiguresError(
-            f"scored {len(rows)} images: too few to be timed; give more that can be read"
-        )
-    finished = np.sort(rows["at"])
-    first, last = (int(share * len(finished)) for share in _STEADY)
-    between = finished[last - 1] - finished[first]
+def _run(way: str, task: _Task, films: int) -> _Run:
+    """Raises `FailedError`."""
+    with _scratch(task, way) as (folder, output):
+        told, taken = _started(way, task, folder, output, films)
+        rows = _scored_rows(way, output)
+    if not rows.num_rows:
+        raise FailedError("scored no image; give some that can be read")
     return _Run(
-        images=len(finished),
-        seconds=taken.seconds,
-        # Batches that end at one moment are one event: count what ended after the first.
-        steady=float(np.sum(finished[first:last] > finished[first]) / max(between, 1e-9)),
-        busy=taken.busy,
-        memory_mib=taken.memory_mib,
-        store_mib=taken.store_mib,
+        images=rows.num_rows,
+        taken=taken,
+        steady=steady_rate(rows["at"].to_numpy()),
         bytes_moved=_moved(told),
-        p=dict(zip(rows["name"], rows[task.positive], strict=True))
-        if task.positive in rows
+        p=dict(zip(_names(rows), rows[task.positive].to_pylist(), strict=True))
+        if task.positive in rows.column_names
         else {},
     )
 
 
-def _scored_rows(way: str, output: Path) -> pd.DataFrame:
-    """What it wrote of each image, with its `name`, and `at`, the second at which it was scored."""
+def steady_rate(at_N: npt.NDArray[np.float64]) -> float | None:
+    """Images a second without start and end. at_N: the seconds at which they were scored. None: all
+    of them at once, as in a single batch.
+    """
+    finished = np.sort(at_N)
+    first, last = (finished[int(share * (len(finished) - 1))] for share in _STEADY)
+    if not last > first:
+        return None
+    # A batch ends as one: whoever counts the interval before it counts all of it.
+    return float(np.sum((finished > first) & (finished <= last)) / (last - first))
+
+
+def _scored_rows(way: str, output: str) -> pa.Table:
+    """What it wrote of each image, with `at`, the second at which it was scored."""
+    filesystem, root = open_store(output).arrow_filesystem()
     if way == OURS:
-        output = output / "predictions"
-    table = ds.dataset(output, format="parquet", exclude_invalid_files=True).to_table()
-    rows: pd.DataFrame = table.to_pandas()
-    if rows.empty:
+        root = f"{root}/predictions"
+    try:
+        rows = ds.dataset(
+            root, filesystem=filesystem, format="parquet", exclude_invalid_files=True
+        ).to_table()
+    except FileNotFoundError:
+        return pa.table({})
+    if not rows.num_rows:
         return rows
-    if way == OURS:
-        rows = rows[rows["status"] == "ok"]
-        name = rows["member"].fillna(rows["image"]).str.rsplit("/", n=1).str[-1]
-        return rows.assign(name=name, at=rows["screened_at"].dt.as_unit("us").astype("int64") / 1e6)
-    # Some know an image by its path, some by its URI.
-    return rows.assign(name=rows["image"].str.rsplit("/", n=1).str[-1], at=rows["scored_at"])
+    if way != OURS:
+        return rows.append_column("at", rows["scored_at"])
+    rows = rows.filter(pc.equal(rows["status"], "ok"))
+    return rows.append_column("at", pc.divide(pc.cast(rows["screened_at"], pa.int64()), 1e6))
 
 
-def _started(way: str, task: _Task, folder: Path) -> tuple[str, _Taken]:
-    """Run it to its end; what it printed, and what it took."""
-    output = folder / "output"
-    settings = {"way": way, "images": task.images, "model": task.model, "output": str(output)}
-    spec = folder / "way.json"
-    spec.write_text(json.dumps({**settings, "batch_size": task.batch_size}))
+def _names(rows: pa.Table) -> Iterator[bare_loop.Name]:
+    columns = (
+        rows[name].to_pylist() if name in rows.column_names else repeat(None, rows.num_rows)
+        for name in ("image", "member", "frame")
+    )
+    return zip(*columns, strict=True)
+
+
+@contextmanager
+def _scratch(task: _Task, way: str) -> Iterator[tuple[Path, str]]:
+    """A local folder, and the URI of a place for what the way writes. Both are removed."""
+    with TemporaryDirectory(prefix="lungopacity-") as name:
+        if task.output is None or way not in _OF_RAY:
+            folder = Path(name)
+            (folder / "output").mkdir()
+            yield folder, f"{name}/output"
+            return
+        output = join_uri(task.output, f"benchmark-{uuid.uuid4().hex}")
+        try:
+            yield Path(name), output
+        finally:
+            store = open_store(output)
+            with suppress(UserError):
+                for item in list(store.list()):
+                    store.delete(item.key)
+
+
+def _started(way: str, task: _Task, folder: Path, output: str, films: int = 0) -> tuple[str, Taken]:
+    """Run it to its end; what it printed, and what it took. Raises `FailedError`."""
+    place = task.place
+    use_gpu = (place.ray_gpus if way in _OF_RAY else place.gpus) > 0
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "DAFT_ANALYTICS_ENABLED": "0"}
     if way == OURS:
-        command = ["-m", "lungopacity.cli", "screen", "--archive", task.images]
-        command += ["--model", task.model, "--output", str(output)]
-        command += ["--batch-size", str(task.batch_size)]
+        arguments = ["-m", "lungopacity.cli", "screen", "--archive", task.images]
+        arguments += ["--model", task.model, "--output", output]
+        arguments += ["--batch-size", str(task.batch_size)]
+        arguments += ["--use-gpu" if use_gpu else "--no-gpu"]
+        # Score what the others score, and end well whatever could not be read.
+        arguments += ["--reject-quality", "none", "--max-failed-fraction", "1"]
+        # 1: done, with images that could not be read.
+        return run_watched(arguments, environment, task.limit_s, folder / "stderr", good=(0, 1))
+    given: dict[str, Any] = {
+        "way": way,
+        "images": task.images,
+        "model": task.model,
+        "output": output,
+        "batch_size": task.batch_size,
+        "use_gpu": use_gpu,
+    }
+    # As in the workers of Ray that `lungopacity` starts.
+    environment |= KEEP_FREED_MEMORY
+    module = "alternatives"
+    if way in LIMIT:
+        module, given = "bare_loop", asdict(bare_loop.BareTask(**given, films=films))
+        # BLAS's own threads spin for a while after each call, on the other process's core.
+        environment |= {"OPENBLAS_NUM_THREADS": "1"}
     else:
-        output.mkdir()
-        module = "bare_loop" if way in LIMIT else "alternatives"
-        command = ["-m", f"lungopacity.benchmark.{module}", str(spec)]
-        if way in LIMIT:
-            # BLAS's own threads spin for a while after each call, on the other process's core.
-            environment |= KEEP_FREED_MEMORY | {"OPENBLAS_NUM_THREADS": "1"}
-    log = folder / "stderr"
-    with log.open("wb") as errors:
-        process = psutil.Popen(
-            [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=errors
-        )
-        with _watched(process) as taken:
-            try:
-                printed, _ = process.communicate(timeout=task.limit_s)
-            except subprocess.TimeoutExpired as error:
-                for member in _family(process):
-                    with suppress(psutil.Error):
-                        member.kill()
-                process.wait()
-                raise subprocess.CalledProcessError(
-                    -9, way, stderr=f"did not end in {task.limit_s:g} s"
-                ) from error
-    # 1: done, with images that could not be read.
-    if process.returncode not in ((0, 1) if way == OURS else (0,)):
-        raise subprocess.CalledProcessError(
-            process.returncode, way, stderr=log.read_text(errors="replace")
-        )
-    return printed.decode(errors="replace"), taken
+        given = asdict(alternatives.Task(**given))
+    spec = folder / "way.json"
+    spec.write_text(json.dumps(given))
+    arguments = ["-m", f"lungopacity.benchmark.{module}", str(spec)]
+    return run_watched(arguments, environment, task.limit_s, folder / "stderr")
 
 
 def _moved(printed: str) -> float | None:
@@ -288,80 +360,41 @@ def _moved(printed: str) -> float | None:
     return None
 
 
-@dataclass
-class _Taken:
-    """Seconds, CPU and memory of a process and all that it starts."""
-
-    seconds: float = 0.0
-    busy: float = 0.0
-    memory_mib: float = 0.0
-    store_mib: float = 0.0
-
-
-@contextmanager
-def _watched(process: psutil.Process) -> Iterator[_Taken]:
-    """Watch it for the block."""
-    taken, ended = _Taken(), threading.Event()
-    shared, cpu, began = _shared_bytes(), psutil.cpu_times(), time.monotonic()
-
-    def look() -> None:
-        while not ended.wait(_SAMPLE_S):
-            memory = sum(map(_private_bytes, _family(process))) / 2**20
-            taken.memory_mib = max(taken.memory_mib, memory)
-            taken.store_mib = max(taken.store_mib, (_shared_bytes() - shared) / 2**20)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield taken
-    finally:
-        taken.seconds = time.monotonic() - began
-        spent = [now - then for now, then in zip(psutil.cpu_times(), cpu, strict=True)]
-        of = dict(zip(cpu._fields, spent, strict=True))
-        taken.busy = 1 - (of["idle"] + of.get("iowait", 0.0)) / max(sum(spent), 1e-9)
-        ended.set()
-        thread.join()
-
-
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return []
-
-
-def _private_bytes(process: psutil.Process) -> int:
-    # What smaps would tell exactly takes the kernel so long that it slows down what is measured.
-    try:
-        told = process.memory_info()
-    except psutil.Error:
-        return 0
-    return int(told.rss - getattr(told, "shared", 0))
-
-
-def _shared_bytes() -> int:
-    return shutil.disk_usage("/dev/shm").used if Path("/dev/shm").is_dir() else 0
-
-
 def _summed_up(
-    way: str, runs: Sequence[_Run], of_bare: Sequence[_Run] | None, bytes_moved: float | None
+    way: str,
+    runs: Sequence[_Run],
+    of_bare: Sequence[_Run] | None,
+    bytes_moved: float | None,
+    place: Place,
+    note: str,
 ) -> ScreenSpeed:
-    rates = [run.images / run.seconds for run in runs]
+    rates = [run.images / run.taken.seconds for run in runs]
     median = statistics.median(rates)
+    steady = [run.steady for run in runs if run.steady is not None]
     moved = [run.bytes_moved for run in runs if run.bytes_moved is not None]
+    if moved:
+        bytes_moved = statistics.median(moved)
+    gpu = [share for run in runs for share in run.taken.gpu]
     bare_p = of_bare[0].p if of_bare else {}
     p = runs[0].p
+    images = min(run.images for run in runs)
+    ray = way in _OF_RAY
+    unseen = ray and place.joined
+    elsewhere = ray and place.nodes > 1
     return ScreenSpeed(
         way=way,
-        images=min(run.images for run in runs),
+        on=place.on(ray, most_gpus=1 if way in (*LIMIT, "dataloader") else None),
+        images=images,
         images_per_s=median,
         spread=(max(rates) - min(rates)) / 2 / median,
-        steady_per_s=statistics.median(run.steady for run in runs),
-        cpu_busy=statistics.median(run.busy for run in runs),
-        memory_mib=max(run.memory_mib for run in runs),
-        store_mib=max(run.store_mib for run in runs),
-        bytes_moved=statistics.median(moved) if moved else bytes_moved,
+        steady_per_s=statistics.median(steady) if steady else None,
+        cpu_busy=None if elsewhere else statistics.median(run.taken.busy for run in runs),
+        gpu_busy=None if elsewhere or not gpu else statistics.mean(gpu),
+        memory_mib=None if unseen else max(run.taken.memory_mib for run in runs),
+        store_mib=None if unseen else max(run.taken.store_mib for run in runs),
+        bytes_moved=None if bytes_moved is None else bytes_moved / images,
         differs=max(
             (abs(bare_p[name] - p[name]) for name in bare_p.keys() & p.keys()), default=None
         ),
+        note=note,
     )

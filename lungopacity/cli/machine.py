@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lungopacity.cli.options import EPILOG
+from lungopacity.cli.options import EPILOG, words_of
 
 
 @click.command(epilog=EPILOG)
@@ -85,7 +85,7 @@ def publish(sizes: list[int], as_json: bool) -> int:
     "--networks",
     metavar="NAME,NAME,…",
     default=None,
-    callback=lambda _context, _option, text: text and text.split(","),
+    callback=words_of,
     help="Default: all that `lungopacity models` lists.",
 )
 @click.option("--count", "films", type=int, default=64, show_default=True, help="Films a batch.")
@@ -110,7 +110,7 @@ def score(as_json: bool, networks: list[str] | None, **options: Any) -> int:
     "--ways",
     metavar="WAY,WAY,…",
     default=None,
-    callback=lambda _context, _option, text: text and text.split(","),
+    callback=words_of,
     help="What to run; default: all. Another name shows the list.",
 )
 @click.option("--repeats", type=int, default=3, show_default=True)

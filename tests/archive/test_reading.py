@@ -206,7 +206,7 @@ def test_large_films_are_fetched_ahead_by_their_bytes_and_not_by_their_count():
         for key, size in sizes.items()
     ]  # fmt: skip
     came = []
-    for name, _ in read_files(store, pa.Table.from_pylist(rows, PLAN_SCHEMA), SETTINGS):
+    for name, _, _ in read_files(store, pa.Table.from_pylist(rows, PLAN_SCHEMA), SETTINGS):
         time.sleep(0.02)  # what may be fetched meanwhile, is
         with store.lock:
             store.out -= sizes[name]

@@ -1,0 +1,147 @@
+"""Processes that are run to their end, and what they and all that they start take meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import psutil
+
+_SAMPLE_S = 1.0
+_GRACE_S = 5.0
+"""For a process that is told to end, before it is made to."""
+
+
+class FailedError(Exception):
+    """A process did not do what it was started for, and why."""
+
+
+@dataclass
+class Taken:
+    """Seconds, CPU, GPU and memory of a process and all that it starts."""
+
+    seconds: float = 0.0
+    busy: float = 0.0
+    """Share of the machine's CPU time."""
+    memory_mib: float = 0.0
+    """Largest private memory."""
+    store_mib: float = 0.0
+    """Largest growth of shared memory."""
+    gpu: list[float] = field(default_factory=list)
+    """Shares of the time in which a kernel ran, second by second; none where no one tells."""
+
+
+def run_watched(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    limit_s: float,
+    log: Path,
+    good: Sequence[int] = (0,),
+) -> tuple[str, Taken]:
+    """Run Python with these arguments; what it printed, and what it took.
+
+    `log`: where its standard error goes. `good`: its exit codes. Raises `FailedError`. Whatever
+    ends the wait for it, ends it and all that it has started.
+    """
+    with log.open("wb") as errors:
+        process = psutil.Popen(
+            [sys.executable, *arguments],
+            env=dict(environment),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+        try:
+            with _watched(process) as taken:
+                printed, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired as error:
+            raise FailedError(f"did not end in {limit_s:g} s") from error
+        finally:
+            if process.poll() is None:
+                _end(process)
+    if process.returncode not in good:
+        last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+        raise FailedError((last or f"ended with {process.returncode}")[:100])
+    return printed.decode(errors="replace"), taken
+
+
+def _end(process: psutil.Popen) -> None:
+    family = _family(process)
+    process.terminate()
+    with suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
+        process.wait(_GRACE_S)
+    family = list({*family, *_family(process)})
+    for member in family:
+        with suppress(psutil.Error):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=1)
+
+
+@contextmanager
+def _watched(process: psutil.Process) -> Iterator[Taken]:
+    """Watch it for the block."""
+    taken, ended = Taken(), threading.Event()
+    shared, cpu, began = _shared_bytes(), psutil.cpu_times(), time.monotonic()
+
+    def look() -> None:
+        while not ended.wait(_SAMPLE_S):
+            memory = sum(map(_private_bytes, _family(process))) / 2**20
+            taken.memory_mib = max(taken.memory_mib, memory)
+            taken.store_mib = max(taken.store_mib, (_shared_bytes() - shared) / 2**20)
+            busy = gpu_busy()
+            if busy is not None:
+                taken.gpu.append(busy)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        taken.seconds = time.monotonic() - began
+        spent = [now - then for now, then in zip(psutil.cpu_times(), cpu, strict=True)]
+        of = dict(zip(cpu._fields, spent, strict=True))
+        taken.busy = 1 - (of["idle"] + of.get("iowait", 0.0)) / max(sum(spent), 1e-9)
+        ended.set()
+        thread.join()
+
+
+def gpu_busy() -> float | None:
+    """Of the last moment, on average over this machine's GPUs; None where there are none, or where
+    nvidia-ml-py is not installed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        gpus = range(torch.cuda.device_count())
+        return mean(torch.cuda.utilization(gpu) for gpu in gpus) / 100
+    except (ModuleNotFoundError, RuntimeError):
+        return None
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def _private_bytes(process: psutil.Process) -> int:
+    # What smaps would tell exactly takes the kernel so long that it slows down what is measured.
+    try:
+        told = process.memory_info()
+    except psutil.Error:
+        return 0
+    return int(told.rss - getattr(told, "shared", 0))
+
+
+def _shared_bytes() -> int:
+    return shutil.disk_usage("/dev/shm").used if Path("/dev/shm").is_dir() else 0
