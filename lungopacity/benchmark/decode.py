@@ -23,14 +23,18 @@ import numpy.typing as npt
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.reading import read_files
+from lungopacity.benchmark.place import NO_GPU, gpus_here
 from lungopacity.errors import ImageError, UserError
+from lungopacity.models import load_model
 from lungopacity.progress import Progress
 from lungopacity.radiograph import DecodeLimits, Preprocessing, decode_radiographs
 
 Grey = npt.NDArray[np.uint8]
 Decode = Callable[[bytes], Grey]
+DecodeAll = Callable[[Sequence[bytes]], list[Grey]]
 
 _REDUCED = 224
+_NVJPEG = "nvJPEG"
 _LIMITS = DecodeLimits()
 
 
@@ -41,7 +45,7 @@ class DecodeSpeed:
     format: str
     way: str
     images_per_s: float
-    """Median over the repeats, on one core."""
+    """Median over the repeats, on one core; of nvJPEG on a GPU, all files in one call."""
     spread: float
     """Half the range between the quartiles, as a share of the median."""
     max_difference: int
@@ -49,11 +53,12 @@ class DecodeSpeed:
 
 
 def decode_speeds(
-    images: str | None = None, *, count: int = 24, repeats: int = 9
+    images: str | None = None, model: str | None = None, *, count: int = 24, repeats: int = 9
 ) -> list[DecodeSpeed]:
     """Measure every format.
 
-    images: URI of films to encode anew in each format; None draws phantoms. `count`: how many.
+    images: URI of films to encode anew in each format; None draws phantoms. `model`: URI of one
+    whose input JPEGs are also decoded straight to; None: of 224 pixels a side. `count`: how many.
     What cannot be decoded is passed over. Raises `UserError` where nothing is left.
     """
     if count < 1 or repeats < 1:
@@ -61,7 +66,8 @@ def decode_speeds(
     films = list(islice(_phantoms() if images is None else _films(images), count))
     if not films:
         raise UserError(f"{images}: holds no film that can be decoded")
-    formats = _formats()
+    reduced = _REDUCED if model is None else load_model(model).spec.preprocessing.at_least
+    formats = _formats(reduced)
     speeds: list[DecodeSpeed] = []
     with Progress("Decoding", total=len(formats), unit="formats") as progress:
         for name, (encode, ways) in formats.items():
@@ -84,6 +90,8 @@ def table(speeds: Sequence[DecodeSpeed]) -> str:
             f"{speed.format:<24}{speed.way:<14}{speed.images_per_s:>10.1f}{speed.spread:>8.0%}"
             f"{ratio:>12.2f}{differs:>9}"
         )
+    if not any(_NVJPEG in speed.way for speed in speeds):
+        lines.append(f"torchvision's {_NVJPEG}: skipped: {NO_GPU}")
     return "\n".join(lines)
 
 
@@ -106,21 +114,17 @@ def _films(images: str) -> Iterator[Grey]:
 
 
 def _measured(
-    name: str, files: list[bytes], ways: dict[str, Decode], repeats: int
+    name: str, files: list[bytes], ways: dict[str, DecodeAll], repeats: int
 ) -> Iterator[DecodeSpeed]:
-    expected = [ways["lungopacity"](data) for data in files]
+    expected = ways["lungopacity"](files)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     differences = {
-        way: max(
-            _difference(decode(data), pixels) for data, pixels in zip(files, expected, strict=True)
-        )
-        for way, decode in ways.items()
+        way: max(map(_difference, decode(files), expected)) for way, decode in ways.items()
     }
     for _ in range(repeats):
         for way, decode in ways.items():
             began = time.perf_counter()
-            for data in files:
-                decode(data)
+            decode(files)
             seconds[way].append((time.perf_counter() - began) / len(files))
     for way, taken in seconds.items():
         median = statistics.median(taken)
@@ -155,12 +159,15 @@ def _pillow(data: bytes) -> Grey:
         return np.asarray(image.convert("L"))
 
 
-def _pillow_reduced(data: bytes) -> Grey:
-    from PIL import Image
+def _pillow_reduced(reduced: int) -> Decode:
+    def decode(data: bytes) -> Grey:
+        from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("L", _reduced(image.width, image.height))
-        return np.asarray(image)
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft("L", _smallest(image.width, image.height, reduced))
+            return np.asarray(image)
+
+    return decode
 
 
 def _simplejpeg(data: bytes) -> Grey:
@@ -170,18 +177,21 @@ def _simplejpeg(data: bytes) -> Grey:
     return pixels[..., 0]
 
 
-def _simplejpeg_reduced(data: bytes) -> Grey:
-    import simplejpeg
+def _simplejpeg_reduced(reduced: int) -> Decode:
+    def decode(data: bytes) -> Grey:
+        import simplejpeg
 
-    height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    width, height = _reduced(width, height)
-    pixels: Grey = simplejpeg.decode_jpeg(data, "GRAY", min_height=height, min_width=width)
-    return pixels[..., 0]
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        width, height = _smallest(width, height, reduced)
+        pixels: Grey = simplejpeg.decode_jpeg(data, "GRAY", min_height=height, min_width=width)
+        return pixels[..., 0]
+
+    return decode
 
 
-def _reduced(width: int, height: int) -> tuple[int, int]:
-    """What is asked of each: the longer side is to have so many pixels at least."""
-    scale = _REDUCED / max(width, height)
+def _smallest(width: int, height: int, reduced: int) -> tuple[int, int]:
+    """What is asked of each: the longer side is to have `reduced` pixels at least."""
+    scale = reduced / max(width, height)
     return round(width * scale), round(height * scale)
 
 
@@ -192,6 +202,26 @@ def _torchvision(data: bytes) -> Grey:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     pixels: Grey = decode_image(encoded, ImageReadMode.GRAY)[0].numpy()
     return pixels
+
+
+def _torchvision_batch(device: str) -> DecodeAll:
+    def decode(files: Sequence[bytes]) -> list[Grey]:
+        import torch
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+        return [
+            pixels[0].cpu().numpy() for pixels in decode_jpeg(encoded, ImageReadMode.GRAY, device)
+        ]
+
+    return decode
+
+
+def _each(ways: dict[str, Decode]) -> dict[str, DecodeAll]:
+    def all_of(decode: Decode) -> DecodeAll:
+        return lambda files: [decode(data) for data in files]
+
+    return {way: all_of(decode) for way, decode in ways.items()}
 
 
 def _pydicom(data: bytes) -> Grey:
@@ -208,17 +238,24 @@ def _pydicom(data: bytes) -> Grey:
 # --------------------------------------------------------------------------------------- encoders
 
 
-def _formats() -> dict[str, tuple[Callable[[Grey], bytes], dict[str, Decode]]]:
+def _formats(reduced: int) -> dict[str, tuple[Callable[[Grey], bytes], dict[str, DecodeAll]]]:
     import torch
     from pydicom import uid
 
     torch.set_num_threads(1)
-    pillow = {"Pillow": _pillow}
-    vision = {**pillow, "torchvision": _torchvision}
-    jpeg = {**vision, "simplejpeg": _simplejpeg}
-    reduced = {"Pillow": _pillow_reduced, "simplejpeg": _simplejpeg_reduced}
-    whole = {"lungopacity": _ours(None)}
-    dicom = {**whole, "pydicom": _pydicom}
+    pillow = _each({"Pillow": _pillow})
+    vision = pillow | _each({"torchvision": _torchvision})
+    jpeg = vision | _each({"simplejpeg": _simplejpeg})
+    nvjpeg = {_NVJPEG: _torchvision_batch("cuda")} if gpus_here() else {}
+    whole = _each({"lungopacity": _ours(None)})
+    to_size = _each(
+        {
+            "lungopacity": _ours(reduced),
+            "Pillow": _pillow_reduced(reduced),
+            "simplejpeg": _simplejpeg_reduced(reduced),
+        }
+    )
+    dicom = whole | _each({"pydicom": _pydicom})
     syntaxes = {
         "uncompressed": None,
         "deflated": uid.DeflatedExplicitVRLittleEndian,
@@ -231,12 +268,9 @@ def _formats() -> dict[str, tuple[Callable[[Grey], bytes], dict[str, Decode]]]:
         "PNG": (_encoder("PNG"), whole | vision),
         "PNG, rows alone": (_png_of_rows, whole | vision),
         "PNG, 16 bits": (_sixteen, whole),
-        "JPEG": (_encoder("JPEG", quality=92), whole | jpeg),
+        "JPEG": (_encoder("JPEG", quality=92), whole | jpeg | nvjpeg),
         "JPEG, progressive": (_encoder("JPEG", quality=92, progressive=True), whole | jpeg),
-        f"JPEG, to {_REDUCED}": (
-            _encoder("JPEG", quality=92),
-            {"lungopacity": _ours(_REDUCED)} | reduced,
-        ),
+        f"JPEG, to {reduced}": (_encoder("JPEG", quality=92), to_size),
         "TIFF": (_encoder("TIFF"), whole | pillow),
         "JPEG 2000": (_encoder("JPEG2000"), whole | pillow),
         **{f"DICOM, {name}": (_dicom_encoder(syntax), dicom) for name, syntax in syntaxes.items()},

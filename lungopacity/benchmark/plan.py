@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lungopacity.archive.inventory import list_archive
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import UserError
+from lungopacity.models import load_model
 from lungopacity.progress import Progress
 from lungopacity.results.folder import PREDICTIONS, commit_run
 from lungopacity.results.schema import PLAN_SCHEMA, class_column, predictions_schema
@@ -42,26 +44,33 @@ class PlanCost:
     """Published predictions that the inventory is compared with."""
     planned: int
     seconds: float
-    """From opening the inventory to the plan in the results folder."""
+    """From opening the inventory, or listing the archive, to the plan in the results folder."""
     peak_mib: float
     """Largest resident memory of the process that plans."""
 
 
-def plan_costs(sizes: Sequence[int]) -> list[PlanCost]:
+def plan_costs(
+    sizes: Sequence[int], images: str | None = None, model: str | None = None
+) -> list[PlanCost]:
     """Make an archive's inventory and history of each size, and plan one night over it.
 
-    Each plan is made in a process of its own, for its memory. Raises `UserError` for a size below
-    100.
+    `images`: URI of an archive that is listed and planned as a first night instead; the sizes do
+    not count then. `model`: URI of the one to plan for; None: one of no folder. Each plan is made
+    in a process of its own, for its memory. Raises `UserError` for a size below 100.
     """
+    model_id = "model" if model is None else load_model(model).model_id
+    if images is not None:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return [pool.apply(_measured_archive, (images, model_id))]
     if min(sizes, default=0) < 100:
         raise UserError("--keys must be at least 100")
     costs = []
     with Progress("Planning", total=len(sizes), unit="sizes") as progress:
         for keys in sizes:
             with TemporaryDirectory(prefix="lungopacity-") as folder:
-                _write_archive(Path(folder), keys)
+                _write_archive(Path(folder), keys, model_id)
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    costs.append(pool.apply(_measured, (folder, keys)))
+                    costs.append(pool.apply(_measured, (folder, keys, model_id)))
             progress.advance(1)
     return costs
 
@@ -78,14 +87,24 @@ def table(costs: Sequence[PlanCost]) -> str:
     return "\n".join(lines)
 
 
-def _measured(folder: str, keys: int) -> PlanCost:
+def _measured_archive(images: str, model_id: str) -> PlanCost:
+    with TemporaryDirectory(prefix="lungopacity-") as scratch:
+        results = open_store(f"{scratch}/results")
+        began = time.perf_counter()
+        plan = make_plan(results, list_archive(images), model_id, "night", Path(scratch))
+        seconds = time.perf_counter() - began
+    objects = plan.start.objects
+    return PlanCost(objects, 0, objects, seconds, peak_mib_of_process())
+
+
+def _measured(folder: str, keys: int, model_id: str) -> PlanCost:
     """In a process of its own."""
     archive, results = f"{folder}/archive", open_store(f"{folder}/results")
     began = time.perf_counter()
     inventory = read_inventory(f"{folder}/inventory.parquet", archive)
-    history = History.read(results, inventory.uri, "model", {}, None)
+    history = History.read(results, inventory.uri, model_id, {}, None)
     with TemporaryDirectory(prefix="lungopacity-") as scratch:
-        plan = make_plan(results, inventory, "model", "night", Path(scratch), history=history)
+        plan = make_plan(results, inventory, model_id, "night", Path(scratch), history=history)
     seconds = time.perf_counter() - began
     return PlanCost(
         keys=keys,
@@ -107,7 +126,7 @@ def peak_mib_of_process() -> float:
     return int(line.split()[1]) / 1024
 
 
-def _write_archive(folder: Path, keys: int) -> None:
+def _write_archive(folder: Path, keys: int, model_id: str) -> None:
     """An inventory of so many keys, and one published run over all but the last hundredth."""
     with pq.ParquetWriter(folder / "inventory.parquet", _INVENTORY, **PARQUET_OPTIONS) as writer:
         for objects in archive_objects(0, keys):
@@ -123,14 +142,14 @@ def _write_archive(folder: Path, keys: int) -> None:
         rows = min(_ROWS_PER_FILE, screened - start)
         with pq.ParquetWriter(results / key, schema, **PARQUET_OPTIONS) as writer:
             for objects in archive_objects(start, start + rows):
-                writer.write_table(scored_rows(objects, f"{folder}/archive", schema))
+                writer.write_table(scored_rows(objects, f"{folder}/archive", schema, model_id))
         files.append({"key": key, "rows": rows})
     commit_run(
         open_store(str(results)),
         "first",
         {
             "run_id": "first",
-            "model_id": "model",
+            "model_id": model_id,
             "archive": open_store(f"{folder}/archive").uri,
             "started_at": _WHEN.isoformat(),
             "class_names": list(CLASSES),
@@ -160,7 +179,9 @@ def archive_objects(start: int, stop: int, rows: int = _ROWS_PER_BATCH) -> Itera
             )
 
 
-def scored_rows(objects: pa.Table, archive: str, schema: pa.Schema) -> pa.Table:
+def scored_rows(
+    objects: pa.Table, archive: str, schema: pa.Schema, model_id: str = "model"
+) -> pa.Table:
     """A row of `schema` for each of the objects, scored at random."""
     count = objects.num_rows
     p_N = np.random.default_rng(count).random(count, np.float32)
@@ -168,7 +189,7 @@ def scored_rows(objects: pa.Table, archive: str, schema: pa.Schema) -> pa.Table:
         name: pa.repeat(pa.scalar(value), count)
         for name, value in (
             ("run_id", "first"),
-            ("model_id", "model"),
+            ("model_id", model_id),
             ("archive", archive),
             ("format", "dicom"),
             ("status", "ok"),

@@ -6,21 +6,14 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 
+from lungopacity.benchmark.inputs import fresh_model
 from lungopacity.errors import UserError
-from lungopacity.models import (
-    ModelSpec,
-    OperatingPoint,
-    TrainedModel,
-    build_network,
-    check_network,
-    network_card,
-    weights_of,
-)
+from lungopacity.models import check_network
 from lungopacity.models.compiled import CompileError, compile_network, to_bytes
 from lungopacity.progress import Progress
 from lungopacity.runtime import KEEP_FREED_MEMORY, environment
@@ -72,7 +65,7 @@ def score_speeds(networks: Sequence[str], films: int = 64, repeats: int = 5) -> 
 def _measured(name: str, films: int, repeats: int) -> ScoreSpeed:
     from lungopacity.models.scorer import Scorer
 
-    model = _fresh(name)
+    model = fresh_model(name)
     size = model.spec.preprocessing.image_size
     pixels_NHW = np.random.default_rng(0).integers(0, 256, (films, size, size), dtype=np.uint8)
     ways = [Scorer(model, threads=1)]
@@ -83,11 +76,11 @@ def _measured(name: str, films: int, repeats: int) -> ScoreSpeed:
         pass
     seconds: list[list[float]] = [[] for _ in ways]
     # Once, untimed: memory is taken, and kernels are chosen.
-    p = [scorer.probabilities(scorer.logits(pixels_NHW)) for scorer in ways]
+    p = [scorer.probabilities(scorer.logits(pixels_NHW, films)) for scorer in ways]
     for _ in range(repeats):
         for scorer, taken in zip(ways, seconds, strict=True):
             began = time.perf_counter()
-            scorer.logits(pixels_NHW)
+            scorer.logits(pixels_NHW, films)
             taken.append(time.perf_counter() - began)
     torch_ms, *compiled_ms = (1000 * median(taken) / films for taken in seconds)
     return ScoreSpeed(
@@ -97,20 +90,6 @@ def _measured(name: str, films: int, repeats: int) -> ScoreSpeed:
         compiled_ms[0] if compiled_ms else None,
         float(np.abs(p[0] - p[1]).max()) if compiled_ms else None,
     )
-
-
-def _fresh(name: str) -> TrainedModel:
-    card = network_card(name)
-    network = build_network(name, 2, {"image_size": card.image_size} if card.fixed_size else {})
-    spec = ModelSpec(
-        architecture=name,
-        architecture_settings=asdict(network.settings),  # type: ignore[call-overload]
-        class_names=("Normal", "Lung_Opacity"),
-        positive_class="Lung_Opacity",
-        preprocessing=card.preprocessing,
-        operating_point=OperatingPoint(0.5),
-    )
-    return TrainedModel(spec, weights_of(network))
 
 
 def table(speeds: Sequence[ScoreSpeed]) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import repeat
@@ -27,6 +26,7 @@ import pyarrow.dataset as ds
 
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.benchmark import alternatives, bare_loop
+from lungopacity.benchmark.inputs import scratch_place
 from lungopacity.benchmark.place import Place
 from lungopacity.benchmark.watched import FailedError, Taken, run_watched
 from lungopacity.errors import UserError
@@ -34,7 +34,7 @@ from lungopacity.models import load_model
 from lungopacity.progress import Progress
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import KEEP_FREED_MEMORY
-from lungopacity.storage import join_uri, open_store
+from lungopacity.storage import open_store
 
 LIMIT = (bare_loop.WHOLE, bare_loop.READ_HALF, bare_loop.SCORE_HALF)
 OURS = "lungopacity"
@@ -306,14 +306,8 @@ def _scratch(task: _Task, way: str) -> Iterator[tuple[Path, str]]:
             (folder / "output").mkdir()
             yield folder, f"{name}/output"
             return
-        output = join_uri(task.output, f"benchmark-{uuid.uuid4().hex}")
-        try:
+        with scratch_place(task.output) as output:
             yield Path(name), output
-        finally:
-            store = open_store(output)
-            with suppress(UserError):
-                for item in list(store.list()):
-                    store.delete(item.key)
 
 
 def _started(way: str, task: _Task, folder: Path, output: str, films: int = 0) -> tuple[str, Taken]:

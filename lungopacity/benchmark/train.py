@@ -5,24 +5,28 @@ The films are decoded once, for all. Each way trains a few epochs in processes o
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lungopacity.benchmark.inputs import DEFAULT_NETWORK, scratch_place
+from lungopacity.benchmark.place import NO_GPU, counted, gpus_here
 from lungopacity.errors import UserError
-from lungopacity.models import build_network
+from lungopacity.models import NETWORK_NAMES, build_network, check_network, load_model
+from lungopacity.models.networks import ENSEMBLE
 from lungopacity.progress import Progress
-from lungopacity.runtime import KEEP_FREED_MEMORY, ray_session, resolve_gpu
+from lungopacity.runtime import KEEP_FREED_MEMORY, capacity, ray_session, resolve_gpu
 from lungopacity.training.fit import films_of, first_tensors, fit
 from lungopacity.training.loop import Films, Worker, learn
-from lungopacity.training.settings import TrainingSettings
+from lungopacity.training.settings import PRECISIONS, TrainingSettings
 from lungopacity.training.task import DEFAULT_CLASSES, training_task
 
 BARE = "bare loop"
@@ -33,85 +37,202 @@ class TrainSpeed:
     """One way to train."""
 
     way: str
-    epochs: int
-    """That were timed; the first of each repeat is not."""
-    images_per_s: float
+    on: str = ""
+    """Of what it had how much."""
+    epochs: int = 0
+    """That were timed; the first of each repeat is not. 0: it has no figures."""
+    images_per_s: float = 0.0
     """Training films an epoch, over its seconds from report to report: validation and checkpoint
     included. Median."""
-    spread: float
+    spread: float = 0.0
     """Half the range between the quartiles, as a share of the median."""
-    step_images_per_s: float
+    step_images_per_s: float = 0.0
     """The same of the steps alone. Median."""
+    note: str = ""
+    """Why it was not run, or not as often as it should."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    name: str
+    on: str = ""
+    settings: TrainingSettings | None = None
+    is_bare: bool = False
+    note: str = ""
 
 
 def train_speeds(
     images: Sequence[str],
     labels: str,
     *,
-    model: str = "classical-cnn",
+    model: str = DEFAULT_NETWORK,
     image_size: int | None = None,
-    workers: Sequence[int] = (1, 2),
+    workers: Sequence[int] | None = None,
+    precisions: Sequence[str] = ("auto",),
     epochs: int = 4,
     repeats: int = 2,
+    use_gpu: bool | None = None,
+    output: str | None = None,
 ) -> list[TrainSpeed]:
     """Train without Ray and with so many workers, in turns.
 
-    images, labels, model, image_size: as of `train`. Raises `UserError`.
+    images, labels, image_size: as of `train`. `model`: the name of a network, or the URI of a model
+    folder, whose network is trained anew. `workers`: None is 1, and 2 where there is as much;
+    numbers that do not fit are left out with a note. `precisions`: of the training settings, each
+    measured. `use_gpu`: None uses what there is. `output`: URI of a place for checkpoints, which
+    are removed again; needed where the Ray cluster has several nodes. Raises `UserError`.
     """
-    if epochs < 2 or repeats < 1 or min(workers, default=0) < 1:
+    if epochs < 2 or repeats < 1 or min(workers or [1]) < 1:
         raise UserError("--epochs must be at least 2, --repeats and --workers at least 1")
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise UserError(f"--precision: '{precision}' is none of {', '.join(PRECISIONS)}")
+    name, words = _network_of(model)
     task = training_task(
         images,
         labels,
-        model=model,
+        model=name,
         classes=DEFAULT_CLASSES,
         positive_class=None,
         image_size=image_size,
         options={"epochs": epochs},
-        words={},
+        words=words,
         accept=(),
         reject_quality=None,
     )
     rows: dict[str, list[dict[str, Any]]] = {}
     with ray_session():
-        settings = replace(task.settings, use_gpu=resolve_gpu(None))
+        ways = _ways(
+            replace(task.settings, use_gpu=resolve_gpu(use_gpu)), workers, precisions, output
+        )
+        notes = {way.name: way.note for way in ways}
         data = task.load()
         films = films_of(data)
-        with Progress("Training", total=repeats * (1 + len(workers)), unit="runs") as progress:
+        able = [way for way in ways if not way.note]
+        with Progress("Training", total=repeats * len(able), unit="runs") as progress:
             for _ in range(repeats):
-                rows.setdefault(BARE, []).extend(_bare(films, settings)[1:])
-                progress.advance(1)
-                for number in workers:
-                    with tempfile.TemporaryDirectory(prefix="lungopacity-") as folder:
-                        chosen = replace(settings, workers=number)
-                        history = fit(data, chosen, f"{folder}/model").history
-                    rows.setdefault(f"Ray Train, {number}", []).extend(history[1:])
+                for way in able:
+                    if not notes[way.name]:
+                        try:
+                            history = _history(way, data, films, output)
+                            rows.setdefault(way.name, []).extend(history[1:])
+                        except UserError as error:
+                            notes[way.name] = f"failed: {error}"
                     progress.advance(1)
-    return [_speed(way, found, len(films.train)) for way, found in rows.items()]
+    return [
+        _speed(way, rows[way.name], len(films.train), notes[way.name])
+        if way.name in rows
+        else TrainSpeed(way.name, way.on, note=notes[way.name])
+        for way in ways
+    ]
+
+
+def _network_of(model: str) -> tuple[str, Mapping[str, str]]:
+    """Its name, and settings as words."""
+    if model in NETWORK_NAMES or not (os.sep in model or Path(model).exists()):
+        check_network(model)
+        return model, {}
+    spec = load_model(model).spec
+    if spec.architecture == ENSEMBLE:
+        raise UserError(f"{model}: an ensemble is not trained as one; give one of its members")
+    settings = {f"model_settings.{name}": of for name, of in spec.architecture_settings.items()}
+    settings |= {f"preprocessing.{name}": of for name, of in asdict(spec.preprocessing).items()}
+    return spec.architecture, {name: json.dumps(value) for name, value in settings.items()}
+
+
+def _ways(
+    settings: TrainingSettings,
+    workers: Sequence[int] | None,
+    precisions: Sequence[str],
+    output: str | None,
+) -> list[_Way]:
+    """Checked before anything is trained. Raises `UserError`."""
+    import ray
+
+    kind = "GPU" if settings.use_gpu else "CPU"
+    there = int(capacity()[kind])
+    if there < 1:
+        raise UserError(f"the Ray cluster has no {kind}; give --no-gpu, or a larger cluster")
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and output is None:
+        raise UserError(
+            f"the Ray cluster has {nodes} nodes; say with --output URI where all of them can write"
+        )
+    cores = counted(len(os.sched_getaffinity(0)), "core")
+    ways = []
+    for precision in precisions:
+        of = f", {precision}" if len(precisions) > 1 else ""
+        chosen = replace(settings, precision=precision)
+        missing = settings.use_gpu and not gpus_here()
+        ways.append(
+            _Way(
+                f"{BARE}{of}",
+                "1 GPU" if settings.use_gpu else cores,
+                replace(chosen, workers=1, max_workers=0),
+                is_bare=True,
+                note=f"this machine has no GPU: {NO_GPU}" if missing else "",
+            )
+        )
+        for number in workers or sorted({1, min(2, there)}):
+            name = f"Ray Train, {number}{of}"
+            on = counted(number, "GPU") if settings.use_gpu else cores
+            if nodes > 1:
+                on = f"{counted(number, kind)} of {nodes} nodes"
+            if number > there:
+                ways.append(_Way(name, note=f"needs {number} {kind}s, there are {there}"))
+                continue
+            try:
+                ways.append(_Way(name, on, replace(chosen, workers=number, max_workers=0)))
+            except ValueError as error:
+                ways.append(_Way(name, note=str(error)))
+    return ways
+
+
+def _history(way: _Way, data: Any, films: Films, output: str | None) -> list[dict[str, Any]]:
+    """A row an epoch. Raises `UserError`."""
+    assert way.settings is not None
+    if way.is_bare:
+        return _bare(films, way.settings)
+    with scratch_place(output) as place:
+        history: list[dict[str, Any]] = fit(data, way.settings, f"{place}/model").history
+    return history
 
 
 def table(speeds: Sequence[TrainSpeed]) -> str:
-    """A line for each way."""
-    bare = speeds[0]
-    lines = [f"{'way':<16}{'epochs':>8}{'images/s':>10}{'spread':>8}{'/ bare':>8}{'steps':>9}"]
+    """A line for each way; ratios are to the first bare loop. Notes stand below."""
+    bare = next((speed for speed in speeds if speed.way.startswith(BARE) and speed.epochs), None)
+    width = 2 + max(len(speed.way) for speed in speeds)
+    form = f"{{:<{width}}}{{:>8}}{{:>10}}{{:>8}}{{:>8}}{{:>9}}  {{}}"
+    lines = [form.format("way", "epochs", "images/s", "spread", "/ bare", "steps", "on")]
     lines += [
-        f"{speed.way:<16}{speed.epochs:>8}{speed.images_per_s:>10.1f}{speed.spread:>8.0%}"
-        f"{speed.images_per_s / bare.images_per_s:>8.2f}{speed.step_images_per_s:>9.1f}"
+        form.format(
+            speed.way,
+            speed.epochs,
+            f"{speed.images_per_s:.1f}",
+            f"{speed.spread:.0%}",
+            f"{speed.images_per_s / bare.images_per_s:.2f}" if bare else "",
+            f"{speed.step_images_per_s:.1f}",
+            speed.on,
+        )
         for speed in speeds
+        if speed.epochs
     ]
+    lines += [f"{speed.way:<{width}}{speed.note}" for speed in speeds if speed.note]
     return "\n".join(lines)
 
 
-def _speed(way: str, rows: list[dict[str, Any]], images: int) -> TrainSpeed:
+def _speed(way: _Way, rows: list[dict[str, Any]], images: int, note: str) -> TrainSpeed:
     rates = sorted(images / row["seconds"] for row in rows)
     median = statistics.median(rates)
     low, _, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else (median,) * 3
     return TrainSpeed(
-        way=way,
+        way=way.name,
+        on=way.on,
         epochs=len(rows),
         images_per_s=median,
         spread=(high - low) / 2 / median,
         step_images_per_s=statistics.median(row["images_per_s"] for row in rows),
+        note=note,
     )
 
 

@@ -25,19 +25,60 @@ def benchmark() -> None:
     """How fast the parts are here, beside what one would pick instead."""
 
 
-@benchmark.command(epilog=EPILOG)
-@click.option("--images", metavar="URI", default=None, help="Films to encode; default: phantoms.")
-@click.option("--count", type=int, default=24, show_default=True, help="How many of them.")
-@click.option("--repeats", type=int, default=9, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def decode(as_json: bool, **options: Any) -> int:
-    """Images a second on one core, from bytes to grey pixels, by format."""
+def _whole_numbers(
+    _context: click.Context, _option: click.Parameter, text: str | None
+) -> list[int] | None:
+    try:
+        return None if text is None else [int(word) for word in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is no list of whole numbers") from None
+
+
+_images_option = click.option(
+    "--images", metavar="URI", default=None, help="Films. Default: phantoms, drawn for the purpose."
+)
+_model_option = click.option(
+    "--model", metavar="URI", default=None, help="Model folder. Default: an untrained network."
+)
+_gpu_option = click.option(
+    "--use-gpu/--no-gpu", default=None, help="Default: a GPU where there is one."
+)
+_output_option = click.option(
+    "--output",
+    metavar="URI",
+    default=None,
+    help="Scratch that all nodes of the Ray cluster can write to. Needed where there are several.",
+)
+_phantoms_option = click.option(
+    "--count", type=int, default=512, show_default=True, help="Phantoms, where they are drawn."
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+
+
+def _print(speeds: Any, table: Any, as_json: bool, notes: Any = ()) -> None:
     import json
 
+    for note in notes:
+        click.echo(note, err=as_json)
+    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+
+
+@benchmark.command(epilog=EPILOG)
+@_images_option
+@click.option(
+    "--model",
+    metavar="URI",
+    default=None,
+    help="Whose input JPEGs are decoded to. Default: 224 px.",
+)
+@click.option("--count", type=int, default=24, show_default=True, help="How many films.")
+@click.option("--repeats", type=int, default=9, show_default=True)
+@_json_option
+def decode(as_json: bool, **options: Any) -> int:
+    """Images a second on one core, from bytes to grey pixels, by format."""
     from lungopacity.benchmark.decode import decode_speeds, table
 
-    speeds = decode_speeds(**options)
-    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+    _print(decode_speeds(**options), table, as_json)
     return 0
 
 
@@ -47,36 +88,37 @@ _keys_option = click.option(
     metavar="N,N,…",
     default="10000,100000,1000000",
     show_default=True,
-    callback=lambda _context, _option, text: _numbers(text),
+    callback=_whole_numbers,
     help="Sizes of the archive, in objects.",
 )
 
 
 @benchmark.command(epilog=EPILOG)
 @_keys_option
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def plan(sizes: list[int], as_json: bool) -> int:
+@click.option(
+    "--images",
+    metavar="URI",
+    default=None,
+    help="Plan a first night over this archive, listing included, instead of made-up ones.",
+)
+@click.option("--model", metavar="URI", default=None, help="Model folder to plan for.")
+@_json_option
+def plan(as_json: bool, **options: Any) -> int:
     """Seconds and memory of planning a night, from an inventory file against a history."""
-    import json
-
     from lungopacity.benchmark.plan import plan_costs, table
 
-    costs = plan_costs(sizes)
-    click.echo(json.dumps([vars(cost) for cost in costs]) if as_json else table(costs))
+    _print(plan_costs(**options), table, as_json)
     return 0
 
 
 @benchmark.command(epilog=EPILOG)
 @_keys_option
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@_json_option
 def publish(sizes: list[int], as_json: bool) -> int:
     """Seconds and memory of publishing a run, from its part files to its record."""
-    import json
-
     from lungopacity.benchmark.publish import publish_costs, table
 
-    costs = publish_costs(sizes)
-    click.echo(json.dumps([vars(cost) for cost in costs]) if as_json else table(costs))
+    _print(publish_costs(sizes), table, as_json)
     return 0
 
 
@@ -90,22 +132,73 @@ def publish(sizes: list[int], as_json: bool) -> int:
 )
 @click.option("--count", "films", type=int, default=64, show_default=True, help="Films a batch.")
 @click.option("--repeats", type=int, default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def score(as_json: bool, networks: list[str] | None, **options: Any) -> int:
-    """Milliseconds a film of the forward pass on one core: compiled, and in torch."""
+@_gpu_option
+@click.option(
+    "--precision",
+    metavar="NAME,NAME",
+    default="float32,bfloat16",
+    show_default=True,
+    callback=words_of,
+    help="Of the forward pass by batch size; bfloat16 by autocast.",
+)
+@click.option(
+    "--batch-sizes",
+    metavar="N,N,…",
+    default=None,
+    callback=_whole_numbers,
+    help="Time the forward pass at each of them. Default: on a GPU 1,8,32,64,128,256.",
+)
+@_json_option
+def score(
+    as_json: bool,
+    networks: list[str] | None,
+    films: int,
+    repeats: int,
+    use_gpu: bool | None,
+    precision: list[str],
+    batch_sizes: list[int] | None,
+) -> int:
+    """The forward pass: on one core, compiled and in torch; on a GPU, by batch size.
+
+    Milliseconds a film on one core; images a second on a GPU, or with --batch-sizes on all cores.
+    """
     import json
 
+    from lungopacity.benchmark import forward
+    from lungopacity.benchmark.place import NO_GPU, Place
     from lungopacity.benchmark.score import score_speeds, table
     from lungopacity.models import NETWORK_NAMES
 
-    speeds = score_speeds(networks or NETWORK_NAMES, **options)
-    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+    gpus = Place.found(use_gpu).gpus
+    names = networks or NETWORK_NAMES
+    one_core = score_speeds(names, films, repeats)
+    speeds: list[forward.ForwardSpeed] = []
+    skipped = f"on a GPU: skipped: {'--no-gpu' if use_gpu is False else NO_GPU}"
+    if gpus or batch_sizes:
+        speeds = forward.forward_speeds(
+            names,
+            use_gpu=gpus > 0,
+            precisions=precision,
+            batch_sizes=batch_sizes or forward.BATCH_SIZES,
+            repeats=repeats,
+        )
+    if as_json:
+        found = {"one_core": [vars(speed) for speed in one_core]}
+        found["forward"] = [vars(speed) for speed in speeds]
+        click.echo(json.dumps({**found, "notes": [] if gpus else [skipped]}))
+        return 0
+    click.echo(table(one_core))
+    if speeds:
+        click.echo(f"\n{forward.table(speeds)}")
+    if not gpus:
+        click.echo(f"\n{skipped}")
     return 0
 
 
 @benchmark.command(epilog=EPILOG)
-@click.option("--images", metavar="URI", required=True, help="Loose images, or shards.")
-@click.option("--model", metavar="URI", required=True, help="The model folder.")
+@_images_option
+@_model_option
+@_phantoms_option
 @click.option(
     "--ways",
     metavar="WAY,WAY,…",
@@ -118,46 +211,83 @@ def score(as_json: bool, networks: list[str] | None, **options: Any) -> int:
     "--limit-s", type=float, default=3600.0, show_default=True, help="Of one run: some ways hang."
 )
 @click.option("--batch-size", type=int, default=64, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def screen(as_json: bool, ways: list[str] | None, **options: Any) -> int:
+@_gpu_option
+@_output_option
+@_json_option
+def screen(
+    as_json: bool,
+    images: str | None,
+    model: str | None,
+    count: int,
+    ways: list[str] | None,
+    **options: Any,
+) -> int:
     """Images a second of screening, beside the bare loop and other ways to do it."""
-    import json
-
+    from lungopacity.benchmark.inputs import made_up
     from lungopacity.benchmark.screen import WAYS, screen_speeds, table
 
-    speeds = screen_speeds(ways=ways or WAYS, **options)
-    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+    with made_up(images, model, count=count, output=options["output"]) as given:
+        speeds = screen_speeds(given.images, given.model, ways=ways or WAYS, **options)
+    _print(speeds, table, as_json, given.notes)
     return 0
 
 
 @benchmark.command(epilog=EPILOG)
-@click.option("--images", metavar="URI", required=True, multiple=True, help="Labelled films.")
-@click.option("--labels", metavar="FILE", required=True)
-@click.option("--model", metavar="NAME", default="classical-cnn", show_default=True)
+@click.option(
+    "--images",
+    metavar="URI",
+    multiple=True,
+    help="Labelled films. Default: phantoms, drawn for the purpose.",
+)
+@click.option("--labels", metavar="FILE", default=None, help="Needed with --images.")
+@click.option(
+    "--model",
+    metavar="NAME|URI",
+    default="classical-cnn",
+    show_default=True,
+    help="A network, or a model folder whose network is trained anew.",
+)
+@_phantoms_option
 @click.option("--image-size", type=int, default=None)
 @click.option(
     "--workers",
     metavar="N,N,…",
-    default="1,2",
+    default=None,
+    callback=_whole_numbers,
+    help="Default: 1, and 2 where the Ray cluster has as many.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    metavar="NAME,NAME,…",
+    default="auto",
     show_default=True,
-    callback=lambda _context, _option, text: _numbers(text),
+    callback=words_of,
+    help="float32, bfloat16 or auto; each is measured.",
 )
 @click.option("--epochs", type=int, default=4, show_default=True, help="The first is not timed.")
 @click.option("--repeats", type=int, default=2, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def train(as_json: bool, **options: Any) -> int:
+@_gpu_option
+@_output_option
+@_json_option
+def train(
+    as_json: bool,
+    images: tuple[str, ...],
+    labels: str | None,
+    model: str,
+    count: int,
+    **options: Any,
+) -> int:
     """Images a second of training, beside the same loop without Ray."""
-    import json
-
+    from lungopacity.benchmark.inputs import made_up
     from lungopacity.benchmark.train import table, train_speeds
 
-    speeds = train_speeds(**options)
-    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+    if bool(images) != bool(labels):
+        raise click.UsageError("--images and --labels belong together; give both or none")
+    if images and labels:
+        _print(train_speeds(images, labels, model=model, **options), table, as_json)
+        return 0
+    with made_up(None, model, count=count, output=options["output"]) as given:
+        speeds = train_speeds([given.images], given.labels, model=model, **options)
+    _print(speeds, table, as_json, given.notes)
     return 0
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"'{text}' is no list of whole numbers") from None

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lungopacity.benchmark.decode import _films, decode_speeds, table
+from lungopacity.benchmark.decode import _films, _torchvision_batch, decode_speeds, table
 from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.storage import open_store
@@ -38,7 +38,8 @@ def test_every_format_is_measured_beside_what_reads_it(archive):
         # What is compared gives the same pixels: the DCT is scaled alike, too.
         assert speed.max_difference in (0, 1), speed
     lines = table(speeds).splitlines()
-    assert len(lines) == 1 + len(speeds)
+    told = [line for line in lines if "nvJPEG: skipped" in line]
+    assert len(lines) == 1 + len(speeds) + len(told)
 
 
 def test_the_command_prints_json(archive, capfd):
@@ -52,6 +53,13 @@ def test_the_command_prints_json(archive, capfd):
 
 def test_pages_are_films_and_what_cannot_be_decoded_is_passed_over(archive):
     assert [film.shape for film in _films(archive)] == [(200, 150), (900, 700), (200, 180)]
+
+
+def test_many_jpegs_are_decoded_in_one_call():
+    """As by nvJPEG, but for the device."""
+    film = grey_film(0, 200, 180)
+    files = [encoded(film, "JPEG"), encoded(film[:100], "JPEG")]
+    assert [found.shape for found in _torchvision_batch("cpu")(files)] == [(200, 180), (100, 180)]
 
 
 def test_a_place_without_a_film_is_said_so(tmp_path):

@@ -16,6 +16,16 @@ def test_a_night_is_planned_over_each_size_and_its_cost_told(capfd):
     assert 50 < large["peak_mib"] < 2048
 
 
+def test_a_first_night_is_planned_over_a_given_archive(tmp_path, capfd):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"a film")
+    command = ["benchmark", "plan", "--images", str(tmp_path), "--json"]
+    assert main(command) == 0
+    (cost,) = json.loads(capfd.readouterr().out)
+    assert (cost["keys"], cost["history_rows"], cost["planned"]) == (3, 0, 3)
+    assert main([*command, "--model", str(tmp_path / "none")]) == 2
+
+
 def test_sizes_that_are_none_are_refused(capfd):
     with pytest.raises(UserError, match="--keys must be at least 100"):
         plan_costs([99])

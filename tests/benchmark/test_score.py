@@ -4,10 +4,13 @@ import os
 import signal
 import threading
 
+import numpy as np
 import pytest
 
-from lungopacity.benchmark.score import score_speeds
+from lungopacity.benchmark.forward import ForwardSpeed, table
+from lungopacity.benchmark.score import _measured, score_speeds
 from lungopacity.cli import main
+from lungopacity.models.scorer import Scorer
 
 
 def test_whoever_ends_it_waits_for_no_film():
@@ -23,12 +26,37 @@ def test_whoever_ends_it_waits_for_no_film():
 
 def test_a_network_is_timed_both_ways_and_says_the_same(capfd):
     command = ["benchmark", "score", "--networks", "classical-cnn", "--count", "4"]
-    assert main([*command, "--repeats", "2", "--json"]) == 0
-    (speed,) = json.loads(capfd.readouterr().out)
+    command += ["--repeats", "2", "--no-gpu", "--batch-sizes", "4,1"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    (speed,) = found["one_core"]
     assert (speed["network"], speed["image_size"]) == ("classical-cnn", 160)
     assert 0.1 < speed["torch_ms"] < 1000
     assert 0.1 < speed["compiled_ms"] < 1000
     assert 0 < speed["differs"] < 1e-4
+    by_batch = [(row["precision"], row["batch_size"]) for row in found["forward"]]
+    assert by_batch == [("float32", 1), ("float32", 4), ("bfloat16", 1), ("bfloat16", 4)]
+    assert all(row["images_per_s"] > 1 for row in found["forward"])
+    assert found["notes"] == ["on a GPU: skipped: --no-gpu"]
+
+
+def test_the_best_batch_has_a_star():
+    rates = (100.0, 300.0, None)
+    speeds = [ForwardSpeed("x", "GPU", "float32", n, rate) for n, rate in enumerate(rates)]
+    starred = [line.split()[3:-1] for line in table(speeds).splitlines()[1:]]
+    assert starred == [["100.0"], ["300.0", "*"], ["no", "memory"]]
+
+
+def test_as_many_films_as_asked_for_go_in_one_batch(monkeypatch):
+    seen = set()
+
+    def logits(self, pixels_NHW, batch_size=64):
+        seen.add((len(pixels_NHW), batch_size))
+        return np.zeros((len(pixels_NHW), 2), np.float32)
+
+    monkeypatch.setattr(Scorer, "logits", logits)
+    _measured("classical-cnn", films=70, repeats=1)
+    assert seen == {(70, 70)}
 
 
 @pytest.mark.parametrize(

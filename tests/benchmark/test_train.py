@@ -4,12 +4,16 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import ray
 
+from lungopacity.benchmark import train
 from lungopacity.benchmark.train import _bare, train_speeds
 from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.models import build_network
+from lungopacity.training.settings import TrainingSettings
 from tests.films import encoded, grey_film
+from tests.models.tiny import write_tiny_model
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -24,14 +28,65 @@ def test_the_loop_is_timed_without_ray_and_with_workers(tmp_path, capfd):
     labels.to_csv(tmp_path / "labels.csv", index=False)
     command = ["benchmark", "train", "--images", str(tmp_path), "--image-size", "32", "--json"]
     command += ["--labels", str(tmp_path / "labels.csv"), "--epochs", "3", "--repeats", "1"]
-    command += ["--workers", "2"]
+    command += ["--workers", "2,3", "--no-gpu", "--precision", "float32"]
     assert main(command) == 0
-    speeds = json.loads(capfd.readouterr().out)
+    *speeds, more = json.loads(capfd.readouterr().out)
     assert [speed["way"] for speed in speeds] == ["bare loop", "Ray Train, 2"]
+    assert (more["way"], more["note"]) == ("Ray Train, 3", "needs 3 CPUs, there are 2")
     for speed in speeds:
         assert speed["epochs"] == 2
         # An epoch is its steps, validation and checkpoint.
         assert 0 < speed["images_per_s"] < speed["step_images_per_s"]
+
+
+@pytest.fixture
+def cpus(monkeypatch):
+    """A Ray cluster of so many, as far as `_ways` can tell."""
+
+    def of(number, nodes=1):
+        monkeypatch.setattr(train, "capacity", lambda: {"CPU": number, "GPU": 0})
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * nodes)
+
+    return of
+
+
+def test_workers_are_as_many_as_fit(cpus):
+    settings = TrainingSettings()
+    for number, expected in ((1, [1]), (8, [1, 2])):
+        cpus(number)
+        _, *ways = train._ways(settings, None, ["auto"], None)
+        assert [way.settings.workers for way in ways] == expected
+    _, *ways = train._ways(settings, [2, 3], ["auto"], None)
+    notes = [way.note for way in ways]
+    assert notes == ["", "batch_size 32 must be a multiple of workers (3)"]
+
+
+def test_each_precision_is_a_way_of_its_own(cpus):
+    cpus(1)
+    ways = train._ways(TrainingSettings(), [1], ["float32", "bfloat16"], None)
+    assert [(way.name, way.settings.precision) for way in ways] == [
+        ("bare loop, float32", "float32"),
+        ("Ray Train, 1, float32", "float32"),
+        ("bare loop, bfloat16", "bfloat16"),
+        ("Ray Train, 1, bfloat16", "bfloat16"),
+    ]
+
+
+def test_several_nodes_need_a_place_that_all_can_write_to(cpus):
+    cpus(8, nodes=2)
+    with pytest.raises(UserError, match="has 2 nodes; say with --output URI"):
+        train._ways(TrainingSettings(), None, ["auto"], None)
+    *_, two = train._ways(TrainingSettings(), None, ["auto"], "s3://scratch")
+    assert two.on == "2 CPUs of 2 nodes"
+
+
+def test_the_network_of_a_model_folder_is_trained_anew(tmp_path):
+    write_tiny_model(str(tmp_path / "model"), image_size=64)
+    name, words = train._network_of(str(tmp_path / "model"))
+    assert (name, words["preprocessing.image_size"]) == ("classical-cnn", "64")
+    assert train._network_of("resnet-50") == ("resnet-50", {})
+    with pytest.raises(UserError, match="unknown model 'lenet'"):
+        train._network_of("lenet")
 
 
 def test_one_epoch_is_too_few(tmp_path):

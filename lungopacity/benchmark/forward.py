@@ -1,0 +1,133 @@
+"""Images a second of the forward pass alone, by batch size and precision, on a GPU or on all cores.
+
+The films lie in the device's memory already: what reading and copying would add is left out.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+
+from lungopacity.benchmark.inputs import fresh_model
+from lungopacity.errors import UserError
+from lungopacity.models import check_network
+from lungopacity.progress import Progress
+from lungopacity.runtime import KEEP_FREED_MEMORY, environment
+
+PRECISIONS = ("float32", "bfloat16")
+BATCH_SIZES = (1, 8, 32, 64, 128, 256)
+_LEAST_SECONDS = 0.2
+"""Of one repeat: batches are run until so much has passed."""
+
+
+@dataclass(frozen=True)
+class ForwardSpeed:
+    """One network, precision and batch size; fresh weights."""
+
+    network: str
+    device: str
+    """The GPU's name, or the number of CPU threads."""
+    precision: str
+    """bfloat16: by autocast."""
+    batch_size: int
+    images_per_s: float | None
+    """Median over the repeats; None: the device has not enough memory."""
+
+
+def forward_speeds(
+    networks: Sequence[str],
+    *,
+    use_gpu: bool,
+    precisions: Sequence[str] = PRECISIONS,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    repeats: int = 5,
+) -> list[ForwardSpeed]:
+    """Each network in a process of its own. Raises `UserError` for what cannot be asked for."""
+    for name in networks:
+        check_network(name)
+    wrong = sorted(set(precisions) - set(PRECISIONS))
+    if wrong:
+        raise UserError(f"--precision: '{wrong[0]}' is none of {', '.join(PRECISIONS)}")
+    if min(batch_sizes, default=0) < 1 or repeats < 1:
+        raise UserError("--batch-sizes and --repeats must be at least 1")
+    speeds: list[ForwardSpeed] = []
+    with Progress("Forward passes", total=len(networks), unit="networks") as progress:
+        for name in networks:
+            with (
+                environment({} if use_gpu else KEEP_FREED_MEMORY),
+                ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process,
+            ):
+                speeds += process.submit(
+                    _measured, name, use_gpu, precisions, sorted(batch_sizes), repeats
+                ).result()
+            progress.advance(1)
+    return speeds
+
+
+def _measured(
+    name: str, use_gpu: bool, precisions: Sequence[str], batch_sizes: Sequence[int], repeats: int
+) -> list[ForwardSpeed]:
+    import torch
+
+    from lungopacity.models.normalise import normalise
+    from lungopacity.models.scorer import Scorer
+
+    model = fresh_model(name)
+    scorer = Scorer(model, use_gpu=use_gpu)
+    preprocessing, network = model.spec.preprocessing, scorer.network
+    device = torch.device("cuda" if use_gpu else "cpu")
+    told = torch.cuda.get_device_name() if use_gpu else f"{torch.get_num_threads()} CPU threads"
+    size = preprocessing.image_size
+    films_NHW = torch.randint(0, 256, (max(batch_sizes), size, size), dtype=torch.uint8)
+
+    def seconds_a_batch(batch_NHW: torch.Tensor) -> float:
+        began, batches = time.perf_counter(), 0
+        while time.perf_counter() - began < _LEAST_SECONDS:
+            network.classify(network.describe(normalise(batch_NHW, preprocessing)))
+            batches += 1
+            if use_gpu:
+                torch.cuda.synchronize()
+        return (time.perf_counter() - began) / batches
+
+    speeds = []
+    for precision in precisions:
+        for batch_size in batch_sizes:
+            rate = None
+            half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+            try:
+                with torch.inference_mode(), half:
+                    batch_NHW = films_NHW[:batch_size].to(device)
+                    seconds_a_batch(batch_NHW)  # untimed: kernels are chosen
+                    taken = [seconds_a_batch(batch_NHW) for _ in range(repeats)]
+                rate = batch_size / median(taken)
+            except torch.OutOfMemoryError:
+                pass
+            speeds.append(ForwardSpeed(name, told, precision, batch_size, rate))
+    return speeds
+
+
+def table(speeds: Sequence[ForwardSpeed]) -> str:
+    """A line for each; the best of a network and precision has a star."""
+    form = "{:<26}{:<10}{:>7}{:>12} {:<2}{}"
+    lines = [form.format("network", "precision", "batch", "images/s", "", "on")]
+    best: dict[tuple[str, str], float] = {}
+    for speed in speeds:
+        key = speed.network, speed.precision
+        best[key] = max(best.get(key, 0.0), speed.images_per_s or 0.0)
+    for speed in speeds:
+        rate = speed.images_per_s
+        lines.append(
+            form.format(
+                speed.network,
+                speed.precision,
+                speed.batch_size,
+                "no memory" if rate is None else f"{rate:.1f}",
+                "*" if rate == best[speed.network, speed.precision] else "",
+                speed.device,
+            )
+        )
+    return "\n".join(lines)
