@@ -51,6 +51,7 @@ def run_watched(
     `log`: where its standard error goes. `good`: its exit codes. Raises `FailedError`. Whatever
     ends the wait for it, ends it and all that it has started.
     """
+    gpu_busy()  # imports torch, which is not to count
     with log.open("wb") as errors:
         process = psutil.Popen(
             [sys.executable, *arguments],

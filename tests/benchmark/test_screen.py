@@ -167,6 +167,19 @@ def test_every_way_is_given_the_same(tmp_path, monkeypatch):
     assert {environment["MALLOC_MMAP_MAX_"] for _, environment in asked.values()} == {"0"}
 
 
+@pytest.mark.parametrize(("cpus", "actors", "threads"), [(2, 1, 2), (4, 2, 2), (64, 62, 1)])
+def test_rays_recipes_compute_on_every_cpu(cpus, actors, threads, monkeypatch):
+    class Films:
+        def map_batches(self, score, **options):
+            return score().model, options["compute"].max_size
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus})
+    monkeypatch.setattr(alternatives, "_Model", lambda *given: given)
+    task = alternatives.Task("ray-download", "films", "model", "output", 8)
+    found = alternatives._ray_scored(Films(), "uri", "films", task)
+    assert found == (("model", False, threads), actors)
+
+
 def test_the_steady_rate_counts_whole_batches():
     for images in (130, 320, 1000):
         assert steady_rate(np.arange(images) // 64 * 1.0) == pytest.approx(64)
