@@ -20,7 +20,12 @@ from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.progress import Progress
 from lungopacity.results.folder import PREDICTIONS, commit_run
-from lungopacity.results.schema import PLAN_SCHEMA, class_column, predictions_schema
+from lungopacity.results.schema import (
+    METRICS_SCHEMA,
+    PLAN_SCHEMA,
+    class_column,
+    predictions_schema,
+)
 from lungopacity.results.workbench import PARQUET_OPTIONS, workbench
 from lungopacity.screening.history import History
 from lungopacity.screening.plan import make_plan
@@ -144,6 +149,9 @@ def _write_archive(folder: Path, keys: int, model_id: str) -> None:
             for objects in archive_objects(start, start + rows):
                 writer.write_table(scored_rows(objects, f"{folder}/archive", schema, model_id))
         files.append({"key": key, "rows": rows})
+    metrics = "metrics/first.parquet"
+    (results / metrics).parent.mkdir()
+    pq.write_table(METRICS_SCHEMA.empty_table(), results / metrics)
     commit_run(
         open_store(str(results)),
         "first",
@@ -152,9 +160,12 @@ def _write_archive(folder: Path, keys: int, model_id: str) -> None:
             "model_id": model_id,
             "archive": open_store(f"{folder}/archive").uri,
             "started_at": _WHEN.isoformat(),
+            "finished_at": _WHEN.isoformat(),
             "class_names": list(CLASSES),
             "settings": {},
+            "counts": {"ok": screened},
             "files": files,
+            "metrics_file": {"key": metrics, "rows": 0},
         },
     )
 
