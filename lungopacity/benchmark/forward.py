@@ -5,14 +5,13 @@ The films lie in the device's memory already: what reading and copying would add
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 
 from lungopacity.benchmark.inputs import fresh_model
+from lungopacity.benchmark.watched import alone
 from lungopacity.errors import UserError
 from lungopacity.models import check_network
 from lungopacity.progress import Progress
@@ -57,13 +56,8 @@ def forward_speeds(
     speeds: list[ForwardSpeed] = []
     with Progress("Forward passes", total=len(networks), unit="networks") as progress:
         for name in networks:
-            with (
-                environment({} if use_gpu else KEEP_FREED_MEMORY),
-                ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process,
-            ):
-                speeds += process.submit(
-                    _measured, name, use_gpu, precisions, sorted(batch_sizes), repeats
-                ).result()
+            with environment({} if use_gpu else KEEP_FREED_MEMORY):
+                speeds += alone(_measured, name, use_gpu, precisions, sorted(batch_sizes), repeats)
             progress.advance(1)
     return speeds
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 
 from lungopacity.benchmark.inputs import fresh_model
+from lungopacity.benchmark.watched import alone
 from lungopacity.errors import UserError
 from lungopacity.models import check_network
 from lungopacity.models.compiled import CompileError, compile_network, to_bytes
@@ -47,17 +46,8 @@ def score_speeds(networks: Sequence[str], films: int = 64, repeats: int = 5) -> 
     with Progress("Scoring", total=len(networks), unit="networks") as progress:
         for name in networks:
             # As screening's workers are: what torch frees is kept for the next film.
-            with (
-                environment(KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": "1"}),
-                ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process,
-            ):
-                try:
-                    speeds.append(process.submit(_measured, name, films, repeats).result())
-                except BaseException:
-                    # The pool itself would wait for its end.
-                    for child in multiprocessing.active_children():
-                        child.terminate()
-                    raise
+            with environment(KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": "1"}):
+                speeds.append(alone(_measured, name, films, repeats))
             progress.advance(1)
     return speeds
 
