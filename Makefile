@@ -38,7 +38,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 		{ echo "error: Python 3.11 to 3.14 is needed; give it as make PYTHON=python3.12"; exit 2; }
 	@echo "Setting up $(VENV): about 7 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
