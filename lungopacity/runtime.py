@@ -9,14 +9,17 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeVar
 
 from lungopacity.errors import UserError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Read by Ray when it is imported or started, in this process and in its workers.
 _ENVIRONMENT = {
@@ -218,6 +221,21 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 _is_private = False
+
+
+def alone(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns in a new process. Whatever ends the wait for it, ends it."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(function, *arguments).result()
+        except BaseException:
+            # The pool itself would wait for its end.
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
 
 
 def worker_environment(use_gpu: bool) -> dict[str, dict[str, str]]:

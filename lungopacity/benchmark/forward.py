@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from statistics import median
 
 from lungopacity.benchmark.inputs import fresh_model
-from lungopacity.benchmark.watched import alone
 from lungopacity.errors import UserError
 from lungopacity.models import check_network
 from lungopacity.progress import Progress
-from lungopacity.runtime import KEEP_FREED_MEMORY, environment
+from lungopacity.runtime import KEEP_FREED_MEMORY, alone, environment
 
 PRECISIONS = ("float32", "bfloat16")
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)

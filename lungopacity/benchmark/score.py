@@ -10,12 +10,11 @@ from statistics import median
 import numpy as np
 
 from lungopacity.benchmark.inputs import fresh_model
-from lungopacity.benchmark.watched import alone
 from lungopacity.errors import UserError
 from lungopacity.models import check_network
 from lungopacity.models.compiled import CompileError, compile_network, to_bytes
 from lungopacity.progress import Progress
-from lungopacity.runtime import KEEP_FREED_MEMORY, environment
+from lungopacity.runtime import KEEP_FREED_MEMORY, alone, environment
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, TypeVar
 
 import psutil
-
-T = TypeVar("T")
 
 _SAMPLE_S = 1.0
 _GRACE_S = 5.0
@@ -42,18 +37,6 @@ class Taken:
     """Largest growth of shared memory."""
     gpu: list[float] = field(default_factory=list)
     """Shares of the time in which a kernel ran, second by second; none where no one tells."""
-
-
-def alone(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns in a new process. Whatever ends the wait for it, ends it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(function, *arguments).result()
-        except BaseException:
-            # The pool itself would wait for its end.
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
 
 
 def run_watched(

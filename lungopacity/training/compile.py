@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
@@ -25,7 +23,7 @@ from lungopacity.models import (
 )
 from lungopacity.models.compiled import compiled_if_better
 from lungopacity.radiograph import Preprocessing
-from lungopacity.runtime import KEEP_FREED_MEMORY, environment
+from lungopacity.runtime import KEEP_FREED_MEMORY, alone, environment
 from lungopacity.training.ensemble import members_of
 
 _FILMS = 32
@@ -43,10 +41,9 @@ def compile(model: str, output: str) -> TrainedModel:
     trained = load_model(model)
     # What ncnn makes of a network that it does not know well may end the process. Torch gets there
     # what screening's workers have: without it, it takes up to twice as long, and loses.
-    context = multiprocessing.get_context("spawn")
-    with environment(KEEP_FREED_MEMORY), ProcessPoolExecutor(1, context) as process:
+    with environment(KEEP_FREED_MEMORY):
         try:
-            compiled, said = process.submit(_compiled, trained).result()
+            compiled, said = alone(_compiled, trained)
         except BrokenProcessPool as error:
             raise UserError(f"{model}: compiling ended the process; nothing was written") from error
     if compiled is None:
