@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.stats import binomtest
 
-from lungopacity.errors import NOTICE, ImageError, UserError
+from lungopacity.errors import NOTICE, ErrorCode, ImageError, UserError
 from lungopacity.evaluation.bootstrap import Resampling, percentile_interval, weighted_auc
 from lungopacity.evaluation.metrics import Floats, roc_auc, roc_components
 from lungopacity.results.schema import class_column
@@ -254,6 +254,10 @@ def _read(report: str) -> pd.DataFrame:
         if _COLUMNS - set(frame.columns):
             raise ValueError("of another kind")
     except (ImageError, OSError, ValueError) as error:
+        if isinstance(error, ImageError) and error.code is not ErrorCode.MISSING:
+            raise UserError(
+                f"{report}: the report cannot be read ({error.message}); try again"
+            ) from error
         raise UserError(
             f"{report}: no report lies there; give the --output of `lungopacity evaluate`"
         ) from error

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import asdict, replace
 
-from lungopacity.errors import NOTICE, ImageError, UserError
+from lungopacity.errors import NOTICE, ErrorCode, ImageError, UserError
 from lungopacity.models.model import OperatingPoint, TrainedModel
 from lungopacity.storage import ConflictError, Store, open_store
 
@@ -61,6 +61,10 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
             known = OperatingPoint(**{key: document[key] for key in fields})
             chosen_for = document["model_id"]
         except ImageError as error:
+            if error.code is not ErrorCode.MISSING:
+                raise UserError(
+                    f"{uri}: operating point '{name}' cannot be read ({error.message}); try again"
+                ) from error
             raise _unknown(store, model, name) from error
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{uri}: operating point '{name}' is damaged; pick it again") from error

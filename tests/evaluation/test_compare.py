@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pandas as pd
@@ -181,6 +182,10 @@ def test_what_is_no_report_is_told(tmp_path):
     first = report(str(tmp_path / "1"), "aaa", 1)
     with pytest.raises(UserError, match="no report lies there"):
         compare(first, str(tmp_path / "none"))
+    (tmp_path / "odd").mkdir()
+    os.mkfifo(tmp_path / "odd" / "predictions.parquet")
+    with pytest.raises(UserError, match=r"cannot be read \(no regular file\)"):
+        compare(first, str(tmp_path / "odd"))
     foreign = io.BytesIO()
     pd.DataFrame({"image": ["a.png"], "score": [0.5]}).to_parquet(foreign)
     open_store(str(tmp_path / "foreign")).write("predictions.parquet", foreign.getvalue())

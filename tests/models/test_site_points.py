@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from lungopacity.errors import UserError
@@ -25,3 +27,11 @@ def test_a_model_of_one_point_says_so(tmp_path):
     model = write_tiny_model(str(tmp_path / "m"))
     with pytest.raises(UserError, match="it has one alone: leave out --operating-point"):
         with_operating_point(str(tmp_path / "m"), model, "youden")
+
+
+def test_a_point_that_cannot_be_read_is_not_told_as_absent(tmp_path):
+    model = write_tiny_model(str(tmp_path / "m"))
+    (tmp_path / "m" / "operating_points").mkdir()
+    os.mkfifo(tmp_path / "m" / "operating_points" / "ours.json")
+    with pytest.raises(UserError, match=r"'ours' cannot be read \(no regular file\)"):
+        with_operating_point(str(tmp_path / "m"), model, "ours")
