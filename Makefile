@@ -8,6 +8,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What Python compiles is kept, also where the machine says otherwise: tests start some hundred
+# processes. So nothing need be compiled at installing, of seven gigabytes.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test fuzz faults check format lock clean
 
