@@ -18,6 +18,7 @@ from lungopacity.models.networks import (
     build_network,
     check_network,
     network_card,
+    settings_of_network,
 )
 from lungopacity.models.site_points import (
     copy_operating_points,
@@ -45,6 +46,7 @@ __all__ = [
     "read_validation",
     "save_model",
     "save_operating_point",
+    "settings_of_network",
     "weights_of",
     "with_operating_point",
 ]

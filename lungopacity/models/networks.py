@@ -195,3 +195,20 @@ def build_network(
         return build(classes, settings or {})
     except TypeError as error:
         raise ValueError(f"settings of {name}: {error}") from error
+
+
+def settings_of_network(name: str, classes: int, settings: Mapping[str, Any]) -> Any:
+    """All settings of a network, which is built for that without memory; None for torchvision's
+    regnets, which need memory.
+
+    Raises `UserError` for an unknown name, `ValueError` for wrong settings, in one line.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return build_network(name, classes, settings).settings
+    except NotImplementedError:
+        return None  # regnets take no settings but those that were checked before
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error

@@ -9,13 +9,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from lungopacity.models import build_network, network_card
+from lungopacity.models import network_card, settings_of_network
 from lungopacity.training.settings import TrainingSettings, with_words
 
 _FORMS = "log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,…"
@@ -122,7 +120,7 @@ def default_space(model: str) -> dict[str, str]:
 def search_space(settings: TrainingSettings, search: Mapping[str, str]) -> dict[str, Domain]:
     """search: forms by setting; none takes the network's default. Raises `ValueError` for a setting
     or a form that is none, or that leads out of what the setting or the network may be."""
-    network_settings = _network_settings(settings)
+    of_network = settings_of_network(settings.model, 2, settings.model_settings)
     space = {}
     for name, text in (search or default_space(settings.model)).items():
         part, inside, leaf = name.partition(".")
@@ -132,30 +130,18 @@ def search_space(settings: TrainingSettings, search: Mapping[str, str]) -> dict[
             space[name] = domain = parse_domain(text)
             owner = getattr(settings, part, None) if inside else settings
             if part == "model_settings":
-                owner = network_settings
+                owner = of_network
             # A name that there is not is left to `with_words`, or to the network.
             if domain.fractions and not isinstance(getattr(type(owner), leaf or name, 0.0), float):
                 whole = f"int:{math.floor(domain.low)}:{math.ceil(domain.high)}"
                 raise ValueError(f"'{text}' draws fractions; give {whole}, or choice:A,B,…")
             for word in domain.ends():
                 tried = with_words(settings, {name: word})
-                if owner is network_settings:
-                    _network_settings(tried)
+                if owner is of_network:
+                    settings_of_network(tried.model, 2, tried.model_settings)
         except ValueError as error:
             raise ValueError(f"{name}: {str(error).removeprefix('set: ')}") from None
     return space
-
-
-def _network_settings(settings: TrainingSettings) -> Any:
-    """All those of the network. It is built for that, without memory. Raises `ValueError` where it
-    cannot be built so."""
-    try:
-        with torch.device("meta"):
-            return build_network(settings.model, 2, settings.model_settings).settings
-    except NotImplementedError:
-        return None  # torchvision's regnets need memory; their settings were checked before
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
 
 
 def draw(space: Mapping[str, Domain], seed: int, trial: int) -> dict[str, str]:

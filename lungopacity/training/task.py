@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
-import torch
 
 from lungopacity.archive.content import ReadSettings, rules_from
 from lungopacity.dataset.classes import class_names_of, classes_of_labels
@@ -20,7 +19,7 @@ from lungopacity.dataset.manifest import (
 )
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import ErrorCode, UserError
-from lungopacity.models import build_network, network_card
+from lungopacity.models import network_card, settings_of_network
 from lungopacity.training.settings import TrainingSettings, recipe, with_words
 
 DEFAULT_CLASSES = ("Normal", "Lung_Opacity")
@@ -129,17 +128,12 @@ def _chosen(
 
 
 def _check_network(settings: TrainingSettings, classes: int, words: Mapping[str, str]) -> None:
-    """Build it once, without memory. Raises `UserError` where it cannot be built so."""
+    """Raises `UserError` where it cannot be built so."""
     try:
-        with torch.device("meta"):
-            build_network(settings.model, classes, settings.model_settings)
-    except NotImplementedError:
-        pass  # torchvision's regnets need memory, and have no settings that were not checked before
-    except (ValueError, RuntimeError, AssertionError) as error:
+        settings_of_network(settings.model, classes, settings.model_settings)
+    except ValueError as error:
         given = [f"{name}={word}" for name, word in words.items() if name.startswith(_OF_NETWORK)]
         option = f"--set {' '.join(given)}"
         if not given:
             option = f"--image-size {settings.preprocessing.image_size}"
-        raise UserError(
-            f"{option}: {str(error).splitlines()[0]}; see `lungopacity models {settings.model}`"
-        ) from error
+        raise UserError(f"{option}: {error}; see `lungopacity models {settings.model}`") from error
