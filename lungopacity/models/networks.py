@@ -194,7 +194,9 @@ def build_network(
     try:
         return build(classes, settings or {})
     except TypeError as error:
-        raise ValueError(f"settings of {name}: {error}") from error
+        _, unknown, setting = str(error).partition("unexpected keyword argument ")
+        told = f"{name} has no setting {setting}" if unknown else f"settings of {name}: {error}"
+        raise ValueError(told) from error
 
 
 def settings_of_network(name: str, classes: int, settings: Mapping[str, Any]) -> Any:
