@@ -190,7 +190,12 @@ def task(tmp_path: Path, model: str, image_size: int | None = None, **words: str
     ("model", "size", "words", "said"),
     [
         ("classical-cnn", None, {"model_settings__dropout": "2"}, "from 0 to below 1, not 2; see"),
-        ("classical-cnn", None, {"model_settings__dropot": "0.2"}, "has no setting 'dropot'; see `lung"),
+        (
+            "classical-cnn",
+            None,
+            {"model_settings__dropot": "0.2"},
+            "has no setting 'dropot'; see `lung",
+        ),
         ("resnet-50", None, {"model_settings__drop_path": "1"}, "drop_path must be from 0"),
         ("cov-net", None, {"model_settings__channels": "8"}, "'int' object is not iterable"),
         ("torchvision:vit_b_32", 100, {}, "--image-size 100: Input shape indivisible"),
