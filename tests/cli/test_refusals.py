@@ -4,12 +4,7 @@ import click
 import pytest
 
 from lungopacity.cli import cli, main
-
-
-def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = main(arguments)
-    out, err = capfd.readouterr()
-    return code, out, err
+from tests.cli.running import run
 
 
 @pytest.mark.parametrize(

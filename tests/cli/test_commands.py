@@ -1,0 +1,256 @@
+"""What a user meets on the command line: help at once, one line a mistake, exit codes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from lungopacity.errors import NOTICE
+from lungopacity.models.folder import save_model, training_films_parquet
+from lungopacity.results.schema import evaluation_schema
+from lungopacity.storage import open_store
+from tests.cli.running import run
+from tests.films import dicom, encoded, grey_film
+from tests.models.tiny import tiny_model, write_tiny_model
+
+COMMAND = Path(sysconfig.get_path("scripts")) / "lungopacity"
+
+
+def test_help_answers_at_once_and_says_what_it_is():
+    durations = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, timeout=30)
+        durations.append(time.monotonic() - began)
+    assert done.returncode == 0
+    assert "Research use only" in done.stdout
+    assert min(durations) < 0.5
+
+
+def test_help_of_every_command_imports_neither_ray_nor_torch():
+    script = (
+        "import sys; from lungopacity.cli import main\n"
+        "for name in ('train', 'evaluate', 'explain', 'screen', 'retry', 'query', 'runs', "
+        "'doctor'):\n"
+        "    assert main([name, '--help']) == 0\n"
+        "print(sorted({'ray', 'torch', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_screen_query_and_runs_work_together(place, capfd):
+    code, out, _ = run(
+        capfd, "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "results", "--labels", place / "labels.csv", "--run-id", "night",
+    )  # fmt: skip
+    assert code == 0
+    assert "8 scored, 0 rejected, 0 could not be read" in out
+    assert NOTICE in out
+    results = place / "results"
+    code, out, _ = run(
+        capfd, "query", "--results", results, "--format", "json",
+        "SELECT count(*) n, count(label) labelled, min(screened_on) d FROM predictions",
+    )  # fmt: skip
+    row = json.loads(out)
+    assert (code, row["n"], row["labelled"]) == (0, 8, 8)
+    code, out, _ = run(
+        capfd, "query", "--results", results, "--format", "csv",
+        "SELECT \"group\", n FROM metrics WHERE metric = 'accuracy' ORDER BY 1",
+    )  # fmt: skip
+    assert out.splitlines()[1:4] == [
+        '"age=unknown",8',
+        '"all",8',
+        '"patient_sex=unknown",8',
+    ]
+    assert '"view_position=AP",4' in out
+    code, out, _ = run(capfd, "query", "--results", results, "SELECT run_id, images FROM runs")
+    assert out.splitlines() == ["run_id  images", "------  ------", "night        8"]
+    code, out, _ = run(capfd, "runs", "--results", results)
+    assert code == 0
+    assert "night" in out
+    data = subprocess.run(
+        [
+            COMMAND,
+            "query",
+            "--results",
+            results,
+            "--format",
+            "parquet",
+            "SELECT * FROM predictions",
+        ],
+        capture_output=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    (place / "answer.parquet").write_bytes(data)
+    assert pq.read_table(place / "answer.parquet").num_rows == 8
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("fraction", "expected"), [("0.2", 1), ("0.05", 2), ("0", 2)])
+def test_unreadable_images_make_the_exit_code_and_nothing_else_is_lost(
+    place, capfd, fraction, expected
+):
+    (place / "archive" / "zero.png").write_bytes(b"")
+    code, out, _ = run(
+        capfd, "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "results", "--max-failed-fraction", fraction,
+    )  # fmt: skip
+    assert code == expected
+    assert "8 scored, 0 rejected, 1 could not be read" in out
+    assert "empty: 1" in out
+    assert ("BROKEN" in out) == (expected == 2)
+    code, out, _ = run(capfd, "query", "--results", place / "results", "SELECT count(*) FROM runs")
+    assert code == 0, "a broken night is published all the same"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_rejections_are_the_users_to_choose(place, capfd):
+    store = open_store(str(place / "archive"))
+    film = grey_film().astype("uint16") * 16
+    store.write("lateral.dcm", dicom(film, ViewPosition="LL"))
+    store.write("hand.dcm", dicom(film, BodyPartExamined="HAND"))
+    store.write("negative.png", encoded(255 - grey_film(2, 300, 300)))
+    screening = (
+        "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "results",
+    )  # fmt: skip
+    code, out, _ = run(capfd, *screening)
+    assert code == 0
+    assert "8 scored, 3 rejected, 0 could not be read" in out
+    _, out, _ = run(capfd, *screening, "--accept", "lateral_view", "--reject-quality", "none")
+    assert "10 scored, 1 rejected" in out
+    _, out, _ = run(capfd, *screening, "--reject-quality", "low_contrast,inverted")
+    assert "8 scored, 3 rejected" in out
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluate_writes_its_report(place, capfd):
+    save_model(str(place / "model"), tiny_model())  # without a history, as of an ensemble
+    open_store(str(place / "report")).write("history.png", b"of another model")
+    code, out, _ = run(
+        capfd, "evaluate", "--model", place / "model", "--images", place / "archive",
+        "--labels", place / "labels.csv", "--output", place / "report", "--json",
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads(out)
+    assert (report["images"], report["split"], report["notice"]) == (2, "test", NOTICE)
+    written = {path.name for path in (place / "report").iterdir()}
+    assert written >= {"metrics.parquet", "predictions.parquet", "confusion_matrix.png", "roc.png"}
+    # Nor anything of a report that was there.
+    assert not [name for name in written if name.startswith((".", "history"))]
+    scores = pq.read_schema(place / "report" / "predictions.parquet")
+    assert scores.equals(evaluation_schema(["Normal", "Lung_Opacity"]), check_metadata=True)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluate_tests_on_no_film_that_the_model_knows(place, capfd):
+    learnt = hashlib.sha256(encoded(grey_film(7))).hexdigest()
+    write_tiny_model(str(place / "learnt"), training_films=training_films_parquet([learnt]))
+    options = ["--model", place / "learnt", "--images", place / "archive"]
+    options += ["--labels", place / "labels.csv"]
+    code, _, err = run(capfd, "evaluate", *options, "--output", place / "report")
+    assert code == 2
+    assert "1 of 2 films of the test split are films that the model learnt from" in err
+    assert "as 7.png; give the labels that it was trained with" in err
+    assert not list((place / "report").iterdir())
+    code, _, err = run(capfd, "evaluate", *options, "--output", place / "all", "--split", "all")
+    assert code == 0
+    assert "the model learnt from or was chosen by 1 of 8 films" in err
+    code, _, err = run(capfd, "explain", *options, "--output", place / "pictures")
+    assert code == 0
+    assert "the model learnt from or was chosen by 1 of 2 films" in err
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(place, capfd):
+    labels = pd.read_csv(place / "labels.csv").assign(
+        patient_id=[f"ZZPLANTED{number // 2}" for number in range(8)],
+        site=["North"] * 6 + ["South"] * 2,
+        manufacturer=["Fuji", "GE"] * 4,
+        note="ZZNOTE",
+        status="ZZSTATUS",
+    )
+    labels.to_csv(place / "wide.csv", index=False)
+    code, out, _ = run(
+        capfd, "evaluate", "--model", place / "model", "--images", place / "archive", "--labels",
+        place / "wide.csv", "--output", place / "wide", "--split", "all", "--by", "manufacturer",
+    )  # fmt: skip
+    assert code == 0
+    assert "percentile bootstrap over 4 patients of 8 films" in out
+    assert "too few films to compare" in out
+    metrics = pq.read_table(place / "wide" / "metrics.parquet").to_pandas()
+    assert set(metrics["group"]) >= {
+        "all", "site=North", "site=South", "manufacturer=Fuji", "manufacturer=GE",
+        "view_position=PA",
+    }  # fmt: skip
+    assert set(metrics["ci_method"].dropna()) <= {"bootstrap", "wilson_patients"}
+    accuracy = metrics[metrics["metric"] == "accuracy"].set_index("group")
+    assert accuracy.loc["site=North", ["n", "patients"]].tolist() == [6, 3]
+    assert json.loads((place / "wide" / "evaluation.json").read_text())["patients"] == 4
+    scores = pq.read_table(place / "wide" / "predictions.parquet").to_pandas()
+    assert scores["patient_cluster"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    told = [out, repr(metrics.to_dict()), repr(scores.to_dict())]
+    told += [path.read_bytes().decode("latin1") for path in (place / "wide").iterdir()]
+    assert not any(secret in text for text in told for secret in ("ZZPLANTED", "ZZNOTE", "ZZST"))
+
+
+def test_doctor_finds_what_is_there_and_what_is_missing(s3_server, capfd):
+    code, out, _ = run(capfd, "doctor", "--storage", "s3://tests")
+    assert code == 0
+    for what in ("torch", "ray", "dicom", "storage"):
+        assert any(line.split()[:2] in (["ok", what], ["note", what]) for line in out.splitlines())
+    code, out, _ = run(capfd, "doctor", "--storage", "/no/such/folder")
+    assert "/no/such/folder: nothing lies there" in out
+    code, out, _ = run(capfd, "doctor", "--storage", "s3://nowhere")
+    assert code == 2
+    assert "no bucket 'nowhere'" in out
+    assert "→ create it" in out
+
+
+def test_doctor_tells_an_address_for_jobs_from_one_of_a_cluster(monkeypatch, capfd):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    code, out, _ = run(capfd, "doctor")
+    assert code == 2
+    assert "RAY_ADDRESS is http://127.0.0.1:8265, where jobs are submitted" in out
+    assert "→ unset it" in out
+
+
+def test_python_functions_print_nothing(place, ray_cluster, capfd):
+    import lungopacity
+
+    result = lungopacity.screen(
+        str(place / "archive"), str(place / "model"), str(place / "results")
+    )
+    assert lungopacity.runs(result.results).num_rows == 1
+    assert capfd.readouterr().out == ""
+    assert {"train", "screen", "evaluate", "query", "runs"} <= set(lungopacity.__all__)
+    with pytest.raises(AttributeError):
+        lungopacity.nothing  # noqa: B018
+
+
+def test_a_job_is_the_command_under_another_name(place):
+    for name in ("train", "evaluate", "screen"):
+        done = subprocess.run(
+            [sys.executable, f"jobs/{name}.py", "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": "."},
+        )
+        assert done.returncode == 0
+        assert f"lungopacity {name}" in done.stdout

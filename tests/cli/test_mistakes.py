@@ -1,0 +1,256 @@
+"""One line for each mistake that a user can make, with its mend."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from tests.cli.running import run
+
+MISTAKES = {
+    "missing bucket": (
+        ["screen", "--archive", "s3://nowhere/x", "--model", "{place}/model", "--output", "{out}"],
+        "there is no bucket 'nowhere'",
+    ),
+    "empty prefix": (
+        ["screen", "--archive", "{place}/none", "--model", "{place}/model", "--output", "{out}"],
+        "nothing lies there",
+    ),
+    "unknown scheme": (
+        ["screen", "--archive", "ftp://x/y", "--model", "{place}/model", "--output", "{out}"],
+        "storage of kind 'ftp' is not supported",
+    ),
+    "no model": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/no", "--output", "{out}"],
+        "no model folder there",
+    ),
+    "bad run id": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--run-id", "a/b"],
+        "run id 'a/b'",
+    ),
+    "bad batch size": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--batch-size", "0"],
+        "--batch-size must be at least 1",
+    ),
+    "bad limit": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--limit", "0"],
+        "--limit must be at least 1",
+    ),
+    "unknown acceptance": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--accept", "everything"],
+        "--accept: 'everything' is none of lateral_view, wrong_body_part, wrong_modality",
+    ),
+    "unknown quality flag": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive", "--labels",
+         "{place}/labels.csv", "--output", "{out}", "--reject-quality", "ugly"],
+        "--reject-quality: 'ugly' is none of blank, colour",
+    ),
+    "impossible fraction": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--max-failed-fraction", "5"],
+        "--max-failed-fraction must be from 0 to 1, not 5",
+    ),
+    "hashing without a key": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--hash-keys"],
+        "--hash-keys needs --hmac-key FILE",
+    ),
+    "a map without hashing": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--key-map", "{place}/map"],
+        "--key-map is for --hash-keys",
+    ),
+    "no key": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--hmac-key", "{place}/none"],
+        "the key cannot be read",
+    ),
+    "no run to retry": (
+        ["retry", "--results", "{place}/results", "--run-id", "x"],
+        "there is no published run 'x'",
+    ),
+    "unknown network": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--model", "lenet"],
+        "unknown model 'lenet'; known: classical-cnn",
+    ),
+    "class without image": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--classes", "Normal,COVID"],
+        "no image of class 'COVID'",
+    ),
+    "one class": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--classes", "Normal"],
+        "give two or more different names",
+    ),
+    "output holds a model": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{place}/model"],
+        "holds a finished model",
+    ),
+    "no epochs": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--epochs", "0"],
+        "--epochs must be 1 or more",
+    ),
+    "too many workers": (
+        # Nor are there films: what cannot be is said before they are read.
+        ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--workers", "64", "--batch-size", "128"],
+        "the Ray cluster has",
+    ),
+    "no GPU to train on": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--use-gpu"],
+        "needs 1 GPUs, the Ray cluster has 0",
+    ),
+    "no positive class": (
+        ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--positive-class", "Fracture"],
+        "positive class 'Fracture' is none of the labels",
+    ),
+    "no first weights": (
+        ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--weights", "{place}/none.pth"],
+        "none.pth: cannot be read (no such file)",
+    ),
+    "no GPU to screen on": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
+         "--use-gpu"],
+        "screening needs 1 GPUs, the Ray cluster has 0; use --no-gpu",
+    ),
+    "no GPU to evaluate on": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/labels.csv", "--output", "{out}", "--use-gpu"],
+        "evaluation needs 1 GPUs",
+    ),
+    "no place to write": (
+        ["screen", "--archive", "{place}/archive", "--model", "{place}/model",
+         "--output", "{place}/labels.csv/x"],
+        "labels.csv",
+    ),
+    "no place for a model": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{place}/labels.csv/x"],
+        "labels.csv/x/.probe-",
+    ),
+    "no place for trials": (
+        ["tune", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{place}/labels.csv/x"],
+        "labels.csv/x/.probe-",
+    ),
+    "no place for a report": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/labels.csv", "--output", "{place}/labels.csv/x"],
+        "labels.csv/x/.probe-",
+    ),
+    "no place for an audit": (
+        ["audit", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{place}/labels.csv/x"],
+        "labels.csv/x/.probe-",
+    ),
+    "batch that workers cannot share": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--workers", "2", "--batch-size", "7"],
+        "--batch-size",
+    ),
+    "absent labels": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/none.csv",
+         "--output", "{out}"],
+        "labels cannot be read",
+    ),
+    "empty split": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/only-train.csv", "--output", "{out}"],
+        "no image in split 'test'",
+    ),
+    "no such column": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/labels.csv", "--output", "{out}", "--by", "scanner"],
+        "labels.csv: has no column 'scanner' (it has: image, label, split, view_position)",
+    ),
+    "subgroups of patients": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/labels.csv", "--output", "{out}", "--by", "patient_id"],
+        "--by patient_id: forms no subgroups",
+    ),
+    "labels name absent files": (
+        ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
+         "--labels", "{place}/absent.csv", "--output", "{out}"],
+        "1 of 3 labelled images are not in",
+    ),
+    "no run": (["query", "--results", "{out}", "SELECT 1"], "no finished run lies there"),
+    "unknown command": (["screem"], "No such command 'screem'"),
+    "missing option": (["screen", "--archive", "x"], "Missing option '--model'"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_the_mend_and_exit_code_2(place, capfd, mistake):
+    import ray
+
+    if "GPU" in mistake and ray.cluster_resources().get("GPU", 0):
+        pytest.skip("this machine has one")
+    labels = pd.read_csv(place / "labels.csv")
+    labels.assign(split="train").to_csv(place / "only-train.csv", index=False)
+    absent = labels[labels["split"] == "test"].to_dict("records")
+    gone = {"image": "gone.png", "label": "Normal", "split": "test"}
+    pd.DataFrame([*absent, gone]).to_csv(place / "absent.csv", index=False)
+    arguments, message = MISTAKES[mistake]
+    filled = [text.format(place=place, out=place / "out") for text in arguments]
+    code, out, err = run(capfd, *filled)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.lower().startswith("error: ")]
+    assert message in line
+
+
+def test_a_wrong_secret_is_one_line(place, s3_server, monkeypatch, capfd):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    code, _, err = run(
+        capfd, "screen", "--archive", "s3://tests/x", "--model", place / "model",
+        "--output", place / "out",
+    )  # fmt: skip
+    assert code == 2
+    assert "does not accept these credentials" in err.splitlines()[-1]
+
+
+def test_a_model_with_one_changed_byte_is_one_line(place, capfd):
+    path = place / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    code, _, err = run(
+        capfd, "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "out",
+    )  # fmt: skip
+    assert code == 2
+    assert "model.safetensors was altered after training" in err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("SELECT nothing FROM predictions", "nothing"),
+        ("SELEC 1", "SELEC"),
+        ("CREATE TABLE x (a INT)", "begin with SELECT"),
+        ("SELECT * FROM read_text('/etc/hostname')", "disabled"),
+    ],
+)
+def test_sql_that_is_refused_is_one_line(place, capfd, sql, message):
+    run(
+        capfd, "screen", "--archive", place / "archive", "--model", place / "model",
+        "--output", place / "results", "--limit", "1",
+    )  # fmt: skip
+    code, out, err = run(capfd, "query", "--results", place / "results", sql)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: SQL: ")
+    assert message in err

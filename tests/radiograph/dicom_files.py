@@ -1,0 +1,73 @@
+"""DICOM films, changed in what a test is about."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+)
+
+from lungopacity.errors import ErrorCode, ImageError
+from lungopacity.radiograph import DecodeLimits
+from tests.films import dicom, one_film
+
+RAMP = np.linspace(0, 4095, 4800).round().reshape(80, 60).astype(np.uint16)
+"""A wedge of 12 bits, (80, 60) uint16."""
+
+
+def code_of(data: bytes, limits: DecodeLimits | None = None) -> ErrorCode:
+    with pytest.raises(ImageError) as caught:
+        one_film(data, limits)
+    return caught.value.code
+
+
+def changed(data: bytes, change) -> bytes:
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    change(dataset)
+    return saved(dataset)
+
+
+def saved(dataset: Dataset, **options) -> bytes:
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, force_encoding=bool(options), **options)
+    return buffer.getvalue()
+
+
+def without(data: bytes, keyword: str) -> bytes:
+    return changed(data, lambda dataset: delattr(dataset, keyword))
+
+
+def compressed(syntax) -> bytes:
+    return changed(dicom(RAMP), lambda dataset: dataset.compress(syntax))
+
+
+def without_preamble(data: bytes) -> bytes:
+    return data[132:]
+
+
+def without_meta(syntax) -> bytes:
+    dataset = pydicom.dcmread(io.BytesIO(dicom(RAMP)))
+    dataset.file_meta = FileMetaDataset()
+    little, implicit = syntax.is_little_endian, syntax.is_implicit_VR
+    return saved(dataset, implicit_vr=implicit, little_endian=little)
+
+
+def in_syntax(syntax) -> bytes:
+    dataset = pydicom.dcmread(io.BytesIO(dicom(RAMP)))
+    dataset.file_meta.TransferSyntaxUID = syntax
+    if syntax == ExplicitVRBigEndian:
+        dataset.PixelData = RAMP.astype(">u2").tobytes()
+    return saved(dataset, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
+
+
+def shipped(name: str) -> bytes:
+    path = get_testdata_file(name, download=False)
+    assert isinstance(path, str)
+    return Path(path).read_bytes()

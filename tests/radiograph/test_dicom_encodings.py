@@ -1,0 +1,142 @@
+"""One film in every encoding, and frame by frame."""
+
+import io
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from lungopacity.errors import ErrorCode, ImageError
+from lungopacity.radiograph import ACCEPTABLE, DecodeLimits, decode_radiographs
+from tests.films import dicom, one_film
+from tests.radiograph.dicom_files import (
+    RAMP,
+    changed,
+    code_of,
+    compressed,
+    in_syntax,
+    shipped,
+    without_meta,
+    without_preamble,
+)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(compressed(RLELossless), id="rle"),
+        pytest.param(compressed(JPEGLSLossless), id="jpeg-ls"),
+        pytest.param(compressed(JPEG2000Lossless), id="jpeg-2000"),
+        pytest.param(in_syntax(ImplicitVRLittleEndian), id="implicit"),
+        pytest.param(in_syntax(ExplicitVRBigEndian), id="big-endian"),
+        pytest.param(in_syntax(DeflatedExplicitVRLittleEndian), id="deflated"),
+        pytest.param(without_preamble(dicom(RAMP)), id="no-preamble"),
+        pytest.param(without_meta(ImplicitVRLittleEndian), id="no-meta"),
+    ],
+)
+def test_every_encoding_of_a_film_gives_the_same_pixels(data):
+    np.testing.assert_array_equal(one_film(data).pixels, one_film(dicom(RAMP)).pixels)
+
+
+LOSSY_12_BIT = ("JPEG-lossy.dcm", "JPGExtended.dcm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    """693_J2KI.dcm CT_small.dcm J2K_pixelrep_mismatch.dcm JPEG2000.dcm JPEGLSNearLossless_08.dcm
+    JPEGLSNearLossless_16.dcm MR_small.dcm MR_small_RLE.dcm MR_small_bigendian.dcm
+    MR_small_expb.dcm MR_small_implicit.dcm MR_small_jp2klossless.dcm MR_small_jpeg_ls_lossless.dcm
+    MR_small_padded.dcm examples_overlay.dcm image_dfl.dcm liver_1frame.dcm
+    rtdose_1frame.dcm rtdose_rle_1frame.dcm""".split(),
+)
+def test_pydicoms_own_grey_files_give_what_pydicoms_own_functions_give(name):
+    data = shipped(name)
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    seen = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
+    seen = seen.astype(np.float64)
+    found = one_film(data, accept=ACCEPTABLE).pixels
+    assert found.shape == seen.shape
+    # Whatever is called black and white, each step of grey is the same share of the whole.
+    order = np.argsort(seen, axis=None)
+    assert np.all(np.diff(found.ravel()[order].astype(int)) >= 0)
+    inside = (found > 0) & (found < 255)  # values far from the rest are clipped
+    if inside.mean() > 0.1 and np.ptp(seen[inside]):
+        spread = np.polyfit(seen[inside], found[inside], 1)
+        assert np.abs(np.polyval(spread, seen) - found)[inside].max() <= 2
+
+
+@pytest.mark.parametrize("name", LOSSY_12_BIT)
+def test_jpeg_extended_of_12_bits_is_read(name):
+    # Two values that pydicom's own tests state for this image, in a window of its range, 0 to 264.
+    window = {"WindowCenter": 132.5, "WindowWidth": 265}
+    film = one_film(
+        changed(
+            shipped(name), lambda dataset: [setattr(dataset, *item) for item in window.items()]
+        ),
+        accept=ACCEPTABLE,
+    )
+    assert film.pixels.shape == (1024, 256)
+    assert film.pixels[420, 140] == round(244 * 255 / 264)
+    assert film.pixels[230, 120] == round(95 * 255 / 264)
+
+
+@pytest.mark.parametrize(
+    "name",
+    """SC_rgb_dcmtk_+eb+cr.dcm SC_rgb_gdcm_KY.dcm SC_rgb_jls_lossy_line.dcm SC_rgb_jpeg.dcm
+    SC_rgb_jpeg_dcmtk.dcm SC_rgb_jpeg_gdcm.dcm SC_rgb_rle.dcm SC_rgb_rle_16bit.dcm
+    SC_ybr_full_422_uncompressed.dcm""".split(),
+)
+def test_colour_captures_become_their_luminance(name):
+    data = shipped(name)
+    rgb = pydicom.dcmread(io.BytesIO(data)).pixel_array
+    rgb = (rgb >> 8 * (rgb.dtype.itemsize - 1)).astype(np.uint8)
+    found = one_film(data, accept=ACCEPTABLE)
+    np.testing.assert_array_equal(found.pixels, np.asarray(Image.fromarray(rgb).convert("L")))
+
+
+def test_a_palette_is_looked_up():
+    found = one_film(shipped("examples_palette.dcm"), accept=ACCEPTABLE)
+    assert found.pixels.shape == (350, 800)
+    assert found.coloured_fraction > 0.1
+
+
+def test_every_frame_is_a_radiograph_of_its_own():
+    frames = np.stack([RAMP, RAMP[::-1], RAMP // 2])
+    data = dicom(RAMP, NumberOfFrames=3, PixelData=frames.astype("<u2").tobytes())
+    found = list(decode_radiographs(data, limits=DecodeLimits()))
+    assert [film.frame for film in found] == [0, 1, 2]
+    for film, frame in zip(found, frames, strict=True):
+        np.testing.assert_array_equal(film.pixels, one_film(dicom(frame)).pixels)
+
+
+def test_a_single_frame_has_no_number():
+    assert one_film(dicom(RAMP, NumberOfFrames=1)).frame is None
+
+
+def test_frames_that_are_declared_and_not_there_are_one_error():
+    data = dicom(RAMP, NumberOfFrames=1000, PixelData=np.stack([RAMP] * 3).tobytes())
+    found = list(decode_radiographs(data, limits=DecodeLimits()))
+    assert [isinstance(film, ImageError) for film in found] == [False, False, False, True]
+    assert found[-1].code is ErrorCode.TRUNCATED
+    assert found[-1].facts["frame"] == 3
+
+
+def test_compressed_frames_are_read_one_by_one():
+    data = shipped("examples_ybr_color.dcm")
+    found = list(decode_radiographs(data, limits=DecodeLimits(), accept=ACCEPTABLE))
+    assert [film.frame for film in found] == list(range(30))
+
+
+def test_too_many_frames_are_refused():
+    data = dicom(RAMP, NumberOfFrames=9)
+    assert code_of(data, DecodeLimits(max_frames=8)) is ErrorCode.TOO_LARGE

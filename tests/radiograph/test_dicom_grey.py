@@ -1,0 +1,289 @@
+"""The standard's grey pipeline: from stored values to what is black and white."""
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset
+
+from lungopacity.errors import ErrorCode, ImageError
+from tests.films import dicom, one_film
+from tests.radiograph.dicom_files import RAMP, changed, code_of, without
+
+
+def test_monochrome1_is_inverted_to_monochrome2():
+    plain = one_film(dicom(RAMP))
+    inverted = one_film(dicom(RAMP, PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_array_equal(inverted.pixels, 255 - plain.pixels)
+    assert inverted.photometric_interpretation == "MONOCHROME1"
+
+
+def test_presentation_lut_shape_inverse_of_a_dx_object_is_no_second_inversion():
+    told_once = one_film(dicom(RAMP, PhotometricInterpretation="MONOCHROME1"))
+    told_twice = one_film(
+        dicom(RAMP, PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE")
+    )
+    np.testing.assert_array_equal(told_once.pixels, told_twice.pixels)
+
+
+def test_a_window_decides_what_is_black_and_white():
+    pixels = one_film(dicom(RAMP, WindowCenter=2048, WindowWidth=1024)).pixels
+    assert pixels[RAMP < 1500].max() == 0
+    assert pixels[RAMP > 2600].min() == 255
+    middle = pixels[np.abs(RAMP.astype(int) - 2048) < 8]
+    assert np.all(np.abs(middle.astype(int) - 128) <= 3)
+
+
+def test_a_window_that_clips_nothing_is_not_undone_by_stretching():
+    narrow = (RAMP // 4 + 1024).astype(np.uint16)  # 1024 … 2047 of 0 … 4095
+    pixels = one_film(dicom(narrow, WindowCenter=2048, WindowWidth=4096)).pixels
+    assert 60 <= pixels.min() <= 68
+    assert 123 <= pixels.max() <= 131
+
+
+def with_text(film: np.ndarray, value: int) -> np.ndarray:
+    """A line of text, one in seventy pixels, as systems burn it in: above all that film shows."""
+    film = film.copy()
+    film[:4, :17] = value
+    return film
+
+
+@pytest.mark.parametrize("falls", [False, True])
+def test_text_above_the_range_of_the_film_does_not_blacken_it(falls):
+    film = RAMP // 8 + 500
+    if falls:
+        text, elements = with_text(film, 0), {"RescaleSlope": -1, "RescaleIntercept": 4095}
+    else:
+        text, elements = with_text(film, 4095), {}
+    found = one_film(dicom(text, **elements)).pixels
+    alone = one_film(dicom(film, **elements)).pixels
+    assert np.abs(found.astype(int) - alone)[4:].max() <= 0.03 * 255
+    assert found[:4, :17].min() == 255
+
+
+def test_what_is_a_little_above_the_rest_is_not_clipped():
+    film = np.clip(RAMP, 0, 3000)
+    film[-2:, -20:] = 4095
+    found = one_film(dicom(film)).pixels
+    assert found[RAMP == 1024].max() == round(1024 / 4095 * 255)
+
+
+def test_rescale_comes_before_the_window():
+    pixels = one_film(
+        dicom(RAMP, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=3096, WindowWidth=2048)
+    ).pixels
+    assert pixels[RAMP < 1500].max() == 0
+    assert pixels[RAMP > 2600].min() == 255
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_the_named_window_function_is_the_standards_formula(function):
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3, written down again."""
+    centre, width, top = 1800.0, 900.0, 4095.0
+    x = RAMP.astype(np.float64)
+    if function == "LINEAR":
+        share = (x - (centre - 0.5)) / (width - 1) + 0.5
+    elif function == "LINEAR_EXACT":
+        share = (x - centre) / width + 0.5
+    else:
+        share = 1 / (1 + np.exp(-4 * (x - centre) / width))
+    expected = np.clip(share, 0, 1) * top / top * 255
+    pixels = one_film(
+        dicom(RAMP, WindowCenter=centre, WindowWidth=width, VOILUTFunction=function)
+    ).pixels
+    assert np.abs(pixels - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("window", [(2048, 0), (2048, -5), ("", "")])
+def test_a_window_of_no_width_is_none(window):
+    centre, width = window
+    np.testing.assert_array_equal(
+        one_film(dicom(RAMP, WindowCenter=centre, WindowWidth=width)).pixels,
+        one_film(dicom(RAMP)).pixels,
+    )
+
+
+def test_of_several_windows_the_first_is_taken():
+    both = one_film(dicom(RAMP, WindowCenter=[1000, 3000], WindowWidth=[500, 500])).pixels
+    first = one_film(dicom(RAMP, WindowCenter=1000, WindowWidth=500)).pixels
+    np.testing.assert_array_equal(both, first)
+
+
+def lut_item(entries, first: int = 0) -> Dataset:
+    item = Dataset()
+    item.LUTDescriptor = [len(entries), first, 16]
+    item.LUTData = list(map(int, entries))
+    item["LUTDescriptor"].VR = "US"
+    item["LUTData"].VR = "US"
+    return item
+
+
+def test_a_voi_lut_goes_before_a_window_and_its_entries_are_black_to_white():
+    entries = np.linspace(500, 60_000, 4096) ** 0.9
+    pixels = one_film(
+        dicom(RAMP, VOILUTSequence=[lut_item(entries)], WindowCenter=10, WindowWidth=5)
+    ).pixels
+    scaled = (entries.astype(int) - int(entries[0])) / (int(entries[-1]) - int(entries[0]))
+    assert np.abs(pixels - 255 * scaled[RAMP]).max() <= 0.51
+
+
+def test_of_a_falling_rescale_low_values_stay_black_under_a_window():
+    """PS3.3 C.11.2.1.2: what lies below the window is black, however it came to lie there."""
+    falling = {"RescaleSlope": -1, "RescaleIntercept": 4095}
+    rising = one_film(dicom(4095 - RAMP)).pixels
+    np.testing.assert_array_equal(one_film(dicom(RAMP, **falling)).pixels, rising)
+    for function in ("LINEAR", "LINEAR_EXACT"):
+        whole = {"WindowCenter": 2048, "WindowWidth": 4096, "VOILUTFunction": function}
+        found = one_film(dicom(RAMP, **falling, **whole)).pixels
+        assert np.abs(found.astype(int) - rising).max() <= 1
+    narrow = one_film(dicom(RAMP, **falling, WindowCenter=1000, WindowWidth=500)).pixels
+    assert narrow[RAMP > 3400].max() == 0
+    assert narrow[RAMP < 2800].min() == 255
+    curved = {"WindowCenter": 2048, "WindowWidth": 2000, "VOILUTFunction": "SIGMOID"}
+    found = one_film(dicom(RAMP, **falling, **curved)).pixels
+    assert found[0, 0] > 240 > 15 > found[-1, -1]
+
+
+@pytest.mark.parametrize("form", ["US", "OW", "8 bits, OW", "8 bits, packed", "8 bits"])
+def test_a_voi_lut_means_the_same_however_its_entries_are_written(form):
+    """PS3.3 C.11.2.1.1: 8 bits may lie one or two to a word."""
+    bits = 8 if form.startswith("8") else 16
+    entries = (np.linspace(0, 1, 4096) ** 2 * (2**bits - 1)).round().astype(np.uint16)
+    item = lut_item(entries)
+    item.LUTDescriptor = [4096, 0, bits]
+    if "OW" in form:
+        del item.LUTData
+        item.add_new("LUTData", "OW", entries.astype("u1" if bits == 8 else "<u2").tobytes())
+    elif form.endswith("packed"):
+        item.LUTData = entries.astype(np.uint8).view("<u2").tolist()
+    film = (RAMP // 2).astype(np.uint16)  # uses half of the table
+    found = one_film(dicom(film, VOILUTSequence=[item])).pixels
+    expected = 255 * (entries / entries.max())[film]
+    assert np.abs(found - expected).max() <= 0.51
+
+
+def test_a_lut_may_begin_below_zero_and_be_read_as_if_it_did_not():
+    """It is written unsigned where the pixels are, also if a rescale made them negative."""
+    item = lut_item(np.arange(4096) * 16, first=2**16 - 1024)
+    shifted = {"RescaleSlope": 1, "RescaleIntercept": -1024, "VOILUTSequence": [item]}
+    np.testing.assert_array_equal(
+        one_film(dicom(RAMP, **shifted)).pixels, one_film(dicom(RAMP)).pixels
+    )
+
+
+EMPTY = [
+    {"VOILUTSequence": []},
+    {"VOILUTSequence": [Dataset()]},
+    {"ModalityLUTSequence": []},
+    {"RescaleSlope": None, "RescaleIntercept": None},
+    {"RescaleSlope": "1", "RescaleIntercept": None},
+    {"RescaleIntercept": "0"},
+    {"VOILUTFunction": ""},
+    {"PixelPaddingValue": None},
+]
+
+
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 2048, "WindowWidth": 3000}])
+@pytest.mark.parametrize("elements", EMPTY, ids=str)
+def test_an_element_that_was_emptied_says_nothing(elements, window):
+    film = (RAMP // 4).astype(np.uint16)
+    np.testing.assert_array_equal(
+        one_film(dicom(film, **window, **elements)).pixels, one_film(dicom(film, **window)).pixels
+    )
+
+
+@pytest.mark.parametrize("keyword", ["SamplesPerPixel", "PixelRepresentation"])
+def test_what_goes_without_saying_may_be_left_out(keyword):
+    found = one_film(without(dicom(RAMP), keyword)).pixels
+    np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
+
+
+@pytest.mark.parametrize("keyword", ["PhotometricInterpretation", "BitsStored"])
+def test_what_only_the_header_can_say_is_named_where_it_does_not(keyword):
+    with pytest.raises(ImageError, match=f"the header does not say {keyword}") as caught:
+        one_film(without(dicom(RAMP), keyword))
+    assert caught.value.code is ErrorCode.CORRUPT_IMAGE
+
+
+def test_pixel_data_of_no_bytes_end_early():
+    assert code_of(dicom(RAMP, PixelData=b"")) is ErrorCode.TRUNCATED
+
+
+def test_values_in_the_upper_bits_are_refused():
+    """ACR-NEMA allowed it; the lowest bits alone would be a picture, and a wrong one."""
+    assert code_of(dicom(RAMP << 4, HighBit=15)) is ErrorCode.UNSUPPORTED
+    mistaken = one_film(dicom(RAMP, HighBit=15)).pixels
+    np.testing.assert_array_equal(mistaken, one_film(dicom(RAMP)).pixels)
+
+
+def test_a_modality_lut_is_applied():
+    falling = np.arange(4095, -1, -1)
+    item = lut_item(falling)
+    item.ModalityLUTType = "US"
+    np.testing.assert_array_equal(
+        one_film(dicom(RAMP, ModalityLUTSequence=[item])).pixels, 255 - one_film(dicom(RAMP)).pixels
+    )
+
+
+def test_signed_values_are_read_as_signed():
+    signed = (RAMP.astype(np.int32) - 2048).astype(np.int16)
+    pixels = one_film(dicom(signed.view(np.uint16) & 0x0FFF, PixelRepresentation=1)).pixels
+    np.testing.assert_array_equal(pixels, one_film(dicom(RAMP)).pixels)
+
+
+def test_bits_above_bits_stored_are_no_image():
+    overlay = RAMP.copy()
+    overlay[::3] |= 0x8000
+    np.testing.assert_array_equal(one_film(dicom(overlay)).pixels, one_film(dicom(RAMP)).pixels)
+
+
+def test_padding_is_black_and_stretches_nothing():
+    padded = np.clip(RAMP, 1000, 3000)
+    inner = one_film(dicom(padded)).pixels
+    padded[:5] = 0
+    found = one_film(dicom(padded, PixelPaddingValue=0)).pixels
+    assert found[:5].max() == 0
+    np.testing.assert_array_equal(found[6:], inner[6:])
+
+
+def test_padding_of_a_monochrome1_film_is_black_too():
+    padded = RAMP.copy()
+    padded[:5] = 0
+    found = one_film(dicom(padded, PixelPaddingValue=0, PhotometricInterpretation="MONOCHROME1"))
+    assert found.pixels[:5].max() == 0
+    assert found.pixels[6].min() > 150
+
+
+def test_a_padding_range_is_padding():
+    padded = np.clip(RAMP, 1000, 3000)
+    padded[:3], padded[3:5] = 10, 20
+    found = one_film(dicom(padded, PixelPaddingValue=10, PixelPaddingRangeLimit=20)).pixels
+    assert found[:5].max() == 0
+    assert found[6:].max() == 255
+
+
+@pytest.mark.parametrize(
+    ("element", "shape"),
+    [
+        ({"PixelAspectRatio": [2, 1]}, (80, 30)),
+        ({"PixelAspectRatio": [1, 2]}, (40, 60)),
+        ({"PixelSpacing": [0.1, 0.2]}, (40, 60)),
+        ({"ImagerPixelSpacing": [0.143, 0.143]}, RAMP.shape),
+        ({"PixelAspectRatio": [1, 1]}, RAMP.shape),
+        ({"PixelAspectRatio": [0, 7]}, RAMP.shape),
+    ],
+)
+def test_pixels_are_made_square(element, shape):
+    found = one_film(dicom(RAMP, **element))
+    assert found.pixels.shape == shape
+    assert (found.rows, found.columns) == RAMP.shape
+
+
+def test_eight_bits_without_a_window_are_taken_as_other_formats_have_them():
+    film = np.clip(RAMP // 16, 30, 200).astype(np.uint16)
+
+    def eight_bits(dataset):
+        dataset.BitsAllocated = dataset.BitsStored = 8
+        dataset.HighBit = 7
+        dataset.PixelData = film.astype(np.uint8).tobytes()
+        dataset["PixelData"].VR = "OB"
+
+    np.testing.assert_array_equal(one_film(changed(dicom(film), eight_bits)).pixels, film)
