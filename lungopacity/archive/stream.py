@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -11,25 +11,69 @@ from lungopacity import observe
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.reading import ReadFigures, read_images
 from lungopacity.runtime import quiet_ray_data
-from lungopacity.storage import open_store
+from lungopacity.storage import Store, open_store
 
 if TYPE_CHECKING:
     import ray.data
 
 _OBJECTS_PER_TASK = 256
-"""Loose objects a task: enough that its ~10 ms of start do not count, few enough to spread."""
+"""Loose objects a task at most: enough that its ~10 ms of start do not count, few enough to spread,
+and not much to do again."""
+_FEWEST_OBJECTS = 32
+"""Of the last tasks."""
+_EVEN_SHARDS = 4
+"""If a reader has so many shards of the largest one's size, a fifth of the readers' time is lost at
+most: all but one wait for a last one."""
 _BLOCK_BYTES = 8 << 20
 """Blocks between stages. Ray's 128 MiB would hold thousands of images back from the model."""
 
 
-def read_tasks(objects: pa.Table) -> Iterator[pa.Table]:
-    """Split rows of `PLAN_SCHEMA` into tasks: a shard each, or up to 256 loose objects."""
-    shards = objects.filter(objects["is_shard"])
+def read_tasks(objects: pa.Table, readers: int = 1) -> Iterator[pa.Table]:
+    """Split rows of `PLAN_SCHEMA` into tasks: a shard each, or up to 256 loose objects.
+
+    `readers`: how many read at once. The largest shards come first and the tasks of loose objects
+    grow smaller toward the end (Polychronopoulos & Kuck 1987), so that all finish together.
+    """
+    shards = objects.filter(objects["is_shard"]).sort_by([("source_size_bytes", "descending")])
     for row in range(shards.num_rows):
         yield shards.slice(row, 1)
     loose = objects.filter(pa.compute.invert(objects["is_shard"]))
-    for start in range(0, loose.num_rows, _OBJECTS_PER_TASK):
-        yield loose.slice(start, _OBJECTS_PER_TASK)
+    start = 0
+    while start < loose.num_rows:
+        share = (loose.num_rows - start) // (2 * readers)
+        size = min(_OBJECTS_PER_TASK, max(_FEWEST_OBJECTS, share))
+        yield loose.slice(start, size)
+        start += size
+
+
+def divide_evenly(objects: pa.Table, readers: int) -> bool:
+    """Whether so many can share the objects of `PLAN_SCHEMA`, no shard being read by two, without
+    most of them waiting for the last shards."""
+    shards = objects.filter(objects["is_shard"])["source_size_bytes"]
+    largest = pa.compute.max(shards).as_py() or 0
+    total = pa.compute.sum(objects["source_size_bytes"]).as_py() or 0
+    return bool(largest * readers * _EVEN_SHARDS <= total)
+
+
+def stream(
+    tasks: Iterable[pa.Table], function: Callable[[pa.Table], Iterator[pa.Table]], **options: Any
+) -> ray.data.Dataset:
+    """A lazy dataset of the tables that `function` makes of each of `tasks`, in a Ray task of one
+    CPU each. options: more of `map_batches`."""
+    import ray
+
+    quiet_ray_data()
+    ray.data.DataContext.get_current().target_max_block_size = _BLOCK_BYTES
+    # from_blocks keeps one block a table, where other sources merge small ones into one task, and
+    # from_arrow first runs a Ray task for each, to ask for its schema.
+    return ray.data.from_blocks(list(tasks)).map_batches(
+        function,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=1,
+        zero_copy_batch=True,
+        **options,
+    )
 
 
 def stream_images(
@@ -42,20 +86,24 @@ def stream_images(
     """A lazy dataset of `READ_SCHEMA` rows. Each of `tasks` becomes one Ray task of one CPU."""
     import ray
 
-    quiet_ray_data()
-    ray.data.DataContext.get_current().target_max_block_size = _BLOCK_BYTES
     shared, store = ray.put(wanted), open_store(uri)
 
     def read(objects: pa.Table) -> Iterator[pa.Table]:
-        names = ray.get(shared)
-        figures = ReadFigures()
-        for table in read_images(store, objects, settings, wanted=names, figures=figures):
-            yield table
-            for name, value in figures.taken().items():
-                observe.count(name, value)
+        yield from counted_images(store, objects, settings, wanted=ray.get(shared))
 
-    # from_blocks keeps one block a table, where other sources merge small ones into one task, and
-    # from_arrow first runs a Ray task for each, to ask for its schema.
-    return ray.data.from_blocks(list(tasks)).map_batches(
-        read, batch_size=None, batch_format="pyarrow", num_cpus=1, zero_copy_batch=True
-    )
+    return stream(tasks, read)
+
+
+def counted_images(
+    store: Store,
+    objects: pa.Table,
+    settings: ReadSettings,
+    *,
+    wanted: frozenset[str] | None = None,
+) -> Generator[pa.Table, None, None]:
+    """`read_images`, and what it took is told to Prometheus."""
+    figures = ReadFigures()
+    for table in read_images(store, objects, settings, wanted=wanted, figures=figures):
+        yield table
+        for name, value in figures.taken().items():
+            observe.count(name, value)

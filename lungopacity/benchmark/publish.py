@@ -23,7 +23,7 @@ from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import part_schema
 from lungopacity.results.workbench import parquet_bytes
 from lungopacity.screening.aggregate import run_metrics
-from lungopacity.screening.pipeline import ROWS_PER_PART
+from lungopacity.screening.parts import ROWS_PER_PART
 from lungopacity.screening.plan import make_plan
 from lungopacity.screening.publish import collect, remove_work
 from lungopacity.storage import open_store

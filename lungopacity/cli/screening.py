@@ -64,7 +64,8 @@ def _screening_options(command: Any) -> Any:
             "--model-actors",
             type=int,
             default=None,
-            help="Copies of the model. Default: as many as the cluster has room for.",
+            help="Copies of the model, in processes that only score. Default: one for each GPU; "
+            "without GPUs one in every process that reads.",
         ),
     ]
     for option in reversed(options):

@@ -1,7 +1,7 @@
 """Pictures of where the model saw what it calls positive, written beside the results.
 
 The model stage draws them, for it has film and network in hand; they travel with the rows to the
-stage that writes, which puts them before the rows that name them.
+writer, which puts them before the rows that name them.
 """
 
 from __future__ import annotations

@@ -29,9 +29,11 @@ from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.finish import ScreeningResult, publish_run
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
-from lungopacity.screening.pipeline import OBJECTS, ScoringResources, screen_objects
+from lungopacity.screening.parts import OBJECTS
+from lungopacity.screening.pipeline import screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, read_start
 from lungopacity.screening.publish import collect, remove_work
+from lungopacity.screening.resources import ScoringResources
 from lungopacity.storage import open_store
 from lungopacity.storage.probe import check_writable
 

@@ -23,6 +23,8 @@ from tests.faults.scene import LOOSE, Outcome, Scene, processes_of, wait_for
 from tests.films import encoded, grey_film
 
 Trial = Callable[[Scene], Outcome]
+APART = ("--model-actors", "1")
+"""Reading, scoring and writing each in processes of their own, as on GPUs."""
 
 
 def _kill(job: subprocess.Popen[str]) -> None:
@@ -95,30 +97,33 @@ def driver_killed_after_the_commit(scene: Scene) -> Outcome:
     return outcome
 
 
-def _process_killed(scene: Scene, title: str) -> Outcome:
+def _process_killed(scene: Scene, title: str, *options: str) -> Outcome:
     """A process of Ray's, in the middle of the run: the run itself goes on."""
     with scene.trial() as outcome:
-        job = scene.start()
+        job = scene.start(*options)
         wait_for(lambda: len(scene.fetched()) >= 60 or job.poll() is not None, "objects come")
-        victims = processes_of(job, title)
-        assert victims, f"no process '{title}'"
-        os.kill(victims[0], signal.SIGKILL)
+        wait_for(lambda: bool(processes_of(job, title)), f"a process '{title}'", seconds=10)
+        os.kill(processes_of(job, title)[0], signal.SIGKILL)
         told = scene.ended(job)
         assert job.returncode == 0, told[-3000:]
         assert outcome.attempts == 1
     return outcome
 
 
+def screening_worker_killed(scene: Scene) -> Outcome:
+    return _process_killed(scene, "ray::MapBatches(screen)")
+
+
 def model_actor_killed(scene: Scene) -> Outcome:
-    return _process_killed(scene, "ray::MapWorker(MapBatches(_ScoreImages))")
+    return _process_killed(scene, "ray::MapWorker(MapBatches(ScoreImages))", *APART)
 
 
 def writing_actor_killed(scene: Scene) -> Outcome:
-    return _process_killed(scene, "ray::MapWorker(MapBatches(_WriteParts))")
+    return _process_killed(scene, "ray::MapWorker(MapBatches(WriteParts))", *APART)
 
 
 def reading_worker_killed(scene: Scene) -> Outcome:
-    return _process_killed(scene, "ray::MapBatches(read)")
+    return _process_killed(scene, "ray::MapBatches(read)", *APART)
 
 
 NODES = """
@@ -400,6 +405,7 @@ FAULTS: dict[str, tuple[Trial, int]] = {
     "kill -9 of the driver while it writes metrics": (driver_killed_writing_metrics, 1),
     "kill -9 of the driver before the commit": (driver_killed_before_the_commit, 1),
     "kill -9 of the driver after the commit": (driver_killed_after_the_commit, 1),
+    "kill -9 of a screening worker": (screening_worker_killed, 2),
     "kill -9 of a model actor": (model_actor_killed, 2),
     "kill -9 of a writing actor": (writing_actor_killed, 2),
     "kill -9 of a reading worker": (reading_worker_killed, 2),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import lungopacity
 from lungopacity.models import save_model
@@ -59,6 +60,35 @@ def test_every_format_loose_and_in_shards_scores_alike(s3_uri, tmp_path):
     write_tiny_model(str(tmp_path / "model"), image_size=64, temperature=1.3)
     labels = pd.DataFrame({"image": names, "label": ["Normal", "Lung_Opacity"] * 50})
     assert assert_same_scores(s3_uri, labels, tmp_path, batch_size=7) == 100
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_one_process_for_all_stages_or_one_for_each_gives_the_same_rows(tmp_path):
+    store = open_store(str(tmp_path / "films"))
+    for number in range(90):
+        store.write(f"{number}.png", encoded(grey_film(number, 300, 200)))
+    store.write("broken.png", encoded(grey_film(1))[:400])
+    store.write("notes.txt", b"of no film")
+    store.write("empty.dcm", b"")
+    store.write("x.tar", tar({f"{n}.png": encoded(grey_film(n)) for n in range(9)}))
+    pages = [Image.fromarray(grey_film(number)) for number in (1, 2)]
+    pages[0].save(tmp_path / "films" / "two.tif", save_all=True, append_images=pages[1:])
+    write_tiny_model(str(tmp_path / "model"), image_size=64)
+    rows = {}
+    for model_actors in (None, 1):
+        results = str(tmp_path / f"results-{model_actors}")
+        lungopacity.screen(
+            store.uri, str(tmp_path / "model"), results, batch_size=40, model_actors=model_actors
+        )
+        rows[model_actors] = lungopacity.query(
+            results, "SELECT * FROM predictions ORDER BY image, member_index, frame"
+        ).drop_columns(["run_id", "screened_at", "screened_on"])
+    assert rows[None].equals(rows[1])
+    assert rows[None].num_rows == 90 + 3 + 9 + 2
+    counted = {
+        row["values"]: row["counts"] for row in rows[None]["status"].value_counts().to_pylist()
+    }
+    assert counted == {"ok": 101, "failed": 2, "rejected": 1}
 
 
 @pytest.mark.usefixtures("ray_cluster")

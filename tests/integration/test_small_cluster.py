@@ -1,4 +1,6 @@
-"""Actors that take every CPU make Ray wait for ever. Ours must leave one to reading."""
+"""Actors that take every CPU make Ray wait for ever. Ours must leave one to reading.
+
+Of one large shard no two CPUs have their share, and then the model has actors of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lungopacity.storage import open_store
-from tests.films import encoded, grey_film
+from tests.films import encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model
 
 SCRIPT = """
@@ -23,11 +25,15 @@ print(lungopacity.screen(*sys.argv[2:5]).ok)
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("cpus", [1, 5])
-def test_screening_fits_itself_to_the_cluster(tmp_path: Path, cpus: int):
+@pytest.mark.parametrize(("cpus", "in_a_shard"), [(1, 0), (1, 500), (5, 500)])
+def test_screening_fits_itself_to_the_cluster(tmp_path: Path, cpus: int, in_a_shard: int):
     store = open_store(str(tmp_path / "archive"))
-    for number in range(600):
-        store.write(f"{number}.png", encoded(grey_film(number % 7)))
+    films = {f"{number}.png": encoded(grey_film(number % 7)) for number in range(600)}
+    names = list(films)
+    for name in names[in_a_shard:]:
+        store.write(name, films[name])
+    if in_a_shard:
+        store.write("x.tar", tar({name: films[name] for name in names[:in_a_shard]}))
     write_tiny_model(str(tmp_path / "model"))
     places = [str(tmp_path / name) for name in ("archive", "model", "results")]
     done = subprocess.run(

@@ -18,7 +18,7 @@ from dataclasses import asdict
 import ray
 from lungopacity.errors import UserError
 from lungopacity.runtime import grows_to, resolve_gpu
-from lungopacity.screening.pipeline import ScoringResources
+from lungopacity.screening.resources import ScoringResources
 told = json.loads(sys.argv[1])
 ray.init(address="local", num_cpus=told["cpus"], num_gpus=told["gpus"], include_dashboard=False,
          log_to_driver=False, logging_level=logging.ERROR)

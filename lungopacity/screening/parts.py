@@ -1,0 +1,54 @@
+"""Scored rows to part files under `_work/`, and what the driver is told of each."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from lungopacity import observe
+from lungopacity.errors import Status, UserError
+from lungopacity.results.workbench import parquet_bytes
+from lungopacity.screening.explanations import write_pictures
+from lungopacity.storage import Store
+
+OBJECTS = "objects"
+ROWS_PER_PART = 512
+"""What a killed job loses of finished work at most, of each writer; publishing merges the small
+files."""
+
+
+class WriteParts:
+    """The last stage: tables of `part_schema` to part files, and a report of each to the driver."""
+
+    def __init__(self, results: Store, attempt: str) -> None:
+        self.results, self.attempt = results, attempt
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        try:
+            rows = write_pictures(self.results, rows)
+            key = f"{self.attempt}{uuid.uuid4().hex}.parquet"
+            self.results.write(key, parquet_bytes(rows))
+        except UserError as error:
+            # As a row: of what an actor raises, Ray hands on the text of a traceback alone.
+            return _part_report({}, error=str(error))
+        images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
+        codes = images["error_code"].to_pylist()
+        found = Counter(zip(images["status"].to_pylist(), codes, strict=True))
+        for (status, code), number in found.items():
+            observe.count("images", number, {"status": status, "error_code": code or ""})
+        counts = Counter(images["status"].to_pylist())
+        # An object is done with its one row, or with the row that closes the pass over it.
+        ends = pa.compute.or_(
+            pa.compute.is_valid(rows["shard_rows"]), pa.compute.is_null(rows["reading"])
+        )
+        objects = pa.compute.sum(ends).as_py()
+        return _part_report({**counts, OBJECTS: objects})
+
+
+def _part_report(counts: Mapping[str, int], error: str | None = None) -> pa.Table:
+    """What the driver is told of a part file; `error`: why it did not land."""
+    columns = {name: [counts.get(name, 0)] for name in (*map(str, Status), OBJECTS)}
+    return pa.table({**columns, "error": pa.array([error], pa.string())})

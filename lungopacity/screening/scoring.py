@@ -1,0 +1,130 @@
+"""Pixels to rows: scores, decisions and distances of the films of a table."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from lungopacity import observe
+from lungopacity.archive.content import error_columns
+from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.models import TrainedModel
+from lungopacity.radiograph import OUT_OF_DISTRIBUTION
+from lungopacity.results.schema import class_column, part_schema
+from lungopacity.screening.explanations import PICTURE, Explainer
+from lungopacity.screening.resources import ScoringResources
+
+if TYPE_CHECKING:
+    from lungopacity.models.scorer import Scores
+
+_DISTANCE = "out_of_distribution_score"
+
+
+class ScoreImages:
+    """The model stage: tables of `READ_SCHEMA` to tables of `part_schema`. One per actor."""
+
+    def __init__(
+        self,
+        model: Any,
+        resources: ScoringResources,
+        reject_unlike: bool,
+        explainer: Explainer | None,
+    ) -> None:
+        import ray
+
+        from lungopacity.models.scorer import Scorer
+
+        self.model: TrainedModel = ray.get(model)
+        self.scorer = Scorer(self.model, use_gpu=resources.use_gpu, threads=resources.threads)
+        self.reject_unlike = reject_unlike
+        self.explainer = explainer
+        self.schema = part_schema(self.model.spec.class_names)
+        if explainer is not None:
+            self.schema = self.schema.append(pa.field(PICTURE, pa.binary()))
+
+    def __call__(self, read: pa.Table) -> pa.Table:
+        size = self.model.spec.preprocessing.image_size
+        has_pixels = pa.compute.is_valid(read["pixels"])
+        images = read["pixels"].filter(has_pixels)
+        pixels_NHW = np.frombuffer(b"".join(images.to_pylist()), np.uint8).reshape(-1, size, size)
+        began = time.perf_counter()
+        scores = self.scorer.scores(pixels_NHW, batch_size=max(1, len(pixels_NHW)))
+        unlike = self.scorer.out_of_distribution(scores.features_NF)
+        observe.count("model_seconds", time.perf_counter() - began)
+        found = self._score_columns(scores) | _distance_columns(unlike, len(pixels_NHW))
+        found |= self._explanations(read.filter(has_pixels), pixels_NHW, found)
+        rows = np.flatnonzero(np.asarray(has_pixels))
+        place = np.full(read.num_rows, -1)
+        place[rows] = np.arange(len(rows))
+        take = pa.array(place, mask=place < 0)
+        columns = {name: read[name] for name in read.column_names if name in self.schema.names}
+        columns |= {name: column.take(take) for name, column in found.items()}
+        if self.reject_unlike:
+            columns = _without_unlike(columns, self.schema)
+        columns["screened_at"] = pa.array([datetime.now(UTC)] * read.num_rows)
+        return pa.table({name: columns[name] for name in self.schema.names}).cast(self.schema)
+
+    def _explanations(
+        self, films: pa.Table, pixels_NHW: npt.NDArray[np.uint8], found: dict[str, pa.Array]
+    ) -> dict[str, pa.Array]:
+        if self.explainer is None:
+            return {"explanation": pa.nulls(len(pixels_NHW), pa.string())}
+        shown = pa.compute.equal(found["decision"], "positive")
+        if self.reject_unlike:
+            unlike = pa.compute.fill_null(found[f"quality_{OUT_OF_DISTRIBUTION}"], False)
+            shown = pa.compute.and_not(shown, unlike)
+        return self.explainer.columns(self.scorer, films, pixels_NHW, found, np.asarray(shown))
+
+    def _score_columns(self, scores: Scores) -> dict[str, pa.Array]:
+        spec = self.model.spec
+        probabilities_NK = self.scorer.probabilities(scores.logits_NK)
+        columns: dict[str, pa.Array] = {}
+        for index, name in enumerate(spec.class_names):
+            columns[class_column("p", name)] = pa.array(probabilities_NK[:, index])
+            columns[class_column("logit", name)] = pa.array(scores.logits_NK[:, index])
+        predicted = probabilities_NK.argmax(axis=1)
+        columns["predicted_label"] = pa.array(
+            [spec.class_names[index] for index in predicted], pa.string()
+        )
+        columns["decision"] = pa.array(
+            [
+                spec.operating_point.decide(float(probability))
+                for probability in probabilities_NK[:, spec.positive_index]
+            ],
+            pa.string(),
+        )
+        columns["ensemble_disagreement"] = (
+            pa.nulls(len(predicted), pa.float32())
+            if scores.disagreement_N is None
+            else pa.array(scores.disagreement_N)
+        )
+        return columns
+
+
+def _distance_columns(unlike_N: npt.NDArray[np.float32] | None, count: int) -> dict[str, pa.Array]:
+    if unlike_N is None:
+        return {
+            _DISTANCE: pa.nulls(count, pa.float32()),
+            f"quality_{OUT_OF_DISTRIBUTION}": pa.nulls(count, pa.bool_()),
+        }
+    return {
+        _DISTANCE: pa.array(unlike_N),
+        f"quality_{OUT_OF_DISTRIBUTION}": pa.array(unlike_N > 1),
+    }
+
+
+def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """The user wants no score of a film that is unlike the training films."""
+    error = error_columns(ImageError(ErrorCode.POOR_QUALITY, Stage.SCORE, OUT_OF_DISTRIBUTION))
+    scores = ("p_", "logit_", "predicted_label", "decision", "ensemble_disagreement", "explanation")
+    unlike = pa.compute.fill_null(columns[f"quality_{OUT_OF_DISTRIBUTION}"], False)
+    instead = {name: None for name in columns if name.startswith(scores)} | error
+    return columns | {
+        name: pa.compute.if_else(unlike, pa.scalar(value, schema.field(name).type), columns[name])
+        for name, value in instead.items()
+    }

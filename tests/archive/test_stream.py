@@ -1,0 +1,55 @@
+"""How the objects of a plan are shared out among those who read."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from lungopacity.archive.stream import divide_evenly, read_tasks
+from lungopacity.results.schema import PLAN_SCHEMA
+
+
+def plan(loose: int = 0, shards: tuple[int, ...] = ()) -> pa.Table:
+    """`loose` objects of 1 kB, and shards of so many kB, in turns."""
+    sizes = [*((size, True) for size in shards), *[(1, False)] * loose]
+    rows = [
+        {"image": f"{n:05d}", "source_size_bytes": kilobytes * 1000, "is_shard": is_shard}
+        for n, (kilobytes, is_shard) in enumerate(sizes)
+    ]
+    return pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 16])
+@pytest.mark.parametrize("loose", [0, 1, 31, 33, 256, 7629])
+def test_every_object_is_in_one_task(loose: int, readers: int):
+    objects = plan(loose, shards=(5, 900, 40))
+    tasks = list(read_tasks(objects, readers))
+    named = [name for task in tasks for name in task["image"].to_pylist()]
+    assert sorted(named) == objects["image"].to_pylist()
+    assert [task["source_size_bytes"].to_pylist() for task in tasks[:3]] == [
+        [900_000],
+        [40_000],
+        [5_000],
+    ]
+
+
+def test_tasks_of_loose_objects_shrink_toward_the_end():
+    sizes = [task.num_rows for task in read_tasks(plan(7629), 2)]
+    assert sizes[0] == 256
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] <= 32
+    # Whoever takes the next task when free: nobody works longer than the smallest task.
+    busy = [0, 0]
+    for size in sizes:
+        busy[busy.index(min(busy))] += size
+    assert max(busy) - min(busy) <= 32
+
+
+def test_shards_that_cannot_be_shared_evenly_are_told():
+    assert divide_evenly(plan(7629), 16)
+    assert divide_evenly(plan(0, shards=(50,) * 8), 2)
+    assert not divide_evenly(plan(0, shards=(50,) * 7), 2)
+    assert not divide_evenly(plan(0, shards=(50,) * 8), 16)
+    assert not divide_evenly(plan(300, shards=(50,)), 2)
+    assert divide_evenly(plan(400, shards=(50,)), 2)
+    assert divide_evenly(plan(0, shards=(0, 0)), 2)  # sizes that nobody told
