@@ -15,6 +15,12 @@ from cluster.local_s3 import LocalS3
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 _BUCKET = "tests"
+_SLOW = ("integration", "faults", "benchmark", "training")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: at the end, no core is left idle for minutes."""
+    items.sort(key=lambda item: item.path.parent.name not in _SLOW)
 
 
 @pytest.fixture(scope="session")
