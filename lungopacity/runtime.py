@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -253,6 +254,15 @@ def quiet_ray_data() -> None:
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_about_remote_arguments() -> Iterator[None]:
+    """Ray 2.60 deprecates max_retries, max_restarts and max_task_retries of its data stages,
+    without a successor."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        yield
 
 
 _grows_to: dict[str, float] = {}

@@ -51,6 +51,10 @@ Rows = list[dict[str, Any]]
 Ticket = TypeVar("Ticket")
 
 
+class DecoderStartError(RuntimeError):
+    """The process does not come up, as on a node without memory for it."""
+
+
 @dataclass
 class _Job(Generic[Ticket]):
     ticket: Ticket
@@ -212,7 +216,7 @@ class Decoder:
             connection.close()
             process.kill()
             # Nothing to do with any file: the task must fail, and be tried elsewhere.
-            raise RuntimeError(
+            raise DecoderStartError(
                 f"the decoder's process does not start ({_told(process.wait())})"
             ) from error
         return process, connection

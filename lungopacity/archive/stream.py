@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from lungopacity import observe
 from lungopacity.archive.content import ReadSettings
+from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.archive.reading import ReadFigures, read_images
-from lungopacity.runtime import quiet_ray_data
+from lungopacity.runtime import quiet_about_remote_arguments, quiet_ray_data
 from lungopacity.storage import Store, open_store
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _EVEN_SHARDS = 4
 most: all but one wait for a last one."""
 _BLOCK_BYTES = 8 << 20
 """Blocks between stages. Ray's 128 MiB would hold thousands of images back from the model."""
+_RETRIES = 3
+"""Of a task whose process dies. Ray Data's own default is for ever."""
 
 
 def read_tasks(objects: pa.Table, readers: int = 1) -> Iterator[pa.Table]:
@@ -56,24 +59,30 @@ def divide_evenly(objects: pa.Table, readers: int) -> bool:
 
 
 def stream(
-    tasks: Iterable[pa.Table], function: Callable[[pa.Table], Iterator[pa.Table]], **options: Any
+    tasks: Iterable[pa.Table],
+    function: Callable[[pa.Table], Iterator[pa.Table]],
+    block_bytes: int = _BLOCK_BYTES,
+    **options: Any,
 ) -> ray.data.Dataset:
     """A lazy dataset of the tables that `function` makes of each of `tasks`, in a Ray task of one
-    CPU each. options: more of `map_batches`."""
+    CPU each. They come on as soon as they have so many bytes. options: more of `map_batches`."""
     import ray
 
     quiet_ray_data()
-    ray.data.DataContext.get_current().target_max_block_size = _BLOCK_BYTES
+    ray.data.DataContext.get_current().target_max_block_size = block_bytes
     # from_blocks keeps one block a table, where other sources merge small ones into one task, and
     # from_arrow first runs a Ray task for each, to ask for its schema.
-    return ray.data.from_blocks(list(tasks)).map_batches(
-        function,
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=1,
-        zero_copy_batch=True,
-        **options,
-    )
+    blocks = ray.data.from_blocks(list(tasks))
+    with quiet_about_remote_arguments():
+        return blocks.map_batches(
+            function,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=1,
+            zero_copy_batch=True,
+            max_retries=_RETRIES,
+            **options,
+        )
 
 
 def stream_images(
@@ -101,9 +110,15 @@ def counted_images(
     *,
     wanted: frozenset[str] | None = None,
 ) -> Generator[pa.Table, None, None]:
-    """`read_images`, and what it took is told to Prometheus."""
+    """`read_images` of a Ray task; what it took is told to Prometheus."""
+    from ray.exceptions import RaySystemError
+
     figures = ReadFigures()
-    for table in read_images(store, objects, settings, wanted=wanted, figures=figures):
-        yield table
-        for name, value in figures.taken().items():
-            observe.count(name, value)
+    try:
+        for table in read_images(store, objects, settings, wanted=wanted, figures=figures):
+            yield table
+            for name, value in figures.taken().items():
+                observe.count(name, value)
+    except DecoderStartError as error:
+        # Of what a task raises, Ray tries this kind again, on another node if it can.
+        raise RaySystemError(error) from error

@@ -21,7 +21,7 @@ files."""
 
 
 class WriteParts:
-    """The last stage: tables of `part_schema` to part files, and a report of each to the driver."""
+    """Tables of `part_schema` to part files, and a report of each to the driver."""
 
     def __init__(self, results: Store, attempt: str) -> None:
         self.results, self.attempt = results, attempt
@@ -32,7 +32,7 @@ class WriteParts:
             key = f"{self.attempt}{uuid.uuid4().hex}.parquet"
             self.results.write(key, parquet_bytes(rows))
         except UserError as error:
-            # As a row: of what an actor raises, Ray hands on the text of a traceback alone.
+            # As a row: of what a worker raises, Ray hands on the text of a traceback alone.
             return _part_report({}, error=str(error))
         images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
         codes = images["error_code"].to_pylist()

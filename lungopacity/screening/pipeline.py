@@ -9,7 +9,6 @@ twice does no harm, and the driver holds no image and no row: a few numbers a pa
 from __future__ import annotations
 
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from lungopacity.archive.stream import (
 from lungopacity.errors import UserError
 from lungopacity.models import TrainedModel
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
-from lungopacity.runtime import capacity, worker_environment
+from lungopacity.runtime import capacity, quiet_about_remote_arguments, worker_environment
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.parts import ROWS_PER_PART, WriteParts
 from lungopacity.screening.resources import ScoringResources
@@ -74,6 +73,8 @@ def screen_objects(
         parts = stream(
             read_tasks(objects, cpus),
             _together(archive_uri, settings, scoring, results, attempt, batch_size),
+            # Each report by itself: of a large shard, the driver would hear at its end alone.
+            block_bytes=1,
             runtime_env=worker_environment(use_gpu=False),
         )
     for part in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -107,7 +108,10 @@ def _together(
             for table in tables:
                 scored.append(score(table))
                 if sum(rows.num_rows for rows in scored) >= ROWS_PER_PART:
-                    yield write(pa.concat_tables(scored))
+                    report = write(pa.concat_tables(scored))
+                    yield report
+                    if report["error"][0].is_valid:
+                        return  # the driver will stop all
                     scored = []
         if scored:
             yield write(pa.concat_tables(scored))
@@ -148,9 +152,7 @@ def _apart(
     """Reports of part files of the images, scored and written by actors of their own."""
     import ray
 
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates max_restarts and max_task_retries here, without a successor.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+    with quiet_about_remote_arguments():
         scored = images.map_batches(
             ScoreImages,
             fn_constructor_args=scoring,

@@ -26,7 +26,7 @@ _DISTANCE = "out_of_distribution_score"
 
 
 class ScoreImages:
-    """The model stage: tables of `READ_SCHEMA` to tables of `part_schema`. One per actor."""
+    """Tables of `READ_SCHEMA` to tables of `part_schema`. One in a process, on a device."""
 
     def __init__(
         self,

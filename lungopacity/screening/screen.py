@@ -217,16 +217,18 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path) -> None
 @contextmanager
 def _surviving_lost_nodes() -> Iterator[None]:
     """A node that goes takes actors with it, and Ray Data may give up then; the next round reads
-    what is missing. What a task of ours raises is no such thing."""
+    what is missing. What a task of ours raises is no such thing, but where it could not work."""
     try:
         yield
     except Exception as error:
         # Not sooner: another thread may be importing Ray, and two at once see half of it.
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import RayError, RaySystemError, RayTaskError
 
-        if isinstance(error, RayTaskError) or not isinstance(error, RayError):
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(cause, RayError):
             raise
-        log.warning("Ray lost what it was working on (%s)", type(error).__name__)
+        told = f": {cause}" if isinstance(cause, RaySystemError) else ""
+        log.warning("Ray lost what it was working on (%s%s)", type(cause).__name__, told)
 
 
 def _rows(files: Sequence[Path]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lungopacity.archive.content import ReadSettings, content_rows
-from lungopacity.archive.decoder import Decoder, borrowed_decoder
+from lungopacity.archive.decoder import Decoder, DecoderStartError, borrowed_decoder
 from lungopacity.radiograph import DecodeLimits, Preprocessing
 from tests.films import dicom, encoded, grey_film
 
@@ -142,7 +142,7 @@ def test_a_reader_that_stops_early_leaves_no_rows_to_the_next():
 
 def test_a_process_that_cannot_start_is_said_so():
     decoder = Decoder(SETTINGS, (sys.executable, "-c", "raise SystemExit(7)"))
-    with pytest.raises(RuntimeError, match=r"does not start \(exit code 7\)"):
+    with pytest.raises(DecoderStartError, match=r"does not start \(exit code 7\)"):
         list(decoder.rows([(0, FILM)]))
     decoder.close()
 

@@ -13,6 +13,7 @@ import lungopacity
 from lungopacity.models import save_model
 from lungopacity.models.compiled import CompiledNetwork, to_bytes
 from lungopacity.models.scorer import Scorer
+from lungopacity.screening import pipeline
 from lungopacity.storage import open_store
 from tests.films import dicom, encoded, grey_film, tar
 from tests.models.tiny import history_parquet, tiny_model, write_tiny_model
@@ -63,7 +64,10 @@ def test_every_format_loose_and_in_shards_scores_alike(s3_uri, tmp_path):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_one_process_for_all_stages_or_one_for_each_gives_the_same_rows(tmp_path):
+def test_one_process_for_all_stages_or_one_for_each_gives_the_same_rows(tmp_path, monkeypatch):
+    apart: list[int] = []
+    whole = pipeline._apart
+    monkeypatch.setattr(pipeline, "_apart", lambda *given: apart.append(1) or whole(*given))
     store = open_store(str(tmp_path / "films"))
     for number in range(90):
         store.write(f"{number}.png", encoded(grey_film(number, 300, 200)))
@@ -80,6 +84,7 @@ def test_one_process_for_all_stages_or_one_for_each_gives_the_same_rows(tmp_path
         lungopacity.screen(
             store.uri, str(tmp_path / "model"), results, batch_size=40, model_actors=model_actors
         )
+        assert len(apart) == (model_actors or 0)
         rows[model_actors] = lungopacity.query(
             results, "SELECT * FROM predictions ORDER BY image, member_index, frame"
         ).drop_columns(["run_id", "screened_at", "screened_on"])

@@ -50,6 +50,7 @@ def test_a_cluster_of_cpus_alone_keeps_one_to_read():
     )
     assert (fits["max_actors"], fits["actor_cpus"], fits["actor_gpus"]) == (3, 1.0, 0.0)
     assert two["max_actors"] == 2
+    assert (fits["apart"], two["apart"]) == (False, True)
     assert many["error"].startswith("screening needs 5 CPUs, the Ray cluster has 4; use fewer")
     assert gpu["error"].startswith("screening needs 1 GPUs, the Ray cluster has 0; use --no-gpu")
 
@@ -72,6 +73,7 @@ def test_one_gpu_or_many_whole_or_in_shares():
     assert thirds["max_actors"] == six["max_actors"] == 6
     assert "needs 3 GPUs, the Ray cluster has 2;" in seven["error"]  # 0.6 and 0.6 share none
     assert (cpu["max_actors"], cpu["actor_gpus"]) == (3, 0.0)
+    assert [case["apart"] for case in (whole, shared, six, cpu)] == [True, True, True, False]
     assert "--gpus-per-actor must be above 0 and at most 1, not 1.5" in wrong["error"]
     assert "--model-actors must be at least 1" in none["error"]
 

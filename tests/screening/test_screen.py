@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 
 import lungopacity
+from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.errors import UserError
 from lungopacity.screening import screen
 
@@ -31,11 +32,15 @@ def test_a_run_that_is_stopped_says_how_to_go_on(place, monkeypatch, caplog):
 
 
 def test_a_lost_node_is_survived_and_an_error_of_ours_is_not(caplog):
-    from ray.exceptions import NodeDiedError, RayTaskError
+    from ray.exceptions import NodeDiedError, RaySystemError, RayTaskError
 
     with screen._surviving_lost_nodes():
         raise NodeDiedError("gone")
     assert "Ray lost what it was working on (NodeDiedError)" in caplog.text
+    no_decoder = RaySystemError(DecoderStartError("the decoder's process does not start"))
+    with screen._surviving_lost_nodes():
+        raise RayTaskError("f", "a traceback", no_decoder)
+    assert "the decoder's process does not start" in caplog.text
     for error in (RayTaskError("f", "a traceback", ValueError()), ValueError()):
         with pytest.raises(type(error)), screen._surviving_lost_nodes():
             raise error

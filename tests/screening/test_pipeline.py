@@ -1,0 +1,83 @@
+"""A task that reads, scores and writes: its part files, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import lungopacity
+from lungopacity.archive.content import ReadSettings
+from lungopacity.archive.inventory import take_inventory
+from lungopacity.errors import UserError
+from lungopacity.models import load_model
+from lungopacity.screening import pipeline, screen
+from lungopacity.screening.resources import ScoringResources
+from lungopacity.storage import open_store
+from tests.films import encoded, grey_film, tar
+from tests.models.tiny import write_tiny_model
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def a_task(tmp_path, monkeypatch):
+    """Screens one shard of fifty films, in parts of twenty rows, eight at a time."""
+    import ray
+
+    monkeypatch.setattr(pipeline, "ROWS_PER_PART", 20)
+    archive, results = (open_store(str(tmp_path / name)) for name in ("archive", "results"))
+    archive.write("x.tar", tar({f"{n}.png": encoded(grey_film(n % 7)) for n in range(50)}))
+    write_tiny_model(str(tmp_path / "model"))
+    model = load_model(str(tmp_path / "model"))
+    task = pipeline._together(
+        archive.uri,
+        ReadSettings(model.spec.preprocessing),
+        (ray.put(model), ScoringResources(1, 1, 1.0, 0.0, 1, False), False, None),
+        results,
+        "_work/run/attempt=1/",
+        8,
+    )
+    return lambda: task(take_inventory(archive.uri).objects), results
+
+
+def test_a_part_is_written_whenever_there_are_rows_enough(a_task):
+    reports, results = a_task
+    assert [report["ok"].to_pylist() for report in reports()] == [[24], [24], [2]]
+    parts = [
+        pq.read_table(pa.BufferReader(results.read(item.key))) for item in results.list("_work/")
+    ]
+    rows = pa.concat_tables(parts)
+    assert sorted(rows["member_index"].drop_null().to_pylist()) == list(range(50))
+    assert rows["shard_rows"].drop_null().to_pylist() == [50]
+    assert len(set(rows["reading"].to_pylist())) == 1
+
+
+def test_nothing_more_is_read_where_a_part_cannot_be_written(a_task, monkeypatch):
+    reports, results = a_task
+
+    def full(key: str, data: bytes) -> None:
+        raise UserError("no space")
+
+    monkeypatch.setattr(results, "write", full)
+    (report,) = reports()
+    assert report["error"].to_pylist() == ["no space"]
+
+
+@pytest.mark.timeout(120)
+def test_a_process_that_dies_of_its_work_ends_the_run_and_not_the_night(
+    tmp_path, monkeypatch, caplog
+):
+    def dies(*_: object) -> None:
+        os._exit(1)
+
+    monkeypatch.setattr(pipeline, "_scorer_of", dies)
+    monkeypatch.setattr(screen, "_ROUNDS", 1)
+    store = open_store(str(tmp_path / "archive"))
+    store.write("1.png", encoded(grey_film(1)))
+    write_tiny_model(str(tmp_path / "model"))
+    with pytest.raises(UserError, match="1 of 1 objects have no result"):
+        lungopacity.screen(store.uri, str(tmp_path / "model"), str(tmp_path / "results"))
+    assert "Ray lost what it was working on (WorkerCrashedError)" in caplog.text
