@@ -81,7 +81,7 @@ class Audit:
     shortcuts: tuple[Shortcut, ...]
     positive_class: str
     split_given: bool
-    """The labels have splits; without, patients are divided when a model is trained."""
+    """The labels have splits; without, they are those that `train` makes with its default seed."""
 
     @property
     def leaking(self) -> tuple[Copies, ...]:
@@ -96,7 +96,7 @@ class Audit:
     @property
     def leaks(self) -> bool:
         """Whether any figure of a model on these splits would flatter it."""
-        return bool(self.torn_patients or (self.split_given and self.leaking))
+        return bool(self.torn_patients or self.leaking)
 
     def summary(self) -> str:
         """What was found, a line each, the worst first."""
@@ -118,8 +118,22 @@ class Audit:
             interval = "" if item.ci_low is None else f" ({item.ci_low:.3f} to {item.ci_high:.3f})"
             warning = "  <- a model may live on it" if item.auc >= SUSPICIOUS_AUC else ""
             lines.append(f"  {item.fact:28}{item.auc:.3f}{interval}{warning}")
-        verdict = "leakage found" if self.leaks else "no leakage found"
-        return "\n".join([*lines, verdict, NOTICE])
+        return "\n".join([*lines, self._verdict(), NOTICE])
+
+    def _verdict(self) -> str:
+        parts = ["leakage found" if self.leaks else "no leakage found"]
+        one = "one patient_id and one split"
+        if not self.split_given:
+            parts[0] += (
+                ", across the splits that `train` makes of these classes with its default seed "
+                "(the labels have none)"
+            )
+            one = "one patient_id"
+        if self.leaking:
+            parts.append(f"remove copies, or give them {one}")
+        if self.torn_patients:
+            parts.append("give all films of a patient one split")
+        return "; ".join(parts)
 
     def to_json(self) -> str:
         """Everything."""
@@ -155,6 +169,7 @@ def audit(
         )
     frame = select_classes(frame, label_map, labels)
     split_given = bool(frame["split"].notna().all())
+    # As `train` by default does.
     frame = assign_splits(frame, labels, seed=0)
     rules = ReadSettings(Preprocessing(SIDE), accept=accepted, reject_quality=rejecting)
     if output is not None:

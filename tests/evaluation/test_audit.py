@@ -11,6 +11,7 @@ from PIL import Image
 
 import lungopacity
 from lungopacity.cli import main
+from lungopacity.dataset.manifest import assign_splits
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.audit import _shortcuts, near_pairs, perceptual_hashes
@@ -119,18 +120,33 @@ def test_a_positive_class_that_is_none_is_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_labels_without_splits_or_patients_are_audited_too(tmp_path):
+def test_without_splits_and_patients_copies_leak_where_training_would_part_them(tmp_path):
+    near, exact = [], []
+
     def spoil(films, labels):
-        films["06.png"] = films["02.png"]
         labels.drop(columns=["split", "patient_id"], inplace=True)
+        bare = labels.assign(split=None, patient_id=None)
+        split = assign_splits(bare, "labels", seed=0)["split"]
+        healthy = labels.index[labels["label"] == "Normal"]
+        train, test = ([name for name in healthy if split[name] == s] for s in ("train", "test"))
+        near.extend((train[0], test[0]))
+        films[near[1]] = darker_and_smaller(films[near[0]])
+        exact.extend(train[1:3])
+        films[exact[1]] = films[exact[0]]
 
     archive, labels = write_films(tmp_path, spoil)
     found = lungopacity.audit([archive], labels, classes=["Lung_Opacity", "Normal=Healthy"])
     assert "border of the film alone" in {item.fact for item in found.shortcuts}
     assert found.unknown_patients == FILMS
-    assert len(found.copies) == 1
-    assert not found.leaks  # there is no split yet that could leak
+    assert {item.kind: {item.first, item.second} for item in found.copies} == {
+        "near": set(near),
+        "exact": set(exact),
+    }
     assert found.copies[0].labels == ("Healthy", "Healthy")
+    assert found.leaks
+    assert [set(pair.splits) for pair in found.leaking] == [{"train", "test"}]
+    assert "leakage found, across the splits that `train` makes" in found.summary()
+    assert "remove copies, or give them one patient_id" in found.summary()
 
 
 @pytest.mark.usefixtures("ray_cluster")
