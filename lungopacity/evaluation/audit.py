@@ -7,8 +7,6 @@ Array names carry their shape: N images, H height, W width.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -21,14 +19,12 @@ from lungopacity.dataset.classes import class_names_of, classes_of_labels
 from lungopacity.dataset.manifest import SITE, assign_splits, read_labels, select_classes
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import NOTICE, UserError
-from lungopacity.evaluation.metrics import RocAuc, age_band, roc_auc
+from lungopacity.evaluation.shortcuts import Shortcut, shortcuts_of
 from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import ray_session
 from lungopacity.storage import open_store
 from lungopacity.storage.probe import check_writable
-
-log = logging.getLogger(__name__)
 
 SIDE = 64
 """Of the films that are compared, in pixels."""
@@ -38,9 +34,6 @@ NEAR_CORRELATION = 0.99
 """Of two films of 64 x 64 pixels; of 7,629 lung-field films no two reach 0.975."""
 SUSPICIOUS_AUC = 0.7
 """Of a fact that knows nothing of the lungs: from here on a model may live on it."""
-_BORDER = 0.15
-"""Of the film's side, on each of the four sides, is what the border probe sees."""
-_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -53,18 +46,6 @@ class Copies:
     """exact: the same bytes; near: pixels that are all but the same."""
     splits: tuple[str, str]
     labels: tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Shortcut:
-    """How well one fact alone tells the positive class from the rest, on films it has not seen."""
-
-    fact: str
-    values: int
-    auc: float
-    ci_low: float | None
-    ci_high: float | None
-    n: int
 
 
 @dataclass(frozen=True)
@@ -187,7 +168,7 @@ def audit(
         torn_patients=_torn(data.images),
         unknown_patients=int(data.images["patient_id"].isna().sum()),
         copies=tuple(_copies(data)),
-        shortcuts=tuple(_shortcuts(data, positive_N)),
+        shortcuts=tuple(shortcuts_of(data, positive_N)),
         positive_class=positive,
         split_given=split_given,
     )
@@ -254,113 +235,3 @@ def _correlation(first_HW: npt.NDArray[np.uint8], second_HW: npt.NDArray[np.uint
     a, b = a - a.mean(), b - b.mean()
     length = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / length if length else float((first_HW == second_HW).all())
-
-
-def _shortcuts(data: LabelledPixels, positive_N: npt.NDArray[np.bool_]) -> Iterator[Shortcut]:
-    if not positive_N.any() or positive_N.all():
-        return
-    frame = data.images
-    patients = frame["patient_id"].fillna("image " + frame["image"]).to_numpy(str)
-    if len(set(patients)) < 2 or len(frame) < 3:
-        log.warning("too few patients or films: nothing can be tried on others")
-        return
-    for fact, values in _facts(frame).items():
-        known_N = np.array([value is not None for value in values])
-        if len({value for value in values if value is not None}) < 2:
-            continue
-        scores_N, seen = _rates(values, positive_N, patients)
-        auc = roc_auc(positive_N, scores_N)
-        yield _shortcut(fact, seen, auc, int(known_N.sum()))
-    of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
-    if min(of_kind) < 2:
-        log.warning(
-            "one patient has all films of a kind: the border alone cannot be tried on others"
-        )
-        return
-    scores_N = _border_scores(data.pixels_NHW, positive_N, patients)
-    yield _shortcut("border of the film alone", 0, roc_auc(positive_N, scores_N), len(positive_N))
-
-
-def _shortcut(fact: str, values: int, auc: RocAuc, n: int) -> Shortcut:
-    return Shortcut(fact, values, auc.value, auc.ci_low, auc.ci_high, n)
-
-
-def _facts(frame: pd.DataFrame) -> dict[str, list[str | None]]:
-    """What is known of each film beside its pixels, None where it is not."""
-
-    def words(column: str) -> list[str | None]:
-        return [None if pd.isna(value) else str(value) for value in frame[column]]
-
-    ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
-    return {
-        SITE: words(SITE) if SITE in frame else [],
-        "view_position": words("view_position"),
-        "patient_sex": words("patient_sex"),
-        "age": [None if pd.isna(age) else age_band(float(age)) for age in ages],
-        # Loose films are objects of their own, and say nothing of each other.
-        "shard": words("source") if frame["source"].nunique() < len(frame) / 2 else [],
-        "format": words("format"),
-        "rows x columns": [
-            f"{rows} x {columns}"
-            for rows, columns in zip(frame["rows"], frame["columns"], strict=True)
-        ],
-        "photometric_interpretation": words("photometric_interpretation"),
-    }
-
-
-def _folds(
-    positive_N: npt.NDArray[np.bool_], patients: npt.NDArray[np.str_]
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Training and test rows. Each fold has a patient of either kind to be tried on, if there are
-    as many."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
-    count = max(2, min(_FOLDS, *of_kind))
-    folds = StratifiedGroupKFold(n_splits=count, shuffle=True, random_state=0)
-    with warnings.catch_warnings():
-        # A single film of a kind is in one fold alone.
-        warnings.filterwarnings("ignore", "The least populated class")
-        yield from list(folds.split(positive_N, positive_N, patients))
-
-
-def _rates(
-    values: Sequence[str | None],
-    positive_N: npt.NDArray[np.bool_],
-    patients: npt.NDArray[np.str_],
-) -> tuple[npt.NDArray[np.float64], int]:
-    """For each film the share of positives among other patients' films of the same value."""
-    named = pd.Series(["unknown" if value is None else value for value in values])
-    scores_N = np.zeros(len(named))
-    for train, test in _folds(positive_N, patients):
-        share = pd.Series(positive_N[train]).groupby(named.iloc[train].to_numpy()).mean()
-        mean = float(positive_N[train].mean())
-        scores_N[test] = named.iloc[test].map(share).fillna(mean)
-    return scores_N, int(named.nunique())
-
-
-def _border_scores(
-    pixels_NHW: npt.NDArray[np.uint8],
-    positive_N: npt.NDArray[np.bool_],
-    patients: npt.NDArray[np.str_],
-) -> npt.NDArray[np.float64]:
-    """Of a logistic regression that sees the border alone, on patients that it has not seen."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    width = round(_BORDER * SIDE)
-    border_HW = np.ones((SIDE, SIDE), bool)
-    border_HW[width:-width, width:-width] = False
-    seen_NF = pixels_NHW[:, border_HW].astype(np.float32)
-    scores_N = np.zeros(len(positive_N))
-    folds = list(_folds(positive_N, patients))
-    with Progress("Reading borders", total=len(folds), unit="folds") as progress:
-        for train, test in folds:
-            if len(set(positive_N[train])) < 2:
-                continue  # nothing to be learnt from
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
-            probe.fit(seen_NF[train], positive_N[train])
-            scores_N[test] = probe.decision_function(seen_NF[test])
-            progress.advance(1)
-    return scores_N

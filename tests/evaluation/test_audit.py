@@ -12,9 +12,8 @@ from PIL import Image
 import lungopacity
 from lungopacity.cli import main
 from lungopacity.dataset.manifest import assign_splits
-from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
-from lungopacity.evaluation.audit import _shortcuts, near_pairs, perceptual_hashes
+from lungopacity.evaluation.audit import near_pairs, perceptual_hashes
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
 
@@ -157,36 +156,6 @@ def test_where_one_patient_has_every_opacity_the_border_is_not_tried(tmp_path, c
     found = lungopacity.audit([write_films(tmp_path, spoil)[0]], str(tmp_path / "labels.csv"))
     assert "border of the film alone" not in {item.fact for item in found.shortcuts}
     assert "one patient has all films of a kind" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("positives", "negatives", "films"), [(1, 1, 1), (1, 2, 1), (2, 2, 1), (4, 4, 1), (2, 3, 6)]
-)
-def test_few_films_are_tried_as_far_as_they_go(positives, negatives, films):
-    """So many patients of a kind, with so many films each."""
-    positive_N = np.repeat([True] * positives + [False] * negatives, films)
-    count = len(positive_N)
-    frame = pd.DataFrame(
-        {
-            "image": [f"{n}.png" for n in range(count)],
-            "patient_id": np.repeat(np.arange(positives + negatives), films).astype(str),
-            "view_position": np.where(positive_N, "AP", "PA"),
-            "source": "x.tar",
-            "format": "png",
-            **dict.fromkeys(("patient_sex", "patient_age_years", "photometric_interpretation")),
-            "rows": 64,
-            "columns": 64,
-        }
-    )
-    pixels = np.stack([grey_film(number, 64, 64) for number in range(count)])
-    data = LabelledPixels(
-        pixels, positive_N.astype(int), np.full(count, "test"), ("a", "b"), frame, frame[:0], False
-    )
-    found = {item.fact: item.auc for item in _shortcuts(data, positive_N)}
-    assert ("view_position" in found) == (count > 2)
-    if min(positives, negatives) > 2:
-        assert found["view_position"] == 1.0
-    assert ("border of the film alone" in found) == (min(positives, negatives) > 1)
 
 
 def test_other_films_are_no_copies_and_flat_ones_are():
