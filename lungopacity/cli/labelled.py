@@ -56,6 +56,13 @@ def labels(
 @click.option("--classes", default=None, help="As for train. Default: every label.")
 @click.option("--positive-class", default=None, help="As for train.")
 @click.option("--output", metavar="URI", default=None, help="Where audit.json goes.")
+@click.option(
+    "--by",
+    metavar="COLUMN",
+    multiple=True,
+    help="Column of the labels to try as a predictor of the label, as the scanner; may be given "
+    "more than once. View, sex, age and site are always tried.",
+)
 @rule_options
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 def audit(classes: str | None, as_json: bool, **options: Any) -> int:

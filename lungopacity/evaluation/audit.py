@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from lungopacity.dataset.manifest import SITE, assign_splits, read_labels, selec
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import NOTICE, UserError
 from lungopacity.evaluation.shortcuts import Shortcut, shortcuts_of
+from lungopacity.evaluation.subgroups import check_columns, column_groups
 from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import ray_session
@@ -128,6 +129,7 @@ def audit(
     classes: Sequence[str] | None = None,
     positive_class: str | None = None,
     output: str | None = None,
+    by: Sequence[str] = (),
     accept: Sequence[str] = (),
     reject_quality: Sequence[str] | None = None,
 ) -> Audit:
@@ -135,10 +137,12 @@ def audit(
 
     images, labels: as for training; None of `classes` takes every label as one. `positive_class`:
     None takes Lung_Opacity where it is one of them, else the last. `output`: URI of a folder for
-    audit.json. Raises `UserError`.
+    audit.json. `by`: columns of the labels to try as predictors of the label, besides view, sex,
+    age and `site`: see `subgroups`. Raises `UserError`.
     """
+    check_columns(by)
     accepted, rejecting = rules_from(accept, reject_quality)
-    frame = read_labels(labels, by=())
+    frame = read_labels(labels, by)
     known = sorted(frame["label"].unique())
     label_map = classes_of_labels(known if classes is None else classes, known)
     names = class_names_of(label_map)
@@ -152,15 +156,14 @@ def audit(
     split_given = bool(frame["split"].notna().all())
     # As `train` by default does.
     frame = assign_splits(frame, labels, seed=0)
+    told = _told(frame, by, labels)
+    # It must not meet the columns of what is read.
+    frame = frame.drop(columns=[name for name in told if name != "split"])
     rules = ReadSettings(Preprocessing(SIDE), accept=accepted, reject_quality=rejecting)
     if output is not None:
         check_writable(output)
     with ray_session():
-        data = load_pixels(images, frame.drop(columns=SITE, errors="ignore"), names, rules, labels)
-    if SITE in frame:
-        # The labels alone tell it; films and headers do not.
-        sites = data.images["image"].map(frame.set_index("image")[SITE])
-        data = replace(data, images=data.images.assign(**{SITE: sites}))
+        data = load_pixels(images, frame, names, rules, labels)
     positive_N = (data.images["label"] == positive).to_numpy(bool)
     found = Audit(
         images=len(data.images),
@@ -168,13 +171,22 @@ def audit(
         torn_patients=_torn(data.images),
         unknown_patients=int(data.images["patient_id"].isna().sum()),
         copies=tuple(_copies(data)),
-        shortcuts=tuple(shortcuts_of(data, positive_N)),
+        shortcuts=tuple(shortcuts_of(data, positive_N, told.loc[data.images["image"]])),
         positive_class=positive,
         split_given=split_given,
     )
     if output is not None:
         open_store(output).write("audit.json", found.to_json().encode())
     return found
+
+
+def _told(frame: pd.DataFrame, by: Sequence[str], labels: str) -> pd.DataFrame:
+    """What the labels alone tell of each image: `site`, of however many, and what is asked for."""
+    columns = [name for name in by if name != SITE]
+    told = column_groups(frame.drop(columns=SITE, errors="ignore"), columns, labels)
+    if SITE in frame:
+        told.insert(0, SITE, frame[SITE].to_numpy())
+    return told
 
 
 def _torn(images: pd.DataFrame) -> int:

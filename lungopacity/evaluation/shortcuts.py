@@ -1,4 +1,4 @@
-"""What tells the label of a film without a look at the lungs: the view, the shard, the border.
+"""What tells the label of a film without a look at the lungs: the view, the scanner, the border.
 
 Each fact is tried on films of other patients than it was counted on. Array names carry their shape:
 N images, H height, W width, F pixels.
@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lungopacity.dataset.manifest import SITE
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.evaluation.metrics import RocAuc, age_band, roc_auc
 from lungopacity.progress import Progress
@@ -39,8 +38,14 @@ class Shortcut:
     n: int
 
 
-def shortcuts_of(data: LabelledPixels, positive_N: npt.NDArray[np.bool_]) -> Iterator[Shortcut]:
-    """Of each fact that differs between the films. positive_N: which are of the positive class."""
+def shortcuts_of(
+    data: LabelledPixels, positive_N: npt.NDArray[np.bool_], told: pd.DataFrame
+) -> Iterator[Shortcut]:
+    """Of each fact that differs between the films.
+
+    positive_N: which are of the positive class. told: what the labels alone tell, a column a fact
+    and a row a film.
+    """
     if not positive_N.any() or positive_N.all():
         return
     frame = data.images
@@ -48,7 +53,7 @@ def shortcuts_of(data: LabelledPixels, positive_N: npt.NDArray[np.bool_]) -> Ite
     if len(set(patients)) < 2 or len(frame) < 3:
         log.warning("too few patients or films: nothing can be tried on others")
         return
-    for fact, values in _facts(frame).items():
+    for fact, values in _facts(frame, told).items():
         known_N = np.array([value is not None for value in values])
         if len({value for value in values if value is not None}) < 2:
             continue
@@ -69,27 +74,33 @@ def _shortcut(fact: str, values: int, auc: RocAuc, n: int) -> Shortcut:
     return Shortcut(fact, values, auc.value, auc.ci_low, auc.ci_high, n)
 
 
-def _facts(frame: pd.DataFrame) -> dict[str, list[str | None]]:
+def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None]]:
     """What is known of each film beside its pixels, None where it is not."""
 
-    def words(column: str) -> list[str | None]:
-        return [None if pd.isna(value) else str(value) for value in frame[column]]
+    def words(values: pd.Series) -> list[str | None]:
+        return [None if pd.isna(value) else str(value) for value in values]
 
     ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
-    return {
-        SITE: words(SITE) if SITE in frame else [],
-        "view_position": words("view_position"),
-        "patient_sex": words("patient_sex"),
+    read: dict[str, list[str | None]] = {
+        "view_position": words(frame["view_position"]),
+        "patient_sex": words(frame["patient_sex"]),
         "age": [None if pd.isna(age) else age_band(float(age)) for age in ages],
         # Loose films are objects of their own, and say nothing of each other.
-        "shard": words("source") if frame["source"].nunique() < len(frame) / 2 else [],
-        "format": words("format"),
+        "shard": words(frame["source"]) if frame["source"].nunique() < len(frame) / 2 else [],
+        "format": words(frame["format"]),
         "rows x columns": [
             f"{rows} x {columns}"
             for rows, columns in zip(frame["rows"], frame["columns"], strict=True)
         ],
-        "photometric_interpretation": words("photometric_interpretation"),
+        "photometric_interpretation": words(frame["photometric_interpretation"]),
     }
+    # A `format` of the labels is not the files'.
+    further = {
+        f"{name} of the labels" if name in read else str(name): words(told[name]) for name in told
+    }
+    return further | read
+    names = {name: f"{name} of the labels" if name in read else str(name) for name in told}
+    return {names[name]: words(told[name]) for name in told} | read
 
 
 def _folds(

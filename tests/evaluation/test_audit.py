@@ -103,12 +103,15 @@ def test_a_border_that_knows_the_label_is_found(tmp_path):
             film = films[name] = films[name].copy()
             film[:6, :40] = 255 if label == "Normal" else 0  # a burnt-in marker
         labels["site"] = labels["label"].map({"Normal": "North", "Lung_Opacity": "South"})
+        labels["scanner"] = labels["label"].map({"Normal": "Fuji", "Lung_Opacity": "GE"})
+        labels["note"] = labels["scanner"]
 
     archive, labels = write_films(tmp_path, spoil)
-    found = lungopacity.audit([archive], labels)
+    found = lungopacity.audit([archive], labels, by=["scanner", "site"])
     aucs = {item.fact: item.auc for item in found.shortcuts}
     assert aucs["border of the film alone"] > 0.95
-    assert aucs["site"] == 1
+    assert aucs["site"] == aucs["scanner"] == 1
+    assert "note" not in aucs  # nobody asked for it
 
 
 def test_a_positive_class_that_is_none_is_refused(tmp_path):
@@ -116,6 +119,15 @@ def test_a_positive_class_that_is_none_is_refused(tmp_path):
     labels.write_text("image,label,split\na,Normal,train\nb,Lung_Opacity,train\n")
     with pytest.raises(UserError, match=r"'Lung_opacity' is none of .*Lung_Opacity, Normal"):
         lungopacity.audit([str(tmp_path)], str(labels), positive_class="Lung_opacity")
+
+
+def test_a_predictor_that_is_none_is_refused(tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("image,label,split\na,Normal,train\nb,Lung_Opacity,train\n")
+    with pytest.raises(UserError, match=r"--by patient_id: forms no subgroups"):
+        lungopacity.audit([str(tmp_path)], str(labels), by=["patient_id"])
+    with pytest.raises(UserError, match=r"has no column 'scanner' \(it has: image, label, split\)"):
+        lungopacity.audit([str(tmp_path)], str(labels), by=["scanner"])
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -7,15 +7,12 @@ import pandas as pd
 import pytest
 
 from lungopacity.dataset.pixels import LabelledPixels
-from lungopacity.evaluation.shortcuts import shortcuts_of
+from lungopacity.evaluation.shortcuts import Shortcut, shortcuts_of
 from tests.films import grey_film
 
 
-@pytest.mark.parametrize(
-    ("positives", "negatives", "films"), [(1, 1, 1), (1, 2, 1), (2, 2, 1), (4, 4, 1), (2, 3, 6)]
-)
-def test_few_films_are_tried_as_far_as_they_go(positives, negatives, films):
-    """So many patients of a kind, with so many films each."""
+def found_in(positives: int, negatives: int, films: int, **told: object) -> dict[str, Shortcut]:
+    """Of so many patients of a kind, with so many films each, of which the view tells the label."""
     positive_N = np.repeat([True] * positives + [False] * negatives, films)
     count = len(positive_N)
     frame = pd.DataFrame(
@@ -34,8 +31,24 @@ def test_few_films_are_tried_as_far_as_they_go(positives, negatives, films):
     data = LabelledPixels(
         pixels, positive_N.astype(int), np.full(count, "test"), ("a", "b"), frame, frame[:0], False
     )
-    found = {item.fact: item.auc for item in shortcuts_of(data, positive_N)}
-    assert ("view_position" in found) == (count > 2)
+    found = shortcuts_of(data, positive_N, pd.DataFrame(told, index=frame["image"]))
+    return {item.fact: item for item in found}
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "films"), [(1, 1, 1), (1, 2, 1), (2, 2, 1), (4, 4, 1), (2, 3, 6)]
+)
+def test_few_films_are_tried_as_far_as_they_go(positives, negatives, films):
+    found = found_in(positives, negatives, films)
+    assert ("view_position" in found) == ((positives + negatives) * films > 2)
     if min(positives, negatives) > 2:
-        assert found["view_position"] == 1.0
+        assert found["view_position"].auc == 1.0
     assert ("border of the film alone" in found) == (min(positives, negatives) > 1)
+
+
+def test_what_the_labels_tell_is_tried_beside_what_the_files_do():
+    kinds = ["dcm"] * 20 + ["jpeg"] * 20
+    found = found_in(10, 10, 2, format=kinds, scanner=[None, *kinds[1:]])
+    assert found["format of the labels"].auc == 1.0
+    assert "format" not in found  # all alike
+    assert (found["scanner"].values, found["scanner"].n) == (3, 39)
