@@ -19,6 +19,7 @@ from lungopacity.dataset.classes import class_names_of, classes_of_labels
 from lungopacity.dataset.manifest import SITE, assign_splits, read_labels, select_classes
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import NOTICE, UserError
+from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.shortcuts import Shortcut, shortcuts_of
 from lungopacity.evaluation.subgroups import check_columns, column_groups
 from lungopacity.progress import Progress
@@ -62,6 +63,8 @@ class Audit:
     copies: tuple[Copies, ...]
     shortcuts: tuple[Shortcut, ...]
     positive_class: str
+    intervals: str
+    """How the 95 % intervals were made."""
     split_given: bool
     """The labels have splits; without, they are those that `train` makes with its default seed."""
 
@@ -94,7 +97,8 @@ class Audit:
                 f"{pair.second} ({pair.labels[1]}, {pair.splits[1]})"
                 for pair in [*self.leaking, *self.conflicts][:10]
             ),
-            f"AUC for {self.positive_class} of what does not look at the lungs:",
+            f"AUC for {self.positive_class} of what does not look at the lungs",
+            f"(95 % intervals: {self.intervals}):",
         ]
         for item in self.shortcuts:
             interval = "" if item.ci_low is None else f" ({item.ci_low:.3f} to {item.ci_high:.3f})"
@@ -164,6 +168,7 @@ def audit(
         check_writable(output)
     with ray_session():
         data = load_pixels(images, frame, names, rules, labels)
+    resampling = Resampling.of(data.images["patient_id"].tolist())
     positive_N = (data.images["label"] == positive).to_numpy(bool)
     found = Audit(
         images=len(data.images),
@@ -171,8 +176,9 @@ def audit(
         torn_patients=_torn(data.images),
         unknown_patients=int(data.images["patient_id"].isna().sum()),
         copies=tuple(_copies(data)),
-        shortcuts=tuple(shortcuts_of(data, positive_N, told.loc[data.images["image"]])),
+        shortcuts=tuple(shortcuts_of(data, positive_N, told.loc[data.images["image"]], resampling)),
         positive_class=positive,
+        intervals=resampling.described(),
         split_given=split_given,
     )
     if output is not None:

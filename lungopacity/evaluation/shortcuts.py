@@ -1,7 +1,8 @@
 """What tells the label of a film without a look at the lungs: the view, the scanner, the border.
 
-Each fact is tried on films of other patients than it was counted on. Array names carry their shape:
-N images, H height, W width, F pixels.
+Each fact is tried on films of other patients than it was counted on, and its AUC has an interval
+over patients (`bootstrap`). Array names carry their shape: N images, R replicates, H height, W
+width, F pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from lungopacity.dataset.pixels import LabelledPixels
-from lungopacity.evaluation.metrics import RocAuc, age_band, roc_auc
+from lungopacity.evaluation.bootstrap import Resampling, percentile_interval, weighted_auc
+from lungopacity.evaluation.metrics import age_band, roc_auc
 from lungopacity.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -36,15 +38,20 @@ class Shortcut:
     ci_low: float | None
     ci_high: float | None
     n: int
+    ci_method: str | None
+    """Of the interval; None where there is none."""
 
 
 def shortcuts_of(
-    data: LabelledPixels, positive_N: npt.NDArray[np.bool_], told: pd.DataFrame
+    data: LabelledPixels,
+    positive_N: npt.NDArray[np.bool_],
+    told: pd.DataFrame,
+    resampling: Resampling,
 ) -> Iterator[Shortcut]:
     """Of each fact that differs between the films.
 
     positive_N: which are of the positive class. told: what the labels alone tell, a column a fact
-    and a row a film.
+    and a row a film. resampling: of their patients.
     """
     if not positive_N.any() or positive_N.all():
         return
@@ -58,8 +65,7 @@ def shortcuts_of(
         if len({value for value in values if value is not None}) < 2:
             continue
         scores_N, seen = _rates(values, positive_N, patients)
-        auc = roc_auc(positive_N, scores_N)
-        yield _shortcut(fact, seen, auc, int(known_N.sum()))
+        yield _tried(fact, seen, int(known_N.sum()), positive_N, scores_N, resampling)
     of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
     if min(of_kind) < 2:
         log.warning(
@@ -67,11 +73,22 @@ def shortcuts_of(
         )
         return
     scores_N = _border_scores(data.pixels_NHW, positive_N, patients)
-    yield _shortcut("border of the film alone", 0, roc_auc(positive_N, scores_N), len(positive_N))
+    border = "border of the film alone"
+    yield _tried(border, 0, len(positive_N), positive_N, scores_N, resampling)
 
 
-def _shortcut(fact: str, values: int, auc: RocAuc, n: int) -> Shortcut:
-    return Shortcut(fact, values, auc.value, auc.ci_low, auc.ci_high, n)
+def _tried(
+    fact: str,
+    values: int,
+    n: int,
+    positive_N: npt.NDArray[np.bool_],
+    scores_N: npt.NDArray[np.float64],
+    resampling: Resampling,
+) -> Shortcut:
+    drawn = [weighted_auc(positive_N, scores_N, weights_RN) for weights_RN in resampling.weights()]
+    low, high = percentile_interval(np.concatenate(drawn))
+    auc = roc_auc(positive_N, scores_N).value
+    return Shortcut(fact, values, auc, low, high, n, None if low is None else "bootstrap")
 
 
 def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None]]:

@@ -67,6 +67,9 @@ def test_films_without_a_fault_are_passed_and_a_shortcut_is_named(tmp_path):
     )
     kept = json.loads((tmp_path / "report" / "audit.json").read_text())
     assert kept["leaks"] is False
+    assert kept["intervals"].startswith("percentile bootstrap over 60 patients of 60 films")
+    assert {item["ci_method"] for item in kept["shortcuts"]} == {"bootstrap"}
+    assert kept["intervals"] in text
     assert "Research use only" in kept["notice"]
 
 

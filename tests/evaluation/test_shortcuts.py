@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from lungopacity.dataset.pixels import LabelledPixels
+from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.shortcuts import Shortcut, shortcuts_of
-from tests.films import grey_film
 
 
 def found_in(positives: int, negatives: int, films: int, **told: object) -> dict[str, Shortcut]:
@@ -27,11 +27,12 @@ def found_in(positives: int, negatives: int, films: int, **told: object) -> dict
             "columns": 64,
         }
     )
-    pixels = np.stack([grey_film(number, 64, 64) for number in range(count)])
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16), dtype=np.uint8)
     data = LabelledPixels(
         pixels, positive_N.astype(int), np.full(count, "test"), ("a", "b"), frame, frame[:0], False
     )
-    found = shortcuts_of(data, positive_N, pd.DataFrame(told, index=frame["image"]))
+    resampling = Resampling.of(frame["patient_id"].tolist())
+    found = shortcuts_of(data, positive_N, pd.DataFrame(told, index=frame["image"]), resampling)
     return {item.fact: item for item in found}
 
 
@@ -52,3 +53,13 @@ def test_what_the_labels_tell_is_tried_beside_what_the_files_do():
     assert found["format of the labels"].auc == 1.0
     assert "format" not in found  # all alike
     assert (found["scanner"].values, found["scanner"].n) == (3, 39)
+
+
+def test_more_films_of_the_same_patients_are_no_more_evidence():
+    scanners = np.array(["GE"] * 7 + ["Fuji"] * 10 + ["GE"] * 3)
+    widths = []
+    for films in (1, 4):
+        found = found_in(10, 10, films, scanner=np.repeat(scanners, films))["scanner"]
+        assert found.ci_method == "bootstrap"
+        widths.append(found.ci_high - found.ci_low)
+    assert widths[1] > 0.8 * widths[0]
