@@ -12,6 +12,7 @@ from typing import Any
 
 from lungopacity.errors import NOTICE
 from lungopacity.evaluation.metrics import Metric
+from lungopacity.evaluation.table import FEWEST_FILMS, largest_gaps, with_interval
 from lungopacity.models import ENSEMBLE, ModelSpec
 
 _OPEN_ITEMS = (
@@ -68,12 +69,13 @@ def _model(spec: ModelSpec) -> Iterator[str]:
     yield f"- Network [22]: {spec.architecture}, settings {_words(spec.architecture_settings)}"
     if spec.architecture == ENSEMBLE:
         yield "- Ensemble [27]: the mean of its members' calibrated logits; members:"
-        for member in spec.architecture_settings["members"]:
-            yield f"  - {member['architecture']} {member['model_id']}, {member['image_size']} px"
+        yield from _members(spec)
     pixels = spec.preprocessing
+    size = pixels.image_size
+    cut = "black borders cut away, " if pixels.crop_borders else ""
     yield (
-        f"- Input [9]: one grey channel, {pixels.image_size} x {pixels.image_size} pixels, the "
-        f"aspect ratio kept and padded black; (value / 255 - {pixels.mean:g}) / {pixels.std:g}"
+        f"- Input [9]: one grey channel, {size} x {size} pixels, {cut}the aspect ratio kept and "
+        f"padded black; (value / 255 - {pixels.mean:g}) / {pixels.std:g}"
     )
     names = ", ".join(spec.class_names)
     yield f"- Classes [11]: {names}; decisions are about {spec.positive_class}"
@@ -86,9 +88,9 @@ def _model(spec: ModelSpec) -> Iterator[str]:
         yield f"- Software [23]: {_words(versions)}"
     if training.get("on_cpus"):
         yield f"- {training['on_cpus']}"
-    weights = training.get("weights")
+    weights = _first_weights(training)
     if weights:
-        yield f"- First weights [24]: {weights['source']}; licence: {weights['licence']}"
+        yield f"- First weights [24]: {weights}"
     settings = training.get("settings", {})
     if "epochs" in settings:
         yield (
@@ -106,6 +108,23 @@ def _model(spec: ModelSpec) -> Iterator[str]:
         f"- Calibration [25]: logits over a temperature of {spec.temperature:.3f}{biases}; fitted "
         "to the validation split" + (" and its shares of the classes" if biases else "")
     )
+
+
+def _members(spec: ModelSpec) -> Iterator[str]:
+    members = spec.architecture_settings["members"]
+    learnt = spec.training.get("members") or [{}] * len(members)
+    for member, training in zip(members, learnt, strict=True):
+        told = f"  - {member['architecture']} {member['model_id']}, {member['image_size']} px"
+        weights = _first_weights(training)
+        yield f"{told}; first weights [24]: {weights}" if weights else told
+
+
+def _first_weights(training: Mapping[str, Any]) -> str | None:
+    """Where they are from; None where nobody noted it."""
+    if "weights" not in training:
+        return None
+    weights = training["weights"]
+    return f"{weights['source']}; licence: {weights['licence']}" if weights else "drawn at random"
 
 
 def _use(spec: ModelSpec) -> Iterator[str]:
@@ -188,20 +207,45 @@ def _results(
 
 
 def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
+    named = {(item.group, item.metric, item.class_name): item for item in metrics}
     found = [
         item
-        for item in metrics
-        if item.group != "all"
-        and item.metric == "roc_auc"
-        and item.class_name == spec.positive_class
+        for (group, metric, class_name), item in named.items()
+        if group != "all" and metric == "roc_auc" and class_name == spec.positive_class
     ]
     if not found:
         yield "The labels and headers say nothing to form subgroups of [30, 34]."
         return
-    yield f"| subgroup [30, 34] | AUC for {spec.positive_class} | 95 % interval | films |"
-    yield "|---|---:|---|---:|"
+    gaps = largest_gaps(metrics, spec.positive_class)
+    if gaps:
+        worst, best = (
+            f"{item.group.partition('=')[2]} {with_interval(item)}, {item.n:,} films"
+            for item in (gaps[0].worst, gaps[0].best)
+        )
+        yield f"The largest gap in AUC is by {gaps[0].column}: {worst}; {best}."
+    else:
+        yield f"No column has two subgroups of {FEWEST_FILMS} films, and an interval, to compare."
+    point = _decides(spec)
+    yield ""
+    yield (
+        f"| subgroup [30, 34] | AUC for {spec.positive_class} | sensitivity at {point} | "
+        f"specificity at {point} | films | patients |"
+    )
+    yield "|---|---|---|---|---:|---:|"
     for item in found:
-        yield _line(item.group.replace("|", "\\|"), _value(item), _interval(item), f"{item.n:,}")
+        shares = [
+            named.get((item.group, f"decision_{share}", point))
+            for share in ("sensitivity", "specificity")
+        ]
+        cells = ["" if one is None else with_interval(one) for one in (item, *shares)]
+        patients = "" if item.patients is None else f"{item.patients:,}"
+        yield _line(item.group.replace("|", "\\|"), *cells, f"{item.n:,}", patients)
+
+
+def _decides(spec: ModelSpec) -> str:
+    """The name of the operating point that decides unless another is asked for."""
+    points = spec.operating_points
+    return next((name for name in points if points[name] == spec.operating_point), "default")
 
 
 def _of_unknown(patients: int) -> str:

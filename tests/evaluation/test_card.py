@@ -7,6 +7,7 @@ from dataclasses import replace
 from lungopacity.evaluation.card import model_card
 from lungopacity.evaluation.metrics import Metric
 from lungopacity.models import OperatingPoint
+from lungopacity.radiograph import Preprocessing
 from tests.models.tiny import tiny_model
 
 METRICS = [
@@ -14,7 +15,13 @@ METRICS = [
     Metric("all", "roc_auc", "Lung_Opacity", 0.9765, 0.97, 0.98, 798),
     Metric("all", "recall", "Normal", float("nan"), None, None, 0),
     Metric("all", "decision_sensitivity", "sensitivity=0.95", 0.951, 0.92, 0.97, 331),
-    Metric("view_position=PA", "roc_auc", "Lung_Opacity", 0.9412, 0.92, 0.96, 440),
+    Metric("patient_sex=F", "roc_auc", "Lung_Opacity", 0.98, 0.97, 0.99, 300),
+    Metric("patient_sex=M", "roc_auc", "Lung_Opacity", 0.97, 0.96, 0.98, 498),
+    Metric("view_position=AP", "roc_auc", "Lung_Opacity", 0.9812, 0.97, 0.99, 358, patients=201),
+    Metric("view_position=PA", "roc_auc", "Lung_Opacity", 0.9412, 0.92, 0.96, 440, patients=368),
+    Metric("view_position=PA", "decision_sensitivity", "youden", 0.9, 0.8, 0.95, 70),
+    Metric("view_position=PA", "decision_specificity", "youden", float("nan"), None, None, 0),
+    Metric("view_position=PA", "decision_sensitivity", "sensitivity=0.95", 0.96, 0.9, 0.99, 70),
     Metric("view_position=PA", "roc_auc", "Normal", 0.1, None, None, 440),
 ]
 
@@ -23,7 +30,10 @@ def test_the_card_tells_what_was_measured():
     spec = replace(
         tiny_model().spec,
         label_map={"Healthy": "Normal", "Lung_Opacity": "Lung_Opacity"},
-        operating_points={"sensitivity=0.95": OperatingPoint(0.21, chosen_by="x on validation")},
+        operating_points={
+            "sensitivity=0.95": OperatingPoint(0.21, chosen_by="x on validation"),
+            "youden": tiny_model().spec.operating_point,
+        },
         training={
             "settings": {"epochs": 8, "batch_size": 32, "seed": 0},
             "best_epoch": 6,
@@ -54,7 +64,18 @@ def test_the_card_tells_what_was_measured():
     assert "| accuracy | all | 0.9123 | 0.9000 to 0.9200 | 798 |" in lines
     assert "| recall | Normal | not defined |  | 0 |" in lines
     assert "| sensitivity=0.95 | sensitivity | 0.9510 | 0.9200 to 0.9700 | 331 |" in lines
-    assert "| view_position=PA | 0.9412 | 0.9200 to 0.9600 | 440 |" in lines
+    subgroups = lines[lines.index("## Subgroups") + 1 :]
+    assert subgroups[0] == (
+        "The largest gap in AUC is by view_position: PA 0.9412 (0.9200 to 0.9600), 440 films; "
+        "AP 0.9812 (0.9700 to 0.9900), 358 films."
+    )
+    assert "| sensitivity at youden | specificity at youden | films | patients |" in subgroups[2]
+    assert (
+        "| view_position=PA | 0.9412 (0.9200 to 0.9600) | 0.9000 (0.8000 to 0.9500) | not defined "
+        "| 440 | 368 |"
+    ) in subgroups
+    assert "| patient_sex=F | 0.9800 (0.9700 to 0.9900) |  |  | 300 |  |" in subgroups
+    assert "borders" not in card
     assert "| train | 2,200 | 2,038 |" in lines
     assert not any(line.startswith("| test |") for line in lines)
     assert "Healthy as Normal" in card
@@ -80,3 +101,43 @@ def test_a_model_of_which_little_is_known_has_a_card_too():
     assert "name no patient" not in card
     assert "Trained on synthetic films" in card
     assert "nothing to form subgroups" in card
+
+
+def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
+    member = {"architecture": "efficientnet-lite0", "model_id": "a" * 16, "image_size": 224}
+    spec = replace(
+        tiny_model().spec,
+        architecture="ensemble",
+        architecture_settings={
+            "members": [member, {**member, "architecture": "cov-net"}, {**member, "image_size": 96}]
+        },
+        preprocessing=Preprocessing(image_size=224, crop_borders=True),
+        training={
+            "members": [
+                {"weights": {"source": "ImageNet, from a package", "licence": "Apache-2.0"}},
+                {"weights": None},
+                {},
+            ]
+        },
+    )
+    card = model_card(
+        spec,
+        "0" * 16,
+        METRICS[4:5],
+        split="test",
+        unreadable=0,
+        unknown_patients=0,
+        intervals="none",
+    )
+    lines = card.splitlines()
+    assert (
+        f"  - efficientnet-lite0 {'a' * 16}, 224 px; first weights [24]: ImageNet, from a package; "
+        "licence: Apache-2.0"
+    ) in lines
+    assert f"  - cov-net {'a' * 16}, 224 px; first weights [24]: drawn at random" in lines
+    assert f"  - efficientnet-lite0 {'a' * 16}, 96 px" in lines
+    assert (
+        "- Input [9]: one grey channel, 224 x 224 pixels, black borders cut away, the aspect"
+        in card
+    )
+    assert "No column has two subgroups" in card
