@@ -20,6 +20,11 @@ TORCHVISION = "torchvision:"
 
 ENSEMBLE = "ensemble"
 """Of trained networks: made by `lungopacity ensemble`, and never trained itself."""
+ENSEMBLE_MADE = (
+    "averages models that are trained already; "
+    "`lungopacity ensemble --model FIRST --model SECOND --output BOTH` makes one"
+)
+"""What is said of it where networks to train are named."""
 
 IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = 0.449, 0.226
 """What networks of ImageNet expect: the means over red, green and blue of its usual figures."""
@@ -153,9 +158,12 @@ NETWORK_NAMES = tuple(_CARDS)
 
 
 def network_card(name: str) -> NetworkCard:
-    """Of a name in `NETWORK_NAMES`, or of torchvision:NAME. Raises `UserError` for another."""
+    """Of a name in `NETWORK_NAMES`, or of torchvision:NAME. Raises `UserError` for another, also
+    for an ensemble."""
     if name in _CARDS:
         return _CARDS[name]
+    if name == ENSEMBLE:
+        raise UserError(f"model '{ENSEMBLE}' is not trained: it {ENSEMBLE_MADE}")
     known = f"known: {', '.join(NETWORK_NAMES)}, and {TORCHVISION}NAME"
     if not name.startswith(TORCHVISION):
         raise UserError(f"unknown model '{name}'; {known}")

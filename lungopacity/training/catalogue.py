@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from lungopacity.models import NETWORK_NAMES, build_network, network_card
-from lungopacity.models.networks import TORCHVISION
+from lungopacity.models import ENSEMBLE, NETWORK_NAMES, build_network, network_card
+from lungopacity.models.networks import ENSEMBLE_MADE, TORCHVISION
 from lungopacity.progress import Progress
 from lungopacity.training.settings import recipe
 
@@ -36,7 +36,9 @@ def networks_table() -> str:
         for name, count, side, weights, source in rows
     ]
     more = f"{TORCHVISION}NAME: any other classifier of torchvision; FILE: --weights FILE"
-    return "\n".join([*lines, more, "`lungopacity models NAME` shows what NAME is trained with."])
+    made = f"{ENSEMBLE}: {ENSEMBLE_MADE}"
+    last = "`lungopacity models NAME` shows what NAME is trained with."
+    return "\n".join([*lines, more, made, last])
 
 
 def parameters(name: str, classes: int = 2) -> int:
@@ -52,6 +54,8 @@ def parameters(name: str, classes: int = 2) -> int:
 def recipe_table(name: str) -> str:
     """Every setting of the network's recipe, its value as `--set` takes it, and what it does.
     Raises `UserError`."""
+    if name == ENSEMBLE:
+        return f"{ENSEMBLE}: {ENSEMBLE_MADE}"
     settings = recipe(name)
     network = build_network(name, 2, settings.model_settings)
     lines = [f"{name}: train --set NAME=VALUE changes any of these", ""]

@@ -159,7 +159,12 @@ def test_the_networks_are_listed_with_what_they_weigh() -> None:
     row = next(line for line in lines if line.startswith("resnet-50"))
     assert row.split()[1:5] == ["23,505,858", "224", "x", "224"]
     assert "arXiv:1512.03385" in row
-    assert len(lines) == 1 + len(NETWORK_NAMES) + 2
+    assert len(lines) == 1 + len(NETWORK_NAMES) + 3
+    (of_several,) = [line for line in lines if line.startswith("ensemble")]
+    assert "`lungopacity ensemble --model FIRST" in of_several
+    assert recipe_table("ensemble") == of_several
+    with pytest.raises(UserError, match=r"'ensemble' is not trained: it averages .* makes one"):
+        recipe("ensemble")
 
 
 def test_the_recipe_of_an_unknown_network_is_refused() -> None:
