@@ -99,13 +99,7 @@ def threshold(**options: Any) -> int:
     from lungopacity.evaluation.threshold import threshold as run
 
     point = run(**options)
-    click.echo(
-        f"operating point {options['name']} in {options['model']}: positive from "
-        f"{point.threshold:.4f}"
-        + ("" if point.review_from is None else f", review from {point.review_from:.4f}")
-        + f"; sensitivity {point.sensitivity:.4f}, specificity {point.specificity:.4f} on "
-        f"{point.images} films"
-    )
+    click.echo(f"operating point {options['name']} in {options['model']}: {point.summary()}")
     click.echo(NOTICE)
     return 0
 

@@ -14,7 +14,7 @@ order, G points of a grid.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,11 @@ class Resampling:
         number: dict[object, int] = {}
         patient_N = [number.setdefault(name, len(number)) for name in names]
         return Resampling(np.array(patient_N, dtype=np.int64), replicates, seed)
+
+    def rows(self, rows: npt.NDArray[np.int64]) -> Resampling:
+        """Of these films alone, and their patients."""
+        patient_N = np.unique(self.patient_N[rows], return_inverse=True)[1]
+        return replace(self, patient_N=patient_N.astype(np.int64))
 
     @property
     def patients(self) -> int:

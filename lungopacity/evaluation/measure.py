@@ -16,7 +16,8 @@ Array names carry their shape: N images, K classes, B bins, R replicates, F sums
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -109,9 +110,28 @@ def measure(
     for (group, rows), figures, found in zip(parts, statistics, drawn, strict=True):
         replicates = {key: np.concatenate(blocks) for key, blocks in found.items()}
         metrics += [
-            _with_interval(item, figures, replicates, resampling.patient_N[rows])
+            _with_interval(item, figures.proportions, replicates, resampling.patient_N[rows])
             for item in _values(scored.rows(rows), group)
         ]
+    return metrics
+
+
+def ratio_metrics(
+    ratios: Mapping[Key, tuple[Sums, Sums]], resampling: Resampling, group: str = "all"
+) -> list[Metric]:
+    """Shares and means of one image or more, with the intervals of this module.
+
+    ratios: what each image adds to the part and to the whole; of a proportion both are bool.
+    """
+    sums_NF = _columns(ratios)
+    sums_RF = np.concatenate([weights_RN @ sums_NF for weights_RN in resampling.weights()])
+    replicates, proportions = _ratios_of_sums(ratios, sums_RF), _proportions(ratios)
+    metrics = []
+    for (name, of), (part_N, of_N) in ratios.items():
+        whole = of_N.sum()
+        value = float(part_N.sum() / whole) if whole else math.nan
+        item = Metric(group, name, of, value, None, None, int(whole))
+        metrics.append(_with_interval(item, proportions, replicates, resampling.patient_N))
     return metrics
 
 
@@ -134,12 +154,12 @@ def _values(scored: ScoredImages, group: str) -> list[Metric]:
 
 def _with_interval(
     item: Metric,
-    figures: Statistics,
+    proportions: Mapping[Key, npt.NDArray[np.bool_]],
     replicates: Mapping[Key, npt.NDArray[np.float64]],
     patient_N: npt.NDArray[np.int64],
 ) -> Metric:
     key = (item.metric, item.class_name)
-    of_N = figures.proportions.get(key)
+    of_N = proportions.get(key)
     patients = len(np.unique(patient_N if of_N is None else patient_N[of_N]))
     item = replace(item, ci_low=None, ci_high=None, ci_method=None, patients=patients)
     if key not in replicates:
@@ -168,28 +188,15 @@ class Statistics:
         self._gaps_NB = {_CALIBRATION: _gaps(scored.labels_N, scored.probabilities_NK)}
         if scored.uncalibrated_NK is not None:
             self._gaps_NB[_BEFORE] = _gaps(scored.labels_N, scored.uncalibrated_NK)
-        # One product with the weights gives every sum.
-        columns = [part_N for parts in self._ratios.values() for part_N in parts]
-        self._sums_NF = np.concatenate(
-            [np.stack(columns, axis=1).astype(np.float64), *self._gaps_NB.values()], axis=1
-        )
-
-    @property
-    def proportions(self) -> dict[Key, npt.NDArray[np.bool_]]:
+        self.proportions = _proportions(self._ratios)
         """Of the metrics that are shares of images: which images they are shares of."""
-        return {
-            key: of_N.astype(np.bool_)
-            for key, (part_N, of_N) in self._ratios.items()
-            if part_N.dtype == np.bool_
-        }
+        # One product with the weights gives every sum.
+        self._sums_NF = np.concatenate([_columns(self._ratios), *self._gaps_NB.values()], axis=1)
 
     def under(self, weights_RN: npt.NDArray[np.float64]) -> dict[Key, npt.NDArray[np.float64]]:
         """(R,) of each metric, one value for each row of weights; NaN where it is not defined."""
         sums_RF = weights_RN @ self._sums_NF
-        found: dict[Key, npt.NDArray[np.float64]] = {
-            key: ratio(sums_RF[:, 2 * place], sums_RF[:, 2 * place + 1])
-            for place, key in enumerate(self._ratios)
-        }
+        found = _ratios_of_sums(self._ratios, sums_RF)
         weight_R = weights_RN.sum(axis=1)
         start = 2 * len(self._ratios)
         for name in self._gaps_NB:
@@ -231,6 +238,32 @@ class Statistics:
             shares = decision_shares(of_positive_N, true_NK[:, scored.positive_index], point)
             found.update({(what, name): share for what, share in shares.items()})
         return found
+
+
+def _columns(ratios: Mapping[Key, tuple[Sums, Sums]]) -> npt.NDArray[np.float64]:
+    """(N, F) the part and the whole of each, side by side."""
+    return np.stack([sums_N for pair in ratios.values() for sums_N in pair], 1).astype(np.float64)
+
+
+def _ratios_of_sums(
+    keys: Iterable[Key], sums_RF: npt.NDArray[np.float64]
+) -> dict[Key, npt.NDArray[np.float64]]:
+    """(R,) of each key. sums_RF: of `_columns`, and what stands behind them."""
+    return {
+        key: ratio(sums_RF[:, 2 * place], sums_RF[:, 2 * place + 1])
+        for place, key in enumerate(keys)
+    }
+
+
+def _proportions(
+    ratios: Mapping[Key, tuple[Sums, Sums]],
+) -> dict[Key, npt.NDArray[np.bool_]]:
+    """Of those that are shares of images: which images they are shares of."""
+    return {
+        key: of_N.astype(np.bool_)
+        for key, (part_N, of_N) in ratios.items()
+        if part_N.dtype == np.bool_
+    }
 
 
 def _gaps(labels_N: Integers, probabilities_NK: Floats) -> npt.NDArray[np.float64]:

@@ -3,18 +3,68 @@ kept in the model folder, and of use to this model alone."""
 
 from __future__ import annotations
 
+import json
+import logging
+from dataclasses import dataclass
+
 import pandas as pd
 
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
-from lungopacity.evaluation.operating_points import check_rule, pick
-from lungopacity.models import OperatingPoint, TrainedModel, load_model, save_operating_point
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.measure import ratio_metrics
+from lungopacity.evaluation.metrics import Metric
+from lungopacity.evaluation.operating_points import check_rule, decision_shares, pick
+from lungopacity.evaluation.table import with_interval
+from lungopacity.models import (
+    OperatingPoint,
+    TrainedModel,
+    films_known_to,
+    load_model,
+    save_operating_point,
+)
 from lungopacity.results.query import query
 from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import quoted
 
+log = logging.getLogger(__name__)
+
 FEWEST_IMAGES = 30
 """Of each kind: below, a threshold is mostly chance."""
+
+
+@dataclass(frozen=True)
+class PickedPoint(OperatingPoint):
+    """An operating point, and how sure its figures are."""
+
+    metrics: tuple[Metric, ...] = ()
+    """Of the decisions on the images that it was picked on, with intervals over patients."""
+    intervals: str = ""
+    """How they were made."""
+    unknown_patients: int = 0
+    """Images of no known patient; each counts as one."""
+    left_out: int = 0
+    """Labelled images that the model learnt from or was chosen by."""
+
+    def summary(self) -> str:
+        """Where it decides, and what that achieved."""
+        review = "" if self.review_from is None else f", review from {self.review_from:.4f}"
+        told = ("decision_sensitivity", "decision_specificity")
+        shares = [
+            f"{item.metric.removeprefix('decision_')} {with_interval(item)}"
+            for item in self.metrics
+            if item.metric in told
+        ]
+        unknown = self.unknown_patients
+        return "\n".join(
+            [
+                f"positive from {self.threshold:.4f}{review}; {', '.join(shares)} on "
+                f"{self.images} films",
+                f"95 % intervals: {self.intervals}"
+                + (f"; {unknown} films name no patient" if unknown else "")
+                + "; of the films that it was picked on: `evaluate` measures it on others",
+            ]
+        )
 
 
 def threshold(
@@ -25,45 +75,71 @@ def threshold(
     *,
     run_id: str | None = None,
     labels: str | None = None,
-) -> OperatingPoint:
+) -> PickedPoint:
     """Pick by `rule` and keep under `name` in the model folder; screen with it by that name.
 
     results: URI of a results folder, of which this model's newest scores of each image count, or
     those of one `run_id`. `labels`: a labels file; None takes the labels that the runs were given.
-    Raises `UserError` where no scores of this model have labels, or less than `FEWEST_IMAGES` films
-    are of either kind, where the name is taken, or the rule is none.
+    Films that the model learnt from or was chosen by are left out. Who a patient is, `patient_id`
+    of the labels tells, or else `patient_hmac`. Raises `UserError` where no scores of this model
+    have labels, or less than `FEWEST_IMAGES` films are of either kind, where the name is taken, or
+    the rule is none.
     """
     check_rule(rule)
     trained = load_model(model)
     spec = trained.spec
     rows = _labelled(trained, results, run_id, labels)
     rows = rows[rows["label"].isin(list(spec.class_of_label))]
+    known = rows["content_sha256"].isin(list(films_known_to(model)))
+    left_out, rows = int(known.sum()), rows[~known]
+    if left_out:
+        log.warning(
+            "the model learnt from or was chosen by %d of %d labelled films: they are left out",
+            left_out,
+            left_out + len(rows),
+        )
     positive_N = (rows["label"].map(spec.class_of_label) == spec.positive_class).to_numpy(bool)
     counts = (int(positive_N.sum()), int((~positive_N).sum()))
     if min(counts) < FEWEST_IMAGES:
         raise UserError(
-            f"{results}: of the films that {trained.model_id} scored, {counts[0]} are labelled "
-            f"{spec.positive_class} and {counts[1]} otherwise; {FEWEST_IMAGES} of each are needed"
+            f"{results}: of the films that {trained.model_id} scored"
+            + (", but did not learn from," if left_out else "")
+            + f" {counts[0]} are labelled {spec.positive_class} and {counts[1]} otherwise; "
+            f"{FEWEST_IMAGES} of each are needed"
         )
     where = f"{len(rows)} films of {results}" + (f", run {run_id}" if run_id else "")
-    point = pick(rule, rows["p"].to_numpy(), positive_N, where)
+    p_N = rows["p"].to_numpy()
+    point = pick(rule, p_N, positive_N, where)
+    resampling = Resampling.of(rows["patient"].tolist())
+    shares = decision_shares(p_N, positive_N, point)
+    metrics = ratio_metrics({(what, name): share for what, share in shares.items()}, resampling)
     save_operating_point(model, trained, name, point)
-    return point
+    return PickedPoint(
+        **vars(point),
+        metrics=tuple(metrics),
+        intervals=resampling.described(),
+        unknown_patients=int(rows["patient"].isna().sum()),
+        left_out=left_out,
+    )
 
 
 def _labelled(
     trained: TrainedModel, results: str, run_id: str | None, labels: str | None
 ) -> pd.DataFrame:
-    """`name`, `label` and `p` of the positive class, as a data frame; one row a film."""
+    """`name`, `content_sha256`, `patient`, `label` and `p` of the positive class, as a data frame;
+    one row a film."""
     column = class_column("p", trained.spec.positive_class)
-    chosen = f"model_id = {quoted(trained.model_id)} AND status = 'ok'"
+    of_runs = f"model_id = {quoted(trained.model_id)}"
+    if run_id is not None:
+        of_runs += f" AND run_id = {quoted(run_id)}"
+    chosen = f"{of_runs} AND status = 'ok'"
     if labels is None:
         chosen += " AND label IS NOT NULL"
-    if run_id is not None:
-        chosen += f" AND run_id = {quoted(run_id)}"
     frame: pd.DataFrame = query(
         results,
         "SELECT coalesce(any_value(member), image) AS name, arg_max(label, screened_at) AS label, "
+        "arg_max(content_sha256, screened_at) AS content_sha256, "
+        "arg_max(patient_hmac, screened_at) AS patient, "
         f"arg_max({column}, screened_at) AS p FROM predictions WHERE {chosen} "
         "GROUP BY archive, image, member_index, frame",
     ).to_pandas()
@@ -74,7 +150,27 @@ def _labelled(
             + (f" in run '{run_id}'" if run_id else "")
             + "; screen with it first and see `lungopacity runs`, or give --labels"
         )
-    if labels is not None:
-        told = read_labels(labels)[["image", "label"]].rename(columns={"image": "name"})
-        frame = frame.drop(columns="label").merge(told, on="name")
-    return frame
+    if labels is None:
+        return frame
+    told = read_labels(labels)[["image", "label", "patient_id"]].rename(columns={"image": "name"})
+    both = frame.drop(columns="label").merge(told, on="name")
+    if both.empty:
+        hashed = _names_are_hashed(results, of_runs)
+        raise UserError(
+            f"{labels}: names none of the {len(frame)} films that {trained.model_id} scored; "
+            + (
+                f"in {results} names are hashed (--hash-keys): give the labels to `screen`, which "
+                "joins them before it hashes, and leave --labels out here"
+                if hashed
+                else f"it names {told['name'].min()!r}, {results} {frame['name'].min()!r}"
+            )
+        )
+    patient = both["patient_id"].where(both["patient_id"].notna(), both["patient"])
+    return both.assign(patient=patient)
+
+
+def _names_are_hashed(results: str, of_runs: str) -> bool:
+    """Whether a run that fits the condition hashed them."""
+    records = query(results, f"SELECT record FROM runs WHERE {of_runs}")["record"].to_pylist()
+    settings = [json.loads(record).get("settings", {}) for record in records]
+    return any(one.get("key_map") is not None for one in settings)

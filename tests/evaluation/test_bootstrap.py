@@ -151,3 +151,10 @@ def test_without_a_kind_there_is_no_band():
     resampling = Resampling.of([None] * 5, 10)
     assert roc_band(alone, np.arange(5.0), resampling) is None
     assert precision_recall_band(alone, np.arange(5.0), resampling) is None
+
+
+def test_some_films_are_of_the_patients_that_are_left():
+    resampling = Resampling.of(["b", "a", "c", "b", None], replicates=20, seed=3)
+    some = resampling.rows(np.array([2, 3, 4]))
+    assert (some.patients, some.replicates, some.seed) == (3, 20, 3)
+    assert resampling.rows(np.array([0, 3])).patient_N.tolist() == [0, 0]

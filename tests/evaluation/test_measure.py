@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungopacity.evaluation.bootstrap import Resampling
-from lungopacity.evaluation.measure import ScoredImages, Statistics, measure
+from lungopacity.evaluation.measure import ScoredImages, Statistics, measure, ratio_metrics
 from lungopacity.evaluation.metrics import classification_metrics, wilson_interval
 from lungopacity.evaluation.operating_points import decision_metrics
 from lungopacity.models import OperatingPoint
@@ -127,3 +127,26 @@ def test_one_kind_of_film_or_one_patient_has_no_interval_and_no_error():
     assert found["recall", "class 1"].patients == 0
     one = measure(scored(12), {}, Resampling.of(["a"] * 12, 50))
     assert {item.ci_method for item in one if 0 < item.value < 1} == {None}
+
+
+def test_shares_and_means_have_the_intervals_of_a_report():
+    images = scored(120, separation=1.0)
+    resampling = Resampling.of([str(row // 3) for row in range(120)], 200)
+    expected = {(item.metric, item.class_name): item for item in measure(images, {}, resampling)}
+    true_N = images.labels_N == 1
+    called_N = images.probabilities_NK[:, 1] >= 0.5
+    ratios = {
+        ("recall", "class 1"): (called_N & true_N, true_N),
+        ("accuracy", None): (called_N == true_N, np.ones(120, bool)),
+        ("brier_binary", "class 1"): (
+            (images.probabilities_NK[:, 1] - true_N) ** 2,
+            np.ones(120, bool),
+        ),
+    }
+    for item in ratio_metrics(ratios, resampling):
+        told = expected[item.metric, item.class_name]
+        assert (item.value, item.n, item.patients) == pytest.approx(
+            (told.value, told.n, told.patients)
+        )
+        assert (item.ci_low, item.ci_high) == pytest.approx((told.ci_low, told.ci_high))
+        assert item.ci_method == told.ci_method == "bootstrap"

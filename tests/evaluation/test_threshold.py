@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,8 +12,10 @@ import pandas as pd
 import pytest
 
 import lungopacity
+from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
+from lungopacity.models.folder import training_films_parquet
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
 from tests.models.tiny import write_tiny_model
@@ -48,6 +52,10 @@ def test_a_sites_threshold_is_picked_kept_and_decides(site):
     point = lungopacity.threshold(model, results, "sensitivity=0.8", "ours", run_id="first")
     assert point.images == FILMS
     assert point.sensitivity >= 0.8
+    told = {item.metric: item for item in point.metrics}
+    assert told["decision_sensitivity"].value == point.sensitivity
+    assert told["decision_specificity"].value == point.specificity
+    assert (point.unknown_patients, point.left_out) == (FILMS, 0)
     document = json.loads((site / "model" / "operating_points" / "ours.json").read_text())
     assert document["model_id"] == load_model(model).model_id
     assert "Research use only" in document["notice"]
@@ -65,12 +73,42 @@ def test_a_sites_threshold_is_picked_kept_and_decides(site):
     assert json.loads(record["record"][0].as_py())["settings"]["operating_point"] == "ours"
 
 
-def test_labels_may_come_later_and_from_a_file(site):
+def test_labels_may_come_later_and_from_a_file(site, tmp_path, capfd):
     point = lungopacity.threshold(
         str(site / "model"), str(site / "results"), "youden", "from-file",
         labels=str(site / "labels.csv"),
     )  # fmt: skip
     assert point.images == FILMS
+    # Ten patients have nine films each: the films of one are drawn together.
+    labels = pd.read_csv(site / "labels.csv")
+    patients = [f"p{number // 9}" for number in range(FILMS)]
+    labels.assign(patient_id=patients).to_csv(tmp_path / "patients.csv", index=False)
+    code = main(
+        ["threshold", "--model", str(site / "model"), "--results", str(site / "results"),
+         "--rule", "youden", "--name", "clustered", "--labels", str(tmp_path / "patients.csv")]
+    )  # fmt: skip
+    out, _ = capfd.readouterr()
+    assert code == 0
+    share = r"0\.\d{4} \(0\.\d{4} to [01]\.\d{4}\)"
+    assert re.search(f"; sensitivity {share}, specificity {share} on {FILMS} films\n", out)
+    assert "95 % intervals: percentile bootstrap over 10 patients of 90 films" in out
+    assert "name no patient" not in out
+
+
+def test_films_that_the_model_learnt_from_set_no_threshold(site, tmp_path, caplog):
+    """Two of 60 negatives, and one of 30 positives: then these are too few."""
+    results, labels = str(site / "results"), str(site / "labels.csv")
+    digests = [hashlib.sha256(encoded(grey_film(number))).hexdigest() for number in range(3)]
+    for name, known in (("two", digests[1:]), ("three", digests)):
+        model = str(tmp_path / name)
+        write_tiny_model(model, training_films=training_films_parquet(known))
+        if name == "two":
+            point = lungopacity.threshold(model, results, "youden", "ours", labels=labels)
+            assert (point.images, point.left_out) == (FILMS - 2, 2)
+            assert "learnt from or was chosen by 2 of 90 labelled films" in caplog.text
+        else:
+            with pytest.raises(UserError, match="but did not learn from, 29 are labelled"):
+                lungopacity.threshold(model, results, "youden", "ours", labels=labels)
 
 
 def test_a_name_is_given_once_and_must_be_one(site):
@@ -85,6 +123,7 @@ def test_what_gives_no_threshold_is_refused(site, tmp_path):
     model, results = str(site / "model"), str(site / "results")
     few = pd.read_csv(site / "labels.csv").head(40)
     few.to_csv(tmp_path / "few.csv", index=False)
+    few.assign(image="a film").head(1).to_csv(tmp_path / "others.csv", index=False)
     write_tiny_model(str(tmp_path / "other"), seed=5)
     for arguments, options, said in (
         ((model, results, "best", "x"), {}, "no rule"),
@@ -94,6 +133,11 @@ def test_what_gives_no_threshold_is_refused(site, tmp_path):
             "no scores .* with labels in run 'absent'",
         ),
         ((model, results, "youden", "x"), {"labels": str(tmp_path / "few.csv")}, "14 are labelled"),
+        (
+            (model, results, "youden", "x"),
+            {"labels": str(tmp_path / "others.csv")},
+            "names none of the 90 films .* it names 'a film', .* '00.png'",
+        ),
         ((str(tmp_path / "other"), results, "youden", "x"), {}, "no scores of model"),
     ):
         with pytest.raises(UserError, match=said):

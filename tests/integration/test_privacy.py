@@ -145,3 +145,11 @@ def test_object_names_are_hashed_on_request_and_kept_elsewhere(archive, tmp_path
         "SELECT count(label) labels, min(length(image)) short FROM predictions",
     )
     assert labelled.to_pylist() == [{"labels": 2, "short": 64}]
+    # Labels of later find none of them; that is said, and no name.
+    later = ["threshold", "--model", f"{archive}/model", "--results", str(tmp_path / "results")]
+    later += ["--labels", str(tmp_path / "labels.csv"), "--rule", "youden", "--name", "ours"]
+    assert main(later) == 2
+    out, err = capfd.readouterr()
+    assert "names none of the 2 films" in err
+    assert "names are hashed (--hash-keys): give the labels to `screen`" in err
+    assert NAME not in out + err
