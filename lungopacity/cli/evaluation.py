@@ -37,6 +37,7 @@ from lungopacity.errors import NOTICE
     help="Column of the labels to form subgroups of; may be given more than once. View, sex, age "
     "and site are always taken.",
 )
+@operating_point_option
 @rule_options
 @gpu_option
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from lungopacity.evaluation.report import (
     EVALUATION,
     EXPLANATION,
     EvaluationResult,
+    ModelScores,
     check_output,
     write_figures,
     write_tables,
@@ -39,7 +40,9 @@ from lungopacity.models import (
     TrainedModel,
     films_known_to,
     load_model,
+    points_of_sites,
     read_history,
+    with_operating_point,
 )
 from lungopacity.results.schema import check_class_columns
 from lungopacity.runtime import ray_session, require_resources, resolve_gpu
@@ -57,6 +60,7 @@ def evaluate(
     split: str = "test",
     accept: Sequence[str] = (),
     by: Sequence[str] = (),
+    operating_point: str | None = None,
     reject_quality: Sequence[str] | None = None,
     use_gpu: bool | None = None,
 ) -> EvaluationResult:
@@ -65,14 +69,17 @@ def evaluate(
 
     Where the labels carry no split, it is the one that training with the model's seed made of them.
     `split`: train, validation, test or all. `by`: columns of the labels to form subgroups of,
-    besides view, sex, age and `site`: see `subgroups`. `accept`, `reject_quality`: as in screening;
-    what is rejected is left out. Raises `UserError`, also where films of the test split are known
-    to the model by their bytes.
+    besides view, sex, age and `site`: see `subgroups`. `operating_point`: the name of the one that
+    decides; those of the model and of sites are all measured. `accept`, `reject_quality`: as in
+    screening; what is rejected is left out. Raises `UserError`, also where films of the test split
+    are known to the model by their bytes.
     """
     check_columns(by)
     accepted, rejecting = rules_from(accept, reject_quality)
-    trained = load_model(model)
+    own = load_model(model)
+    trained = with_operating_point(model, own, operating_point)
     spec = trained.spec
+    of_sites = points_of_sites(model, own)
     check_class_columns(spec.class_names)
     chosen = labels_of_split(labels, spec, split, by)
     further = column_groups(chosen, by, labels)
@@ -84,14 +91,15 @@ def evaluate(
         data = load_pixels(images, chosen, spec.class_names, rules, labels)
         check_contents(data.images, labels)
         _check_unseen(data.images, films_known_to(model), split, labels)
-        logits_NK, probabilities_NK = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
+        said = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
+    logits_NK = said.logits_NK.astype(np.float64)
     scored = ScoredImages(
         data.labels_N,
-        _exact(probabilities_NK),
+        _exact(said.probabilities_NK),
         spec.class_names,
         spec.positive_class,
-        _exact(np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True).astype(np.float64))),
-        spec.operating_points or {"default": spec.operating_point},
+        _exact(np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))),
+        {**(spec.operating_points or {"default": own.spec.operating_point}), **of_sites},
     )
     resampling = Resampling.of(data.images["patient_id"].tolist())
     metrics = measure(scored, _groups(data, further), resampling)
@@ -108,13 +116,14 @@ def evaluate(
         synthetic=synthetic,
         class_names=spec.class_names,
         positive_class=spec.positive_class,
+        operating_point=operating_point,
         metrics=metrics,
     )
     store = open_store(output)
     store.delete(EVALUATION)
-    write_tables(store, result, data, resampling, logits_NK, probabilities_NK)
+    write_tables(store, result, data, resampling, said, spec.operating_point)
     card = model_card(
-        spec,
+        replace(spec, operating_points={**spec.operating_points, **of_sites}),
         trained.model_id,
         metrics,
         split=split,
@@ -162,30 +171,33 @@ def _check_unseen(images: pd.DataFrame, known: frozenset[str], split: str, label
         log.warning("the model learnt from or was chosen by %d of %d films", len(seen), len(images))
 
 
-def _scores(
-    model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: bool
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Logits and probabilities, in a Ray task: the driver of a submitted job may have no GPU."""
+def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: bool) -> ModelScores:
+    """In a Ray task: the driver of a submitted job may have no GPU."""
     import ray
 
     require_resources(cpus=1, gpus=1 if use_gpu else 0, what="evaluation")
 
-    def run(trained: TrainedModel, pixels: npt.NDArray[np.uint8]) -> Any:
+    def run(trained: TrainedModel, pixels: npt.NDArray[np.uint8]) -> ModelScores:
         import os
 
         from lungopacity.models.scorer import Scorer
 
         # Ray allows a task one thread; nothing else runs here while it computes.
         scorer = Scorer(trained, use_gpu=use_gpu, threads=len(os.sched_getaffinity(0)))
-        logits_NK = scorer.logits(pixels)
-        return logits_NK, scorer.probabilities(logits_NK)
+        scores = scorer.scores(pixels)
+        return ModelScores(
+            scores.logits_NK,
+            scorer.probabilities(scores.logits_NK),
+            scores.disagreement_N,
+            scorer.out_of_distribution(scores.features_NF),
+        )
 
-    scores: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] = ray.get(
+    said: ModelScores = ray.get(
         ray.remote(run)
         .options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
         .remote(model, pixels_NHW)
     )
-    return scores
+    return said
 
 
 def _exact(shares_NK: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

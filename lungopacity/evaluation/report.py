@@ -27,6 +27,7 @@ from lungopacity.evaluation.table import (
     small_groups,
     with_interval,
 )
+from lungopacity.models import OperatingPoint
 from lungopacity.results.schema import class_column, evaluation_schema
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.probe import check_writable
@@ -35,6 +36,20 @@ _MOST_TOLD = 10
 EVALUATION = "evaluation.json"
 EXPLANATION = "explain.json"
 """Written last: what lies beside it is whole, and of one report."""
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """What a model says of images; row i of each array is the same image."""
+
+    logits_NK: npt.NDArray[np.float32]
+    """Raw."""
+    probabilities_NK: npt.NDArray[np.float32]
+    """Calibrated."""
+    disagreement_N: npt.NDArray[np.float32] | None
+    """See `Scores`."""
+    unlike_N: npt.NDArray[np.float32] | None
+    """See `Scorer.out_of_distribution`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,8 @@ class EvaluationResult:
     synthetic: bool
     class_names: tuple[str, ...]
     positive_class: str
+    operating_point: str | None
+    """The name of the one that decided; None: the model's own."""
     metrics: list[Metric]
 
     @property
@@ -97,6 +114,8 @@ class EvaluationResult:
             if key in overall
         ]
         lines += self._decisions()
+        if self.operating_point is not None:
+            lines.append(f"{'decided at':32}{self.operating_point}, in predictions.parquet")
         lines += [
             f"{'AUC by ' + gap.column:32}{_of_group(gap.worst)}; {_of_group(gap.best)}"
             for gap in largest_gaps(self.metrics, self.positive_class)
@@ -139,10 +158,10 @@ def write_tables(
     result: EvaluationResult,
     data: LabelledPixels,
     resampling: Resampling,
-    logits_NK: npt.NDArray[np.float32],
-    probabilities_NK: npt.NDArray[np.float32],
+    said: ModelScores,
+    point: OperatingPoint,
 ) -> None:
-    """metrics.parquet, predictions.parquet (a row an image) and table1.txt."""
+    """metrics.parquet, predictions.parquet (a row an image, decided at `point`) and table1.txt."""
     run_id = f"evaluation-{result.split}"
     table = metrics_table(result.metrics, run_id, result.model_id, synthetic=result.synthetic)
     frame = data.images.assign(model_id=result.model_id, synthetic=result.synthetic)
@@ -153,10 +172,14 @@ def write_tables(
     frame["patient_cluster"] = resampling.patient_N
     frame = frame.drop(columns="patient_id")
     for index, name in enumerate(result.class_names):
-        frame[class_column("p", name)] = probabilities_NK[:, index]
-        frame[class_column("logit", name)] = logits_NK[:, index]
-    predicted = probabilities_NK.argmax(axis=1)
+        frame[class_column("p", name)] = said.probabilities_NK[:, index]
+        frame[class_column("logit", name)] = said.logits_NK[:, index]
+    predicted = said.probabilities_NK.argmax(axis=1)
     frame["predicted_label"] = [result.class_names[index] for index in predicted]
+    p_N = said.probabilities_NK[:, result.class_names.index(result.positive_class)]
+    frame["decision"] = [point.decide(float(p)) for p in p_N]
+    frame["ensemble_disagreement"] = said.disagreement_N
+    frame["out_of_distribution_score"] = said.unlike_N
     schema = evaluation_schema(result.class_names)
     scores = pa.Table.from_pandas(frame, schema, preserve_index=False)
     # Without what it remembers of pandas.

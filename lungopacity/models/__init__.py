@@ -22,6 +22,7 @@ from lungopacity.models.networks import (
 )
 from lungopacity.models.site_points import (
     copy_operating_points,
+    points_of_sites,
     save_operating_point,
     with_operating_point,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "is_model",
     "load_model",
     "network_card",
+    "points_of_sites",
     "read_history",
     "read_validation",
     "save_model",

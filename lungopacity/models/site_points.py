@@ -4,12 +4,15 @@ the model by its id."""
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import asdict, replace
 
 from lungopacity.errors import NOTICE, ErrorCode, ImageError, UserError
 from lungopacity.models.model import OperatingPoint, TrainedModel
 from lungopacity.storage import ConflictError, Store, open_store
+
+log = logging.getLogger(__name__)
 
 _FOLDER = "operating_points"
 _POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -76,10 +79,29 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
     return replace(model, spec=replace(model.spec, operating_point=known))
 
 
-def _unknown(store: Store, model: TrainedModel, name: str) -> UserError:
+def points_of_sites(uri: str, model: TrainedModel) -> dict[str, OperatingPoint]:
+    """Those that sites have added to the folder at `uri` and that can be chosen, by name.
+
+    One that is damaged, or of another model, is left out with a warning.
+    """
+    points = {}
+    for name in _added(open_store(uri)):
+        if name not in model.spec.operating_points:
+            try:
+                points[name] = with_operating_point(uri, model, name).spec.operating_point
+            except UserError as error:
+                log.warning("left out: %s", error)
+    return points
+
+
+def _added(store: Store) -> list[str]:
+    """The names of the files there, sorted."""
     folder = f"{_FOLDER}/"
-    added = [item.key.removeprefix(folder)[:-5] for item in store.list(folder)]
-    known = ", ".join([*model.spec.operating_points, *sorted(added)])
+    return sorted(item.key.removeprefix(folder)[:-5] for item in store.list(folder))
+
+
+def _unknown(store: Store, model: TrainedModel, name: str) -> UserError:
+    known = ", ".join([*model.spec.operating_points, *_added(store)])
     return UserError(
         f"{store.uri}: has no operating point '{name}'; "
         + (f"it has {known}" if known else "it has one alone: leave out --operating-point")

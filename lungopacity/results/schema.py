@@ -146,7 +146,7 @@ def evaluation_schema(class_names: Sequence[str]) -> pa.Schema:
     """`predictions.parquet` of an evaluation's report: one row an image that was scored.
 
     `source`: the object that the image lies in. `patient_cluster`: a number for each patient, that
-    means nothing in another report.
+    means nothing in another report. `decision`, and what follows it: as in screening.
     """
     return pa.schema(
         [
@@ -163,6 +163,9 @@ def evaluation_schema(class_names: Sequence[str]) -> pa.Schema:
             *(pa.field(class_column("p", name), pa.float32()) for name in class_names),
             *(pa.field(class_column("logit", name), pa.float32()) for name in class_names),
             pa.field("predicted_label", pa.string(), nullable=False),
+            pa.field("decision", pa.string(), nullable=False),
+            pa.field("ensemble_disagreement", pa.float32()),
+            pa.field("out_of_distribution_score", pa.float32()),
         ],
         metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
     )

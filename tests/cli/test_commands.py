@@ -11,17 +11,19 @@ import sysconfig
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from lungopacity.errors import NOTICE
-from lungopacity.models.folder import save_model, training_films_parquet
+from lungopacity.models import OperatingPoint, save_model, save_operating_point
+from lungopacity.models.folder import training_films_parquet
 from lungopacity.results.schema import evaluation_schema
 from lungopacity.storage import open_store
 from tests.cli.running import run
 from tests.films import dicom, encoded, grey_film
-from tests.models.tiny import tiny_model, write_tiny_model
+from tests.models.tiny import tiny_model, with_distribution, write_tiny_model
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "lungopacity"
 
@@ -140,11 +142,18 @@ def test_rejections_are_the_users_to_choose(place, capfd):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_evaluate_writes_its_report(place, capfd):
-    save_model(str(place / "model"), tiny_model())  # without a history, as of an ensemble
+    # Without a history, as of an ensemble.
+    films_NHW = np.stack([grey_film(number, 32, 32) for number in range(40)])
+    model = with_distribution(tiny_model(), films_NHW)
+    save_model(str(place / "model"), model)
+    # Of the decisions only its own are for review.
+    ours = OperatingPoint(1.0, review_from=0.0, chosen_by="cost=5 here")
+    save_operating_point(str(place / "model"), model, "ours", ours)
     open_store(str(place / "report")).write("history.png", b"of another model")
     code, out, _ = run(
         capfd, "evaluate", "--model", place / "model", "--images", place / "archive",
         "--labels", place / "labels.csv", "--output", place / "report", "--json",
+        "--operating-point", "ours",
     )  # fmt: skip
     assert code == 0
     report = json.loads(out)
@@ -153,8 +162,19 @@ def test_evaluate_writes_its_report(place, capfd):
     assert written >= {"metrics.parquet", "predictions.parquet", "confusion_matrix.png", "roc.png"}
     # Nor anything of a report that was there.
     assert not [name for name in written if name.startswith((".", "history"))]
-    scores = pq.read_schema(place / "report" / "predictions.parquet")
-    assert scores.equals(evaluation_schema(["Normal", "Lung_Opacity"]), check_metadata=True)
+    scores = pq.read_table(place / "report" / "predictions.parquet")
+    schema = evaluation_schema(["Normal", "Lung_Opacity"])
+    assert scores.schema.equals(schema, check_metadata=True)
+    assert scores["decision"].to_pylist() == ["review"] * 2
+    assert scores["ensemble_disagreement"].null_count == 2
+    assert scores["out_of_distribution_score"].null_count == 0
+    # What a site has picked is measured beside the model's own.
+    points = {
+        row["class_name"] for row in report["metrics"] if row["metric"].startswith("decision")
+    }
+    assert (points, report["operating_point"]) == ({"default", "ours"}, "ours")
+    card = (place / "report" / "model_card.md").read_text()
+    assert "- ours: positive from 1.0000, review from 0.0000; cost=5 here" in card
 
 
 @pytest.mark.usefixtures("ray_cluster")

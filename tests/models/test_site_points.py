@@ -9,10 +9,11 @@ import pytest
 from lungopacity.errors import UserError
 from lungopacity.models import (
     OperatingPoint,
+    points_of_sites,
     save_operating_point,
     with_operating_point,
 )
-from tests.models.tiny import write_tiny_model
+from tests.models.tiny import tiny_model, write_tiny_model
 
 
 def test_a_name_that_is_none_leads_nowhere(tmp_path):
@@ -35,3 +36,18 @@ def test_a_point_that_cannot_be_read_is_not_told_as_absent(tmp_path):
     os.mkfifo(tmp_path / "m" / "operating_points" / "ours.json")
     with pytest.raises(UserError, match=r"'ours' cannot be read \(no regular file\)"):
         with_operating_point(str(tmp_path / "m"), model, "ours")
+
+
+def test_all_that_can_be_chosen_are_found_and_no_other(tmp_path, caplog):
+    uri = str(tmp_path / "m")
+    model = write_tiny_model(uri, operating_points={"youden": OperatingPoint(0.4)})
+    assert points_of_sites(uri, model) == {}
+    ours = OperatingPoint(0.3, review_from=0.1)
+    save_operating_point(uri, model, "ours", ours)
+    save_operating_point(uri, model, "youden", ours)
+    save_operating_point(uri, tiny_model(seed=5), "of-another", ours)
+    (tmp_path / "m" / "operating_points" / "damaged.json").write_text("{")
+    assert points_of_sites(uri, model) == {"ours": ours}
+    assert "left out: " in caplog.text
+    assert "'of-another' was chosen for model" in caplog.text
+    assert "'damaged' is damaged" in caplog.text
