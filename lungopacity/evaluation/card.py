@@ -186,6 +186,7 @@ def _results(
         "precision",
         "f1",
         "brier",
+        "brier_before_temperature",
         "log_loss",
         "expected_calibration_error",
         "expected_calibration_error_before_temperature",

@@ -52,6 +52,7 @@ Sums = npt.NDArray[np.float64] | npt.NDArray[np.bool_]
 
 _CALIBRATION = "expected_calibration_error"
 _BEFORE = f"{_CALIBRATION}_before_temperature"
+_BRIER_BEFORE = "brier_before_temperature"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def measure(
     groups: Mapping[str, Sequence[str | None]],
     resampling: Resampling,
 ) -> list[Metric]:
-    """`classification_metrics` and `decision_metrics` of all and of each subgroup, and
+    """`classification_metrics` and `decision_metrics` of all and of each subgroup, and of the
+    probabilities without the temperature brier_before_temperature and
     expected_calibration_error_before_temperature, with the intervals of this module.
 
     groups: as for `subgroup_metrics`. Raises `ValueError` as `check_scores` does.
@@ -144,6 +146,9 @@ def _values(scored: ScoredImages, group: str) -> list[Metric]:
         bins = calibration_bins(scored.labels_N, scored.uncalibrated_NK)
         error, n = bins.expected_calibration_error, len(scored.labels_N)
         metrics.append(Metric(group, _BEFORE, None, error, None, None, n))
+        squares_N = _squares(scored.labels_N, scored.uncalibrated_NK)
+        brier = float(squares_N.mean()) if n else math.nan
+        metrics.append(Metric(group, _BRIER_BEFORE, None, brier, None, None, n))
     return metrics + decision_metrics(
         scored.probabilities_NK[:, scored.positive_index],
         scored.labels_N == scored.positive_index,
@@ -226,6 +231,9 @@ class Statistics:
             ("log_loss", None): (-(np.log(shares_NK) * true_NK).sum(axis=1), all_N),
             ("brier_binary", scored.positive): (squares_NK[:, scored.positive_index], all_N),
         }
+        if scored.uncalibrated_NK is not None:
+            before_N = _squares(scored.labels_N, scored.uncalibrated_NK)
+            found[_BRIER_BEFORE, None] = before_N, all_N
         for index, name in enumerate(scored.class_names):
             true_N, predicted_N = true_NK[:, index], predicted_NK[:, index]
             hit_N = true_N & predicted_N
@@ -264,6 +272,13 @@ def _proportions(
         for key, (part_N, of_N) in ratios.items()
         if part_N.dtype == np.bool_
     }
+
+
+def _squares(labels_N: Integers, probabilities_NK: Floats) -> npt.NDArray[np.float64]:
+    """(N,) Brier's own score of each image."""
+    true_NK = labels_N[:, None] == np.arange(probabilities_NK.shape[1])
+    squares_N: npt.NDArray[np.float64] = ((probabilities_NK - true_NK) ** 2).sum(axis=1)
+    return squares_N
 
 
 def _gaps(labels_N: Integers, probabilities_NK: Floats) -> npt.NDArray[np.float64]:

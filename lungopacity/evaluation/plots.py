@@ -11,18 +11,22 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.canvas import COLOURS, GREY, describe, line, new_figure, plain
+from lungopacity.evaluation.measure import ratio_metrics
 from lungopacity.evaluation.metrics import (
     CALIBRATION_BINS,
     Floats,
     Integers,
+    Metric,
     calibration_bins,
     check_scores,
-    wilson_interval,
+    confidences,
 )
 
 _HISTORY_COLUMNS = (
@@ -75,20 +79,24 @@ def reliability_figure(
     class_names: Sequence[str],
     title: str,
     note: str = "",
+    *,
+    uncalibrated: Floats | None = None,
+    resampling: Resampling | None = None,
 ) -> Figure:
     """Accuracy against confidence in the predicted class, above the number of images in each bin.
 
     The bins and the expected calibration error are those of `metrics.calibration_bins`; bars are
-    Wilson's 95 % intervals.
+    95 % intervals over the patients of each bin, as `measure` makes them. uncalibrated: the
+    probabilities without the temperature, as a second, lighter line. resampling: the patients;
+    None: each image is of another.
     """
     check_scores(labels, probabilities, class_names)
     bins = calibration_bins(labels, probabilities)
     filled = np.flatnonzero(bins.count_B)
     count, correct = bins.count_B[filled], bins.correct_B[filled]
     accuracy = correct / count
-    limits = np.array(
-        [wilson_interval(int(hits), int(n)) for hits, n in zip(correct, count, strict=True)]
-    ).reshape(-1, 2)
+    bars = _accuracies(labels, probabilities, filled, resampling)
+    limits = np.array([[item.ci_low, item.ci_high] for item in bars], float).reshape(-1, 2)
     figure = new_figure(title, note)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     describe(above, "Reliability of the predicted class's probability", "", "Accuracy")
@@ -102,9 +110,25 @@ def reliability_figure(
         yerr=np.abs(limits.T - accuracy),
         marker="o",
         capsize=3,
-        label=f"Model (expected calibration error {_number(error)})",
+        label=f"Calibrated (expected calibration error {_number(error)}),\n"
+        "with 95 % intervals over patients",
+        zorder=3,
         **line(0),
     )
+    if uncalibrated is not None:
+        before = calibration_bins(labels, uncalibrated)
+        filled_before = np.flatnonzero(before.count_B)
+        error = before.expected_calibration_error
+        above.plot(
+            before.confidence_B[filled_before],
+            before.correct_B[filled_before] / before.count_B[filled_before],
+            marker="s",
+            markersize=4,
+            color=COLOURS[5],
+            linestyle="--",
+            linewidth=1.2,
+            label=f"Before calibration (expected calibration error {_number(error)})",
+        )
     above.set_ylim(-0.02, 1.02)
     above.legend(loc="best", fontsize=10)
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
@@ -118,6 +142,25 @@ def reliability_figure(
     below.set_xlim(math.floor(CALIBRATION_BINS / len(class_names)) / CALIBRATION_BINS - 0.01, 1.01)
     figure.align_ylabels()
     return figure
+
+
+def _accuracies(
+    labels: Integers,
+    probabilities: Floats,
+    filled: npt.NDArray[np.int64],
+    resampling: Resampling | None,
+) -> list[Metric]:
+    """Of the images in each of the bins `filled`."""
+    patients = Resampling.of([None] * len(labels)) if resampling is None else resampling
+    _, correct_N, bin_N = confidences(labels, probabilities)
+    bars = []
+    for index in filled:
+        rows = np.flatnonzero(bin_N == index)
+        hit_N = correct_N[rows]
+        bars += ratio_metrics(
+            {("accuracy", None): (hit_N, np.ones_like(hit_N))}, patients.rows(rows)
+        )
+    return bars
 
 
 def history_figure(history: pd.DataFrame, title: str, note: str = "") -> Figure:

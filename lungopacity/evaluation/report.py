@@ -103,6 +103,7 @@ class EvaluationResult:
             ("roc_auc", self.positive_class): f"AUC {self.positive_class}",
             ("average_precision", self.positive_class): f"av. precision {self.positive_class}",
             ("brier", None): "Brier score",
+            ("brier_before_temperature", None): "Brier score before temperature",
             ("log_loss", None): "log loss (nats)",
             ("expected_calibration_error", None): "ECE",
             ("expected_calibration_error_before_temperature", None): "ECE before temperature",
@@ -213,7 +214,15 @@ def write_figures(
         "precision_recall": curves.precision_recall_figure(
             labels_N, exact_NK, names, title, note, resampling=resampling
         ),
-        "reliability": plots.reliability_figure(labels_N, exact_NK, names, title, note=note),
+        "reliability": plots.reliability_figure(
+            labels_N,
+            exact_NK,
+            names,
+            title,
+            note,
+            uncalibrated=scored.uncalibrated_NK,
+            resampling=resampling,
+        ),
     }
     if history_parquet is not None:
         history = pd.read_parquet(io.BytesIO(history_parquet))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lungopacity.evaluation.metrics import calibration_bins
 from lungopacity.evaluation.operating_points import STANDARD, pick
 from lungopacity.models import OperatingPoint
 from lungopacity.models.probabilities import calibrated_logits, softmax
@@ -29,7 +30,7 @@ class Calibration:
     operating_points: Mapping[str, OperatingPoint]
     """All of `STANDARD`, by their rules."""
     metrics: Mapping[str, float]
-    """Calibrated, and at this point; `loss` in nats."""
+    """Calibrated, but for those before_temperature, and at this point; `loss` in nats."""
 
 
 def calibrate(
@@ -57,6 +58,13 @@ def calibrate(
         "sensitivity": point.sensitivity,
         "specificity": point.specificity,
     }
+    is_class_VK = np.eye(logits_VK.shape[1])[labels_V]
+    for when, scores_VK in (("", calibrated_VK), ("_before_temperature", logits_VK)):
+        shares_VK = softmax(scores_VK)
+        bins = calibration_bins(labels_V, shares_VK)
+        squares_V = ((shares_VK - is_class_VK) ** 2).sum(axis=1)
+        metrics[f"brier{when}"] = float(squares_V.mean())
+        metrics[f"expected_calibration_error{when}"] = bins.expected_calibration_error
     return Calibration(temperature, biases, point, points, metrics)
 
 

@@ -12,6 +12,7 @@ from tests.models.tiny import tiny_model
 
 METRICS = [
     Metric("all", "accuracy", None, 0.9123, 0.9, 0.92, 798),
+    Metric("all", "brier_before_temperature", None, 0.2, 0.1, 0.3, 798),
     Metric("all", "roc_auc", "Lung_Opacity", 0.9765, 0.97, 0.98, 798),
     Metric("all", "recall", "Normal", float("nan"), None, None, 0),
     Metric("all", "decision_sensitivity", "sensitivity=0.95", 0.951, 0.92, 0.97, 331),
@@ -62,6 +63,7 @@ def test_the_card_tells_what_was_measured():
     assert lines[0] == "# Model card: classical-cnn 0123456789abcdef"
     assert "Research use only. Not a medical device." in card
     assert "| accuracy | all | 0.9123 | 0.9000 to 0.9200 | 798 |" in lines
+    assert "| brier before temperature | all | 0.2000 | 0.1000 to 0.3000 | 798 |" in lines
     assert "| recall | Normal | not defined |  | 0 |" in lines
     assert "| sensitivity=0.95 | sensitivity | 0.9510 | 0.9200 to 0.9700 | 331 |" in lines
     subgroups = lines[lines.index("## Subgroups") + 1 :]

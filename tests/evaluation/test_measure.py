@@ -42,8 +42,13 @@ def test_a_weight_is_as_if_the_film_were_there_so_many_times(classes, n, seed):
         for item in expected
         if item.metric not in ("support", "confusion")
     }
-    calibration_before = ("expected_calibration_error_before_temperature", None)
-    assert set(found) == {*told, calibration_before}
+    raw = classification_metrics(copied.labels_N, copied.uncalibrated_NK, copied.class_names)
+    told |= {
+        (f"{item.metric}_before_temperature", None): item.value
+        for item in raw
+        if item.metric in ("brier", "expected_calibration_error")
+    }
+    assert set(found) == set(told)
     for key, value in told.items():
         assert found[key][0] == pytest.approx(value, abs=1e-12, nan_ok=True), key
 
@@ -81,6 +86,11 @@ def test_the_values_are_those_without_resampling_and_the_seed_decides_the_interv
     )
     assert first == again
     assert [item.value for item in first] == [item.value for item in other]
+    raw = classification_metrics(images.labels_N, images.uncalibrated_NK, images.class_names)
+    for name in ("brier", "expected_calibration_error"):
+        (before,) = [item.value for item in first if item.metric == f"{name}_before_temperature"]
+        (value,) = [item.value for item in raw if item.metric == name]
+        assert before == pytest.approx(value)
     assert [item.ci_low for item in first] != [item.ci_low for item in other]
 
 

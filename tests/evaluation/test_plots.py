@@ -14,6 +14,7 @@ from lungopacity.evaluation.bootstrap import (
     weighted_auc,
     weighted_average_precision,
 )
+from lungopacity.evaluation.metrics import calibration_bins
 from lungopacity.models import OperatingPoint
 
 NAMES = ("Normal", "Lung_Opacity")
@@ -120,6 +121,27 @@ def test_the_words_of_many_points_do_not_overlap():
     boxes = [text.get_window_extent() for text in texts]
     for place, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[place + 1 :]), texts[place]
+
+
+def test_reliability_is_shown_before_and_after_calibration_with_bars_over_patients():
+    raw = MANY_SCORES**2 / (MANY_SCORES**2).sum(axis=1, keepdims=True)
+    # Films of one patient lie in one bin: they tell as little as one of them.
+    rows = np.repeat(np.arange(120), 2)
+    widths = []
+    for patients in (rows, np.arange(240)):
+        resampling = Resampling.of([str(patient) for patient in patients], 200)
+        figure = plots.reliability_figure(
+            MANY_LABELS[rows], MANY_SCORES[rows], NAMES, "model",
+            uncalibrated=raw[rows], resampling=resampling,
+        )  # fmt: skip
+        (bars,) = figure.axes[0].collections
+        widths.append(sum(np.ptp(bar[:, 1]) for bar in bars.get_segments()))
+    assert 1.2 < widths[0] / widths[1] < 1.7
+    before = calibration_bins(MANY_LABELS[rows], raw[rows])
+    (line,) = [line for line in figure.axes[0].lines if "Before" in str(line.get_label())]
+    assert f"error {before.expected_calibration_error:.3f}" in line.get_label()
+    confidence_B = before.confidence_B[before.count_B > 0]
+    np.testing.assert_allclose(line.get_xdata(), confidence_B)
 
 
 @pytest.mark.parametrize("draw", CURVES)

@@ -79,3 +79,13 @@ def test_biases_are_for_more_than_two_classes() -> None:
     assert three.metrics["accuracy"] > (logits_VK.argmax(axis=1) == labels_V).mean() + 0.01
     two = calibrate(*calibrated_films(500), positive=1)
     assert two.class_biases is None
+
+
+def test_says_what_calibration_was_worth_on_the_validation_films() -> None:
+    logits_VK, labels_V = calibrated_films(2_000)
+    found = calibrate(5 * logits_VK, labels_V, positive=1).metrics
+    shares_VK = softmax(5 * logits_VK)
+    before = ((shares_VK - np.eye(2)[labels_V]) ** 2).sum(axis=1).mean()
+    assert found["brier_before_temperature"] == pytest.approx(before)
+    for name in ("loss", "brier", "expected_calibration_error"):
+        assert found[name] < 0.9 * found[f"{name}_before_temperature"], name
