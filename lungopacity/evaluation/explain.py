@@ -23,6 +23,7 @@ from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.reading import read_images
 from lungopacity.dataset.boxes import read_boxes
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
+from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.evaluate import labels_of_split
 from lungopacity.evaluation.explanation import ExplanationResult
 from lungopacity.evaluation.overlay import Caption, overlay_png
@@ -86,7 +87,7 @@ def explain(
     explainer = _Explainer(
         trained,
         open_store(output),
-        {} if chosen is None else dict(zip(chosen["image"], chosen["label"], strict=True)),
+        chosen,
         None if boxes is None else read_boxes(boxes),
         _gpu(use_gpu),
     )
@@ -148,7 +149,7 @@ class _Explainer:
         self,
         model: TrainedModel,
         store: Store,
-        label_of: dict[str, str],
+        labels: pd.DataFrame | None,
         boxes: pd.DataFrame | None,
         use_gpu: bool,
     ) -> None:
@@ -156,15 +157,16 @@ class _Explainer:
 
         self.model = model
         self.store = store
-        self.label_of = label_of
+        self.label_of = _by_image(labels, "label")
+        self.patient_of = _by_image(labels, "patient_id")
         self.boxes_of = {
             str(name): group[["x", "y", "width", "height"]].to_numpy(np.float64)
             for name, group in ([] if boxes is None else boxes.groupby("image"))
         }
         self.has_boxes = boxes is not None
         self.scorer = Scorer(model, use_gpu=use_gpu)
-        self.pointings: list[tuple[Pointing, str]] = []
-        """Of the images with boxes, with what was decided of each."""
+        self.pointings: list[tuple[Pointing, str, str | None]] = []
+        """Of the images with boxes, with what was decided of each, and its patient."""
 
     def explained(self, batch: list[Row]) -> list[Row]:
         """The batch as rows of `EXPLANATIONS_SCHEMA`; the pictures are written."""
@@ -204,7 +206,8 @@ class _Explainer:
             boxes = np.hstack([(boxes[:, :2] - corner) / ratio, boxes[:, 2:] / ratio])
             tolerance = TOLERANCE * min(row["rows"], row["columns"]) / float(ratio.mean())
             pointing = point(activation, film, boxes, tolerance)
-            self.pointings.append((pointing, row["decision"]))
+            patient = self.patient_of.get(_name(row))
+            self.pointings.append((pointing, row["decision"], patient))
             columns |= vars(pointing)
         if self.has_boxes:
             columns["boxes"] = 0 if boxes is None else len(boxes)
@@ -229,10 +232,17 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
     model, store = explainer.model, explainer.store
     table = pa.Table.from_pylist(rows, schema=EXPLANATIONS_SCHEMA)
     statuses = table["status"].to_pylist()
-    metrics = pointing_metrics([pointing for pointing, _ in explainer.pointings])
-    called = [pointing for pointing, word in explainer.pointings if word == "positive"]
-    metrics += pointing_metrics(called, "decision=positive")
-    if explainer.boxes_of and not explainer.pointings:
+    pointings = explainer.pointings
+    patients = [patient for _, _, patient in pointings]
+    resampling = Resampling.of(patients)
+    metrics = pointing_metrics([pointing for pointing, _, _ in pointings], resampling)
+    called = [place for place, (_, word, _) in enumerate(pointings) if word == "positive"]
+    metrics += pointing_metrics(
+        [pointings[place][0] for place in called],
+        resampling.rows(np.array(called, np.int64)),
+        "decision=positive",
+    )
+    if explainer.boxes_of and not pointings:
         log.warning(
             "none of the %d images of the boxes file was explained, as %s; `image` must be the key "
             "under --images, or the member's name in a shard",
@@ -246,7 +256,9 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
         explained=statuses.count(Status.OK.value),
         rejected=statuses.count(Status.REJECTED.value),
         failed=statuses.count(Status.FAILED.value),
-        with_boxes=len(explainer.pointings),
+        with_boxes=len(pointings),
+        unknown_patients=patients.count(None),
+        intervals=resampling.described() if pointings else "",
         synthetic=model.spec.synthetic or any(table["synthetic"].to_pylist()),
         metrics=metrics,
         table=table,
@@ -260,6 +272,14 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
     store.write("explain.parquet", parquet_bytes(table))
     store.write(EXPLANATION, result.to_json().encode())
     return result
+
+
+def _by_image(labels: pd.DataFrame | None, column: str) -> dict[str, str]:
+    """What the labels say of each image, where they do."""
+    if labels is None:
+        return {}
+    known = labels[labels[column].notna()]
+    return dict(zip(known["image"], known[column], strict=True))
 
 
 def _name(row: Row) -> str:

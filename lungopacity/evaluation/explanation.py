@@ -24,6 +24,10 @@ class ExplanationResult:
     failed: int
     with_boxes: int
     """Explained images that have boxes."""
+    unknown_patients: int
+    """Of these, those whose patient no label tells; each counts as one."""
+    intervals: str
+    """How the 95 % intervals were made; empty without boxes."""
     synthetic: bool
     metrics: list[Metric]
     table: pa.Table
@@ -52,6 +56,12 @@ class ExplanationResult:
             for group in self.metrics
             if group.metric == "pointing_game"
         ]
+        if self.with_boxes:
+            unknown = self.unknown_patients
+            lines.append(
+                f"  95 % intervals: {self.intervals}"
+                + (f"; {unknown} films name no patient" if unknown else "")
+            )
         return "\n".join([*lines, f"pictures and explain.parquet in {self.output}", NOTICE])
 
     def to_json(self) -> str:
@@ -81,11 +91,7 @@ def _shares(result: ExplanationResult, group: str) -> str:
     of_group = {item.metric: item for item in result.metrics if item.group == group}
 
     def share(title: str, name: str, chance: str) -> str:
-        item = of_group[name]
-        return (
-            f"    {title:34}{item.value:.3f} (95 % interval {item.ci_low:.3f} to "
-            f"{item.ci_high:.3f}); chance {of_group[chance].value:.3f}"
-        )
+        return f"    {title:34}{_figure(of_group[name])}; chance {of_group[chance].value:.3f}"
 
     tolerant = "pointing_game_with_tolerance"
     return "\n".join(
@@ -93,6 +99,12 @@ def _shares(result: ExplanationResult, group: str) -> str:
             share("highest place in a box", "pointing_game", "pointing_game_chance")
             + f", off black {of_group['pointing_game_chance_not_black'].value:.3f}",
             share("  within 15 pixels of 224", tolerant, f"{tolerant}_chance"),
-            f"    {'share of the map in boxes':34}{of_group['energy_in_boxes'].value:.3f}",
+            f"    {'share of the map in boxes':34}{_figure(of_group['energy_in_boxes'])}",
         ]
     )
+
+
+def _figure(item: Metric) -> str:
+    if item.ci_low is None or item.ci_high is None:
+        return f"{item.value:.3f} (no interval)"
+    return f"{item.value:.3f} (95 % interval {item.ci_low:.3f} to {item.ci_high:.3f})"

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lungopacity.evaluation.metrics import Metric, proportion
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.measure import ratio_metrics
+from lungopacity.evaluation.metrics import Metric
 
 TOLERANCE = 15 / 224
 """Of the film's shorter side, by which a point may miss a box: 15 pixels where it has 224, as the
@@ -84,29 +86,27 @@ def point(
     )
 
 
-def pointing_metrics(films: Sequence[Pointing], group: str = "all") -> list[Metric]:
-    """The metrics of films with boxes; none of no films. Shares have Wilson's 95 % interval."""
-    n = len(films)
-    if not n:
+def pointing_metrics(
+    films: Sequence[Pointing], resampling: Resampling, group: str = "all"
+) -> list[Metric]:
+    """The metrics of films with boxes, with the intervals of `measure`; none of no films.
+
+    resampling: the films' patients.
+    """
+    if not films:
         return []
-
-    def mean(name: str, values: list[float]) -> Metric:
-        return Metric(group, name, None, float(np.mean(values)), None, None, n)
-
-    return [
-        proportion(group, "pointing_game", None, sum(film.hit for film in films), n),
-        mean("pointing_game_chance", [film.chance for film in films]),
-        mean("pointing_game_chance_not_black", [film.chance_not_black for film in films]),
-        proportion(
-            group,
-            "pointing_game_with_tolerance",
-            None,
-            sum(film.hit_with_tolerance for film in films),
-            n,
-        ),
-        mean("pointing_game_with_tolerance_chance", [film.chance_with_tolerance for film in films]),
-        mean("energy_in_boxes", [film.energy for film in films]),
-    ]
+    shares = {
+        "pointing_game": [film.hit for film in films],
+        "pointing_game_chance": [film.chance for film in films],
+        "pointing_game_chance_not_black": [film.chance_not_black for film in films],
+        "pointing_game_with_tolerance": [film.hit_with_tolerance for film in films],
+        "pointing_game_with_tolerance_chance": [film.chance_with_tolerance for film in films],
+        "energy_in_boxes": [film.energy for film in films],
+    }
+    all_N = np.ones(len(films), np.bool_)
+    return ratio_metrics(
+        {(name, None): (np.array(each), all_N) for name, each in shares.items()}, resampling, group
+    )
 
 
 def _distance_to_boxes(

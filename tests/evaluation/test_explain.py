@@ -69,6 +69,14 @@ def test_the_command_explains_an_archive_and_plays_the_pointing_game(phantoms, t
     assert game.loc["pointing_game", "n"] == len(with_boxes) == told["with_boxes"]
     assert game.loc["pointing_game_chance", "value"] == pytest.approx(with_boxes["chance"].mean())
     assert game.loc["energy_in_boxes", "value"] == pytest.approx(with_boxes["energy"].mean())
+    who = pd.read_csv(phantoms / "labels.csv").set_index("image")["patient_id"]
+    patients = who[with_boxes["name"]].nunique()
+    assert game.loc["energy_in_boxes", ["ci_method", "patients"]].tolist() == [
+        "bootstrap",
+        patients,
+    ]
+    assert f"over {patients} patients of {len(with_boxes)} films" in told["intervals"]
+    assert told["unknown_patients"] == 0
     called = with_boxes[with_boxes["decision"] == "positive"]
     of_called = metrics[metrics["group"] == "decision=positive"]
     assert set(of_called["n"]) == ({len(called)} if len(called) else set())
@@ -107,6 +115,9 @@ def test_p_is_that_of_the_scorer_and_the_boxes_are_in_the_films_own_pixels(tmp_p
         assert found["chance"] < 0.01
         assert again.value("pointing_game") == float(hit)
         assert "highest place in a box" in again.summary()
+        assert "over 1 patients of 1 films, 1,000 replicates, seed 0; 1 films name no patient" in (
+            again.summary()
+        )
     with pytest.raises(KeyError):
         result.value("pointing_game")
 

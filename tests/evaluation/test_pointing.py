@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.metrics import wilson_interval
 from lungopacity.evaluation.pointing import Pointing, peak_of, point, pointing_metrics
 
@@ -72,16 +73,18 @@ def test_the_peak_is_in_the_middle_of_the_highest_place_at_the_edge_as_well(plac
     assert (x, y) == pytest.approx((32 * (column + 0.5), 32 * (row + 0.5)), abs=0.51)
 
 
-def test_metrics_are_shares_with_wilsons_interval_beside_chance():
+def test_metrics_are_shares_and_means_beside_chance():
     films = [
         Pointing(True, True, 0.5, 0.1, 0.2, 0.3),
         Pointing(False, True, 0.25, 0.3, 0.4, 0.5),
         Pointing(False, False, 0.0, 0.2, 0.3, 0.4),
     ]
-    found = {metric.metric: metric for metric in pointing_metrics(films, "decision=positive")}
+    resampling = Resampling.of(["a", "b", None])
+    metrics = pointing_metrics(films, resampling, "decision=positive")
+    found = {metric.metric: metric for metric in metrics}
     game = found["pointing_game"]
     assert (game.value, game.n, game.group) == (1 / 3, 3, "decision=positive")
-    assert (game.ci_low, game.ci_high) == wilson_interval(1, 3)
+    assert (game.ci_low, game.ci_high, game.ci_method) == (0.0, 1.0, "bootstrap")
     assert found["pointing_game_with_tolerance"].value == 2 / 3
     means = {
         "pointing_game_chance": 0.2,
@@ -91,4 +94,24 @@ def test_metrics_are_shares_with_wilsons_interval_beside_chance():
     }
     for name, value in means.items():
         assert found[name].value == pytest.approx(value)
-    assert pointing_metrics([]) == []
+    assert pointing_metrics([], Resampling.of([])) == []
+
+
+def test_films_of_a_patient_count_together_and_every_figure_has_an_interval():
+    """Each film four times, as if a patient had four that are all alike."""
+    rng = np.random.default_rng(0)
+    shares = rng.random((40, 4))
+    films = [Pointing(bool(row[0] < 0.5), bool(row[0] < 0.9), *row) for row in shares]
+    alone = pointing_metrics(films, Resampling.of([None] * 40))
+    four = [film for film in films for _ in range(4)]
+    together = pointing_metrics(four, Resampling.of([str(row // 4) for row in range(160)]))
+    torn = pointing_metrics(four, Resampling.of([None] * 160))
+    for first, second, narrow in zip(alone, together, torn, strict=True):
+        assert (second.ci_low, second.ci_high) == pytest.approx((first.ci_low, first.ci_high))
+        assert (second.n, second.patients, second.ci_method) == (160, 40, "bootstrap")
+        assert second.ci_low < second.value < second.ci_high
+        assert 1.6 < (second.ci_high - second.ci_low) / (narrow.ci_high - narrow.ci_low) < 2.5
+    all_hit = pointing_metrics(
+        [Pointing(True, True, *shares[0])] * 6, Resampling.of(list("aabbcc"))
+    )[0]
+    assert (all_hit.ci_low, all_hit.ci_method) == (wilson_interval(3, 3)[0], "wilson_patients")
