@@ -37,10 +37,38 @@ _SOURCES = ".metadata.xlsx"
 """Ends the name of a class's sheet there, which says of each image where it was taken from."""
 
 
+_CHEXPERT_OPACITIES = (
+    "Lung Opacity",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Lung Lesion",
+    "Atelectasis",
+)
+"""Lung Opacity, and what lies under it in figure 1 of Irvin et al. 2019 (arXiv:1901.07031): the
+tables mark the finding that the report names, and not the one above it."""
+_VINDR_OPACITIES = (
+    "Lung Opacity",
+    "Consolidation",
+    "Infiltration",
+    "Nodule/Mass",
+    "Atelectasis",
+    "Edema",
+    "Pneumonia",
+)
+_VINDR_ABSENT = ", ".join(f'0 AS "{name}"' for name in _VINDR_OPACITIES[1:])
+"""Columns that not every table of the set has."""
+
+
+def _any(findings: tuple[str, ...], value: int) -> str:
+    return "(" + " OR ".join(f'"{name}" = {value}' for name in findings) + ")"
+
+
 @dataclass(frozen=True)
 class Layout:
-    """A public set's tables, and the SQL that makes labels of them. Where a set does not say which
-    films are of one patient (rsna, vindr), neither do the labels."""
+    """A public set's tables, and the SQL that makes labels of them: `Normal` is what the set calls
+    so, `Lung_Opacity` whatever finding of it is an opacity of the lung, `Not_Normal` all else.
+    Where a set does not say which films are of one patient (rsna, vindr), neither do the labels."""
 
     source: str
     tables: tuple[str, ...]
@@ -75,15 +103,16 @@ LAYOUTS = {
         FROM entries""",
     ),
     "chexpert": Layout(
-        "CheXpert: entries = train.csv or valid.csv; frontal films, uncertain ones left out",
+        "CheXpert: entries = train.csv or valid.csv; frontal films, uncertain opacities left out",
         ("entries",),
-        """
+        f"""
         SELECT "Path" AS image, regexp_extract("Path", 'patient[0-9]+') AS patient_id,
                "AP/PA" AS view_position, left("Sex", 1) AS patient_sex, "Age" AS patient_age_years,
-               CASE WHEN "Lung Opacity" = 1 THEN 'Lung_Opacity'
+               CASE WHEN opacity THEN 'Lung_Opacity'
                     WHEN "No Finding" = 1 THEN 'Normal' ELSE 'Not_Normal' END AS label
-        FROM entries
-        WHERE "Frontal/Lateral" = 'Frontal' AND coalesce("Lung Opacity", 0) != -1""",
+        FROM (SELECT *, {_any(_CHEXPERT_OPACITIES, 1)} AS opacity,
+                     {_any(_CHEXPERT_OPACITIES, -1)} AS uncertain FROM entries)
+        WHERE "Frontal/Lateral" = 'Frontal' AND (opacity IS TRUE OR uncertain IS NOT TRUE)""",
     ),
     "padchest": Layout(
         "PadChest: entries = PADCHEST_chest_x_ray_images_labels_160K.csv; frontal films",
@@ -96,7 +125,7 @@ LAYOUTS = {
                    AS patient_age_years,
                CASE WHEN regexp_matches("Labels", '^\\[''normal''\\]$') THEN 'Normal'
                     WHEN regexp_matches("Labels", 'infiltrates|consolidation|pneumonia|pattern|'
-                                                  'atelectasis|opacity|edema|'
+                                                  'atelectasis|opacit|edema|'
                                                   -- of no breast, no pseudonodule
                                                   '''(pulmonary )?mass''|''(multiple )?nodule')
                     THEN 'Lung_Opacity' ELSE 'Not_Normal' END AS label
@@ -107,12 +136,14 @@ LAYOUTS = {
     "vindr": Layout(
         "VinDr-CXR: readings = image_labels_train.csv; the majority of each film's readers",
         ("readings",),
-        """
+        f"""
         SELECT image_id || '.dicom' AS image,
-               CASE WHEN 2 * sum("Lung Opacity") > count(*) THEN 'Lung_Opacity'
+               CASE WHEN 2 * count(*) FILTER ({_any(_VINDR_OPACITIES, 1)}) > count(*)
+                    THEN 'Lung_Opacity'
                     WHEN 2 * sum("No finding") > count(*) THEN 'Normal'
                     ELSE 'Not_Normal' END AS label
-        FROM readings GROUP BY image_id""",
+        FROM (FROM readings UNION ALL BY NAME SELECT {_VINDR_ABSENT} WHERE false)
+        GROUP BY image_id""",
     ),
 }
 

@@ -27,12 +27,13 @@ a.png,No Finding,1,058Y,M,PA
 b.png,Effusion|Infiltration,2,33,F,AP
 c.png,Cardiomegaly,2,34,F,AP
 """,
-    "chexpert": """Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Lung Opacity
-v1/train/patient1/s1/view1.jpg,Female,68,Frontal,AP,1.0,
-v1/train/patient2/s1/view1.jpg,Male,87,Frontal,PA,,1.0
-v1/train/patient3/s1/view1.jpg,Male,20,Frontal,PA,,
-v1/train/patient4/s1/view1.jpg,Male,21,Frontal,PA,,-1.0
-v1/train/patient5/s1/view2.jpg,Male,22,Lateral,,1.0,
+    "chexpert": """Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Lung Opacity,"""
+    """Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis
+v1/train/patient1/s1/view1.jpg,Female,68,Frontal,AP,1.0,,,,,,
+v1/train/patient2/s1/view1.jpg,Male,87,Frontal,PA,,1.0,,,,,-1.0
+v1/train/patient3/s1/view1.jpg,Male,20,Frontal,PA,,,,,,,0.0
+v1/train/patient4/s1/view1.jpg,Male,21,Frontal,PA,,-1.0,,,,,
+v1/train/patient5/s1/view2.jpg,Male,22,Lateral,,1.0,,,,,,
 """,
     "padchest": """ImageID,PatientID,StudyDate_DICOM,Projection,PatientBirth,PatientSex_DICOM,Labels
 a.png,1,20140915,PA,1950.0,M,['normal']
@@ -41,6 +42,7 @@ c.png,3,20140915,PA,1931.0,F,['cardiomegaly']
 d.png,3,20140915,L,1931.0,F,['normal']
 e.png,4,20140915,PA,1931.0,F,"['normal', 'unchanged']"
 """,
+    # Of fewer findings than the set of today.
     "vindr": """image_id,rad_id,Lung Opacity,No finding
 a,R1,0,1
 a,R2,0,1
@@ -94,6 +96,7 @@ def test_a_mass_outside_of_the_lungs_is_no_opacity_and_an_infant_no_adult(tmp_pa
         "['mediastinal mass']": "Not_Normal",
         "['mammary prosthesis', 'breast mass']": "Not_Normal",
         "['pseudonodule']": "Not_Normal",
+        "['miliary opacities']": "Lung_Opacity",
     }
     rows = [f'{n}.png,{n},20140915,PA,1950.0,M,"{found}"' for n, found in enumerate(findings)]
     text = "\n".join([TABLES["padchest"].splitlines()[0], *rows])
@@ -105,6 +108,41 @@ def test_a_mass_outside_of_the_lungs_is_no_opacity_and_an_infant_no_adult(tmp_pa
     (tmp_path / "n.csv").write_text(nih)
     labels = labels_of_layout("nih", {"entries": str(tmp_path / "n.csv")})
     assert labels["patient_age_years"].tolist()[:2] == [0, 2]
+
+
+def test_what_lies_under_lung_opacity_is_one_and_only_doubtful_children_are_left_out(tmp_path):
+    findings = ("Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis")
+    head = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding," + ",".join(findings)
+    expected, lines = {}, [head]
+    for number, (values, label) in enumerate(
+        [
+            *((f"{',' * place}1.0{',' * (5 - place)}", "Lung_Opacity") for place in range(6)),
+            (",,1.0,-1.0,,", "Lung_Opacity"),
+            ("-1.0,,,1.0,,", "Lung_Opacity"),
+            ("0.0,,,,,", "Not_Normal"),
+            (",,-1.0,,,", None),
+            ("0.0,,,,0.0,-1.0", None),
+        ]
+    ):
+        lines.append(f"t/patient{number:02}/s/v.jpg,Male,20,Frontal,PA,,{values}")
+        if label is not None:
+            expected[f"t/patient{number:02}/s/v.jpg"] = label
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    labels = labels_of_layout("chexpert", {"entries": str(tmp_path / "t.csv")})
+    assert labels.set_index("image")["label"].to_dict() == expected
+
+
+def test_readers_who_name_an_opacity_differently_agree_that_there_is_one(tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "image_id,rad_id,Consolidation,Infiltration,Nodule/Mass,Cardiomegaly,Lung Opacity,"
+        "Pneumonia,No finding\n"
+        "a,R1,1,0,0,0,0,0,0\na,R2,1,0,0,0,0,0,0\na,R3,0,0,0,0,0,0,1\n"
+        "b,R1,0,0,1,0,0,0,0\nb,R2,0,1,0,0,1,0,0\nb,R3,0,0,0,0,0,0,1\n"
+        "c,R1,0,0,0,1,0,0,0\nc,R2,0,0,0,1,0,0,0\nc,R3,0,0,0,1,0,1,0\n"
+        "d,R1,0,0,0,0,0,0,1\nd,R2,0,0,0,0,0,0,1\nd,R3,1,0,0,0,0,0,0\n"
+    )
+    labels = labels_of_layout("vindr", {"readings": str(tmp_path / "t.csv")})
+    assert labels["label"].tolist() == ["Lung_Opacity", "Lung_Opacity", "Not_Normal", "Normal"]
 
 
 def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
