@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 """Of red, green and blue: what the weights expect colours to be divided by."""
 _LITE_STD = (0.502, 0.502, 0.502)
 """What those of efficientnet-lite expect."""
+_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
+"""Module names of old: torchvision's published DenseNets have `norm.1` where it builds `norm1`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,13 @@ def _downloaded(card: NetworkCard) -> FirstWeights:
     assert card.backbone is not None
     offered = models.get_model_weights(card.backbone)
     # SWAG's are not for commercial use.
-    chosen = [item for item in offered if "SWAG" not in item.name][-1]
+    free = [item for item in offered if "SWAG" not in item.name]
+    if not free:
+        raise UserError(
+            f"--weights imagenet: those of {card.name} are not for commercial use (SWAG); use "
+            "--weights none, or a FILE"
+        )
+    chosen = free[-1]
     try:
         tensors = chosen.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
@@ -182,7 +191,7 @@ def _renamed(
     if card.backbone is None or any(name.startswith("body.") for name in tensors):
         return tensors
     if "_conv_stem.weight" not in tensors:
-        return {f"body.{name}": tensor for name, tensor in tensors.items()}
+        return {"body." + _DENSE_LAYER.sub(r"\1", name): tensor for name, tensor in tensors.items()}
     # efficientnet-lite-pytorch names its layers otherwise than timm, and has them in one order.
     ours = [name for name in own if name.startswith("body.") and "num_batches" not in name]
     theirs = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
@@ -158,10 +159,25 @@ def test_none_are_none():
     assert first_weights(network_card("resnet-50"), "none") is None
 
 
-def test_safetensors_are_read_as_torchs_files_are(tmp_path):
+def as_published(name):
+    """`norm1` as `norm.1`, as in the checkpoints of torchvision's DenseNets."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", name)
+
+
+def test_torchvisions_published_densenets_are_read_with_their_names_of_old(tmp_path):
     torch.manual_seed(0)
     theirs = models.densenet121(num_classes=3)
-    tensors = {name: part.contiguous() for name, part in theirs.state_dict().items()}
+    tensors = {as_published(name): part.contiguous() for name, part in theirs.state_dict().items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in tensors
     (tmp_path / "d.safetensors").write_bytes(safetensors.torch.save(tensors))
-    ours, _, _ = started("densenet-121", tmp_path / "d.safetensors", classes=3)
+    ours, fresh, _ = started("densenet-121", tmp_path / "d.safetensors", classes=3)
+    assert set(fresh) == {"head.weight", "head.bias"}
     assert torch.equal(ours.body.features.norm0.weight, theirs.features.norm0.weight)
+    layer = ours.body.features.denseblock4.denselayer16
+    assert torch.equal(layer.conv2.weight, theirs.features.denseblock4.denselayer16.conv2.weight)
+
+
+@pytest.mark.parametrize("name", ["vit_h_14", "regnet_y_128gf"])
+def test_a_network_with_weights_that_not_everybody_may_use_says_so(name):
+    with pytest.raises(UserError, match=rf"torchvision:{name} are not for commercial use \(SWAG\)"):
+        first_weights(network_card(f"torchvision:{name}"), "imagenet")
