@@ -62,7 +62,10 @@ def evaluate(as_json: bool, **options: Any) -> int:
     help="Of --labels.",
 )
 @click.option(
-    "--boxes", metavar="FILE", default=None, help="CSV or Parquet: image, x, y, width, height."
+    "--boxes",
+    metavar="FILE",
+    default=None,
+    help="CSV or Parquet: image, x, y, width, height; or RSNA's table of boxes.",
 )
 @click.option("--limit", type=OBJECTS, default=None, help="Only the first so many images.")
 @click.option("--output", metavar="URI", required=True, help="Where pictures and tables go.")

@@ -40,7 +40,6 @@ def test_a_file_without_rows_has_no_boxes(tmp_path):
         ("image,x,y,w,h\na,1,2,3,4\n", r"no column 'width' \(it has: image, x, y, w, h\)"),
         (f"{HEAD}\n,1,2,3,4\n", "1 rows have no image"),
         (f"{HEAD}\na,1,2,3,4\nb,1,left,3,4\n", "'y' of 1 rows is not a number, as that of b"),
-        # The challenge's own table has such rows for films without an opacity.
         (f"{HEAD}\na,,,,\n", "'x' of 1 rows is not a number, as that of a; an image without boxes"),
         (f"{HEAD}\na,1,2,inf,4\n", "'width' of 1 rows is not a number"),
         (f"{HEAD}\na,1,2,-3,4\n", "1 boxes have a width or height that is not above 0, as one of"),
@@ -51,6 +50,20 @@ def test_a_wrong_file_is_refused_with_the_mend(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         read_boxes(str(tmp_path / "a.csv"))
+
+
+def test_the_rsna_challenges_own_table_is_one(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "patientId,x,y,width,height,Target\n0004,,,,,0\n00e3,264.0,152.0,213.0,379.0,1\n"
+        "00e3,562.0,152.0,256.0,453.0,1\n"
+    )
+    frame = read_boxes(str(tmp_path / "a.csv"))
+    assert frame.columns.tolist() == list(BOX_COLUMNS)
+    assert frame["image"].tolist() == ["00e3.dcm"] * 2
+    assert frame.loc[1].tolist()[1:] == [562.0, 152.0, 256.0, 453.0]
+    (tmp_path / "b.csv").write_text("patientId,x,y,width,height\na,1,,3,4\n")
+    with pytest.raises(UserError, match=r"as that of a\.dcm"):
+        read_boxes(str(tmp_path / "b.csv"))
 
 
 def test_an_absent_file_is_refused(tmp_path):
