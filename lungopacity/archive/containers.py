@@ -14,6 +14,7 @@ from itertools import chain
 from tempfile import SpooledTemporaryFile
 from typing import IO
 
+from lungopacity.archive.names import Endings
 from lungopacity.archive.parquet_entries import parquet_entries
 from lungopacity.archive.tar_entries import tar_entries
 from lungopacity.archive.unpacking import (
@@ -77,7 +78,9 @@ class _Walk:
     def __init__(self, limits: DecodeLimits, wanted: frozenset[str] | None) -> None:
         self._limits = limits
         self._wanted = wanted
-        self._entered = None if wanted is None else _folders(wanted)
+        # An ending does not say which container it lies in.
+        by_ending = isinstance(wanted, Endings)
+        self._entered = None if wanted is None or by_ending else _folders(wanted)
         self._allowance = Allowance()
         self._given = 0
 

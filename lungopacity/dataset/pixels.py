@@ -14,11 +14,13 @@ import pyarrow as pa
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import Archive, take_inventory
+from lungopacity.archive.names import Endings, files_of
 from lungopacity.archive.stream import read_tasks, stream_images
 from lungopacity.dataset.manifest import FACT_COLUMNS
 from lungopacity.errors import Status, UserError
 from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
+from lungopacity.results.schema import READ_SCHEMA
 
 log = logging.getLogger(__name__)
 
@@ -61,29 +63,71 @@ def load_pixels(
     settings: ReadSettings,
     labels_uri: str,
 ) -> LabelledPixels:
-    """Find every labelled image in the archives and decode it.
+    """Find every labelled image in the archives, by its whole name or else as `Endings` say, and
+    decode it.
 
     labels: as `read_labels` gives them, of these classes, every row with a split. settings: what
     they reject is left out. Needs a running Ray. Raises `UserError` where labels name images that
-    no archive has, where one name is in the archives twice, or where more than
-    `MAX_UNREADABLE_FRACTION` cannot be read or are rejected.
+    no archive has, where one name is in the archives twice or may mean two files, or where more
+    than `MAX_UNREADABLE_FRACTION` cannot be read or are rejected.
     """
     names = frozenset(labels["image"])
-    tables: list[pa.Table] = []
     with Progress("Reading images", total=len(names)) as progress:
-        for uri in image_uris:
-            for table in _decoded(take_inventory(uri), names, settings):
-                found = table.filter(pa.compute.is_null(table["shard_rows"]))
-                tables.append(found)
-                progress.advance(found.num_rows)
-    read = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame()
-    return _joined(read, labels, class_names, settings.preprocessing, image_uris, labels_uri)
+        read = _read(image_uris, names, settings, progress)
+        absent = names - set(read["name"].to_pylist())
+        if absent:
+            others = _read(image_uris, Endings(absent), settings, progress)
+            read = pa.concat_tables([read, _named(others, names, absent, image_uris, labels_uri)])
+    return _joined(
+        read.to_pandas(), labels, class_names, settings.preprocessing, image_uris, labels_uri
+    )
+
+
+def _read(
+    image_uris: Sequence[str], names: frozenset[str], settings: ReadSettings, progress: Progress
+) -> pa.Table:
+    """Rows of `READ_SCHEMA` for the images of these names, with `name`, theirs in the archive."""
+    tables: list[pa.Table] = []
+    for uri in image_uris:
+        for table in _decoded(take_inventory(uri), names, settings):
+            found = table.filter(pa.compute.is_null(table["shard_rows"]))
+            tables.append(found)
+            progress.advance(found.num_rows)
+    read = pa.concat_tables([READ_SCHEMA.empty_table(), *tables])
+    columns = ["image", "error_code", "error_message"]
+    for row in read.filter(pa.compute.is_null(read["member"])).select(columns).to_pylist():
+        if row["image"] not in names:
+            raise UserError(
+                f"{row['image']}: shard cannot be read ({row['error_code']}: "
+                f"{row['error_message']}); mend or remove it"
+            )
+    return read.append_column("name", pa.compute.coalesce(read["member"], read["image"]))
+
+
+def _named(
+    read: pa.Table,
+    names: frozenset[str],
+    absent: frozenset[str],
+    image_uris: Sequence[str],
+    labels_uri: str,
+) -> pa.Table:
+    """The rows that one of `absent` means and none of `names` whole, with it for their `name`."""
+    files = read["name"].to_pylist()
+    file_of, doubts = files_of(absent, set(files) - names)
+    if doubts:
+        raise UserError(
+            f"{labels_uri}: some names do not tell which film of {', '.join(image_uris)} they "
+            f"mean, as {doubts[0]}; write whole keys, or members' whole names in a shard"
+        )
+    name_of = {file: name for name, file in file_of.items()}
+    meant = pa.array([name_of.get(file) for file in files], pa.string())
+    return read.set_column(read.num_columns - 1, "name", meant).filter(pa.compute.is_valid(meant))
 
 
 def _decoded(archive: Archive, names: frozenset[str], settings: ReadSettings) -> Iterator[pa.Table]:
     """Rows of `READ_SCHEMA` for the images of these names, read by Ray tasks."""
     objects = archive.objects
-    named = pa.compute.is_in(objects["image"], value_set=pa.array(sorted(names)))
+    named = pa.array([image in names for image in objects["image"].to_pylist()], pa.bool_())
     objects = objects.filter(pa.compute.or_(objects["is_shard"], named))
     if objects.num_rows:
         images = stream_images(archive.uri, read_tasks(objects), settings, wanted=names)
@@ -99,21 +143,12 @@ def _joined(
     labels_uri: str,
 ) -> LabelledPixels:
     where = ", ".join(image_uris)
-    if not read.empty:
-        broken = read["member"].isna() & ~read["image"].isin(labels["image"])
-        for shard in read.loc[broken].itertuples():
-            raise UserError(
-                f"{shard.image}: shard cannot be read ({shard.error_code}: {shard.error_message}); "
-                "mend or remove it"
-            )
-        read = read.assign(name=read["member"].fillna(read["image"]))
-    found = set() if read.empty else set(read["name"])
-    absent = labels.loc[~labels["image"].isin(found), "image"]
+    absent = labels.loc[~labels["image"].isin(read["name"]), "image"]
     if len(absent):
         raise UserError(
             f"{labels_uri}: {len(absent)} of {len(labels)} labelled images are not in {where}, as "
             f"{absent.iloc[0]}; `image` must be the key under --images, "
-            "or the member's name in a shard"
+            "the member's name in a shard, or the end of one of these, folder by folder"
         )
     if read["name"].duplicated().any():
         twice = read.loc[read["name"].duplicated(), "name"]

@@ -4,6 +4,7 @@ import gzip
 
 import pytest
 
+from lungopacity.archive.names import Endings
 from lungopacity.errors import ErrorCode
 from lungopacity.radiograph import DecodeLimits
 from tests.archive.making import (
@@ -81,5 +82,17 @@ def test_a_nested_container_is_entered_for_a_wanted_member_alone(outer):
     assert rows == [
         *[("in/x/1", None), ("in/x/2", b"2")],
         *[("other", None), ("film", None), ("in/x", None)],
+    ]
+    assert ended is None
+
+
+def test_a_name_without_its_folders_is_found_in_any_nested_container():
+    inner = make_tar([("images/1.png", b"1"), ("images/2.png", b"2")])
+    data = make_zip([("images_001.tar", inner), ("images_002.tar", make_tar([("3.png", b"3")]))])
+    rows, ended = walk(data, wanted=Endings({"2.png", "3.png"}))
+    assert rows == [
+        ("images_001.tar/images/1.png", None),
+        ("images_001.tar/images/2.png", b"2"),
+        ("images_002.tar/3.png", b"3"),
     ]
     assert ended is None

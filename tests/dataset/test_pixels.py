@@ -80,6 +80,24 @@ def test_labels_that_name_absent_files_are_refused(tmp_path):
         load([str(tmp_path / "a")], frame)
 
 
+def test_films_are_found_whose_folder_the_labels_do_not_know(tmp_path):
+    store = open_store(str(tmp_path / "a"))
+    for number, name in enumerate(("1.png", "old/1.png", "images/2.png")):
+        store.write(name, encoded(grey_film(number)))
+    shard = {f"./images/{n}.png": encoded(grey_film(n)) for n in (3, 4)}
+    store.write("x.tar", tar(shard))
+    names = ["1.png", "2.png", "3.png", "images/4.png"]
+    data = load([str(tmp_path / "a")], labels_of(tmp_path, names))
+    assert data.images["image"].tolist() == names
+    assert data.images["source"].tolist() == ["1.png", "images/2.png", "x.tar", "x.tar"]
+    for pixels, number in zip(data.pixels_NHW, (0, 2, 3, 4), strict=True):
+        np.testing.assert_array_equal(pixels, PREPROCESSING.square(grey_film(number)))
+    store.write("copies/3.png", encoded(grey_film(3)))
+    said = r"labels\.csv: .*, as 3\.png may be \./images/3\.png or copies/3\.png; write whole keys"
+    with pytest.raises(UserError, match=said):
+        load([str(tmp_path / "a")], labels_of(tmp_path, names))
+
+
 def test_a_name_that_occurs_twice_is_refused(tmp_path):
     for folder in ("a", "b"):
         write_archive(str(tmp_path / folder))
