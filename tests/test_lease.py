@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from lungopacity.errors import UserError
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage import ConflictError, open_store
 from lungopacity.storage.lease import Lease
 
@@ -158,6 +158,44 @@ def test_storage_that_fails_loses_the_lease_in_time_and_stops_nothing(tmp_path, 
         held._lost = None
     assert "the lease could not be renewed: no server answers" in caplog.text
     assert "the lease could not be given back: no server answers" in caplog.text
+
+
+def unreadable(*_: object, **__: object) -> None:
+    raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, "storage answered 503")
+
+
+def test_a_lease_that_cannot_be_read_is_held_for_as_long_as_it_lasts(tmp_path):
+    with lease(str(tmp_path), 60.0) as held:
+        read, held.store.read = held.store.read, unreadable
+        held.check()
+        held._renewed -= 61
+        with pytest.raises(UserError, match=r"was lost \(it could not be renewed in time\)"):
+            held.check()
+        held.store.read = read
+        held.check()
+        held._renewed += 61
+        held.store.read = unreadable
+    assert list(open_store(str(tmp_path)).list()) == []
+
+
+def test_a_renewal_whose_answer_was_lost_is_tried_again_where_nothing_can_be_read(tmp_path, caplog):
+    with lease(str(tmp_path), 0.5) as held:
+        write, read, conflicts = held.store.write, held.store.read, []
+
+        def landing(key: str, data: bytes, **condition) -> None:
+            write(key, data, **condition)
+            if len(conflicts) < 2:
+                conflicts.append(key)
+                raise ConflictError(key)
+
+        held.store.write, held.store.read = landing, unreadable
+        deadline = time.monotonic() + 10
+        while "could not be renewed" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+        held.store.read = read
+        time.sleep(0.5)
+        held.check()
+    assert "_lock/nightly.json cannot be read (storage answered 503)" in caplog.text
 
 
 def test_a_lost_answer_is_not_taken_for_another_holder(tmp_path):

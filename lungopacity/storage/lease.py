@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
 
-from lungopacity.errors import ImageError, UserError
+from lungopacity.errors import ErrorCode, ImageError, UserError
 from lungopacity.storage.interface import ConflictError, Store
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ LEASE_S = 90.0
 """How long a lease outlives its last renewal: what a killed job makes the next one wait."""
 _RENEWALS = 5
 """Within that time: some may fail."""
+_TAKEN_OVER = "another job has taken it over"
+_TOO_LATE = "it could not be renewed in time"
 
 
 @dataclass
@@ -75,16 +77,23 @@ class Lease:
             log.warning("the lease could not be given back: %s", failure)
 
     def held(self) -> bool:
-        """Whether the lease is still ours."""
-        if self._lost is None and not self._is_ours():
-            self._lost = "another job has taken it over"
+        """Whether the lease is still ours. Where the storage does not tell: whether it was renewed
+        so lately that nobody may have taken it over."""
+        if self._lost is None:
+            try:
+                is_ours = self._is_ours()
+            except UserError as error:
+                log.warning("%s", error)
+                return self._is_fresh()
+            if not is_ours:
+                self._lost = _TAKEN_OVER
         return self._lost is None
 
     def check(self) -> None:
         """Raises `UserError` where the lease was lost; then nothing may be published."""
         if not self.held():
             raise UserError(
-                f"{self.store.uri}: the lease '{self.name}' was lost ({self._lost}); "
+                f"{self.store.uri}: the lease '{self.name}' was lost ({self._lost or _TOO_LATE}); "
                 "nothing was published, and the next night goes on with what is done"
             )
 
@@ -155,6 +164,7 @@ class Lease:
             "host": socket.gethostname(),
             "process": os.getpid(),
         }
+        began = time.monotonic()
         try:
             self.store.write(
                 self.key,
@@ -166,33 +176,43 @@ class Lease:
             # A lost answer makes the client ask again, and meet what it wrote itself.
             if not self._is_ours():
                 raise
+        self._renewed = began
         found = self.store.head(self.key)
         self._etag = None if found is None else found.etag
-        self._renewed = time.monotonic()
 
     def _content(self) -> dict[str, Any]:
-        """What the lease says; nothing where it is gone or damaged."""
+        """What the lease says; nothing where it is gone or damaged. Raises `UserError` where the
+        storage does not tell."""
         try:
             found = json.loads(self.store.read(self.key))
-        except (ImageError, ValueError):
+        except ImageError as error:
+            if error.code is ErrorCode.MISSING:
+                return {}
+            raise UserError(
+                f"{self.store.uri}/{self.key} cannot be read ({error.message}); try again"
+            ) from error
+        except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
 
     def _is_ours(self) -> bool:
         return bool(self._content().get("token") == self._token)
 
+    def _is_fresh(self) -> bool:
+        return time.monotonic() - self._renewed <= self.seconds
+
     def _keep(self) -> None:
         while not self._stop.wait(self.seconds / _RENEWALS):
             try:
                 self._put(if_match=self._etag)
             except ConflictError:
-                self._lost = "another job has taken it over"
+                self._lost = _TAKEN_OVER
                 return
             except UserError as error:
                 # The storage does not answer; it may again before the lease is over.
                 log.warning("the lease could not be renewed: %s", error)
-                if time.monotonic() - self._renewed > self.seconds:
-                    self._lost = "it could not be renewed in time"
+                if not self._is_fresh():
+                    self._lost = _TOO_LATE
                     return
 
 
