@@ -42,7 +42,7 @@ class ErrorCode(StrEnum):
     TIMEOUT = "timeout"
     """The storage did not answer in time, after every retry."""
     UNAVAILABLE = "unavailable"
-    """The storage answered with server errors or broken connections, after every retry."""
+    """The storage failed or broke the connection, after every retry; or a disk is full."""
     CHANGED = "changed"
     """The object was replaced between the plan and the fetch."""
     DIGEST_MISMATCH = "digest_mismatch"

@@ -1,16 +1,19 @@
 """What the network does to a fetch, between the real server and our client."""
 
 import pickle
+import resource
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
-from lungopacity.errors import ErrorCode, ImageError
+from lungopacity.errors import ErrorCode, ImageError, UserError
 from lungopacity.storage import open_store
 from lungopacity.storage.quick_get import QuickGet
 from tests.fault_proxy import fault_proxy
@@ -65,6 +68,33 @@ def test_a_lasting_fault_has_its_code_and_gives_no_bytes(proxy, s3_uri, fault, c
     assert caught.value.code is code
     # Once by obstore, the rest by boto3.
     assert sum(proxy.gets.values()) == 1 + 4
+
+
+@contextmanager
+def room_of(size_bytes: int) -> Iterator[None]:
+    """No file of this process may grow larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [5_000, len(CONTENT)])  # all in the file's buffer, or not
+def test_a_disk_without_room_is_no_broken_network(proxy, s3_uri, tmp_path, size):
+    store = open_store(s3_uri)
+    store.write("a", CONTENT[:size])
+    with room_of(4096):
+        with (
+            pytest.raises(ImageError, match=r"^temporary files .* \(File too large\); free") as row,
+            store.open_local("a"),
+        ):
+            pass
+        with pytest.raises(UserError, match=rf"^{tmp_path}: temporary files cannot be written"):
+            store.local_file("a", tmp_path / "a")
+    assert row.value.code is ErrorCode.UNAVAILABLE
+    assert sum(proxy.gets.values()) == 2
 
 
 def test_a_server_that_only_fails_is_unavailable(proxy, s3_uri, monkeypatch):

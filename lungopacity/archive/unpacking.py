@@ -109,7 +109,12 @@ def as_image_error(error: Exception) -> ImageError:
     if isinstance(error, ImageError):
         return error
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return ImageError(ErrorCode.INTERNAL, Stage.UNPACK, "no disk space left to unpack in")
+        # Another task, or night, may have the room.
+        return ImageError(
+            ErrorCode.UNAVAILABLE,
+            Stage.UNPACK,
+            "no disk space left to unpack in; free some, or name a larger folder by TMPDIR",
+        )
     return corrupt(f"cannot be walked to its end ({type(error).__name__})")
 
 

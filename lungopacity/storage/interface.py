@@ -71,7 +71,8 @@ class Store(Protocol):
 
     def local_file(self, key: str, target: Path) -> Path:
         """A file on this machine that holds the checked object: the file itself where the store is
-        a folder, else a copy at `target`. Raises as `read` does."""
+        a folder, else a copy at `target`. Raises as `read` does, and `UserError` where the copy
+        cannot be written."""
         ...
 
     def write(

@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -166,25 +166,38 @@ class S3Store:
 
     @contextmanager
     def open_local(self, key: str, *, etag: str | None = None) -> Iterator[IO[bytes]]:
-        with tempfile.TemporaryFile(prefix="lungopacity-") as file:
-
-            def start_over() -> None:
-                file.seek(0)
-                file.truncate()
-
-            self._fetch(key, etag, file.write, start_over)
-            file.seek(0)
+        with self._spooled(key, etag) as file:
             yield file
 
+    def _spooled(self, key: str, etag: str | None) -> IO[bytes]:
+        try:
+            with ExitStack() as on_failure:
+                file = on_failure.enter_context(tempfile.TemporaryFile(prefix="lungopacity-"))
+                self._fetch_into(file, key, etag)
+                on_failure.pop_all()
+        except OSError as error:
+            # Of the object nothing is known, and another task, or night, may have the room.
+            raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, _no_room(error)) from error
+        return file
+
     def local_file(self, key: str, target: Path) -> Path:
-        with target.open("wb") as file:
-
-            def start_over() -> None:
-                file.seek(0)
-                file.truncate()
-
-            self._fetch(key, None, file.write, start_over)
+        try:
+            with target.open("wb") as file:
+                self._fetch_into(file, key, None)
+        except OSError as error:
+            raise UserError(f"{target.parent}: {_no_room(error)}") from error
         return target
+
+    def _fetch_into(self, file: IO[bytes], key: str, etag: str | None) -> None:
+        """The object, whole; the file is at its beginning then. Raises `OSError` of the file alone,
+        and as `read` does."""
+
+        def start_over() -> None:
+            file.seek(0)
+            file.truncate()
+
+        self._fetch(key, etag, file.write, start_over)
+        file.seek(0)
 
     def _fetch(
         self,
@@ -208,7 +221,6 @@ class S3Store:
             BotoCoreError,
             ClientError,
             ConnectTimeoutError,
-            FlexibleChecksumError,
             ReadTimeoutError,
         )
 
@@ -224,20 +236,10 @@ class S3Store:
             raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
         md5 = hashlib.md5(usedforsecurity=False)
         received = 0
-        try:
-            while piece := answer["Body"].read(_CHUNK_BYTES):
-                md5.update(piece)
-                received += len(piece)
-                take(piece)
-        except FlexibleChecksumError as error:
-            raise _BodyError(ErrorCode.DIGEST_MISMATCH, "differs from its checksum") from error
-        except ReadTimeoutError as error:
-            raise _BodyError(ErrorCode.TIMEOUT, "the body stopped coming") from error
-        except (BotoCoreError, OSError) as error:
-            # urllib3's own exceptions are wrapped by botocore, or derive from OSError.
-            raise _BodyError(
-                ErrorCode.UNAVAILABLE, f"connection broke ({type(error).__name__})"
-            ) from error
+        for piece in _pieces(answer["Body"]):
+            md5.update(piece)
+            received += len(piece)
+            take(piece)
         if received != answer["ContentLength"]:
             raise _BodyError(
                 ErrorCode.UNAVAILABLE,
@@ -307,6 +309,32 @@ class _BodyError(ImageError):
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(code, Stage.FETCH, message)
+
+
+def _pieces(body: Any) -> Iterator[bytes]:
+    """Of botocore's streaming body. Raises `_BodyError` where it breaks off, and does not take
+    for that what is raised by those who take the pieces."""
+    from botocore.exceptions import BotoCoreError, FlexibleChecksumError, ReadTimeoutError
+
+    try:
+        while piece := body.read(_CHUNK_BYTES):
+            yield piece
+    except FlexibleChecksumError as error:
+        raise _BodyError(ErrorCode.DIGEST_MISMATCH, "differs from its checksum") from error
+    except ReadTimeoutError as error:
+        raise _BodyError(ErrorCode.TIMEOUT, "the body stopped coming") from error
+    except (BotoCoreError, OSError) as error:
+        # urllib3's own exceptions are wrapped by botocore, or derive from OSError.
+        raise _BodyError(
+            ErrorCode.UNAVAILABLE, f"connection broke ({type(error).__name__})"
+        ) from error
+
+
+def _no_room(error: OSError) -> str:
+    return (
+        f"temporary files cannot be written ({error.strerror or type(error).__name__}); "
+        "free space, or name a larger folder by TMPDIR"
+    )
 
 
 def _etag_is_md5(answer: dict[str, Any]) -> bool:

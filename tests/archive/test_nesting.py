@@ -1,11 +1,13 @@
 """Containers in containers."""
 
+import errno
 import gzip
+import io
 
 import pytest
 
 from lungopacity.archive.names import Endings
-from lungopacity.errors import ErrorCode
+from lungopacity.errors import OF_STORAGE, ErrorCode
 from lungopacity.radiograph import DecodeLimits
 from tests.archive.making import (
     COMPRESSED_TARS,
@@ -41,6 +43,17 @@ def test_a_container_in_a_nested_container_is_refused_alone():
     refused = ("in.tar/deep.zip", ErrorCode.UNSUPPORTED)
     assert rows == [("in.tar/1", b"1"), refused, ("in.tar/2", b"2"), ("b", b"3")]
     assert ended is None
+
+
+def test_a_nested_container_that_has_no_room_to_be_unpacked_is_tried_again(monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lungopacity.archive.containers.SpooledTemporaryFile", lambda **_: Full())
+    rows, ended = walk(make_zip([("in.tar", make_tar(FILMS)), ("b", b"3")]))
+    assert (rows, ended) == ([("in.tar", ErrorCode.UNAVAILABLE), ("b", b"3")], None)
+    assert ErrorCode.UNAVAILABLE in OF_STORAGE
 
 
 @pytest.mark.parametrize("kind", [*TARS, *COMPRESSED_TARS, *ZIPS])
