@@ -23,6 +23,11 @@ def test_a_missing_bucket_is_named_with_the_mend(s3_server):
     assert "no bucket 'nowhere'" in failing_list("s3://nowhere/x")
 
 
+def test_a_missing_bucket_is_no_conflict(s3_server):
+    with pytest.raises(UserError, match="no bucket 'nowhere'"):
+        open_store("s3://nowhere/x").write("a", b"x", if_absent=True)
+
+
 def test_a_wrong_secret_is_named_with_the_mend(s3_server, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     message = failing_list("s3://tests/x")

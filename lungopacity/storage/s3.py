@@ -26,6 +26,7 @@ from lungopacity.storage.outage import answered, heard, patiently, trust
 from lungopacity.storage.s3_clients import S3Clients, aws_session, clients_of
 from lungopacity.storage.s3_errors import (
     NO_CREDENTIALS,
+    code_of,
     image_error_of,
     no_connection,
     status_of,
@@ -262,8 +263,9 @@ class S3Store:
                     "put_object", Bucket=self.bucket, Key=self.prefix + key, Body=data, **condition
                 )
             except ClientError as error:
-                # 404: what was to be replaced is gone.
-                if condition and status_of(error) in (404, 409, 412):
+                # 404: what was to be replaced is gone; or its bucket is, which is no conflict.
+                is_conflict = status_of(error) in (404, 409, 412)
+                if condition and is_conflict and code_of(error) != "NoSuchBucket":
                     raise ConflictError(key) from error
                 raise
 

@@ -21,7 +21,7 @@ def status_of(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def _code_of(error: Any) -> str:
+def code_of(error: Any) -> str:
     """S3's own word for it, of a botocore `ClientError`; "" where it has none, as of HEAD."""
     code = str(error.response.get("Error", {}).get("Code", ""))
     # Whatever else a server puts there could quote what it was asked for.
@@ -30,7 +30,7 @@ def _code_of(error: Any) -> str:
 
 def image_error_of(error: Any) -> ImageError:
     """Why an object has no bytes, of a botocore `ClientError`."""
-    status, code = status_of(error), _code_of(error)
+    status, code = status_of(error), code_of(error)
     told = f" ({code})" if code else ""
     if status == 404:
         return ImageError(ErrorCode.MISSING, Stage.FETCH, f"no such object{told}")
@@ -81,7 +81,7 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
     except (EndpointConnectionError, NoCredentialsError, PartialCredentialsError) as error:
         raise UserError(f"{where}: {no_connection(error, endpoint)}") from error
     except ClientError as error:
-        code = _code_of(error)
+        code = code_of(error)
         if code == "NoSuchBucket":
             raise UserError(
                 f"{where}: there is no bucket '{bucket}' at {endpoint}; "
