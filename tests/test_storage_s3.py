@@ -6,7 +6,7 @@ import socket
 import pytest
 from botocore.exceptions import ClientError, ParamValidationError
 
-from lungopacity.errors import ErrorCode, ImageError, UserError
+from lungopacity.errors import TRANSIENT, ErrorCode, ImageError, UserError
 from lungopacity.storage import open_store
 from lungopacity.storage.s3_errors import image_error_of, user_errors
 
@@ -117,6 +117,15 @@ def test_a_wrong_variable_of_aws_is_said(monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=f"S3 cannot be used: {message}; check the AWS variables"):
         open_store("s3://tests/x").head("a")
+
+
+def test_a_node_without_the_profile_costs_rows_that_are_tried_again(monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "nosuch")
+    store = open_store("s3://tests/x")
+    for fetch in (store.read, lambda key: store.open_local(key).__enter__()):
+        with pytest.raises(ImageError, match=r"profile \(nosuch\) could not be found") as caught:
+            fetch("a")
+        assert caught.value.code in TRANSIENT
 
 
 def test_what_botocore_says_is_one_line():

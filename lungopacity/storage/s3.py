@@ -73,6 +73,15 @@ class S3Store:
             self._clients = clients_of(self.bucket)
         return self._clients
 
+    @property
+    def _ready_to_read(self) -> S3Clients:
+        """One node of a cluster may lack a profile: an object is not read there, and may be
+        elsewhere. Raises `ImageError`."""
+        try:
+            return self._ready
+        except UserError as error:
+            raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, str(error)) from error
+
     def _ask(self, method: str, **arguments: Any) -> Any:
         ask = getattr(self.client, method)
         return patiently(self.client.meta.endpoint_url, lambda: ask(**arguments))
@@ -157,7 +166,7 @@ class S3Store:
         )
 
     def read(self, key: str, *, etag: str | None = None) -> bytes:
-        data = self._ready.quick.read(self.prefix + key, etag)
+        data = self._ready_to_read.quick.read(self.prefix + key, etag)
         if data is not None:
             heard(self.client.meta.endpoint_url)
             return data
@@ -225,6 +234,7 @@ class S3Store:
             ReadTimeoutError,
         )
 
+        endpoint = self._ready_to_read.boto3.meta.endpoint_url
         condition = {"IfMatch": f'"{etag}"'} if etag else {}
         try:
             answer = self._ask("get_object", Bucket=self.bucket, Key=self.prefix + key, **condition)
@@ -233,7 +243,7 @@ class S3Store:
         except (ConnectTimeoutError, ReadTimeoutError) as error:
             raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time") from error
         except (BotoCoreError, OSError) as error:
-            told = no_connection(error, self.client.meta.endpoint_url)
+            told = no_connection(error, endpoint)
             raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
         md5 = hashlib.md5(usedforsecurity=False)
         received = 0
