@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from lungopacity.errors import ImageError, UserError
 from lungopacity.storage import open_store, split_uri
@@ -43,18 +44,20 @@ def table_of(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
 
 def _of_parquet(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
     try:
-        frame = pd.read_parquet(io.BytesIO(data))
+        table = pq.read_table(io.BytesIO(data))
+        frame: pd.DataFrame = table.to_pandas()
     except (ValueError, OSError) as error:
         raise UserError(f"{uri}: is no whole Parquet file ({type(error).__name__})") from error
     for column in frame.columns.intersection(list(texts)):
-        values = frame[column].astype(object)
+        # In the frame, whole numbers beside gaps are floats: of a patient's, digits would be lost.
+        values = table[column].to_pandas(integer_object_nulls=True).astype(object)
         for value in values:
             if isinstance(value, bytes | list | dict | np.ndarray):
                 raise UserError(
                     f"{uri}: column '{column}' holds {type(value).__name__} and not text; "
                     "write it as strings"
                 )
-        frame[column] = values.map(_text_of)
+        frame[column] = values.map(_text_of).to_numpy()
     return frame
 
 
@@ -62,7 +65,7 @@ def _text_of(value: Any) -> str | None:
     """As a CSV would have it: the number of a patient is a name, and an empty text is none."""
     if pd.isna(value) or value == "":
         return None
-    # Beside gaps, pandas keeps whole numbers as floats.
+    # pandas writes whole numbers beside gaps as floats.
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 

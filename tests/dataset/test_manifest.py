@@ -2,6 +2,8 @@ import gzip
 import io
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lungopacity.dataset.manifest import (
@@ -86,6 +88,14 @@ def test_what_parquet_keeps_as_numbers_are_names_and_an_empty_text_is_none(tmp_p
     assert found["patient_id"].fillna("none").tolist() == ["7", "none", "12"]
     assert found["split"].isna().all()
     assert found["patient_sex"].isna().tolist() == [False, True, True]
+
+
+def test_whole_numbers_beside_gaps_keep_all_their_digits(tmp_path):
+    numbers = [2**53, 2**53 + 1, None]
+    table = pa.table({"image": ["a", "b", "c"], "label": [0, 1, 0], "patient_id": numbers})
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = read_labels(str(tmp_path / "a.parquet"))["patient_id"]
+    assert found.fillna("none").tolist() == ["9007199254740992", "9007199254740993", "none"]
 
 
 @pytest.mark.parametrize(
