@@ -115,8 +115,8 @@ def _watched(process: psutil.Process) -> Iterator[Taken]:
 
 
 def gpu_busy() -> float | None:
-    """Of the last moment, on average over this machine's GPUs; None where there are none, or where
-    nvidia-ml-py is not installed."""
+    """Of the last moment, on average over this machine's GPUs; None where there are none, and where
+    it is not told: without nvidia-ml-py, or of a part of a GPU (MIG)."""
     import torch
 
     if not torch.cuda.is_available():
@@ -124,7 +124,8 @@ def gpu_busy() -> float | None:
     try:
         gpus = range(torch.cuda.device_count())
         return mean(torch.cuda.utilization(gpu) for gpu in gpus) / 100
-    except (ModuleNotFoundError, RuntimeError):
+    except Exception:
+        # NVML's own errors among others, which cannot be named where it is not installed.
         return None
 
 

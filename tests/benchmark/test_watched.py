@@ -41,6 +41,21 @@ def test_who_is_told_to_end_ends_what_is_measured(tmp_path, monkeypatch):
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
 
 
+def test_a_gpu_that_does_not_tell_fails_nothing(monkeypatch):
+    import torch
+
+    class NotSupportedError(Exception):
+        """As of NVML, for a part of a GPU."""
+
+    def utilization(_gpu: int) -> int:
+        raise NotSupportedError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    assert watched.gpu_busy() is None
+
+
 def test_what_a_process_took_is_told_and_why_it_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(watched, "_SAMPLE_S", 0.05)
     monkeypatch.setattr(watched, "gpu_busy", lambda: 0.5)
