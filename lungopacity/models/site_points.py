@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 from lungopacity.errors import NOTICE, ErrorCode, ImageError, UserError
@@ -30,9 +31,14 @@ def save_operating_point(uri: str, model: TrainedModel, name: str, point: Operat
         )
     document = {"notice": NOTICE, "model_id": model.model_id, "name": name, **asdict(point)}
     data = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
+    store, key = open_store(uri), _key_of(name)
     try:
-        open_store(uri).write(f"{_FOLDER}/{name}.json", data, if_absent=True)
+        store.write(key, data, if_absent=True)
     except ConflictError as error:
+        # A lost answer makes the client ask again, and meet what it wrote itself.
+        with suppress(ImageError):
+            if store.read(key) == data:
+                return
         raise UserError(
             f"{uri}: an operating point '{name}' is there already; choose another --name"
         ) from error
@@ -59,7 +65,7 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
         if not _POINT_NAME.fullmatch(name):
             raise _unknown(store, model, name)
         try:
-            document = json.loads(store.read(f"{_FOLDER}/{name}.json"))
+            document = json.loads(store.read(_key_of(name)))
             fields = OperatingPoint.__dataclass_fields__
             known = OperatingPoint(**{key: document[key] for key in fields})
             chosen_for = document["model_id"]
@@ -77,6 +83,10 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
                 f"{model.model_id}; pick it again with `lungopacity threshold`"
             )
     return replace(model, spec=replace(model.spec, operating_point=known))
+
+
+def _key_of(name: str) -> str:
+    return f"{_FOLDER}/{name}.json"
 
 
 def points_of_sites(uri: str, model: TrainedModel) -> dict[str, OperatingPoint]:

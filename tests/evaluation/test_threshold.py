@@ -116,7 +116,7 @@ def test_a_name_is_given_once_and_must_be_one(site):
     lungopacity.threshold(model, results, "youden", "taken", run_id="first")
     for name, said in (("taken", "there already"), ("../x", "letters, digits"), ("", "letters")):
         with pytest.raises(UserError, match=said):
-            lungopacity.threshold(model, results, "youden", name, run_id="first")
+            lungopacity.threshold(model, results, "sensitivity=0.8", name, run_id="first")
 
 
 def test_what_gives_no_threshold_is_refused(site, tmp_path):

@@ -13,6 +13,7 @@ from lungopacity.models import (
     save_operating_point,
     with_operating_point,
 )
+from lungopacity.storage import ConflictError, LocalStore
 from tests.models.tiny import tiny_model, write_tiny_model
 
 
@@ -22,6 +23,21 @@ def test_a_name_that_is_none_leads_nowhere(tmp_path):
     for name in ("../../labels", "", "sensitivity=0.9"):
         with pytest.raises(UserError, match=f"no operating point '{name}'; it has youden, ours$"):
             with_operating_point(str(tmp_path / "m"), model, name)
+
+
+def test_a_lost_answer_is_not_taken_for_another_of_the_name(tmp_path, monkeypatch):
+    uri = str(tmp_path / "m")
+    model, write = write_tiny_model(uri), LocalStore.write
+
+    def unheard(store: LocalStore, key: str, data: bytes, **condition: object) -> None:
+        write(store, key, data, **condition)
+        raise ConflictError(key)
+
+    monkeypatch.setattr(LocalStore, "write", unheard)
+    save_operating_point(uri, model, "ours", OperatingPoint(0.3))
+    with pytest.raises(UserError, match="'ours' is there already"):
+        save_operating_point(uri, model, "ours", OperatingPoint(0.4))
+    assert with_operating_point(uri, model, "ours").spec.operating_point.threshold == 0.3
 
 
 def test_a_model_of_one_point_says_so(tmp_path):
