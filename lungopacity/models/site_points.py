@@ -22,8 +22,13 @@ _POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 def save_operating_point(uri: str, model: TrainedModel, name: str, point: OperatingPoint) -> None:
     """Keep a site's operating point in the model's folder at `uri`.
 
-    Raises `UserError` where the name cannot be one of a file, or is taken.
+    Raises `UserError` where the name cannot be one of a file, is one of the model's own points, or
+    is taken.
     """
+    if name in model.spec.operating_points:
+        raise UserError(
+            f"--name {name}: is one of the model's own operating points; choose another --name"
+        )
     if not _POINT_NAME.fullmatch(name):
         raise UserError(
             f"--name {name!r}: use up to 100 letters, digits, '.', '_' and '-', "
@@ -54,14 +59,22 @@ def copy_operating_points(source: str, target: str) -> None:
 def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> TrainedModel:
     """The model, deciding at another of its operating points; None leaves it as it is.
 
-    Raises `UserError` where the folder at `uri` has none of that name, or one that was chosen for
-    another model: a threshold means something for the scores that it was chosen on alone.
+    Raises `UserError` where the folder at `uri` has none of that name, or two, or one that was
+    chosen for another model: a threshold means something for the scores that it was chosen on
+    alone.
     """
     if name is None:
         return model
+    store = open_store(uri)
     known = model.spec.operating_points.get(name)
-    if known is None:
-        store = open_store(uri)
+    if known is not None:
+        # Versions before this one let a site take such a name.
+        if _POINT_NAME.fullmatch(name) and store.head(_key_of(name)) is not None:
+            raise UserError(
+                f"{store.uri}/{_key_of(name)}: '{name}' is also one of the model's own operating "
+                "points; rename the file, and ask for it by its new name"
+            )
+    else:
         if not _POINT_NAME.fullmatch(name):
             raise _unknown(store, model, name)
         try:

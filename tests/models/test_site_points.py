@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,22 @@ def test_a_lost_answer_is_not_taken_for_another_of_the_name(tmp_path, monkeypatc
     save_operating_point(uri, model, "ours", OperatingPoint(0.3))
     with pytest.raises(UserError, match="'ours' is there already"):
         save_operating_point(uri, model, "ours", OperatingPoint(0.4))
+    assert with_operating_point(uri, model, "ours").spec.operating_point.threshold == 0.3
+
+
+def test_a_name_that_the_model_has_itself_is_refused(tmp_path):
+    uri = str(tmp_path / "m")
+    model = write_tiny_model(uri, operating_points={"youden": OperatingPoint(0.4)})
+    with pytest.raises(UserError, match="--name youden: is one of the model's own"):
+        save_operating_point(uri, model, "youden", OperatingPoint(0.3))
+    assert with_operating_point(uri, model, "youden").spec.operating_point.threshold == 0.4
+    # As an older version let a site do.
+    nameless = replace(model, spec=replace(model.spec, operating_points={}))
+    save_operating_point(uri, nameless, "youden", OperatingPoint(0.3))
+    with pytest.raises(UserError, match=r"/youden\.json: .* rename the file"):
+        with_operating_point(uri, model, "youden")
+    points = tmp_path / "m" / "operating_points"
+    (points / "youden.json").rename(points / "ours.json")
     assert with_operating_point(uri, model, "ours").spec.operating_point.threshold == 0.3
 
 
