@@ -47,6 +47,8 @@ def decode_deep(image: Any, data: bytes, kind: str) -> tuple[Samples, Samples | 
     has_alpha = samples.shape[2] % 2 == 0
     if kind == "tiff" and has_alpha:
         has_alpha = image.tag_v2.get(_TIFF_EXTRA, (0,))[0] == _NOT_MULTIPLIED
+    # JPEG 2000 alone may have fewer bits than 16.
+    opaque = (1 << bits_of_jpeg_2000(data)) - 1 if kind == "jpeg2000" else 65535
     rgb = samples[..., :3] if samples.shape[2] > 2 else None
     grey = np.empty(samples.shape[:2], np.uint16)
     # Some rows at a time: they stay in the cache, and what is reckoned in 32 bits stays small.
@@ -54,7 +56,7 @@ def decode_deep(image: Any, data: bytes, kind: str) -> tuple[Samples, Samples | 
         some = slice(top, top + _ROWS_AT_ONCE)
         luma = samples[some, :, 0] if rgb is None else deep_luminance(rgb[some])
         if has_alpha:
-            luma = (luma * samples[some, :, -1].astype(np.uint32) + 32767) // 65535
+            luma = (luma * samples[some, :, -1].astype(np.uint32) + opaque // 2) // opaque
         grey[some] = luma
     return grey, rgb
 

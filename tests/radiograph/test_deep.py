@@ -44,6 +44,12 @@ def tiff(samples: np.ndarray, **options: object) -> bytes:
         pytest.param(
             imagecodecs.jpeg2k_encode(GREY_RGB, level=0, bitspersample=12), id="jpeg2000-12"
         ),
+        pytest.param(
+            imagecodecs.jpeg2k_encode(
+                np.dstack([GREY_RGB, OPAQUE >> 4]), level=0, bitspersample=12
+            ),
+            id="jpeg2000-12-alpha",
+        ),
     ],
 )
 def test_a_film_of_16_bits_in_colour_keeps_all_of_them(data):
