@@ -7,7 +7,6 @@ region, profile and endpoint come from the standard AWS variables and files.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import tempfile
 import time
@@ -23,6 +22,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.ahead import ahead
 from lungopacity.storage.interface import ConflictError, ObjectInfo
 from lungopacity.storage.outage import answered, heard, patiently, trust
+from lungopacity.storage.s3_body import BodyError, take_body
 from lungopacity.storage.s3_clients import S3Clients, aws_session, clients_of
 from lungopacity.storage.s3_errors import (
     NO_CREDENTIALS,
@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     import pyarrow.fs
 
 _BODY_ATTEMPTS = 4
-"""By us: for a body that breaks off or is altered on its way, which botocore hands on as it is."""
+"""By us: for a body that breaks off or is altered on its way."""
 _BACKOFF_S = 0.2
-_CHUNK_BYTES = 1 << 20
 _LIST_THREADS = 16
 
 Pages = Sequence[dict[str, Any]]
@@ -221,7 +220,7 @@ class S3Store:
             try:
                 self._fetch_once(key, etag, take)
                 return
-            except _BodyError:
+            except BodyError:
                 if attempt == _BODY_ATTEMPTS:
                     raise
             time.sleep(_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))
@@ -245,19 +244,7 @@ class S3Store:
         except (BotoCoreError, OSError) as error:
             told = no_connection(error, endpoint)
             raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
-        md5 = hashlib.md5(usedforsecurity=False)
-        received = 0
-        for piece in _pieces(answer["Body"]):
-            md5.update(piece)
-            received += len(piece)
-            take(piece)
-        if received != answer["ContentLength"]:
-            raise _BodyError(
-                ErrorCode.UNAVAILABLE,
-                f"body cut short: {received} of {answer['ContentLength']} bytes",
-            )
-        if _etag_is_md5(answer) and md5.hexdigest() != answer["ETag"].strip('"').lower():
-            raise _BodyError(ErrorCode.DIGEST_MISMATCH, "differs from the stored MD5")
+        take_body(answer, take)
 
     def write(
         self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
@@ -316,44 +303,8 @@ class S3Store:
         return user_errors(where, self.bucket, self.client.meta.endpoint_url)
 
 
-class _BodyError(ImageError):
-    """Worth fetching again."""
-
-    def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(code, Stage.FETCH, message)
-
-
-def _pieces(body: Any) -> Iterator[bytes]:
-    """Of botocore's streaming body. Raises `_BodyError` where it breaks off, and does not take
-    for that what is raised by those who take the pieces."""
-    from botocore.exceptions import BotoCoreError, FlexibleChecksumError, ReadTimeoutError
-
-    try:
-        while piece := body.read(_CHUNK_BYTES):
-            yield piece
-    except FlexibleChecksumError as error:
-        raise _BodyError(ErrorCode.DIGEST_MISMATCH, "differs from its checksum") from error
-    except ReadTimeoutError as error:
-        raise _BodyError(ErrorCode.TIMEOUT, "the body stopped coming") from error
-    except (BotoCoreError, OSError) as error:
-        # urllib3's own exceptions are wrapped by botocore, or derive from OSError.
-        raise _BodyError(
-            ErrorCode.UNAVAILABLE, f"connection broke ({type(error).__name__})"
-        ) from error
-
-
 def _no_room(error: OSError) -> str:
     return (
         f"temporary files cannot be written ({error.strerror or type(error).__name__}); "
         "free space, or name a larger folder by TMPDIR"
     )
-
-
-def _etag_is_md5(answer: dict[str, Any]) -> bool:
-    # The ETag is no MD5 for multipart uploads (it has a dash) and under KMS or customer keys:
-    # https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
-    etag = answer["ETag"].strip('"')
-    encrypted = (
-        answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
-    )
-    return len(etag) == 32 and "-" not in etag and not encrypted
