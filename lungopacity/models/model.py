@@ -125,7 +125,9 @@ class TrainedModel:
 
     @property
     def model_id(self) -> str:
-        """16 hex digits over everything that can change a score."""
+        """16 hex digits over everything that can change a probability, a logit or an
+        out-of-distribution score. Not over `positive_class`, which decides what an ensemble's
+        disagreement, a decision and an activation map are of."""
         preprocessing = asdict(self.spec.preprocessing)
         if not preprocessing["crop_borders"]:
             # Folders of before there was a choice keep their ids.

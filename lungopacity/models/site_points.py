@@ -1,5 +1,5 @@
 """Operating points that sites add to a model's folder: `operating_points/NAME.json`, each bound to
-the model by its id."""
+the model by its id, and to the class that it decides about."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ def save_operating_point(uri: str, model: TrainedModel, name: str, point: Operat
             f"--name {name!r}: use up to 100 letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit"
         )
-    document = {"notice": NOTICE, "model_id": model.model_id, "name": name, **asdict(point)}
+    document = {
+        "notice": NOTICE,
+        "model_id": model.model_id,
+        "positive_class": model.spec.positive_class,
+        "name": name,
+        **asdict(point),
+    }
     data = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
     store, key = open_store(uri), _key_of(name)
     try:
@@ -60,7 +66,8 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
     """The model, deciding at another of its operating points; None leaves it as it is.
 
     Raises `UserError` where the folder at `uri` has none of that name, or two, or one that was
-    chosen for another model: a threshold means something for the scores that it was chosen on
+    chosen for another model or another class: a threshold means something for the scores that it
+    was chosen on
     alone.
     """
     if name is None:
@@ -82,6 +89,8 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
             fields = OperatingPoint.__dataclass_fields__
             known = OperatingPoint(**{key: document[key] for key in fields})
             chosen_for = document["model_id"]
+            # Two models that differ in it alone have one id. Files of before do not tell.
+            positive = document.get("positive_class", model.spec.positive_class)
         except ImageError as error:
             if error.code is not ErrorCode.MISSING:
                 raise UserError(
@@ -94,6 +103,12 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
             raise UserError(
                 f"{uri}: operating point '{name}' was chosen for model {chosen_for}, not for "
                 f"{model.model_id}; pick it again with `lungopacity threshold`"
+            )
+        if positive != model.spec.positive_class:
+            raise UserError(
+                f"{uri}: operating point '{name}' was chosen for the probability of {positive}, "
+                f"and the model decides about {model.spec.positive_class}; pick one with "
+                "`lungopacity threshold` under another --name"
             )
     return replace(model, spec=replace(model.spec, operating_point=known))
 

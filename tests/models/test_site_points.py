@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -77,10 +79,27 @@ def test_all_that_can_be_chosen_are_found_and_no_other(tmp_path, caplog):
     assert points_of_sites(uri, model) == {}
     ours = OperatingPoint(0.3, review_from=0.1)
     save_operating_point(uri, model, "ours", ours)
-    save_operating_point(uri, model, "youden", ours)
+    shutil.copy(f"{uri}/operating_points/ours.json", f"{uri}/operating_points/youden.json")
     save_operating_point(uri, tiny_model(seed=5), "of-another", ours)
     (tmp_path / "m" / "operating_points" / "damaged.json").write_text("{")
     assert points_of_sites(uri, model) == {"ours": ours}
     assert "left out: " in caplog.text
     assert "'of-another' was chosen for model" in caplog.text
     assert "'damaged' is damaged" in caplog.text
+
+
+def test_a_point_of_another_class_is_refused(tmp_path):
+    model = write_tiny_model(str(tmp_path / "m"))
+    other = write_tiny_model(str(tmp_path / "n"), positive_class="Normal")
+    assert other.model_id == model.model_id
+    save_operating_point(str(tmp_path / "m"), model, "ours", OperatingPoint(0.3))
+    shutil.copytree(tmp_path / "m" / "operating_points", tmp_path / "n" / "operating_points")
+    with pytest.raises(UserError, match=r"probability of Lung_Opacity, .* decides about Normal"):
+        with_operating_point(str(tmp_path / "n"), other, "ours")
+    kept = tmp_path / "n" / "operating_points" / "ours.json"
+    document = json.loads(kept.read_text())
+    assert document.pop("positive_class") == "Lung_Opacity"
+    kept.write_text(json.dumps(document))  # as it was written before
+    assert with_operating_point(str(tmp_path / "n"), other, "ours").spec.operating_point == (
+        OperatingPoint(0.3)
+    )
