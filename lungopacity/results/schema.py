@@ -15,6 +15,8 @@ from lungopacity.radiograph.quality import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
 
 SCHEMA_VERSION = 2
 """Raised when a column changes its name, type or meaning."""
+METADATA = {"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)}
+"""Of every table that is kept."""
 
 _TIME = pa.timestamp("us", tz="UTC")
 
@@ -100,7 +102,7 @@ METRICS_SCHEMA = pa.schema(
         pa.field("ci_method", pa.string()),
         pa.field("patients", pa.int64()),
     ],
-    metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
+    metadata=METADATA,
 )
 """One row a figure; what each column says is told by `evaluation.metrics.Metric`."""
 
@@ -132,7 +134,7 @@ EXPLANATIONS_SCHEMA = pa.schema(
         pa.field("chance_with_tolerance", pa.float64()),
         pa.field("chance_not_black", pa.float64()),
     ],
-    metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
+    metadata=METADATA,
 )
 """Of `lungopacity explain`, one row an image. `p`: of the positive class. `peak_x`, `peak_y`: the
 map's highest place, in pixels of the film as it is stored, null of a map of zeros. `overlay`: key
@@ -167,7 +169,7 @@ def evaluation_schema(class_names: Sequence[str]) -> pa.Schema:
             pa.field("ensemble_disagreement", pa.float32()),
             pa.field("out_of_distribution_score", pa.float32()),
         ],
-        metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
+        metadata=METADATA,
     )
 
 
@@ -216,7 +218,7 @@ def predictions_schema(class_names: Sequence[str]) -> pa.Schema:
             *score_fields(class_names),
             pa.field("label", pa.string()),
         ],
-        metadata={"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)},
+        metadata=METADATA,
     )
 
 

@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lungopacity.errors import ImageError, UserError
+from lungopacity.results.schema import METADATA
 from lungopacity.storage import open_store, split_uri
 
 _MIN_KEY_BYTES = 16
 
-_MAP_SCHEMA = pa.schema([("hashed", pa.string()), ("name", pa.string())])
+_MAP_SCHEMA = pa.schema([("hashed", pa.string()), ("name", pa.string())], metadata=METADATA)
 
 
 @dataclass(frozen=True)

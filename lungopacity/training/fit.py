@@ -37,6 +37,7 @@ from lungopacity.models import (
 )
 from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.models.pretrained import first_weights, take_weights
+from lungopacity.results.schema import METADATA
 from lungopacity.runtime import require_resources, versions
 from lungopacity.storage import join_uri, open_store
 from lungopacity.storage.lease import LEASE_S, Lease
@@ -60,9 +61,10 @@ HISTORY_SCHEMA = pa.schema(
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("images_per_s", pa.float64(), nullable=False),
         pa.field("workers", pa.int32(), nullable=False),
-    ]
+    ],
+    metadata=METADATA,
 )
-"""Of `history.parquet`; losses in nats, accuracies 0 … 1."""
+"""Of `history.parquet`; docs/reports.md tells the columns and their units."""
 
 
 @dataclass(frozen=True)

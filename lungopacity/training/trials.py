@@ -13,6 +13,7 @@ from ray import cloudpickle
 from ray import tune as ray_tune
 
 from lungopacity.errors import NOTICE
+from lungopacity.results.schema import METADATA
 from lungopacity.storage import Store, join_uri
 from lungopacity.training.search_space import Domain, draw, value_of, with_draw
 from lungopacity.training.settings import TrainingSettings
@@ -154,7 +155,8 @@ def trials_table(rows: Iterable[Mapping[str, Any]], space: Mapping[str, Domain])
             pa.field("status", pa.string(), nullable=False),
             *(pa.field(name, kind) for name, kind in kinds.items()),
             *_FIGURES,
-        ]
+        ],
+        metadata=METADATA,
     )
 
     def filled(row: Mapping[str, Any]) -> dict[str, Any]:
