@@ -1,4 +1,4 @@
-"""The README's tables and commands are held equal to the code."""
+"""The tables and commands of the README and of docs/reports.md are held equal to the code."""
 
 import ast
 import inspect
@@ -6,17 +6,30 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lungopacity import errors
 from lungopacity.cli import cli
-from lungopacity.results.schema import predictions_schema
+from lungopacity.evaluation.metrics import classification_metrics
+from lungopacity.evaluation.operating_points import decision_metrics
+from lungopacity.models import OperatingPoint
+from lungopacity.results.schema import (
+    EXPLANATIONS_SCHEMA,
+    METRICS_SCHEMA,
+    evaluation_schema,
+    predictions_schema,
+)
+from lungopacity.training.fit import HISTORY_SCHEMA
+from lungopacity.training.trials import trials_table
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+REPORTS = (ROOT / "docs" / "reports.md").read_text()
 
 
-def rows_of(title: str) -> list[list[str]]:
-    table = README.split(f"| {title} |")[1].split("\n\n")[0].splitlines()[2:]
+def rows_of(title: str, text: str = README) -> list[list[str]]:
+    table = text.split(f"| {title} |")[1].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table]
 
 
@@ -45,6 +58,39 @@ def test_every_column_stands_in_the_table():
         if not name.endswith("Lung_Opacity")
     ]
     assert told == columns
+
+
+@pytest.mark.parametrize(
+    ("title", "schema"),
+    [
+        ("### `metrics.parquet`", METRICS_SCHEMA),
+        ("### `predictions.parquet`", evaluation_schema(["Normal", "Lung_Opacity"])),
+        ("### `explain.parquet`", EXPLANATIONS_SCHEMA),
+        ("### `history.parquet`", HISTORY_SCHEMA),
+        ("### `trials.parquet`", trials_table([], {}).schema),
+    ],
+)
+def test_every_column_of_a_report_is_told_with_its_type(title, schema):
+    section = REPORTS.split(title)[1].split("\n#")[0]
+    told = {
+        name: row[1]
+        for row in rows_of("column | type", section)
+        for name in re.findall(r"`([^`]+)`", row[0])
+    }
+    kinds = {"float": "float32", "double": "float64"}
+    for field in schema:
+        name = re.sub("_(Normal|Lung_Opacity)$", "_<class>", field.name)
+        assert told.get(name) == kinds.get(str(field.type), str(field.type)), name
+
+
+def test_every_metric_of_a_report_is_told():
+    labels, p = np.array([0, 1]), np.array([[0.9, 0.1], [0.2, 0.8]])
+    metrics = [
+        *classification_metrics(labels, p, ["a", "b"], positive="b"),
+        *decision_metrics(p[:, 1], labels == 1, {"band": OperatingPoint(0.5, 0.3)}),
+    ]
+    told = {name for row in rows_of("metric", REPORTS) for name in re.findall("`([^`]+)`", row[0])}
+    assert {metric.metric for metric in metrics} <= told
 
 
 SHELL_BLOCKS = [
