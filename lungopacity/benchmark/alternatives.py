@@ -1,14 +1,15 @@
 """What a user would write instead of `lungopacity screen`, each as its own documentation has it.
 
-Each reads loose images that Pillow knows by their suffix, scores them with the same network in
-float32, and writes Parquet: image, p_…, scored_at (seconds). None of them looks at quality, keeps a
-film that cannot be read, checks a digest, or can be stopped and go on; that is what screening does
-for its time.
+Each reads loose images that Pillow knows by their suffix, decodes them to grey pixels by its own
+library, shows the network the square that screening shows it, scores in float32, and writes Parquet:
+image, p_…, scored_at (seconds). None of them looks at quality, keeps a film that cannot be read,
+checks a digest, or can be stopped and go on; that is what screening does for its time.
 
 - `dataloader`: torch's DataLoader, a worker a core, boto3 and Pillow, and a loop.
-- `ray-read-images`: `ray.data.read_images`, `map_batches` with an actor, `write_parquet`.
+- `ray-read-images`: `ray.data.read_images`, `map_batches` to squares, `map_batches` with an actor,
+  `write_parquet`.
 - `ray-download`: a list of URIs, `download()`, decoding in `map_batches`, the same actor.
-- `daft`: `download`, `decode_image`, `resize`, a class UDF, `write_parquet`.
+- `daft`: `download`, `decode_image`, a class UDF, `write_parquet`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import pyarrow.parquet as pq
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
+from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import quiet_ray_data, ray_session, worker_environment
 from lungopacity.storage import join_uri, open_store
@@ -71,7 +73,6 @@ class _Model:
         if threads is not None:
             torch.set_num_threads(threads)
         self.trained = load_model(model)
-        self.size = self.trained.spec.preprocessing.image_size
         self.device = torch.device("cuda" if use_gpu else "cpu")
         network = self.trained.network().to(self.device)
         self.network: torch.nn.Module = network.to(memory_format=torch.channels_last)
@@ -97,21 +98,22 @@ class _Model:
         return {**columns, "scored_at": np.full(len(pixels_NHW), time.time())}
 
 
-def _decoded(data: bytes, size: int) -> Pixels:
+def _square(data: bytes, preprocessing: Preprocessing) -> Pixels:
+    """What the network takes, of a file that Pillow reads."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
-        # For JPEG: decode no more pixels than are needed.
-        image.draft("L", (size, size))
-        grey = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(grey)
+        # For JPEG: decode no more pixels than screening does.
+        scale = preprocessing.at_least / max(image.size)
+        image.draft("L", (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        return preprocessing.square(np.asarray(image.convert("L")))
 
 
 class _Films:
     """A map-style dataset of torch's DataLoader."""
 
-    def __init__(self, uri: str, keys: list[str], size: int) -> None:
-        self.uri, self.keys, self.size = uri, keys, size
+    def __init__(self, uri: str, keys: list[str], preprocessing: Preprocessing) -> None:
+        self.uri, self.keys, self.preprocessing = uri, keys, preprocessing
         self.get: Callable[[str], bytes] | None = None
 
     def __len__(self) -> int:
@@ -121,7 +123,7 @@ class _Films:
         if self.get is None:
             self.get = _getter(self.uri)
         key = self.keys[index]
-        return key, _decoded(self.get(key), self.size)
+        return key, _square(self.get(key), self.preprocessing)
 
 
 def _getter(uri: str) -> Callable[[str], bytes]:
@@ -159,7 +161,7 @@ def dataloader(task: Task) -> None:
 
     scorer = _Model(task.model, task.use_gpu)
     root, keys = _image_keys(task.images)
-    films: Any = _Films(root, keys, scorer.size)
+    films: Any = _Films(root, keys, scorer.trained.spec.preprocessing)
     loader = torch.utils.data.DataLoader(
         films,
         batch_size=task.batch_size,
@@ -179,13 +181,18 @@ def ray_read_images(task: Task) -> None:
     """Ray Data's recipe for batch inference on images."""
     import ray
 
-    size = load_model(task.model).spec.preprocessing.image_size
+    preprocessing = load_model(task.model).spec.preprocessing
     filesystem, root = _filesystem(task.images)
+
+    def square(batch: dict[str, Any]) -> dict[str, Any]:
+        pixels = np.stack([preprocessing.square(film) for film in batch["image"]])
+        return {"path": batch["path"], "image": pixels}
+
     with ray_session(), _told_bytes_moved():
         quiet_ray_data()
         films = ray.data.read_images(
-            root, filesystem=filesystem, mode="L", size=(size, size), include_paths=True
-        )
+            root, filesystem=filesystem, mode="L", include_paths=True
+        ).map_batches(square)
         _write(_ray_scored(films, "path", root, task), task.output)
 
 
@@ -194,12 +201,12 @@ def ray_download(task: Task) -> None:
     import ray
     from ray.data.expressions import download
 
-    size = load_model(task.model).spec.preprocessing.image_size
+    preprocessing = load_model(task.model).spec.preprocessing
     uri, keys = _image_keys(task.images)
     filesystem, root = _filesystem(uri)
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
-        pixels = np.stack([_decoded(data, size) for data in batch["bytes"]])
+        pixels = np.stack([_square(data, preprocessing) for data in batch["bytes"]])
         return {"uri": batch["uri"], "image": pixels}
 
     with ray_session(), _told_bytes_moved():
@@ -260,11 +267,10 @@ def daft(task: Task) -> None:
     import daft
     from daft import DataType, col
     from daft.functions import decode_image, download
-    from daft.functions.image import resize
     from daft.io import IOConfig, S3Config
 
     trained = load_model(task.model)
-    size, names = trained.spec.preprocessing.image_size, trained.spec.class_names
+    preprocessing, names = trained.spec.preprocessing, trained.spec.class_names
     root, keys = _image_keys(task.images)
     config = None
     if root.startswith("s3://"):
@@ -286,12 +292,15 @@ def daft(task: Task) -> None:
             return_dtype=DataType.struct(fields), unnest=True, batch_size=task.batch_size
         )
         def score(self, films: Any) -> Any:
-            pixels_NHW = np.stack(films.to_pylist()).reshape(-1, size, size)
-            return pa.table(self.model.columns(pixels_NHW)).to_struct_array().combine_chunks()
+            # Each is (height, width, 1).
+            squares = [preprocessing.square(film[:, :, 0]) for film in films.to_pylist()]
+            return (
+                pa.table(self.model.columns(np.stack(squares))).to_struct_array().combine_chunks()
+            )
 
     frame = daft.from_pydict({"image": keys, "uri": [join_uri(root, key) for key in keys]})
     frame = frame.with_column(
-        "film", resize(decode_image(download(col("uri"), io_config=config), mode="L"), size, size)
+        "film", decode_image(download(col("uri"), io_config=config), mode="L")
     )
     frame.select(col("image"), Score().score(col("film"))).write_parquet(task.output)
 

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from lungopacity.archive.content import ReadSettings, shown_films
 from lungopacity.benchmark import alternatives, bare_loop, screen
 from lungopacity.benchmark.bare_loop import BareTask
 from lungopacity.benchmark.place import Place
@@ -21,6 +22,7 @@ from lungopacity.benchmark.screen import (
 from lungopacity.benchmark.watched import FailedError, Taken
 from lungopacity.cli import main
 from lungopacity.errors import UserError
+from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model
@@ -29,7 +31,7 @@ from tests.models.tiny import write_tiny_model
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("bench") / "model")
-    write_tiny_model(uri, image_size=64)
+    write_tiny_model(uri, preprocessing=Preprocessing(64, crop_borders=True))
     return uri
 
 
@@ -37,17 +39,17 @@ def model(tmp_path_factory):
 def test_every_way_scores_every_image_in_s3_and_ours_gives_the_bare_loops_scores(
     s3_uri, model, monkeypatch
 ):
-    # For time's sake four of the ways join one Ray, where otherwise each starts its own.
+    # For time's sake the ways of Ray join one Ray, where otherwise each starts its own.
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     store = open_store(s3_uri)
     for number in range(23):
         # Names repeat, as in archives of a folder a study.
         key = f"study-{number % 8}/IM{number // 8}.png"
-        store.write(key, encoded(grey_film(number, 200, 200)))
+        film = np.pad(grey_film(number, 200, 120 + 2 * number), ((30, 20), (40, 0)))
+        store.write(key, encoded(film))
     store.write("study-7/IM2.png", encoded(np.zeros((200, 200), np.uint8)))
     store.write("labels.csv", b"image,label\n")
-    # Ray's two recipes differ by how they read alone.
-    ways = ("bare", OURS, *(way for way in ALTERNATIVES if way != "ray-read-images"))
+    ways = ("bare", OURS, *ALTERNATIVES)
     found = screen_speeds(
         s3_uri, model, ways=ways, repeats=1, batch_size=4, limit_s=120, output=f"{s3_uri}-scratch"
     )
@@ -61,14 +63,24 @@ def test_every_way_scores_every_image_in_s3_and_ours_gives_the_bare_loops_scores
         assert speed.steady_per_s is None or speed.images_per_s < speed.steady_per_s
         assert 0 < speed.cpu_busy <= 1
         # Of a Ray that others have started, memory cannot be told.
-        of_ray = speed.way in (OURS, "ray-download")
+        of_ray = speed.way in screen._OF_RAY
         assert (speed.memory_mib is None) == of_ray == (speed.bytes_moved is not None)
     assert speeds["bare"].differs == 0
-    assert speeds[OURS].differs < 1e-6  # batches are others
-    # No crop, and square films: only the shrinking differs.
-    assert all(speeds[way].differs < 0.2 for way in ALTERNATIVES if way in speeds)
+    # Batches are others, but borders are cut and shapes kept by each way.
+    assert all(speed.differs < 1e-6 for speed in speeds.values())
     assert len(table(list(speeds.values())).splitlines()) == 1 + len(speeds)
     assert list(open_store(f"{s3_uri}-scratch").list()) == []
+
+
+def test_of_a_jpeg_too_the_other_ways_show_the_network_what_screening_shows_it():
+    settings = ReadSettings(Preprocessing(64, crop_borders=True))
+    film = np.pad(grey_film(1, 700, 500), ((100, 50), (200, 0)))
+    data = encoded(film, "JPEG", quality=92)
+    (shown,) = shown_films(data, settings)
+    assert shown.film.pixels.size < film.size  # the scale was chosen by the reader
+    expected = settings.preprocessing.pad(settings.preprocessing.fit(shown.shown))
+    found = alternatives._square(data, settings.preprocessing)
+    assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 @pytest.mark.usefixtures("ray_cluster")
