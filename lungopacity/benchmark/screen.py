@@ -28,6 +28,7 @@ from lungopacity.archive.inventory import take_inventory
 from lungopacity.benchmark import alternatives, bare_loop
 from lungopacity.benchmark.inputs import scratch_place
 from lungopacity.benchmark.place import Place
+from lungopacity.benchmark.screen_table import ScreenSpeed
 from lungopacity.benchmark.watched import FailedError, Taken, run_watched
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
@@ -68,39 +69,6 @@ class _Run:
     bytes_moved: float | None
     p: Mapping[bare_loop.Name, float]
     """Of the positive class."""
-
-
-@dataclass(frozen=True)
-class ScreenSpeed:
-    """One way to score all images."""
-
-    way: str
-    on: str = ""
-    """How many cores and GPUs it has."""
-    images: int = 0
-    """How many got a score: a way may lose some. 0: it has no figures."""
-    images_per_s: float = 0.0
-    """Of the whole job, from the start of its process to its end; median over the repeats."""
-    spread: float = 0.0
-    """Half the range of that over the repeats, as a share of the median."""
-    steady_per_s: float | None = None
-    """From the first tenth of the images to the last; median. None where there were too few."""
-    cpu_busy: float | None = None
-    """Share of the machine's CPU time, the storage server's on the same machine included. None
-    where it runs on several machines."""
-    gpu_busy: float | None = None
-    """Share of the time in which a kernel ran; None where nobody tells."""
-    memory_mib: float | None = None
-    """Largest private memory of all its processes together; None where a Ray cluster was joined,
-    whose processes are not of the way's own."""
-    store_mib: float | None = None
-    """Largest growth of shared memory, where Ray's object store lies."""
-    bytes_moved: float | None = None
-    """Through Ray's object store, an image; None where there is no Ray."""
-    differs: float | None = None
-    """Largest difference of a film's probability from the bare loop's."""
-    note: str = ""
-    """Why it was not run, or not as often as it should."""
 
 
 def screen_speeds(
@@ -187,49 +155,6 @@ def _films_of(task: _Task, runs: Mapping[str, Sequence[_Run]]) -> int:
         if runs.get(way):
             return runs[way][0].images
     return _run(bare_loop.READ_HALF, task, 0).images
-
-
-def table(speeds: Sequence[ScreenSpeed]) -> str:
-    """A line for each way; ratios are to the bare loop, where it was run on as many cores and GPUs.
-    Notes stand below."""
-    bare = next(
-        (speed for speed in speeds if speed.way == bare_loop.WHOLE and speed.images),
-        ScreenSpeed(""),
-    )
-    titles = (
-        "way", "images", "images/s", "spread", "/ bare", "steady", "/ bare", "CPU", "GPU", "MiB",
-        "store MiB", "bytes moved", "differs",
-    )  # fmt: skip
-    form = "{:<16}{:>8}{:>10}{:>8}{:>8}{:>9}{:>8}{:>6}{:>6}{:>8}{:>11}{:>13}{:>9}"
-    lines = [f"{form.format(*titles)}  on"]
-    for speed in speeds:
-        if not speed.images:
-            continue
-        alike = speed.on == bare.on
-        cells = (
-            f"{speed.images_per_s:.1f}",
-            f"{speed.spread:.0%}",
-            _ratio(speed.images_per_s, bare.images_per_s if alike else None),
-            _cell(speed.steady_per_s, ".1f"),
-            _ratio(speed.steady_per_s, bare.steady_per_s if alike else None),
-            _cell(speed.cpu_busy, ".0%"),
-            _cell(speed.gpu_busy, ".0%"),
-            _cell(speed.memory_mib, ".0f"),
-            _cell(speed.store_mib, ".0f"),
-            _cell(speed.bytes_moved, ".0f"),
-            _cell(speed.differs, ".1g"),
-        )
-        lines.append(f"{form.format(speed.way, speed.images, *cells)}  {speed.on}")
-    lines += [f"{speed.way:<16}{speed.note}" for speed in speeds if speed.note]
-    return "\n".join(lines)
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _ratio(rate: float | None, bare: float | None) -> str:
-    return f"{rate / bare:.2f}" if rate is not None and bare else ""
 
 
 def _why_not(way: str, shards: bool) -> str:
@@ -363,7 +288,6 @@ def _summed_up(
     note: str,
 ) -> ScreenSpeed:
     rates = [run.images / run.taken.seconds for run in runs]
-    median = statistics.median(rates)
     steady = [run.steady for run in runs if run.steady is not None]
     moved = [run.bytes_moved for run in runs if run.bytes_moved is not None]
     if moved:
@@ -379,9 +303,10 @@ def _summed_up(
         way=way,
         on=place.on(ray, most_gpus=1 if way in (*LIMIT, "dataloader") else None),
         images=images,
-        images_per_s=median,
-        spread=(max(rates) - min(rates)) / 2 / median,
+        images_per_s=statistics.median(rates),
+        spread=_spread(rates),
         steady_per_s=statistics.median(steady) if steady else None,
+        steady_spread=_spread(steady) if steady else None,
         cpu_busy=None if elsewhere else statistics.median(run.taken.busy for run in runs),
         gpu_busy=None if elsewhere or not gpu else statistics.mean(gpu),
         memory_mib=None if unseen else max(run.taken.memory_mib for run in runs),
@@ -392,3 +317,7 @@ def _summed_up(
         ),
         note=note,
     )
+
+
+def _spread(rates: Sequence[float]) -> float:
+    return (max(rates) - min(rates)) / 2 / statistics.median(rates)

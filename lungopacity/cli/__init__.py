@@ -11,6 +11,7 @@ ended by Ctrl-C, 143 by SIGTERM.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -73,8 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_lines("text")
     show_on_terminal()
     end_on_signals()
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["lungopacity", *map(str, given)])
     try:
-        return int(cli.main(arguments, prog_name="lungopacity", standalone_mode=False) or 0)
+        return int(
+            cli.main(given, prog_name="lungopacity", standalone_mode=False, obj=command) or 0
+        )
     except click.exceptions.Abort:
         click.echo("stopped", err=True)
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -55,12 +56,23 @@ _phantoms_option = click.option(
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
 
-def _print(speeds: Any, table: Any, as_json: bool, notes: Any = ()) -> None:
+def _print(
+    as_json: bool, notes: Sequence[str] = (), **tables: tuple[Sequence[Any], Callable[[Any], str]]
+) -> None:
+    """`tables`: by their names in JSON, the figures and what makes a table of them."""
     import json
 
-    for note in notes:
-        click.echo(note, err=as_json)
-    click.echo(json.dumps([vars(speed) for speed in speeds]) if as_json else table(speeds))
+    from lungopacity.benchmark.conditions import Conditions
+
+    conditions = Conditions.found(click.get_current_context().obj)
+    if as_json:
+        found = {name: [vars(row) for row in rows] for name, (rows, _) in tables.items()}
+        click.echo(json.dumps({**vars(conditions), "notes": list(notes), **found}))
+        return
+    click.echo("\n".join([conditions.heading(), *notes]))
+    for rows, table in tables.values():
+        if rows:
+            click.echo(f"\n{table(rows)}")
 
 
 @benchmark.command(epilog=EPILOG)
@@ -78,7 +90,7 @@ def decode(as_json: bool, **options: Any) -> int:
     """Images a second on one core, from bytes to grey pixels, by format."""
     from lungopacity.benchmark.decode import decode_speeds, table
 
-    _print(decode_speeds(**options), table, as_json)
+    _print(as_json, figures=(decode_speeds(**options), table))
     return 0
 
 
@@ -107,7 +119,7 @@ def plan(as_json: bool, **options: Any) -> int:
     """Seconds and memory of planning a night, from an inventory file against a history."""
     from lungopacity.benchmark.plan import plan_costs, table
 
-    _print(plan_costs(**options), table, as_json)
+    _print(as_json, figures=(plan_costs(**options), table))
     return 0
 
 
@@ -118,7 +130,7 @@ def publish(sizes: list[int], as_json: bool) -> int:
     """Seconds and memory of publishing a run, from its part files to its record."""
     from lungopacity.benchmark.publish import publish_costs, table
 
-    _print(publish_costs(sizes), table, as_json)
+    _print(as_json, figures=(publish_costs(sizes), table))
     return 0
 
 
@@ -162,8 +174,6 @@ def score(
 
     Milliseconds a film on one core; images a second on a GPU, or with --batch-sizes on all cores.
     """
-    import json
-
     from lungopacity.benchmark import forward
     from lungopacity.benchmark.place import NO_GPU, Place
     from lungopacity.benchmark.score import score_speeds, table
@@ -182,16 +192,8 @@ def score(
             batch_sizes=batch_sizes or forward.BATCH_SIZES,
             repeats=repeats,
         )
-    if as_json:
-        found = {"one_core": [vars(speed) for speed in one_core]}
-        found["forward"] = [vars(speed) for speed in speeds]
-        click.echo(json.dumps({**found, "notes": [] if gpus else [skipped]}))
-        return 0
-    click.echo(table(one_core))
-    if speeds:
-        click.echo(f"\n{forward.table(speeds)}")
-    if not gpus:
-        click.echo(f"\n{skipped}")
+    notes = [] if gpus else [skipped]
+    _print(as_json, notes, one_core=(one_core, table), forward=(speeds, forward.table))
     return 0
 
 
@@ -224,11 +226,12 @@ def screen(
 ) -> int:
     """Images a second of screening, beside the bare loop and other ways to do it."""
     from lungopacity.benchmark.inputs import made_up
-    from lungopacity.benchmark.screen import WAYS, screen_speeds, table
+    from lungopacity.benchmark.screen import WAYS, screen_speeds
+    from lungopacity.benchmark.screen_table import table
 
     with made_up(images, model, count=count, output=options["output"]) as given:
         speeds = screen_speeds(given.images, given.model, ways=ways or WAYS, **options)
-    _print(speeds, table, as_json, given.notes)
+    _print(as_json, given.notes, figures=(speeds, table))
     return 0
 
 
@@ -285,9 +288,10 @@ def train(
     if bool(images) != bool(labels):
         raise click.UsageError("--images and --labels belong together; give both or none")
     if images and labels:
-        _print(train_speeds(images, labels, model=model, **options), table, as_json)
+        speeds = train_speeds(images, labels, model=model, **options)
+        _print(as_json, figures=(speeds, table))
         return 0
     with made_up(None, model, count=count, output=options["output"]) as given:
         speeds = train_speeds([given.images], given.labels, model=model, **options)
-    _print(speeds, table, as_json, given.notes)
+    _print(as_json, given.notes, figures=(speeds, table))
     return 0

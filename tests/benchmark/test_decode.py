@@ -48,7 +48,7 @@ def test_the_command_prints_json(archive, capfd):
     )
     out, _ = capfd.readouterr()
     assert code == 0
-    assert {row["format"] for row in json.loads(out)} >= {"PNG", "JPEG"}
+    assert {row["format"] for row in json.loads(out)["figures"]} >= {"PNG", "JPEG"}
 
 
 def test_pages_are_films_and_what_cannot_be_decoded_is_passed_over(archive):

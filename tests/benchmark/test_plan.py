@@ -9,7 +9,7 @@ from lungopacity.errors import UserError
 
 def test_a_night_is_planned_over_each_size_and_its_cost_told(capfd):
     assert main(["benchmark", "plan", "--keys", "1000,20000", "--json"]) == 0
-    small, large = json.loads(capfd.readouterr().out)
+    small, large = json.loads(capfd.readouterr().out)["figures"]
     assert (small["keys"], small["history_rows"], small["planned"]) == (1000, 990, 10)
     assert (large["keys"], large["planned"]) == (20_000, 200)
     assert 0 < small["seconds"] < 30
@@ -21,7 +21,7 @@ def test_a_first_night_is_planned_over_a_given_archive(tmp_path, capfd):
         (tmp_path / f"{number}.png").write_bytes(b"a film")
     command = ["benchmark", "plan", "--images", str(tmp_path), "--json"]
     assert main(command) == 0
-    (cost,) = json.loads(capfd.readouterr().out)
+    (cost,) = json.loads(capfd.readouterr().out)["figures"]
     assert (cost["keys"], cost["history_rows"], cost["planned"]) == (3, 0, 3)
     assert main([*command, "--model", str(tmp_path / "none")]) == 2
 

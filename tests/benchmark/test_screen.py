@@ -14,11 +14,10 @@ from lungopacity.benchmark.screen import (
     ALTERNATIVES,
     LIMIT,
     OURS,
-    ScreenSpeed,
     screen_speeds,
     steady_rate,
-    table,
 )
+from lungopacity.benchmark.screen_table import ScreenSpeed, table
 from lungopacity.benchmark.watched import FailedError, Taken
 from lungopacity.cli import main
 from lungopacity.errors import UserError
@@ -100,7 +99,7 @@ def test_shards_are_for_those_who_read_them(tmp_path, model, capfd):
     command = ["benchmark", "screen", "--images", str(tmp_path), "--model", model]
     ways = ", ".join(("bare-score", *LIMIT[:2], "daft"))
     assert main([*command, "--ways", ways, "--repeats", "1", "--json"]) == 0
-    found = {speed["way"]: speed for speed in json.loads(capfd.readouterr().out)}
+    found = {speed["way"]: speed for speed in json.loads(capfd.readouterr().out)["figures"]}
     # What cannot be read is nowhere counted.
     assert [found[way]["images"] for way in LIMIT] == [29, 29, 29]
     assert found["daft"]["note"] == "reads no shards"
@@ -198,13 +197,23 @@ def test_the_steady_rate_counts_whole_batches():
     assert steady_rate(np.zeros(64)) is None
 
 
+def test_the_steady_rate_has_a_spread_of_its_own():
+    runs = [screen._Run(20, Taken(seconds=2.0), rate, None, {}) for rate in (9.0, 10.0, 12.0)]
+    found = screen._summed_up("bare", runs, None, None, Place(2, 0, 2, 0), "")
+    assert (found.spread, found.steady_per_s, found.steady_spread) == (0.0, 10.0, 0.15)
+
+
 def test_ratios_are_of_as_many_cores_and_gpus():
     place = Place(cores=2, gpus=0, ray_cores=64, ray_gpus=1, nodes=3, joined=True)
     bare = ScreenSpeed("bare", place.on(ray=False), 9, 10.0, steady_per_s=12.0)
-    ours = ScreenSpeed(OURS, place.on(ray=True), 9, 50.0, steady_per_s=60.0, gpu_busy=0.5)
+    ours = ScreenSpeed(
+        OURS, place.on(ray=True), 9, 50.0, steady_per_s=60.0, steady_spread=0.05, gpu_busy=0.5
+    )
     _, first, second = table([bare, ours]).splitlines()
     assert first.split() == ["bare", "9", "10.0", "0%", "1.00", "12.0", "1.00", "2", "cores"]
-    assert second.split() == [OURS, "9", "50.0", "0%", "60.0", "50%", "64", "cores,", "1", "GPU"]
+    assert second.split() == [
+        OURS, "9", "50.0", "0%", "60.0", "5%", "50%", "64", "cores,", "1", "GPU",
+    ]  # fmt: skip
 
 
 def test_several_nodes_need_a_place_that_all_can_write_to(tmp_path, model, monkeypatch):

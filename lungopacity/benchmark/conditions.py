@@ -1,0 +1,69 @@
+"""Where, when and by which versions figures were measured: without that, none can be compared."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lungopacity.benchmark.place import counted, gpus_here
+from lungopacity.errors import NOTICE
+from lungopacity.runtime import versions
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Of this machine; the figures themselves say what a Ray cluster had."""
+
+    command: str
+    measured_at: str
+    """When the last figure was there, in UTC."""
+    cpu: str
+    """Its model."""
+    cores: int
+    gpus: tuple[str, ...]
+    """Names of those that torch can use."""
+    versions: dict[str, str]
+    notice: str = NOTICE
+
+    @staticmethod
+    def found(command: str) -> Conditions:
+        """Call it when all is measured: it imports torch."""
+        import torch
+
+        installed = versions()
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed["daft"] = importlib.metadata.version("daft")
+        return Conditions(
+            command,
+            datetime.now(UTC).isoformat(timespec="seconds"),
+            _cpu(),
+            len(os.sched_getaffinity(0)),
+            tuple(torch.cuda.get_device_name(gpu) for gpu in range(gpus_here())),
+            installed,
+        )
+
+    def heading(self) -> str:
+        """The lines above a table."""
+        machine = [self.cpu, counted(self.cores, "core"), *(self.gpus or ["no GPU"])]
+        return "\n".join(
+            [
+                self.command,
+                f"{self.measured_at}, {', '.join(machine)}",
+                ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+                self.notice,
+            ]
+        )
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.machine()
