@@ -1,9 +1,10 @@
 """What a user would write instead of `lungopacity screen`, each as its own documentation has it.
 
 Each reads loose images that Pillow knows by their suffix, decodes them to grey pixels by its own
-library, shows the network the square that screening shows it, scores in float32, and writes Parquet:
-image, p_…, scored_at (seconds). None of them looks at quality, keeps a film that cannot be read,
-checks a digest, or can be stopped and go on; that is what screening does for its time.
+library, shows the network the square that screening shows it, scores in the same precision, and
+writes Parquet: image, p_…, scored_at (seconds). None of them looks at quality, keeps a film that
+cannot be read, checks a digest, or can be stopped and go on; that is what screening does for its
+time.
 
 - `dataloader`: torch's DataLoader, a worker a core, boto3 and Pillow, and a loop.
 - `ray-read-images`: `ray.data.read_images`, `map_batches` to squares, `map_batches` with an actor,
@@ -33,6 +34,7 @@ import pyarrow.parquet as pq
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
+from lungopacity.models.scorer import BFLOAT16, FLOAT32
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import quiet_ray_data, ray_session, worker_environment
@@ -61,19 +63,22 @@ class Task:
     """URI of a folder for Parquet files."""
     batch_size: int
     use_gpu: bool = False
+    precision: str = FLOAT32
+    """One of `PRECISIONS`."""
 
 
 class _Model:
     """The network of a model folder, as one would call it by hand."""
 
-    def __init__(self, model: str, use_gpu: bool, threads: int | None = None) -> None:
+    def __init__(self, task: Task, threads: int | None = None) -> None:
         """`threads`: None is torch's own choice."""
         import torch
 
         if threads is not None:
             torch.set_num_threads(threads)
-        self.trained = load_model(model)
-        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.trained = load_model(task.model)
+        self.device = torch.device("cuda" if task.use_gpu else "cpu")
+        self.half = task.precision == BFLOAT16
         network = self.trained.network().to(self.device)
         self.network: torch.nn.Module = network.to(memory_format=torch.channels_last)
 
@@ -85,7 +90,9 @@ class _Model:
         with torch.inference_mode():
             x_N1HW = torch.from_numpy(pixels_NHW).to(self.device).unsqueeze(1).float().div_(255)
             x_N1HW = x_N1HW.sub_(settings.mean).div_(settings.std)
-            logits_NK = self.network(x_N1HW.contiguous(memory_format=torch.channels_last))
+            x_N1HW = x_N1HW.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                logits_NK = self.network(x_N1HW)
         return self.trained.spec.probabilities(logits_NK.float().cpu().numpy())
 
     def columns(self, pixels_NHW: Pixels) -> dict[str, Any]:
@@ -159,7 +166,7 @@ def dataloader(task: Task) -> None:
     """torch's DataLoader and a loop."""
     import torch.utils.data
 
-    scorer = _Model(task.model, task.use_gpu)
+    scorer = _Model(task)
     root, keys = _image_keys(task.images)
     films: Any = _Films(root, keys, scorer.trained.spec.preprocessing)
     loader = torch.utils.data.DataLoader(
@@ -236,7 +243,7 @@ def _ray_scored(films: Any, name: str, root: str, task: Task) -> Any:
 
     class Score:
         def __init__(self) -> None:
-            self.model = _Model(task.model, task.use_gpu, threads)
+            self.model = _Model(task, threads)
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
             films = np.ascontiguousarray(batch["image"])
@@ -286,7 +293,7 @@ def daft(task: Task) -> None:
     @daft.cls(gpus=1 if task.use_gpu else 0)
     class Score:
         def __init__(self) -> None:
-            self.model = _Model(task.model, task.use_gpu)
+            self.model = _Model(task)
 
         @daft.method.batch(
             return_dtype=DataType.struct(fields), unnest=True, batch_size=task.batch_size
@@ -316,6 +323,7 @@ def ours(task: Task) -> None:
             task.output,
             batch_size=task.batch_size,
             use_gpu=task.use_gpu,
+            precision=task.precision,
             reject_quality=(),
         )
 

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,9 @@ from lungopacity.archive.reading import read_files
 from lungopacity.archive.stream import read_tasks
 from lungopacity.errors import ImageError
 from lungopacity.models import TrainedModel, load_model
+from lungopacity.models.scorer import FLOAT32, Scorer
 from lungopacity.results.schema import class_column
 from lungopacity.storage import open_store
-
-if TYPE_CHECKING:
-    from lungopacity.models.scorer import Scorer
 
 WHOLE, READ_HALF, SCORE_HALF = "bare", "bare-read", "bare-score"
 """The loop, and its halves: reading and decoding alone, and the forward pass alone."""
@@ -66,6 +64,8 @@ class BareTask:
     """A local folder."""
     batch_size: int
     use_gpu: bool = False
+    precision: str = FLOAT32
+    """See `Scorer`."""
     films: int = 0
     """Of the forward pass alone: how many it scores."""
 
@@ -157,12 +157,12 @@ def _process(
         return
     if task.way == SCORE_HALF:
         films = _same_films(uri, turns, task.films, trained, taken)
-    scorer = None if task.way == READ_HALF else _scorer(trained, task.use_gpu)
+    scorer = None if task.way == READ_HALF else _scorer(trained, task)
     _write([_scored(scorer, *batch) for batch in _batches(films, task.batch_size)], output)
 
 
 def _score_what_comes(task: BareTask, room: _Room, workers: Sequence[Any]) -> None:
-    scorer = _scorer(load_model(task.model), task.use_gpu)
+    scorer = _scorer(load_model(task.model), task)
     pixels, tables = room.pixels(), []
     decoding = len(workers)
     while decoding:
@@ -180,10 +180,8 @@ def _score_what_comes(task: BareTask, room: _Room, workers: Sequence[Any]) -> No
     _write(tables, f"{task.output}/scored.parquet")
 
 
-def _scorer(trained: TrainedModel, use_gpu: bool) -> Scorer:
-    from lungopacity.models.scorer import Scorer
-
-    return Scorer(trained, use_gpu=use_gpu, threads=1)
+def _scorer(trained: TrainedModel, task: BareTask) -> Scorer:
+    return Scorer(trained, use_gpu=task.use_gpu, threads=1, precision=task.precision)
 
 
 def _scored(scorer: Scorer | None, names: Sequence[Name], pixels_NHW: Pixels) -> pa.Table:

@@ -13,10 +13,10 @@ from statistics import median
 from lungopacity.benchmark.inputs import fresh_model
 from lungopacity.errors import UserError
 from lungopacity.models import check_network
+from lungopacity.models.scorer import BFLOAT16, PRECISIONS, Scorer
 from lungopacity.progress import Progress
 from lungopacity.runtime import KEEP_FREED_MEMORY, alone, environment
 
-PRECISIONS = ("float32", "bfloat16")
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)
 _LEAST_SECONDS = 0.2
 """Of one repeat: batches are run until so much has passed."""
@@ -67,7 +67,6 @@ def _measured(
     import torch
 
     from lungopacity.models.normalise import normalise
-    from lungopacity.models.scorer import Scorer
 
     model = fresh_model(name)
     scorer = Scorer(model, use_gpu=use_gpu)
@@ -90,7 +89,7 @@ def _measured(
     for precision in precisions:
         for batch_size in batch_sizes:
             rate = None
-            half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+            half = torch.autocast(device.type, torch.bfloat16, enabled=precision == BFLOAT16)
             try:
                 with torch.inference_mode(), half:
                     batch_NHW = films_NHW[:batch_size].to(device)

@@ -32,6 +32,7 @@ from lungopacity.benchmark.screen_table import ScreenSpeed
 from lungopacity.benchmark.watched import FailedError, Taken, run_watched
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
+from lungopacity.models.scorer import FLOAT32, check_precision
 from lungopacity.progress import Progress
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import KEEP_FREED_MEMORY
@@ -59,6 +60,8 @@ class _Task:
     place: Place
     output: str | None
     """URI of a place for what Ray's ways write; None: a local folder."""
+    precision: str = FLOAT32
+    """Of the ways that have a GPU."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,16 @@ def screen_speeds(
     batch_size: int = 64,
     limit_s: float = 3600.0,
     use_gpu: bool | None = None,
+    precision: str = FLOAT32,
     output: str | None = None,
 ) -> list[ScreenSpeed]:
     """Run every way `repeats` times, in turns.
 
     images, model: URIs. `limit_s`: a run that takes longer is ended: some ways hang where they have
-    too few CPUs. `use_gpu`: None uses what there is. `output`: URI of a place for what Ray's ways
-    write, which is removed again; needed where the Ray cluster has several nodes. Raises
-    `UserError` for an unknown way and for nothing to read; of a way that fails, the note says so.
+    too few CPUs. `use_gpu`: None uses what there is. `precision`: of the forward pass, see
+    `Scorer`. `output`: URI of a place for what Ray's ways write, which is removed again; needed
+    where the Ray cluster has several nodes. Raises `UserError` for an unknown way and for nothing
+    to read; of a way that fails, the note says so.
     """
     unknown = sorted(set(ways) - set(WAYS))
     if unknown:
@@ -97,12 +102,13 @@ def screen_speeds(
     positive = class_column("p", load_model(model).spec.positive_class)
     objects = take_inventory(images).objects
     place = Place.found(use_gpu)
+    check_precision(precision, place.gpus > 0 or place.ray_gpus > 0)
     if place.nodes > 1 and output is None and set(ways) & set(_OF_RAY):
         raise UserError(
             f"the Ray cluster has {place.nodes} nodes; say with --output URI where all of them can "
             "write"
         )
-    task = _Task(images, model, batch_size, limit_s, positive, place, output)
+    task = _Task(images, model, batch_size, limit_s, positive, place, output, precision)
     shards = sum(objects["is_shard"].to_pylist())
     notes = {way: _why_not(way, shards > 0) for way in ways}
     able = [way for way in ways if not notes[way]]
@@ -239,12 +245,13 @@ def _started(way: str, task: _Task, folder: Path, output: str, films: int = 0) -
     """Run it to its end; what it printed, and what it took. Raises `FailedError`."""
     place = task.place
     use_gpu = (place.ray_gpus if way in _OF_RAY else place.gpus) > 0
+    precision = task.precision if use_gpu else FLOAT32
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "DAFT_ANALYTICS_ENABLED": "0"}
     if way == OURS:
         arguments = ["-m", "lungopacity.cli", "screen", "--archive", task.images]
         arguments += ["--model", task.model, "--output", output]
         arguments += ["--batch-size", str(task.batch_size)]
-        arguments += ["--use-gpu" if use_gpu else "--no-gpu"]
+        arguments += ["--use-gpu" if use_gpu else "--no-gpu", "--precision", precision]
         # Score what the others score, and end well whatever could not be read.
         arguments += ["--reject-quality", "none", "--max-failed-fraction", "1"]
         # 1: done, with images that could not be read.
@@ -256,6 +263,7 @@ def _started(way: str, task: _Task, folder: Path, output: str, films: int = 0) -
         "output": output,
         "batch_size": task.batch_size,
         "use_gpu": use_gpu,
+        "precision": precision,
     }
     # As in the workers of Ray that `lungopacity` starts.
     environment |= KEEP_FREED_MEMORY

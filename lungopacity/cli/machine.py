@@ -214,6 +214,13 @@ def score(
 )
 @click.option("--batch-size", type=int, default=64, show_default=True)
 @_gpu_option
+@click.option(
+    "--precision",
+    metavar="NAME",
+    default="float32",
+    show_default=True,
+    help="Of the forward pass on a GPU: float32 or bfloat16.",
+)
 @_output_option
 @_json_option
 def screen(

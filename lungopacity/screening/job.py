@@ -14,6 +14,7 @@ from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.drift import Sample
 from lungopacity.models import TrainedModel, load_model, with_operating_point
+from lungopacity.models.scorer import FLOAT32, check_precision
 from lungopacity.results.folder import read_run
 from lungopacity.results.query import files_of_runs, predictions_of
 from lungopacity.results.schema import check_class_columns, class_column
@@ -45,6 +46,8 @@ class ScreeningJob:
     """Of the run that scores and mixes are compared with."""
     explain: bool = False
     """Write a picture of each positive film, see `Explainer`."""
+    precision: str = FLOAT32
+    """Of the forward pass, one of `PRECISIONS`."""
     noted: Mapping[str, Any] = field(default_factory=dict)
     """More for the commit record."""
 
@@ -67,6 +70,7 @@ class ScreeningJob:
             "threshold": self.model.spec.operating_point.threshold,
             "review_from": self.model.spec.operating_point.review_from,
             "explain": self.explain,
+            "precision": self.precision,
         }
 
 
@@ -88,6 +92,7 @@ def screening_job(
     baseline: str | None = None,
     operating_point: str | None = None,
     explain: bool = False,
+    precision: str = FLOAT32,
     noted: Mapping[str, Any] | None = None,
 ) -> ScreeningJob:
     """Read and check what a run needs, before anything is listed.
@@ -99,6 +104,7 @@ def screening_job(
     of objects are hashed, too; `key_map`: folder that keeps the names (default: beside `output`).
     `operating_point`: name of one that the model folder has; None is its own choice. `explain`:
     a picture of each positive film is written below `explanations/`.
+    `precision`: float32, or on GPUs bfloat16, whose scores are a little different.
     `labels`: a labels file, for metrics. `baseline`: id of a published run of the same model, to
     measure drift against. `use_gpu`: None uses what the cluster has. `gpus_per_actor`,
     `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
@@ -107,6 +113,7 @@ def screening_job(
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     if not 0 <= max_failed_fraction <= 1:
         raise UserError(f"--max-failed-fraction must be from 0 to 1, not {max_failed_fraction}")
+    check_precision(precision, use_gpu is not False)
     if hash_keys and hmac_key is None:
         raise UserError("--hash-keys needs --hmac-key FILE")
     if key_map is not None and not hash_keys:
@@ -139,6 +146,7 @@ def screening_job(
         model_actors=model_actors,
         operating_point=operating_point,
         explain=explain,
+        precision=precision,
         baseline=None if baseline is None else _baseline(results, baseline, trained),
         noted={**(noted or {}), **({} if baseline is None else {"baseline": baseline})},
     )

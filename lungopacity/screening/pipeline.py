@@ -53,18 +53,20 @@ def screen_objects(
     work: str,
     resources: ScoringResources,
     batch_size: int,
-    explainer: Explainer | None = None,
+    explainer: Explainer | None,
+    precision: str,
 ) -> Iterator[Counter[str]]:
     """Screen the objects of `PLAN_SCHEMA`; yields, for each part file that has landed, its counts
     of images (`ok`, `rejected`, `failed`) and of finished `objects`. `explainer`: positive films
-    get pictures.
+    get pictures. `precision`: see `Scorer`.
 
     Raises `UserError` where part files cannot be written.
     """
     import ray
 
     attempt = f"{work}attempt={uuid.uuid4().hex}/"
-    scoring = ray.put(model), resources, OUT_OF_DISTRIBUTION in settings.reject_quality, explainer
+    unlike = OUT_OF_DISTRIBUTION in settings.reject_quality
+    scoring = ray.put(model), resources, unlike, explainer, precision
     cpus = int(capacity()["CPU"])
     if resources.apart or not divide_evenly(objects, cpus):
         images = stream_images(archive_uri, read_tasks(objects), settings)

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from lungopacity.archive.inventory import Inventory, inventory_of
 from lungopacity.errors import TRANSIENT, Status, UserError
+from lungopacity.models.scorer import FLOAT32
 from lungopacity.results.folder import read_run
 from lungopacity.results.query import files_of_runs, predictions_of
 from lungopacity.screening.finish import ScreeningResult
@@ -60,6 +61,7 @@ def retry(
         labels=labels,
         operating_point=settings.get("operating_point"),
         explain=settings.get("explain", False),
+        precision=settings.get("precision", FLOAT32),
         batch_size=settings.get("batch_size", 64),
         use_gpu=use_gpu,
         noted={"retry_of": run_id},

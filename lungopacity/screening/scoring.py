@@ -34,13 +34,19 @@ class ScoreImages:
         resources: ScoringResources,
         reject_unlike: bool,
         explainer: Explainer | None,
+        precision: str,
     ) -> None:
         import ray
 
         from lungopacity.models.scorer import Scorer
 
         self.model: TrainedModel = ray.get(model)
-        self.scorer = Scorer(self.model, use_gpu=resources.use_gpu, threads=resources.threads)
+        self.scorer = Scorer(
+            self.model,
+            use_gpu=resources.use_gpu,
+            threads=resources.threads,
+            precision=precision,
+        )
         self.reject_unlike = reject_unlike
         self.explainer = explainer
         self.schema = part_schema(self.model.spec.class_names)

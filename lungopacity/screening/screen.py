@@ -21,6 +21,7 @@ from lungopacity.archive.inventory import Inventory, below, left_out, list_archi
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import Status, UserError
 from lungopacity.models.compiled import loaded
+from lungopacity.models.scorer import check_precision
 from lungopacity.progress import Progress
 from lungopacity.results.folder import RESULTS_FILE
 from lungopacity.results.schema import PLAN_SCHEMA
@@ -243,9 +244,9 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
         # The actors would find it out, too, but nobody reads their logs.
         model = replace(model, compiled=None)
     with ray_session():
-        resources = ScoringResources.of_cluster(
-            resolve_gpu(job.use_gpu), job.gpus_per_actor, job.model_actors
-        )
+        use_gpu = resolve_gpu(job.use_gpu)
+        check_precision(job.precision, use_gpu)
+        resources = ScoringResources.of_cluster(use_gpu, job.gpus_per_actor, job.model_actors)
         counts: Counter[str] = Counter()
         # How many images a shard holds is known only once it has been read.
         with Progress("Screening", total=None if shards else todo.num_rows) as progress:
@@ -259,6 +260,7 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
                 resources,
                 job.batch_size,
                 Explainer(plan.start.run_id) if job.explain else None,
+                job.precision,
             ):
                 end_if_told()
                 counts += part

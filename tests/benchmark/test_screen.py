@@ -116,7 +116,7 @@ def test_one_scorer_that_all_feed_gives_the_same_scores(tmp_path, model):
     rows = pq.read_table(tmp_path / "scored.parquet").to_pandas().set_index("image")
     trained = bare_loop.load_model(model)
     pixels_NHW = np.stack([trained.spec.preprocessing.square(film) for film in films])
-    scorer = bare_loop._scorer(trained, use_gpu=False)
+    scorer = bare_loop._scorer(trained, task)
     expected_NK = scorer.probabilities(scorer.logits(pixels_NHW))
     found_N = rows["p_Lung_Opacity"][[f"{number}.png" for number in range(7)]]
     np.testing.assert_allclose(found_N, expected_NK[:, 1], atol=1e-6)
@@ -175,7 +175,29 @@ def test_every_way_is_given_the_same(tmp_path, monkeypatch):
     # Many damaged films, and films of poor quality, are scored by the others as well.
     assert " ".join(arguments).endswith("--reject-quality none --max-failed-fraction 1")
     assert "--no-gpu" in arguments
+    assert "--precision float32" in " ".join(arguments)
     assert {environment["MALLOC_MMAP_MAX_"] for _, environment in asked.values()} == {"0"}
+
+
+def test_a_precision_is_of_every_way_that_has_a_gpu(tmp_path, monkeypatch):
+    asked = {}
+
+    def run_watched(arguments, environment, limit_s, log, good=(0,)):
+        asked[way] = arguments
+        return "", Taken()
+
+    monkeypatch.setattr(screen, "run_watched", run_watched)
+    # A GPU in the cluster, and none here.
+    place = Place(2, 0, 8, 1)
+    task = screen._Task("films", "model", 8, 60.0, "p_x", place, None, "bfloat16")
+    given = tmp_path / "way.json"
+    for way in screen.WAYS:
+        screen._started(way, task, tmp_path, "output")
+        expected = "bfloat16" if way in screen._OF_RAY else "float32"
+        if way == OURS:
+            assert f"--precision {expected}" in " ".join(asked[way])
+        else:
+            assert json.loads(given.read_text())["precision"] == expected
 
 
 @pytest.mark.parametrize(("cpus", "actors", "threads"), [(2, 1, 2), (4, 2, 2), (64, 62, 1)])
@@ -188,7 +210,7 @@ def test_rays_recipes_compute_on_every_cpu(cpus, actors, threads, monkeypatch):
     monkeypatch.setattr(alternatives, "_Model", lambda *given: given)
     task = alternatives.Task("ray-download", "films", "model", "output", 8)
     found = alternatives._ray_scored(Films(), "uri", "films", task)
-    assert found == (("model", False, threads), actors)
+    assert found == ((task, threads), actors)
 
 
 def test_the_steady_rate_counts_whole_batches():
@@ -234,3 +256,6 @@ def test_wrong_options_are_refused(tmp_path, model):
         screen_speeds(str(tmp_path), model, ways=["fast"])
     with pytest.raises(UserError, match="--repeats"):
         screen_speeds(str(tmp_path), model, repeats=0)
+    open_store(str(tmp_path)).write("a.png", encoded(grey_film(1)))
+    with pytest.raises(UserError, match="--precision bfloat16 needs a GPU"):
+        screen_speeds(str(tmp_path), model, precision="bfloat16", use_gpu=False)

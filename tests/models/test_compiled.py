@@ -90,6 +90,12 @@ def test_threads_and_batches_change_no_bit():
     assert len(Scorer(model).logits(pixels_NHW[:0])) == 0
 
 
+def test_bfloat16_is_for_torch_alone():
+    model = compiled(tiny_model())
+    assert Scorer(model).compiled is not None
+    assert Scorer(model, precision="bfloat16").compiled is None
+
+
 def test_an_ensemble_of_two_sizes_says_compiled_what_it_says_in_torch():
     members = [model_of("classical-cnn", 64), model_of("classical-cnn", 45)]
     settings = EnsembleSettings(

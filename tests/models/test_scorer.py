@@ -4,7 +4,7 @@ import torch
 
 from lungopacity.errors import UserError
 from lungopacity.models import NETWORK_NAMES, build_network
-from lungopacity.models.scorer import Scorer
+from lungopacity.models.scorer import Scorer, check_precision
 from tests.models.tiny import tiny_model
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 32, 32), dtype=np.uint8)
@@ -39,3 +39,27 @@ def test_every_network_gives_one_logit_a_class(name, classes):
 def test_an_unknown_network_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="unknown model 'lenet'; known: classical-cnn"):
         build_network("lenet", 2)
+
+
+def test_in_bfloat16_scores_move_a_little():
+    """As on a GPU, but for the device."""
+    exact, scorer = Scorer(tiny_model()), Scorer(tiny_model(), precision="bfloat16")
+    expected, found = exact.scores(PIXELS), scorer.scores(PIXELS)
+    assert {found.logits_NK.dtype, found.features_NF.dtype} == {np.dtype(np.float32)}
+    moved = np.abs(scorer.probabilities(found.logits_NK) - exact.probabilities(expected.logits_NK))
+    assert 0 < moved.max() < 0.02
+    # What a bfloat16 layer gives ends in zeros.
+    assert np.any(found.logits_NK.view(np.uint32) & 0xFFFF)
+
+
+@pytest.mark.parametrize(
+    ("precision", "use_gpu", "said"),
+    [
+        ("float16", True, "--precision: 'float16' is none of float32, bfloat16"),
+        ("bfloat16", False, "--precision bfloat16 needs a GPU; use one, or float32"),
+    ],
+)
+def test_a_precision_that_is_none_is_refused(precision, use_gpu, said):
+    with pytest.raises(UserError, match=said):
+        check_precision(precision, use_gpu)
+    check_precision("float32", use_gpu)

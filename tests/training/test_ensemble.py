@@ -98,6 +98,13 @@ def test_a_film_is_as_unlike_as_its_members_find_on_the_whole(members, tmp_path)
     np.testing.assert_allclose(unlike(both), np.sqrt(np.mean(np.square(each), axis=0)), rtol=1e-3)
 
 
+def test_in_bfloat16_its_scores_move_a_little(members, tmp_path):
+    both = ensemble(members[0], str(tmp_path / "both"))
+    found = Scorer(both, precision="bfloat16").scores(squares(both))
+    np.testing.assert_allclose(found.logits_NK, Scorer(both).logits(squares(both)), atol=0.05)
+    assert found.disagreement_N.dtype == np.float32
+
+
 def test_members_of_two_sizes_share_one_decoded_film(tmp_path):
     uris = [str(tmp_path / name) for name in "ab"]
     small, large = folder(uris[0], 1, size=32), folder(uris[1], 2, size=64)
