@@ -6,13 +6,13 @@ The films lie in the device's memory already: what reading and copying would add
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from lungopacity.benchmark.inputs import fresh_model
 from lungopacity.errors import UserError
-from lungopacity.models import check_network
+from lungopacity.models import TrainedModel, check_network, load_model
 from lungopacity.models.scorer import BFLOAT16, PRECISIONS, Scorer
 from lungopacity.progress import Progress
 from lungopacity.runtime import KEEP_FREED_MEMORY, alone, environment
@@ -24,9 +24,10 @@ _LEAST_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class ForwardSpeed:
-    """One network, precision and batch size; fresh weights."""
+    """One network, precision and batch size."""
 
     network: str
+    """Its name, or the URI of a model folder."""
     device: str
     """The GPU's name, or the number of CPU threads."""
     precision: str
@@ -56,19 +57,31 @@ def forward_speeds(
     with Progress("Forward passes", total=len(networks), unit="networks") as progress:
         for name in networks:
             with environment({} if use_gpu else KEEP_FREED_MEMORY):
-                speeds += alone(_measured, name, use_gpu, precisions, sorted(batch_sizes), repeats)
+                speeds += alone(
+                    _measured, fresh_model, name, use_gpu, precisions, sorted(batch_sizes), repeats
+                )
             progress.advance(1)
     return speeds
 
 
+def speeds_on_gpu(model: str, repeats: int = 5) -> list[ForwardSpeed]:
+    """Of the model folder at this URI, in every precision and batch size. Raises `UserError`."""
+    return alone(_measured, load_model, model, True, PRECISIONS, BATCH_SIZES, repeats)
+
+
 def _measured(
-    name: str, use_gpu: bool, precisions: Sequence[str], batch_sizes: Sequence[int], repeats: int
+    model_of: Callable[[str], TrainedModel],
+    name: str,
+    use_gpu: bool,
+    precisions: Sequence[str],
+    batch_sizes: Sequence[int],
+    repeats: int,
 ) -> list[ForwardSpeed]:
     import torch
 
     from lungopacity.models.normalise import normalise
 
-    model = fresh_model(name)
+    model = model_of(name)
     scorer = Scorer(model, use_gpu=use_gpu)
     preprocessing, network = model.spec.preprocessing, scorer.network
     device = torch.device("cuda" if use_gpu else "cpu")

@@ -81,16 +81,40 @@ def _print(
     "--model",
     metavar="URI",
     default=None,
-    help="Whose input JPEGs are decoded to. Default: 224 px.",
+    help="Whose input JPEGs are decoded to (default: 224 px). On a GPU it is timed, too: how many "
+    "cores keep the GPU fed.",
 )
 @click.option("--count", type=int, default=24, show_default=True, help="How many films.")
 @click.option("--repeats", type=int, default=9, show_default=True)
+@click.option(
+    "--core-hour",
+    metavar="DOLLARS",
+    type=click.FloatRange(min=0),
+    default=0.04,
+    show_default=True,
+    help="For the cost of a million images.",
+)
+@click.option(
+    "--gpu-hour", metavar="DOLLARS", type=click.FloatRange(min=0), default=2.5, show_default=True
+)
 @_json_option
-def decode(as_json: bool, **options: Any) -> int:
+def decode(
+    as_json: bool, model: str | None, core_hour: float, gpu_hour: float, **options: Any
+) -> int:
     """Images a second on one core, from bytes to grey pixels, by format."""
+    from lungopacity.benchmark import feeding, forward
     from lungopacity.benchmark.decode import decode_speeds, table
+    from lungopacity.benchmark.place import NO_GPU, gpus_here
 
-    _print(as_json, figures=(decode_speeds(**options), table))
+    decoded = decode_speeds(model=model, **options)
+    scored: list[forward.ForwardSpeed] = []
+    notes = []
+    if model is not None and gpus_here():
+        scored = forward.speeds_on_gpu(model)
+    elif model is not None:
+        notes.append(f"cores that keep a GPU fed: skipped: {NO_GPU}")
+    fed = feeding.feeding(decoded, scored, core_hour, gpu_hour)
+    _print(as_json, notes, figures=(decoded, table), feeding=(fed, feeding.table))
     return 0
 
 
