@@ -35,7 +35,7 @@ def a_task(tmp_path, monkeypatch):
     task = pipeline._together(
         archive.uri,
         ReadSettings(model.spec.preprocessing),
-        (ray.put(model), ScoringResources(1, 1, 1.0, 0.0, 1, False), False, None),
+        (ray.put(model), ScoringResources(1, 1, 1.0, 0.0, 1, False), False, None, "float32"),
         results,
         "_work/run/attempt=1/",
         8,
