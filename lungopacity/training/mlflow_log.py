@@ -49,6 +49,8 @@ class MlflowLog(RunLog):
                 self._client.create_experiment(name) if found is None else found.experiment_id
             )
         self._run: str | None = None
+        self._written: set[tuple[str, int]] = set()
+        """Names and epochs of the figures that a run that goes on has already."""
 
     def start(self, run: str, settings: Mapping[str, bool | float | str], output: str) -> None:
         from mlflow.entities import Param
@@ -63,8 +65,13 @@ class MlflowLog(RunLog):
         if found:
             self._run = str(found[0].info.run_id)
             self._client.update_run(self._run, status="RUNNING")
-            history = self._client.get_metric_history(self._run, "validation_loss")
-            self.told = {metric.step for metric in history}
+            # One that was killed as it told an epoch has some of its figures.
+            self._written = {
+                (name, metric.step)
+                for name in found[0].data.metrics
+                for metric in self._client.get_metric_history(self._run, name)
+            }
+            self.told = {step for name, step in self._written if name == "validation_loss"}
             return
         tags = {_RUN_TAG: run, _OUTPUT_TAG: output, "mlflow.note.content": NOTICE}
         made = self._client.create_run(
@@ -95,7 +102,11 @@ class MlflowLog(RunLog):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
+        metrics = [
+            Metric(name, float(value), now, step)
+            for name, value in values.items()
+            if (name, step) not in self._written
+        ]
         self._client.log_batch(self._run, metrics=metrics)
 
 

@@ -125,7 +125,7 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
     card = model_card(
         spec,
         "0" * 16,
-        METRICS[4:5],
+        [item for item in METRICS if item.group == "patient_sex=F"],
         split="test",
         unreadable=0,
         unknown_patients=0,
