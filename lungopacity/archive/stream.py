@@ -27,8 +27,8 @@ _EVEN_SHARDS = 4
 most: all but one wait for a last one."""
 _BLOCK_BYTES = 8 << 20
 """Blocks between stages. Ray's 128 MiB would hold thousands of images back from the model."""
-_RETRIES = 3
-"""Of a task whose process dies. Ray Data's own default is for ever."""
+RETRIES = 3
+"""Of a task or actor whose process dies. Ray Data's own default is for ever."""
 
 
 def read_tasks(objects: pa.Table, readers: int = 1) -> Iterator[pa.Table]:
@@ -69,10 +69,11 @@ def stream(
     import ray
 
     quiet_ray_data()
-    ray.data.DataContext.get_current().target_max_block_size = block_bytes
     # from_blocks keeps one block a table, where other sources merge small ones into one task, and
     # from_arrow first runs a Ray task for each, to ask for its schema.
     blocks = ray.data.from_blocks(list(tasks))
+    # Of this dataset alone: the caller may have others.
+    blocks.context.target_max_block_size = block_bytes
     with quiet_about_remote_arguments():
         return blocks.map_batches(
             function,
@@ -80,7 +81,7 @@ def stream(
             batch_format="pyarrow",
             num_cpus=1,
             zero_copy_batch=True,
-            max_retries=_RETRIES,
+            max_retries=RETRIES,
             **options,
         )
 

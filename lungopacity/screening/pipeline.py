@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.stream import (
+    RETRIES,
     counted_images,
     divide_evenly,
     read_tasks,
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     import ray.data
 
 _MODELS_A_WRITER = 8
-_RETRIES = 3
-"""Of a task or actor whose process dies. Ray's own default for actors is for ever."""
 
 
 def screen_objects(
@@ -165,8 +164,8 @@ def _apart(
             compute=ray.data.ActorPoolStrategy(
                 min_size=resources.min_actors, max_size=resources.max_actors
             ),
-            max_restarts=_RETRIES,
-            max_task_retries=_RETRIES,
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
             runtime_env=worker_environment(resources.use_gpu),
         )
         # Actors, for Ray ends a worker that had no task for a second, and a new one takes two
@@ -181,6 +180,6 @@ def _apart(
             compute=ray.data.ActorPoolStrategy(
                 min_size=1, max_size=-(-resources.max_actors // _MODELS_A_WRITER)
             ),
-            max_restarts=_RETRIES,
-            max_task_retries=_RETRIES,
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
         )

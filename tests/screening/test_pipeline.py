@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import pytest
 import lungopacity
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.stream import stream
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.screening import pipeline, screen
@@ -64,6 +66,20 @@ def test_nothing_more_is_read_where_a_part_cannot_be_written(a_task, monkeypatch
     monkeypatch.setattr(results, "write", full)
     (report,) = reports()
     assert report["error"].to_pylist() == ["no space"]
+
+
+def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks():
+    import ray
+
+    before = ray.data.DataContext.get_current().target_max_block_size
+
+    def reports(_: pa.Table) -> Iterator[pa.Table]:
+        yield from (pa.table({"part": [number]}) for number in range(3))
+
+    heard = stream([pa.table({"object": [1]})], reports, block_bytes=1)
+    parts = heard.iter_batches(batch_size=None, batch_format="pyarrow")
+    assert [part["part"].to_pylist() for part in parts] == [[0], [1], [2]]
+    assert ray.data.DataContext.get_current().target_max_block_size == before
 
 
 @pytest.mark.timeout(120)
