@@ -17,6 +17,7 @@ SHA256SUMS                 of the files above, written last: a folder without it
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -46,6 +47,8 @@ _OPTIONAL = (
     VALIDATION_FILE,
     TRAINING_FILMS_FILE,
 )
+
+log = logging.getLogger(__name__)
 FORMAT_VERSION = 4
 """1 had no distribution, 2 no validation.parquet and no label map, 3 no class biases and no
 training_films.parquet; such folders are still read, and those without a compiled network."""
@@ -189,8 +192,13 @@ def find_training_films(uri: str) -> bytes | None:
 
 def films_known_to(uri: str) -> frozenset[str]:
     """content_sha256 of the films that the model in the folder learnt from, or was chosen and
-    calibrated by, as far as the folder tells."""
+    calibrated by, as far as the folder tells; a warning says what it does not."""
     kept = _verified_files(open_store(uri), uri)
+    if TRAINING_FILMS_FILE not in kept:
+        log.warning(
+            "%s does not tell which films it learnt from: figures of any of them would flatter it",
+            uri,
+        )
     tables = [
         pq.read_table(pa.BufferReader(kept[name]), columns=["content_sha256"])
         for name in (TRAINING_FILMS_FILE, VALIDATION_FILE)

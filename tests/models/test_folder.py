@@ -10,7 +10,14 @@ import torch
 
 from lungopacity.errors import UserError
 from lungopacity.models import OperatingPoint, is_model, load_model, read_history, save_model
-from lungopacity.models.folder import DISTRIBUTION_FILE, SPEC_FILE, SUMS_FILE, WEIGHTS_FILE
+from lungopacity.models.folder import (
+    DISTRIBUTION_FILE,
+    SPEC_FILE,
+    SUMS_FILE,
+    WEIGHTS_FILE,
+    films_known_to,
+    training_films_parquet,
+)
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
 from tests.models.tiny import history_parquet, tiny_model, with_distribution, write_tiny_model
@@ -216,3 +223,16 @@ def test_an_impossible_operating_point_is_refused(wrong):
 def test_a_senseless_spec_is_refused(wrong):
     with pytest.raises(ValueError, match=r"class_names|positive_class|temperature|class_biases"):
         tiny_model(**wrong)
+
+
+def test_a_folder_that_does_not_tell_its_training_films_says_so(tmp_path, caplog):
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    model = tiny_model()
+    save_model(old, model, history_parquet())
+    save_model(
+        new, model, history_parquet(), training_films_parquet=training_films_parquet(["a" * 64])
+    )
+    assert films_known_to(new) == {"a" * 64}
+    assert caplog.text == ""
+    assert films_known_to(old) == frozenset()
+    assert f"{old} does not tell which films it learnt from" in caplog.text
