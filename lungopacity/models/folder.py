@@ -32,6 +32,8 @@ from lungopacity.models.model import ModelSpec, OperatingPoint, TrainedModel, sh
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import Store, open_store
 
+log = logging.getLogger(__name__)
+
 WEIGHTS_FILE = "model.safetensors"
 SPEC_FILE = "model.json"
 DISTRIBUTION_FILE = "distribution.safetensors"
@@ -47,8 +49,6 @@ _OPTIONAL = (
     VALIDATION_FILE,
     TRAINING_FILMS_FILE,
 )
-
-log = logging.getLogger(__name__)
 FORMAT_VERSION = 4
 """1 had no distribution, 2 no validation.parquet and no label map, 3 no class biases and no
 training_films.parquet; such folders are still read, and those without a compiled network."""
