@@ -9,12 +9,11 @@ from __future__ import annotations
 import io
 import posixpath
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import chain
 from tempfile import SpooledTemporaryFile
 from typing import IO
 
-from lungopacity.archive.names import Endings
+from lungopacity.archive.names import Wanted
 from lungopacity.archive.parquet_entries import parquet_entries
 from lungopacity.archive.tar_entries import tar_entries
 from lungopacity.archive.unpacking import (
@@ -56,14 +55,14 @@ def is_container(head: bytes, name: str = "") -> bool:
 
 
 def members(
-    file: IO[bytes], name: str, limits: DecodeLimits, wanted: frozenset[str] | None = None
+    file: IO[bytes], name: str, limits: DecodeLimits, wanted: Wanted | None = None
 ) -> Iterator[Member]:
     """Running index, name, and bytes of each file in the container, in its own order.
 
     file: seekable, the whole object. name: its key; decides only what the content leaves open. In
-    place of bytes stands the `ImageError` of a member that alone cannot be read, or None for one
-    whose name is not among `wanted` (which is then not read). A container inside the container is
-    entered, and its members are named `<its name>/<their name>`; one inside that is `unsupported`.
+    place of bytes stands the `ImageError` of a member that alone cannot be read, or None for
+    one that is not wanted (which is then not read). A container inside the container is entered,
+    and its members are named `<its name>/<their name>`; one inside that is `unsupported`.
 
     Names are data: nothing is ever written under them. Raises `ImageError`, after every readable
     member: `corrupt_archive` where the container cannot be walked to its end, `decompression_bomb`,
@@ -75,12 +74,9 @@ def members(
 class _Walk:
     """One object's walk: what its containers share."""
 
-    def __init__(self, limits: DecodeLimits, wanted: frozenset[str] | None) -> None:
+    def __init__(self, limits: DecodeLimits, wanted: Wanted | None) -> None:
         self._limits = limits
         self._wanted = wanted
-        # An ending does not say which container it lies in.
-        by_ending = isinstance(wanted, Endings)
-        self._entered = None if wanted is None or by_ending else _folders(wanted)
         self._allowance = Allowance()
         self._given = 0
 
@@ -101,8 +97,8 @@ class _Walk:
 
     def _entry(self, entry: Entry, prefix: str, depth: int) -> Iterator[Member]:
         name = prefix + entry.name
-        wanted = self._wanted is None or name in self._wanted
-        entered = self._entered is None or (depth < _MAX_DEPTH and name in self._entered)
+        wanted = self._wanted is None or self._wanted.has(name)
+        entered = self._wanted is None or (depth < _MAX_DEPTH and self._wanted.may_lie_in(name))
         if not (wanted or entered):
             yield self._member(name, None)
         elif isinstance(entry.content, ImageError):
@@ -162,14 +158,6 @@ class _Walk:
                 yield self._member(name, error)
             if failure is not None:
                 raise failure
-
-
-@lru_cache(maxsize=1)
-def _folders(names: frozenset[str]) -> frozenset[str]:
-    """Every name that one of `names` lies under, were it a container."""
-    return frozenset(
-        name[:index] for name in names for index, letter in enumerate(name) if letter == "/"
-    )
 
 
 def _entries(file: IO[bytes], name: str, meter: Meter) -> Iterator[Entry]:

@@ -4,27 +4,49 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 
-class Endings(frozenset[str]):
-    """Names. A file is among them, too, where its name ends with one of them, folder by folder: the
-    table of a public set says `1.png`, and the film lies at `images/1.png`. Or one of them ends
+@dataclass(frozen=True)
+class Wanted:
+    """Which files of an archive are asked for."""
+
+    names: frozenset[str]
+    """Keys, or members' names in a shard."""
+    by_ending: bool = False
+    """A file is wanted, too, where its name ends with one of `names`, folder by folder: the table
+    of a public set says `1.png`, and the film lies at `images/1.png`. Or where one of them ends
     with the file's name, if that has a folder: the table says `set/train/p1/1.png`, and the archive
     was unpacked into `set/`."""
 
-    def __contains__(self, file: object) -> bool:
-        return isinstance(file, str) and bool(self.meant(file))
+    def has(self, file: str) -> bool:
+        """Whether the file of this name is wanted."""
+        return file in self.names or (self.by_ending and bool(self.meant(file)))
+
+    def may_lie_in(self, container: str) -> bool:
+        """Whether a wanted file may be inside the container of this name."""
+        # An ending does not say which container it lies in.
+        return self.by_ending or container in self._folders
 
     def meant(self, file: str) -> set[str]:
-        """The names that may mean the file."""
-        shorter = {ending for ending in _endings(file) if frozenset.__contains__(self, ending)}
+        """The names that may mean the file, by their endings."""
+        shorter = {ending for ending in _endings(file) if ending in self.names}
         return shorter | set(self._longer.get(file, ()))
+
+    @cached_property
+    def _folders(self) -> frozenset[str]:
+        return frozenset(
+            name[:place]
+            for name in self.names
+            for place, letter in enumerate(name)
+            if letter == "/"
+        )
 
     @cached_property
     def _longer(self) -> dict[str, list[str]]:
         longer: defaultdict[str, list[str]] = defaultdict(list)
-        for name in self:
+        for name in self.names:
             for ending in _endings(name):
                 if "/" in ending:
                     longer[ending].append(name)
@@ -38,15 +60,17 @@ def _endings(name: str) -> Iterator[str]:
             yield name[place + 1 :]
 
 
-def files_of(names: Iterable[str], files: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """File by name, of `files` that have none of the names whole; and what there is to say of
-    each name that may mean several files, and file that several names may mean: these go with none.
+def names_by_ending(files: Iterable[str], names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Name by file, of the files that one of `names` means by its ending (`Wanted`).
+
+    files: each once, and none that has one of `names` whole. And what there is to say of each name
+    that may mean several files, and of each file that several names may mean: these go with none.
     """
     files_by_name: defaultdict[str, list[str]] = defaultdict(list)
     names_by_file: defaultdict[str, list[str]] = defaultdict(list)
-    meaning = Endings(names)
-    for file in sorted(set(files)):
-        for name in sorted(meaning.meant(file)):
+    wanted = Wanted(frozenset(names), by_ending=True)
+    for file in files if wanted.names else ():
+        for name in sorted(wanted.meant(file)):
             files_by_name[name].append(file)
             names_by_file[file].append(name)
     doubts = [
@@ -56,7 +80,7 @@ def files_of(names: Iterable[str], files: Iterable[str]) -> tuple[dict[str, str]
         if len(several) > 1
     ]
     clear = {
-        name: several[0]
+        several[0]: name
         for name, several in files_by_name.items()
         if len(several) == len(names_by_file[several[0]]) == 1
     }

@@ -21,6 +21,7 @@ import pyarrow as pa
 from lungopacity.archive.containers import is_container, members
 from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.decoder import borrowed_decoder
+from lungopacity.archive.names import Wanted
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status
 from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.storage import Store
@@ -98,14 +99,13 @@ def read_images(
     objects: pa.Table,
     settings: ReadSettings,
     *,
-    wanted: frozenset[str] | None = None,
+    wanted: Wanted | None = None,
     figures: ReadFigures | None = None,
 ) -> Iterator[pa.Table]:
     """Tables of `READ_SCHEMA`, up to `rows_per_table` rows each, in the order of `objects`.
 
-    objects: rows of `PLAN_SCHEMA`. `wanted`: only images of these names (key, or member name inside
-    a shard) are decoded and given; for training on the labelled part of an archive. `figures` are
-    added to.
+    objects: rows of `PLAN_SCHEMA`. `wanted`: only these images are decoded and given, for
+    training on the labelled part of an archive. `figures` are added to.
     """
     rows: list[dict[str, Any]] = []
     figures = figures or ReadFigures()
@@ -160,7 +160,7 @@ def _files(
     store: Store,
     objects: pa.Table,
     settings: ReadSettings,
-    wanted: frozenset[str] | None,
+    wanted: Wanted | None,
     figures: ReadFigures,
 ) -> Iterator[_File]:
     planned = [
@@ -172,7 +172,7 @@ def _files(
         [
             source
             for source, is_shard in planned
-            if not is_shard and (wanted is None or source["image"] in wanted)
+            if not is_shard and (wanted is None or wanted.has(source["image"]))
         ],
         settings,
         figures,
@@ -259,7 +259,7 @@ def _shard(
     store: Store,
     source: dict[str, Any],
     settings: ReadSettings,
-    wanted: frozenset[str] | None,
+    wanted: Wanted | None,
     figures: ReadFigures,
 ) -> Iterator[_File]:
     found = _Pass()
@@ -286,7 +286,7 @@ def _unpacked(
     file: IO[bytes],
     source: dict[str, Any],
     settings: ReadSettings,
-    wanted: frozenset[str] | None,
+    wanted: Wanted | None,
     found: _Pass,
 ) -> Iterator[_File]:
     """The members of a container, and what ends its pass. Members that were read keep their rows

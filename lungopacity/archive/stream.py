@@ -10,6 +10,7 @@ import pyarrow as pa
 from lungopacity import observe
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.decoder import DecoderStartError
+from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import ReadFigures, read_images
 from lungopacity.runtime import quiet_about_remote_arguments, quiet_ray_data
 from lungopacity.storage import Store, open_store
@@ -91,7 +92,7 @@ def stream_images(
     tasks: Iterable[pa.Table],
     settings: ReadSettings,
     *,
-    wanted: frozenset[str] | None = None,
+    wanted: Wanted | None = None,
 ) -> ray.data.Dataset:
     """A lazy dataset of `READ_SCHEMA` rows. Each of `tasks` becomes one Ray task of one CPU."""
     import ray
@@ -109,7 +110,7 @@ def counted_images(
     objects: pa.Table,
     settings: ReadSettings,
     *,
-    wanted: frozenset[str] | None = None,
+    wanted: Wanted | None = None,
 ) -> Generator[pa.Table, None, None]:
     """`read_images` of a Ray task; what it took is told to Prometheus."""
     from ray.exceptions import RaySystemError

@@ -119,7 +119,7 @@ def _measured(folder: str, rows: int) -> PublishCost:
         with collect(results, plan, CLASSES) as collected:
             assert not collected.missing(Path(scratch), "left")
             collect_seconds = time.perf_counter() - began
-            collected.finish(None, synthetic_model=False)
+            collected.finish(synthetic_model=False)
             files = collected.write(results, None)
             metrics = run_metrics(collected.connection.table("final"), _SPEC, 1.0)
         record = {"run_id": "first", "files": files, "metrics": len(metrics)}

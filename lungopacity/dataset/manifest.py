@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
+from lungopacity.archive.names import names_by_ending
 from lungopacity.dataset.tables import read_table
 from lungopacity.errors import UserError
 from lungopacity.radiograph import MAX_AGE_YEARS
@@ -80,6 +81,24 @@ def _check_spelling(frame: pd.DataFrame, uri: str, by: Sequence[str]) -> None:
 def _shown(word: str) -> str:
     """In quotes where one would not see its spaces."""
     return word if word == word.strip() else repr(word)
+
+
+def label_names(files: Iterable[str], names: Iterable[str], uri: str, where: str) -> dict[str, str]:
+    """What the labels call each file, of those that they mean: its own name, or, of names that no
+    file has whole, the one that means it by its ending.
+
+    names: all of the labels. uri, where: what messages call the labels, and where the files lie.
+    Raises `UserError` where a name may mean several files, or several names one file.
+    """
+    files, names = set(files), set(names)
+    whole = files & names
+    name_of, doubts = names_by_ending(sorted(files - whole), names - whole)
+    if doubts:
+        raise UserError(
+            f"{uri}: {len(doubts)} names do not tell which film of {where} they mean, as "
+            f"{doubts[0]}; write whole keys, or members' whole names in a shard"
+        )
+    return name_of | {name: name for name in whole}
 
 
 def select_classes(labels: pd.DataFrame, label_map: Mapping[str, str], uri: str) -> pd.DataFrame:

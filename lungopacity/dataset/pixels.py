@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import Archive, take_inventory
-from lungopacity.archive.names import Endings, files_of
+from lungopacity.archive.names import Wanted
 from lungopacity.archive.stream import read_tasks, stream_images
-from lungopacity.dataset.manifest import FACT_COLUMNS
+from lungopacity.dataset.manifest import FACT_COLUMNS, label_names
 from lungopacity.errors import Status, UserError
 from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
@@ -63,8 +63,8 @@ def load_pixels(
     settings: ReadSettings,
     labels_uri: str,
 ) -> LabelledPixels:
-    """Find every labelled image in the archives, by its whole name or else as `Endings` say, and
-    decode it.
+    """Find every labelled image in the archives, by its whole name or else by its ending
+    (`Wanted`), and decode it.
 
     labels: as `read_labels` gives them, of these classes, every row with a split. settings: what
     they reject is left out. Needs a running Ray. Raises `UserError` where labels name images that
@@ -73,30 +73,32 @@ def load_pixels(
     """
     names = frozenset(labels["image"])
     with Progress("Reading images", total=len(names)) as progress:
-        read = _read(image_uris, names, settings, progress)
+        read = _read(image_uris, Wanted(names), settings, progress)
         absent = names - set(read["name"].to_pylist())
         if absent:
-            others = _read(image_uris, Endings(absent), settings, progress)
-            read = pa.concat_tables([read, _named(others, names, absent, image_uris, labels_uri)])
+            others = _read(image_uris, Wanted(absent, by_ending=True), settings, progress)
+            whole = pa.compute.is_in(others["name"], pa.array(names, pa.string()))
+            read = pa.concat_tables([read, others.filter(pa.compute.invert(whole))])
+        read = _named(read, names, image_uris, labels_uri)
     return _joined(
         read.to_pandas(), labels, class_names, settings.preprocessing, image_uris, labels_uri
     )
 
 
 def _read(
-    image_uris: Sequence[str], names: frozenset[str], settings: ReadSettings, progress: Progress
+    image_uris: Sequence[str], wanted: Wanted, settings: ReadSettings, progress: Progress
 ) -> pa.Table:
-    """Rows of `READ_SCHEMA` for the images of these names, with `name`, theirs in the archive."""
+    """Rows of `READ_SCHEMA` for the wanted images, with `name`, theirs in the archive."""
     tables: list[pa.Table] = []
     for uri in image_uris:
-        for table in _decoded(take_inventory(uri), names, settings):
+        for table in _decoded(take_inventory(uri), wanted, settings):
             found = table.filter(pa.compute.is_null(table["shard_rows"]))
             tables.append(found)
             progress.advance(found.num_rows)
     read = pa.concat_tables([READ_SCHEMA.empty_table(), *tables])
     columns = ["image", "error_code", "error_message"]
     for row in read.filter(pa.compute.is_null(read["member"])).select(columns).to_pylist():
-        if row["image"] not in names:
+        if not wanted.has(row["image"]):
             raise UserError(
                 f"{row['image']}: shard cannot be read ({row['error_code']}: "
                 f"{row['error_message']}); mend or remove it"
@@ -105,32 +107,22 @@ def _read(
 
 
 def _named(
-    read: pa.Table,
-    names: frozenset[str],
-    absent: frozenset[str],
-    image_uris: Sequence[str],
-    labels_uri: str,
+    read: pa.Table, names: frozenset[str], image_uris: Sequence[str], labels_uri: str
 ) -> pa.Table:
-    """The rows that one of `absent` means and none of `names` whole, with it for their `name`."""
+    """The rows that one of `names` means, with it for their `name`."""
     files = read["name"].to_pylist()
-    file_of, doubts = files_of(absent, set(files) - names)
-    if doubts:
-        raise UserError(
-            f"{labels_uri}: some names do not tell which film of {', '.join(image_uris)} they "
-            f"mean, as {doubts[0]}; write whole keys, or members' whole names in a shard"
-        )
-    name_of = {file: name for name, file in file_of.items()}
+    name_of = label_names(files, names, labels_uri, ", ".join(image_uris))
     meant = pa.array([name_of.get(file) for file in files], pa.string())
     return read.set_column(read.num_columns - 1, "name", meant).filter(pa.compute.is_valid(meant))
 
 
-def _decoded(archive: Archive, names: frozenset[str], settings: ReadSettings) -> Iterator[pa.Table]:
-    """Rows of `READ_SCHEMA` for the images of these names, read by Ray tasks."""
+def _decoded(archive: Archive, wanted: Wanted, settings: ReadSettings) -> Iterator[pa.Table]:
+    """Rows of `READ_SCHEMA` for the wanted images, read by Ray tasks."""
     objects = archive.objects
-    named = pa.array([image in names for image in objects["image"].to_pylist()], pa.bool_())
+    named = pa.array([wanted.has(image) for image in objects["image"].to_pylist()], pa.bool_())
     objects = objects.filter(pa.compute.or_(objects["is_shard"], named))
     if objects.num_rows:
-        images = stream_images(archive.uri, read_tasks(objects), settings, wanted=names)
+        images = stream_images(archive.uri, read_tasks(objects), settings, wanted=wanted)
         yield from images.iter_batches(batch_size=None, batch_format="pyarrow")
 
 

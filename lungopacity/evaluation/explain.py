@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from lungopacity.archive.content import ReadSettings, error_columns, rules_from
 from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import read_images
 from lungopacity.dataset.boxes import read_boxes
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
@@ -97,22 +98,27 @@ def explain(
         reject_quality=rejecting,
         rows_per_table=_FILMS_AT_ONCE,
     )
-    wanted = None if chosen is None else frozenset(chosen["image"])
+    names = None if chosen is None else frozenset(chosen["image"])
+    films = (
+        islice(_read(images, settings), None if limit is None else min(limit, sys.maxsize))
+        if names is None
+        else _labelled(images, settings, names, labels or "")
+    )
     rows: list[Row] = []
-    with Progress("Explaining", total=limit if wanted is None else len(wanted)) as progress:
-        for batch in _batches(_read(images, settings, wanted, limit)):
+    with Progress("Explaining", total=limit if names is None else len(names)) as progress:
+        for batch in _batches(films):
             end_if_told()
             if not rows:
                 explainer.store.delete(EXPLANATION)
             found = explainer.explained(batch)
             rows += found
             progress.advance(len(found))
-    absent = (wanted or frozenset()) - {_name(row) for row in rows}
+    absent = (names or frozenset()) - explainer.seen
     if absent and not rows:
         raise UserError(
             f"{labels}: none of {len(absent)} labelled images is in {', '.join(images)}, as "
-            f"{min(absent)}; `image` must be the key under --images, or the member's name in a "
-            "shard"
+            f"{min(absent)}; `image` must be the key under --images, the member's name in a "
+            "shard, or the end of one of these, folder by folder"
         )
     rows += explainer.absent(absent)
     known = films_known_to(model) if labels is not None and split == "test" else frozenset()
@@ -123,18 +129,45 @@ def explain(
 
 
 def _read(
-    uris: Sequence[str], settings: ReadSettings, wanted: frozenset[str] | None, limit: int | None
+    uris: Sequence[str], settings: ReadSettings, wanted: Wanted | None = None
 ) -> Iterator[Row]:
-    """The rows of `READ_SCHEMA` that are images, in the order of their keys; loose ones first."""
+    """The rows of `READ_SCHEMA` that are images, in the order of their keys; loose ones first. With
+    `name`, the file's."""
+    for uri in uris:
+        archive = take_inventory(uri)
+        for table in read_images(archive.store, archive.objects, settings, wanted=wanted):
+            for row in table.to_pylist():
+                if row["shard_rows"] is None:
+                    yield row | {"name": _file(row)}
 
-    def every() -> Iterator[Row]:
-        for uri in uris:
-            archive = take_inventory(uri)
-            for table in read_images(archive.store, archive.objects, settings, wanted=wanted):
-                yield from (row for row in table.to_pylist() if row["shard_rows"] is None)
 
-    most = None if limit is None or wanted is not None else min(limit, sys.maxsize)
-    return islice(every(), most)
+def _labelled(
+    uris: Sequence[str], settings: ReadSettings, names: frozenset[str], labels: str
+) -> Iterator[Row]:
+    """The rows that the labels name, whole or by their endings, with `name` as they have it."""
+    absent = set(names)
+    for row in _read(uris, settings, Wanted(names)):
+        absent.discard(row["name"])
+        yield row
+    wanted = Wanted(frozenset(absent), by_ending=True)
+    file_of: dict[str, str] = {}
+    for row in _read(uris, settings, wanted) if absent else ():
+        file = row["name"]
+        meant = set() if file in names else wanted.meant(file)
+        for name in meant:
+            # One file may be several frames.
+            other = file_of.setdefault(name, file)
+            if other != file or len(meant) > 1:
+                raise UserError(
+                    f"{labels}: names do not tell which film of {', '.join(uris)} they mean, as "
+                    + (
+                        f"{name} may be {other} or {file}"
+                        if other != file
+                        else f"{file} may be {' or '.join(sorted(meant))}"
+                    )
+                    + "; write whole keys, or members' whole names in a shard"
+                )
+            yield row | {"name": name}
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -165,6 +198,8 @@ class _Explainer:
         }
         self.has_boxes = boxes is not None
         self.scorer = Scorer(model, use_gpu=use_gpu)
+        self.seen: set[str] = set()
+        """Names of the rows so far."""
         self.pointings: list[tuple[Pointing, str, str | None]] = []
         """Of the images with boxes, with what was decided of each, and its patient."""
 
@@ -183,6 +218,7 @@ class _Explainer:
         for row, pixels, p, activation in zip(films, pixels_NHW, p_N, maps_NHW, strict=True):
             row |= {"p": float(p), "decision": spec.operating_point.decide(float(p))}
             row |= self._shown(row, pixels, activation)
+        self.seen |= {row["name"] for row in batch}
         return [self._row(row) for row in batch]
 
     def _shown(
@@ -201,12 +237,12 @@ class _Explainer:
         columns: Row = {"overlay": f"overlays/{_file_name(row)}"}
         if peak is not None:
             columns["peak_x"], columns["peak_y"] = (corner + ratio * peak).tolist()
-        boxes = self.boxes_of.get(_name(row))
+        boxes = self.boxes_of.get(row["name"], self.boxes_of.get(_file(row)))
         if boxes is not None:
             boxes = np.hstack([(boxes[:, :2] - corner) / ratio, boxes[:, 2:] / ratio])
             tolerance = TOLERANCE * min(row["rows"], row["columns"]) / float(ratio.mean())
             pointing = point(activation, film, boxes, tolerance)
-            patient = self.patient_of.get(_name(row))
+            patient = self.patient_of.get(row["name"])
             self.pointings.append((pointing, row["decision"], patient))
             columns |= vars(pointing)
         if self.has_boxes:
@@ -219,13 +255,16 @@ class _Explainer:
 
     def _row(self, row: Row) -> Row:
         """Of `EXPLANATIONS_SCHEMA`."""
-        known = {"model_id": self.model.model_id, "label": self.label_of.get(_name(row))}
+        known = {"model_id": self.model.model_id, "label": self.label_of.get(row["name"])}
         return {name: row.get(name) for name in EXPLANATIONS_SCHEMA.names} | known
 
     def absent(self, names: frozenset[str]) -> list[Row]:
         """Rows of labelled images that no archive has."""
         error = ImageError(ErrorCode.MISSING, Stage.FETCH, "labelled, and in none of --images")
-        return [self._row({"image": name, **error_columns(error)}) for name in sorted(names)]
+        return [
+            self._row({"image": name, "name": name, **error_columns(error)})
+            for name in sorted(names)
+        ]
 
 
 def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
@@ -244,8 +283,8 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
     )
     if explainer.boxes_of and not pointings:
         log.warning(
-            "none of the %d images of the boxes file was explained, as %s; `image` must be the key "
-            "under --images, or the member's name in a shard",
+            "none of the %d images of the boxes file was explained, as %s; `image` must be as the "
+            "labels have it, or else the key under --images, or the member's name in a shard",
             len(explainer.boxes_of),
             min(explainer.boxes_of),
         )
@@ -282,14 +321,14 @@ def _by_image(labels: pd.DataFrame | None, column: str) -> dict[str, str]:
     return dict(zip(known["image"], known[column], strict=True))
 
 
-def _name(row: Row) -> str:
-    """As labels and boxes call it."""
-    return str(row["member"] if row.get("member") is not None else row["image"])
+def _file(row: Row) -> str:
+    """The file's name in the archive."""
+    return str(row["image"] if row["member"] is None else row["member"])
 
 
 def _file_name(row: Row) -> str:
     """Tells people which film it is; the digest keeps apart what is named alike."""
-    words = re.sub(r"[^A-Za-z0-9._-]+", "_", _name(row))[-80:].lstrip(".")
+    words = re.sub(r"[^A-Za-z0-9._-]+", "_", row["name"])[-80:].lstrip(".")
     frame = "" if row["frame"] is None else f"-{row['frame']}"
     return f"{words}-{row['content_sha256'][:12]}{frame}.png"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lungopacity.dataset.manifest import read_labels
+from lungopacity.dataset.manifest import label_names, read_labels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.measure import ratio_metrics
@@ -137,7 +137,8 @@ def _labelled(
         chosen += " AND label IS NOT NULL"
     frame: pd.DataFrame = query(
         results,
-        "SELECT coalesce(any_value(member), image) AS name, arg_max(label, screened_at) AS label, "
+        "SELECT coalesce(any_value(member), image) AS name, archive, image AS object, "
+        "member_index, arg_max(label, screened_at) AS label, "
         "arg_max(content_sha256, screened_at) AS content_sha256, "
         "arg_max(patient_hmac, screened_at) AS patient, "
         f"arg_max({column}, screened_at) AS p FROM predictions WHERE {chosen} "
@@ -152,8 +153,11 @@ def _labelled(
         )
     if labels is None:
         return frame
-    told = read_labels(labels)[["image", "label", "patient_id"]].rename(columns={"image": "name"})
-    both = frame.drop(columns="label").merge(told, on="name")
+    told = read_labels(labels)[["image", "label", "patient_id"]]
+    name_of = label_names(frame["name"], told["image"], labels, results)
+    called = pd.Series([name_of.get(name) for name in frame["name"]], dtype=object)
+    both = frame.drop(columns="label").assign(image=called)
+    both = both.merge(told, on="image")
     if both.empty:
         hashed = _names_are_hashed(results, of_runs)
         raise UserError(
@@ -162,8 +166,16 @@ def _labelled(
                 f"in {results} names are hashed (--hash-keys): give the labels to `screen`, which "
                 "joins them before it hashes, and leave --labels out here"
                 if hashed
-                else f"it names {told['name'].min()!r}, {results} {frame['name'].min()!r}"
+                else f"it names {told['image'].min()!r}, {results} {frame['name'].min()!r}"
             )
+        )
+    # Frames of one film share its name.
+    films = both.drop_duplicates(["archive", "object", "member_index"])
+    twice = films.loc[films["image"].duplicated(), "name"]
+    if len(twice):
+        raise UserError(
+            f"{labels}: {len(twice)} names are each of several films of {results}, as "
+            f"{twice.iloc[0]}; give the --run-id of one archive's run, or label by other names"
         )
     patient = both["patient_id"].where(both["patient_id"].notna(), both["patient"])
     return both.assign(patient=patient)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+
+import pandas as pd
 
 from lungopacity.errors import NOTICE, Status
 from lungopacity.evaluation.drift import Sample, Shift, drift_metrics, shifts
@@ -20,7 +23,9 @@ from lungopacity.runtime import versions
 from lungopacity.screening.aggregate import label_metrics, run_metrics, warn_of_useless_labels
 from lungopacity.screening.job import MAX_FAILED_FRACTION, ScreeningJob
 from lungopacity.screening.plan import Plan
-from lungopacity.screening.publish import collect
+from lungopacity.screening.publish import Collected, collect
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,14 @@ def publish_run(
     """
     spec, start = job.model.spec, plan.start
     with collect(job.results, plan, spec.class_names) as collected:
-        collected.finish(job.labels, synthetic_model=spec.synthetic)
+        collected.finish(synthetic_model=spec.synthetic)
+        labels = _labelled(collected, job)
         files = collected.write(job.results, job.pseudonyms)
         predictions = collected.connection.table("final")
         seconds = time.monotonic() - began
         metrics = run_metrics(predictions, spec, seconds, resumed=plan.resumed)
-        if job.labels is not None:
-            metrics += label_metrics(predictions, spec, job.labels)
+        if job.labels is not None and labels is not None:
+            metrics += label_metrics(predictions, spec, labels)
             warn_of_useless_labels(
                 predictions, spec, job.labels, names_may_be_told=not job.rules["hash_keys"]
             )
@@ -148,6 +154,21 @@ def publish_run(
         },
     )
     return result
+
+
+def _labelled(collected: Collected, job: ScreeningJob) -> pd.DataFrame | None:
+    """Label the images; the labels that have one, named as in the archive."""
+    if job.labels is None:
+        return None
+    labels, doubts = collected.label(job.labels)
+    if doubts:
+        such = "" if job.rules["hash_keys"] else f", as {doubts[0]}"
+        log.warning(
+            "%d names of the labels do not tell which image they mean%s: it has no label",
+            len(doubts),
+            such,
+        )
+    return labels
 
 
 def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str, Any]:

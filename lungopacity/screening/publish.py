@@ -16,6 +16,7 @@ import duckdb
 import pandas as pd
 import pyarrow as pa
 
+from lungopacity.archive.names import names_by_ending
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
@@ -62,7 +63,14 @@ SELECT {columns} FROM (
     QUALIFY row_number() OVER (
         PARTITION BY image, reading, member_index, frame ORDER BY status <> 'ok', screened_at
     ) = 1
-) LEFT JOIN labels ON labels.name = coalesce(member, image)"""
+)"""
+
+# Several frames of one file share its name, and its label.
+_NAMES = """
+CREATE TABLE names AS
+SELECT coalesce(member, image) AS name, min(image) AS object,
+    count(DISTINCT (image, member_index)) AS files
+FROM final GROUP BY name"""
 
 
 @dataclass(frozen=True)
@@ -86,21 +94,16 @@ class Collected:
         )
         return [file.path for file in files]
 
-    def finish(self, labels: pd.DataFrame | None, *, synthetic_model: bool) -> None:
-        """Make the table `final`: a row of `predictions_schema` for each image of the plan.
+    def finish(self, *, synthetic_model: bool) -> None:
+        """Make the table `final`: a row of `predictions_schema` for each image of the plan, without
+        labels.
 
-        labels: as `read_labels` gives them. Raises `RuntimeError` where objects of the table and
-        of the plan differ: nothing may be published then.
+        Raises `RuntimeError` where objects of the table and of the plan differ: nothing may be
+        published then.
         """
         start = self.plan.start
-        known = pa.table(
-            {
-                "name": pa.array([] if labels is None else labels["image"], pa.string()),
-                "label": pa.array([] if labels is None else labels["label"], pa.string()),
-            }
-        )
-        self.connection.register("labels", known)
         constant = {
+            "label": "NULL::VARCHAR",
             "run_id": quoted(start.run_id),
             "model_id": quoted(start.model_id),
             "archive": quoted(start.archive),
@@ -119,6 +122,44 @@ class Collected:
         ).fetchall()
         if unplanned or missing:
             raise RuntimeError(f"{unplanned} objects are not of the plan, {missing} have no row")
+
+    def label(self, labels: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+        """Give each image of `final` its label.
+
+        labels: as `read_labels` gives them. A name that no image has whole means the image that
+        `names_by_ending` finds. The rows of labels that have an image, `image` as it is named in
+        the archive; and what there is to say of names that do not tell which image they mean: these
+        give none a label.
+        """
+        self.connection.register("told", pa.table({"name": pa.array(labels["image"], pa.string())}))
+        self.connection.execute(_NAMES)
+        whole = self.connection.execute(
+            "SELECT * FROM names SEMI JOIN told USING (name)"
+        ).fetchall()
+        others = self.connection.sql(
+            "SELECT name FROM names ANTI JOIN told USING (name) WHERE files = 1 ORDER BY name"
+        )
+        name_of, doubts = names_by_ending(
+            (name for batch in others.to_arrow_reader() for name in batch["name"].to_pylist()),
+            set(labels["image"]).difference(name for name, _, _ in whole),
+        )
+        for name, container, files in whole:
+            if files == 1:
+                name_of[name] = name
+            else:
+                doubts.append(f"{name} is in {container} and in another")
+        known = pd.DataFrame({"image": name_of.values(), "file": name_of.keys()}, dtype=object)
+        found = labels.merge(known, on="image")
+        found = found.assign(image=found.pop("file"))
+        self.connection.register(
+            "labels",
+            pa.table({name: pa.array(found[name], pa.string()) for name in ("image", "label")}),
+        )
+        self.connection.execute(
+            "UPDATE final SET label = labels.label FROM labels"
+            " WHERE labels.image = coalesce(final.member, final.image)"
+        )
+        return found, doubts
 
     def write(self, results: Store, pseudonyms: Pseudonyms | None) -> list[dict[str, Any]]:
         """Put the compact files of the table `final`, sorted by `image`; each one's key, rows and

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from lungopacity.archive import unpacking
+from lungopacity.archive.names import Wanted
 from lungopacity.errors import ErrorCode
 from lungopacity.radiograph import DecodeLimits
 from tests.archive.making import (
@@ -43,7 +44,7 @@ def test_a_stream_of_zeros_is_stopped(suffix, pack):
 @pytest.mark.usefixtures("small_allowance")
 def test_the_skipped_members_of_a_compressed_tar_are_bounded_too():
     files = [("a", zeros(40)), ("b", b"1")]
-    wanted = frozenset({"b"})
+    wanted = Wanted(frozenset({"b"}))
     data = gzip.compress(make_tar(files))
     assert walk(data, wanted=wanted) == ([("a", None)], ErrorCode.DECOMPRESSION_BOMB)
     limits = DecodeLimits(max_size_bytes=100)
@@ -57,7 +58,10 @@ def test_a_bomb_in_a_zip_is_refused_alone(method):
     data = make_zip([("a", b"1"), ("bomb", zeros(40)), ("b", b"2")], method)
     rows = [("a", b"1"), ("bomb", ErrorCode.DECOMPRESSION_BOMB), ("b", b"2")]
     assert walk(data) == (rows, None)
-    assert walk(data, wanted=frozenset({"a"})) == ([("a", b"1"), ("bomb", None), ("b", None)], None)
+    assert walk(data, wanted=Wanted(frozenset({"a"}))) == (
+        [("a", b"1"), ("bomb", None), ("b", None)],
+        None,
+    )
 
 
 @pytest.mark.usefixtures("small_allowance")

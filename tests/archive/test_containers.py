@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lungopacity.archive.containers import SHARD_SUFFIXES, is_container, members
+from lungopacity.archive.names import Wanted
 from lungopacity.errors import ErrorCode
 from lungopacity.radiograph import DecodeLimits
 from tests.archive.making import (
@@ -142,7 +143,7 @@ def test_noise_behind_a_signature_is_an_error(start, rest):
 
 @every_kind
 def test_names_that_are_not_wanted_come_without_their_content(kind):
-    rows, ended = walk(KINDS[kind](FILMS), wanted=frozenset({FILMS[1][0], "not there"}))
+    rows, ended = walk(KINDS[kind](FILMS), wanted=Wanted(frozenset({FILMS[1][0], "not there"})))
     expected = [(name, data if n == 1 else None) for n, (name, data) in enumerate(FILMS)]
     assert (rows, ended) == (expected, None)
 
@@ -160,7 +161,7 @@ class Counted(io.BytesIO):
 def test_members_that_are_not_wanted_are_not_read(kind):
     big = [(str(n), noise(n, 1_000_000)) for n in range(4)]
     file = Counted(KINDS[kind](big))
-    rows = list(members(file, "x", LIMITS, frozenset({"2"})))
+    rows = list(members(file, "x", LIMITS, Wanted(frozenset({"2"}))))
     assert [data is None for _, _, data in rows] == [True, True, False, True]
     assert file.taken < 1_200_000
 
@@ -241,7 +242,7 @@ def test_one_compressed_image_is_one_member(suffix):
         None,
     )
     assert walk(COMPRESSIONS[suffix](b"")) == ([("x", ErrorCode.EMPTY)], None)
-    wanted = frozenset({"other"})
+    wanted = Wanted(frozenset({"other"}))
     assert walk(data, f"film.{suffix}", wanted=wanted) == ([("film", None)], None)
 
 

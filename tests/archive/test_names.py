@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from lungopacity.archive.names import Endings, files_of
+from lungopacity.archive.names import Wanted, names_by_ending
 
 
 @pytest.mark.parametrize(
@@ -25,17 +25,19 @@ from lungopacity.archive.names import Endings, files_of
     ],
 )
 def test_a_name_means_a_file_where_one_ends_with_the_other_folder_by_folder(name, file, meant):
-    for names in (Endings([name]), pickle.loads(pickle.dumps(Endings([name])))):
-        assert (file in names) == meant
+    wanted = Wanted(frozenset([name]), by_ending=True)
+    for names in (wanted, pickle.loads(pickle.dumps(wanted))):
+        assert names.has(file) == meant
         assert names.meant(file) == ({name} if meant else set())
+    assert Wanted(frozenset([name])).has(file) == (name == file)
 
 
 def test_what_could_be_two_files_or_two_names_goes_with_none():
-    found, doubts = files_of(
-        ["1.png", "2.png", "a/3.png", "b/a/3.png", "gone.png"],
+    found, doubts = names_by_ending(
         ["x/1.png", "x/2.png", "y/2.png", "c/b/a/3.png", "other.png"],
+        ["1.png", "2.png", "a/3.png", "b/a/3.png", "gone.png"],
     )
-    assert found == {"1.png": "x/1.png"}
+    assert found == {"x/1.png": "1.png"}
     assert doubts == [
         "2.png may be x/2.png or y/2.png",
         "c/b/a/3.png may be a/3.png or b/a/3.png",

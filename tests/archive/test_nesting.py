@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from lungopacity.archive.names import Endings
+from lungopacity.archive.names import Wanted
 from lungopacity.errors import OF_STORAGE, ErrorCode
 from lungopacity.radiograph import DecodeLimits
 from tests.archive.making import (
@@ -91,7 +91,7 @@ def test_a_nested_container_may_be_larger_than_an_image_may_be():
 def test_a_nested_container_is_entered_for_a_wanted_member_alone(outer):
     inner = make_tar([("x/1", b"1"), ("x/2", b"2")])
     data = KINDS[outer]([("in", inner), ("other", inner), ("film", b"3"), ("in/x", b"4")])
-    rows, ended = walk(data, wanted=frozenset({"in/x/2", "film/y"}))
+    rows, ended = walk(data, wanted=Wanted(frozenset({"in/x/2", "film/y"})))
     assert rows == [
         *[("in/x/1", None), ("in/x/2", b"2")],
         *[("other", None), ("film", None), ("in/x", None)],
@@ -102,7 +102,7 @@ def test_a_nested_container_is_entered_for_a_wanted_member_alone(outer):
 def test_a_name_without_its_folders_is_found_in_any_nested_container():
     inner = make_tar([("images/1.png", b"1"), ("images/2.png", b"2")])
     data = make_zip([("images_001.tar", inner), ("images_002.tar", make_tar([("3.png", b"3")]))])
-    rows, ended = walk(data, wanted=Endings({"2.png", "3.png"}))
+    rows, ended = walk(data, wanted=Wanted(frozenset({"2.png", "3.png"}), by_ending=True))
     assert rows == [
         ("images_001.tar/images/1.png", None),
         ("images_001.tar/images/2.png", b"2"),

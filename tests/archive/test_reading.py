@@ -12,6 +12,7 @@ import pytest
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import read_files, read_images
 from lungopacity.errors import UserError
 from lungopacity.radiograph import DecodeLimits, Preprocessing
@@ -143,7 +144,7 @@ def test_only_wanted_images_are_read_where_names_are_given(tmp_path):
     store.write("a.png", encoded(grey_film()))
     store.write("b.png", encoded(grey_film()))
     store.write("x.tar", tar({"c.png": encoded(grey_film()), "d.png": encoded(grey_film())}))
-    rows = read(str(tmp_path), wanted=frozenset({"b.png", "d.png"}))
+    rows = read(str(tmp_path), wanted=Wanted(frozenset({"b.png", "d.png"})))
     assert [row["member"] or row["image"] for row in images(rows)] == ["b.png", "d.png"]
 
 

@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 from lungopacity.archive.containers import is_container
+from lungopacity.archive.names import Wanted
 from lungopacity.errors import ErrorCode
 from tests.archive.making import FILMS, KINDS, ZIPS, make_zip, noise, walk
 
@@ -103,7 +104,7 @@ def test_more_members_than_an_end_record_can_count_are_read():
     with zipfile.ZipFile(buffer, "w") as archive:
         for number in range(65_600):
             archive.writestr(zipfile.ZipInfo(str(number)), b"")
-    rows, ended = walk(buffer.getvalue(), wanted=frozenset({"65599"}))
+    rows, ended = walk(buffer.getvalue(), wanted=Wanted(frozenset({"65599"})))
     assert (len(rows), rows[-1], ended) == (65_600, ("65599", ErrorCode.EMPTY), None)
 
 

@@ -225,6 +225,28 @@ def test_what_cannot_be_read_has_a_row_and_the_exit_code(tmp_path, capfd):
         ("in.png", "Normal", None),
         ("gone.png", "Lung_Opacity", "missing"),
     ]
+    # Labels and boxes may have a folder that the archive has not; the picture has the file's name.
+    store.write("y/d.png", encoded(grey_film(5)))
+    (tmp_path / "labels.csv").write_text(
+        "image,label,split\nset/y/d.png,Normal,test\nin.png,Lung_Opacity,test\n"
+    )
+    (tmp_path / "boxes.csv").write_text("image,x,y,width,height\nset/y/d.png,1,1,500,500\n")
+    code = main(
+        [*labelled, "--output", str(tmp_path / "four"), "--boxes", str(tmp_path / "boxes.csv")]
+    )
+    assert code == 0
+    rows = pq.read_table(tmp_path / "four" / "explain.parquet").to_pylist()
+    assert [(row["member"] or row["image"], row["label"], row["hit"]) for row in rows] == [
+        ("in.png", "Lung_Opacity", None),
+        ("y/d.png", "Normal", True),
+    ]
+    (tmp_path / "labels.csv").write_text(
+        "image,label,split\nd.png,Normal,test\nin.png,Lung_Opacity,test\n"
+    )
+    store.write("z/d.png", encoded(grey_film(6)))
+    capfd.readouterr()
+    assert main([*labelled, "--output", str(tmp_path / "five")]) == 2
+    assert "as d.png may be y/d.png or z/d.png; write whole keys" in capfd.readouterr().err
 
 
 def test_nothing_of_an_older_report_is_left_beside_a_new_one(tmp_path):

@@ -28,7 +28,7 @@ def site(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory):
     """An archive that was screened once, and its labels: every third film is positive."""
     folder = tmp_path_factory.mktemp("site")
     store = open_store(str(folder / "archive"))
-    names = [f"{number:02}.png" for number in range(FILMS)]
+    names = [f"x/{number:02}.png" for number in range(FILMS)]
     for number, name in enumerate(names):
         store.write(name, encoded(grey_film(number)))
     write_tiny_model(str(folder / "model"))
@@ -60,8 +60,10 @@ def test_a_sites_threshold_is_picked_kept_and_decides(site):
     assert document["model_id"] == load_model(model).model_id
     assert "Research use only" in document["notice"]
 
+    # Another archive with the same names.
+    shutil.copytree(site / "archive", site / "copy")
     again = lungopacity.screen(
-        str(site / "archive"), model, results, run_id="second", operating_point="ours"
+        str(site / "copy"), model, results, run_id="second", operating_point="ours"
     )
     rows = lungopacity.query(
         results, "SELECT p_Lung_Opacity p, decision FROM predictions WHERE run_id = 'second'"
@@ -71,21 +73,25 @@ def test_a_sites_threshold_is_picked_kept_and_decides(site):
     assert 0 < again.positive == (rows["decision"] == "positive").sum()
     record = lungopacity.query(results, "SELECT record FROM runs WHERE run_id = 'second'")
     assert json.loads(record["record"][0].as_py())["settings"]["operating_point"] == "ours"
+    with pytest.raises(UserError, match=r"90 names are each of several films .*, as x/00\.png"):
+        lungopacity.threshold(model, results, "youden", "mixed", labels=str(site / "labels.csv"))
 
 
 def test_labels_may_come_later_and_from_a_file(site, tmp_path, capfd):
     point = lungopacity.threshold(
         str(site / "model"), str(site / "results"), "youden", "from-file",
-        labels=str(site / "labels.csv"),
+        run_id="first", labels=str(site / "labels.csv"),
     )  # fmt: skip
     assert point.images == FILMS
     # Ten patients have nine films each: the films of one are drawn together.
     labels = pd.read_csv(site / "labels.csv")
     patients = [f"p{number // 9}" for number in range(FILMS)]
-    labels.assign(patient_id=patients).to_csv(tmp_path / "patients.csv", index=False)
+    labels = labels.assign(patient_id=patients, image=labels["image"].str.removeprefix("x/"))
+    labels.to_csv(tmp_path / "patients.csv", index=False)
     code = main(
         ["threshold", "--model", str(site / "model"), "--results", str(site / "results"),
-         "--rule", "youden", "--name", "clustered", "--labels", str(tmp_path / "patients.csv")]
+         "--rule", "youden", "--name", "clustered", "--run-id", "first",
+         "--labels", str(tmp_path / "patients.csv")]
     )  # fmt: skip
     out, _ = capfd.readouterr()
     assert code == 0
@@ -103,12 +109,16 @@ def test_films_that_the_model_learnt_from_set_no_threshold(site, tmp_path, caplo
         model = str(tmp_path / name)
         write_tiny_model(model, training_films=training_films_parquet(known))
         if name == "two":
-            point = lungopacity.threshold(model, results, "youden", "ours", labels=labels)
+            point = lungopacity.threshold(
+                model, results, "youden", "ours", run_id="first", labels=labels
+            )
             assert (point.images, point.left_out) == (FILMS - 2, 2)
             assert "learnt from or was chosen by 2 of 90 labelled films" in caplog.text
         else:
             with pytest.raises(UserError, match="but did not learn from, 29 are labelled"):
-                lungopacity.threshold(model, results, "youden", "ours", labels=labels)
+                lungopacity.threshold(
+                    model, results, "youden", "ours", run_id="first", labels=labels
+                )
 
 
 def test_a_name_is_given_once_and_must_be_one(site):
@@ -123,7 +133,7 @@ def test_what_gives_no_threshold_is_refused(site, tmp_path):
     model, results = str(site / "model"), str(site / "results")
     few = pd.read_csv(site / "labels.csv").head(40)
     few.to_csv(tmp_path / "few.csv", index=False)
-    few.assign(image="a film").head(1).to_csv(tmp_path / "others.csv", index=False)
+    few.head(1).assign(image="a film").to_csv(tmp_path / "others.csv", index=False)
     write_tiny_model(str(tmp_path / "other"), seed=5)
     for arguments, options, said in (
         ((model, results, "best", "x"), {}, "no rule"),
@@ -132,11 +142,15 @@ def test_what_gives_no_threshold_is_refused(site, tmp_path):
             {"run_id": "absent"},
             "no scores .* with labels in run 'absent'",
         ),
-        ((model, results, "youden", "x"), {"labels": str(tmp_path / "few.csv")}, "14 are labelled"),
         (
             (model, results, "youden", "x"),
-            {"labels": str(tmp_path / "others.csv")},
-            "names none of the 90 films .* it names 'a film', .* '00.png'",
+            {"run_id": "first", "labels": str(tmp_path / "few.csv")},
+            "14 are labelled",
+        ),
+        (
+            (model, results, "youden", "x"),
+            {"run_id": "first", "labels": str(tmp_path / "others.csv")},
+            "names none of the 90 films .* it names 'a film', .* 'x/00.png'",
         ),
         ((str(tmp_path / "other"), results, "youden", "x"), {}, "no scores of model"),
     ):

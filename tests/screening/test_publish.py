@@ -44,13 +44,10 @@ def missing(store, plan: Plan, folder: Path) -> list[str]:
         return [name for file in files for name in pq.read_table(file)["image"].to_pylist()]
 
 
-def final(store, plan: Plan, labels: dict[str, str] | None = None) -> pa.Table:
+def final(store, plan: Plan) -> pa.Table:
     """The rows that would be published. Raises where they are not those of the plan."""
-    known = None
-    if labels is not None:
-        known = pd.DataFrame({"image": list(labels), "label": list(labels.values())})
     with collect(store, plan, CLASSES) as collected:
-        collected.finish(known, synthetic_model=False)
+        collected.finish(synthetic_model=False)
         return collected.connection.sql(
             "SELECT * FROM final ORDER BY image, member_index, frame"
         ).to_arrow_table()
@@ -169,7 +166,8 @@ def test_published_files_hold_the_schema_the_run_and_the_labels(store_uri, tmp_p
     write_parts(store, plan, ROWS)
     labels = pd.DataFrame({"image": ["a", "3.png"], "label": ["Normal", "Lung_Opacity"]})
     with collect(store, plan, CLASSES) as collected:
-        collected.finish(labels, synthetic_model=False)
+        collected.finish(synthetic_model=False)
+        assert collected.label(labels)[1] == []
         (file,) = collected.write(store, None)
     table = pq.read_table(pa.BufferReader(store.read(file["key"])))
     assert table.schema.equals(predictions_schema(CLASSES), check_metadata=True)
@@ -190,13 +188,45 @@ def test_published_files_hold_the_schema_the_run_and_the_labels(store_uri, tmp_p
     assert [item.key for item in store.list()] == [file["key"]]
 
 
+def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_path):
+    names = ["1.png", "x/2.png", "x/3.png", "y/3.png"]
+    store = open_store(str(tmp_path / "results"))
+    plan = plan_of(tmp_path / "plan", names, ["a.tar", "b.tar"])
+    shards = [
+        [row(shard, index, frame=frame) for index, frame in places] + [marker(shard, len(places))]
+        for shard, places in (("a.tar", [(4, 0), (4, 1), (5, None)]), ("b.tar", [(5, None)]))
+    ]
+    write_parts(store, plan, [*(row(name) for name in names), *shards[0], *shards[1]])
+    labels = pd.DataFrame(
+        {"image": ["1.png", "2.png", "3.png", "4.png", "5.png", "gone"], "label": list("abcdef")}
+    )
+    with collect(store, plan, CLASSES) as collected:
+        collected.finish(synthetic_model=False)
+        found, doubts = collected.label(labels)
+        labelled = collected.connection.sql(
+            "SELECT image, member_index, frame, label FROM final "
+            "WHERE label IS NOT NULL ORDER BY ALL"
+        ).fetchall()
+    assert labelled == [
+        ("1.png", None, None, "a"),
+        ("a.tar", 4, 0, "d"),
+        ("a.tar", 4, 1, "d"),
+        ("x/2.png", None, None, "b"),
+    ]
+    assert sorted(found["image"]) == ["1.png", "4.png", "x/2.png"]
+    assert sorted(doubts) == [
+        "3.png may be x/3.png or y/3.png",
+        "5.png is in a.tar and in another",
+    ]
+
+
 def test_two_that_publish_one_run_do_not_touch_each_others_files(tmp_path):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a")])
     written = []
     for _ in range(2):
         with collect(store, plan, CLASSES) as collected:
-            collected.finish(None, synthetic_model=False)
+            collected.finish(synthetic_model=False)
             written += [file["key"] for file in collected.write(store, None)]
     assert len(set(written)) == 2
 
