@@ -174,7 +174,7 @@ def _start_ray() -> bool:
         )
     try:
         if address == "local":
-            with environment(KEEP_FREED_MEMORY):
+            with environment(KEEP_FREED_MEMORY), _without_idle_servers():
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -191,6 +191,28 @@ def _start_ray() -> bool:
     global _is_private
     _is_private = address == "local"
     return True
+
+
+_IDLE_SERVERS = ("start_monitor", "start_log_monitor", "start_api_server")
+
+
+@contextmanager
+def _without_idle_servers() -> Iterator[None]:
+    """A Ray that starts in the block has no autoscaler, no reader of its logs, and no dashboard's
+    server: three Python processes that do nothing for a Ray of one machine, whose dashboard is off
+    and whose logs nobody reads. `ray.init` waits for the last of them, and `ray.shutdown` for each.
+    It has no option for it; where another release calls them otherwise, they start.
+    """
+    from ray._private.node import Node
+
+    before = {name: vars(Node)[name] for name in _IDLE_SERVERS if name in vars(Node)}
+    for name in before:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def is_submission_address(address: str) -> bool:

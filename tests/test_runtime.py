@@ -108,19 +108,24 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
 
 def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
     script = (
-        "import threading\n"
+        "import threading, psutil\n"
         "from lungopacity.runtime import done_with_ray, ray_ahead, ray_session\n"
         "with ray_ahead():\n"
         "    for _ in range(2):\n"
         "        with ray_session():\n"
         "            import ray\n"
         "            print(ray.get(ray.remote(lambda: 'worked').remote()))\n"
+        "    all = [' '.join(one.cmdline()) for one in psutil.Process().children(recursive=True)]\n"
+        "    print(*(name for name in ('raylet', 'dashboard.py', 'monitor.py')\n"
+        "            if any(name in line for line in all)))\n"
         "    done_with_ray()\n"
         "    with ray_session(): print(ray.get(ray.remote(lambda: 'again').remote()))\n"
         "print(ray.is_initialized(), threading.active_count() < 9)"
     )
     done = run_script(script, RAY_ADDRESS="")
-    assert done.stdout.split() == ["worked", "worked", "again", "False", "True"], done.stderr
+    assert done.stdout.split() == ["worked", "worked", "raylet", "again", "False", "True"], (
+        done.stderr
+    )
 
 
 def test_who_needs_no_ray_hears_nothing_of_one_that_cannot_be_had():
