@@ -42,7 +42,7 @@ class ErrorCode(StrEnum):
     TIMEOUT = "timeout"
     """The storage did not answer in time, after every retry."""
     UNAVAILABLE = "unavailable"
-    """The storage failed or broke the connection, after every retry; or a disk is full."""
+    """The storage failed, after every retry; or the node lacked room, memory or time."""
     CHANGED = "changed"
     """The object was replaced between the plan and the fetch."""
     DIGEST_MISMATCH = "digest_mismatch"
@@ -86,9 +86,9 @@ class ErrorCode(StrEnum):
     POOR_QUALITY = "poor_quality"
     """A quality flag that `--reject-quality` names; the `quality_…` columns say which."""
     DECODER_CRASH = "decoder_crash"
-    """The decoder's process died on this file, twice; no other image was lost by it."""
+    """The decoder's process died on this file, twice; no other file was lost by it."""
     DECODER_TIMEOUT = "decoder_timeout"
-    """The decoder did not finish this file in time, and was ended."""
+    """The decoder took more CPU time for this file than allowed, and was ended."""
     INTERNAL = "internal"
     """A defect of lungopacity itself. Please report it."""
 
@@ -99,7 +99,7 @@ TRANSIENT = frozenset(
 """Codes that another attempt may well mend."""
 
 OF_STORAGE = TRANSIENT | {ErrorCode.MISSING, ErrorCode.FORBIDDEN}
-"""Codes that tell of the storage and not of the content: every night tries again."""
+"""Codes that tell of the storage or the node, not of the content: every night tries again."""
 
 REJECTING = frozenset(
     {

@@ -2,7 +2,9 @@
 
 Image codecs are C libraries that take whatever a stranger's file holds. Here they may crash (the
 file is tried once more, alone, and then has `decoder_crash`), not return (`decoder_timeout`) or
-take memory (a limit of the operating system makes it `too_large`): that file alone pays for it.
+take memory (a limit of the operating system makes it `too_large`): that file alone pays for it,
+and of several frames those that came before keep their rows. What the node did to it, and not the
+file itself, is `unavailable`.
 
 Bytes go to the process through anonymous files, never through a pipe that could fill up and block
 both sides; orders and rows go through a socket.
@@ -11,6 +13,8 @@ both sides; orders and rows go through a socket.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import os
 import pickle
 import resource
@@ -46,6 +50,8 @@ _MEMORY_FOR_THE_NEXT_FILM = {
 by page. What is larger still goes back at once."""
 _START_SECONDS = 60.0
 """For the process to come up, on a machine with much to do."""
+_END_SECONDS = 2.0
+"""For one that has hung up to be gone: killed before, it would not tell what it died of."""
 
 Rows = list[dict[str, Any]]
 Ticket = TypeVar("Ticket")
@@ -61,6 +67,8 @@ class _Job(Generic[Ticket]):
     data: bytes | None
     rows: Rows = field(default_factory=list)
     slot: int = -1
+    number: int = -1
+    """Of its order, which each answer repeats."""
     crashes: int = 0
 
 
@@ -76,6 +84,7 @@ class Decoder:
         """Of decoding, so far; what crashed or hung is not counted."""
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._numbers = itertools.count()
 
     def rows(self, files: Iterable[tuple[Ticket, bytes | None]]) -> Iterator[tuple[Ticket, Rows]]:
         """The content rows of each file, in order; a ticket without bytes comes without rows."""
@@ -88,7 +97,8 @@ class Decoder:
                 self._start(job, waiting)
             waiting.append(job)
             while waiting and waiting[0].data is None:
-                yield waiting.popleft().ticket, []
+                done = waiting.popleft()
+                yield done.ticket, done.rows
         while waiting:
             yield self._finished(waiting)
 
@@ -109,19 +119,28 @@ class Decoder:
     def _start(self, job: _Job[Ticket], waiting: Iterable[_Job[Ticket]]) -> None:
         taken = {other.slot for other in waiting if other.data is not None}
         job.slot = next(slot for slot in range(_SLOTS) if slot not in taken)
-        with contextlib.suppress(OSError):
-            # A process that has just died is noticed when its rows are awaited.
-            self._order(job)
+        self._order(job)
 
     def _order(self, job: _Job[Ticket]) -> None:
+        """Hand the file to the process; where there is no room for its bytes, that is its row."""
         assert job.data is not None
         connection = self._running()
         file = self._files[job.slot]
         view = memoryview(job.data)
         written = 0
-        while written < len(view):
-            written += os.pwrite(file, view[written:], written)
-        connection.send_bytes(pickle.dumps((job.slot, len(view))))
+        try:
+            while written < len(view):
+                written += os.pwrite(file, view[written:], written)
+        except OSError as error:
+            os.ftruncate(file, 0)
+            told = f"no room to hand it to its decoder: {error.strerror}"
+            job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, told))
+            job.data = None
+            return
+        job.number = next(self._numbers)
+        with contextlib.suppress(OSError):
+            # A process that has just died is noticed when its rows are awaited.
+            connection.send_bytes(pickle.dumps((job.number, job.slot, len(view))))
 
     def _finished(self, waiting: deque[_Job[Ticket]]) -> tuple[Ticket, Rows]:
         """Wait for the oldest file's rows."""
@@ -131,7 +150,7 @@ class Decoder:
                 self._receive(job)
             except (EOFError, OSError):
                 self._mend(job, waiting)
-            if len(job.data) > _BYTES_UNDER_WAY // _SLOTS:
+            if job.data is not None and len(job.data) > _BYTES_UNDER_WAY // _SLOTS:
                 os.ftruncate(self._files[job.slot], 0)
         waiting.popleft()
         return job.ticket, job.rows
@@ -143,40 +162,54 @@ class Decoder:
         seconds = None
         while seconds is None:
             try:
-                rows, seconds = pickle.loads(self._connection.recv_bytes())
+                number, rows, seconds = pickle.loads(self._connection.recv_bytes())
             except BlockingIOError as error:
                 # The clock starts anew with each frame: a long film is no hanging decoder.
                 raise TimeoutError from error
+            if number != job.number:
+                raise EOFError  # another file's rows: this one's order was lost
             job.rows += rows
         self.cpu_seconds += seconds
 
     def _mend(self, job: _Job[Ticket], waiting: deque[_Job[Ticket]]) -> None:
         """The process is gone, or hangs, and `job` was its work. Start another for what waits."""
-        cause = sys.exc_info()[1]
-        returncode = self._end_process()
+        out_of_time = isinstance(sys.exc_info()[1], TimeoutError)
+        returncode = self._end_process(at_once=out_of_time)
         job.crashes += 1
-        if isinstance(cause, TimeoutError) or returncode == -signal.SIGPROF:
-            limit = self._settings.limits.max_seconds
-            job.rows = [_failed(ErrorCode.DECODER_TIMEOUT, f"took more than {limit:g} CPU seconds")]
+        limit = self._settings.limits.max_seconds
+        if returncode == -signal.SIGPROF:
+            told = f"took more than {limit:g} CPU seconds"
+            job.rows.append(_failed(job, ErrorCode.DECODER_TIMEOUT, told))
+        elif out_of_time:
+            told = f"no answer in {_PATIENCE * limit:g} s, nor {limit:g} s of CPU time in them"
+            job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, told))
+        elif job.crashes > 1 and returncode == -signal.SIGKILL:
+            told = "its decoder was killed, as a node does that is short of memory"
+            job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, told))
         elif job.crashes > 1:
-            job.rows = [_failed(ErrorCode.DECODER_CRASH, f"its process died ({_told(returncode)})")]
+            told = f"its process died ({_told(returncode)})"
+            job.rows.append(_failed(job, ErrorCode.DECODER_CRASH, told))
         else:
             # Alone, to be sure that it is the cause; what waits is ordered again after it. In its
             # own slot: the others' are not free.
-            with contextlib.suppress(OSError):
-                self._order(job)
-            try:
-                self._receive(job)
-            except (EOFError, OSError):
-                self._mend(job, deque())
+            self._order(job)
+            if job.data is not None:
+                try:
+                    self._receive(job)
+                except (EOFError, OSError):
+                    self._mend(job, deque())
         for other in waiting:
             if other is not job and other.data is not None:
-                with contextlib.suppress(OSError):
-                    self._order(other)
+                self._order(other)
 
     def _running(self) -> Connection:
         if self._connection is None:
-            self._process, self._connection = self._started()
+            try:
+                self._process, self._connection = self._started()
+            except OSError as error:
+                raise DecoderStartError(
+                    f"the decoder's process does not start ({error.strerror})"
+                ) from error
         return self._connection
 
     def _started(self) -> tuple[subprocess.Popen[bytes], Connection]:
@@ -221,13 +254,16 @@ class Decoder:
             ) from error
         return process, connection
 
-    def _end_process(self) -> int:
+    def _end_process(self, at_once: bool = True) -> int:
+        """Its exit code. `at_once`: do not wait for a process that is ending by itself."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         if self._process is None:
             return 0
-        if self._process.poll() is None:
+        try:
+            self._process.wait(0 if at_once else _END_SECONDS)
+        except subprocess.TimeoutExpired:
             self._process.kill()
         returncode = self._process.wait()
         self._process = None
@@ -269,7 +305,7 @@ def serve(
         _limit_memory(settings.limits.max_memory_bytes)
         connection.send("ready")
         while True:
-            slot, length = pickle.loads(connection.recv_bytes())
+            number, slot, length = pickle.loads(connection.recv_bytes())
             rows = rows_of(_read(files[slot], length), settings)
             began = time.process_time()
             last: Rows = []
@@ -281,11 +317,13 @@ def serve(
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 if row is None:
                     break
-                if last:
-                    connection.send_bytes(pickle.dumps((last, None)))
-                last = [row]
+                if row.get("frame") is None:
+                    last.append(row)
+                else:
+                    # At once: the next frame may end the process.
+                    connection.send_bytes(pickle.dumps((number, [row], None)))
             # With the last row, that it is the last: most files have one, and need one message.
-            connection.send_bytes(pickle.dumps((last, time.process_time() - began)))
+            connection.send_bytes(pickle.dumps((number, last, time.process_time() - began)))
 
 
 def _limit_memory(size_bytes: int) -> None:
@@ -313,8 +351,13 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-def _failed(code: ErrorCode, message: str) -> dict[str, Any]:
-    return error_columns(ImageError(code, Stage.DECODE, message))
+def _failed(job: _Job[Any], code: ErrorCode, message: str) -> dict[str, Any]:
+    """The row of a file, or of its first frame that did not come."""
+    facts: dict[str, object] = {"content_sha256": hashlib.sha256(job.data or b"").hexdigest()}
+    if job.rows:
+        facts["frame"] = len(job.rows)
+        message = f"{message}; frames behind this one were not tried"
+    return error_columns(ImageError(code, Stage.DECODE, message, facts))
 
 
 def _told(returncode: int) -> str:

@@ -1,5 +1,7 @@
 """Files that crash, hang or starve their decoder: they alone pay for it."""
 
+import errno
+import itertools
 import os
 import pickle
 import resource
@@ -8,12 +10,14 @@ import subprocess
 import sys
 import time
 from hashlib import sha256
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
 
 from lungopacity.archive.content import ReadSettings, content_rows
 from lungopacity.archive.decoder import Decoder, DecoderStartError, borrowed_decoder
+from lungopacity.errors import TRANSIENT, ErrorCode
 from lungopacity.radiograph import DecodeLimits, Preprocessing
 from tests.films import dicom, encoded, grey_film
 
@@ -79,7 +83,7 @@ def test_a_large_file_that_crashes_its_decoder_harms_no_neighbour(crashing):
 def test_an_order_for_more_than_there_is_ends_the_process(crashing):
     list(crashing.rows([(0, FILM)]))
     os.ftruncate(crashing._files[0], 0)
-    crashing._connection.send_bytes(pickle.dumps((0, 10)))
+    crashing._connection.send_bytes(pickle.dumps((0, 0, 10)))
     assert crashing._process.wait(timeout=10) == 0
 
 
@@ -102,11 +106,74 @@ def test_a_process_that_is_ended_from_outside_costs_no_file(crashing, tmp_path):
     assert codes(crashing, files) == [None, "not_an_image", None]
 
 
-@pytest.mark.parametrize("how", [b"HANG", b"SPIN"])
-def test_a_decoder_that_does_not_return_is_ended(crashing, how):
+@pytest.mark.parametrize(
+    ("how", "code", "told"),
+    [
+        (b"SPIN", "decoder_timeout", "took more than 1 CPU seconds"),
+        (b"HANG", "unavailable", "no answer in 5 s, nor 1 s of CPU time in them"),
+    ],
+)
+def test_a_decoder_that_does_not_return_is_ended(crashing, how, code, told):
+    """By its own clock it is the file's fault; by the wall's, the node's as likely."""
     started = time.monotonic()
-    assert codes(crashing, [FILM, how, FILM]) == [None, "decoder_timeout", None]
+    found = [rows for _, rows in crashing.rows(enumerate([FILM, how, FILM]))]
+    assert [len(rows) for rows in found] == [1, 1, 1]
+    assert [rows[0].get("error_code") for rows in found] == [None, code, None]
+    assert found[1][0]["error_message"] == told
     assert time.monotonic() - started < 20
+
+
+def test_a_decoder_that_the_node_kills_leaves_its_file_to_another_night(crashing):
+    assert codes(crashing, [FILM, b"KILLED", FILM]) == [None, "unavailable", None]
+    assert ErrorCode.UNAVAILABLE in TRANSIENT
+
+
+def test_frames_before_the_one_that_crashes_keep_their_rows(crashing):
+    frames = np.stack([grey_film(seed).astype(np.uint16) * 16 for seed in range(4)])
+    elements = {"NumberOfFrames": 4, "PixelData": frames.astype("<u2").tobytes()}
+    data = dicom(frames[0], ImageComments="THIRD", **elements)
+    found = [rows for _, rows in crashing.rows(enumerate([FILM, data, FILM]))]
+    assert [len(rows) for rows in found] == [1, 3, 1]
+    assert found[1][:2] == list(content_rows(data, SETTINGS))[:2]
+    assert found[1][2]["error_code"] == "decoder_crash"
+    assert (found[1][2]["frame"], found[1][2]["content_sha256"]) == (2, sha256(data).hexdigest())
+
+
+def test_a_file_that_cannot_be_handed_over_gives_no_other_its_rows(monkeypatch):
+    files = [encoded(grey_film(seed)) for seed in range(4)]
+    real, calls = os.pwrite, itertools.count()
+
+    def full(*arguments):
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    with borrowed_decoder(SETTINGS) as decoder:
+        monkeypatch.setattr(os, "pwrite", full)
+        found = [rows for _, rows in decoder.rows(enumerate(files))]
+    assert [row.get("error_code") for (row,) in found] == [None, "unavailable", None, None]
+    assert [row["content_sha256"] for (row,) in found] == [
+        sha256(data).hexdigest() for data in files
+    ]
+
+
+def test_an_order_that_is_lost_gives_no_other_file_its_rows(monkeypatch):
+    files = [encoded(grey_film(seed)) for seed in range(4)]
+    with borrowed_decoder(SETTINGS) as decoder:
+        list(decoder.rows([(0, FILM)]))
+        real, calls = Connection.send_bytes, itertools.count()
+
+        def losing(connection, order):
+            if next(calls) == 1:
+                raise OSError(errno.ENOBUFS, "No buffer space available")
+            real(connection, order)
+
+        monkeypatch.setattr(Connection, "send_bytes", losing)
+        found = [rows for _, rows in decoder.rows(enumerate(files))]
+    assert [row["content_sha256"] for (row,) in found] == [
+        sha256(data).hexdigest() for data in files
+    ]
+    assert all(row["status"] == "ok" for (row,) in found)
 
 
 def test_memory_is_limited_by_the_operating_system():
