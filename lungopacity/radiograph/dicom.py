@@ -18,6 +18,7 @@ import numpy.typing as npt
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction, luminance
 from lungopacity.radiograph.dicom_frames import (
+    frames_held,
     is_compressed,
     set_transfer_syntax,
     stored_values,
@@ -81,7 +82,7 @@ def decode_dicom(
                 failed = _as_image_error(error)
                 failed.facts = own
                 yield failed
-                if failed.code is ErrorCode.TRUNCATED:
+                if index >= frames:
                     # A header may declare thousands of frames that are not there: one row for them.
                     return
 
@@ -203,7 +204,10 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
         if frames > 1:
             pixels = frames * int(dataset.Rows) * int(dataset.Columns)
             limits.check_unpacked(pixels, len(dataset.PixelData))
-        return frames, frames
+        whole = frames_held(dataset, frames) if frames > 1 else 1
+        if 0 < whole < frames:
+            dataset.NumberOfFrames = whole  # or pydicom joins fragments that are a frame each
+        return frames, whole
     subsampled = dataset.get("PhotometricInterpretation") == "YBR_FULL_422"
     bits = int(dataset.Rows) * int(dataset.Columns) * (2 if subsampled else samples) * allocated
     whole = len(dataset.PixelData) * 8 // bits
@@ -298,7 +302,8 @@ def _as_image_error(error: Exception) -> ImageError:
         return ImageError(
             ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX, Stage.DECODE, "no decoder for this encoding"
         )
-    if any(sign in told for sign in ("less than", "truncated", "fewer", "not enough", "no frame")):
+    signs = ("less than", "truncated", "fewer", "not enough", "no frame", "insufficient")
+    if any(sign in told for sign in signs):
         return ImageError(ErrorCode.TRUNCATED, Stage.DECODE, f"pixel data ends early ({kind})")
     return ImageError(
         ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"pixel data cannot be decoded ({kind})"

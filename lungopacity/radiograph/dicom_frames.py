@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import numpy.typing as npt
@@ -46,6 +48,20 @@ def is_compressed(dataset: Any) -> bool:
             ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX, Stage.DECODE, "a private transfer syntax"
         )
     return bool(syntax.is_compressed)
+
+
+def frames_held(dataset: Any, declared: int) -> int:
+    """How many of them the compressed pixel data can hold: a frame has a fragment at least, and its
+    place in the table of offsets, if there is one (PS3.5 A.4)."""
+    from pydicom.encaps import generate_fragments, parse_basic_offsets
+
+    buffer = io.BytesIO(dataset.PixelData)
+    offsets = len(parse_basic_offsets(buffer))
+    fragments = 0
+    with contextlib.suppress(ValueError):  # none is found behind damage
+        for _ in generate_fragments(buffer):
+            fragments += 1
+    return min(declared, fragments, offsets or declared)
 
 
 def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray[Any]:

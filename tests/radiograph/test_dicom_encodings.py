@@ -6,19 +6,21 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
     JPEGLSLossless,
     RLELossless,
 )
 
 from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.radiograph import ACCEPTABLE, DecodeLimits, decode_radiographs
-from tests.films import dicom, one_film
+from tests.films import dicom, encoded, one_film
 from tests.radiograph.dicom_files import (
     RAMP,
     changed,
@@ -125,6 +127,55 @@ def test_a_single_frame_has_no_number():
 
 def test_frames_that_are_declared_and_not_there_are_one_error():
     data = dicom(RAMP, NumberOfFrames=1000, PixelData=np.stack([RAMP] * 3).tobytes())
+    found = list(decode_radiographs(data, limits=DecodeLimits()))
+    assert [isinstance(film, ImageError) for film in found] == [False, False, False, True]
+    assert found[-1].code is ErrorCode.TRUNCATED
+    assert found[-1].facts["frame"] == 3
+
+
+FRAMES = [(RAMP // 16).astype(np.uint8)[::step] for step in (1, -1, 2)]
+FRAMES[2] = np.repeat(FRAMES[2], 2, axis=0)
+
+
+def cine(syntax, declared: int = 3, cut: int | None = None, has_offsets: bool = True) -> bytes:
+    """FRAMES, each as its own codestream; of that at `cut`, the first half."""
+    eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+
+    def codestream(frame):
+        if syntax == JPEGBaseline8Bit:
+            return encoded(frame, "JPEG", quality=98)
+        single = pydicom.dcmread(io.BytesIO(dicom(frame, **eight, PixelData=frame.tobytes())))
+        single.compress(syntax)
+        return get_frame(single.PixelData, 0)
+
+    def encapsulated(dataset):
+        frames = [codestream(frame) for frame in FRAMES]
+        if cut is not None:
+            frames[cut] = frames[cut][: len(frames[cut]) // 2]
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.PixelData = encapsulate(frames, has_bot=has_offsets)
+        dataset["PixelData"].VR = "OB"
+        dataset["PixelData"].is_undefined_length = True
+
+    return changed(dicom(FRAMES[0], **eight, NumberOfFrames=declared), encapsulated)
+
+
+@pytest.mark.parametrize("has_offsets", [True, False])
+@pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGLSLossless, JPEG2000Lossless])
+def test_a_compressed_frame_that_is_cut_leaves_those_behind_it(syntax, has_offsets):
+    data = cine(syntax, cut=1, has_offsets=has_offsets)
+    found = list(decode_radiographs(data, limits=DecodeLimits()))
+    assert isinstance(found[1], ImageError)
+    assert found[1].code is ErrorCode.TRUNCATED
+    assert [film.frame for film in (found[0], found[2])] == [0, 2]
+    for place in (0, 2):
+        assert np.abs(found[place].pixels.astype(int) - FRAMES[place]).max() < 12
+
+
+@pytest.mark.parametrize("has_offsets", [True, False])
+@pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGLSLossless, JPEG2000Lossless])
+def test_compressed_frames_that_are_declared_and_not_there_are_one_error(syntax, has_offsets):
+    data = cine(syntax, declared=9, has_offsets=has_offsets)
     found = list(decode_radiographs(data, limits=DecodeLimits()))
     assert [isinstance(film, ImageError) for film in found] == [False, False, False, True]
     assert found[-1].code is ErrorCode.TRUNCATED
