@@ -21,6 +21,9 @@ _COMMENT = 0xFE
 _SCAN_HEADER = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 # Start of frame of each process (ITU-T T.81 table B.1) and of JPEG-LS (T.87): not DHT, JPG, DAC.
 _START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+_EXTRANEOUS = re.compile("extraneous bytes before marker 0x(..)")
+_BEHIND_PIXELS = {*(f"d{restart}" for restart in range(8)), "d9", "dc"}
+"""RST, EOI, DNL (T.81 table B.1)."""
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 
 
@@ -109,6 +112,13 @@ def scans_of(frame: bytes) -> int:
     return len(_SCAN_HEADER.findall(frame))
 
 
+def _is_before_pixels(told: str, data: bytes) -> bool:
+    """Whether libjpeg met bytes too many in the header, where they do no harm. Behind a scan, or at
+    its restart markers, they are what is left where damage made it end too early."""
+    found = _EXTRANEOUS.search(told)
+    return found is not None and found[1] not in _BEHIND_PIXELS and scans_of(data) < 2
+
+
 def decode_grey_jpeg(
     data: bytes, header: JpegHeader, at_least: int | None = None
 ) -> npt.NDArray[np.uint8] | None:
@@ -136,7 +146,8 @@ def decode_grey_jpeg(
             raise ImageError(
                 ErrorCode.TRUNCATED, Stage.DECODE, "the JPEG ends before its pixels do"
             ) from error
-        if "corrupt jpeg data" in told and "extraneous" not in told:
+        damaged = "corrupt jpeg data" in told and not _is_before_pixels(told, data)
+        if damaged or "inconsistent progression" in told:
             raise ImageError(
                 ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the JPEG's coded pixels are damaged"
             ) from error

@@ -10,6 +10,7 @@ import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     ExplicitVRBigEndian,
 )
@@ -46,6 +47,23 @@ def without(data: bytes, keyword: str) -> bytes:
 
 def compressed(syntax) -> bytes:
     return changed(dicom(RAMP), lambda dataset: dataset.compress(syntax))
+
+
+EIGHT_BITS = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+
+
+def of_codestreams(
+    frames: list[bytes], syntax, shape: tuple[int, int], has_offsets: bool = True, **elements
+) -> bytes:
+    """An object of these compressed frames, of 8 bits unless `elements` say otherwise."""
+
+    def encapsulated(dataset):
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.PixelData = encapsulate(frames, has_bot=has_offsets)
+        dataset["PixelData"].VR = "OB"
+        dataset["PixelData"].is_undefined_length = True
+
+    return changed(dicom(np.zeros(shape, np.uint16), **(EIGHT_BITS | elements)), encapsulated)
 
 
 def without_preamble(data: bytes) -> bytes:

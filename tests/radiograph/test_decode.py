@@ -3,13 +3,16 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from pydicom.uid import JPEGBaseline8Bit
 
 from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.radiograph import SYNTHETIC_MARK, DecodeLimits, decode_radiographs
 from tests.films import dicom, encoded, grey_film, one_film
+from tests.radiograph.dicom_files import of_codestreams
 
 LIMITS = DecodeLimits()
 
@@ -226,6 +229,34 @@ def test_damage_in_the_coded_pixels_of_a_jpeg_is_noticed():
     data[middle : middle + 40] = b"\xff\xd9" * 20
     with pytest.raises(ImageError):
         one_film(bytes(data))
+
+
+@pytest.mark.parametrize("as_dicom", [False, True])
+@pytest.mark.parametrize("options", [{}, {"restart_marker_rows": 1}, {"progressive": True}])
+def test_a_flipped_bit_that_libjpeg_notices_gives_no_film(options, as_dicom):
+    """Its most common words for a scan that lost its step are `extraneous bytes before marker`."""
+    data = encoded(grey_film(height=32, width=32), "JPEG", quality=90, **options)
+    scan = data.index(b"\xff\xda")
+    noticed = 0
+    for bit in range(8 * (scan + 10), 8 * (len(data) - 2), 13 if as_dicom else 3):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            simplejpeg.decode_jpeg(bytes(damaged), "GRAY")
+        except ValueError:
+            noticed += 1
+            found = bytes(damaged)
+            if as_dicom:
+                found = of_codestreams([found], JPEGBaseline8Bit, (32, 32))
+            code_of(found)
+    assert noticed > 10
+
+
+def test_bytes_too_many_in_the_header_of_a_jpeg_do_not_cost_the_film():
+    data = encoded(FILM, "JPEG", quality=98)
+    at = data.index(b"\xff\xc4")
+    found = one_film(data[:at] + b"\x00\x00" + data[at:]).pixels
+    np.testing.assert_array_equal(found, one_film(data).pixels)
 
 
 def test_a_flipped_byte_in_png_pixels_is_noticed():

@@ -6,7 +6,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.encaps import encapsulate, get_frame
+from pydicom.encaps import get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -22,11 +22,13 @@ from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.radiograph import ACCEPTABLE, DecodeLimits, decode_radiographs
 from tests.films import dicom, encoded, one_film
 from tests.radiograph.dicom_files import (
+    EIGHT_BITS,
     RAMP,
     changed,
     code_of,
     compressed,
     in_syntax,
+    of_codestreams,
     shipped,
     without_meta,
     without_preamble,
@@ -139,25 +141,19 @@ FRAMES[2] = np.repeat(FRAMES[2], 2, axis=0)
 
 def cine(syntax, declared: int = 3, cut: int | None = None, has_offsets: bool = True) -> bytes:
     """FRAMES, each as its own codestream; of that at `cut`, the first half."""
-    eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
 
     def codestream(frame):
         if syntax == JPEGBaseline8Bit:
             return encoded(frame, "JPEG", quality=98)
-        single = pydicom.dcmread(io.BytesIO(dicom(frame, **eight, PixelData=frame.tobytes())))
+        plain = dicom(frame, **EIGHT_BITS, PixelData=frame.tobytes())
+        single = pydicom.dcmread(io.BytesIO(plain))
         single.compress(syntax)
         return get_frame(single.PixelData, 0)
 
-    def encapsulated(dataset):
-        frames = [codestream(frame) for frame in FRAMES]
-        if cut is not None:
-            frames[cut] = frames[cut][: len(frames[cut]) // 2]
-        dataset.file_meta.TransferSyntaxUID = syntax
-        dataset.PixelData = encapsulate(frames, has_bot=has_offsets)
-        dataset["PixelData"].VR = "OB"
-        dataset["PixelData"].is_undefined_length = True
-
-    return changed(dicom(FRAMES[0], **eight, NumberOfFrames=declared), encapsulated)
+    frames = [codestream(frame) for frame in FRAMES]
+    if cut is not None:
+        frames[cut] = frames[cut][: len(frames[cut]) // 2]
+    return of_codestreams(frames, syntax, RAMP.shape, has_offsets, NumberOfFrames=declared)
 
 
 @pytest.mark.parametrize("has_offsets", [True, False])
