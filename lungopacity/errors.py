@@ -81,6 +81,8 @@ class ErrorCode(StrEnum):
     """The header names a modality that is not projection radiography."""
     WRONG_BODY_PART = "wrong_body_part"
     """The header names a body part that is not the chest."""
+    FOR_PROCESSING = "for_processing"
+    """The header calls it raw values of a detector (FOR PROCESSING), which are not for display."""
     LATERAL_VIEW = "lateral_view"
     """The header names a view that is not frontal (lateral, oblique, decubitus)."""
     POOR_QUALITY = "poor_quality"
@@ -110,6 +112,7 @@ REJECTING = frozenset(
         ErrorCode.KEY_OBJECT_SELECTION,
         ErrorCode.WRONG_MODALITY,
         ErrorCode.WRONG_BODY_PART,
+        ErrorCode.FOR_PROCESSING,
         ErrorCode.LATERAL_VIEW,
         ErrorCode.POOR_QUALITY,
     }

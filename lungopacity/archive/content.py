@@ -32,7 +32,7 @@ class ReadSettings:
     preprocessing: Preprocessing
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     accept: frozenset[ErrorCode] = frozenset()
-    """Of `wrong_modality`, `wrong_body_part`, `lateral_view`: what to score all the same."""
+    """Of `ACCEPTABLE`: what to score all the same."""
     reject_quality: frozenset[str] = frozenset(REJECTED_BY_DEFAULT)
     """Flags of `Quality` that reject a film; the others only mark it. `out_of_distribution` is the
     model's to judge."""

@@ -112,7 +112,7 @@ def rule_options(command: Any) -> Any:
         metavar="CODES",
         default="none",
         callback=words_of,
-        help="Score all the same: lateral_view, wrong_body_part, wrong_modality.",
+        help="Score all the same: for_processing, lateral_view, wrong_body_part, wrong_modality.",
     )
     reject = click.option(
         "--reject-quality",

@@ -73,7 +73,7 @@ def decode_radiographs(
 
     `at_least`: the caller will shrink the image so that its longer side is this many pixels; a JPEG
     is then decoded straight to a DCT scale that is not below it, several times as fast. `accept`:
-    of `wrong_modality`, `wrong_body_part` and `lateral_view`, what to decode all the same.
+    of `ACCEPTABLE`, what to decode all the same.
     `hmac_key`: fills `patient_hmac` and `study_hmac`.
 
     A frame that cannot be decoded comes as its `ImageError`. Raises `ImageError`, and nothing else,

@@ -16,7 +16,12 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.film import MAX_AGE_YEARS, SYNTHETIC_MARK
 
 ACCEPTABLE = frozenset(
-    {ErrorCode.WRONG_MODALITY, ErrorCode.WRONG_BODY_PART, ErrorCode.LATERAL_VIEW}
+    {
+        ErrorCode.WRONG_MODALITY,
+        ErrorCode.WRONG_BODY_PART,
+        ErrorCode.FOR_PROCESSING,
+        ErrorCode.LATERAL_VIEW,
+    }
 )
 """What a user may ask to have scored all the same."""
 
@@ -64,6 +69,8 @@ _BY_SOP_CLASS_FAMILY = {
     "1.2.840.10008.5.1.4.1.1.11.": (ErrorCode.PRESENTATION_STATE, "a presentation state"),
 }
 # CR, DX and secondary capture storage (PS3.6 Annex A); asked where the modality is silent.
+_DX_FOR_PROCESSING = "1.2.840.10008.5.1.4.1.1.1.1.1"
+_INTENTS = frozenset(("FOR PRESENTATION", "FOR PROCESSING"))
 _RADIOGRAPHY_CLASSES = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(1|1\.1(\.1)?|7(\.\d)?)")
 
 
@@ -108,7 +115,7 @@ def is_image_class(dataset: Any) -> bool:
 
 
 def check_wanted(dataset: Any, facts: dict[str, object], accept: Set[ErrorCode]) -> None:
-    """Raises `ImageError` (`wrong_modality`, `wrong_body_part`, `lateral_view`).
+    """Raises `ImageError` (`wrong_modality`, `wrong_body_part`, `for_processing`, `lateral_view`).
 
     `accept`: of these codes, those that the user wants scored all the same. Where the header is
     silent nothing is raised.
@@ -123,6 +130,10 @@ def check_wanted(dataset: Any, facts: dict[str, object], accept: Set[ErrorCode])
         _refuse(ErrorCode.WRONG_MODALITY, "not projection radiography", facts, accept)
     if facts["body_part"] not in (None, "CHEST"):
         _refuse(ErrorCode.WRONG_BODY_PART, "not the chest", facts, accept)
+    # PS3.3 C.8.11.3: the other object of the same exposure is the film.
+    intent = _term(dataset, "PresentationIntentType", _INTENTS)
+    if intent == "FOR PROCESSING" or (intent is None and sop_class == _DX_FOR_PROCESSING):
+        _refuse(ErrorCode.FOR_PROCESSING, "raw values that are not for display", facts, accept)
     if facts["view_position"] in _OTHER_VIEWS:
         _refuse(ErrorCode.LATERAL_VIEW, "not a frontal view", facts, accept)
 

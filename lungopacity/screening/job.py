@@ -97,7 +97,7 @@ def screening_job(
 ) -> ScreeningJob:
     """Read and check what a run needs, before anything is listed.
 
-    `accept`: of wrong_modality, wrong_body_part and lateral_view, what to score all the same.
+    `accept`: of `radiograph.ACCEPTABLE`, what to score all the same.
     `reject_quality`: quality flags that reject a film; None is the default, () is none.
     `max_failed_fraction`: of images that cannot be read, above which the run is called broken.
     `hmac_key`: URI of a file with the key for `patient_hmac` and `study_hmac`. `hash_keys`: names

@@ -42,7 +42,8 @@ MISTAKES = {
     "unknown acceptance": (
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
          "--accept", "everything"],
-        "--accept: 'everything' is none of lateral_view, wrong_body_part, wrong_modality",
+        "--accept: 'everything' is none of for_processing, lateral_view, wrong_body_part, "
+        "wrong_modality",
     ),
     "unknown quality flag": (
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive", "--labels",

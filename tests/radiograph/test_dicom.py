@@ -27,6 +27,8 @@ from tests.radiograph.dicom_files import (
 )
 from tests.real_data import DICOM_FOLDER, needs_real_data
 
+DX_FOR_PROCESSING = pydicom.uid.DigitalXRayImageStorageForProcessing
+
 # ------------------------------------------------------------ what is not scored
 
 
@@ -40,6 +42,8 @@ from tests.real_data import DICOM_FOLDER, needs_real_data
         ({"BodyPartExamined": "HAND"}, ErrorCode.WRONG_BODY_PART),
         ({"BodyPartExamined": "Left Knee"}, ErrorCode.WRONG_BODY_PART),
         ({"BodyPartExamined": "THORACIC SPINE"}, ErrorCode.WRONG_BODY_PART),
+        ({"PresentationIntentType": "FOR PROCESSING"}, ErrorCode.FOR_PROCESSING),
+        ({"SOPClassUID": DX_FOR_PROCESSING}, ErrorCode.FOR_PROCESSING),
         ({"Modality": "CT"}, ErrorCode.WRONG_MODALITY),
         ({"Modality": "MG"}, ErrorCode.WRONG_MODALITY),
         (
@@ -75,6 +79,7 @@ def test_a_coded_view_is_understood():
         {"BodyPartExamined": "THORAX"},
         {"BodyPartExamined": "SOMETHING ELSE"},
         {"Modality": "CR"},
+        {"PresentationIntentType": "FOR PRESENTATION"},
         {"Modality": "OT", "SOPClassUID": pydicom.uid.SecondaryCaptureImageStorage},
         {"Modality": ""},
         {"PatientOrientation": ["L", "F"]},
