@@ -22,6 +22,7 @@ from lungopacity.archive.containers import is_container, members
 from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.decoder import borrowed_decoder
 from lungopacity.archive.names import Wanted
+from lungopacity.archive.unpacking import machine_error
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status
 from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.storage import Store
@@ -330,6 +331,8 @@ def is_sidecar_name(key: str) -> bool:
 
 
 def _reported(error: Exception) -> Exception:
+    if not isinstance(error, ImageError):
+        error = machine_error(error) or error
     if not isinstance(error, ImageError):
         log.error("unforeseen %s while an image was read", type(error).__name__)
     # The frames it came through hold what they had read, hundreds of megabytes of a bomb, and refer

@@ -9,6 +9,7 @@ import bz2
 import errno
 import io
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -108,14 +109,41 @@ def as_image_error(error: Exception) -> ImageError:
     """What a library raised, as the error of a row: by its type, for messages quote content."""
     if isinstance(error, ImageError):
         return error
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        # Another task, or night, may have the room.
-        return ImageError(
-            ErrorCode.UNAVAILABLE,
-            Stage.UNPACK,
-            "no disk space left to unpack in; free some, or name a larger folder by TMPDIR",
-        )
-    return corrupt(f"cannot be walked to its end ({type(error).__name__})")
+    return machine_error(error) or corrupt(f"cannot be walked to its end ({type(error).__name__})")
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_OF_THE_MACHINE = frozenset(
+    {
+        *_NO_ROOM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENOTCONN,
+        errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE,
+        errno.ENOMEM,
+    }
+)  # fmt: skip
+"""Of disks, file servers and limits. Not EINVAL: a place that content names may be none."""
+
+
+def machine_error(error: BaseException) -> ImageError | None:
+    """The error of a row where the machine failed, and not the content: another task, or night,
+    may fare better. None for all else."""
+    cause: BaseException | None = error
+    # zipfile takes a disk that does not answer for a file that is no zip.
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return _unavailable(
+                "no disk space left to unpack in; free some, or name a larger folder by TMPDIR"
+            )
+        if isinstance(cause, OSError) and cause.errno in _OF_THE_MACHINE:
+            return _unavailable(f"disk error: {os.strerror(cause.errno)}")
+        # Arrow's is of what a damaged page says that it needs.
+        if isinstance(cause, MemoryError) and not isinstance(cause, pa.ArrowException):
+            return _unavailable("no memory left to read it in")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _unavailable(why: str) -> ImageError:
+    return ImageError(ErrorCode.UNAVAILABLE, Stage.UNPACK, why)
 
 
 class Allowance:

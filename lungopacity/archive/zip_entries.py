@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import IO
 
-from lungopacity.archive.unpacking import Entry, Forward, Meter, corrupt, inflated
+from lungopacity.archive.unpacking import Entry, Forward, Meter, corrupt, inflated, machine_error
 from lungopacity.errors import ErrorCode, ImageError, Stage
 
 # Local file header, APPNOTE 4.3.7: signature, version, flags, method, time, date, CRC-32,
@@ -39,7 +39,10 @@ def zip_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
     """
     try:
         directory = zipfile.ZipFile(file)
-    except Exception:
+    except Exception as error:
+        # To hold a directory in memory that states too large a size may be asked of it, too.
+        if not isinstance(error, MemoryError) and (failed := machine_error(error)) is not None:
+            raise failed from error
         # Foreign by design: whatever zipfile stumbles over, the members may still be there.
         yield from _recovered(file, meter)
         raise corrupt("has no readable central directory") from None

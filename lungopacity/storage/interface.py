@@ -65,7 +65,7 @@ class Store(Protocol):
 
         From S3 it is spooled to a temporary file first: shards never lie whole in memory, and a
         transfer that breaks is fetched again instead of being taken for a broken shard. Raises as
-        `read` does.
+        `read` does; reading the file raises `OSError`.
         """
         ...
 

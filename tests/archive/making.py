@@ -1,6 +1,7 @@
 """Containers of every kind that are read, made by the libraries that people make them with."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -127,10 +128,33 @@ def noise(seed: int, size: int = 1500) -> bytes:
 FILMS: Files = [(f"folder/ü {n}.v1.png", noise(n)) for n in range(5)]
 
 
-def walk(data: bytes, name: str = "x", limits: DecodeLimits = LIMITS, wanted=None):
+class FailingDisk(io.BytesIO):
+    """Cannot be read from one place to another."""
+
+    def __init__(self, data: bytes, begin: int, end: int, number: int = errno.EIO) -> None:
+        super().__init__(data)
+        self.bad, self.number = range(begin, end), number
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        start = self.tell()
+        data = super().read(size)
+        if start < self.bad.stop and start + len(data) > self.bad.start:
+            raise OSError(self.number, "of a disk")
+        return data
+
+    read1 = read
+
+    def readinto(self, buffer, /) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def walk(data: bytes | io.BytesIO, name: str = "x", limits: DecodeLimits = LIMITS, wanted=None):
     """Names and contents (an error as its code), and the code of the error that ended the walk."""
     rows = []
-    walking = members(io.BytesIO(data), name, limits, wanted)
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
+    walking = members(file, name, limits, wanted)
     while True:
         try:
             index, member, content = next(walking)

@@ -1,5 +1,6 @@
 """What holds of containers of every kind."""
 
+import errno
 import gzip
 import io
 import random
@@ -22,6 +23,7 @@ from tests.archive.making import (
     PARQUETS,
     TARS,
     ZIPS,
+    FailingDisk,
     every_kind,
     make_tar,
     make_zip,
@@ -82,6 +84,16 @@ def test_a_cut_at_any_point_gives_the_readable_members_and_an_error(kind):
         most = max(most, len(rows))
     # A Parquet file without its footer, or zstd without its one block, gives nothing.
     assert most == (0 if kind in (*PARQUETS, "tar.zst") else len(FILMS))
+
+
+@every_kind
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_disk_that_fails_anywhere_is_no_damage_of_the_container(kind, number):
+    data = KINDS[kind](FILMS)
+    for place in [*range(0, len(data), 512), len(data) - 1]:
+        rows, ended = walk(FailingDisk(data, place, place + 1, number), f"x.{kind}")
+        found = {ended, *(content for _, content in rows if isinstance(content, ErrorCode))}
+        assert found - {None} == {ErrorCode.UNAVAILABLE}, place
 
 
 @pytest.mark.parametrize("kind", [*TARS, *ZIPS])

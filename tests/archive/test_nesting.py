@@ -45,10 +45,11 @@ def test_a_container_in_a_nested_container_is_refused_alone():
     assert ended is None
 
 
-def test_a_nested_container_that_has_no_room_to_be_unpacked_is_tried_again(monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_nested_container_that_has_no_room_to_be_unpacked_is_tried_again(monkeypatch, number):
     class Full(io.BytesIO):
         def write(self, _data: object) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, "No space left on device")
 
     monkeypatch.setattr("lungopacity.archive.containers.SpooledTemporaryFile", lambda **_: Full())
     rows, ended = walk(make_zip([("in.tar", make_tar(FILMS)), ("b", b"3")]))

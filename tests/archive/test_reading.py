@@ -4,6 +4,7 @@ import os
 import threading
 import time
 import zipfile
+from contextlib import nullcontext
 from datetime import UTC, datetime
 
 import numpy as np
@@ -17,7 +18,8 @@ from lungopacity.archive.reading import read_files, read_images
 from lungopacity.errors import UserError
 from lungopacity.radiograph import DecodeLimits, Preprocessing
 from lungopacity.results.schema import PLAN_SCHEMA, READ_SCHEMA
-from lungopacity.storage import open_store
+from lungopacity.storage import LocalStore, open_store
+from tests.archive.making import FailingDisk
 from tests.films import dicom, encoded, grey_film, tar
 
 SETTINGS = ReadSettings(Preprocessing(image_size=32))
@@ -137,6 +139,17 @@ def test_a_broken_header_in_the_middle_is_noticed(tmp_path):
     open_store(str(tmp_path)).write("x.tar", bytes(data))
     rows = images(read(str(tmp_path)))
     assert [row["status"] for row in rows] == ["ok"] * 3 + ["failed"]
+
+
+@pytest.mark.parametrize("place", [0, 600])
+def test_a_disk_that_fails_while_a_shard_is_read_is_tried_again(tmp_path, monkeypatch, place):
+    data = whole_tar()
+    open_store(str(tmp_path)).write("x.tar", data)
+    failing = FailingDisk(data, place, place + 1)
+    monkeypatch.setattr(LocalStore, "open_local", lambda *_, **__: nullcontext(failing))
+    rows = images(read(str(tmp_path)))
+    assert {row["error_code"] for row in rows} == {"unavailable"}
+    assert rows[0]["error_message"] == "disk error: Input/output error"
 
 
 def test_only_wanted_images_are_read_where_names_are_given(tmp_path):
