@@ -9,11 +9,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import unquote_plus, urlsplit
 
 import pyarrow as pa
@@ -28,6 +31,8 @@ from lungopacity.errors import ImageError, UserError
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.storage import open_store, split_uri
 
+log = logging.getLogger(__name__)
+
 _NAMES = {
     "image": ("image", "key", "name"),
     "source_etag": ("source_etag", "etag", "e_tag"),
@@ -40,6 +45,8 @@ _NEEDED_FIELDS = "a report needs the fields Size, LastModifiedDate and ETag of e
 _SHARD_ENDINGS = "|".join(map(re.escape, SHARD_SUFFIXES))
 _CSV_BLOCK_BYTES = 16 << 20
 _ROWS_PER_TABLE = 50_000
+_MANIFEST_OF_A_DAY = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\dZ/manifest\.json")
+_OLD = timedelta(days=3)
 
 
 def read_inventory(
@@ -48,29 +55,52 @@ def read_inventory(
     """The objects of the archive as an inventory names them.
 
     inventory_uri: the `manifest.json` of an S3 Inventory report (CSV, ORC or Parquet; of all
-    versions, only the latest count), or a Parquet file with the columns `image` (the key, relative
-    to the archive), `source_etag`, `source_size_bytes` and `source_modified_at`. Raises
-    `UserError` where it cannot be read, is of another bucket, or lacks a column, or a row a value.
+    versions, only the latest count); the folder of a report's configuration, whose newest counts;
+    or a Parquet file with the columns `image` (the key, relative to the archive), `source_etag`,
+    `source_size_bytes` and `source_modified_at`. Raises `UserError` where it cannot be read, is of
+    another bucket, names nothing of the archive, or lacks a column, or a row a value.
     """
     uri = open_store(archive_uri).uri
     of = _of_report if inventory_uri.endswith(".json") else _of_list
-    return Inventory(uri, _counted(of(inventory_uri, uri), on_listed))
+    return Inventory(uri, _counted(of(inventory_uri, uri), on_listed, inventory_uri, uri))
 
 
 def _counted(
-    tables: Iterator[pa.Table], on_listed: Callable[[int], None] | None
+    tables: Iterator[pa.Table],
+    on_listed: Callable[[int], None] | None,
+    inventory_uri: str,
+    archive: str,
 ) -> Iterator[pa.Table]:
+    objects = 0
     for table in tables:
+        objects += table.num_rows
         if on_listed is not None:
             on_listed(table.num_rows)
         if table.num_rows:
             yield table
+    if not objects:
+        # As of a listing: a slip in one of the two must not be a night of nothing to do.
+        raise UserError(
+            f"{inventory_uri}: names nothing below {archive}; check --archive, and the prefix "
+            "that the report is of"
+        )
 
 
-def _of_list(uri: str, _archive_uri: str) -> Iterator[pa.Table]:
+def _of_list(uri: str, archive_uri: str) -> Iterator[pa.Table]:
+    manifest = _newest_manifest(uri)
+    if manifest is not None:
+        yield from _of_report(manifest, archive_uri)
+        return
     with _local(uri, None) as path:
         for table in _parquet(path, ()):
             yield _planned(table, uri, "")
+
+
+def _newest_manifest(uri: str) -> str | None:
+    """In the folder of a report's configuration, where S3 gives each report a folder of its own."""
+    store = open_store(uri)
+    found = [item.key for item in store.list() if _MANIFEST_OF_A_DAY.fullmatch(item.key)]
+    return f"{store.uri}/{max(found)}" if found else None
 
 
 def _of_report(manifest_uri: str, archive_uri: str) -> Iterator[pa.Table]:
@@ -86,6 +116,7 @@ def _of_report(manifest_uri: str, archive_uri: str) -> Iterator[pa.Table]:
                 f"{manifest_uri}: this is no manifest of an S3 Inventory report "
                 f"({type(error).__name__}: {error}); give its manifest.json, or a Parquet list"
             ) from error
+    _warn_of_age(manifest_uri, manifest)
     parts = urlsplit(archive_uri, allow_fragments=False)
     if parts.scheme != "s3" or parts.netloc != bucket:
         raise UserError(
@@ -101,6 +132,20 @@ def _of_report(manifest_uri: str, archive_uri: str) -> Iterator[pa.Table]:
         with _local(uri, md5) as path:
             for table in read(path, columns):
                 yield _planned(table, uri, f"{prefix}/" if prefix else "")
+
+
+def _warn_of_age(manifest_uri: str, manifest: Mapping[str, Any]) -> None:
+    try:
+        made = datetime.fromtimestamp(int(manifest["creationTimestamp"]) / 1000, UTC)
+    except (KeyError, ValueError, TypeError, OverflowError, OSError):
+        return
+    if datetime.now(UTC) - made > _OLD:
+        log.warning(
+            "%s: the report was made on %s, and names nothing that came later; the folder of its "
+            "configuration as --inventory stands for the newest report",
+            manifest_uri,
+            made.date(),
+        )
 
 
 @contextmanager

@@ -26,7 +26,8 @@ def _screening_options(command: Any) -> Any:
             "--inventory",
             metavar="URI",
             default=None,
-            help="Instead of listing: manifest.json of an S3 Inventory report, or a Parquet list.",
+            help="Instead of listing: manifest.json of an S3 Inventory report, the folder of its "
+            "configuration (the newest report there), or a Parquet list.",
         ),
         click.option("--batch-size", type=int, default=64, show_default=True),
         operating_point_option,

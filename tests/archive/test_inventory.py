@@ -176,12 +176,16 @@ def test_parquet_times_may_be_milliseconds_since_1970(s3_uri):
         ({"md5": "0" * 32}, "differs from the MD5 in the manifest"),
         ({"drop": "e_tag"}, "no column source_etag or etag or e_tag"),
         ({"damage": True}, "the inventory is damaged"),
+        ({"change": {"files": []}}, "names nothing below s3://.*; check --archive"),
+        ({"elsewhere": True}, "names nothing below s3://.*; check --archive"),
     ],
 )
 def test_a_report_that_cannot_be_used_is_named_with_the_mend(s3_uri, options, message):
     rows = rows_of(s3_uri)
     if options.pop("drop", None):
         rows = [{name: value for name, value in row.items() if name != "e_tag"} for row in rows]
+    if options.pop("elsewhere", None):
+        rows = [row for row in rows if row["key"] == "other/prefix/5.dcm"]
     damaged = options.pop("damage", False)
     manifest = report(s3_uri, "PARQUET", rows, **options)
     if damaged:
@@ -194,6 +198,23 @@ def test_a_report_that_cannot_be_used_is_named_with_the_mend(s3_uri, options, me
         read(manifest, s3_uri)
 
 
+def test_the_newest_report_of_a_configuration_counts_and_an_old_one_is_warned_of(s3_uri, caplog):
+    store = open_store(f"{s3_uri}-inventory/every-day")
+    rows = rows_of(s3_uri)
+    for day, number, made in (("10", 1, WHEN), ("09", 2, WHEN), ("11", 3, datetime.now(UTC))):
+        told = {"creationTimestamp": str(int(made.timestamp() * 1000))}
+        report(s3_uri, "CSV", rows[:number], change=told)
+        manifest = open_store(f"{s3_uri}-inventory").read("manifest.json")
+        store.write(f"2026-03-{day}T01-00Z/manifest.json", manifest)
+        store.write(f"2026-03-{day}T01-00Z/manifest.checksum", b"")
+    store.write("hive/dt=2026-03-12-01-00/symlink.txt", b"")
+    assert len(read(store.uri, s3_uri)) == 3
+    assert not caplog.text
+    with pytest.raises(UserError, match="differs from the MD5"):  # the data are the newest one's
+        read(f"{store.uri}/2026-03-10T01-00Z/manifest.json", s3_uri)
+    assert "the report was made on 2026-03-04, and names nothing that came later" in caplog.text
+
+
 def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path):
     archive = take_inventory(_archive(tmp_path))
     pq.write_table(archive.objects.drop_columns("is_shard"), tmp_path / "list.parquet")
@@ -201,6 +222,9 @@ def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path):
     assert pa.Table.from_pylist(found, schema=PLAN_SCHEMA).equals(archive.objects)
     with pytest.raises(UserError, match="the inventory cannot be read: no such file"):
         read(str(tmp_path / "none.parquet"), archive.uri)
+    pq.write_table(archive.objects.slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(UserError, match="names nothing below"):
+        read(str(tmp_path / "empty.parquet"), archive.uri)
 
 
 def _archive(tmp_path) -> str:
