@@ -42,7 +42,7 @@ class ErrorCode(StrEnum):
     TIMEOUT = "timeout"
     """The storage did not answer in time, after every retry."""
     UNAVAILABLE = "unavailable"
-    """The storage or a disk failed or is full, after every retry; or the node lacked memory or time."""
+    """The storage or a disk failed or is full, after retries; or the node lacked memory or time."""
     CHANGED = "changed"
     """The object was replaced between the plan and the fetch."""
     DIGEST_MISMATCH = "digest_mismatch"
