@@ -37,6 +37,8 @@ def diagnose(storage: str | None = None) -> list[Finding]:
     for check in checks:
         try:
             findings += check()
+        except UserError as error:
+            findings.append(_refused(check.__name__.strip("_"), error))
         except Exception as error:
             name = check.__name__.strip("_")
             findings.append(
@@ -176,11 +178,10 @@ def _disk() -> Iterator[Finding]:
 
 
 def _s3() -> Iterator[Finding]:
-    import boto3
+    from lungopacity.storage.s3_clients import aws_session, s3_client
 
-    session = boto3.session.Session()
-    credentials = session.get_credentials()
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "Amazon's own endpoints")
+    credentials = aws_session().get_credentials()
+    endpoint = s3_client().meta.endpoint_url
     if credentials is None:
         yield Finding(
             "note",
@@ -192,14 +193,18 @@ def _s3() -> Iterator[Finding]:
     yield Finding("ok", "s3", f"credentials from {credentials.method}, {endpoint}")
 
 
+def _refused(what: str, error: UserError) -> Finding:
+    detail, _, mend = str(error).rpartition("; ")
+    return Finding("missing", what, detail or str(error), mend if detail else "")
+
+
 def _place(uri: str) -> Iterator[Finding]:
     from lungopacity.storage import open_store
 
     try:
         first = next(iter(open_store(uri).list()), None)
     except UserError as error:
-        detail, _, mend = str(error).rpartition("; ")
-        yield Finding("missing", "storage", detail or str(error), mend if detail else "")
+        yield _refused("storage", error)
         return
     if first is None:
         yield Finding("note", "storage", f"{uri}: nothing lies there", "check the path or prefix")

@@ -6,8 +6,10 @@ import socket
 import pytest
 from botocore.exceptions import ClientError, ParamValidationError
 
+from lungopacity import doctor
 from lungopacity.errors import TRANSIENT, ErrorCode, ImageError, UserError
 from lungopacity.storage import open_store
+from lungopacity.storage.s3_clients import clients_of
 from lungopacity.storage.s3_errors import image_error_of, user_errors
 
 
@@ -104,6 +106,33 @@ def test_no_credentials_is_said(monkeypatch, tmp_path):
     assert "no AWS credentials" in failing_list("s3://tests/x")
     with pytest.raises(ImageError, match="no AWS credentials found; set AWS_ACCESS_KEY_ID"):
         open_store("s3://tests").read("x")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "asked"),
+    [("https://s3.hospital.example", "https://s3.hospital.example"),
+     (None, "https://s3.eu-central-1.amazonaws.com")],
+)  # fmt: skip
+def test_no_client_asks_another_server_than_the_profile_names(
+    monkeypatch, tmp_path, endpoint, asked
+):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    named = f"endpoint_url = {endpoint}" if endpoint else ""
+    (tmp_path / "config").write_text(f"[profile own]\nregion = eu-central-1\n{named}\n")
+    (tmp_path / "keys").write_text("[own]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("AWS_PROFILE", "own")
+    clients = clients_of("films")
+    filesystem, _ = open_store("s3://films").arrow_filesystem()
+    arrow = filesystem.__reduce__()[1][0]
+    assert clients.boto3.meta.endpoint_url == asked
+    assert clients.quick._store.config["endpoint"] == asked
+    assert f"{arrow['scheme']}://{arrow['endpoint_override']}" == asked
+    url = clients.boto3.generate_presigned_url("get_object", {"Bucket": "films", "Key": "a"})
+    assert url.startswith(f"{asked}/films/a?") or not endpoint
+    assert doctor.report(list(doctor._s3())).count(asked) == 1
 
 
 @pytest.mark.parametrize(

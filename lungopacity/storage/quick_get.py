@@ -76,11 +76,10 @@ def _obstore(bucket: str, session: Any, client: Any) -> Any:
     from obstore.store import S3Store
 
     endpoint = client.meta.endpoint_url
-    own = client.meta.config.s3 or {}
     return S3Store(
         bucket,
-        # Of AWS, obstore makes the address itself.
-        endpoint=endpoint if own.get("addressing_style") == "path" else None,
+        # Always: of a profile's endpoint obstore knows nothing, and would ask Amazon.
+        endpoint=endpoint,
         region=client.meta.region_name,
         credential_provider=Boto3CredentialProvider(session),
         client_options={"allow_http": endpoint.startswith("http:"), "timeout": _TIMEOUT},

@@ -60,12 +60,14 @@ def clients_of(bucket: str) -> S3Clients:
     key = (bucket, *sorted(variables))
     with _making_clients:
         if key not in _known_clients:
-            client = _s3_client()
+            client = s3_client()
             _known_clients[key] = S3Clients(client, QuickGet(bucket, aws_session(), client))
         return _known_clients[key]
 
 
-def _s3_client() -> Any:
+def s3_client() -> Any:
+    """boto3's. An endpoint of one's own, of whatever variable or file, it asks by path: that needs
+    no DNS name for each bucket. Raises `UserError`."""
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
@@ -74,8 +76,6 @@ def _s3_client() -> Any:
         max_pool_connections=64,
         connect_timeout=10,
         read_timeout=60,
-        # Virtual-host addressing needs DNS names per bucket, which on-premises servers lack.
-        s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {},
     )
     try:
         session = aws_session()
