@@ -66,17 +66,18 @@ def read_pseudonyms(key_uri: str, key_map: str | None) -> Pseudonyms:
     if len(key) < _MIN_KEY_BYTES:
         raise UserError(
             f"{key_uri}: the key has {len(key)} bytes, at least {_MIN_KEY_BYTES} are needed; "
-            "make one with `openssl rand -hex 32`"
+            "make one with `(umask 077; openssl rand -hex 32 > FILE)`"
         )
     return Pseudonyms(key, key_map)
 
 
 def write_key_map(uri: str, run_id: str, names: Mapping[str, str]) -> None:
-    """Keep the names behind a run's hashes in `<uri>/<run_id>.parquet`."""
+    """Keep the names behind a run's hashes in `<uri>/<run_id>.parquet`, on disk for this user
+    alone."""
     sink = pa.BufferOutputStream()
     columns = {"hashed": list(names), "name": list(names.values())}
     pq.write_table(pa.table(columns, schema=_MAP_SCHEMA), sink, compression="zstd")
-    open_store(uri).write(f"{run_id}.parquet", bytes(sink.getvalue()))
+    open_store(uri).write(f"{run_id}.parquet", bytes(sink.getvalue()), private=True)
 
 
 def read_key_map(uri: str, run_id: str) -> dict[str, str]:

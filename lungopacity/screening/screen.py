@@ -154,7 +154,7 @@ def run_job(
     observe.set_run(run_id)
     if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
         # It is written last: after a night's work it would be late to hear that it cannot be.
-        check_writable(job.pseudonyms.key_map)
+        check_writable(job.pseudonyms.key_map, private=True)
     with TemporaryDirectory(prefix="lungopacity-") as name:
         folder = Path(name)
         plan = make_plan(

@@ -76,10 +76,17 @@ class Store(Protocol):
         ...
 
     def write(
-        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+        self,
+        key: str,
+        data: bytes,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        private: bool = False,
     ) -> None:
         """Put the object whole: no reader ever sees a part of it.
 
+        private: on disk, for this user alone. On S3 the bucket's policies decide.
         Raises `ConflictError` where `if_absent` and it exists, or where it is no longer the one of
         the etag `if_match`; `UserError` where it cannot be written.
         """

@@ -131,11 +131,17 @@ class LocalStore:
             return self._path(key)
 
     def write(
-        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+        self,
+        key: str,
+        data: bytes,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        private: bool = False,
     ) -> None:
         path = self._path(key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(0o700 if private else 0o777, parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
             try:
                 with os.fdopen(handle, "wb") as file:
@@ -143,7 +149,8 @@ class LocalStore:
                     file.flush()
                     os.fsync(file.fileno())
                 # mkstemp makes files that the owner alone can read; results are meant for others.
-                os.chmod(name, 0o666 & ~_umask())
+                if not private:
+                    os.chmod(name, 0o666 & ~_umask())
                 if if_absent:
                     os.link(name, path)
                     os.unlink(name)

@@ -9,10 +9,10 @@ from lungopacity.errors import UserError
 from lungopacity.storage import open_store
 
 
-def check_writable(uri: str) -> None:
-    """Raises `UserError` where nothing can be kept in the folder."""
+def check_writable(uri: str, *, private: bool = False) -> None:
+    """Raises `UserError` where nothing can be kept in the folder. `private`: see `Store.write`."""
     store, key = open_store(uri), f".probe-{uuid.uuid4().hex}"
-    store.write(key, b"")
+    store.write(key, b"", private=private)
     # Some may write and not remove; an empty file is left then.
     with contextlib.suppress(UserError, OSError):
         store.delete(key)

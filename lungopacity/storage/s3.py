@@ -247,7 +247,13 @@ class S3Store:
         take_body(answer, take)
 
     def write(
-        self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None
+        self,
+        key: str,
+        data: bytes,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+        private: bool = False,
     ) -> None:
         from botocore.exceptions import ClientError
 

@@ -1,5 +1,6 @@
 import hashlib
 import hmac
+import stat
 
 import pyarrow as pa
 import pytest
@@ -13,6 +14,7 @@ from lungopacity.screening.pseudonyms import (
     read_pseudonyms,
     write_key_map,
 )
+from lungopacity.storage.probe import check_writable
 
 KEY = b"0123456789abcdef0123456789abcdef"
 SCHEMA = pa.schema(
@@ -54,6 +56,14 @@ def test_the_map_is_kept_and_read_back(store_uri):
     assert read_key_map(store_uri, "run-1") == names
     with pytest.raises(UserError, match=r"run-2\.parquet: the names behind the hashes"):
         read_key_map(store_uri, "run-2")
+
+
+def test_on_disk_the_map_is_for_its_owner_alone(tmp_path):
+    uri = tmp_path / "map"
+    check_writable(str(uri), private=True)  # as a run does, long before it writes
+    write_key_map(str(uri), "run-1", {"ab": "Doe^John"})
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (uri, uri / "run-1.parquet")]
+    assert modes == [0o700, 0o600]
 
 
 def test_the_fingerprint_tells_keys_apart_and_the_key_is_never_printed():
