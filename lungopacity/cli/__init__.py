@@ -19,7 +19,7 @@ import click
 
 from lungopacity.cli import evaluation, labelled, machine, results, screening, training
 from lungopacity.cli.options import EPILOG, refuse_empty_texts
-from lungopacity.errors import UserError
+from lungopacity.errors import ImageError, Stage, UserError
 
 _DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
 
@@ -102,6 +102,8 @@ def _one_line(error: BaseException) -> str:
     while cause is not None:
         if type(cause) is UserError:
             return str(cause)
+        if isinstance(cause, ImageError) and cause.stage is Stage.FETCH:
+            return f"the storage failed: {cause.message}; try again"
         if isinstance(cause, ModuleNotFoundError):
             return (
                 f"the Python at {sys.executable}, or that of a Ray node, has no module "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from lungopacity.errors import UserError
 
 _MEMORY = "1GiB"
 _ROWS_PER_FILE = 1_000_000
@@ -28,23 +32,55 @@ class ExportedFile:
     rows: int
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether it tells that there was no room for a file, as the error of Python, Arrow or DuckDB
+    does. DuckDB runs out of memory where it can put nothing more on disk."""
+    import duckdb
+
+    if isinstance(error, duckdb.IOException):
+        return any(os.strerror(number) in str(error) for number in _FULL)
+    return isinstance(error, duckdb.OutOfMemoryException) or (
+        isinstance(error, OSError) and error.errno in _FULL
+    )
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """An empty folder on this machine, gone after the block.
+
+    Raises `UserError` where the block finds no room on disk.
+    """
+    with TemporaryDirectory(prefix="lungopacity-") as name:
+        try:
+            yield Path(name)
+        except Exception as error:
+            if not is_full_disk(error):
+                raise
+            raise UserError(
+                f"temporary files cannot be written: no space left in {Path(name).parent}; free "
+                "some, or name a larger folder by TMPDIR"
+            ) from error
+
+
 @contextmanager
 def workbench() -> Iterator[tuple[Any, Path]]:
-    """A DuckDB connection, and an empty folder on this machine; both gone after the block.
+    """A DuckDB connection, and an empty folder on this machine; both gone after the block. Raises
+    `UserError` as `temporary_folder` does.
 
     Tables lie in a file of that folder, and so does what a sort or a join cannot hold in memory.
     """
     import duckdb
 
-    with TemporaryDirectory(prefix="lungopacity-") as name:
-        folder = Path(name)
-        with duckdb.connect(folder / "tables.duckdb") as connection:
-            connection.execute(f"SET memory_limit = '{_MEMORY}'")
-            connection.execute(f"SET temp_directory = {quoted(folder / 'spill')}")
-            connection.execute("SET TimeZone = 'UTC'")
-            # Every order that matters is asked for by name.
-            connection.execute("SET preserve_insertion_order = false")
-            yield connection, folder
+    with temporary_folder() as folder, duckdb.connect(folder / "tables.duckdb") as connection:
+        connection.execute(f"SET memory_limit = '{_MEMORY}'")
+        connection.execute(f"SET temp_directory = {quoted(folder / 'spill')}")
+        connection.execute("SET TimeZone = 'UTC'")
+        # Every order that matters is asked for by name.
+        connection.execute("SET preserve_insertion_order = false")
+        yield connection, folder
 
 
 def quoted(text: object) -> str:

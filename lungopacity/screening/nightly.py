@@ -8,13 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lungopacity.archive.inventory import Inventory
 from lungopacity.errors import NOTICE, Status, UserError
 from lungopacity.evaluation.drift import Shift
+from lungopacity.results.workbench import temporary_folder
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
@@ -125,8 +124,8 @@ def _rehearsed(
 ) -> Night:
     job = screening_job(model, results, **options)
     listed = inventory_at(archive, inventory, job.written)
-    with TemporaryDirectory(prefix="lungopacity-") as folder:
-        files = choose(listed, Path(folder), max_images, _history(job, listed.uri))
+    with temporary_folder() as folder:
+        files = choose(listed, folder, max_images, _history(job, listed.uri))
     return Night(
         store.uri,
         (),

@@ -20,7 +20,7 @@ from lungopacity.archive.names import names_by_ending
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
-from lungopacity.results.workbench import export, quoted, view_of_files, workbench
+from lungopacity.results.workbench import export, is_full_disk, quoted, view_of_files, workbench
 from lungopacity.screening.plan import Plan
 from lungopacity.screening.pseudonyms import Pseudonyms, write_key_map
 from lungopacity.storage import Store
@@ -248,6 +248,8 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
             connection.execute(_WHOLE_READINGS)
             connection.execute(_DONE)
         except duckdb.Error as error:
+            if is_full_disk(error):
+                raise
             raise _unreadable(plan, str(error).splitlines()[0]) from error
         yield Collected(plan, tuple(class_names), connection, folder)
 

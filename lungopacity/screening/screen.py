@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +24,7 @@ from lungopacity.models.scorer import check_precision
 from lungopacity.progress import Progress
 from lungopacity.results.folder import RESULTS_FILE
 from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.results.workbench import temporary_folder
 from lungopacity.runtime import done_with_ray, end_if_told, ray_ahead, ray_session, resolve_gpu
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.finish import ScreeningResult, publish_run
@@ -155,8 +155,7 @@ def run_job(
     if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
         # It is written last: after a night's work it would be late to hear that it cannot be.
         check_writable(job.pseudonyms.key_map, private=True)
-    with TemporaryDirectory(prefix="lungopacity-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         plan = make_plan(
             job.results,
             inventory,

@@ -4,6 +4,7 @@ import click
 import pytest
 
 from lungopacity.cli import cli, main
+from lungopacity.errors import ErrorCode, ImageError, Stage
 from tests.cli.running import run
 
 
@@ -53,6 +54,15 @@ def test_a_module_that_a_node_lacks_is_told_with_the_mend(monkeypatch, capfd):
     code, _, err = run(capfd, "runs", "--results", "x")
     assert code == 2
     assert "has no module 'gdcm'; install requirements.lock there" in err
+
+
+def test_a_storage_that_fails_is_no_defect(monkeypatch, capfd):
+    def broken(uri: str) -> None:
+        raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time")
+
+    monkeypatch.setattr("lungopacity.results.query.open_store", broken)
+    code, _, err = run(capfd, "runs", "--results", "x")
+    assert (code, err) == (2, "error: the storage failed: no answer in time; try again\n")
 
 
 def test_a_defect_of_our_own_names_itself_and_how_to_report_it(monkeypatch, capfd):

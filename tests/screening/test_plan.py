@@ -8,7 +8,8 @@ from lungopacity.archive.inventory import Inventory, list_archive
 from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import PLANNED_SCHEMA
-from lungopacity.screening.plan import Plan, make_plan, new_run_id, unfinished_runs
+from lungopacity.results.workbench import temporary_folder, workbench
+from lungopacity.screening.plan import Plan, choose, make_plan, new_run_id, unfinished_runs
 from lungopacity.storage import open_store
 from tests.results.records import record_of
 
@@ -109,6 +110,19 @@ def test_an_inventory_that_names_an_object_twice_is_refused(archive, tmp_path):
     twice = Inventory(listed.uri, iter([table, table.slice(0, 1)]))
     with pytest.raises(UserError, match="names 1 objects more than once"):
         make_plan(open_store(str(tmp_path / "r")), twice, "model", "one", tmp_path)
+
+
+def test_a_full_disk_is_told_with_the_mend(archive):
+    mend = pytest.raises(UserError, match=r"no space left in .*; free some, or name .* TMPDIR")
+    with mend, temporary_folder() as folder:
+        (folder / "inventory.parquet").symlink_to("/dev/full")
+        choose(list_archive(archive), folder, None, None)
+    with mend, workbench() as (connection, _):
+        connection.execute("SET memory_limit = '8MB'; SET max_temp_directory_size = '1MB'")
+        connection.execute("CREATE TABLE t AS SELECT md5(i::VARCHAR) a FROM range(1000000) r(i)")
+        connection.execute("CREATE TABLE s AS SELECT * FROM t ORDER BY a")
+    with pytest.raises(PermissionError), temporary_folder():
+        raise PermissionError
 
 
 @pytest.mark.parametrize("run_id", ["", "a/b", "../x", ".hidden", "x" * 101, "a b"])

@@ -3,6 +3,7 @@ import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -254,6 +255,16 @@ def test_what_cannot_be_read_is_named_with_the_mend(tmp_path, damaged):
         plan.files[0].write_bytes(b"PAR1 no more")
     said = r"run 'run' cannot go on: its plan, or a part file below _work/run/, cannot be read \("
     with pytest.raises(UserError, match=said), collect(store, plan, CLASSES):
+        pass
+
+
+def test_a_full_disk_costs_no_run(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise duckdb.OutOfMemoryException("failed to offload data block")
+
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
+    monkeypatch.setattr("lungopacity.screening.publish.view_of_files", full)
+    with pytest.raises(UserError, match="free some, or name"), collect(store, plan, CLASSES):
         pass
 
 
