@@ -14,7 +14,7 @@ from lungopacity.cli.options import (
     pairs_of,
     rule_options,
 )
-from lungopacity.errors import UserError
+from lungopacity.errors import NOTICE, UserError
 
 
 @click.command(epilog=EPILOG)
@@ -47,6 +47,7 @@ def labels(
     else:
         found = layouts.labels_of_tables(sql or "", tables)
     click.echo(layouts.summary(layouts.write_labels(found, output)))
+    click.echo(NOTICE)
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 import click
 
 from lungopacity.cli.options import EPILOG
+from lungopacity.errors import NOTICE
 
 
 @click.command(epilog=EPILOG)
@@ -29,6 +30,8 @@ def query(results: str, output_format: str, sql: str) -> int:
 
     data = rendered(run(results, sql), output_format)
     sys.stdout.buffer.write(data)
+    # Not among the rows, which other programs read.
+    click.echo(NOTICE, err=True)
     return 0
 
 
@@ -40,4 +43,5 @@ def runs(results: str) -> int:
     from lungopacity.results.render import rendered
 
     sys.stdout.buffer.write(rendered(run(results).drop_columns("record"), "table"))
+    click.echo(NOTICE)
     return 0

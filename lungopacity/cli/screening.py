@@ -15,6 +15,7 @@ from lungopacity.cli.options import (
     operating_point_option,
     rule_options,
 )
+from lungopacity.errors import NOTICE
 
 
 def _screening_options(command: Any) -> Any:
@@ -137,6 +138,7 @@ def retry(**options: Any) -> int:
     result = run(**options)
     if result is None:
         click.echo("nothing to do again: no image of this run failed for a reason that passes")
+        click.echo(NOTICE)
         return 0
     click.echo(summary(result))
     return result.exit_code
@@ -160,4 +162,5 @@ def clean(**options: Any) -> int:
     from lungopacity.screening.report import clean_summary
 
     click.echo(clean_summary(run(**options)))
+    click.echo(NOTICE)
     return 0

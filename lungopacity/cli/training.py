@@ -177,4 +177,5 @@ def models(name: str | None) -> int:
     from lungopacity.training.catalogue import networks_table, recipe_table
 
     click.echo(networks_table() if name is None else recipe_table(name))
+    click.echo(NOTICE)
     return 0

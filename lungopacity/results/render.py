@@ -14,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from lungopacity.errors import UserError
+from lungopacity.results.schema import METADATA
 
 
 def rendered(table: pa.Table, output_format: str) -> bytes:
@@ -58,7 +59,7 @@ def _json(table: pa.Table) -> bytes:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(table, sink)
+    pq.write_table(table.replace_schema_metadata(METADATA), sink)
     return sink.getvalue()
 
 

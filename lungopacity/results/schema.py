@@ -16,7 +16,7 @@ from lungopacity.radiograph.quality import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
 SCHEMA_VERSION = 2
 """Raised when a column changes its name, type or meaning."""
 METADATA = {"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)}
-"""Of every table that is kept."""
+"""Of every table that is kept or handed out."""
 
 _TIME = pa.timestamp("us", tz="UTC")
 

@@ -13,17 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lungopacity.cli import main
 from lungopacity.errors import NOTICE
 from lungopacity.models import OperatingPoint, save_model, save_operating_point
 from lungopacity.models.folder import training_films_parquet
-from lungopacity.results.schema import evaluation_schema
+from lungopacity.results.folder import commit_run
+from lungopacity.results.schema import METRICS_SCHEMA, evaluation_schema
+from lungopacity.results.workbench import parquet_bytes
 from lungopacity.storage import open_store
 from tests.cli.running import run
 from tests.films import dicom, encoded, grey_film
 from tests.models.tiny import tiny_model, with_distribution, write_tiny_model
+from tests.results.records import record_of
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "lungopacity"
 
@@ -227,6 +232,29 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
     told = [out, repr(metrics.to_dict()), repr(scores.to_dict())]
     told += [path.read_bytes().decode("latin1") for path in (place / "wide").iterdir()]
     assert not any(secret in text for text in told for secret in ("ZZPLANTED", "ZZNOTE", "ZZST"))
+
+
+def test_whatever_is_handed_out_says_what_it_is_not_for(place, capfdbinary):
+    results = open_store(str(place / "results"))
+    results.write("metrics/one.parquet", parquet_bytes(METRICS_SCHEMA.empty_table()))
+    commit_run(results, "one", record_of("one"))
+    asked = ["query", "--results", results.uri, "SELECT 1 AS one", "--format"]
+    for arguments in (
+        *([*asked, output_format] for output_format in ("table", "csv", "json")),
+        ["runs", "--results", results.uri],
+        ["models", "classical-cnn"],
+        ["labels", "--table", f"t={place / 'labels.csv'}", "--sql", "FROM t",
+         "--output", str(place / "again.csv")],
+        ["clean", "--results", results.uri],
+        ["retry", "--results", results.uri, "--run-id", "one"],
+    ):  # fmt: skip
+        assert main(arguments) == 0
+        out, err = capfdbinary.readouterr()
+        last = (err if arguments[0] == "query" else out).decode().splitlines()[-1]
+        assert last == NOTICE, arguments
+    assert main([*asked, "parquet"]) == 0
+    answer = pq.read_schema(pa.BufferReader(capfdbinary.readouterr().out))
+    assert answer.metadata[b"notice"] == NOTICE.encode()
 
 
 def test_doctor_finds_what_is_there_and_what_is_missing(s3_server, capfd):
