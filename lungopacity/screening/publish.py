@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from lungopacity.archive.names import names_by_ending
 from lungopacity.errors import ImageError, UserError
+from lungopacity.progress import Progress
 from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.results.workbench import export, is_full_disk, quoted, view_of_files, workbench
@@ -28,6 +29,7 @@ from lungopacity.storage import Store
 log = logging.getLogger(__name__)
 
 _FETCH_THREADS = 16
+_DELETE_THREADS = 16
 
 # Rows of one pass over an object have its `reading`; the passes of two attempts are never mixed,
 # for they may have met different content. A pass is whole when it has as many rows as the marker
@@ -262,6 +264,19 @@ def _unreadable(plan: Plan, why: str) -> UserError:
 
 
 def remove_work(results: Store, plan: Plan) -> None:
-    """Delete what the attempts wrote; the run is published."""
-    for item in list(results.list(plan.work)):
-        results.delete(item.key)
+    """Delete what the attempts wrote; the run is published, whatever becomes of this."""
+    try:
+        keys = [item.key for item in results.list(plan.work)]
+        with (
+            ThreadPoolExecutor(_DELETE_THREADS) as threads,
+            Progress("Removing the run's work", total=len(keys), unit="files") as progress,
+        ):
+            for _ in threads.map(results.delete, keys):
+                progress.advance(1)
+    except UserError as error:
+        # Some may write and not remove.
+        log.warning(
+            "the run is published; its work could not be removed (%s), `lungopacity clean` will do "
+            "it where it may",
+            error,
+        )

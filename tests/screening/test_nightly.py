@@ -238,6 +238,23 @@ def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
     assert (told["runs"], told["images"]) == (["killed"], 4)
 
 
+def test_a_night_that_may_not_remove_its_work_is_published_all_the_same(place, monkeypatch, caplog):
+    delete = LocalStore.delete
+
+    def refusing(store, key):
+        if key.startswith("_work/"):
+            raise UserError(f"{key} cannot be deleted: access denied")
+        delete(store, key)
+
+    monkeypatch.setattr(LocalStore, "delete", refusing)
+    (run,) = place.night().runs
+    assert (run.images, run.exit_code) == (4, 0)
+    told = place.status()
+    assert (told["state"], told["runs"], told["positive"]) == ("finished", [run.run_id], 4)
+    assert "the run is published; its work could not be removed (_work/" in caplog.text
+    assert place.night().runs[0].images == 0
+
+
 def test_a_night_that_lost_its_lease_leaves_the_status_to_the_other(place, monkeypatch):
     def taken_over(_job, plan, todo) -> None:
         place.write_parts(plan, todo)
