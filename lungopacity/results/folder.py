@@ -167,6 +167,7 @@ _MORE_FIELDS: dict[str, type | UnionType] = {
     "synthetic": bool,
     "images": int,
     "positive": int,
+    "review": int,
     "images_per_s": float | int | None,
     "settings": dict,
 }

@@ -30,6 +30,7 @@ _RUNS_SCHEMA = pa.schema(
         ("rejected", pa.int64()),
         ("failed", pa.int64()),
         ("positive", pa.int64()),
+        ("review", pa.int64()),
         ("images_per_s", pa.float64()),
         ("record", pa.string()),
     ]

@@ -45,9 +45,11 @@ class ScreeningResult:
     failed_again: int
     """Of them, those that could not be read this time either."""
     positive: int
-    """Decided positive at the model's operating point."""
+    """Decided positive at the operating point."""
+    review: int
+    """Decided neither positive nor negative: a person is to look."""
     explained: int
-    """Of them, those with a picture of where the model saw it."""
+    """Of the positive ones, those with a picture of where the model saw it."""
     synthetic: bool
     seconds: float
     """Of this attempt, inventory to commit."""
@@ -59,6 +61,8 @@ class ScreeningResult:
     """Images that the job's labels name; None where it has none."""
     of_classes: int = 0
     """Of them, those whose label is one that the model tells."""
+    operating_point: str | None = None
+    """Its name, where it was not the model's own choice."""
 
     @property
     def images_per_s(self) -> float | None:
@@ -104,11 +108,12 @@ def publish_run(
             drift = shifts(job.baseline, tonight)
             metrics += drift_metrics(drift, job.baseline, tonight)
         known = ", ".join(map(quoted, spec.class_of_label))
-        ((synthetic, labelled, of_classes, positive, explained),) = predictions.query(
+        ((synthetic, labelled, of_classes, positive, review, explained),) = predictions.query(
             "predictions",
             "SELECT coalesce(bool_or(synthetic), false), count(label), "
             f"count(*) FILTER (label IN ({known})), "
-            "count(*) FILTER (decision = 'positive'), count(explanation) FROM predictions",
+            "count(*) FILTER (decision = 'positive'), count(*) FILTER (decision = 'review'), "
+            "count(explanation) FROM predictions",
         ).fetchall()
         ((repeated, failed_again),) = collected.connection.execute(
             "SELECT count(*), count(*) FILTER (status = 'failed') FROM final "
@@ -127,6 +132,7 @@ def publish_run(
         repeated=repeated,
         failed_again=failed_again,
         positive=positive,
+        review=review,
         explained=explained,
         synthetic=synthetic,
         seconds=seconds,
@@ -135,6 +141,7 @@ def publish_run(
         drift=tuple(drift),
         labelled=None if job.labels is None else labelled,
         of_classes=of_classes,
+        operating_point=job.operating_point,
     )
     metrics_key = f"{METRICS}/{start.run_id}-{uuid.uuid4().hex[:8]}.parquet"
     job.results.write(
@@ -189,6 +196,7 @@ def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str,
         "counts": {status.value: getattr(result, status.value) for status in Status},
         "failed_again": result.failed_again,
         "positive": result.positive,
+        "review": result.review,
         "explained": result.explained,
         "broken": result.broken,
         "settings": {

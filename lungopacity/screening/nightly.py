@@ -184,6 +184,7 @@ class _Status:
             "counts": counts,
             "failed_again": sum(run.failed_again for run in runs),
             "positive": sum(run.positive for run in runs),
+            "review": sum(run.review for run in runs),
             "broken": any(run.broken for run in runs),
             "drift": {run.run_id: [_told(shift) for shift in run.drift] for run in runs},
         }

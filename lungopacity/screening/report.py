@@ -33,6 +33,11 @@ def clean_summary(swept: Swept) -> str:
     return "\n".join([*lines, *(f"  {kind}: {count}" for kind, count in swept.files.items())])
 
 
+def _point(result: ScreeningResult) -> str:
+    name = result.operating_point
+    return "the model's operating point" if name is None else f"operating point {name}"
+
+
 def summary(result: ScreeningResult) -> str:
     """A few lines: what was read, what was found, how fast, where it lies."""
     lines = [
@@ -40,8 +45,9 @@ def summary(result: ScreeningResult) -> str:
         + (" (synthetic)" if result.synthetic else ""),
         f"  images    {result.images}: {result.ok} scored, {result.rejected} rejected, "
         f"{result.failed} could not be read",
-        f"  positive  {result.positive} at the model's operating point"
+        f"  positive  {result.positive} at {_point(result)}"
         + (f", {result.explained} with a picture" if result.explained else ""),
+        *([f"  review    {result.review}, between its two thresholds"] if result.review else []),
         f"  time      {result.seconds:.1f} s"
         + ("" if result.images_per_s is None else f", {result.images_per_s:.1f} images/s"),
     ]

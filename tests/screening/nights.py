@@ -36,6 +36,8 @@ class Place:
         self.store = open_store(self.results)
         self.failing: dict[str, str] = {}
         """Error codes by object."""
+        self.decisions: dict[str, str] = {}
+        """By object, where it is not positive."""
 
     def night(self, **options) -> Night:
         return nightly(self.archive.uri, self.model, self.results, **options)
@@ -64,7 +66,8 @@ class Place:
     def _outcome(self, image: str) -> dict:
         if code := self.failing.get(image):
             return {"status": "failed", "error_code": code}
-        return {"status": "ok", "p_Normal": 0.25, "p_Lung_Opacity": 0.75, "decision": "positive"}
+        decision = self.decisions.get(image, "positive")
+        return {"status": "ok", "p_Normal": 0.25, "p_Lung_Opacity": 0.75, "decision": decision}
 
     def killed(
         self,

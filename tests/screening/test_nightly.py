@@ -11,6 +11,7 @@ import pytest
 import lungopacity
 from lungopacity.archive.inventory import list_archive, take_inventory
 from lungopacity.errors import UserError
+from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
 from lungopacity.screening import screen
 from lungopacity.screening.job import screening_job
@@ -227,6 +228,17 @@ def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
     place.archive.write("new.png", b"x")
     (night,) = place.night().runs
     assert (night.failed, night.failed_again, night.exit_code) == (2, 1, 2)
+
+
+def test_films_that_a_person_is_to_look_at_are_told_wherever_positive_ones_are(place):
+    model = load_model(place.model)
+    save_operating_point(place.model, model, "our-site", OperatingPoint(0.9, review_from=0.5))
+    place.decisions = {"Adams.png": "review", "Baker.png": "review", "Clark.png": "negative"}
+    (run,) = place.night(operating_point="our-site").runs
+    assert "positive  1 at operating point our-site\n  review    2, between its two" in summary(run)
+    assert (place.status()["positive"], place.status()["review"]) == (1, 2)
+    told = query(place.results, "SELECT positive, review FROM runs").to_pylist()
+    assert told == [{"positive": 1, "review": 2}]
 
 
 def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
