@@ -3,9 +3,9 @@
 Only click is imported here: torch and ray come with the command that needs them, so that `--help`
 answers at once.
 
-Exit codes: 0 done; 1 done, with images that could not be read, or leaks; 2 stopped, and one line
-says why, or done with more failures than `--max-failed-fraction`, or something is missing; 130
-ended by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 done; 1 done, with images that could not be read, or none that was scored, or leaks; 2
+stopped, and one line says why, or done with more failures than `--max-failed-fraction`, or
+something is missing; 130 ended by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations

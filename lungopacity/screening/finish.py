@@ -77,9 +77,15 @@ class ScreeningResult:
         return failed > self.max_failed_fraction * images
 
     @property
+    def nothing_scored(self) -> bool:
+        """There were images, and not one has a score: a device may tag or invert all its films."""
+        return self.images > 0 and self.ok == 0
+
+    @property
     def exit_code(self) -> int:
-        """0: every image was read. 1: some could not be. 2: too many could not be."""
-        return 2 if self.broken else 1 if self.failed else 0
+        """0: every image was read. 1: some could not be, or not one was scored. 2: too many could
+        not be."""
+        return 2 if self.broken else 1 if self.failed or self.nothing_scored else 0
 
 
 def publish_run(

@@ -186,6 +186,7 @@ class _Status:
             "positive": sum(run.positive for run in runs),
             "review": sum(run.review for run in runs),
             "broken": any(run.broken for run in runs),
+            "nothing_scored": [run.run_id for run in runs if run.nothing_scored],
             "drift": {run.run_id: [_told(shift) for shift in run.drift] for run in runs},
         }
         try:

@@ -67,6 +67,8 @@ def summary(result: ScreeningResult) -> str:
     ]
     if flagged:
         lines.append(f"  flagged   {', '.join(flagged)}")
+    if result.nothing_scored:
+        lines.append("  NOTHING   was scored: every image was rejected, or could not be read")
     if result.broken:
         lines.append(
             f"  BROKEN    more than {result.max_failed_fraction:.1%} of the images could not be "

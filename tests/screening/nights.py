@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity.archive.inventory import list_archive
+from lungopacity.errors import REJECTING
 from lungopacity.results.query import query
 from lungopacity.results.schema import part_schema
 from lungopacity.results.workbench import parquet_bytes
@@ -65,7 +66,8 @@ class Place:
 
     def _outcome(self, image: str) -> dict:
         if code := self.failing.get(image):
-            return {"status": "failed", "error_code": code}
+            status = "rejected" if code in REJECTING else "failed"
+            return {"status": status, "error_code": code}
         decision = self.decisions.get(image, "positive")
         return {"status": "ok", "p_Normal": 0.25, "p_Lung_Opacity": 0.75, "decision": decision}
 

@@ -241,6 +241,17 @@ def test_films_that_a_person_is_to_look_at_are_told_wherever_positive_ones_are(p
     assert told == [{"positive": 1, "review": 2}]
 
 
+def test_a_night_that_rejects_everything_is_told(place):
+    place.failing = {item.key: "wrong_body_part" for item in place.archive.list()}
+    (run,) = place.night().runs
+    assert (run.rejected, run.exit_code) == (4, 1)
+    assert "NOTHING   was scored: every image was rejected" in summary(run)
+    assert (place.status()["exit_code"], place.status()["nothing_scored"]) == (1, [run.run_id])
+    # A night that has nothing to do has missed nothing.
+    assert place.night().exit_code == 0
+    assert place.status()["nothing_scored"] == []
+
+
 def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
     place.killed()
     with pytest.raises(UserError, match="the inventory cannot be read"):
