@@ -9,7 +9,7 @@ Two kinds, kept apart because they end differently:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -19,6 +19,15 @@ NOTICE = "Research use only. Not a medical device."
 
 class UserError(Exception):
     """The user's input or surroundings cannot be worked with; the message carries the mend."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what lies behind it: Ray wraps what a worker raised, sometimes more than
+    once."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
 
 
 class Status(StrEnum):

@@ -19,7 +19,7 @@ import click
 
 from lungopacity.cli import evaluation, labelled, machine, results, screening, training
 from lungopacity.cli.options import EPILOG, refuse_empty_texts
-from lungopacity.errors import ImageError, Stage, UserError
+from lungopacity.errors import ImageError, Stage, UserError, causes
 
 _DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
 
@@ -97,9 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """What to tell the user. Ray wraps what a worker raised, sometimes more than once."""
-    cause: BaseException | None = error
-    while cause is not None:
+    """What to tell the user."""
+    for cause in causes(error):
         if type(cause) is UserError:
             return str(cause)
         if isinstance(cause, ImageError) and cause.stage is Stage.FETCH:
@@ -109,7 +108,6 @@ def _one_line(error: BaseException) -> str:
                 f"the Python at {sys.executable}, or that of a Ray node, has no module "
                 f"'{cause.name}'; install requirements.lock there"
             )
-        cause = getattr(cause, "cause", None) or cause.__cause__
     message = (str(error).strip().splitlines() or [""])[-1]
     return (
         f"unforeseen {type(error).__name__}: {message} "

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lungopacity.archive.inventory import Inventory
-from lungopacity.errors import NOTICE, Status, UserError
+from lungopacity.errors import NOTICE, Status, UserError, causes
 from lungopacity.evaluation.drift import Shift
 from lungopacity.results.workbench import temporary_folder
 from lungopacity.screening.finish import ScreeningResult
@@ -96,7 +96,8 @@ def nightly(
                 )
             )
         except BaseException as error:
-            status.write("failed", 2, runs, str(error) if isinstance(error, UserError) else None)
+            exit_code, why = _ended(error, names_may_be_told=not options.get("hash_keys"))
+            status.write("failed", exit_code, runs, why)
             raise
         night = Night(store.uri, tuple(runs))
         status.write("finished", night.exit_code, night.runs)
@@ -150,6 +151,19 @@ def _unfinished(job: ScreeningJob, archive: str) -> list[RunStart]:
         and (start.archive, start.model_id) == (archive, job.model.model_id)
         and dict(start.rules) == job.rules
     ]
+
+
+def _ended(error: BaseException, *, names_may_be_told: bool) -> tuple[int, str]:
+    """The exit code of a night that does not finish, and why."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "ended by Ctrl-C; the next night goes on"
+    if isinstance(error, SystemExit):
+        return int(error.code or 0), "ended by SIGTERM; the next night goes on"
+    for cause in causes(error):
+        if type(cause) is UserError:
+            # Whoever may read the results is not to see names that are hashed in them.
+            return 2, str(cause) if names_may_be_told else "stopped; the job's log says why"
+    return 2, f"unforeseen {type(error).__name__}; the job's log says more"
 
 
 class _Status:

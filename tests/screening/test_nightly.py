@@ -258,7 +258,37 @@ def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
         place.night(inventory=str(tmp_path / "none.parquet"))
     told = place.status()
     assert (told["state"], told["exit_code"]) == ("failed", 2)
+    assert "the inventory cannot be read" in told["message"]
     assert (told["runs"], told["images"]) == (["killed"], 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "ended by Ctrl-C; the next night goes on"),
+        (SystemExit(143), 143, "ended by SIGTERM; the next night goes on"),
+        (ZeroDivisionError("of Adams"), 2, "unforeseen ZeroDivisionError; the job's log says more"),
+    ],
+)
+def test_a_night_that_is_ended_tells_by_what(place, monkeypatch, error, code, message):
+    def ended(*_):
+        raise error
+
+    monkeypatch.setattr(screen, "_run_pipeline", ended)
+    with pytest.raises(type(error)):
+        place.night()
+    told = place.status()
+    assert (told["state"], told["exit_code"], told["message"]) == ("failed", code, message)
+
+
+def test_the_status_names_nobody_where_names_are_hashed(place, hidden, tmp_path):
+    listed = pa.concat_tables(list_archive(place.archive.uri).tables).to_pylist()
+    listed[0]["source_etag"] = None
+    pq.write_table(pa.Table.from_pylist(listed), tmp_path / "list.parquet")
+    with pytest.raises(UserError, match=r"has no e_tag of 'Adams\.png'"):
+        place.night(**hidden, inventory=str(tmp_path / "list.parquet"))
+    told = place.status()
+    assert (told["exit_code"], told["message"]) == (2, "stopped; the job's log says why")
 
 
 def test_a_night_that_may_not_remove_its_work_is_published_all_the_same(place, monkeypatch, caplog):
