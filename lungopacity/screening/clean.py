@@ -79,15 +79,14 @@ def clean(
         try:
             if not dry_run:
                 store.delete(item.key)
-        except OSError as error:
-            kept.append(f"{store.uri}/{item.key} ({error.strerror})")
+        except UserError as error:
+            kept.append(f"{item.key} ({error})")
             continue
         files[kind] += 1
         size_bytes += item.size_bytes
     if kept:
         raise UserError(
-            f"{len(kept)} files cannot be removed, as {kept[0]}; check their permissions. "
-            f"{files.total()} others were removed"
+            f"{len(kept)} files cannot be removed, as {kept[0]}; {files.total()} others were removed"
         )
     return Swept(store.uri, files, size_bytes, dry_run)
 
