@@ -37,11 +37,20 @@ def query(results: str, output_format: str, sql: str) -> int:
 
 @click.command(epilog=EPILOG)
 @click.option("--results", metavar="URI", required=True, help="Results folder.")
-def runs(results: str) -> int:
+@click.option(
+    "--unfinished", is_flag=True, help="Instead: those that were begun, and not published."
+)
+def runs(results: str, unfinished: bool) -> int:
     """List the published runs."""
-    from lungopacity.results.query import runs as run
+    from lungopacity.results.query import runs as published
     from lungopacity.results.render import rendered
 
-    sys.stdout.buffer.write(rendered(run(results).drop_columns("record"), "table"))
+    if unfinished:
+        from lungopacity.screening.plan import unfinished_table
+
+        table = unfinished_table(results)
+    else:
+        table = published(results).drop_columns("record")
+    sys.stdout.buffer.write(rendered(table, "table"))
     click.echo(NOTICE)
     return 0

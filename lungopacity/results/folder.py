@@ -105,7 +105,7 @@ def _check_files(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
         if there is None:
             raise UserError(
                 f"{store.uri}/{file['key']}: is gone, so run '{run_id}' cannot be published; "
-                "screen again, or go on with --run-id"
+                "screen again"
             )
 
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 STATUS = "status.json"
 """In the results folder: what became of the newest night. `ray job submit` tells no exit code."""
+_GO_ON = "the next night goes on with run {}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,12 @@ def nightly(
                     # What stops all work stops tonight's own run, too; what stops this one alone
                     # must not stop every night.
                     lease.check()
-                    log.warning("run %s could not be finished: %s", start.run_id, error)
+                    log.warning(
+                        "run %s could not be finished, and its objects are left to tonight's own "
+                        "run: %s",
+                        start.run_id,
+                        error,
+                    )
             began = time.monotonic()
             listed = inventory_at(archive, inventory, job.written)
             runs.append(
@@ -93,6 +99,7 @@ def nightly(
                     history=_history(job, listed.uri),
                     before_commit=lease.check,
                     nightly=True,
+                    go_on=_GO_ON,
                 )
             )
         except BaseException as error:
@@ -111,6 +118,7 @@ def _finished(job: ScreeningJob, start: RunStart, lease: Lease) -> ScreeningResu
         time.monotonic(),
         run_id=start.run_id,
         before_commit=lease.check,
+        go_on=_GO_ON,
     )
 
 

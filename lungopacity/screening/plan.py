@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from lungopacity.archive.inventory import Inventory
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.folder import (
@@ -25,7 +27,7 @@ from lungopacity.results.folder import (
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
 from lungopacity.results.workbench import ExportedFile, export, quoted, spool, workbench
 from lungopacity.screening.history import History
-from lungopacity.storage import ConflictError, Store
+from lungopacity.storage import ConflictError, Store, open_store
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +189,13 @@ def unfinished_runs(results: Store) -> list[RunStart]:
         else:
             starts.append(start)
     return sorted(starts, key=lambda start: start.started_at)
+
+
+def unfinished_table(results_uri: str) -> pa.Table:
+    """`unfinished_runs`, a row each: with what id, archive and model `screen` may go on."""
+    starts = unfinished_runs(open_store(results_uri))
+    columns = ("run_id", "model_id", "archive", "started_at", "objects", "nightly")
+    return pa.table({name: [getattr(start, name) for start in starts] for name in columns})
 
 
 def choose(

@@ -70,7 +70,8 @@ def retry(
     if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
         names = read_key_map(job.pseudonyms.key_map, run_id)
         failed = [names[hashed] for hashed in failed]
-    return run_job(job, _as_they_are_now(record["archive"], failed), began)
+    listed = _as_they_are_now(record["archive"], failed)
+    return run_job(job, listed, began, go_on="the same command begins anew")
 
 
 def _no_model(run_id: str) -> str:

@@ -142,12 +142,14 @@ def run_job(
     history: History | None = None,
     before_commit: Callable[[], None] | None = None,
     nightly: bool = False,
+    go_on: str = "go on with --run-id {} and the same options",
 ) -> ScreeningResult:
     """Plan, screen and publish one run over the objects of the inventory.
 
     `began`: `time.monotonic()` at the start. `run_id`, `limit`: see `screen`. `history`: what needs
     no screening. `before_commit` may raise, and then nothing is published. `nightly`: see
-    `make_plan`. Raises `UserError`.
+    `make_plan`. `go_on`: what the user is told to do where the run, whose id stands for {}, is not
+    finished. Raises `UserError`.
     """
     model_id = job.model.model_id
     run_id = run_id or new_run_id(model_id)
@@ -175,19 +177,21 @@ def run_job(
             model_id,
             " (taken up again)" if plan.resumed else "",
         )
+        go_on = go_on.format(run_id)
         try:
-            _screen_what_is_missing(job, plan, folder)
-        except KeyboardInterrupt:
-            log.warning("stopped; go on with --run-id %s and the same options", run_id)
+            _screen_what_is_missing(job, plan, folder, go_on)
+            done_with_ray()
+            result = publish_run(job, plan, began, before_commit)
+        except (KeyboardInterrupt, SystemExit):
+            log.warning("stopped; %s", go_on)
             raise
-        done_with_ray()
-        result = publish_run(job, plan, began, before_commit)
     remove_work(job.results, plan)
     return result
 
 
-def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path) -> None:
+def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: str) -> None:
     """Until every object of the plan has its rows in part files. `folder`: for lists of the rest.
+    `go_on`: the mend where some have none.
 
     A million objects at a time: the driver's memory does not grow with the archive.
     """
@@ -210,7 +214,7 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path) -> None
     if todo:
         raise UserError(
             f"{_rows(todo)} of {plan.start.objects} objects have no result after {_ROUNDS} "
-            f"rounds; nothing was published. Go on with --run-id {plan.start.run_id}"
+            f"rounds; nothing was published; {go_on}"
         )
 
 

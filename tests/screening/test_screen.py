@@ -8,7 +8,9 @@ import pytest
 
 import lungopacity
 from lungopacity.archive.decoder import DecoderStartError
+from lungopacity.cli import main
 from lungopacity.errors import UserError
+from lungopacity.results.query import runs
 from lungopacity.screening import screen
 
 
@@ -20,15 +22,29 @@ def test_objects_that_are_lost_are_read_again_and_then_told(place, monkeypatch, 
     assert not list(place.store.list("runs/"))
 
 
-def test_a_run_that_is_stopped_says_how_to_go_on(place, monkeypatch, caplog):
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_run_that_is_stopped_says_how_to_go_on(place, monkeypatch, caplog, capfd, end):
     def stopped(*_):
-        raise KeyboardInterrupt
+        raise end
 
+    place.failing["Adams.png"] = "timeout"
+    place.night(max_failed_fraction=1.0)
+    (done,) = runs(place.results)["run_id"].to_pylist()
     monkeypatch.setattr(screen, "_run_pipeline", stopped)
     monkeypatch.setattr(screen, "ray_ahead", nullcontext)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(end)):
         lungopacity.screen(place.archive.uri, place.model, place.results, run_id="mine")
     assert "stopped; go on with --run-id mine and the same options" in caplog.text
+    # Not by the night, which goes on by itself, nor where --run-id means another run.
+    with pytest.raises(type(end)):
+        place.night()
+    with pytest.raises(type(end)):
+        lungopacity.retry(place.results, done)
+    assert "stopped; the next night goes on with run 2" in caplog.text
+    assert "stopped; the same command begins anew" in caplog.text
+    assert main(["runs", "--results", place.results, "--unfinished"]) == 0
+    _, _, *begun = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] == "mine" for line in begun] == [True, False, False]
 
 
 def test_a_lost_node_is_survived_and_an_error_of_ours_is_not(caplog):
