@@ -92,6 +92,7 @@ def evaluate(
         check_contents(data.images, labels)
         _check_unseen(data.images, films_known_to(model), split, labels)
         said = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
+    _check_sound(said, data.images)
     logits_NK = said.logits_NK.astype(np.float64)
     scored = ScoredImages(
         data.labels_N,
@@ -169,6 +170,17 @@ def _check_unseen(images: pd.DataFrame, known: frozenset[str], split: str, label
         )
     if split == "all" and len(seen):
         log.warning("the model learnt from or was chosen by %d of %d films", len(seen), len(images))
+
+
+def _check_sound(said: ModelScores, images: pd.DataFrame) -> None:
+    """Raises `UserError` where a score is no number: figures of the other films would flatter."""
+    broken_N = np.asarray(~np.isfinite(said.logits_NK).all(axis=1))
+    if broken_N.any():
+        raise UserError(
+            f"the model's scores of {broken_N.sum()} of {len(broken_N)} films are no numbers, as "
+            f"of {images['image'][broken_N].iloc[0]}: the GPU or the model is at fault; try "
+            "--no-gpu, or train again"
+        )
 
 
 def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: bool) -> ModelScores:

@@ -38,6 +38,7 @@ from lungopacity.evaluation.pointing import (
 from lungopacity.evaluation.report import EVALUATION, EXPLANATION, check_output
 from lungopacity.evaluation.table import metrics_table
 from lungopacity.models import TrainedModel, films_known_to, load_model, with_operating_point
+from lungopacity.models.scorer import no_number
 from lungopacity.progress import Progress
 from lungopacity.results.schema import EXPLANATIONS_SCHEMA
 from lungopacity.results.workbench import parquet_bytes
@@ -207,12 +208,18 @@ class _Explainer:
         """The batch as rows of `EXPLANATIONS_SCHEMA`; the pictures are written."""
         spec = self.model.spec
         size = spec.preprocessing.image_size
-        films = [row for row in batch if row["pixels"] is not None]
-        joined = bytearray(
-            b"".join(row["pixels"] for row in films)
-        )  # torch warns of read-only ones
+        read = [row for row in batch if row["pixels"] is not None]
+        joined = bytearray(b"".join(row["pixels"] for row in read))  # torch warns of read-only ones
         pixels_NHW = np.frombuffer(joined, np.uint8).reshape(-1, size, size)
-        logits_NK = self.scorer.logits(pixels_NHW)
+        scores = self.scorer.scores(pixels_NHW)
+        films = []
+        for row, is_sound in zip(read, scores.are_numbers, strict=True):
+            if is_sound:
+                films.append(row)
+            else:
+                row |= error_columns(no_number())
+        pixels_NHW = pixels_NHW[scores.are_numbers]
+        logits_NK = scores.logits_NK[scores.are_numbers]
         p_N = self.scorer.probabilities(logits_NK)[:, spec.positive_index]
         maps_NHW = self.scorer.activation_maps(pixels_NHW)
         for row, pixels, p, activation in zip(films, pixels_NHW, p_N, maps_NHW, strict=True):

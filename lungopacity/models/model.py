@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,9 @@ class OperatingPoint:
             raise ValueError(f"review_from must be from 0 to the threshold, not {self.review_from}")
 
     def decide(self, probability: float) -> str:
-        """negative, review or positive."""
+        """negative, review or positive. Raises `ValueError` for NaN, which is none of them."""
+        if math.isnan(probability):
+            raise ValueError("a probability that is no number decides nothing")
         if probability >= self.threshold:
             return "positive"
         if self.review_from is not None and probability >= self.review_from:

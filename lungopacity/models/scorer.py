@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lungopacity.errors import UserError
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.models.compiled import NcnnScorer, loaded
 from lungopacity.models.model import TrainedModel
 from lungopacity.models.networks import ENSEMBLE
@@ -44,6 +44,28 @@ class Scores:
     disagreement_N: npt.NDArray[np.float32] | None = None
     """Of an ensemble: the standard deviation over its members of the positive class's probability,
     0 … 0.5."""
+
+    @property
+    def are_numbers(self) -> npt.NDArray[np.bool_]:
+        """Whether each film's logits are, (n,). A device or a weight at fault gives others, and
+        NaN compares as False: it would be the first class, and negative."""
+        return np.asarray(np.isfinite(self.logits_NK).all(axis=1))
+
+    def of(self, which_N: npt.NDArray[np.bool_]) -> Scores:
+        """Those of some of the films."""
+        disagreement_N = self.disagreement_N
+        return Scores(
+            self.logits_NK[which_N],
+            self.features_NF[which_N],
+            None if disagreement_N is None else disagreement_N[which_N],
+        )
+
+
+def no_number() -> ImageError:
+    """Why a film has no score where these are not `are_numbers`."""
+    return ImageError(
+        ErrorCode.INTERNAL, Stage.SCORE, "the score is no number; device or model is at fault"
+    )
 
 
 class Scorer:

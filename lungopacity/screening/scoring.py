@@ -14,6 +14,7 @@ from lungopacity import observe
 from lungopacity.archive.content import error_columns
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.models import TrainedModel
+from lungopacity.models.scorer import no_number
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import class_column, part_schema
 from lungopacity.screening.explanations import PICTURE, Explainer
@@ -60,23 +61,37 @@ class ScoreImages:
         pixels_NHW = np.frombuffer(b"".join(images.to_pylist()), np.uint8).reshape(-1, size, size)
         began = time.perf_counter()
         scores = self.scorer.scores(pixels_NHW, batch_size=max(1, len(pixels_NHW)))
-        unlike = self.scorer.out_of_distribution(scores.features_NF)
+        unlike_N = self.scorer.out_of_distribution(scores.features_NF)
         observe.count("model_seconds", time.perf_counter() - began)
-        found = self._score_columns(scores) | _distance_columns(unlike, len(pixels_NHW))
-        found |= self._explanations(read.filter(has_pixels), pixels_NHW, found)
         rows = np.flatnonzero(np.asarray(has_pixels))
+        sound_N = (
+            scores.are_numbers if unlike_N is None else scores.are_numbers & np.isfinite(unlike_N)
+        )
+        broken = np.zeros(read.num_rows, bool)
+        broken[rows[~sound_N]] = True
+        if not sound_N.all():
+            rows, pixels_NHW, scores = rows[sound_N], pixels_NHW[sound_N], scores.of(sound_N)
+            unlike_N = None if unlike_N is None else unlike_N[sound_N]
+        found = self._score_columns(scores) | _distance_columns(unlike_N, len(rows))
+        found |= self._explanations(read, rows, pixels_NHW, found)
         place = np.full(read.num_rows, -1)
         place[rows] = np.arange(len(rows))
         take = pa.array(place, mask=place < 0)
         columns = {name: read[name] for name in read.column_names if name in self.schema.names}
         columns |= {name: column.take(take) for name, column in found.items()}
+        if broken.any():
+            columns = _instead(columns, pa.array(broken), error_columns(no_number()), self.schema)
         if self.reject_unlike:
             columns = _without_unlike(columns, self.schema)
         columns["screened_at"] = pa.array([datetime.now(UTC)] * read.num_rows)
         return pa.table({name: columns[name] for name in self.schema.names}).cast(self.schema)
 
     def _explanations(
-        self, films: pa.Table, pixels_NHW: npt.NDArray[np.uint8], found: dict[str, pa.Array]
+        self,
+        read: pa.Table,
+        rows: npt.NDArray[np.int64],
+        pixels_NHW: npt.NDArray[np.uint8],
+        found: dict[str, pa.Array],
     ) -> dict[str, pa.Array]:
         if self.explainer is None:
             return {"explanation": pa.nulls(len(pixels_NHW), pa.string())}
@@ -84,6 +99,7 @@ class ScoreImages:
         if self.reject_unlike:
             unlike = pa.compute.fill_null(found[f"quality_{OUT_OF_DISTRIBUTION}"], False)
             shown = pa.compute.and_not(shown, unlike)
+        films = read.take(rows)
         return self.explainer.columns(self.scorer, films, pixels_NHW, found, np.asarray(shown))
 
     def _score_columns(self, scores: Scores) -> dict[str, pa.Array]:
@@ -130,7 +146,14 @@ def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any
     scores = ("p_", "logit_", "predicted_label", "decision", "ensemble_disagreement", "explanation")
     unlike = pa.compute.fill_null(columns[f"quality_{OUT_OF_DISTRIBUTION}"], False)
     instead = {name: None for name in columns if name.startswith(scores)} | error
+    return _instead(columns, unlike, instead, schema)
+
+
+def _instead(
+    columns: dict[str, Any], where: pa.Array, values: dict[str, Any], schema: pa.Schema
+) -> dict[str, Any]:
+    """The columns, with these values in the rows that `where` says."""
     return columns | {
-        name: pa.compute.if_else(unlike, pa.scalar(value, schema.field(name).type), columns[name])
-        for name, value in instead.items()
+        name: pa.compute.if_else(where, pa.scalar(value, schema.field(name).type), columns[name])
+        for name, value in values.items()
     }

@@ -16,7 +16,7 @@ import lungopacity
 from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
 from lungopacity.cli import main
 from lungopacity.errors import NOTICE, UserError
-from lungopacity.models.scorer import Scorer
+from lungopacity.models.scorer import Scorer, Scores
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import EXPLANATIONS_SCHEMA
 from lungopacity.storage import open_store
@@ -284,3 +284,27 @@ def test_mistakes_are_said(tmp_path, phantoms):
         arguments = {"output": str(tmp_path / "out"), **options}
         with pytest.raises(UserError, match=message):
             lungopacity.explain(str(tmp_path / "model"), films, **arguments)
+
+
+def test_a_film_whose_score_is_no_number_is_a_failure_and_the_others_are_shown(
+    tmp_path, monkeypatch
+):
+    films = tmp_path / "films"
+    films.mkdir()
+    for number in range(3):
+        (films / f"{number}.png").write_bytes(encoded(grey_film(number)))
+    write_tiny_model(str(tmp_path / "model"), image_size=64)
+    exact = Scorer.scores
+
+    def faulty(self: Scorer, pixels_NHW: np.ndarray) -> Scores:
+        scores = exact(self, pixels_NHW)
+        scores.logits_NK[1] = np.nan
+        return scores
+
+    monkeypatch.setattr(Scorer, "scores", faulty)
+    result = lungopacity.explain(str(tmp_path / "model"), [str(films)], str(tmp_path / "out"))
+    first, broken, last = result.table.to_pylist()
+    assert (result.explained, result.failed) == (2, 1)
+    assert (broken["error_code"], broken["error_stage"]) == ("internal", "score")
+    assert {broken[name] for name in ("p", "decision", "overlay", "peak_x")} == {None}
+    assert None not in (first["overlay"], last["overlay"])

@@ -204,6 +204,11 @@ def test_an_operating_point_with_a_review_band_decides(probability, decision):
     assert OperatingPoint(0.6, review_from=0.3).decide(probability) == decision
 
 
+def test_a_probability_that_is_no_number_decides_nothing():
+    with pytest.raises(ValueError, match="no number decides nothing"):
+        OperatingPoint(0.6).decide(float("nan"))
+
+
 @pytest.mark.parametrize("wrong", [{"threshold": 1.5}, {"threshold": 0.5, "review_from": 0.6}])
 def test_an_impossible_operating_point_is_refused(wrong):
     with pytest.raises(ValueError, match="must be from 0"):

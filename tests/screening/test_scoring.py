@@ -1,0 +1,59 @@
+"""What the model stage makes of films, without Ray."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lungopacity.models.scorer import Scores
+from lungopacity.results.schema import READ_SCHEMA, score_fields
+from lungopacity.screening.explanations import Explainer
+from lungopacity.screening.resources import ScoringResources
+from lungopacity.screening.scoring import ScoreImages
+from tests.models.tiny import tiny_model, with_distribution
+
+FILMS = np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8)
+
+
+def read_rows(films_NHW: np.ndarray) -> pa.Table:
+    """As they come from reading, after a row of a file that could not be read."""
+    row = {
+        "image": "?", "source_etag": "e", "source_size_bytes": 9, "synthetic": False,
+        "source_modified_at": datetime(2026, 1, 1, tzinfo=UTC), "shown_height": 32,
+        "shown_width": 32, "content_sha256": "0" * 64,
+    }  # fmt: skip
+    rows = [row | {"status": "failed", "error_code": "empty", "error_stage": "fetch"}]
+    rows += [row | {"status": "ok", "pixels": film.tobytes()} for film in films_NHW]
+    return pa.Table.from_pylist(rows, schema=READ_SCHEMA)
+
+
+@pytest.mark.parametrize(("broken", "reject_unlike"), [("logits_NK", False), ("features_NF", True)])
+def test_a_score_that_is_no_number_is_a_failure_and_no_decision(monkeypatch, broken, reject_unlike):
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda model: model)
+    model = with_distribution(tiny_model(), FILMS)
+    stage = ScoreImages(
+        model, ScoringResources(1, 1, 1.0, 0.0, 1, False), reject_unlike, Explainer("r"), "float32"
+    )
+    exact = stage.scorer.scores
+
+    def faulty(pixels_NHW: np.ndarray, batch_size: int) -> Scores:
+        scores = exact(pixels_NHW, batch_size)
+        getattr(scores, broken)[1, 0] = np.nan
+        return scores
+
+    sound = stage(read_rows(FILMS[:3])).to_pylist()
+    monkeypatch.setattr(stage.scorer, "scores", faulty)
+    rows = stage(read_rows(FILMS[:3])).to_pylist()
+    told = [tuple(row[f"error_{key}"] for key in ("code", "stage")) for row in rows]
+    assert told == [("empty", "fetch"), (None, None), ("internal", "score"), (None, None)]
+    assert [row["status"] for row in rows] == ["failed", "ok", "failed", "ok"]
+    assert "no number" in rows[2]["error_message"]
+    scored = [field.name for field in score_fields(model.spec.class_names)]
+    assert {rows[2][name] for name in (*scored, "explanation_png")} == {None}
+    for place in (1, 3):
+        assert {**rows[place], "screened_at": None} == {**sound[place], "screened_at": None}
