@@ -32,7 +32,12 @@ def _screening_options(command: Any) -> Any:
         ),
         click.option("--batch-size", type=int, default=64, show_default=True),
         operating_point_option,
-        click.option("--labels", metavar="FILE", default=None, help="Labels to measure against."),
+        click.option(
+            "--labels",
+            metavar="FILE",
+            default=None,
+            help="Labels to measure against, by films that the model did not learn from.",
+        ),
         click.option(
             "--baseline", metavar="RUN", default=None, help="Run id to measure drift against."
         ),
@@ -127,7 +132,12 @@ def nightly(**options: Any) -> int:
 @click.option("--results", metavar="URI", required=True, help="Results folder.")
 @click.option("--run-id", required=True, help="The run that could not read everything.")
 @click.option("--model", metavar="URI", default=None, help="If the run's model folder was moved.")
-@click.option("--labels", metavar="FILE", default=None, help="Labels to measure against.")
+@click.option(
+    "--labels",
+    metavar="FILE",
+    default=None,
+    help="Labels to measure against, by films that the model did not learn from.",
+)
 @hmac_key_option
 @gpu_option
 def retry(**options: Any) -> int:

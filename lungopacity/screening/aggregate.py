@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from lungopacity.dataset.manifest import FACT_COLUMNS
 from lungopacity.errors import Status
@@ -79,10 +80,17 @@ def run_metrics(
     return metrics
 
 
-def label_metrics(predictions: Any, spec: ModelSpec, labels: pd.DataFrame) -> list[Metric]:
+def label_metrics(
+    predictions: Any,
+    spec: ModelSpec,
+    labels: pd.DataFrame,
+    known_films: Collection[str] = (),
+) -> list[Metric]:
     """Metrics against the labels, over all and by view position, sex and age.
 
     Of the readable images whose label is one of the model's classes; empty where there is none.
+    Those in `known_films`, content_sha256 of what the model learnt from or was chosen by, would
+    flatter it: they are left out, and counted as `films_known_to_model`.
     predictions: as for `run_metrics`. labels: as `read_labels` gives them; they fill in view, sex
     and age where the header is silent.
     """
@@ -90,11 +98,16 @@ def label_metrics(predictions: Any, spec: ModelSpec, labels: pd.DataFrame) -> li
     known = ", ".join(quoted(label) for label in spec.class_of_label)
     rows = predictions.query(
         "predictions",
-        f"SELECT coalesce(member, image) AS name, label, {', '.join(columns)}, "
+        f"SELECT coalesce(member, image) AS name, label, content_sha256, {', '.join(columns)}, "
         f"{', '.join(FACT_COLUMNS)} FROM predictions {_SCORED} AND label IN ({known})",
     ).to_arrow_table()
     if rows.num_rows == 0:
         return []
+    seen = pa.compute.is_in(rows["content_sha256"], pa.array(known_films, pa.string()))
+    left_out = [_count("films_known_to_model", pa.compute.sum(seen).as_py(), rows.num_rows)]
+    rows = rows.filter(pa.compute.invert(seen))
+    if rows.num_rows == 0:
+        return left_out
     probabilities_NK = np.stack([rows[name].to_numpy() for name in columns], axis=1).astype(
         np.float64
     )
@@ -118,7 +131,8 @@ def label_metrics(predictions: Any, spec: ModelSpec, labels: pd.DataFrame) -> li
         labels_N, probabilities_NK, spec.class_names, positive=spec.positive_class
     )
     return (
-        whole
+        left_out
+        + whole
         + decided
         + subgroup_metrics(
             labels_N, probabilities_NK, spec.class_names, groups, positive=spec.positive_class

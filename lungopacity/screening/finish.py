@@ -63,6 +63,9 @@ class ScreeningResult:
     """Of them, those whose label is one that the model tells."""
     operating_point: str | None = None
     """Its name, where it was not the model's own choice."""
+    known_to_model: int = 0
+    """Scored images of those, which the model learnt from or was chosen by: in no figure against
+    the labels."""
 
     @property
     def images_per_s(self) -> float | None:
@@ -104,7 +107,7 @@ def publish_run(
         seconds = time.monotonic() - began
         metrics = run_metrics(predictions, spec, seconds, resumed=plan.resumed)
         if job.labels is not None and labels is not None:
-            metrics += label_metrics(predictions, spec, labels)
+            metrics += label_metrics(predictions, spec, labels, job.known_films)
             warn_of_useless_labels(
                 predictions, spec, job.labels, names_may_be_told=not job.rules["hash_keys"]
             )
@@ -126,6 +129,13 @@ def publish_run(
             "SEMI JOIN (SELECT image FROM plan WHERE repeated) USING (image)"
         ).fetchall()
     synthetic = synthetic or spec.synthetic
+    known_to_model = int(metric_value(metrics, "films_known_to_model") or 0)
+    if known_to_model:
+        log.warning(
+            "the model learnt from or was chosen by %d labelled films: they are left out of the "
+            "figures against the labels",
+            known_to_model,
+        )
     counts = {status: int(metric_value(metrics, f"images_{status}") or 0) for status in Status}
     result = ScreeningResult(
         run_id=start.run_id,
@@ -148,6 +158,7 @@ def publish_run(
         labelled=None if job.labels is None else labelled,
         of_classes=of_classes,
         operating_point=job.operating_point,
+        known_to_model=known_to_model,
     )
     metrics_key = f"{METRICS}/{start.run_id}-{uuid.uuid4().hex[:8]}.parquet"
     job.results.write(

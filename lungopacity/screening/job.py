@@ -13,7 +13,12 @@ from lungopacity.archive.inventory import below
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.drift import Sample
-from lungopacity.models import TrainedModel, load_model, with_operating_point
+from lungopacity.models import (
+    TrainedModel,
+    films_known_to,
+    load_model,
+    with_operating_point,
+)
 from lungopacity.models.scorer import FLOAT32, check_precision
 from lungopacity.results.folder import read_run
 from lungopacity.results.query import files_of_runs, predictions_of
@@ -40,6 +45,8 @@ class ScreeningJob:
     use_gpu: bool | None
     gpus_per_actor: float = 1.0
     model_actors: int | None = None
+    known_films: frozenset[str] = frozenset()
+    """Of a job with labels, see `films_known_to`: no figure against the labels counts them."""
     operating_point: str | None = None
     """Its name, where it is not the model's own choice."""
     baseline: Sample | None = None
@@ -105,7 +112,8 @@ def screening_job(
     `operating_point`: name of one that the model folder has; None is its own choice. `explain`:
     a picture of each positive film is written below `explanations/`.
     `precision`: float32, or on GPUs bfloat16, whose scores are a little different.
-    `labels`: a labels file, for metrics. `baseline`: id of a published run of the same model, to
+    `labels`: a labels file, for metrics, which leave out the films that the model learnt from or
+    was chosen by. `baseline`: id of a published run of the same model, to
     measure drift against. `use_gpu`: None uses what the cluster has. `gpus_per_actor`,
     `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
     """
@@ -139,6 +147,7 @@ def screening_job(
         ),
         pseudonyms=pseudonyms,
         labels=None if labels is None else read_labels(labels),
+        known_films=frozenset() if labels is None else films_known_to(model),
         batch_size=batch_size,
         max_failed_fraction=max_failed_fraction,
         use_gpu=use_gpu,

@@ -82,6 +82,11 @@ def summary(result: ScreeningResult) -> str:
         lines.append(
             f"  labels    match {result.labelled} of {result.images} images, "
             f"{result.of_classes} with one of the model's classes"
+            + (
+                f"; {result.known_to_model} that it learnt from or was chosen by are left out"
+                if result.known_to_model
+                else ""
+            )
         )
     accuracy = metric_value(result.metrics, "accuracy")
     if accuracy is not None:

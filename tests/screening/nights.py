@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from lungopacity.archive.inventory import list_archive
 from lungopacity.errors import REJECTING
+from lungopacity.models.folder import training_films_parquet
 from lungopacity.results.query import query
 from lungopacity.results.schema import part_schema
 from lungopacity.results.workbench import parquet_bytes
@@ -24,7 +26,8 @@ from tests.models.tiny import write_tiny_model
 
 
 class Place:
-    """An archive of four objects, a model, results, and what each object is said to be."""
+    """An archive of four objects, a model that learnt from the last, results, and what each object
+    is said to be."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,7 +35,7 @@ class Place:
         for name in ("Adams.png", "Baker.png", "Clark.png", "Davis.png"):
             self.archive.write(name, name.encode())
         self.model = str(folder / "model")
-        write_tiny_model(self.model)
+        write_tiny_model(self.model, training_films_parquet([_sha256("Davis.png")]))
         self.results = str(folder / "results")
         self.store = open_store(self.results)
         self.failing: dict[str, str] = {}
@@ -68,8 +71,13 @@ class Place:
         if code := self.failing.get(image):
             status = "rejected" if code in REJECTING else "failed"
             return {"status": status, "error_code": code}
-        decision = self.decisions.get(image, "positive")
-        return {"status": "ok", "p_Normal": 0.25, "p_Lung_Opacity": 0.75, "decision": decision}
+        return {
+            "content_sha256": _sha256(image),
+            "status": "ok",
+            "p_Normal": 0.25,
+            "p_Lung_Opacity": 0.75,
+            "decision": self.decisions.get(image, "positive"),
+        }
 
     def killed(
         self,
@@ -88,3 +96,7 @@ class Place:
             for file in plan.files:
                 self.write_parts(plan, pq.read_table(file), change)
         return plan
+
+
+def _sha256(image: str) -> str:
+    return hashlib.sha256(image.encode()).hexdigest()

@@ -95,6 +95,19 @@ def test_metrics_against_labels_count_what_can_be_judged():
     assert accuracy.n == 3
 
 
+def test_films_that_the_model_learnt_from_do_not_count():
+    table = predictions(
+        {"p": 0.9, "label": "Lung_Opacity", "content_sha256": "learnt"},
+        {"p": 0.9, "label": "Normal", "content_sha256": "new"},
+    )
+    metrics = label_metrics(table, SPEC, labels("0.png", "1.png"), {"learnt", "another"})
+    assert metric_value(metrics, "films_known_to_model") == 1
+    told = [m for m in metrics if m.metric == "accuracy" and m.group == "all"]
+    assert [(m.value, m.n) for m in told] == [(0.0, 1)]
+    (left_out,) = label_metrics(table, SPEC, labels("0.png", "1.png"), {"learnt", "new"})
+    assert (left_out.metric, left_out.value) == ("films_known_to_model", 2)
+
+
 def test_labels_fill_in_the_view_where_the_header_is_silent():
     table = predictions(
         {"p": 0.9, "label": "Lung_Opacity", "view_position": "AP"},

@@ -327,14 +327,19 @@ def test_a_night_that_lost_its_lease_leaves_the_status_to_the_other(place, monke
         ("films/Adams.png,Normal", (0, 0),
          "match none of 4 images: they name 'films/Adams.png', the images 'Adams.png'"),
         ("Adams.png,pneumonia", (1, 0), "they say 'pneumonia', the model Normal, Lung_Opacity"),
+        ("Adams.png,Normal\nDavis.png,Normal", (2, 2), "was chosen by 1 labelled films"),
     ],
 )  # fmt: skip
-def test_labels_that_match_nothing_are_told(place, tmp_path, caplog, labels, told, warning):
+def test_labels_that_match_nothing_or_measure_nothing_are_told(
+    place, tmp_path, caplog, labels, told, warning
+):
     (tmp_path / "labels.csv").write_text(f"image,label\n{labels}\n")
     (run,) = place.night(labels=str(tmp_path / "labels.csv")).runs
     assert (run.labelled, run.of_classes) == told
     line = f"labels    match {told[0]} of 4 images, {told[1]} with one of the model's classes"
-    assert line in summary(run)
+    known = "Davis" in labels
+    line += "; 1 that it learnt from or was chosen by are left out" if known else ""
+    assert f"{line}\n" in summary(run)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == bool(warning)
     assert all(warning in line for line in warned)
