@@ -21,6 +21,8 @@ _OPEN_ITEMS = (
     "follows for practice, 40 to 42 registration, protocol and funding"
 )
 
+_OF_DECISIONS = ("positive_predictive_value", "negative_predictive_value", "review_rate")
+
 
 def model_card(
     spec: ModelSpec,
@@ -193,13 +195,17 @@ def _results(
     )
     for name in shown:
         yield from (_row(item) for item in overall if item.metric == name)
-    decided = [item for item in overall if item.metric.startswith("decision_")]
+    decided = [
+        item
+        for item in overall
+        if item.metric.startswith("decision_") or item.metric in _OF_DECISIONS
+    ]
     if decided:
         yield ""
         yield "| operating point | decision | value | 95 % interval | films |"
         yield "|---|---|---:|---|---:|"
         for item in decided:
-            what = item.metric.removeprefix("decision_")
+            what = item.metric.removeprefix("decision_").replace("_", " ")
             yield _line(str(item.class_name), what, _value(item), _interval(item), f"{item.n:,}")
         yield ""
         for name, point in spec.operating_points.items():

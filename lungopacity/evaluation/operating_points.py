@@ -155,18 +155,20 @@ def decision_shares(
 ) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
     """What is reported of an operating point: by name, which images count, and out of which.
 
-    What is under review is not positive.
+    What is under review is neither positive nor negative: decision_sensitivity and
+    decision_specificity take it for not positive, decision_sensitivity_with_review for found.
     """
     decided_N = probabilities_N >= point.threshold
+    from_N = decided_N if point.review_from is None else probabilities_N >= point.review_from
     shares = {
         "decision_sensitivity": (decided_N & positive_N, positive_N),
         "decision_specificity": (~decided_N & ~positive_N, ~positive_N),
         "positive_predictive_value": (decided_N & positive_N, decided_N),
-        "negative_predictive_value": (~decided_N & ~positive_N, ~decided_N),
+        "negative_predictive_value": (~from_N & ~positive_N, ~from_N),
     }
     if point.review_from is not None:
-        band_N = (probabilities_N >= point.review_from) & ~decided_N
-        shares["review_rate"] = (band_N, np.ones_like(band_N))
+        shares["decision_sensitivity_with_review"] = (from_N & positive_N, positive_N)
+        shares["review_rate"] = (from_N & ~decided_N, np.ones_like(from_N))
     return shares
 
 
@@ -178,7 +180,7 @@ def decision_metrics(
 ) -> list[Metric]:
     """Of the decisions at each operating point, by its name: decision_sensitivity,
     decision_specificity, positive_predictive_value and negative_predictive_value, with Wilson's
-    intervals; with a review band, review_rate."""
+    intervals; with a review band, decision_sensitivity_with_review and review_rate."""
     return [
         proportion(group, what, name, int(counted_N.sum()), int(of_N.sum()))
         for name, point in points.items()

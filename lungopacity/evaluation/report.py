@@ -21,6 +21,7 @@ from lungopacity.evaluation.measure import ScoredImages
 from lungopacity.evaluation.metrics import Metric, confusion_matrix
 from lungopacity.evaluation.paper import format_table1, table1
 from lungopacity.evaluation.table import (
+    decision_words,
     largest_gaps,
     metric_value,
     metrics_table,
@@ -129,13 +130,21 @@ class EvaluationResult:
         return "\n".join([*lines, f"report in {self.output}", NOTICE])
 
     def _decisions(self) -> list[str]:
-        """A line for each operating point."""
-        shares: dict[str, list[str]] = {}
-        for item in self.metrics:
-            if _whole(item) and item.metric in ("decision_sensitivity", "decision_specificity"):
-                word = item.metric.removeprefix("decision_")
-                shares.setdefault(str(item.class_name), []).append(f"{word} {with_interval(item)}")
-        return [f"{'at ' + name:32}{', '.join(words)}" for name, words in shares.items()]
+        """A line for each operating point, two of one with a band."""
+        points = [
+            item.class_name
+            for item in self.metrics
+            if _whole(item) and item.metric == "decision_sensitivity"
+        ]
+        lines = []
+        for name in points:
+            of_point = (i for i in self.metrics if _whole(i) and i.class_name == name)
+            names = (f"at {name}", "  with its review")
+            lines += [
+                f"{name:32}{words}"
+                for name, words in zip(names, decision_words(of_point), strict=False)
+            ]
+        return lines
 
     def to_json(self) -> str:
         """Everything, undefined values as null."""

@@ -55,6 +55,21 @@ def with_interval(item: Metric) -> str:
     return f"{item.value:.4f} ({item.ci_low:.4f} to {item.ci_high:.4f})"
 
 
+def decision_words(metrics: Iterable[Metric]) -> list[str]:
+    """`sensitivity 0.9123 (…), specificity …` of the figures of one operating point; if it has a
+    band, then the same of what review adds."""
+    found = {item.metric: with_interval(item) for item in metrics}
+    told = [
+        f"sensitivity {found['decision_sensitivity']}, specificity {found['decision_specificity']}"
+    ]
+    if "review_rate" in found:
+        told.append(
+            f"sensitivity {found['decision_sensitivity_with_review']}, negative predictive value "
+            f"{found['negative_predictive_value']}, under review {found['review_rate']}"
+        )
+    return told
+
+
 FEWEST_FILMS = 30
 """Of a subgroup that is compared with others: between a handful of films any gap is chance."""
 

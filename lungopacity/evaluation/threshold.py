@@ -15,7 +15,7 @@ from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.measure import ratio_metrics
 from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.operating_points import check_rule, decision_shares, pick
-from lungopacity.evaluation.table import with_interval
+from lungopacity.evaluation.table import decision_words
 from lungopacity.models import (
     OperatingPoint,
     TrainedModel,
@@ -49,17 +49,12 @@ class PickedPoint(OperatingPoint):
     def summary(self) -> str:
         """Where it decides, and what that achieved."""
         review = "" if self.review_from is None else f", review from {self.review_from:.4f}"
-        told = ("decision_sensitivity", "decision_specificity")
-        shares = [
-            f"{item.metric.removeprefix('decision_')} {with_interval(item)}"
-            for item in self.metrics
-            if item.metric in told
-        ]
+        shares, *with_review = decision_words(self.metrics)
         unknown = self.unknown_patients
         return "\n".join(
             [
-                f"positive from {self.threshold:.4f}{review}; {', '.join(shares)} on "
-                f"{self.images} films",
+                f"positive from {self.threshold:.4f}{review}; {shares} on {self.images} films",
+                *(f"with its review {words}" for words in with_review),
                 f"95 % intervals: {self.intervals}"
                 + (f"; {unknown} films name no patient" if unknown else "")
                 + "; of the films that it was picked on: `evaluate` measures it on others",

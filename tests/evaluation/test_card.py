@@ -16,6 +16,9 @@ METRICS = [
     Metric("all", "roc_auc", "Lung_Opacity", 0.9765, 0.97, 0.98, 798),
     Metric("all", "recall", "Normal", float("nan"), None, None, 0),
     Metric("all", "decision_sensitivity", "sensitivity=0.95", 0.951, 0.92, 0.97, 331),
+    Metric("all", "decision_sensitivity_with_review", "band", 0.99, 0.95, 1.0, 331),
+    Metric("all", "negative_predictive_value", "band", 0.98, 0.95, 1.0, 300),
+    Metric("all", "review_rate", "band", 0.125, 0.1, 0.15, 798),
     Metric("patient_sex=F", "roc_auc", "Lung_Opacity", 0.98, 0.97, 0.99, 300),
     Metric("patient_sex=M", "roc_auc", "Lung_Opacity", 0.97, 0.96, 0.98, 498),
     Metric("view_position=AP", "roc_auc", "Lung_Opacity", 0.9812, 0.97, 0.99, 358, patients=201),
@@ -66,6 +69,9 @@ def test_the_card_tells_what_was_measured():
     assert "| brier before temperature | all | 0.2000 | 0.1000 to 0.3000 | 798 |" in lines
     assert "| recall | Normal | not defined |  | 0 |" in lines
     assert "| sensitivity=0.95 | sensitivity | 0.9510 | 0.9200 to 0.9700 | 331 |" in lines
+    assert "| band | sensitivity with review | 0.9900 | 0.9500 to 1.0000 | 331 |" in lines
+    assert "| band | negative predictive value | 0.9800 | 0.9500 to 1.0000 | 300 |" in lines
+    assert "| band | review rate | 0.1250 | 0.1000 to 0.1500 | 798 |" in lines
     subgroups = lines[lines.index("## Subgroups") + 1 :]
     assert subgroups[0] == (
         "The largest gap in AUC is by view_position: PA 0.9412 (0.9200 to 0.9600), 440 films; "

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from sklearn.metrics import roc_curve
 
 from lungopacity.errors import UserError
 from lungopacity.evaluation.operating_points import RULES, STANDARD, decision_metrics, pick
+from lungopacity.evaluation.table import decision_words
 from lungopacity.models import OperatingPoint
 
 
@@ -181,3 +184,19 @@ def test_decisions_are_counted_at_each_point() -> None:
     assert ("a", "review_rate") not in found
     assert found["b", "review_rate"] == (pytest.approx(3 / 5), 5)
     assert np.isnan(found["b", "positive_predictive_value"][0])
+    # What is under review is not negative: one of the four not positive.
+    assert found["b", "negative_predictive_value"] == (0.5, 2)
+    assert found["b", "decision_sensitivity"] == (0.0, 3)
+    assert found["b", "decision_sensitivity_with_review"] == (pytest.approx(2 / 3), 3)
+    assert ("a", "decision_sensitivity_with_review") not in found
+
+
+def test_a_band_is_told_by_what_it_finds_with_its_review() -> None:
+    scores_N, positive_N = films(200)
+    for point, lines in ((OperatingPoint(0.6), 1), (OperatingPoint(0.6, review_from=0.2), 2)):
+        told = decision_words(decision_metrics(scores_N, positive_N, {"x": point}))
+        assert len(told) == lines
+        assert told[0].startswith("sensitivity 0.")
+    assert re.fullmatch(
+        r"sensitivity 0.*, negative predictive value 0.*, under review 0.*", told[1]
+    )
