@@ -34,15 +34,19 @@ class Calibration:
 
 
 def calibrate(
-    logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64], positive: int
+    logits_VK: npt.NDArray[np.floating],
+    labels_V: npt.NDArray[np.int64],
+    positive: int,
+    *,
+    shifted: bool = False,
 ) -> Calibration:
     """Fit to validation alone. labels_V: index of the class. `positive`: index of the class that
-    decisions are about; it and another must occur."""
+    decisions are about; it and another must occur. shifted: two classes get biases as well, which
+    more of them always have; see `shares_shifted`."""
     from sklearn.metrics import roc_auc_score
 
     temperature, biases = fit_temperature(logits_VK, labels_V), None
-    if logits_VK.shape[1] > 2:
-        # Of two classes, the threshold takes care of their shares; a bias won nothing there.
+    if shifted or logits_VK.shape[1] > 2:
         temperature, biases = fit_biases(logits_VK, labels_V, temperature)
     calibrated_VK = calibrated_logits(logits_VK, temperature, biases)
     probabilities_V = softmax(calibrated_VK)[:, positive]
@@ -66,6 +70,20 @@ def calibrate(
         metrics[f"brier{when}"] = float(squares_V.mean())
         metrics[f"expected_calibration_error{when}"] = bins.expected_calibration_error
     return Calibration(temperature, biases, point, points, metrics)
+
+
+def shares_shifted(
+    class_balance: str, train_T: npt.NDArray[np.int64], validation_V: npt.NDArray[np.int64]
+) -> bool:
+    """Whether training saw the classes in other shares than validation has: they were balanced, or
+    the odds of one differ twofold. The logits are then off by constants, which no temperature takes
+    away; below that, a bias won nothing of two classes (docs/models.md).
+
+    class_balance: of the settings. train_T, validation_V: indices of the classes, all occurring.
+    """
+    shares = [np.bincount(labels) / len(labels) for labels in (train_T, validation_V)]
+    ratio_K = np.divide(*(share_K / (1 - share_K) for share_K in shares))
+    return class_balance != "none" or bool(np.abs(np.log(ratio_K)).max() >= np.log(2))
 
 
 def negative_log_likelihood(
@@ -134,4 +152,9 @@ def fit_biases(
     limits = [(-_LOG_TEMPERATURE_LIMIT, _LOG_TEMPERATURE_LIMIT)] + [(None, None)] * classes
     start = np.concatenate([[np.log(temperature)], np.zeros(classes)])
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=limits)
+    right_V = (logits_VK / np.exp(found.x[0]) + found.x[1:]).argmax(axis=1) == labels_V
+    if right_V.all():
+        # As in `fit_temperature`: the colder the better, which says nothing of confidence.
+        start, limits[0] = np.zeros(classes + 1), (0.0, 0.0)
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=limits)
     return float(np.exp(found.x[0])), tuple(map(float, found.x[1:]))

@@ -53,7 +53,8 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
     first = trained[0].spec
     class_V = logits[0].index.get_level_values("label")
     labels_V = np.array([first.class_names.index(name) for name in class_V])
-    found = calibrate(mean_VK, labels_V, first.positive_index)
+    shifted = any(model.spec.class_biases is not None for model in trained)
+    found = calibrate(mean_VK, labels_V, first.positive_index, shifted=shifted)
     spec = ModelSpec(
         architecture=ENSEMBLE,
         architecture_settings=asdict(members),

@@ -41,7 +41,7 @@ from lungopacity.results.schema import METADATA
 from lungopacity.runtime import require_resources, versions
 from lungopacity.storage import join_uri, open_store
 from lungopacity.storage.lease import LEASE_S, Lease
-from lungopacity.training.calibrate import calibrate
+from lungopacity.training.calibrate import calibrate, shares_shifted
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
 from lungopacity.training.finish import compiled_of, distribution_of
 from lungopacity.training.loop import Films
@@ -146,7 +146,7 @@ def fit(
         )
         history = json.loads(_read(latest, HISTORY_FILE))
         logits_VK = safetensors.numpy.load(_read(kept, LOGITS_FILE))["logits_VK"]
-        spec = _spec(data, settings, start.architecture_settings, logits_VK, films.validation)
+        spec = _spec(data, settings, start.architecture_settings, logits_VK, films)
         training = {
             "settings": settings.as_json(),
             "data": {
@@ -296,11 +296,13 @@ def _spec(
     settings: TrainingSettings,
     architecture_settings: dict[str, Any],
     logits_VK: npt.NDArray[np.float32],
-    validation: npt.NDArray[np.int64],
+    films: Films,
 ) -> dict[str, Any]:
     """The fields of `ModelSpec` but `training`, with what validation says of the kept weights."""
     positive = data.class_names.index(settings.positive_class)
-    found = calibrate(logits_VK, data.labels_N[validation], positive)
+    labels_V = data.labels_N[films.validation]
+    shifted = shares_shifted(settings.class_balance, data.labels_N[films.train], labels_V)
+    found = calibrate(logits_VK, labels_V, positive, shifted=shifted)
     return {
         "architecture": settings.model,
         "architecture_settings": architecture_settings,

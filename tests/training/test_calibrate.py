@@ -10,6 +10,7 @@ from lungopacity.training.calibrate import (
     fit_biases,
     fit_temperature,
     negative_log_likelihood,
+    shares_shifted,
 )
 
 
@@ -70,7 +71,7 @@ def test_a_class_without_a_film_gets_no_endless_bias() -> None:
     assert -10 < min(biases) == biases[1] < -1
 
 
-def test_biases_are_for_more_than_two_classes() -> None:
+def test_biases_are_for_more_than_two_classes_or_shifted_shares() -> None:
     logits_VK, labels_V = shifted_films(2_000)
     three = calibrate(logits_VK, labels_V, positive=2)
     assert three.class_biases is not None
@@ -79,6 +80,32 @@ def test_biases_are_for_more_than_two_classes() -> None:
     assert three.metrics["accuracy"] > (logits_VK.argmax(axis=1) == labels_V).mean() + 0.01
     two = calibrate(*calibrated_films(500), positive=1)
     assert two.class_biases is None
+
+
+def test_two_classes_that_were_balanced_for_training_get_their_true_risks() -> None:
+    logits_VK, labels_V = calibrated_films()
+    balanced_VK = logits_VK + np.array([-1.5, 1.5])
+    alone, shifted = (calibrate(balanced_VK, labels_V, 1, shifted=told) for told in (False, True))
+    assert alone.metrics["loss"] > shifted.metrics["loss"] + 0.1
+    p_V = softmax(calibrated_logits(balanced_VK, shifted.temperature, shifted.class_biases))[:, 1]
+    assert p_V.mean() == pytest.approx(labels_V.mean(), abs=1e-3)
+    rare_V = softmax(logits_VK)[:, 1] < 0.2
+    assert p_V[rare_V].mean() == pytest.approx(labels_V[rare_V].mean(), abs=0.02)
+
+
+def test_films_that_biases_set_all_right_do_not_sharpen_the_model_without_end() -> None:
+    logits_VK = np.array([[0.0, 1.0], [0.0, 1.2], [0.0, 3.0], [0.0, 3.2]])
+    temperature, biases = fit_biases(logits_VK, np.array([0, 0, 1, 1]), 20.0)
+    assert temperature == 1.0
+    assert np.isfinite(biases).all()
+
+
+def test_two_classes_need_biases_where_they_were_balanced_or_their_odds_differ_twofold() -> None:
+    even, fewer, few = (np.arange(1_000) % 1_000 < count for count in (500, 400, 300))
+    assert not shares_shifted("none", even.astype(int), fewer.astype(int))
+    assert shares_shifted("none", even.astype(int), few.astype(int))
+    assert shares_shifted("none", few.astype(int), even.astype(int))
+    assert shares_shifted("weights", even.astype(int), even.astype(int))
 
 
 def test_says_what_calibration_was_worth_on_the_validation_films() -> None:

@@ -68,7 +68,9 @@ def test_the_mean_of_calibrated_logits_is_the_ensembles(members, tmp_path):
 def test_the_biases_of_its_members_count(tmp_path):
     uris = [str(tmp_path / name) for name in "ab"]
     models = [folder(uris[0], 1, class_biases=(0.5, -0.5)), folder(uris[1], 2)]
-    both = Scorer(ensemble(uris, str(tmp_path / "both")))
+    made = ensemble(uris, str(tmp_path / "both"))
+    assert made.spec.class_biases is not None
+    both = Scorer(made)
     logits = [model.spec.calibrated(Scorer(model).logits(squares(model))) for model in models]
     found_NK = both.logits(squares(both.model))
     np.testing.assert_allclose(found_NK, sum(logits) / 2, rtol=1e-4, atol=1e-5)
@@ -120,6 +122,7 @@ def test_it_is_calibrated_on_what_its_members_said_of_the_validation_films(membe
     uris, _ = members
     both = ensemble(uris, str(tmp_path / "both"))
     assert both.spec.operating_point.images == len(FILMS)
+    assert both.spec.class_biases is None  # none of its members has any
     assert 0 <= both.spec.metrics["auc"] <= 1
     assert both.spec.metrics["loss"] <= both.spec.metrics["loss_before_temperature"]
     assert read_history(str(tmp_path / "both")) is None

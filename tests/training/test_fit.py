@@ -111,6 +111,7 @@ def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
     assert spec.training["provenance"] == {"labels": "labels.csv"}
     assert spec.training["best_epoch"] == run.result.best_epoch
     assert spec.operating_point.images == 41
+    assert spec.class_biases is not None  # the classes were balanced
     assert spec.label_map == {"Healthy": "Normal", "Lung_Opacity": "Lung_Opacity"}
 
 
