@@ -28,6 +28,8 @@ RULES = {
 STANDARD = ("youden", "sensitivity=0.95", "specificity=0.95", "band=0.99,0.95")
 """What every model folder has."""
 
+FEWEST_IMAGES = 30
+"""Of each kind: below, a threshold is mostly chance."""
 _HIGHEST_COST = 1e6
 """Of a missed opacity, in false alarms. Beyond, sums of both are rounded to those of one alone."""
 _ROUNDING = 1e-12

@@ -14,7 +14,12 @@ from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.measure import ratio_metrics
 from lungopacity.evaluation.metrics import Metric
-from lungopacity.evaluation.operating_points import check_rule, decision_shares, pick
+from lungopacity.evaluation.operating_points import (
+    FEWEST_IMAGES,
+    check_rule,
+    decision_shares,
+    pick,
+)
 from lungopacity.evaluation.table import decision_words
 from lungopacity.models import (
     OperatingPoint,
@@ -28,9 +33,6 @@ from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import quoted
 
 log = logging.getLogger(__name__)
-
-FEWEST_IMAGES = 30
-"""Of each kind: below, a threshold is mostly chance."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Array names carry their shape: V validation films, K classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.evaluation.metrics import calibration_bins
-from lungopacity.evaluation.operating_points import STANDARD, pick
+from lungopacity.evaluation.operating_points import FEWEST_IMAGES, STANDARD, pick
 from lungopacity.models import OperatingPoint
 from lungopacity.models.probabilities import calibrated_logits, softmax
+
+log = logging.getLogger(__name__)
 
 _LOG_TEMPERATURE_LIMIT = np.log(20.0)
 
@@ -33,6 +36,19 @@ class Calibration:
     """Calibrated, but for those before_temperature, and at this point; `loss` in nats."""
 
 
+def warn_of_few(labels_V: npt.NDArray[np.int64], positive: int) -> None:
+    """Where operating points are picked from too few validation films of a kind to mean much."""
+    positives = int((labels_V == positive).sum())
+    counts = (positives, len(labels_V) - positives)
+    if min(counts) < FEWEST_IMAGES:
+        log.warning(
+            "%d validation films are of the positive class and %d are not: with fewer than %d of a "
+            "kind, the operating points and what they are said to be worth are mostly chance",
+            *counts,
+            FEWEST_IMAGES,
+        )
+
+
 def calibrate(
     logits_VK: npt.NDArray[np.floating],
     labels_V: npt.NDArray[np.int64],
@@ -49,7 +65,8 @@ def calibrate(
     if shifted or logits_VK.shape[1] > 2:
         temperature, biases = fit_biases(logits_VK, labels_V, temperature)
     calibrated_VK = calibrated_logits(logits_VK, temperature, biases)
-    probabilities_V = softmax(calibrated_VK)[:, positive]
+    # As `ModelSpec.probabilities`: what float32 cannot tell apart, no threshold will.
+    probabilities_V = softmax(calibrated_VK).astype(np.float32)[:, positive]
     points = {rule: pick(rule, probabilities_V, labels_V == positive) for rule in STANDARD}
     point = points[STANDARD[0]]
     assert point.sensitivity is not None

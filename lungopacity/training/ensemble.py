@@ -28,7 +28,7 @@ from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSetting
 from lungopacity.models.folder import validation_parquet
 from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import versions
-from lungopacity.training.calibrate import calibrate
+from lungopacity.training.calibrate import calibrate, warn_of_few
 
 
 def ensemble(models: Sequence[str], output: str) -> TrainedModel:
@@ -55,6 +55,7 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
     labels_V = np.array([first.class_names.index(name) for name in class_V])
     shifted = any(model.spec.class_biases is not None for model in trained)
     found = calibrate(mean_VK, labels_V, first.positive_index, shifted=shifted)
+    warn_of_few(labels_V, first.positive_index)
     spec = ModelSpec(
         architecture=ENSEMBLE,
         architecture_settings=asdict(members),

@@ -41,7 +41,7 @@ from lungopacity.results.schema import METADATA
 from lungopacity.runtime import require_resources, versions
 from lungopacity.storage import join_uri, open_store
 from lungopacity.storage.lease import LEASE_S, Lease
-from lungopacity.training.calibrate import calibrate, shares_shifted
+from lungopacity.training.calibrate import calibrate, shares_shifted, warn_of_few
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
 from lungopacity.training.finish import compiled_of, distribution_of
 from lungopacity.training.loop import Films
@@ -303,6 +303,7 @@ def _spec(
     labels_V = data.labels_N[films.validation]
     shifted = shares_shifted(settings.class_balance, data.labels_N[films.train], labels_V)
     found = calibrate(logits_VK, labels_V, positive, shifted=shifted)
+    warn_of_few(labels_V, positive)
     return {
         "architecture": settings.model,
         "architecture_settings": architecture_settings,

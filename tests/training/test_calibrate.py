@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import lungopacity.training.calibrate as calibrating
 from lungopacity.models.probabilities import calibrated_logits, softmax
 from lungopacity.training.calibrate import (
     calibrate,
@@ -11,6 +12,7 @@ from lungopacity.training.calibrate import (
     fit_temperature,
     negative_log_likelihood,
     shares_shifted,
+    warn_of_few,
 )
 
 
@@ -116,3 +118,24 @@ def test_says_what_calibration_was_worth_on_the_validation_films() -> None:
     assert found["brier_before_temperature"] == pytest.approx(before)
     for name in ("loss", "brier", "expected_calibration_error"):
         assert found[name] < 0.9 * found[f"{name}_before_temperature"], name
+
+
+def test_what_float32_cannot_tell_apart_is_told_apart_by_no_threshold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibrating, "fit_temperature", lambda *_: 1.0)
+    odds_V, labels_V = np.array([-1.0] * 18 + [25, 28, 26, 30]), np.array([0] * 20 + [1] * 2)
+    found = calibrate(np.stack([0 * odds_V, odds_V], axis=1), labels_V, positive=1)
+    # As when screening.
+    p_V = softmax(np.stack([0 * odds_V, odds_V], axis=1)).astype(np.float32)[:, 1]
+    for point in found.operating_points.values():
+        decided_V = np.array([point.decide(float(p)) == "positive" for p in p_V])
+        assert decided_V[labels_V == 1].mean() == pytest.approx(point.sensitivity)
+        assert (~decided_V)[labels_V == 0].mean() == pytest.approx(point.specificity)
+
+
+def test_operating_points_of_few_films_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_few(np.arange(90) % 3, positive=1)
+    assert not caplog.text
+    warn_of_few(np.arange(89) % 3, positive=2)
+    assert "29 validation films are of the positive class and 60 are not" in caplog.text

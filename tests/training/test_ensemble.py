@@ -118,11 +118,12 @@ def test_members_of_two_sizes_share_one_decoded_film(tmp_path):
     np.testing.assert_allclose(logits_NK, sum(alone) / 2, atol=0.05)
 
 
-def test_it_is_calibrated_on_what_its_members_said_of_the_validation_films(members, tmp_path):
+def test_it_is_calibrated_on_what_its_members_said_of_the_validation_films(members, tmp_path, caplog):
     uris, _ = members
     both = ensemble(uris, str(tmp_path / "both"))
     assert both.spec.operating_point.images == len(FILMS)
     assert both.spec.class_biases is None  # none of its members has any
+    assert "20 validation films are of the positive class and 20 are not" in caplog.text
     assert 0 <= both.spec.metrics["auc"] <= 1
     assert both.spec.metrics["loss"] <= both.spec.metrics["loss_before_temperature"]
     assert read_history(str(tmp_path / "both")) is None
