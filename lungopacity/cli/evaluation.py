@@ -89,7 +89,12 @@ def explain(as_json: bool, **options: Any) -> int:
 
 @click.command(epilog=EPILOG)
 @model_option
-@click.option("--results", metavar="URI", required=True, help="Where it has screened films.")
+@click.option(
+    "--results",
+    metavar="URI",
+    default=None,
+    help="Where it has screened films. Default: its own validation films.",
+)
 @click.option(
     "--rule",
     required=True,
@@ -99,7 +104,10 @@ def explain(as_json: bool, **options: Any) -> int:
 @click.option("--run-id", default=None, help="Of this run alone. Default: the newest scores.")
 @click.option("--labels", metavar="FILE", default=None, help="Default: those the runs were given.")
 def threshold(**options: Any) -> int:
-    """Pick a threshold for a site, from films that were screened and labelled there."""
+    """Pick a threshold for a site, from films that were screened and labelled there.
+
+    Or, without --results, by another rule from the validation films of training.
+    """
     from lungopacity.evaluation.threshold import threshold as run
 
     point = run(**options)

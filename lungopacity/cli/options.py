@@ -89,7 +89,7 @@ operating_point_option = click.option(
     metavar="NAME",
     default=None,
     help="Where scores become decisions: youden (the default), sensitivity=0.95, "
-    "specificity=0.95, band=0.99,0.95, or one of `lungopacity threshold`.",
+    "specificity=0.95, cost=5, band=0.99,0.95, or one of `lungopacity threshold`.",
 )
 hmac_key_option = click.option(
     "--hmac-key", metavar="FILE", default=None, help="Key of patient_hmac and study_hmac."

@@ -25,7 +25,7 @@ RULES = {
 }
 """Of `pick`: how each is written, and what it does."""
 
-STANDARD = ("youden", "sensitivity=0.95", "specificity=0.95", "band=0.99,0.95")
+STANDARD = ("youden", "sensitivity=0.95", "specificity=0.95", "cost=5", "band=0.99,0.95")
 """What every model folder has."""
 
 FEWEST_IMAGES = 30

@@ -1,12 +1,14 @@
-"""A new operating point of a model for a site: picked from what the site has screened and labelled,
-kept in the model folder, and of use to this model alone."""
+"""A new operating point of a model: picked from what a site has screened and labelled, or by
+another rule from the validation films, kept in the model folder, and of use to this model alone."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from lungopacity.dataset.manifest import label_names, read_labels
@@ -26,6 +28,7 @@ from lungopacity.models import (
     TrainedModel,
     films_known_to,
     load_model,
+    read_validation,
     save_operating_point,
 )
 from lungopacity.results.query import query
@@ -66,7 +69,7 @@ class PickedPoint(OperatingPoint):
 
 def threshold(
     model: str,
-    results: str,
+    results: str | None,
     rule: str,
     name: str,
     *,
@@ -76,18 +79,25 @@ def threshold(
     """Pick by `rule` and keep under `name` in the model folder; screen with it by that name.
 
     results: URI of a results folder, of which this model's newest scores of each image count, or
-    those of one `run_id`. `labels`: a labels file; None takes the labels that the runs were given.
-    Films that the model learnt from or was chosen by are left out. Who a patient is, `patient_id`
-    of the labels tells, or else `patient_hmac`. Raises `UserError` where no scores of this model
-    have labels, or less than `FEWEST_IMAGES` films are of either kind, where the name is taken, or
-    the rule is none.
+    those of one `run_id`; None: the validation films that the model folder keeps, as the points of
+    training are picked. `labels`: a labels file; None takes the labels that the runs were given.
+    Of a results folder, films that the model learnt from or was chosen by are left out. Who a
+    patient is, `patient_id` of the labels tells, or else `patient_hmac`. Raises `UserError` where
+    no scores of this model have labels, or less than `FEWEST_IMAGES` films are of either kind,
+    where the name is taken, or the rule is none.
     """
     check_rule(rule)
     trained = load_model(model)
+    if results is None and not (run_id is None and labels is None):
+        raise UserError("--run-id and --labels belong to --results: give it, or leave them out")
     spec = trained.spec
-    rows = _labelled(trained, results, run_id, labels)
+    if results is None:
+        rows, whose = _validation(model, trained), f"{model}: of its validation films"
+    else:
+        rows = _labelled(trained, results, run_id, labels)
+        whose = f"{results}: of the films that {trained.model_id} scored"
     rows = rows[rows["label"].isin(list(spec.class_of_label))]
-    known = rows["content_sha256"].isin(list(films_known_to(model)))
+    known = rows["content_sha256"].isin([] if results is None else list(films_known_to(model)))
     left_out, rows = int(known.sum()), rows[~known]
     if left_out:
         log.warning(
@@ -99,13 +109,16 @@ def threshold(
     counts = (int(positive_N.sum()), int((~positive_N).sum()))
     if min(counts) < FEWEST_IMAGES:
         raise UserError(
-            f"{results}: of the films that {trained.model_id} scored"
+            whose
             + (", but did not learn from," if left_out else "")
             + f" {counts[0]} are labelled {spec.positive_class} and {counts[1]} otherwise; "
             f"{FEWEST_IMAGES} of each are needed"
         )
     where = f"{len(rows)} films of {results}" + (f", run {run_id}" if run_id else "")
-    p_N = rows["p"].to_numpy()
+    if results is None:
+        where = "validation"
+    # In float64, as a decision is made: a threshold may lie between two scores of float32.
+    p_N = rows["p"].to_numpy(np.float64)
     point = pick(rule, p_N, positive_N, where)
     resampling = Resampling.of(rows["patient"].tolist())
     shares = decision_shares(p_N, positive_N, point)
@@ -176,6 +189,15 @@ def _labelled(
         )
     patient = both["patient_id"].where(both["patient_id"].notna(), both["patient"])
     return both.assign(patient=patient)
+
+
+def _validation(model: str, trained: TrainedModel) -> pd.DataFrame:
+    """The same of the validation films; the folder does not say whose they are."""
+    spec = trained.spec
+    kept = pd.read_parquet(io.BytesIO(read_validation(model)))
+    logits_VK = kept[[f"logit_{name}" for name in spec.class_names]].to_numpy()
+    p_V = spec.probabilities(logits_VK)[:, spec.positive_index]
+    return kept[["content_sha256", "label"]].assign(p=p_V, patient=None)
 
 
 def _names_are_hashed(results: str, of_runs: str) -> bool:

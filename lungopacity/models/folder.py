@@ -6,7 +6,8 @@ distribution.safetensors   where the training films lie in the model's feature s
 compiled.safetensors       the network as CPUs run it, where that is faster; see `compiled`
 history.parquet            loss and accuracy by epoch; an ensemble has none
 validation.parquet         what the kept weights say of each validation film, for thresholds and
-                           ensembles: content_sha256, label, and a raw logit a class
+                           ensembles: content_sha256, label, and a raw logit a class. An ensemble's
+                           is what its members say, each of the film decoded at its own size
 training_films.parquet     content_sha256 of the films that it learnt from: no test of it has them
 operating_points/NAME.json thresholds of sites, added later by `lungopacity threshold`; not among
                            the sums. See `site_points`

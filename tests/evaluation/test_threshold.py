@@ -14,11 +14,11 @@ import pytest
 import lungopacity
 from lungopacity.cli import main
 from lungopacity.errors import UserError
-from lungopacity.models import load_model
-from lungopacity.models.folder import training_films_parquet
+from lungopacity.models import load_model, save_model
+from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
-from tests.models.tiny import write_tiny_model
+from tests.models.tiny import tiny_model, write_tiny_model
 
 FILMS = 90
 
@@ -119,6 +119,37 @@ def test_films_that_the_model_learnt_from_set_no_threshold(site, tmp_path, caplo
                 lungopacity.threshold(
                     model, results, "youden", "ours", run_id="first", labels=labels
                 )
+
+
+def test_without_results_another_rule_is_applied_to_the_validation_films(tmp_path, capfd):
+    """No cluster is started, and no film is read."""
+    rng = np.random.default_rng(0)
+    logits_VK = rng.normal(0, 1, (80, 2)).astype(np.float32)
+    labels = ["Lung_Opacity" if one else "Normal" for one in rng.random(80) < 0.5]
+    model = tiny_model(temperature=2.0, class_biases=(-0.5, 0.5))
+    for name, films in (("model", 80), ("few", 40)):
+        kept = validation_parquet(
+            [f"{n:064}" for n in range(films)],
+            labels[:films],
+            logits_VK[:films],
+            model.spec.class_names,
+        )
+        save_model(str(tmp_path / name), model, validation_parquet=kept)
+    command = ["threshold", "--rule", "cost=3", "--name", "dear", "--model"]
+    assert main([*command, str(tmp_path / "model")]) == 0
+    assert "on 80 films" in capfd.readouterr().out
+    kept = json.loads((tmp_path / "model" / "operating_points" / "dear.json").read_text())
+    assert (kept["chosen_by"], kept["images"]) == ("cost=3 on validation", 80)
+    opacity_V = np.array(labels) == "Lung_Opacity"
+    decided_V = model.spec.probabilities(logits_VK)[:, 1].astype(float) >= kept["threshold"]
+    assert decided_V[opacity_V].mean() == pytest.approx(kept["sensitivity"])
+    assert (~decided_V)[~opacity_V].mean() == pytest.approx(kept["specificity"])
+    for more, said in (
+        ([str(tmp_path / "model"), "--run-id", "x"], "--run-id and --labels belong to --results"),
+        ([str(tmp_path / "few")], "of its validation films"),
+    ):
+        assert main([*command, *more]) == 2
+        assert said in capfd.readouterr().err
 
 
 def test_a_name_is_given_once_and_must_be_one(site):

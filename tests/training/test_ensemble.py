@@ -118,7 +118,9 @@ def test_members_of_two_sizes_share_one_decoded_film(tmp_path):
     np.testing.assert_allclose(logits_NK, sum(alone) / 2, atol=0.05)
 
 
-def test_it_is_calibrated_on_what_its_members_said_of_the_validation_films(members, tmp_path, caplog):
+def test_it_is_calibrated_on_what_its_members_said_of_the_validation_films(
+    members, tmp_path, caplog
+):
     uris, _ = members
     both = ensemble(uris, str(tmp_path / "both"))
     assert both.spec.operating_point.images == len(FILMS)
