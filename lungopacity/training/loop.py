@@ -295,7 +295,10 @@ def _train_epoch(
         if averaged is not None:
             step = (epoch - 1) * len(batches) + number
             _average(averaged, network, settings.ema_decay, step)
-        right = (logits_BK.argmax(1) == labels_B).sum()
+        called_B = logits_BK.argmax(1)
+        own, other = ((called_B == of_B).float().sum() for of_B in (labels_B, labels_B.flip(0)))
+        # Of a blend, by the share of each film in it, as the loss is.
+        right = torch.lerp(other, own, share)
         sums += torch.stack([loss.detach() * len(labels_B), right])
     worker.add_up(sums)
     seen = worker.workers * sum(map(len, batches))

@@ -116,6 +116,10 @@ def test_mixup_blends_films_and_labels_by_the_same_share() -> None:
     )  # fmt: skip
     own = worker(settings, rare=45)
     network = Recorder()
+    # It calls the brighter half of the films opacities.
+    network.load_state_dict(
+        {"head.weight": torch.tensor([[-1.0], [1.0]]), "head.bias": torch.tensor([0.0, 1.8])}
+    )
     row = _train_epoch(own, network, torch.optim.SGD(network.parameters()), 1, None)
     (index_B,), (shown_B,), (logits_BK,) = own.batches(1), network.shown, network.said
     x_B = (torch.from_numpy(own.films.pixels_NHW[index_B][:, 0, 0]) / 255 - 0.5) / 0.25
@@ -128,6 +132,11 @@ def test_mixup_blends_films_and_labels_by_the_same_share() -> None:
     loss = share * expected(logits_BK, labels_B, weights_K)
     loss += (1 - share) * expected(logits_BK, labels_B.flip(0), weights_K)
     assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    called_B = logits_BK.argmax(dim=1)
+    right = share * (called_B == labels_B).double().mean()
+    right += (1 - share) * (called_B == labels_B.flip(0)).double().mean()
+    assert row["train_accuracy"] == pytest.approx(right.item(), rel=1e-4)
+    assert row["train_accuracy"] != pytest.approx((called_B == labels_B).double().mean().item())
 
 
 @pytest.mark.parametrize("name", ["cov-net", "efficientnet-lite0", "classical-cnn"])
