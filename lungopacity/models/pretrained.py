@@ -28,7 +28,7 @@ IMAGENET = "imagenet"
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 """Of red, green and blue: what the weights expect colours to be divided by."""
 _LITE_STD = (0.502, 0.502, 0.502)
-"""What those of efficientnet-lite expect."""
+"""What those of efficientnet-lite expect, whoever carries them."""
 _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 """Module names of old: torchvision's published DenseNets have `norm.1` where it builds `norm1`."""
 
@@ -45,7 +45,8 @@ class FirstWeights:
 
 
 def first_weights(card: NetworkCard, weights: str) -> FirstWeights | None:
-    """`weights`: none, imagenet, or the URI of a safetensors file or a torch state dict.
+    """`weights`: none, imagenet, or the URI of a safetensors file or a torch state dict. Of a file
+    it is not known what colours were divided by: what the network's published weights expect.
 
     No pickle is run: of a torch file, tensors alone are loaded. Raises `UserError` where there are
     no such weights, they cannot be fetched here, or the file holds something else.
@@ -53,7 +54,7 @@ def first_weights(card: NetworkCard, weights: str) -> FirstWeights | None:
     if weights == NONE:
         return None
     if weights != IMAGENET:
-        return _of_file(weights)
+        return _of_file(weights, _LITE_STD if card.weights == "installed" else _IMAGENET_STD)
     if card.weights == "installed":
         return _installed(card)
     if card.weights == "download":
@@ -112,7 +113,7 @@ def _downloaded(card: NetworkCard) -> FirstWeights:
     return FirstWeights(tensors, facts, _IMAGENET_STD)
 
 
-def _of_file(uri: str) -> FirstWeights:
+def _of_file(uri: str, channel_std: tuple[float, ...]) -> FirstWeights:
     parent, name = split_uri(uri)
     try:
         data = open_store(parent).read(name)
@@ -120,9 +121,8 @@ def _of_file(uri: str) -> FirstWeights:
         raise UserError(
             f"--weights {uri}: cannot be read ({error.message}); give none, imagenet or a file"
         ) from error
-    return FirstWeights(
-        _state_dict(data, uri), _facts(uri, "as its source says", data), _IMAGENET_STD
-    )
+    facts = _facts(uri, "as its source says", data)
+    return FirstWeights(_state_dict(data, uri), facts, channel_std)
 
 
 def _facts(source: str, licence: str, data: bytes) -> dict[str, str]:

