@@ -85,7 +85,9 @@ def _print(
     "cores keep the GPU fed.",
 )
 @click.option("--count", type=int, default=24, show_default=True, help="How many films.")
-@click.option("--repeats", type=int, default=9, show_default=True)
+@click.option(
+    "--repeats", type=int, default=9, show_default=True, help="The median of so many counts."
+)
 @click.option(
     "--core-hour",
     metavar="DOLLARS",
@@ -95,7 +97,12 @@ def _print(
     help="For the cost of a million images.",
 )
 @click.option(
-    "--gpu-hour", metavar="DOLLARS", type=click.FloatRange(min=0), default=2.5, show_default=True
+    "--gpu-hour",
+    metavar="DOLLARS",
+    type=click.FloatRange(min=0),
+    default=2.5,
+    show_default=True,
+    help="The same, of a GPU.",
 )
 @_json_option
 def decode(
@@ -167,7 +174,9 @@ def publish(sizes: list[int], as_json: bool) -> int:
     help="Default: all that `lungopacity models` lists.",
 )
 @click.option("--count", "films", type=int, default=64, show_default=True, help="Films a batch.")
-@click.option("--repeats", type=int, default=5, show_default=True)
+@click.option(
+    "--repeats", type=int, default=5, show_default=True, help="The median of so many counts."
+)
 @_gpu_option
 @click.option(
     "--precision",
@@ -232,11 +241,13 @@ def score(
     callback=words_of,
     help="What to run; default: all. Another name shows the list.",
 )
-@click.option("--repeats", type=int, default=3, show_default=True)
+@click.option("--repeats", type=int, default=3, show_default=True, help="Runs of each way.")
 @click.option(
     "--limit-s", type=float, default=3600.0, show_default=True, help="Of one run: some ways hang."
 )
-@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option(
+    "--batch-size", type=int, default=64, show_default=True, help="Images a forward pass."
+)
 @_gpu_option
 @click.option(
     "--precision",
@@ -282,7 +293,12 @@ def screen(
     help="A network, or a model folder whose network is trained anew.",
 )
 @_phantoms_option
-@click.option("--image-size", type=int, default=None)
+@click.option(
+    "--image-size",
+    type=int,
+    default=None,
+    help="Side of the model's input, pixels. Default: the recipe's.",
+)
 @click.option(
     "--workers",
     metavar="N,N,…",
@@ -300,7 +316,7 @@ def screen(
     help="float32, bfloat16 or auto; each is measured.",
 )
 @click.option("--epochs", type=int, default=4, show_default=True, help="The first is not timed.")
-@click.option("--repeats", type=int, default=2, show_default=True)
+@click.option("--repeats", type=int, default=2, show_default=True, help="Runs of each way.")
 @_gpu_option
 @_output_option
 @_json_option

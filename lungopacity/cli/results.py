@@ -18,6 +18,7 @@ from lungopacity.errors import NOTICE
     type=click.Choice(["table", "csv", "json", "parquet"]),
     default="table",
     show_default=True,
+    help="Of what is printed; json: an object a line.",
 )
 @click.argument("sql")
 def query(results: str, output_format: str, sql: str) -> int:

@@ -30,7 +30,9 @@ def _screening_options(command: Any) -> Any:
             help="Instead of listing: manifest.json of an S3 Inventory report, the folder of its "
             "configuration (the newest report there), or a Parquet list.",
         ),
-        click.option("--batch-size", type=int, default=64, show_default=True),
+        click.option(
+            "--batch-size", type=int, default=64, show_default=True, help="Images a forward pass."
+        ),
         operating_point_option,
         click.option(
             "--labels",

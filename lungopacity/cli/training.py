@@ -38,7 +38,9 @@ def _training_options(command: Any) -> Any:
             "--classes",
             default="Normal,Lung_Opacity",
             show_default=True,
-            help="Class names in the order of the scores; images of other labels are left out.",
+            help="Labels that are classes, in the order of the scores: A is one, A=Name renames "
+            "it, A+B=Name merges, -A leaves A out. Images of other labels are left out; of words "
+            "that only leave out, every other label is a class.",
         ),
         click.option(
             "--positive-class",
@@ -47,10 +49,23 @@ def _training_options(command: Any) -> Any:
             "--classes.",
         ),
         click.option(
-            "--image-size", type=int, default=None, help="Side of the model's input, pixels."
+            "--image-size",
+            type=int,
+            default=None,
+            help="Side of the model's input, pixels. Default: the recipe's.",
         ),
-        click.option("--epochs", type=int, default=None),
-        click.option("--batch-size", type=int, default=None, help="Over all workers together."),
+        click.option(
+            "--epochs",
+            type=int,
+            default=None,
+            help="Times that every training film is seen. Default: the recipe's.",
+        ),
+        click.option(
+            "--batch-size",
+            type=int,
+            default=None,
+            help="Films a step, over all workers together. Default: the recipe's.",
+        ),
         click.option(
             "--set",
             "settings",
@@ -62,7 +77,14 @@ def _training_options(command: Any) -> Any:
         ),
         rule_options,
         gpu_option,
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option(
+            "--seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Of all that is drawn: splits where the labels have none, first weights, order "
+            "of the films, augmentation, dropout.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

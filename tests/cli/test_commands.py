@@ -12,13 +12,14 @@ import sysconfig
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lungopacity.cli import main
+from lungopacity.cli import cli, main
 from lungopacity.errors import NOTICE
 from lungopacity.models import OperatingPoint, save_model, save_operating_point
 from lungopacity.models.folder import training_films_parquet
@@ -43,6 +44,17 @@ def test_help_answers_at_once_and_says_what_it_is():
     assert done.returncode == 0
     assert "Research use only" in done.stdout
     assert min(durations) < 0.5
+
+
+def test_every_option_says_what_it_is_for():
+    commands = [*cli.commands.values(), *cli.commands["benchmark"].commands.values()]
+    silent = [
+        f"{command.name} {option.opts[0]}"
+        for command in commands
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help
+    ]
+    assert silent == []
 
 
 def test_help_of_every_command_imports_neither_ray_nor_torch():
