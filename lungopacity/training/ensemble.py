@@ -34,7 +34,9 @@ from lungopacity.training.calibrate import calibrate, warn_of_few
 def ensemble(models: Sequence[str], output: str) -> TrainedModel:
     """Write an ensemble of model folders, by URI, as a model folder to `output`.
 
-    No film is read: the folders keep what their models said of the validation films. Raises
+    No film is read: the folders keep what their models said of the validation films, decoded at
+    each one's own size. A member smaller than the largest will be given that one's films, made
+    smaller, and its logits move a little from those that the ensemble is calibrated on. Raises
     `UserError` where there are less than two, they tell other classes apart or learnt from other
     data, one is an ensemble itself or given twice, or the output holds a model.
     """

@@ -28,6 +28,13 @@ def test_one_in_a_hundred_unseen_films_is_called_unlike_the_rest():
     assert 0.005 < (found.score(correlated(rng, 5000)) > 1).mean() < 0.016
 
 
+def test_of_members_that_do_not_agree_fewer_films_are_called_unlike_the_rest():
+    rng = np.random.default_rng(0)
+    part = TrainingDistribution.of(correlated(rng, 3000), correlated(rng, 3000))
+    films = np.concatenate([correlated(rng, 5000), correlated(rng, 5000)], axis=1)
+    assert (JointDistribution((part, part)).score(films) > 1).mean() < 0.005
+
+
 def test_the_score_is_the_mahalanobis_distance_over_the_threshold():
     rng = np.random.default_rng(0)
     train = correlated(rng, 20_000)
