@@ -21,6 +21,9 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.grey import own_range, stretch_to_uint8
 
 _MAX_TABLE_BITS = 16
+_LOSSY = {f"1.2.840.10008.1.2.4.{syntax}" for syntax in (50, 51, 81, 91, 203)}
+"""JPEG, JPEG-LS, JPEG 2000 and HTJ2K (PS3.5 10): the precision in the codestream may be larger than
+Bits Stored."""
 
 
 def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
@@ -55,6 +58,10 @@ def _without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[
     low, high = _stored_range(dataset)
     if stored.min() >= low and stored.max() <= high:
         return stored
+    if dataset.file_meta.TransferSyntaxUID in _LOSSY:
+        # No overlay lies there (PS3.5 8.1.2): it is what the codec adds to values near their end.
+        clipped: npt.NDArray[Any] = np.clip(stored, low, high)
+        return clipped
     # Shifted up and down again, the sign bit of signed values is carried along.
     shifted: npt.NDArray[Any] = np.right_shift(np.left_shift(stored, spare), spare)
     return shifted

@@ -9,6 +9,7 @@ from PIL import Image
 from pydicom.encaps import get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import (
+    JPEG2000,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
@@ -176,6 +177,20 @@ def test_compressed_frames_that_are_declared_and_not_there_are_one_error(syntax,
     assert [isinstance(film, ImageError) for film in found] == [False, False, False, True]
     assert found[-1].code is ErrorCode.TRUNCATED
     assert found[-1].facts["frame"] == 3
+
+
+def test_white_that_a_lossy_codec_made_whiter_stays_white():
+    """Of 16 bits in the codestream and 12 in the header, it may give more than 4095."""
+    film = np.clip(RAMP * 2, 0, 4095).astype(np.uint16)
+    film[20:40, 20:40] = 4095
+    options = {"irreversible": True, "quality_mode": "rates", "quality_layers": [12]}
+    codestream = encoded(film, "JPEG2000", no_jp2=True, **options)
+    stored = np.asarray(Image.open(io.BytesIO(codestream)))
+    assert stored.max() > 4095
+    bits = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11}
+    found = one_film(of_codestreams([codestream], JPEG2000, RAMP.shape, **bits)).pixels
+    assert found[stored > 4095].min() == 255
+    assert np.abs(found.astype(int) - one_film(dicom(film)).pixels).max() < 40
 
 
 def test_compressed_frames_are_read_one_by_one():
