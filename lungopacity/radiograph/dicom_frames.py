@@ -21,7 +21,8 @@ from lungopacity.radiograph.jpeg import (
 _JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 _JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
-_JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
+# JPEG 2000, and HTJ2K with the same tiles (T.814).
+_JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{syntax}" for syntax in (90, 91, 201, 202, 203))
 _OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
 _END_OF_IMAGE = b"\xff\xd9"
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,9 +27,12 @@ from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
     RLELossless,
@@ -129,6 +133,21 @@ def _dicom_objects() -> Iterator[Fixture]:
         dataset = pydicom.dcmread(io.BytesIO(written(source, ExplicitVRLittleEndian)))
         dataset.compress(syntax, generate_instance_uid=False, **options)
         yield Fixture("dicom", f"{name}.dcm", written(dataset, syntax))
+    for name, syntax, frame in (
+        (
+            "jpeg-lossless",
+            JPEGLosslessSV1,
+            imagecodecs.jpeg8_encode(stored, lossless=True, predictor=1, bitspersample=12),
+        ),
+        (
+            "jpeg-extended",
+            JPEGExtended12Bit,
+            imagecodecs.jpeg8_encode(stored, level=95, bitspersample=12),
+        ),
+        ("htj2k", HTJ2KLossless, imagecodecs.htj2k_encode(stored, reversible=True)),
+    ):
+        deep = stored_object(stored, PixelData=encapsulate([frame]))
+        yield Fixture("dicom", f"{name}.dcm", written(deep, syntax))
     jpeg = stored_object(film, **eight, PixelData=encapsulate([encoded(film, "JPEG")]))
     yield Fixture("dicom", "jpeg.dcm", written(jpeg, JPEGBaseline8Bit))
     films = [grey_film(seed, 100, 100).astype(np.uint16) * 16 for seed in range(3)]

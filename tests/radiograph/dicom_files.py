@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -12,7 +13,12 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
+    HTJ2K,
     ExplicitVRBigEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
 )
 
 from lungopacity.errors import ErrorCode, ImageError
@@ -49,6 +55,7 @@ def compressed(syntax) -> bytes:
     return changed(dicom(RAMP), lambda dataset: dataset.compress(syntax))
 
 
+TWELVE_BITS = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11}
 EIGHT_BITS = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
 
 
@@ -64,6 +71,20 @@ def of_codestreams(
         dataset["PixelData"].is_undefined_length = True
 
     return changed(dicom(np.zeros(shape, np.uint16), **(EIGHT_BITS | elements)), encapsulated)
+
+
+def coded(syntax) -> bytes:
+    """RAMP in an encoding that pydicom does not write."""
+    if syntax in (HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K):
+        frame = imagecodecs.htj2k_encode(RAMP, reversible=True)
+    elif syntax == JPEGExtended12Bit:
+        frame = imagecodecs.jpeg8_encode(RAMP, level=100, bitspersample=12)
+    else:
+        first_order = 1 if syntax == JPEGLosslessSV1 else 4
+        frame = imagecodecs.jpeg8_encode(
+            RAMP, lossless=True, predictor=first_order, bitspersample=12
+        )
+    return of_codestreams([frame], syntax, RAMP.shape, **TWELVE_BITS)
 
 
 def without_preamble(data: bytes) -> bytes:

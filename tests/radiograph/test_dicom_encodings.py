@@ -6,15 +6,21 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.encaps import get_frame
+from pydicom.encaps import generate_frames, get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import (
+    HTJ2K,
     JPEG2000,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
 )
@@ -25,8 +31,10 @@ from tests.films import dicom, encoded, one_film
 from tests.radiograph.dicom_files import (
     EIGHT_BITS,
     RAMP,
+    TWELVE_BITS,
     changed,
     code_of,
+    coded,
     compressed,
     in_syntax,
     of_codestreams,
@@ -42,6 +50,11 @@ from tests.radiograph.dicom_files import (
         pytest.param(compressed(RLELossless), id="rle"),
         pytest.param(compressed(JPEGLSLossless), id="jpeg-ls"),
         pytest.param(compressed(JPEG2000Lossless), id="jpeg-2000"),
+        pytest.param(coded(JPEGLosslessSV1), id="jpeg-lossless-sv1"),
+        pytest.param(coded(JPEGLossless), id="jpeg-lossless"),
+        pytest.param(coded(HTJ2KLossless), id="htj2k-lossless"),
+        pytest.param(coded(HTJ2KLosslessRPCL), id="htj2k-rpcl"),
+        pytest.param(coded(HTJ2K), id="htj2k"),
         pytest.param(in_syntax(ImplicitVRLittleEndian), id="implicit"),
         pytest.param(in_syntax(ExplicitVRBigEndian), id="big-endian"),
         pytest.param(in_syntax(DeflatedExplicitVRLittleEndian), id="deflated"),
@@ -51,6 +64,30 @@ from tests.radiograph.dicom_files import (
 )
 def test_every_encoding_of_a_film_gives_the_same_pixels(data):
     np.testing.assert_array_equal(one_film(data).pixels, one_film(dicom(RAMP)).pixels)
+
+
+def test_a_lossy_encoding_of_more_than_8_bits_gives_all_but_the_same_pixels():
+    found = one_film(coded(JPEGExtended12Bit)).pixels
+    assert np.abs(found.astype(int) - one_film(dicom(RAMP)).pixels).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("syntax", "code"),
+    [
+        (JPEGExtended12Bit, ErrorCode.CORRUPT_IMAGE),
+        (JPEGLossless, ErrorCode.CORRUPT_IMAGE),
+        (JPEGLosslessSV1, ErrorCode.CORRUPT_IMAGE),
+        (HTJ2KLossless, ErrorCode.TRUNCATED),
+        (HTJ2K, ErrorCode.TRUNCATED),
+    ],
+)
+def test_a_frame_that_is_cut_is_no_film(syntax, code):
+    (frame,) = generate_frames(
+        pydicom.dcmread(io.BytesIO(coded(syntax))).PixelData, number_of_frames=1
+    )
+    for share in (0.3, 0.6, 0.9):
+        cut = frame[: int(share * len(frame))]
+        assert code_of(of_codestreams([cut], syntax, RAMP.shape, **TWELVE_BITS)) is code
 
 
 LOSSY_12_BIT = ("JPEG-lossy.dcm", "JPGExtended.dcm")
@@ -187,8 +224,7 @@ def test_white_that_a_lossy_codec_made_whiter_stays_white():
     codestream = encoded(film, "JPEG2000", no_jp2=True, **options)
     stored = np.asarray(Image.open(io.BytesIO(codestream)))
     assert stored.max() > 4095
-    bits = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11}
-    found = one_film(of_codestreams([codestream], JPEG2000, RAMP.shape, **bits)).pixels
+    found = one_film(of_codestreams([codestream], JPEG2000, RAMP.shape, **TWELVE_BITS)).pixels
     assert found[stored > 4095].min() == 255
     assert np.abs(found.astype(int) - one_film(dicom(film)).pixels).max() < 40
 
