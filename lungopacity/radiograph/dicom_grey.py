@@ -6,11 +6,12 @@ same numbers, several times as fast. pydicom's functions for the LUTs are not us
 with a falling rescale and a window into its negative, and wraps tables of 8-bit entries.
 
 An element that is there and empty says nothing, as those that de-identification empties: it is as
-good as absent.
+good as absent. One that is there and cannot be read is an error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +130,8 @@ class _Transform:
 
     @staticmethod
     def of(dataset: Any) -> _Transform:
-        slope = _first(dataset.get("RescaleSlope"))
-        intercept = _first(dataset.get("RescaleIntercept"))
+        slope = _first(dataset, "RescaleSlope")
+        intercept = _first(dataset, "RescaleIntercept")
         return _Transform(
             modality=_table_of(dataset, "ModalityLUTSequence"),
             slope=slope or 1.0,  # a slope of 0 would leave nothing of the image
@@ -207,14 +208,14 @@ def _table_of(dataset: Any, keyword: str) -> _Table | None:
     if not len(entries):
         return None
     low, _ = _stored_range(dataset)
-    if first >= 2**15 and (low < 0 or (_first(dataset.get("RescaleIntercept")) or 0.0) < 0):
+    if first >= 2**15 and (low < 0 or (_first(dataset, "RescaleIntercept") or 0.0) < 0):
         first -= 2**16  # written unsigned
     return _Table(first, entries)
 
 
 def _window_of(dataset: Any) -> _Window | None:
     """None also where the width is none: scanners write 0 where they mean no window."""
-    centre, width = (_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    centre, width = (_first(dataset, name) for name in ("WindowCenter", "WindowWidth"))
     function = str(dataset.get("VOILUTFunction") or "LINEAR")
     least = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
     if centre is None or width is None or width < least:
@@ -222,13 +223,24 @@ def _window_of(dataset: Any) -> _Window | None:
     return _Window(centre, width, function)
 
 
-def _first(value: Any) -> float | None:
-    try:
-        first = value[0] if hasattr(value, "__getitem__") and not isinstance(value, str) else value
-        number = None if first is None else float(first)
-    except (TypeError, ValueError, IndexError):
+def _first(dataset: Any, keyword: str) -> float | None:
+    """The element's value, of several the first; None where there is none.
+
+    Raises `ImageError` for one that is no number: without it the film would look another way.
+    """
+    value = dataset.get(keyword)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        value = value[0] if len(value) else None
+    if value is None or value == "":
         return None
-    return number if number is not None and np.isfinite(number) else None
+    try:
+        # Some systems write the comma of their language, against PS3.5 6.2.
+        number = float(value.replace(",", ".") if isinstance(value, str) else value)
+    except (TypeError, ValueError) as error:
+        raise ImageError(
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"the header's {keyword} is no number"
+        ) from error
+    return number if np.isfinite(number) else None
 
 
 def pixel_aspect_of(dataset: Any) -> float:

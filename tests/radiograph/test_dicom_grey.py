@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 
 from lungopacity.errors import ErrorCode, ImageError
 from tests.films import dicom, one_film
@@ -188,6 +190,34 @@ def test_an_element_that_was_emptied_says_nothing(elements, window):
     np.testing.assert_array_equal(
         one_film(dicom(film, **window, **elements)).pixels, one_film(dicom(film, **window)).pixels
     )
+
+
+def with_texts(**texts: str) -> bytes:
+    """RAMP with these elements as they stand, whatever their type allows."""
+
+    def write(dataset):
+        for keyword, text in texts.items():
+            dataset[keyword] = RawDataElement(
+                Tag(keyword), "DS", len(text), text.encode(), 0, False, True
+            )
+
+    return changed(dicom(RAMP), write)
+
+
+def test_a_decimal_comma_is_read_as_one():
+    comma = {"WindowCenter": "2048,5", "WindowWidth": "1024,0 ", "RescaleSlope": "-1,0"}
+    point = {keyword: text.replace(",", ".") for keyword, text in comma.items()}
+    intercept = {"RescaleIntercept": "4095 "}
+    found = one_film(with_texts(**comma, **intercept)).pixels
+    np.testing.assert_array_equal(found, one_film(with_texts(**point, **intercept)).pixels)
+    assert found[0, 0] == 255 > found[-1, -1] == 0
+
+
+@pytest.mark.parametrize("keyword", ["WindowWidth", "RescaleSlope", "RescaleIntercept"])
+def test_a_number_that_cannot_be_read_is_not_taken_for_none(keyword):
+    texts = {"WindowCenter": "2048", "WindowWidth": "1024"} | {keyword: "1.2.3 "}
+    with pytest.raises(ImageError, match=f"the header's {keyword} is no number"):
+        one_film(with_texts(**texts))
 
 
 @pytest.mark.parametrize("keyword", ["SamplesPerPixel", "PixelRepresentation"])
