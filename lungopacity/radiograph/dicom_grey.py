@@ -81,9 +81,22 @@ def _padding_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.bool_]
     if not isinstance(first, int):
         return None
     last = dataset.get("PixelPaddingRangeLimit")
-    low, high = sorted((first, last if isinstance(last, int) else first))
+    ends = (first, last if isinstance(last, int) else first)
+    low, high = sorted(_as_stored(end, dataset) for end in ends)
     padding: npt.NDArray[np.bool_] = (stored >= low) & (stored <= high)
     return padding if padding.any() else None
+
+
+def _as_stored(value: int, dataset: Any) -> int:
+    """A value as the pixels hold it, also where it was written with the other sign: 63536 for
+    -2000 where they are signed, or the reverse."""
+    low, high = _stored_range(dataset)
+    if value < low:
+        return value + 2**16
+    for bits in (int(dataset.BitsStored), 16):
+        if low < 0 and high < value < 1 << bits:
+            return value - (1 << bits)
+    return value
 
 
 @dataclass(frozen=True)

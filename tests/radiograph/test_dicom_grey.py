@@ -274,6 +274,40 @@ def test_padding_is_black_and_stretches_nothing():
     np.testing.assert_array_equal(found[6:], inner[6:])
 
 
+@pytest.mark.parametrize(
+    ("signed", "bits", "vr", "value"),
+    [
+        (True, 12, "US", 63536),
+        (True, 12, "US", 2096),
+        (True, 12, "SS", -2000),
+        (True, 16, "US", 63536),
+        (False, 16, "SS", -2000),
+        (False, 16, "US", 63536),
+    ],
+)
+def test_padding_is_found_whatever_sign_it_was_written_with(signed, bits, vr, value):
+    stored = np.clip(RAMP, 300, 2000).astype(np.int32)
+    stored[:5] = -2000
+    data = dicom(
+        (stored & (2**bits - 1)).astype(np.uint16),
+        PixelRepresentation=int(signed),
+        BitsStored=bits,
+        HighBit=bits - 1,
+    )
+
+    def padded(dataset):
+        dataset.add_new("PixelPaddingValue", vr, value)
+
+    found = one_film(changed(data, padded)).pixels
+    np.testing.assert_array_equal(found[6:], one_film(dicom(np.clip(RAMP, 300, 2000))).pixels[6:])
+    assert found[:5].max() == 0
+
+
+def test_a_padding_value_that_no_pixel_can_have_pads_none():
+    found = one_film(dicom(RAMP, PixelPaddingValue=63536)).pixels
+    np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
+
+
 def test_padding_of_a_monochrome1_film_is_black_too():
     padded = RAMP.copy()
     padded[:5] = 0
