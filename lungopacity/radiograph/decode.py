@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph import tiff
 from lungopacity.radiograph.colour import coloured_fraction
 from lungopacity.radiograph.deep import decode_deep, is_deep
 from lungopacity.radiograph.film import SYNTHETIC_MARK, DecodeLimits, Radiograph
@@ -26,7 +27,6 @@ from lungopacity.radiograph.jpeg import (
     scans_of,
 )
 from lungopacity.radiograph.png import check_rows, decode_grey_png, read_plain_header
-from lungopacity.radiograph.tiff import check_pages, is_tiff
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 # Signatures of what Pillow may open here. Its other plug-ins (EPS, PSD, PDF, …) stay shut: a wider
 # door for hostile files, and no radiograph comes in them.
 _PILLOW_FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "BMP")
-_TIFF_PHOTOMETRIC = 262
-_WHITE_IS_ZERO = 0
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -47,7 +45,7 @@ def sniff_format(data: bytes) -> str | None:
         return "jpeg"
     if data[128:132] == b"DICM":
         return "dicom"
-    if is_tiff(data):
+    if tiff.is_tiff(data):
         return "tiff"
     if data[:12] == b"\x00\x00\x00\x0cjP  \r\n\x87\n" or data[:4] == b"\xff\x4f\xff\x51":
         return "jpeg2000"
@@ -91,12 +89,18 @@ def decode_radiographs(
         yield from decode_dicom(data, limits, accept, hmac_key)
         return
     if kind == "tiff":
-        check_pages(data, limits)
+        tiff.check_pages(data, limits)
     if kind == "jpeg2000" and is_cut_jpeg_2000(data):
         raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the image ends before its pixels do")
     film = None
     if kind == "jpeg":
         header = read_header(data)
+        if header is not None and header.bits > 8:
+            raise ImageError(
+                ErrorCode.UNSUPPORTED,
+                Stage.DECODE,
+                f"a JPEG of {header.bits} bits; write it anew as PNG, or as DICOM",
+            )
         # Of a sequential JPEG of one component, libjpeg reads one scan, however many there are.
         if header is None or header.progressive or header.components > 1:
             limits.check_scans(scans_of(data))
@@ -150,7 +154,7 @@ def _decode_plain_png(data: bytes, limits: DecodeLimits) -> Radiograph | None:
 def _decode_with_pillow(
     data: bytes, kind: str, limits: DecodeLimits, at_least: int | None
 ) -> Iterator[Radiograph | ImageError]:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
         # Pillow warns of large images, where our own limit decides, and of odd metadata.
@@ -158,6 +162,9 @@ def _decode_with_pillow(
         try:
             image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
         except Exception as error:
+            if kind == "tiff" and isinstance(error, UnidentifiedImageError):
+                yield from _decode_uncommon_tiff(data, limits)
+                return
             raise _as_image_error(error) from error
         with image:
             # Of the other formats, further frames are previews or animations.
@@ -190,6 +197,34 @@ def _decode_with_pillow(
                     yield failed
                     if failed.code is ErrorCode.DECOMPRESSION_BOMB:
                         return
+
+
+def _decode_uncommon_tiff(data: bytes, limits: DecodeLimits) -> Iterator[Radiograph | ImageError]:
+    """Of grey layouts that Pillow knows none of, as of film scanners: white is zero in big-endian
+    words, or 10, 12 and 14 bits."""
+    pages = tiff.check_pages(data, limits)
+    unpacked = 0
+    for index, begin in enumerate(pages):
+        facts: dict[str, Any] = {"format": "tiff", "frame": index if len(pages) > 1 else None}
+        try:
+            tags = tiff.tags_of(data, begin)
+            facts |= {
+                "rows": tags.get(tiff.ROWS, 0),
+                "columns": tags.get(tiff.COLUMNS, 0),
+                "photometric_interpretation": "I;16",
+            }
+            limits.check_pixels(facts["rows"], facts["columns"])
+            unpacked += facts["rows"] * facts["columns"]
+            if len(pages) > 1:
+                limits.check_unpacked(unpacked, len(data))
+            grey = stretch_to_uint8(tiff.grey_values(data, index, tags))
+            yield Radiograph(pixels=_turned(grey, tags.get(tiff.ORIENTATION, 1)), **facts)
+        except Exception as error:
+            failed = _as_image_error(error)
+            failed.facts = facts
+            yield failed
+            if failed.code is ErrorCode.DECOMPRESSION_BOMB:
+                return
 
 
 def _as_image_error(error: Exception) -> ImageError:
@@ -249,7 +284,7 @@ def _grey_pixels(
         grey = stretch_to_uint8(values if values.dtype == np.uint16 else values.astype(np.float64))
         # Pillow inverts white-is-zero films of up to 8 bits only.
         tags = getattr(image, "tag_v2", {})
-        white_is_zero = kind == "tiff" and tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
+        white_is_zero = kind == "tiff" and tags.get(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO
         return _turned(255 - grey if white_is_zero else grey, _orientation(image)), 0.0
     coloured = 0.0
     if image.mode not in ("1", "L", "LA"):

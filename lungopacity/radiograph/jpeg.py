@@ -34,6 +34,8 @@ class JpegHeader:
     rows: int
     columns: int
     components: int
+    bits: int
+    """Of a sample; of JPEG 2000, of the first component."""
     has_exif: bool
     progressive: bool
     comments: tuple[bytes, ...]
@@ -45,9 +47,9 @@ def read_header(frame: bytes) -> JpegHeader | None:
         at = max(0, frame.find(_JPEG_2000))
         # SIZ (T.800 A.5.1): extent and offset of the image on the reference grid.
         x, y, x0, y0 = (int.from_bytes(frame[at + i : at + i + 4], "big") for i in (8, 12, 16, 20))
-        return JpegHeader(
-            y - y0, x - x0, int.from_bytes(frame[at + 40 : at + 42]), False, False, ()
-        )
+        components = int.from_bytes(frame[at + 40 : at + 42])
+        bits = (int.from_bytes(frame[at + 42 : at + 43]) & 0x7F) + 1
+        return JpegHeader(y - y0, x - x0, components, bits, False, False, ())
     if frame[:2] != b"\xff\xd8":
         return None
     comments: list[bytes] = []
@@ -61,7 +63,9 @@ def read_header(frame: bytes) -> JpegHeader | None:
         if marker in _START_OF_FRAME:
             rows, columns = (int.from_bytes(frame[at + i : at + i + 2], "big") for i in (5, 7))
             progressive = marker in _PROGRESSIVE
-            return JpegHeader(rows, columns, frame[at + 9], has_exif, progressive, tuple(comments))
+            return JpegHeader(
+                rows, columns, frame[at + 9], frame[at + 4], has_exif, progressive, tuple(comments)
+            )
         has_exif = has_exif or (marker == 0xE1 and frame[at + 4 : at + 8] == b"Exif")
         if marker == _COMMENT:
             comments.append(frame[at + 4 : end])

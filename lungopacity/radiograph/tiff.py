@@ -1,14 +1,23 @@
-"""TIFF: whether all the pages that a file begins are in it."""
+"""TIFF: whether all the pages that a file begins are in it, and grey layouts that Pillow lacks."""
 
 from __future__ import annotations
 
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.film import DecodeLimits
 
 _SIGNATURES = (b"II*\x00", b"MM\x00*")
 _BIG_SIGNATURES = (b"II+\x00", b"MM\x00+")
+_BYTES_OF_TYPE = {3: 2, 4: 4}
+"""SHORT and LONG."""
+
+COLUMNS, ROWS, BITS, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 262, 274
+SAMPLES, SAMPLE_FORMAT = 277, 339
+WHITE_IS_ZERO = 0
 
 
 def is_tiff(data: bytes) -> bool:
@@ -16,31 +25,78 @@ def is_tiff(data: bytes) -> bool:
     return data[:4] in _SIGNATURES + _BIG_SIGNATURES
 
 
-def check_pages(data: bytes, limits: DecodeLimits) -> None:
+def check_pages(data: bytes, limits: DecodeLimits) -> list[int]:
     """Walk the directories (TIFF 6.0, section 2; of BigTIFF with wider numbers), one a page.
 
-    Raises `ImageError`: `truncated` where one is cut, which Pillow takes for the last page;
-    `too_large` where there are more than the limit, before Pillow takes a while to count them;
-    `unsupported` for a BigTIFF that begins with MM, which Pillow takes for another TIFF.
+    Returns where each begins. Raises `ImageError`: `truncated` where one is cut, which Pillow takes
+    for the last page; `too_large` where there are more than the limit, before Pillow takes a while
+    to count them; `unsupported` for a BigTIFF that begins with MM, which Pillow takes for another
+    TIFF.
     """
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    big = data[:4] in _BIG_SIGNATURES
-    if big and order == "big":
+    form = _Form(data)
+    if form.big and form.order == "big":
         raise ImageError(
             ErrorCode.UNSUPPORTED, Stage.DECODE, "a BigTIFF of big-endian numbers; write it anew"
         )
-    # Bytes of an offset, of the number of entries, and of an entry.
-    offset, count, entry = (8, 8, 20) if big else (4, 2, 12)
-
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(data[at : at + size], order)
-
-    found: set[int] = set()
-    at = number(offset, offset)
+    found: dict[int, None] = {}
+    at = form.number(form.offset, form.offset)
     while at and at not in found:
-        found.add(at)
+        found[at] = None
         limits.check_frames(len(found))
-        following = at + count + entry * number(at, count)
-        if following + offset > len(data):
+        following = at + form.count + form.entry * form.number(at, form.count)
+        if following + form.offset > len(data):
             raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the TIFF ends before its pages do")
-        at = number(following, offset)
+        at = form.number(following, form.offset)
+    return list(found)
+
+
+class _Form:
+    """How wide the numbers of a file are, in bytes, and in which order."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+        self.big = data[:4] in _BIG_SIGNATURES
+        # Of an offset, of the number of entries, and of an entry.
+        self.offset, self.count, self.entry = (8, 8, 20) if self.big else (4, 2, 12)
+
+    def number(self, at: int, size: int) -> int:
+        return int.from_bytes(self._data[at : at + size], self.order)
+
+
+def tags_of(data: bytes, page: int) -> dict[int, int]:
+    """Those of the page's tags that hold one number of 16 or 32 bits. `page`: where it begins."""
+    form = _Form(data)
+    first, value = page + form.count, 4 + form.offset
+    last = first + form.entry * form.number(page, form.count)
+    return {
+        form.number(at, 2): form.number(at + value, _BYTES_OF_TYPE[form.number(at + 2, 2)])
+        for at in range(first, last, form.entry)
+        if form.number(at + 2, 2) in _BYTES_OF_TYPE and form.number(at + 4, form.offset) == 1
+    }
+
+
+def grey_values(data: bytes, index: int, tags: dict[int, int]) -> npt.NDArray[np.uint16]:
+    """Those of a grey page of more than 8 bits, white-is-zero turned round: (height, width).
+
+    Raises `ImageError` (`unsupported`, `corrupt_image`).
+    """
+    import imagecodecs
+
+    bits = tags.get(BITS, 1)
+    unsigned = tags.get(SAMPLES, 1) == tags.get(SAMPLE_FORMAT, 1) == 1
+    if not unsigned or tags.get(PHOTOMETRIC) not in (0, 1) or not 8 < bits <= 16:
+        raise ImageError(
+            ErrorCode.UNSUPPORTED,
+            Stage.DECODE,
+            "an uncommon layout of samples; write it anew in grey of 8 or 16 bits",
+        )
+    try:
+        values = imagecodecs.tiff_decode(data, index=index)
+    except (imagecodecs.TiffError, NotImplementedError) as error:
+        raise ImageError(
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the TIFF's pixels cannot be decoded"
+        ) from error
+    if values.shape != (tags[ROWS], tags[COLUMNS]) or values.dtype != np.uint16:
+        raise ImageError(ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "pixels other than declared")
+    return (1 << bits) - 1 - values if tags[PHOTOMETRIC] == WHITE_IS_ZERO else values
