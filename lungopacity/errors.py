@@ -100,6 +100,8 @@ class ErrorCode(StrEnum):
     """The decoder's process died on this file, twice; no other file was lost by it."""
     DECODER_TIMEOUT = "decoder_timeout"
     """The decoder took more CPU time for this file than allowed, and was ended."""
+    READER_CRASH = "reader_crash"
+    """Each process that fetched and unpacked this object died; no other image was lost by it."""
     INTERNAL = "internal"
     """A defect of lungopacity itself. Please report it."""
 
@@ -109,7 +111,7 @@ TRANSIENT = frozenset(
 )
 """Codes that another attempt may well mend."""
 
-OF_STORAGE = TRANSIENT | {ErrorCode.MISSING, ErrorCode.FORBIDDEN}
+OF_STORAGE = TRANSIENT | {ErrorCode.MISSING, ErrorCode.FORBIDDEN, ErrorCode.READER_CRASH}
 """Codes that tell of the storage or the node, not of the content: every night tries again."""
 
 REJECTING = frozenset(

@@ -32,11 +32,12 @@ RETRIES = 3
 """Of a task or actor whose process dies. Ray Data's own default is for ever."""
 
 
-def read_tasks(objects: pa.Table, readers: int = 1) -> Iterator[pa.Table]:
+def read_tasks(objects: pa.Table, readers: int = 1, *, alone: bool = False) -> Iterator[pa.Table]:
     """Split rows of `PLAN_SCHEMA` into tasks: a shard each, or up to 256 loose objects.
 
-    `readers`: how many read at once. The largest shards come first and the tasks of loose objects
-    grow smaller toward the end (Polychronopoulos & Kuck 1987), so that all finish together.
+    `alone`: one each of these, too. `readers`: how many read at once. The largest shards come
+    first and the tasks of loose objects grow smaller toward the end (Polychronopoulos & Kuck 1987),
+    so that all finish together.
     """
     shards = objects.filter(objects["is_shard"]).sort_by([("source_size_bytes", "descending")])
     for row in range(shards.num_rows):
@@ -45,7 +46,7 @@ def read_tasks(objects: pa.Table, readers: int = 1) -> Iterator[pa.Table]:
     start = 0
     while start < loose.num_rows:
         share = (loose.num_rows - start) // (2 * readers)
-        size = min(_OBJECTS_PER_TASK, max(_FEWEST_OBJECTS, share))
+        size = 1 if alone else min(_OBJECTS_PER_TASK, max(_FEWEST_OBJECTS, share))
         yield loose.slice(start, size)
         start += size
 
@@ -63,10 +64,12 @@ def stream(
     tasks: Iterable[pa.Table],
     function: Callable[[pa.Table], Iterator[pa.Table]],
     block_bytes: int = _BLOCK_BYTES,
+    losses: int = 0,
     **options: Any,
 ) -> ray.data.Dataset:
     """A lazy dataset of the tables that `function` makes of each of `tasks`, in a Ray task of one
-    CPU each. They come on as soon as they have so many bytes. options: more of `map_batches`."""
+    CPU each. They come on as soon as they have so many bytes. `losses`: so many tasks may fail, of
+    this stage or a later one, and the others go on. options: more of `map_batches`."""
     import ray
 
     quiet_ray_data()
@@ -75,6 +78,7 @@ def stream(
     blocks = ray.data.from_blocks(list(tasks))
     # Of this dataset alone: the caller may have others.
     blocks.context.target_max_block_size = block_bytes
+    blocks.context.max_errored_blocks = losses
     with quiet_about_remote_arguments():
         return blocks.map_batches(
             function,
@@ -93,8 +97,10 @@ def stream_images(
     settings: ReadSettings,
     *,
     wanted: Wanted | None = None,
+    losses: int = 0,
 ) -> ray.data.Dataset:
-    """A lazy dataset of `READ_SCHEMA` rows. Each of `tasks` becomes one Ray task of one CPU."""
+    """A lazy dataset of `READ_SCHEMA` rows. Each of `tasks` becomes one Ray task of one CPU.
+    `losses`: see `stream`."""
     import ray
 
     shared, store = ray.put(wanted), open_store(uri)
@@ -102,7 +108,7 @@ def stream_images(
     def read(objects: pa.Table) -> Iterator[pa.Table]:
         yield from counted_images(store, objects, settings, wanted=ray.get(shared))
 
-    return stream(tasks, read)
+    return stream(tasks, read, losses=losses)
 
 
 def counted_images(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 
 import pyarrow as pa
 
 from lungopacity import observe
-from lungopacity.errors import Status, UserError
+from lungopacity.archive.content import error_columns
+from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
+from lungopacity.results.schema import part_schema
 from lungopacity.results.workbench import parquet_bytes
 from lungopacity.screening.explanations import write_pictures
 from lungopacity.storage import Store
@@ -52,3 +55,15 @@ def _part_report(counts: Mapping[str, int], error: str | None = None) -> pa.Tabl
     """What the driver is told of a part file; `error`: why it did not land."""
     columns = {name: [counts.get(name, 0)] for name in (*map(str, Status), OBJECTS)}
     return pa.table({**columns, "error": pa.array([error], pa.string())})
+
+
+def write_crashed(
+    results: Store, attempt: str, objects: pa.Table, class_names: Sequence[str]
+) -> None:
+    """Rows for objects of `PLAN_SCHEMA` of which no process that read them came to its end."""
+    told = "each process that read it died, or was ended, before it was done"
+    failed = error_columns(ImageError(ErrorCode.READER_CRASH, Stage.UNPACK, told))
+    failed["screened_at"] = datetime.now(UTC)
+    rows = [{**row, **failed} for row in objects.to_pylist()]
+    table = pa.Table.from_pylist(rows, schema=part_schema(class_names))
+    results.write(f"{attempt}{uuid.uuid4().hex}.parquet", parquet_bytes(table))

@@ -54,10 +54,14 @@ def screen_objects(
     batch_size: int,
     explainer: Explainer | None,
     precision: str,
+    *,
+    losses: int = 0,
+    alone: bool = False,
 ) -> Iterator[Counter[str]]:
     """Screen the objects of `PLAN_SCHEMA`; yields, for each part file that has landed, its counts
     of images (`ok`, `rejected`, `failed`) and of finished `objects`. `explainer`: positive films
-    get pictures. `precision`: see `Scorer`.
+    get pictures. `precision`: see `Scorer`. `losses`: see `stream`; what is lost has no rows.
+    `alone`: each object is a task, and no other is lost with it.
 
     Raises `UserError` where part files cannot be written.
     """
@@ -68,14 +72,16 @@ def screen_objects(
     scoring = ray.put(model), resources, unlike, explainer, precision
     cpus = int(capacity()["CPU"])
     if resources.apart or not divide_evenly(objects, cpus):
-        images = stream_images(archive_uri, read_tasks(objects), settings)
+        tasks = read_tasks(objects, alone=alone)
+        images = stream_images(archive_uri, tasks, settings, losses=losses)
         parts = _apart(images, scoring, results, attempt, resources, batch_size)
     else:
         parts = stream(
-            read_tasks(objects, cpus),
+            read_tasks(objects, cpus, alone=alone),
             _together(archive_uri, settings, scoring, results, attempt, batch_size),
             # Each report by itself: of a large shard, the driver would hear at its end alone.
             block_bytes=1,
+            losses=losses,
             runtime_env=worker_environment(use_gpu=False),
         )
     for part in parts.iter_batches(batch_size=None, batch_format="pyarrow"):

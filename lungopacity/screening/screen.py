@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.finish import ScreeningResult, publish_run
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
-from lungopacity.screening.parts import OBJECTS
+from lungopacity.screening.parts import OBJECTS, write_crashed
 from lungopacity.screening.pipeline import screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, read_start
 from lungopacity.screening.publish import collect, remove_work
@@ -42,6 +43,10 @@ log = logging.getLogger(__name__)
 
 _ROUNDS = 3
 """Of the pipeline. A node that is lost can leave a shard half read, and Ray goes on elsewhere."""
+_LOSSES = 100
+"""Tasks that may be lost in each round but the first. More, and it is no object's fault."""
+_FEW_OBJECTS = 10_000
+"""Not too dear to be a task each."""
 
 
 def screen(
@@ -193,7 +198,8 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: 
     """Until every object of the plan has its rows in part files. `folder`: for lists of the rest.
     `go_on`: the mend where some have none.
 
-    A million objects at a time: the driver's memory does not grow with the archive.
+    A million objects at a time: the driver's memory does not grow with the archive. One that ends
+    every process that reads it is found out in the last round, where each is by itself.
     """
     class_names = job.model.spec.class_names
     todo = list(plan.files)
@@ -206,12 +212,22 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: 
             return
         if number:
             log.warning("%d objects were lost on the way and are read again", _rows(todo))
+        losses = _LOSSES if number else 0
+        alone = number == _ROUNDS - 1 and _rows(todo) <= _FEW_OBJECTS
+        given_up = len(todo)
         for path in todo:
             with _surviving_lost_nodes():
-                _run_pipeline(job, plan, pq.read_table(path, columns=PLAN_SCHEMA.names))
+                objects = pq.read_table(path, columns=PLAN_SCHEMA.names)
+                _run_pipeline(job, plan, objects, losses=losses, alone=alone)
+                given_up -= 1
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, f"round-{number}")
-    if todo:
+    if todo and alone and not given_up:
+        log.warning("%d objects end every process that reads them: reader_crash", _rows(todo))
+        for path in todo:
+            attempt = f"{plan.work}attempt={uuid.uuid4().hex}/"
+            write_crashed(job.results, attempt, pq.read_table(path), class_names)
+    elif todo:
         raise UserError(
             f"{_rows(todo)} of {plan.start.objects} objects have no result after {_ROUNDS} "
             f"rounds; nothing was published; {go_on}"
@@ -239,7 +255,9 @@ def _rows(files: Sequence[Path]) -> int:
     return sum(pq.read_metadata(path).num_rows for path in files)
 
 
-def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
+def _run_pipeline(
+    job: ScreeningJob, plan: Plan, todo: pa.Table, *, losses: int, alone: bool
+) -> None:
     shards = pa.compute.sum(todo["is_shard"]).as_py() or 0
     objects = 0
     model = job.model
@@ -264,6 +282,8 @@ def _run_pipeline(job: ScreeningJob, plan: Plan, todo: pa.Table) -> None:
                 job.batch_size,
                 Explainer(plan.start.run_id) if job.explain else None,
                 job.precision,
+                losses=losses,
+                alone=alone,
             ):
                 end_if_told()
                 counts += part

@@ -12,7 +12,7 @@ from tests.screening.nights import Place
 def place(tmp_path, monkeypatch) -> Place:
     place = Place(tmp_path)
     monkeypatch.setattr(
-        screen, "_run_pipeline", lambda _job, plan, todo: place.write_parts(plan, todo)
+        screen, "_run_pipeline", lambda _job, plan, todo, **_: place.write_parts(plan, todo)
     )
     return place
 

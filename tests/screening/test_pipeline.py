@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import lungopacity
+from lungopacity.archive import stream
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
-from lungopacity.archive.stream import stream
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.screening import pipeline, screen
 from lungopacity.screening.resources import ScoringResources
-from lungopacity.storage import open_store
+from lungopacity.storage import Store, open_store
 from tests.films import encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model
 
@@ -76,24 +76,34 @@ def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks():
     def reports(_: pa.Table) -> Iterator[pa.Table]:
         yield from (pa.table({"part": [number]}) for number in range(3))
 
-    heard = stream([pa.table({"object": [1]})], reports, block_bytes=1)
+    heard = stream.stream([pa.table({"object": [1]})], reports, block_bytes=1)
     parts = heard.iter_batches(batch_size=None, batch_format="pyarrow")
     assert [part["part"].to_pylist() for part in parts] == [[0], [1], [2]]
     assert ray.data.DataContext.get_current().target_max_block_size == before
 
 
 @pytest.mark.timeout(120)
-def test_a_process_that_dies_of_its_work_ends_the_run_and_not_the_night(
-    tmp_path, monkeypatch, caplog
-):
-    def dies(*_: object) -> None:
-        os._exit(1)
+def test_an_object_that_ends_its_process_costs_its_own_row(tmp_path, monkeypatch, caplog):
+    whole = stream.counted_images
 
-    monkeypatch.setattr(pipeline, "_scorer_of", dies)
-    monkeypatch.setattr(screen, "_ROUNDS", 1)
+    def dies(
+        store: Store, objects: pa.Table, settings: ReadSettings, **options: object
+    ) -> Iterator[pa.Table]:
+        if "bad.tar" in objects["image"].to_pylist():
+            os._exit(1)
+        yield from whole(store, objects, settings, **options)
+
+    for module in (stream, pipeline):
+        monkeypatch.setattr(module, "counted_images", dies)
+    monkeypatch.setattr(stream, "RETRIES", 0)
+    monkeypatch.setattr(screen, "_ROUNDS", 2)
     store = open_store(str(tmp_path / "archive"))
-    store.write("1.png", encoded(grey_film(1)))
+    for name in ("1.png", "2.png"):
+        store.write(name, encoded(grey_film(1)))
+    store.write("bad.tar", tar({"3.png": encoded(grey_film(3))}))
     write_tiny_model(str(tmp_path / "model"))
-    with pytest.raises(UserError, match="1 of 1 objects have no result"):
-        lungopacity.screen(store.uri, str(tmp_path / "model"), str(tmp_path / "results"))
+    run = lungopacity.screen(store.uri, str(tmp_path / "model"), str(tmp_path / "results"))
+    assert (run.ok, run.failed) == (2, 1)
     assert "Ray lost what it was working on (WorkerCrashedError)" in caplog.text
+    rows = lungopacity.query(run.results, "SELECT image FROM predictions WHERE status = 'failed'")
+    assert rows["image"].to_pylist() == ["bad.tar"]

@@ -10,21 +10,52 @@ import lungopacity
 from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.cli import main
 from lungopacity.errors import UserError
-from lungopacity.results.query import runs
+from lungopacity.results.query import query, runs
 from lungopacity.screening import screen
 
 
 def test_objects_that_are_lost_are_read_again_and_then_told(place, monkeypatch, caplog):
-    monkeypatch.setattr(screen, "_run_pipeline", lambda *_: None)
+    from ray.exceptions import NodeDiedError
+
+    def lost(*_, **__):
+        raise NodeDiedError("gone")
+
+    monkeypatch.setattr(screen, "_run_pipeline", lost)
     with pytest.raises(UserError, match="4 of 4 objects have no result after 3 rounds; nothing"):
         place.night()
     assert caplog.text.count("4 objects were lost on the way and are read again") == 2
     assert not list(place.store.list("runs/"))
 
 
+def test_an_object_that_is_lost_each_time_gets_a_row_and_keeps_no_other_waiting(
+    place, monkeypatch, caplog
+):
+    rounds = []
+
+    def dies(_job, plan, todo, *, losses, alone) -> None:
+        rounds.append((todo.num_rows, losses, alone))
+        if todo.num_rows > 1:
+            place.write_parts(plan, todo.slice(1))
+
+    monkeypatch.setattr(screen, "_run_pipeline", dies)
+    monkeypatch.setattr(screen, "_FEW_OBJECTS", 0)
+    with pytest.raises(UserError, match="1 of 4 objects have no result"):
+        place.night()
+    assert rounds == [(4, 0, False), (1, 100, False), (1, 100, False)]
+    monkeypatch.setattr(screen, "_FEW_OBJECTS", 1)
+    place.archive.write("Evans.png", b"x")
+    finished, own = place.night().runs
+    assert (finished.ok, finished.failed) == (3, 1)
+    assert (own.ok, own.failed, own.failed_again, own.exit_code) == (1, 1, 1, 1)
+    assert rounds[-1] == (1, 100, True)
+    assert "1 objects end every process that reads them: reader_crash" in caplog.text
+    lost = query(place.results, "SELECT image FROM latest WHERE error_code = 'reader_crash'")
+    assert lost["image"].to_pylist() == ["Adams.png"]
+
+
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(143)])
 def test_a_run_that_is_stopped_says_how_to_go_on(place, monkeypatch, caplog, capfd, end):
-    def stopped(*_):
+    def stopped(*_, **__):
         raise end
 
     place.failing["Adams.png"] = "timeout"
