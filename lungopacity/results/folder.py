@@ -164,6 +164,7 @@ _FIELDS: dict[str, type | UnionType] = {
 }
 _MORE_FIELDS: dict[str, type | UnionType] = {
     "sequence": int,
+    "positive_class": str,
     "synthetic": bool,
     "images": int,
     "positive": int,

@@ -39,13 +39,15 @@ _RUNS_SCHEMA = pa.schema(
 
 # All rows of one object come from one run: a shard that could not be opened one night has one row
 # then, and the next night a row for each member.
-# `places` lies where SHOW TABLES does not look.
+# Models that decide about different classes may have one id. `places` lies where SHOW TABLES does
+# not look.
 _LATEST = """
 CREATE SCHEMA internal;
 CREATE TABLE internal.places AS SELECT * FROM run_places;
-CREATE VIEW latest AS SELECT * EXCLUDE (place) FROM (
-    SELECT predictions.*, place FROM predictions JOIN internal.places USING (run_id)
-    QUALIFY place = max(place) OVER (PARTITION BY archive, image, model_id)
+CREATE VIEW latest AS SELECT * EXCLUDE (place, positive_class) FROM (
+    SELECT predictions.*, place, positive_class
+    FROM predictions JOIN internal.places USING (run_id)
+    QUALIFY place = max(place) OVER (PARTITION BY archive, image, model_id, positive_class)
 )"""
 
 
@@ -137,11 +139,13 @@ def _runs_table(runs: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def run_places(runs: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """`run_id`, and `place`, its place in the order of publishing: as `read_runs` gives them."""
+    """`run_id`, `place`, its place in the order of publishing, as `read_runs` gives them, and
+    `positive_class`, which the run's decisions are about."""
     return pa.table(
         {
             "run_id": pa.array([run["run_id"] for run in runs], pa.string()),
             "place": pa.array(range(len(runs)), pa.int32()),
+            "positive_class": pa.array([run.get("positive_class") for run in runs], pa.string()),
         }
     )
 

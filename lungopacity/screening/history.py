@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +16,20 @@ from lungopacity.results.workbench import quoted
 from lungopacity.screening.pseudonyms import Pseudonyms
 from lungopacity.storage import Store
 
+log = logging.getLogger(__name__)
+
 _RULES = ("accept", "reject_quality")
+_POINT = ("threshold", "review_from")
 
 
 @dataclass(frozen=True)
 class History:
-    """Published runs over one archive with one model, whose names can be compared with a listing's.
+    """Published runs over one archive with one model, that decided about one class, and whose names
+    can be compared with a listing's.
 
     An object is screened when its newest rows are of its present etag and size, and need no other
     attempt: none of them failed by the storage's fault, and none was rejected by other rules than
-    those of today.
+    those of today. What another operating point decided stays; a warning counts it.
     """
 
     results: Store
@@ -48,6 +53,7 @@ class History:
             run
             for run in read_runs(results)
             if (run["archive"], run["model_id"]) == (archive, model_id)
+            and run.get("positive_class") == rules.get("positive_class")
             and (_settings(run).get("key_map") is not None) == hashed
             and (
                 not hashed
@@ -61,11 +67,7 @@ class History:
 
         Raises `UserError` where a file that a commit record names cannot be read.
         """
-        other_rules = [
-            run["run_id"]
-            for run in self.runs
-            if any(_settings(run).get(name) != self.rules.get(name) for name in _RULES)
-        ]
+        other_rules = self._that_differ_in(_RULES)
         connection.register("run_places", run_places(self.runs))
         connection.register("other_rules", pa.table({"run_id": pa.array(other_rules, pa.string())}))
         again = ", ".join(quoted(code.value) for code in sorted(OF_STORAGE))
@@ -87,8 +89,31 @@ class History:
                     FROM history JOIN run_places USING (run_id)
                 )
                 GROUP BY name""")
+        self._warn_of_other_points(connection)
         if self.pseudonyms is not None:
             connection.create_function("hashed", self.pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
+
+    def _that_differ_in(self, names: Sequence[str]) -> list[str]:
+        """Ids of the runs with other rules than those of today."""
+        return [
+            run["run_id"]
+            for run in self.runs
+            if any(_settings(run).get(name) != self.rules.get(name) for name in names)
+        ]
+
+    def _warn_of_other_points(self, connection: Any) -> None:
+        others = pa.array(self._that_differ_in(_POINT), pa.string())
+        connection.register("other_points", pa.table({"run_id": others}))
+        ((objects,),) = connection.execute(
+            "SELECT count(*) FROM screened JOIN run_places USING (place) "
+            "SEMI JOIN other_points USING (run_id)"
+        ).fetchall()
+        if objects:
+            log.warning(
+                "%d objects were decided at another operating point, and stay so: a night screens "
+                "what is new; `lungopacity screen` decides all anew",
+                objects,
+            )
 
     def to_screen(self, listed: str) -> str:
         """SQL of the rows of the table `listed` that have to be screened; after `load`.

@@ -73,6 +73,8 @@ class ScreeningJob:
             "reject_quality": sorted(self.read_settings.reject_quality),
             "hmac_key_fingerprint": None if names is None else names.fingerprint,
             "hash_keys": names is not None and names.key_map is not None,
+            # Of models that differ in it alone the id is the same.
+            "positive_class": self.model.spec.positive_class,
             "operating_point": self.operating_point,
             "threshold": self.model.spec.operating_point.threshold,
             "review_from": self.model.spec.operating_point.review_from,

@@ -95,6 +95,15 @@ def _check_same(job: ScreeningJob, record: dict[str, Any], settings: dict[str, A
             f"{job.model_uri} holds model {job.model.model_id}, the run was made with "
             f"{record['model_id']}; give that one as --model"
         )
+    # Its rows will stand beside the others of the run. The first records of all do not tell.
+    decided = {**record, **settings}
+    for name in ("positive_class", "threshold", "review_from"):
+        then, now = decided.get(name, job.rules[name]), job.rules[name]
+        if then != now:
+            raise UserError(
+                f"the run decided with {name} {then}, {job.model_uri} does with {now}; give the "
+                "model folder of then as --model, or screen again"
+            )
     fingerprint = settings.get("hmac_key_fingerprint")
     if job.rules["hmac_key_fingerprint"] != fingerprint:
         raise UserError(

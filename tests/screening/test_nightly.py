@@ -179,6 +179,38 @@ def test_another_model_screens_everything_anew(place, tmp_path):
     assert counted.to_pylist() == [{"m": 2, "n": 8}]
 
 
+def test_the_same_model_with_another_positive_class_decides_everything_anew(place, tmp_path):
+    place.night()
+    place.killed()
+    place.model = str(tmp_path / "other")
+    write_tiny_model(place.model, positive_class="Normal")
+    (run,) = place.night().runs
+    assert run.images == 4
+    counted = query(place.results, "SELECT count(DISTINCT model_id) m, count(*) n FROM latest")
+    assert counted.to_pylist() == [{"m": 1, "n": 8}]
+    with pytest.raises(UserError, match="was begun with positive_class Lung_Opacity, not Normal"):
+        place.killed()
+    assert place.night().runs[0].images == 0
+
+
+def test_what_another_operating_point_decided_is_counted(place, tmp_path, caplog):
+    place.failing["Adams.png"] = "timeout"
+    place.night()
+    first = place.model
+    place.model = str(tmp_path / "other")
+    write_tiny_model(place.model, operating_point=OperatingPoint(0.2))
+    place.failing.clear()
+    assert place.night().runs[0].images == 1
+    assert "4 objects were decided at another operating point, and stay so" in caplog.text
+    place.night()
+    assert "3 objects were decided at another operating point" in caplog.text
+    place.failing["Evans.png"] = "timeout"
+    place.archive.write("Evans.png", b"new")
+    (run,) = place.night().runs
+    with pytest.raises(UserError, match=r"decided with threshold 0\.2, .* does with 0\.5"):
+        lungopacity.retry(place.results, run.run_id, model=first)
+
+
 def test_at_most_so_many_a_night_and_the_next_night_goes_on(place):
     assert place.night(dry_run=True).planned == 4
     assert [place.night(max_images=3).runs[0].images for _ in range(3)] == [3, 1, 0]
