@@ -114,6 +114,9 @@ TRANSIENT = frozenset(
 OF_STORAGE = TRANSIENT | {ErrorCode.MISSING, ErrorCode.FORBIDDEN, ErrorCode.READER_CRASH}
 """Codes that tell of the storage or the node, not of the content: every night tries again."""
 
+OF_VERSION = frozenset({ErrorCode.DECODER_CRASH, ErrorCode.DECODER_TIMEOUT, ErrorCode.INTERNAL})
+"""Codes that another version of lungopacity may not give: once it is there, it tries again."""
+
 REJECTING = frozenset(
     {
         ErrorCode.NO_PIXELS,

@@ -145,15 +145,20 @@ def nightly(**options: Any) -> int:
 def retry(**options: Any) -> int:
     """Screen again what a run could not read for a reason that may have passed."""
     from lungopacity.screening.report import summary
+    from lungopacity.screening.retry import left_alone
     from lungopacity.screening.retry import retry as run
 
     result = run(**options)
     if result is None:
         click.echo("nothing to do again: no image of this run failed for a reason that passes")
         click.echo(NOTICE)
-        return 0
-    click.echo(summary(result))
-    return result.exit_code
+    else:
+        click.echo(summary(result))
+    left = left_alone(options["results"], options["run_id"])
+    if left:
+        told = ", ".join(f"{code}: {count}" for code, count in sorted(left.items()))
+        click.echo(f"not tried again, for nothing would change: {told}")
+    return max(0 if result is None else result.exit_code, 1 if left else 0)
 
 
 @click.command(epilog=EPILOG)

@@ -171,6 +171,7 @@ _MORE_FIELDS: dict[str, type | UnionType] = {
     "review": int,
     "images_per_s": float | int | None,
     "settings": dict,
+    "versions": dict,
 }
 """Those that records of older versions may lack."""
 

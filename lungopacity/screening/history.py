@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from lungopacity.errors import OF_STORAGE, Status
+from lungopacity.errors import OF_STORAGE, OF_VERSION, ErrorCode, Status
 from lungopacity.results.folder import read_runs
 from lungopacity.results.query import files_of_runs, predictions_of, run_places
 from lungopacity.results.workbench import quoted
+from lungopacity.runtime import versions
 from lungopacity.screening.pseudonyms import Pseudonyms
 from lungopacity.storage import Store
 
@@ -28,8 +29,9 @@ class History:
     can be compared with a listing's.
 
     An object is screened when its newest rows are of its present etag and size, and need no other
-    attempt: none of them failed by the storage's fault, and none was rejected by other rules than
-    those of today. What another operating point decided stays; a warning counts it.
+    attempt: none of them failed by the storage's fault, or by one of another version, and none was
+    rejected by other rules than those of today. What another operating point decided stays; a
+    warning counts it.
     """
 
     results: Store
@@ -70,7 +72,10 @@ class History:
         other_rules = self._that_differ_in(_RULES)
         connection.register("run_places", run_places(self.runs))
         connection.register("other_rules", pa.table({"run_id": pa.array(other_rules, pa.string())}))
-        again = ", ".join(quoted(code.value) for code in sorted(OF_STORAGE))
+        other_version = pa.array(
+            [run["run_id"] for run in self.runs if of_other_version(run)], pa.string()
+        )
+        connection.register("other_version", pa.table({"run_id": other_version}))
         # place * 2 + again: the largest is of the newest run, and odd if any of its rows asks for
         # another attempt.
         with files_of_runs(self.results):
@@ -83,7 +88,9 @@ class History:
                 FROM (
                     SELECT {_number("image")} AS name, {_VERSION} AS version, place,
                            (status = {quoted(Status.FAILED.value)}
-                            AND error_code IN ({again}))
+                            AND (error_code IN {_listed(OF_STORAGE)}
+                                 OR error_code IN {_listed(OF_VERSION)}
+                                    AND run_id IN (SELECT run_id FROM other_version)))
                            OR (status = {quoted(Status.REJECTED.value)}
                                AND run_id IN (SELECT run_id FROM other_rules)) AS again
                     FROM history JOIN run_places USING (run_id)
@@ -126,6 +133,16 @@ class History:
             ON {_number(name)} = known.name AND {_VERSION} = known.version
             WHERE known.name IS NULL OR known.again
         """
+
+
+def of_other_version(run: Mapping[str, Any]) -> bool:
+    """Whether another version of lungopacity made the run: what it failed at, this one may not."""
+    then: object = run.get("versions", {}).get("lungopacity")
+    return then != versions()["lungopacity"]
+
+
+def _listed(codes: Collection[ErrorCode]) -> str:
+    return f"({', '.join(quoted(code.value) for code in sorted(codes))})"
 
 
 def _number(text: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lungopacity.archive.inventory import Inventory, inventory_of
-from lungopacity.errors import TRANSIENT, Status, UserError
+from lungopacity.errors import OF_STORAGE, OF_VERSION, Status, UserError
 from lungopacity.models.scorer import FLOAT32
 from lungopacity.results.folder import read_run
 from lungopacity.results.query import files_of_runs, predictions_of
 from lungopacity.screening.finish import ScreeningResult
+from lungopacity.screening.history import of_other_version
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.pseudonyms import read_key_map
 from lungopacity.screening.screen import run_job
@@ -32,7 +35,8 @@ def retry(
     labels: str | None = None,
     use_gpu: bool | None = None,
 ) -> ScreeningResult | None:
-    """Publish a run over the objects of `run_id` that failed by a transient code; None: none did.
+    """Publish a run over the objects of `run_id` that failed by the fault of the storage, or of
+    another version of lungopacity; None: none did.
 
     The run that is retried stays as it is; the new one names it as `retry_of`, and the view
     `latest` of `query` shows its rows instead. `model`: where the model of that run lies now, if it
@@ -40,12 +44,8 @@ def retry(
     """
     began = time.monotonic()
     store = open_store(results)
-    record = read_run(store, run_id)
-    if record is None:
-        raise UserError(
-            f"{store.uri}: there is no published run '{run_id}'; see `lungopacity runs`"
-        )
-    failed = _transiently_failed(store, record)
+    record = _record_of(store, run_id)
+    failed, _ = _failed(store, record)
     if not failed:
         return None
     settings = record.get("settings", {})
@@ -54,7 +54,8 @@ def retry(
         results,
         accept=settings.get("accept", ()),
         reject_quality=settings.get("reject_quality"),
-        max_failed_fraction=settings.get("max_failed_fraction", 0.05),
+        # As of a night: what failed before and fails again does not make a run a broken one.
+        max_failed_fraction=1.0,
         hmac_key=hmac_key,
         hash_keys=settings.get("key_map") is not None,
         key_map=settings.get("key_map"),
@@ -68,8 +69,7 @@ def retry(
     )
     _check_same(job, record, settings)
     if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
-        names = read_key_map(job.pseudonyms.key_map, run_id)
-        failed = [names[hashed] for hashed in failed]
+        failed = _named(failed, job.pseudonyms.key_map, run_id)
     listed = _as_they_are_now(record["archive"], failed)
     return run_job(job, listed, began, go_on="the same command begins anew")
 
@@ -78,15 +78,42 @@ def _no_model(run_id: str) -> str:
     raise UserError(f"run '{run_id}' does not say where its model lies; give --model URI")
 
 
-def _transiently_failed(store: Store, record: dict[str, Any]) -> list[str]:
-    """Names of the objects, as the run published them."""
+def left_alone(results: str, run_id: str) -> Mapping[str, int]:
+    """Images of the run that could not be read, and that `retry` does not try, by code."""
+    store = open_store(results)
+    return _failed(store, _record_of(store, run_id))[1]
+
+
+def _record_of(store: Store, run_id: str) -> dict[str, Any]:
+    record = read_run(store, run_id)
+    if record is None:
+        raise UserError(
+            f"{store.uri}: there is no published run '{run_id}'; see `lungopacity runs`"
+        )
+    return record
+
+
+def _failed(store: Store, record: dict[str, Any]) -> tuple[list[str], Mapping[str, int]]:
+    """Names of the objects to try again, as the run published them; and codes of the others."""
     with files_of_runs(store):
         rows = predictions_of(store, [record]).to_table(columns=["image", "status", "error_code"])
-    wanted = pa.array(sorted(code.value for code in TRANSIENT))
-    found = rows.filter(
-        pc.and_(pc.equal(rows["status"], Status.FAILED.value), pc.is_in(rows["error_code"], wanted))
-    )
-    return sorted(set(found["image"].to_pylist()))
+    rows = rows.filter(pc.equal(rows["status"], Status.FAILED.value))
+    codes = OF_STORAGE | OF_VERSION if of_other_version(record) else OF_STORAGE
+    wanted = pa.array(sorted(code.value for code in codes))
+    again = pc.unique(rows.filter(pc.is_in(rows["error_code"], wanted))["image"])
+    others = rows.filter(pc.invert(pc.is_in(rows["image"], again)))
+    return sorted(again.to_pylist()), Counter(others["error_code"].to_pylist())
+
+
+def _named(hashes: list[str], key_map: str, run_id: str) -> list[str]:
+    names = read_key_map(key_map, run_id)
+    lacking = sum(hashed not in names for hashed in hashes)
+    if lacking:
+        raise UserError(
+            f"{key_map}/{run_id}.parquet: lacks {lacking} of the names that the run hashed; "
+            "restore the file"
+        )
+    return [names[hashed] for hashed in hashes]
 
 
 def _check_same(job: ScreeningJob, record: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -113,10 +140,20 @@ def _check_same(job: ScreeningJob, record: dict[str, Any], settings: dict[str, A
 
 
 def _as_they_are_now(archive: str, keys: list[str]) -> Inventory:
-    """The objects with the etags of today. One that is gone keeps a row: it will be `missing`."""
+    """The objects with the etags of today. One that is gone, or forbidden, keeps a row: reading it
+    will say so. Raises `UserError` where none of them may be seen."""
     store = open_store(archive)
+    refusals: list[UserError] = []
+
+    def found(key: str) -> ObjectInfo:
+        try:
+            return store.head(key) or ObjectInfo.gone(key)
+        except UserError as error:
+            refusals.append(error)
+            return ObjectInfo.gone(key)
+
     with ThreadPoolExecutor(_HEAD_THREADS) as threads:
-        found = list(threads.map(store.head, keys))
-    return inventory_of(
-        store, [item or ObjectInfo.gone(key) for key, item in zip(keys, found, strict=True)]
-    )
+        objects = list(threads.map(found, keys))
+    if len(refusals) == len(keys):
+        raise refusals[0]
+    return inventory_of(store, objects)

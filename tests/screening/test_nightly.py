@@ -13,11 +13,12 @@ from lungopacity.archive.inventory import list_archive, take_inventory
 from lungopacity.errors import UserError
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
-from lungopacity.screening import screen
+from lungopacity.screening import finish, history, screen
 from lungopacity.screening.job import screening_job
 from lungopacity.screening.nightly import nightly
-from lungopacity.screening.pseudonyms import read_key_map
+from lungopacity.screening.pseudonyms import read_key_map, write_key_map
 from lungopacity.screening.report import summary
+from lungopacity.screening.retry import left_alone
 from lungopacity.storage import LocalStore, open_store
 from tests.films import tar
 from tests.models.tiny import write_tiny_model
@@ -246,6 +247,45 @@ def test_what_fails_every_night_keeps_nothing_else_waiting(place):
         "Adams.png",
         "Baker.png",
     ]
+
+
+def test_what_another_version_failed_at_is_tried_again_once(place, monkeypatch):
+    place.failing = {"Adams.png": "decoder_crash", "Baker.png": "internal", "Clark.png": "empty"}
+    (run,) = place.night(max_failed_fraction=1).runs
+    assert place.night().runs[0].images == 0
+    assert lungopacity.retry(place.results, run.run_id) is None
+    assert left_alone(place.results, run.run_id) == {"decoder_crash": 1, "internal": 1, "empty": 1}
+    for module in (history, finish):
+        monkeypatch.setattr(module, "versions", lambda: {"lungopacity": "another"})
+    assert left_alone(place.results, run.run_id) == {"empty": 1}
+    assert [place.night().runs[0].images for _ in range(2)] == [2, 0]
+
+
+def test_an_object_that_may_not_be_seen_stops_no_retry(place, monkeypatch):
+    place.failing = {"Adams.png": "forbidden", "Baker.png": "missing"}
+    (run,) = place.night(max_failed_fraction=1).runs
+    head = LocalStore.head
+
+    def refusing(store, key):
+        if key == "Adams.png":
+            raise UserError("cannot be read")
+        return head(store, key)
+
+    monkeypatch.setattr(LocalStore, "head", refusing)
+    monkeypatch.setattr(screen, "done_with_ray", lambda: None)
+    del place.failing["Baker.png"]
+    again = lungopacity.retry(place.results, run.run_id)
+    assert (again.ok, again.failed) == (1, 1)
+    with pytest.raises(UserError, match="cannot be read"):
+        lungopacity.retry(place.results, again.run_id)
+
+
+def test_a_key_map_that_lacks_a_name_is_told(place, hidden):
+    place.failing = {"Adams.png": "timeout"}
+    (run,) = place.night(**hidden, max_failed_fraction=1).runs
+    write_key_map(f"{place.results}-key-map", run.run_id, {})
+    with pytest.raises(UserError, match="lacks 1 of the names that the run hashed"):
+        lungopacity.retry(place.results, run.run_id, hmac_key=hidden["hmac_key"])
 
 
 def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
