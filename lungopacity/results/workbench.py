@@ -41,7 +41,8 @@ def is_full_disk(error: Exception) -> bool:
     import duckdb
 
     if isinstance(error, duckdb.IOException):
-        return any(os.strerror(number) in str(error) for number in _FULL)
+        signs = ("max_temp_directory_size", *map(os.strerror, _FULL))
+        return any(sign in str(error) for sign in signs)
     return isinstance(error, duckdb.OutOfMemoryException) or (
         isinstance(error, OSError) and error.errno in _FULL
     )

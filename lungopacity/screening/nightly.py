@@ -78,7 +78,7 @@ def nightly(
                 log.info("run %s of an earlier night is finished first", start.run_id)
                 try:
                     runs.append(_finished(job, start, lease))
-                except UserError as error:
+                except Exception as error:
                     # What stops all work stops tonight's own run, too; what stops this one alone
                     # must not stop every night.
                     lease.check()
@@ -86,7 +86,7 @@ def nightly(
                         "run %s could not be finished, and its objects are left to tonight's own "
                         "run: %s",
                         start.run_id,
-                        error,
+                        error if isinstance(error, UserError) else type(error).__name__,
                     )
             began = time.monotonic()
             listed = inventory_at(archive, inventory, job.written)

@@ -249,11 +249,12 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
             view_of_files(connection, "plan", plan.files, PLANNED_SCHEMA)
             connection.execute(_WHOLE_READINGS)
             connection.execute(_DONE)
+            # Most columns of the files are read only now, by those who ask for them.
+            yield Collected(plan, tuple(class_names), connection, folder)
         except duckdb.Error as error:
             if is_full_disk(error):
                 raise
             raise _unreadable(plan, str(error).splitlines()[0]) from error
-        yield Collected(plan, tuple(class_names), connection, folder)
 
 
 def _unreadable(plan: Plan, why: str) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from lungopacity.archive.inventory import list_archive, take_inventory
 from lungopacity.errors import UserError
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
-from lungopacity.screening import finish, history, screen
+from lungopacity.screening import finish, history, publish, screen
 from lungopacity.screening.job import screening_job
 from lungopacity.screening.nightly import nightly
 from lungopacity.screening.pseudonyms import read_key_map, write_key_map
@@ -54,14 +55,54 @@ def test_a_run_of_before_that_cannot_be_taken_up_does_not_stop_the_night(place, 
     assert "_work/killed/run.json is damaged or of another version" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["no Parquet", "a column too few"])
-def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(place, caplog, damage):
-    plan = place.killed(change=lambda rows: rows.drop_columns("ensemble_disagreement"))
+@pytest.mark.parametrize(
+    "damage", ["no Parquet", "a column too few", "a page", "a plan's page", "a defect"]
+)
+def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(
+    place, caplog, monkeypatch, damage
+):
+    lacking = damage == "a column too few"
+    plan = place.killed(
+        change=lambda rows: rows.drop_columns("ensemble_disagreement") if lacking else rows
+    )
+    part, planned = (
+        f"{plan.work}attempt=0/part.parquet",
+        f"{plan.work}{plan.start.files[0]}.parquet",
+    )
     if damage == "no Parquet":
-        place.store.write(f"{plan.work}attempt=0/part.parquet", b"PAR1 no more")
+        place.store.write(part, b"PAR1 no more")
+    elif damage == "a page":
+        place.store.write(part, _with_a_lost_page(place.store.read(part), "decision"))
+    elif damage == "a plan's page":
+        place.store.write(planned, _with_a_lost_page(place.store.read(planned), "repeated"))
+    elif damage == "a defect":
+        finish_all = publish.Collected.finish
+
+        def failing(collected, **options) -> None:
+            if collected.plan.start.run_id == "killed":
+                raise RuntimeError
+            finish_all(collected, **options)
+
+        monkeypatch.setattr(publish.Collected, "finish", failing)
     (own,) = place.night().runs
     assert own.images == 4
     assert "run killed could not be finished" in caplog.text
+
+
+def _with_a_lost_page(data: bytes, column: str) -> bytes:
+    group = pq.read_metadata(pa.BufferReader(data)).row_group(0)
+    places = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
+    start = places[column].data_page_offset
+    return data[:start] + b"\xff" * 40 + data[start + 40 :]
+
+
+def test_a_full_disk_of_the_driver_is_told_with_the_mend(place, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(UserError, match="no space left in .*; free some, or name a larger folder by TMPDIR"):
+        place.night()
 
 
 @pytest.mark.parametrize("listed", [False, True])
