@@ -1,7 +1,12 @@
 """What is told of S3 where it cannot be reached, or refuses."""
 
+import json
+import os
 import re
 import socket
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from botocore.exceptions import ClientError, ParamValidationError
@@ -133,6 +138,51 @@ def test_no_client_asks_another_server_than_the_profile_names(
     url = clients.boto3.generate_presigned_url("get_object", {"Bucket": "films", "Key": "a"})
     assert url.startswith(f"{asked}/films/a?") or not endpoint
     assert doctor.report(list(doctor._s3())).count(asked) == 1
+
+
+class _Role(BaseHTTPRequestHandler):
+    """Hands out the server's keys as those of a container's role."""
+
+    keys: dict[str, str]
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(str(self.headers["User-Agent"]))
+        answer = json.dumps(self.keys).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_arrow_renews_the_credentials_of_a_role_by_itself(s3_uri, monkeypatch, tmp_path):
+    open_store(s3_uri).write("a", b"x")
+    assert open_store(s3_uri).arrow_filesystem()[0].__reduce__()[1][0]["access_key"]
+    _Role.asked, _Role.keys = (
+        [],
+        {
+            "AccessKeyId": os.environ["AWS_ACCESS_KEY_ID"],
+            "SecretAccessKey": os.environ["AWS_SECRET_ACCESS_KEY"],
+            "Token": "",
+            "Expiration": f"{datetime.now(UTC) + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}",
+        },
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Role)
+    Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", uri)
+    filesystem, root = open_store(s3_uri).arrow_filesystem()
+    assert filesystem.open_input_stream(f"{root}/a").read() == b"x"
+    server.shutdown()
+    server.server_close()
+    assert any(agent.startswith("aws-sdk-cpp") for agent in _Role.asked)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ region, profile and endpoint come from the standard AWS variables and files.
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 import time
@@ -40,6 +41,8 @@ _BODY_ATTEMPTS = 4
 """By us: for a body that breaks off or is altered on its way."""
 _BACKOFF_S = 0.2
 _LIST_THREADS = 16
+_ROLES = ("assume-role-with-web-identity", "container-role", "iam-role")
+"""What botocore calls credentials that the surroundings give to a pod, a container, a machine."""
 
 Pages = Sequence[dict[str, Any]]
 """Answers to LIST requests."""
@@ -288,12 +291,19 @@ class S3Store:
         credentials = aws_session().get_credentials()
         if credentials is None:
             raise UserError(NO_CREDENTIALS)
-        frozen = credentials.get_frozen_credentials()
+        keys: dict[str, str | None] = {}
+        # Those of a role end after hours, and the filesystem of a training may not: Arrow finds
+        # and renews them by itself. Other kinds it would not find, or take other ones before them.
+        if credentials.method not in _ROLES or os.environ.get("AWS_ACCESS_KEY_ID"):
+            frozen = credentials.get_frozen_credentials()
+            keys = {
+                "access_key": frozen.access_key,
+                "secret_key": frozen.secret_key,
+                "session_token": frozen.token,
+            }
         endpoint = urlsplit(self.client.meta.endpoint_url)
         filesystem = pyarrow.fs.S3FileSystem(
-            access_key=frozen.access_key,
-            secret_key=frozen.secret_key,
-            session_token=frozen.token,
+            **keys,
             region=self.client.meta.region_name,
             endpoint_override=endpoint.netloc,
             scheme=endpoint.scheme,
