@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 NAMES = {
     "images": "images finished, by status and error code",
     "fetch_seconds": "seconds that requests to object storage took",
@@ -75,12 +77,27 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+_as_json = False
+
+
 def log_lines(output_format: str) -> None:
-    """Log to standard error: `text`, for people, or `json`, for collectors."""
+    """Log to standard error: `text`, for people, or `json`, for collectors; then what Python warns
+    of, too."""
+    global _as_json
+    _as_json = output_format == "json"
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
-    if output_format == "json":
+    if _as_json:
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonLines())
+    logging.captureWarnings(_as_json)
     logging.getLogger("lungopacity").setLevel(logging.INFO)
+
+
+def tell_end(why: str) -> bool:
+    """Log why a command ends without success; False where lines are for people, who are told
+    without the time of day."""
+    if _as_json:
+        log.error("%s", why)
+    return _as_json

@@ -20,8 +20,10 @@ import click
 from lungopacity.cli import evaluation, labelled, machine, results, screening, training
 from lungopacity.cli.options import EPILOG, refuse_empty_texts
 from lungopacity.errors import ImageError, Stage, UserError, causes
+from lungopacity.observe import log_lines, tell_end
 
 _DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
+_FORMAT_VARIABLE = "LUNGOPACITY_LOG_FORMAT"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
@@ -30,13 +32,11 @@ _DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
-    envvar="LUNGOPACITY_LOG_FORMAT",
-    help="Log lines for people, or JSON objects with the run id. Also: LUNGOPACITY_LOG_FORMAT.",
+    envvar=_FORMAT_VARIABLE,
+    help=f"Log lines for people, or JSON objects with the run id. Also: {_FORMAT_VARIABLE}.",
 )
 def cli(log_format: str) -> None:
     """Distributed screening of chest radiographs for lung opacity."""
-    from lungopacity.observe import log_lines
-
     log_lines(log_format)
 
 
@@ -67,11 +67,11 @@ refuse_empty_texts(cli)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    from lungopacity.observe import log_lines
     from lungopacity.progress import show_on_terminal
     from lungopacity.runtime import end_on_signals
 
-    log_lines("text")
+    # Until the options are read, which may be refused.
+    log_lines(os.environ.get(_FORMAT_VARIABLE, "text"))
     show_on_terminal()
     end_on_signals()
     given = sys.argv[1:] if arguments is None else arguments
@@ -80,20 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(
             cli.main(given, prog_name="lungopacity", standalone_mode=False, obj=command) or 0
         )
-    except click.exceptions.Abort:
-        click.echo("stopped", err=True)
-        return 130
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _tell("stopped")
         return 130
     except click.ClickException as error:
-        error.show()
+        if not tell_end(error.format_message()):
+            error.show()
         return 2
     except Exception as error:
         if os.environ.get(_DEBUG_VARIABLE):
             raise
-        click.echo(f"error: {_one_line(error)}", err=True)
+        _tell(f"error: {_one_line(error)}")
         return 2
+
+
+def _tell(line: str) -> None:
+    if not tell_end(line):
+        click.echo(line, err=True)
 
 
 def _one_line(error: BaseException) -> str:

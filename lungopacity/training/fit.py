@@ -25,6 +25,7 @@ import safetensors.numpy
 import torch
 from pyarrow.fs import FileSelector
 
+from lungopacity import observe
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import ImageError, UserError
 from lungopacity.models import (
@@ -123,6 +124,7 @@ def fit(
     start = start or start_of(settings, data.class_names)
 
     run = _run_name(data, settings, start.weights)
+    observe.set_run(run)
     work_uri, run_uri = join_uri(output, "_training"), join_uri(output, "_training", run)
     films = films_of(data)
     # Twice at once, each would remove the other's checkpoints.

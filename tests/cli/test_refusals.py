@@ -1,10 +1,14 @@
 """What the command line refuses before any work, and what it says of a defect."""
 
+import json
+import warnings
+
 import click
 import pytest
 
 from lungopacity.cli import cli, main
-from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
+from lungopacity.observe import log_lines
 from tests.cli.running import run
 
 
@@ -63,6 +67,26 @@ def test_a_storage_that_fails_is_no_defect(monkeypatch, capfd):
     monkeypatch.setattr("lungopacity.results.query.open_store", broken)
     code, _, err = run(capfd, "runs", "--results", "x")
     assert (code, err) == (2, "error: the storage failed: no answer in time; try again\n")
+
+
+def test_for_collectors_the_last_line_and_warnings_are_objects_too(monkeypatch, capfd):
+    def broken(uri: str) -> None:
+        warnings.warn("odd\nfile", stacklevel=1)
+        raise UserError("nothing there; look elsewhere")
+
+    monkeypatch.setattr("lungopacity.results.query.open_store", broken)
+    monkeypatch.setenv("LUNGOPACITY_LOG_FORMAT", "json")
+    for arguments, said in (
+        (["runs", "--results", "x"], ["odd\nfile", "error: nothing there; look elsewhere"]),
+        (["runs"], ["Missing option '--results'"]),
+        (["run"], ["No such command 'run'"]),
+    ):
+        code, out, err = run(capfd, *arguments)
+        assert (code, out) == (2, "")
+        lines = [json.loads(line) for line in err.splitlines()]
+        assert [line["level"] for line in lines] == ["WARNING"] * (len(said) - 1) + ["ERROR"]
+        assert all(part in line["message"] for part, line in zip(said, lines, strict=True))
+    log_lines("text")
 
 
 def test_a_defect_of_our_own_names_itself_and_how_to_report_it(monkeypatch, capfd):

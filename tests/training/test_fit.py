@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from lungopacity import observe
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
 from lungopacity.models import films_known_to, load_model, read_history, read_validation
@@ -182,6 +183,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
 
         result = fit(FILMS, EVERYTHING, output, on_start=start, on_epoch=epoch)
         logs.finish(result)
+    assert observe._run_id == names[0]
     assert seen[0] > 2
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert result.model.model_id == run.result.model.model_id
