@@ -2,15 +2,17 @@
 # A cluster on this machine: a head, a second node, and an S3 server; for trying what a real one does.
 #
 #   cluster/local.sh ray job submit --working-dir . -- python jobs/nightly.py \
-#       --archive s3://films/archive --model s3://films/model --results s3://films/results
+#       --archive /data/films --model /data/model --results /data/results
 #
 # COMMAND runs with RAY_ADDRESS and the AWS variables set; afterwards everything that was started
-# here is ended. With AWS_ENDPOINT_URL set, that server is used and none is started.
+# here is ended. The S3 server has an empty bucket, s3://films, which is gone then, too, or with
+# LOCAL_S3_FOLDER=DIR keeps its data there. With AWS_ENDPOINT_URL set, that server is used and none
+# is started.
 # Research use only. Not a medical device.
 set -euo pipefail
 
 if (($# == 0)); then
-    sed -n '2,9s/^# \?//p' "$0" >&2
+    sed -n '2,11s/^# \?//p' "$0" >&2
     exit 2
 fi
 home=$(cd "$(dirname "$0")/.." && pwd)
@@ -18,7 +20,8 @@ if [[ -d $home/.venv/bin ]]; then
     export PATH=$home/.venv/bin:$PATH
 fi
 if [[ -z ${AWS_ENDPOINT_URL:-} ]]; then
-    exec python "$home/cluster/local_s3.py" --bucket films -- "$0" "$@"
+    exec python "$home/cluster/local_s3.py" ${LOCAL_S3_FOLDER:+--folder "$LOCAL_S3_FOLDER"} \
+        --bucket films -- "$0" "$@"
 fi
 
 free_port() {

@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow.dataset
 import pytest
 
+from lungopacity.errors import NOTICE
 from lungopacity.results.query import query, runs
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film, tar
@@ -71,6 +72,7 @@ def test_without_a_command_it_says_how_it_is_used():
     done = on_cluster()
     assert done.returncode == 2
     assert "cluster/local.sh ray job submit --working-dir . --" in done.stderr
+    assert done.stderr.endswith(f"{NOTICE}\n")
 
 
 def test_published_parquet_needs_no_option_of_any_reader(ray_cluster, tmp_path):
