@@ -86,7 +86,7 @@ def clean(
         size_bytes += item.size_bytes
     if kept:
         raise UserError(
-            f"{len(kept)} files cannot be removed, as {kept[0]}; {files.total()} others were removed"
+            f"{len(kept)} files cannot be removed, as {kept[0]}; {files.total()} others were"
         )
     return Swept(store.uri, files, size_bytes, dry_run)
 
