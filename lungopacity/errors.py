@@ -160,6 +160,12 @@ class ImageError(Exception):
         self.message = message
         self.facts = dict(facts or {})
 
+    @property
+    def mend(self) -> str:
+        """Of a file of ours, that nothing can stand in for."""
+        is_damaged = self.code in (ErrorCode.MISSING, ErrorCode.DIGEST_MISMATCH)
+        return "restore it" if is_damaged else "try again; check the network and its permissions"
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions travel between processes by pickle, which calls __init__ with args alone.
         return ImageError, (self.code, self.stage, self.message, self.facts)

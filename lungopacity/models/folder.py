@@ -223,7 +223,7 @@ def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
         names = [WEIGHTS_FILE, SPEC_FILE, *(name for name in _OPTIONAL if name in sums)]
         files = {name: store.read(name) for name in names if sums[name]}
     except ImageError as error:
-        raise UserError(f"{uri}: cannot be read whole ({error.message}); restore it") from error
+        raise UserError(f"{uri}: cannot be read whole ({error.message}); {error.mend}") from error
     except (KeyError, ValueError) as error:
         raise UserError(
             f"{uri}: {SUMS_FILE} is damaged; restore the folder or train again"

@@ -145,8 +145,9 @@ def _parsed(store: Store, key: str) -> dict[str, Any]:
             )
         _check_record(record)
     except (ImageError, ValueError, TypeError, LookupError) as error:
+        mend = error.mend if isinstance(error, ImageError) else "restore it"
         raise UserError(
-            f"{store.uri}/{key}: the commit record cannot be read ({_said(error)}); restore it"
+            f"{store.uri}/{key}: the commit record cannot be read ({_said(error)}); {mend}"
         ) from error
     return dict(record)
 

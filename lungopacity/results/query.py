@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,6 +15,7 @@ import pyarrow.dataset
 from lungopacity.errors import UserError
 from lungopacity.results.folder import read_runs
 from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
+from lungopacity.results.workbench import is_full_disk
 from lungopacity.storage import Store, open_store
 
 _NO_RUN = {"class_names": ()}
@@ -75,7 +77,7 @@ def query(results_uri: str, sql: str) -> pa.Table:
             _check_question([one.type.name for one in connection.extract_statements(sql)])
             return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
-            if "reading the stream registered" in str(error):
+            if _OF_A_FILE in str(error):
                 raise _unreadable(store, error) from error
             raise UserError(f"SQL: {_first_lines(str(error))}") from error
 
@@ -103,13 +105,29 @@ def files_of_runs(store: Store) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, duckdb.Error) as error:
+        if isinstance(error, duckdb.Error) and not (
+            _OF_A_FILE in str(error) or is_full_disk(error)
+        ):
+            raise
         raise _unreadable(store, error) from error
 
 
+_OF_A_FILE = "reading the stream registered"
+"""DuckDB's words where Arrow, which reads the files for it, could not."""
+_PASSES = re.compile(r"AWS Error (?!NO_SUCH_KEY|RESOURCE_NOT_FOUND)|\[errno (?!2\])", re.IGNORECASE)
+"""Arrow's words where the storage did not give a file; of one that is damaged it has others."""
+
+
 def _unreadable(store: Store, error: Exception) -> UserError:
+    told = (str(error).splitlines() or [type(error).__name__])[0]
+    if is_full_disk(error):
+        return UserError(
+            f"{store.uri}: the published runs cannot be worked through ({told}); free memory and "
+            "space, or name a larger folder by TMPDIR"
+        )
+    mend = "try again; check the network and permissions" if _PASSES.search(told) else "restore it"
     return UserError(
-        f"{store.uri}: a file that a commit record names cannot be read "
-        f"({str(error).splitlines()[0]}); restore it, or remove its run from runs/"
+        f"{store.uri}: a file that a commit record names cannot be read ({told}); {mend}"
     )
 
 

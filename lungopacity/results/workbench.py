@@ -40,7 +40,7 @@ def is_full_disk(error: Exception) -> bool:
     does. DuckDB runs out of memory where it can put nothing more on disk."""
     import duckdb
 
-    if isinstance(error, duckdb.IOException):
+    if isinstance(error, duckdb.Error) and not isinstance(error, duckdb.OutOfMemoryException):
         signs = ("max_temp_directory_size", *map(os.strerror, _FULL))
         return any(sign in str(error) for sign in signs)
     return isinstance(error, duckdb.OutOfMemoryException) or (

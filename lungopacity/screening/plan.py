@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from lungopacity.archive.inventory import Inventory
-from lungopacity.errors import ImageError, UserError
+from lungopacity.errors import TRANSIENT, ImageError, UserError
 from lungopacity.results.folder import (
     WORK,
     check_run_id,
@@ -157,11 +157,17 @@ def read_start(results: Store, run_id: str) -> RunStart | None:
 
 
 def _start_at(results: Store, key: str) -> RunStart | None:
-    """None where it is damaged or of another version."""
+    """None where it is damaged or of another version. Raises `UserError` where the storage does not
+    tell."""
     try:
         told = json.loads(results.read(key))
         start = RunStart(**told | {"files": tuple(told["files"])})
-    except (ImageError, ValueError, TypeError, KeyError):
+    except (ImageError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, ImageError) and error.code in TRANSIENT:
+            # It may hold the work of hours.
+            raise UserError(
+                f"{results.uri}/{key}: cannot be read ({error.message}); try again"
+            ) from error
         return None
     return start if start.columns == _COLUMNS else None
 
@@ -255,7 +261,8 @@ def _taken_up(results: Store, start: RunStart, folder: Path) -> Iterator[Path]:
         except ImageError as error:
             if read_run(results, start.run_id) is not None:
                 raise published_meanwhile(start.run_id) from error
+            mend = "try again" if error.code in TRANSIENT else "choose another --run-id"
             raise UserError(
                 f"run '{start.run_id}' cannot be taken up again: {results.uri}/{key}: "
-                f"{error.message}; choose another --run-id"
+                f"{error.message}; {mend}"
             ) from error

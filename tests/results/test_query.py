@@ -1,20 +1,21 @@
 import json
 from datetime import UTC, datetime
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lungopacity.errors import UserError
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.results.folder import commit_run, run_key
-from lungopacity.results.query import query, runs
+from lungopacity.results.query import files_of_runs, query, runs
 from lungopacity.results.render import rendered
 from lungopacity.results.schema import METRICS_SCHEMA, class_column, predictions_schema
 from lungopacity.results.workbench import parquet_bytes, workbench
 from lungopacity.screening.clean import clean
 from lungopacity.screening.history import History
 from lungopacity.screening.retry import retry
-from lungopacity.storage import open_store
+from lungopacity.storage import LocalStore, open_store
 from tests.results.records import record_of
 
 NOW = datetime(2026, 3, 4, 23, 59, tzinfo=UTC)
@@ -154,6 +155,39 @@ def test_a_predictions_file_that_is_gone_is_said(tmp_path):
     open_store(str(tmp_path)).delete("predictions/screened_on=2026-03-04/one-00000.parquet")
     with pytest.raises(UserError, match="one-00000"):
         query(str(tmp_path), "SELECT count(*) FROM predictions WHERE p_Normal > 0")
+
+
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        (OSError("When reading 'x': AWS Error NETWORK_CONNECTION during HeadObject"), "try again"),
+        (PermissionError(13, "Permission denied"), "try again"),
+        (duckdb.InvalidInputException("reading the stream registered as 'p' failed: IOError: AWS "
+                                      "Error SLOW_DOWN during GetObject"), "try again"),
+        (duckdb.OutOfMemoryException("failed to allocate"), "by TMPDIR"),
+        (duckdb.IOException("Could not write file: No space left on device"), "by TMPDIR"),
+        (FileNotFoundError("x.parquet"), "restore it"),
+        (FileNotFoundError(2, "No such file"), "restore it"),
+        (OSError("could not verify page integrity"), "restore it"),
+        (pa.ArrowInvalid("magic bytes not found"), "restore it"),
+    ],
+)  # fmt: skip
+def test_the_mend_of_what_may_pass_costs_no_run(tmp_path, error, mend):
+    store = open_store(str(tmp_path))
+    with pytest.raises(UserError, match=mend) as told, files_of_runs(store):
+        raise error
+    assert "remove" not in str(told.value)
+
+
+def test_a_record_that_the_storage_does_not_give_is_not_to_be_restored(tmp_path, monkeypatch):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+
+    def late(*_, **__):
+        raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time")
+
+    monkeypatch.setattr(LocalStore, "read", late)
+    with pytest.raises(UserError, match=r"cannot be read \(no answer in time\); try again"):
+        runs(str(tmp_path))
 
 
 V1_COLUMNS = [

@@ -11,7 +11,7 @@ import pytest
 
 import lungopacity
 from lungopacity.archive.inventory import list_archive, take_inventory
-from lungopacity.errors import UserError
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
 from lungopacity.screening import finish, history, publish, screen
@@ -53,6 +53,22 @@ def test_a_run_of_before_that_cannot_be_taken_up_does_not_stop_the_night(place, 
     (own,) = place.night().runs
     assert (own.images, own.exit_code) == (4, 0)
     assert "_work/killed/run.json is damaged or of another version" in caplog.text
+
+
+def test_a_run_of_before_that_the_storage_does_not_give_at_the_moment_is_kept(place, monkeypatch):
+    plan = place.killed()
+    opened = LocalStore.open_local
+
+    def late(store, name, **condition):
+        if name == f"{plan.work}run.json":
+            raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time")
+        return opened(store, name, **condition)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "open_local", late)
+        with pytest.raises(UserError, match=r"no answer in time\); try again"):
+            place.night()
+    assert place.night().runs[0].run_id == "killed"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +117,9 @@ def test_a_full_disk_of_the_driver_is_told_with_the_mend(place, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    with pytest.raises(UserError, match="no space left in .*; free some, or name a larger folder by TMPDIR"):
+    with pytest.raises(
+        UserError, match="no space left in .*; free some, or name a larger folder by TMPDIR"
+    ):
         place.night()
 
 

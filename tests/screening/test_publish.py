@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungopacity.errors import UserError
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.results.workbench import parquet_bytes
@@ -265,6 +265,19 @@ def test_a_full_disk_costs_no_run(tmp_path, monkeypatch):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     monkeypatch.setattr("lungopacity.screening.publish.view_of_files", full)
     with pytest.raises(UserError, match="free some, or name"), collect(store, plan, CLASSES):
+        pass
+
+
+def test_work_that_the_storage_does_not_give_at_the_moment_is_kept(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
+    write_parts(store, plan, [row("a")])
+
+    def late(*_):
+        raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time")
+
+    store.local_file = late
+    said = r"run 'run' cannot be read \(no answer in time\); it is kept: take the run up again"
+    with pytest.raises(UserError, match=said), collect(store, plan, CLASSES):
         pass
 
 
