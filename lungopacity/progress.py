@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 log = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 10.0
+_QUICK_S = 2.0
 _live = False
 
 T = TypeVar("T")
@@ -30,13 +31,16 @@ def show_on_terminal() -> None:
 class Progress:
     """Counts up to a total: `with Progress("Screening", total=n) as progress: progress.advance(8)`.
 
-    Thread-unsafe, one at a time.
+    Thread-unsafe, one at a time. `quick`: mostly done at once, and no line tells of it then.
     """
 
-    def __init__(self, title: str, total: int | None = None, unit: str = "images") -> None:
+    def __init__(
+        self, title: str, total: int | None = None, unit: str = "images", *, quick: bool = False
+    ) -> None:
         self.title = title
         self.total = total
         self.unit = unit
+        self.quick = quick
         self.done = 0
         self.note = ""
         self._told: int | None = None
@@ -81,13 +85,17 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None and self._told != self.done:
+        elif kind is None and self._told != self.done and not self._was_quick:
             self._line()
 
     def around(self, items: Iterable[T]) -> Iterator[T]:
         """The items, while the progress is shown."""
         with self:
             yield from items
+
+    @property
+    def _was_quick(self) -> bool:
+        return self.quick and time.monotonic() - self._started < _QUICK_S
 
     @property
     def per_second(self) -> float:

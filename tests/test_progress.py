@@ -35,6 +35,14 @@ def test_lines_do_not_flood_a_log(caplog):
     assert len(caplog.messages) == 1
 
 
+def test_what_is_done_at_once_is_told_only_where_it_took_long(monkeypatch, caplog):
+    for least in (60.0, 0.0):
+        monkeypatch.setattr(progress, "_QUICK_S", least)
+        with caplog.at_level(logging.INFO), Progress("Removing", quick=True) as shown:
+            shown.advance(1)
+    assert [line.split(":")[0] for line in caplog.messages] == ["Removing"]
+
+
 def test_an_error_ends_it_without_a_closing_line(caplog):
     try:
         with caplog.at_level(logging.INFO), Progress("Reading") as shown:

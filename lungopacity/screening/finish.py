@@ -99,6 +99,7 @@ def publish_run(
     `began`, `before_commit`: see `run_job`.
     """
     spec, start = job.model.spec, plan.start
+    log.info("run %s is put together and published", start.run_id)
     with collect(job.results, plan, spec.class_names) as collected:
         collected.finish(synthetic_model=spec.synthetic)
         labels = _labelled(collected, job)

@@ -224,6 +224,8 @@ def choose(
             raise UserError(f"the inventory names {twice} objects more than once; take it again")
         chosen = "SELECT *, NULL AS tried FROM listed"
         if history is not None:
+            if history.runs:
+                log.info("leaving out what %d published runs have screened", len(history.runs))
             history.load(connection)
             chosen = history.to_screen("listed")
         if limit is not None:

@@ -172,16 +172,17 @@ class Collected:
         start = self.plan.start
         names: dict[str, str] = {}
         rows = "SELECT * FROM final ORDER BY image, member_index, frame"
-        hide = None
+        ((total,),) = self.connection.execute("SELECT count(*) FROM final").fetchall()
+        progress = Progress("Publishing", total=total, quick=True)
 
-        def hash_names(rows: pa.Table) -> pa.Table:
-            assert pseudonyms is not None
-            hashed, found = pseudonyms.hash_names(rows)
-            names.update(found)
-            return hashed
+        def published(rows: pa.Table) -> pa.Table:
+            if pseudonyms is not None and pseudonyms.key_map is not None:
+                rows, found = pseudonyms.hash_names(rows)
+                names.update(found)
+            progress.advance(rows.num_rows)
+            return rows
 
         if pseudonyms is not None and pseudonyms.key_map is not None:
-            hide = hash_names
             # The order of the names, and the moment at which each was screened, which follows it,
             # would tell which name may hide behind which.
             self.connection.create_function("hashed", pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
@@ -191,14 +192,15 @@ class Collected:
                 " FROM (SELECT DISTINCT image FROM final)) USING (image)"
                 " ORDER BY hash, member_index, frame"
             )
-        exported = export(
-            self.connection,
-            rows,
-            predictions_schema(self.class_names),
-            self.folder,
-            "predictions",
-            hide,
-        )
+        with progress:
+            exported = export(
+                self.connection,
+                rows,
+                predictions_schema(self.class_names),
+                self.folder,
+                "predictions",
+                published,
+            )
         if pseudonyms is not None and pseudonyms.key_map is not None:
             # Before the results: hashes without a map would be of no use to anyone.
             write_key_map(pseudonyms.key_map, start.run_id, names)
@@ -237,9 +239,15 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
         parts = folder / "parts"
         parts.mkdir()
         try:
-            with ThreadPoolExecutor(_FETCH_THREADS) as threads:
+            with (
+                ThreadPoolExecutor(_FETCH_THREADS) as threads,
+                Progress("Collecting", total=len(keys), unit="files", quick=True) as progress,
+            ):
                 targets = [parts / f"{number}.parquet" for number in range(len(keys))]
-                local = list(threads.map(results.local_file, keys, targets))
+                local = []
+                for path in threads.map(results.local_file, keys, targets):
+                    local.append(path)
+                    progress.advance(1)
         except ImageError as error:
             if read_run(results, plan.start.run_id) is not None:
                 raise published_meanwhile(plan.start.run_id) from error
@@ -275,7 +283,7 @@ def remove_work(results: Store, plan: Plan) -> None:
         keys = [item.key for item in results.list(plan.work)]
         with (
             ThreadPoolExecutor(_DELETE_THREADS) as threads,
-            Progress("Removing the run's work", total=len(keys), unit="files") as progress,
+            Progress("Removing its work", total=len(keys), unit="files", quick=True) as progress,
         ):
             for _ in threads.map(results.delete, keys):
                 progress.advance(1)

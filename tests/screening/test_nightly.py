@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import lungopacity
+from lungopacity import progress
 from lungopacity.archive.inventory import list_archive, take_inventory
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
@@ -228,6 +229,19 @@ def test_an_object_that_is_as_it_once_was_is_screened_again(place):
     after = query(place.results, "SELECT source_etag FROM latest WHERE image = 'Adams.png'")
     assert after.num_rows == before.num_rows == 1
     assert after != before
+
+
+def test_every_long_stage_of_a_night_is_told(place, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(progress, "_QUICK_S", 0.0)
+    place.night()
+    place.night()
+    stages = [
+        "Listing the archive: 4 objects", "leaving out what 1 published runs have screened",
+        "is put together and published", "Collecting: 1 of 1 files",
+        "Publishing: 4 of 4 images", "Removing its work: 3 of 3 files",
+    ]  # fmt: skip
+    assert [stage for stage in stages if stage not in caplog.text] == []
 
 
 def test_another_model_screens_everything_anew(place, tmp_path):
