@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote_plus, urlsplit
 
@@ -30,6 +29,7 @@ from lungopacity.archive.inventory import Inventory
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.storage import open_store, split_uri
+from lungopacity.storage.scratch import scratch
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +153,8 @@ def _local(uri: str, md5: str | None) -> Iterator[Path]:
     """The file at `uri` on this machine; what goes wrong inside is told as this file's fault."""
     parent, name = split_uri(uri)
     try:
-        with TemporaryDirectory(prefix="lungopacity-") as folder:
-            path = open_store(parent).local_file(name, Path(folder) / "file")
+        with scratch() as folder:
+            path = open_store(parent).local_file(name, folder / "file")
             if md5 is not None:
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "md5").hexdigest() != md5.lower():

@@ -11,8 +11,6 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import duckdb
 import pandas as pd
@@ -24,6 +22,7 @@ from lungopacity.dataset.tables import table_of
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.workbench import quoted
 from lungopacity.storage import open_store, split_uri
+from lungopacity.storage.scratch import scratch
 
 log = logging.getLogger(__name__)
 
@@ -220,9 +219,9 @@ def labels_of_tables(sql: str, tables: Mapping[str, str], told: str = "--sql") -
     names that SQL does not tell apart.
     """
     _check_names(tables)
-    with TemporaryDirectory(prefix="lungopacity-") as folder, duckdb.connect() as connection:
+    with scratch() as folder, duckdb.connect() as connection:
         for name, uri in tables.items():
-            path = Path(folder) / f"{name}.table"
+            path = folder / f"{name}.table"
             path.write_bytes(_bytes_of(uri))
             reader = "read_parquet" if path.read_bytes()[:4] == b"PAR1" else "read_csv"
             try:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity.errors import UserError
+from lungopacity.storage.scratch import scratch
 
 _MEMORY = "1GiB"
 _ROWS_PER_FILE = 1_000_000
@@ -54,14 +54,14 @@ def temporary_folder() -> Iterator[Path]:
 
     Raises `UserError` where the block finds no room on disk.
     """
-    with TemporaryDirectory(prefix="lungopacity-") as name:
+    with scratch() as folder:
         try:
-            yield Path(name)
+            yield folder
         except Exception as error:
             if not is_full_disk(error):
                 raise
             raise UserError(
-                f"temporary files cannot be written: no space left in {Path(name).parent}; free "
+                f"temporary files cannot be written: no space left in {folder.parent}; free "
                 "some, or name a larger folder by TMPDIR"
             ) from error
 

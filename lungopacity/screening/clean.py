@@ -1,8 +1,10 @@
-"""Sweep what killed jobs left in a results folder, and nothing that a commit record names."""
+"""Sweep what killed jobs left in a results folder, and nothing that a commit record names; and what
+they left in the temporary folder of this machine."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +20,7 @@ from lungopacity.results.folder import (
 )
 from lungopacity.storage import ObjectInfo, open_store
 from lungopacity.storage.lease import LEASE_S, LOCKS
+from lungopacity.storage.scratch import left_behind
 
 OLDER_THAN_DAYS = 7.0
 _OLDEST_DAYS = 36500
@@ -40,6 +43,8 @@ def clean(
     """Remove work of published runs, and what is older than so many days of: unfinished runs,
     files that no commit record names, locks, and half-written files.
 
+    On this machine also folders that killed jobs left a day ago in the temporary folder.
+
     An unfinished run that is removed can no longer be taken up. What was written within the last
     hour may be of a job that is at work, and stays, as does a lease that may still be held. Raises
     `UserError`; also where something cannot be removed, after all else was.
@@ -49,11 +54,18 @@ def clean(
             f"--older-than must be from 0 to {_OLDEST_DAYS} days, not {older_than_days:g}"
         )
     store = open_store(results)
+    files: Counter[str] = Counter()
+    size_bytes = 0
+    for folder in left_behind():
+        files["temporary folders of killed jobs"] += 1
+        size_bytes += sum(item.lstat().st_size for item in folder.rglob("*") if item.is_file())
+        if not dry_run:
+            shutil.rmtree(folder, ignore_errors=True)
     # The files first, the records after: a run that is published meanwhile keeps its files.
     found = list(store.list())
     records = read_runs(store)
     if not found:
-        return Swept(store.uri, dry_run=dry_run)
+        return Swept(store.uri, files, size_bytes, dry_run)
     now, age = store.now(), timedelta(days=older_than_days)
     published = {run["run_id"] for run in records}
     named = {file["key"] for run in records for file in run["files"]}
@@ -64,8 +76,6 @@ def clean(
         if run_id is not None:
             newest[run_id] = max(newest.get(run_id, item), item, key=lambda one: one.modified_at)
 
-    files: Counter[str] = Counter()
-    size_bytes = 0
     kept: list[str] = []
     for item in found:
         kind = _kind(item, published, named)

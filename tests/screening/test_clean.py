@@ -1,4 +1,5 @@
 import os
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run
 from lungopacity.screening.clean import clean
 from lungopacity.storage import open_store
+from lungopacity.storage.scratch import scratch
 from tests.results.records import record_of
 
 PICTURE = f"{'0123456789abcdef' * 4}.png"
@@ -61,6 +63,14 @@ def results(store_uri):
 def hours_later(results, monkeypatch):
     now = type(results).now
     monkeypatch.setattr(type(results), "now", lambda store: now(store) + timedelta(hours=2))
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """Not the machine's own."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
 
 
 def keys(store) -> set[str]:
@@ -174,6 +184,26 @@ def test_a_run_whose_files_were_swept_is_not_published(tmp_path):
     with pytest.raises(UserError, match=r"metrics/a-1\.parquet: is gone"):
         commit_run(store, "a", record)
     assert not keys(store)
+
+
+def test_what_a_killed_job_left_on_this_machine_goes_and_nothing_else_there(tmp_path, temporary):
+    old = time.time() - 2 * 86400
+    for name in ("lungopacity-killed", "lungopacity-just-killed", "lungopacity-results", "other"):
+        (temporary / name).mkdir()
+        (temporary / name / "plan.parquet").write_bytes(b"Doe_John.png")
+    for name in ("lungopacity-killed", "lungopacity-just-killed", "other"):
+        (temporary / name / ".at-work").touch()
+    with scratch() as at_work:
+        for mark in temporary.glob("*/.at-work"):
+            if mark.parent.name != "lungopacity-just-killed":
+                os.utime(mark, (old, old))
+        assert clean(str(tmp_path / "none"), dry_run=True).size_bytes == len("Doe_John.png")
+        swept = clean(str(tmp_path / "none")).files
+        assert swept == {"temporary folders of killed jobs": 1}
+        assert {path.name for path in temporary.iterdir()} == {
+            "lungopacity-just-killed", "lungopacity-results", "other", at_work.name,
+        }  # fmt: skip
+    assert not at_work.exists()
 
 
 def test_a_slip_in_the_place_makes_no_folder(tmp_path):

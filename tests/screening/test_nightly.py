@@ -119,7 +119,7 @@ def test_a_full_disk_of_the_driver_is_told_with_the_mend(place, monkeypatch):
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(
-        UserError, match="no space left in .*; free some, or name a larger folder by TMPDIR"
+        UserError, match=r"no space left in .*; free some, or name a larger folder by TMPDIR"
     ):
         place.night()
 
