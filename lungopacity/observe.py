@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -26,6 +27,7 @@ NAMES = {
     "images_done": "images that the newest run has finished",
 }
 """Each figure and what it is; exported as `ray_lungopacity_<name>`, counters with `_total`."""
+DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
 _TAGS = {"images": ("status", "error_code")}
 _run_id = "-"
 
@@ -92,7 +94,8 @@ def log_lines(output_format: str) -> None:
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonLines())
     logging.captureWarnings(_as_json)
-    logging.getLogger("lungopacity").setLevel(logging.INFO)
+    debugging = os.environ.get(DEBUG_VARIABLE)
+    logging.getLogger("lungopacity").setLevel(logging.DEBUG if debugging else logging.INFO)
 
 
 def tell_end(why: str) -> bool:

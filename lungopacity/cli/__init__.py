@@ -20,9 +20,8 @@ import click
 from lungopacity.cli import evaluation, labelled, machine, results, screening, training
 from lungopacity.cli.options import EPILOG, refuse_empty_texts
 from lungopacity.errors import ImageError, Stage, UserError, causes
-from lungopacity.observe import log_lines, tell_end
+from lungopacity.observe import DEBUG_VARIABLE, log_lines, tell_end
 
-_DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
 _FORMAT_VARIABLE = "LUNGOPACITY_LOG_FORMAT"
 
 
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()
         return 2
     except Exception as error:
-        if os.environ.get(_DEBUG_VARIABLE):
+        if os.environ.get(DEBUG_VARIABLE):
             raise
         _tell(f"error: {_one_line(error)}")
         return 2
@@ -114,5 +113,5 @@ def _one_line(error: BaseException) -> str:
     message = (str(error).strip().splitlines() or [""])[-1]
     return (
         f"unforeseen {type(error).__name__}: {message} "
-        f"(a defect; please report it with the traceback that {_DEBUG_VARIABLE}=1 shows)"
+        f"(a defect; please report it with the traceback that {DEBUG_VARIABLE}=1 shows)"
     )

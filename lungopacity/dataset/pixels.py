@@ -160,15 +160,23 @@ def _joined(
         frame[fact] = frame[fact].astype(object).where(frame[fact].notna(), frame[f"{fact}_read"])
     failed = frame["status"] != Status.OK.value
     unreadable = frame.loc[failed, ["image", "error_code", "error_message"]]
+    codes = ", ".join(f"{k}: {v}" for k, v in unreadable["error_code"].value_counts().items())
     if len(unreadable) > MAX_UNREADABLE_FRACTION * len(frame):
-        codes = ", ".join(f"{k}: {v}" for k, v in unreadable["error_code"].value_counts().items())
         raise UserError(
             f"{where}: {len(unreadable)} of {len(frame)} labelled images cannot be read or are "
             f"rejected ({codes}); mend the archive, remove them from the labels, or see --accept "
             "and --reject-quality"
         )
+    if len(unreadable):
+        # By name only where they are asked for: a job's log is read by more people than its films.
+        log.warning(
+            "%d of %d labelled images are left out (%s); LUNGOPACITY_DEBUG=1 names them",
+            len(unreadable),
+            len(frame),
+            codes,
+        )
     for row in unreadable.itertuples():
-        log.warning("left out: %s (%s: %s)", row.image, row.error_code, row.error_message)
+        log.debug("left out: %s (%s: %s)", row.image, row.error_code, row.error_message)
     frame = frame.loc[~failed].reset_index(drop=True)
     size = preprocessing.image_size
     pixels_NHW = np.frombuffer(b"".join(frame.pop("pixels")), np.uint8).reshape(-1, size, size)

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 _SIDE = 512
 """Of a picture, in pixels."""
 _FILMS_AT_ONCE = 16
+# With names in theirs: of before.
 _PICTURE = re.compile(r"overlays/[A-Za-z0-9._-]*-[0-9a-f]{12}(?:-\d+)?\.png")
 """See `_file_name`."""
 Row = dict[str, Any]
@@ -201,11 +202,15 @@ class _Explainer:
         self.scorer = Scorer(model, use_gpu=use_gpu)
         self.seen: set[str] = set()
         """Names of the rows so far."""
+        self.rows = 0
         self.pointings: list[tuple[Pointing, str, str | None]] = []
         """Of the images with boxes, with what was decided of each, and its patient."""
 
     def explained(self, batch: list[Row]) -> list[Row]:
         """The batch as rows of `EXPLANATIONS_SCHEMA`; the pictures are written."""
+        for row in batch:
+            row["place"] = self.rows
+            self.rows += 1
         spec = self.model.spec
         size = spec.preprocessing.image_size
         read = [row for row in batch if row["pixels"] is not None]
@@ -241,7 +246,10 @@ class _Explainer:
         # Pixels of the stored image to one of what is shown, across and down.
         ratio = np.array([(right - left) / width, (bottom - top) / height])
         peak = peak_of(activation)
-        columns: Row = {"overlay": f"overlays/{_file_name(row)}"}
+        # Pictures are handed on, and an object's name, which may be that of a patient, is not to go
+        # with them: their rows tell it.
+        key = f"overlays/{row['place']:05d}-{row['content_sha256'][:12]}.png"
+        columns: Row = {"overlay": key}
         if peak is not None:
             columns["peak_x"], columns["peak_y"] = (corner + ratio * peak).tolist()
         boxes = self.boxes_of.get(row["name"], self.boxes_of.get(_file(row)))
@@ -331,13 +339,6 @@ def _by_image(labels: pd.DataFrame | None, column: str) -> dict[str, str]:
 def _file(row: Row) -> str:
     """The file's name in the archive."""
     return str(row["image"] if row["member"] is None else row["member"])
-
-
-def _file_name(row: Row) -> str:
-    """Tells people which film it is; the digest keeps apart what is named alike."""
-    words = re.sub(r"[^A-Za-z0-9._-]+", "_", row["name"])[-80:].lstrip(".")
-    frame = "" if row["frame"] is None else f"-{row['frame']}"
-    return f"{words}-{row['content_sha256'][:12]}{frame}.png"
 
 
 def _gpu(use_gpu: bool | None) -> bool:
