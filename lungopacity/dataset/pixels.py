@@ -43,7 +43,9 @@ class LabelledPixels:
     images: pd.DataFrame
     """The labels' columns, and those that were read: content_sha256, view_position, …"""
     unreadable: pd.DataFrame
-    """Labelled images that gave no pixels, or were rejected: image, error_code, error_message."""
+    """Labelled images that gave no pixels: image, error_code, error_message."""
+    rejected: pd.DataFrame
+    """Those that were read, and that a rule leaves out; the same columns."""
     synthetic: bool
 
     @property
@@ -158,26 +160,30 @@ def _joined(
     )
     for fact in facts:
         frame[fact] = frame[fact].astype(object).where(frame[fact].notna(), frame[f"{fact}_read"])
-    failed = frame["status"] != Status.OK.value
-    unreadable = frame.loc[failed, ["image", "error_code", "error_message"]]
-    codes = ", ".join(f"{k}: {v}" for k, v in unreadable["error_code"].value_counts().items())
-    if len(unreadable) > MAX_UNREADABLE_FRACTION * len(frame):
+    is_out = frame["status"] != Status.OK.value
+    out = frame.loc[is_out, ["image", "status", "error_code", "error_message"]]
+    codes = ", ".join(f"{k}: {v}" for k, v in out["error_code"].value_counts().items())
+    if len(out) > MAX_UNREADABLE_FRACTION * len(frame):
         raise UserError(
-            f"{where}: {len(unreadable)} of {len(frame)} labelled images cannot be read or are "
+            f"{where}: {len(out)} of {len(frame)} labelled images cannot be read or are "
             f"rejected ({codes}); mend the archive, remove them from the labels, or see --accept "
             "and --reject-quality"
         )
-    if len(unreadable):
+    if len(out):
         # By name only where they are asked for: a job's log is read by more people than its films.
         log.warning(
             "%d of %d labelled images are left out (%s); LUNGOPACITY_DEBUG=1 names them",
-            len(unreadable),
+            len(out),
             len(frame),
             codes,
         )
-    for row in unreadable.itertuples():
+    for row in out.itertuples():
         log.debug("left out: %s (%s: %s)", row.image, row.error_code, row.error_message)
-    frame = frame.loc[~failed].reset_index(drop=True)
+    of_status = {
+        status: rows.drop(columns="status").reset_index(drop=True)
+        for status, rows in ((one, out[out["status"] == one.value]) for one in Status)
+    }
+    frame = frame.loc[~is_out].reset_index(drop=True)
     size = preprocessing.image_size
     pixels_NHW = np.frombuffer(b"".join(frame.pop("pixels")), np.uint8).reshape(-1, size, size)
     index_of = {name: index for index, name in enumerate(class_names)}
@@ -187,6 +193,7 @@ def _joined(
         split_N=frame["split"].to_numpy(str),
         class_names=tuple(class_names),
         images=frame[["image", "label", "split", "patient_id", *facts, "source", *_CONTENT]],
-        unreadable=unreadable.reset_index(drop=True),
+        unreadable=of_status[Status.FAILED],
+        rejected=of_status[Status.REJECTED],
         synthetic=bool(frame["synthetic"].astype(bool).any()),
     )

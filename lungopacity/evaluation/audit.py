@@ -56,6 +56,8 @@ class Audit:
 
     images: int
     unreadable: int
+    rejected: int
+    """Read, and left out by a rule."""
     torn_patients: int
     """Patients with films in more than one split."""
     unknown_patients: int
@@ -87,7 +89,8 @@ class Audit:
         """What was found, a line each, the worst first."""
         kinds = [pair.kind for pair in self.copies]
         lines = [
-            f"{self.images} labelled images, {self.unreadable} more unreadable",
+            f"{self.images} labelled images, {self.unreadable} more unreadable"
+            + (f", {self.rejected} rejected" if self.rejected else ""),
             f"patients in two splits: {self.torn_patients}"
             + (f" ({self.unknown_patients} films name none)" if self.unknown_patients else ""),
             f"copies: {kinds.count('exact')} exact, {kinds.count('near')} near; across splits: "
@@ -173,6 +176,7 @@ def audit(
     found = Audit(
         images=len(data.images),
         unreadable=len(data.unreadable),
+        rejected=len(data.rejected),
         torn_patients=_torn(data.images),
         unknown_patients=int(data.images["patient_id"].isna().sum()),
         copies=tuple(_copies(data)),

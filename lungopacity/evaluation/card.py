@@ -31,12 +31,14 @@ def model_card(
     *,
     split: str,
     unreadable: int,
+    rejected: Mapping[str, int],
     unknown_patients: int,
     intervals: str,
 ) -> str:
     """The card of a model that was evaluated on `split`; `metrics` are those of the evaluation.
 
-    unreadable, unknown_patients: of its films. intervals: how theirs were made.
+    unreadable, unknown_patients: of its films. rejected: how many, by error code. intervals: how
+    theirs were made.
     """
     return "\n".join(
         [
@@ -54,7 +56,7 @@ def model_card(
             *_data(spec),
             "",
             f"## What it earned on the split '{split}'",
-            *_results(spec, metrics, unreadable, unknown_patients, intervals),
+            *_results(spec, metrics, unreadable, rejected, unknown_patients, intervals),
             "",
             "## Subgroups",
             *_subgroups(spec, metrics),
@@ -168,11 +170,15 @@ def _results(
     spec: ModelSpec,
     metrics: Sequence[Metric],
     unreadable: int,
+    rejected: Mapping[str, int],
     unknown_patients: int,
     intervals: str,
 ) -> Iterator[str]:
     overall = [item for item in metrics if item.group == "all"]
     yield f"{unreadable} labelled films could not be read and are in no figure [13, 33]."
+    if rejected:
+        codes = ", ".join(f"{count} {code}" for code, count in sorted(rejected.items()))
+        yield f"Nor are {sum(rejected.values())} that were read and rejected: {codes}."
     yield ""
     yield f"95 % intervals [29]: {intervals}." + _of_unknown(unknown_patients)
     yield ""

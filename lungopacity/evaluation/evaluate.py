@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -111,6 +112,7 @@ def evaluate(
         split=split,
         images=len(data.labels_N),
         unreadable=len(data.unreadable),
+        rejected=len(data.rejected),
         patients=resampling.patients,
         unknown_patients=int(data.images["patient_id"].isna().sum()),
         intervals=resampling.described(),
@@ -129,6 +131,7 @@ def evaluate(
         metrics,
         split=split,
         unreadable=result.unreadable,
+        rejected=Counter(data.rejected["error_code"]),
         unknown_patients=result.unknown_patients,
         intervals=result.intervals,
     )

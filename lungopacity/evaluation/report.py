@@ -63,6 +63,8 @@ class EvaluationResult:
     images: int
     unreadable: int
     """Labelled images of the split that could not be read: not in the figures."""
+    rejected: int
+    """Those that were read, and that a rule left out: not in the figures either."""
     patients: int
     """Of whom the images are; an image without patient_id counts as a patient of its own."""
     unknown_patients: int
@@ -93,6 +95,7 @@ class EvaluationResult:
         lines = [
             f"model {self.model_id} on {self.images} images of split '{self.split}'"
             + (f", {self.unreadable} unreadable" if self.unreadable else "")
+            + (f", {self.rejected} rejected" if self.rejected else "")
             + (", synthetic" if self.synthetic else ""),
             f"95 % intervals: {self.intervals}"
             + (f"; {self.unknown_patients} films name no patient" if self.unknown_patients else ""),

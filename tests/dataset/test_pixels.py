@@ -108,25 +108,28 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path):
 
 def test_a_few_unreadable_films_are_left_out_and_many_are_refused(tmp_path, caplog):
     store = open_store(str(tmp_path / "a"))
-    names = [f"{n}.png" for n in range(30)]
+    names = [f"{n}.png" for n in range(50)]
     for number, name in enumerate(names):
         store.write(name, encoded(grey_film(number)))
     store.write("7.png", b"broken")
+    store.write("9.png", encoded(np.zeros_like(grey_film())))
     frame = labels_of(tmp_path, names)
     caplog.set_level("DEBUG", "lungopacity")
     data = load([str(tmp_path / "a")], frame)
     assert data.unreadable["image"].tolist() == ["7.png"]
+    assert data.rejected[["image", "error_code"]].to_numpy().tolist() == [["9.png", "poor_quality"]]
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warned == [
-        "1 of 30 labelled images are left out (not_an_image: 1); LUNGOPACITY_DEBUG=1 names them"
+        "2 of 50 labelled images are left out (not_an_image: 1, poor_quality: 1); "
+        "LUNGOPACITY_DEBUG=1 names them"
     ]
     assert "left out: 7.png (not_an_image: " in caplog.text
     assert "7.png" not in set(data.images["image"])
-    assert len(data.pixels_NHW) == len(data.labels_N) == 29
+    assert len(data.pixels_NHW) == len(data.labels_N) == 48
     store.write("8.png", b"broken")
     with pytest.raises(
         UserError,
-        match=r"2 of 30 labelled images cannot be read or are rejected \(not_an_image: 2\)",
+        match=r"3 of 50 labelled images cannot be read or are rejected \(not_an_image: 2, poor",
     ):
         load([str(tmp_path / "a")], frame)
 

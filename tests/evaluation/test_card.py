@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from lungopacity.evaluation.card import model_card
 from lungopacity.evaluation.metrics import Metric
+from lungopacity.evaluation.report import EvaluationResult
 from lungopacity.models import OperatingPoint
 from lungopacity.radiograph import Preprocessing
 from tests.models.tiny import tiny_model
@@ -59,12 +60,15 @@ def test_the_card_tells_what_was_measured():
         METRICS,
         split="test",
         unreadable=3,
+        rejected={"poor_quality": 2, "lateral_view": 10},
         unknown_patients=7,
         intervals="by counting",
     )
     lines = card.splitlines()
     assert lines[0] == "# Model card: classical-cnn 0123456789abcdef"
     assert "Research use only. Not a medical device." in card
+    assert "3 labelled films could not be read and are in no figure [13, 33]." in lines
+    assert "Nor are 12 that were read and rejected: 10 lateral_view, 2 poor_quality." in lines
     assert "| accuracy | all | 0.9123 | 0.9000 to 0.9200 | 798 |" in lines
     assert "| brier before temperature | all | 0.2000 | 0.1000 to 0.3000 | 798 |" in lines
     assert "| recall | Normal | not defined |  | 0 |" in lines
@@ -103,6 +107,7 @@ def test_a_model_of_which_little_is_known_has_a_card_too():
         [],
         split="all",
         unreadable=0,
+        rejected={},
         unknown_patients=0,
         intervals="none",
     )
@@ -134,6 +139,7 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
         [item for item in METRICS if item.group == "patient_sex=F"],
         split="test",
         unreadable=0,
+        rejected={},
         unknown_patients=0,
         intervals="none",
     )
@@ -149,3 +155,12 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
         in card
     )
     assert "No column has two subgroups" in card
+
+
+def test_films_that_a_rule_leaves_out_are_no_failure():
+    result = EvaluationResult(
+        "m", "out", "test", 90, 0, 10, 90, 0, "by counting", False, (), "b", None, []
+    )
+    assert result.exit_code == 0
+    assert replace(result, unreadable=1).exit_code == 1
+    assert "model m on 90 images of split 'test', 10 rejected\n" in result.summary()

@@ -29,7 +29,14 @@ def found_in(positives: int, negatives: int, films: int, **told: object) -> dict
     )
     pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16), dtype=np.uint8)
     data = LabelledPixels(
-        pixels, positive_N.astype(int), np.full(count, "test"), ("a", "b"), frame, frame[:0], False
+        pixels,
+        positive_N.astype(int),
+        np.full(count, "test"),
+        ("a", "b"),
+        frame,
+        frame[:0],
+        frame[:0],
+        False,
     )
     resampling = Resampling.of(frame["patient_id"].tolist())
     found = shortcuts_of(data, positive_N, pd.DataFrame(told, index=frame["image"]), resampling)

@@ -69,5 +69,6 @@ def _labelled(pixels_NHW: np.ndarray, labels_N: np.ndarray, split_N: np.ndarray)
         class_names=CLASS_NAMES,
         images=images,
         unreadable=pd.DataFrame(columns=["image", "error_code", "error_message"]),
+        rejected=pd.DataFrame(columns=["image", "error_code", "error_message"]),
         synthetic=True,
     )
