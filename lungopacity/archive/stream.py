@@ -79,6 +79,8 @@ def stream(
     # Of this dataset alone: the caller may have others.
     blocks.context.target_max_block_size = block_bytes
     blocks.context.max_errored_blocks = losses
+    # What an actor raises comes as it is: wrapped, it is told as an error of Ray's own.
+    blocks.context.raise_original_map_exception = True
     with quiet_about_remote_arguments():
         return blocks.map_batches(
             function,

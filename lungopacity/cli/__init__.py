@@ -110,8 +110,12 @@ def _one_line(error: BaseException) -> str:
                 f"the Python at {sys.executable}, or that of a Ray node, has no module "
                 f"'{cause.name}'; install requirements.lock there"
             )
-    message = (str(error).strip().splitlines() or [""])[-1]
+    raised = error
+    while isinstance(inner := getattr(raised, "cause", None), BaseException):
+        raised = inner
+    # A text with a traceback ends with what counts; below what a task raised, Ray Data advises.
+    message = (str(raised).strip().splitlines() or [""])[-1 if raised is error else 0]
     return (
-        f"unforeseen {type(error).__name__}: {message} "
+        f"unforeseen {type(raised).__name__}: {message} "
         f"(a defect; please report it with the traceback that {DEBUG_VARIABLE}=1 shows)"
     )

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from lungopacity import observe
 from lungopacity.archive.content import error_columns
-from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.models import TrainedModel
 from lungopacity.models.scorer import no_number
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
@@ -37,24 +37,62 @@ class ScoreImages:
         explainer: Explainer | None,
         precision: str,
     ) -> None:
+        self.use_gpu = resources.use_gpu
+        self.reject_unlike = reject_unlike
+        self.explainer = explainer
+        self.unstarted: Exception | None = None
+        try:
+            self._start(model, resources.threads, precision)
+        except Exception as error:
+            # Raised by the first call: of what __init__ raises, Ray hands on a text alone.
+            self.unstarted = self._told(error)
+
+    def _start(self, model: Any, threads: int | None, precision: str) -> None:
         import ray
 
         from lungopacity.models.scorer import Scorer
 
         self.model: TrainedModel = ray.get(model)
-        self.scorer = Scorer(
-            self.model,
-            use_gpu=resources.use_gpu,
-            threads=resources.threads,
-            precision=precision,
-        )
-        self.reject_unlike = reject_unlike
-        self.explainer = explainer
+        self.scorer = Scorer(self.model, use_gpu=self.use_gpu, threads=threads, precision=precision)
         self.schema = part_schema(self.model.spec.class_names)
-        if explainer is not None:
+        if self.explainer is not None:
             self.schema = self.schema.append(pa.field(PICTURE, pa.binary()))
 
     def __call__(self, read: pa.Table) -> pa.Table:
+        if self.unstarted is not None:
+            raise self.unstarted
+        try:
+            return self._scored(read)
+        except Exception as error:
+            told = self._told(error)
+            if told is error:
+                raise
+            raise told from error
+
+    def _told(self, error: Exception) -> Exception:
+        """The error, or of one of the GPU what mends it."""
+        if not self.use_gpu:
+            return error
+        import torch
+        from ray.exceptions import RaySystemError
+
+        if not torch.cuda.is_available():
+            return UserError(
+                f"torch cannot use a node's GPU: {_first_line(error)}; see `lungopacity doctor` "
+                "there, or use --no-gpu"
+            )
+        if isinstance(error, torch.OutOfMemoryError):
+            return UserError(
+                f"a GPU has too little memory: {_first_line(error)}; use a smaller --batch-size, "
+                "or fewer copies of the model on it (--gpus-per-actor 1)"
+            )
+        if isinstance(error, torch.AcceleratorError):
+            # As with a lost node: the next round starts the actor anew, perhaps on another GPU.
+            lost: Exception = RaySystemError(_first_line(error))
+            return lost
+        return error
+
+    def _scored(self, read: pa.Table) -> pa.Table:
         size = self.model.spec.preprocessing.image_size
         has_pixels = pa.compute.is_valid(read["pixels"])
         images = read["pixels"].filter(has_pixels)
@@ -138,6 +176,10 @@ def _distance_columns(unlike_N: npt.NDArray[np.float32] | None, count: int) -> d
         _DISTANCE: pa.array(unlike_N),
         f"quality_{OUT_OF_DISTRIBUTION}": pa.array(unlike_N > 1),
     }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:

@@ -242,13 +242,18 @@ def _surviving_lost_nodes() -> Iterator[None]:
         yield
     except Exception as error:
         # Not sooner: another thread may be importing Ray, and two at once see half of it.
-        from ray.exceptions import RayError, RaySystemError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if not isinstance(cause, RayError):
+        # Below it, Ray Data writes its own advice.
+        told = (str(cause).strip().splitlines() or [""])[0]
+        if isinstance(cause, UserError):
+            raise UserError(told) from error
+        # Of an actor that does not start, Ray keeps the text alone of what it raised.
+        is_ours = getattr(cause, "actor_init_failed", False)
+        if is_ours or not isinstance(cause, RayError):
             raise
-        told = f": {cause}" if isinstance(cause, RaySystemError) else ""
-        log.warning("Ray lost what it was working on (%s%s)", type(cause).__name__, told)
+        log.warning("Ray lost what it was working on (%s: %s)", type(cause).__name__, told)
 
 
 def _rows(files: Sequence[Path]) -> int:

@@ -100,3 +100,16 @@ def test_a_defect_of_our_own_names_itself_and_how_to_report_it(monkeypatch, capf
     monkeypatch.setenv("LUNGOPACITY_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main(["runs", "--results", "x"])
+
+
+def test_a_defect_in_a_worker_is_told_by_what_was_raised_there(monkeypatch, capfd):
+    from ray.exceptions import RayTaskError
+
+    def broken(uri: str) -> None:
+        raised = ValueError("ours\nFailed to apply UDF transform\nTo change retry attempts, …")
+        raise RayTaskError("f", f"a traceback\n{raised}", raised)
+
+    monkeypatch.setattr("lungopacity.results.query.open_store", broken)
+    code, _, err = run(capfd, "runs", "--results", "x")
+    assert code == 2
+    assert "unforeseen ValueError: ours (a defect" in err

@@ -13,6 +13,7 @@ import lungopacity
 from lungopacity.archive import stream
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
+from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.screening import pipeline, screen
@@ -104,6 +105,30 @@ def test_an_object_that_ends_its_process_costs_its_own_row(tmp_path, monkeypatch
     write_tiny_model(str(tmp_path / "model"))
     run = lungopacity.screen(store.uri, str(tmp_path / "model"), str(tmp_path / "results"))
     assert (run.ok, run.failed) == (2, 1)
-    assert "Ray lost what it was working on (WorkerCrashedError)" in caplog.text
+    assert "Ray lost what it was working on (WorkerCrashedError: The worker died" in caplog.text
     rows = lungopacity.query(run.results, "SELECT image FROM predictions WHERE status = 'failed'")
     assert rows["image"].to_pylist() == ["bad.tar"]
+
+
+@pytest.mark.timeout(120)
+def test_what_an_actor_raises_ends_the_run_at_once_with_its_cause(
+    tmp_path, monkeypatch, caplog, capfd
+):
+    class Faulty:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def __call__(self, _: pa.Table) -> pa.Table:
+            raise UserError("the GPU is full")
+
+    monkeypatch.setattr(pipeline, "ScoreImages", Faulty)
+    store = open_store(str(tmp_path / "archive"))
+    store.write("1.png", encoded(grey_film(1)))
+    write_tiny_model(str(tmp_path / "model"))
+    command = ["screen", "--archive", store.uri, "--model", str(tmp_path / "model")]
+    command += ["--output", str(tmp_path / "results"), "--model-actors", "1"]
+    assert main(command) == 2
+    assert "Ray lost" not in caplog.text
+    _, err = capfd.readouterr()
+    assert err.splitlines()[-1] == "error: the GPU is full"
+    assert "Exception occurred" not in err  # nor a traceback of Ray Data's

@@ -7,8 +7,11 @@ from datetime import UTC, datetime
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from ray.exceptions import RaySystemError
 
-from lungopacity.models.scorer import Scores
+from lungopacity.errors import UserError
+from lungopacity.models.scorer import Scorer, Scores
 from lungopacity.results.schema import READ_SCHEMA, score_fields
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.resources import ScoringResources
@@ -16,6 +19,16 @@ from lungopacity.screening.scoring import ScoreImages
 from tests.models.tiny import tiny_model, with_distribution
 
 FILMS = np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8)
+
+ON_CPU = ScoringResources(1, 1, 1.0, 0.0, 1, False)
+ON_GPU = ScoringResources(1, 1, 0.0, 1.0, None, True)
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda model: model)
 
 
 def read_rows(films_NHW: np.ndarray) -> pa.Table:
@@ -32,13 +45,8 @@ def read_rows(films_NHW: np.ndarray) -> pa.Table:
 
 @pytest.mark.parametrize(("broken", "reject_unlike"), [("logits_NK", False), ("features_NF", True)])
 def test_a_score_that_is_no_number_is_a_failure_and_no_decision(monkeypatch, broken, reject_unlike):
-    import ray
-
-    monkeypatch.setattr(ray, "get", lambda model: model)
     model = with_distribution(tiny_model(), FILMS)
-    stage = ScoreImages(
-        model, ScoringResources(1, 1, 1.0, 0.0, 1, False), reject_unlike, Explainer("r"), "float32"
-    )
+    stage = ScoreImages(model, ON_CPU, reject_unlike, Explainer("r"), "float32")
     exact = stage.scorer.scores
 
     def faulty(pixels_NHW: np.ndarray, batch_size: int) -> Scores:
@@ -57,3 +65,37 @@ def test_a_score_that_is_no_number_is_a_failure_and_no_decision(monkeypatch, bro
     assert {rows[2][name] for name in (*scored, "explanation_png")} == {None}
     for place in (1, 3):
         assert {**rows[place], "screened_at": None} == {**sound[place], "screened_at": None}
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (torch.OutOfMemoryError("no room\nlong"), (UserError, "little memory: no room; use a sm")),
+        (torch.AcceleratorError("misaligned\nlong"), (RaySystemError, "System error: misaligned")),
+        (ValueError("ours"), (ValueError, "ours")),
+    ],
+)
+def test_what_a_gpu_raises_is_told_with_its_mend_or_tried_again(monkeypatch, raised, expected):
+    def fails(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kind, said = expected
+    stage = ScoreImages(tiny_model(), ON_CPU, False, None, "float32")
+    monkeypatch.setattr(stage.scorer, "scores", fails)
+    with pytest.raises(type(raised)):
+        stage(read_rows(FILMS[:1]))
+    stage.use_gpu = True
+    with pytest.raises(kind, match=said):
+        stage(read_rows(FILMS[:1]))
+    monkeypatch.setattr(Scorer, "network", property(fails))
+    stage = ScoreImages(tiny_model(), ON_GPU, False, None, "float32")
+    with pytest.raises(kind, match=said):
+        stage(read_rows(FILMS[:1]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_torch_cannot_use_is_told_by_the_first_call():
+    stage = ScoreImages(tiny_model(), ON_GPU, False, None, "float32")
+    with pytest.raises(UserError, match=r"torch cannot use a node's GPU: .*; see `lungopacity"):
+        stage(read_rows(FILMS[:1]))

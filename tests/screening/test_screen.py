@@ -79,16 +79,17 @@ def test_a_run_that_is_stopped_says_how_to_go_on(place, monkeypatch, caplog, cap
 
 
 def test_a_lost_node_is_survived_and_an_error_of_ours_is_not(caplog):
-    from ray.exceptions import NodeDiedError, RaySystemError, RayTaskError
+    from ray.exceptions import ActorDiedError, NodeDiedError, RaySystemError, RayTaskError
 
     with screen._surviving_lost_nodes():
         raise NodeDiedError("gone")
-    assert "Ray lost what it was working on (NodeDiedError)" in caplog.text
+    assert "Ray lost what it was working on (NodeDiedError: gone)" in caplog.text
     no_decoder = RaySystemError(DecoderStartError("the decoder's process does not start"))
     with screen._surviving_lost_nodes():
         raise RayTaskError("f", "a traceback", no_decoder)
     assert "the decoder's process does not start" in caplog.text
-    for error in (RayTaskError("f", "a traceback", ValueError()), ValueError()):
+    of_an_actor = ActorDiedError(RayTaskError("__init__", "a traceback", ValueError()))
+    for error in (RayTaskError("f", "a traceback", ValueError()), ValueError(), of_an_actor):
         with pytest.raises(type(error)), screen._surviving_lost_nodes():
             raise error
 
