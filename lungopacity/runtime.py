@@ -296,6 +296,11 @@ def grows_to(limits: Mapping[str, float]) -> None:
     _grows_to.update(limits)
 
 
+def may_grow() -> bool:
+    """Whether `grows_to` told so."""
+    return bool(_grows_to)
+
+
 def capacity() -> dict[str, float]:
     """CPUs and GPUs that the cluster has, or as it was told by `grows_to`, may grow to."""
     import ray

@@ -12,7 +12,8 @@ from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import ReadFigures, read_images
-from lungopacity.runtime import quiet_about_remote_arguments, quiet_ray_data
+from lungopacity.errors import UserError
+from lungopacity.runtime import may_grow, quiet_about_remote_arguments, quiet_ray_data
 from lungopacity.storage import Store, open_store
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ _BLOCK_BYTES = 8 << 20
 """Blocks between stages. Ray's 128 MiB would hold thousands of images back from the model."""
 RETRIES = 3
 """Of a task or actor whose process dies. Ray Data's own default is for ever."""
+
+_NO_PROGRESS_S = 2 * 3600.0
+"""Without a block that any stage takes or gives, a pipeline is given up: Ray's own half hour is
+less than one huge shard may take."""
+_NO_NODE_S = 12 * 3600.0
+"""The same where the cluster may grow: a GPU or a spot node may be hours in coming."""
 
 
 def read_tasks(objects: pa.Table, readers: int = 1, *, alone: bool = False) -> Iterator[pa.Table]:
@@ -81,6 +88,7 @@ def stream(
     blocks.context.max_errored_blocks = losses
     # What an actor raises comes as it is: wrapped, it is told as an error of Ray's own.
     blocks.context.raise_original_map_exception = True
+    blocks.context.execution_no_progress_timeout_s = _NO_NODE_S if may_grow() else _NO_PROGRESS_S
     with quiet_about_remote_arguments():
         return blocks.map_batches(
             function,
@@ -91,6 +99,21 @@ def stream(
             max_retries=RETRIES,
             **options,
         )
+
+
+def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    """Run a pipeline of `stream`. Raises `UserError` where nothing moves for hours."""
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ExecutionTimeoutError as error:
+        stages = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+        limit_s = dataset.context.execution_no_progress_timeout_s
+        raise UserError(
+            f"nothing came of the pipeline for {limit_s / 3600:g} hours ({'; '.join(stages)}); see "
+            "`ray status`: the cluster may lack what a stage with no active task waits for"
+        ) from error
 
 
 def stream_images(

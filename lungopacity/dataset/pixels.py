@@ -15,7 +15,7 @@ import pyarrow as pa
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import Archive, take_inventory
 from lungopacity.archive.names import Wanted
-from lungopacity.archive.stream import read_tasks, stream_images
+from lungopacity.archive.stream import read_tasks, stream_images, tables_of
 from lungopacity.dataset.manifest import FACT_COLUMNS, label_names
 from lungopacity.errors import Status, UserError
 from lungopacity.progress import Progress
@@ -125,7 +125,7 @@ def _decoded(archive: Archive, wanted: Wanted, settings: ReadSettings) -> Iterat
     objects = objects.filter(pa.compute.or_(objects["is_shard"], named))
     if objects.num_rows:
         images = stream_images(archive.uri, read_tasks(objects), settings, wanted=wanted)
-        yield from images.iter_batches(batch_size=None, batch_format="pyarrow")
+        yield from tables_of(images)
 
 
 def _joined(

@@ -26,6 +26,7 @@ from lungopacity.archive.stream import (
     read_tasks,
     stream,
     stream_images,
+    tables_of,
 )
 from lungopacity.errors import UserError
 from lungopacity.models import TrainedModel
@@ -63,7 +64,7 @@ def screen_objects(
     get pictures. `precision`: see `Scorer`. `losses`: see `stream`; what is lost has no rows.
     `alone`: each object is a task, and no other is lost with it.
 
-    Raises `UserError` where part files cannot be written.
+    Raises `UserError` where part files cannot be written, or where nothing moves for hours.
     """
     import ray
 
@@ -84,7 +85,7 @@ def screen_objects(
             losses=losses,
             runtime_env=worker_environment(use_gpu=False),
         )
-    for part in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for part in tables_of(parts):
         for row in part.to_pylist():
             error = row.pop("error")
             if error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from lungopacity.archive.inventory import take_inventory
 from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
+from lungopacity.runtime import grows_to
 from lungopacity.screening import pipeline, screen
 from lungopacity.screening.resources import ScoringResources
 from lungopacity.storage import Store, open_store
@@ -69,7 +71,7 @@ def test_nothing_more_is_read_where_a_part_cannot_be_written(a_task, monkeypatch
     assert report["error"].to_pylist() == ["no space"]
 
 
-def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks():
+def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks(monkeypatch):
     import ray
 
     before = ray.data.DataContext.get_current().target_max_block_size
@@ -78,8 +80,20 @@ def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks():
         yield from (pa.table({"part": [number]}) for number in range(3))
 
     heard = stream.stream([pa.table({"object": [1]})], reports, block_bytes=1)
-    parts = heard.iter_batches(batch_size=None, batch_format="pyarrow")
-    assert [part["part"].to_pylist() for part in parts] == [[0], [1], [2]]
+    assert heard.context.execution_no_progress_timeout_s == 7200
+    assert [part["part"].to_pylist() for part in stream.tables_of(heard)] == [[0], [1], [2]]
+
+    def stuck(_: pa.Table) -> Iterator[pa.Table]:
+        time.sleep(4)
+        yield pa.table({"part": [0]})
+
+    grows_to({"GPU": 1})
+    assert stream.stream([], stuck).context.execution_no_progress_timeout_s == 12 * 3600
+    grows_to({})
+    monkeypatch.setattr(stream, "_NO_PROGRESS_S", 1.8)
+    waits = stream.stream([pa.table({"object": [1]})], stuck)
+    with pytest.raises(UserError, match=r"0\.0005 hours \(MapBatches\(stuck\): 1 active task"):
+        list(stream.tables_of(waits))
     assert ray.data.DataContext.get_current().target_max_block_size == before
 
 
