@@ -21,6 +21,7 @@ from lungopacity.errors import Status, UserError
 from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import READ_SCHEMA
+from lungopacity.runtime import capacity
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ def _decoded(archive: Archive, wanted: Wanted, settings: ReadSettings) -> Iterat
     named = pa.array([wanted.has(image) for image in objects["image"].to_pylist()], pa.bool_())
     objects = objects.filter(pa.compute.or_(objects["is_shard"], named))
     if objects.num_rows:
-        images = stream_images(archive.uri, read_tasks(objects), settings, wanted=wanted)
+        tasks = read_tasks(objects, int(capacity()["CPU"]) or 1)
+        images = stream_images(archive.uri, tasks, settings, wanted=wanted)
         yield from tables_of(images)
 
 

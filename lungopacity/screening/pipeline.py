@@ -73,7 +73,7 @@ def screen_objects(
     scoring = ray.put(model), resources, unlike, explainer, precision
     cpus = int(capacity()["CPU"])
     if resources.apart or not divide_evenly(objects, cpus):
-        tasks = read_tasks(objects, alone=alone)
+        tasks = read_tasks(objects, cpus, alone=alone)
         images = stream_images(archive_uri, tasks, settings, losses=losses)
         parts = _apart(images, scoring, results, attempt, resources, batch_size)
     else:

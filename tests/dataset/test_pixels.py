@@ -3,6 +3,9 @@ import pandas as pd
 import pytest
 
 from lungopacity.archive.content import ReadSettings
+from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.names import Wanted
+from lungopacity.dataset import pixels as reading
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.dataset.pixels import load_pixels
 from lungopacity.errors import UserError
@@ -96,6 +99,25 @@ def test_films_are_found_whose_folder_the_labels_do_not_know(tmp_path):
     said = r"labels\.csv: .*, as 3\.png may be \./images/3\.png or copies/3\.png; write whole keys"
     with pytest.raises(UserError, match=said):
         load([str(tmp_path / "a")], labels_of(tmp_path, names))
+
+
+def test_reading_is_shared_among_all_cpus(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path / "a"))
+    names = frozenset(f"{n}.png" for n in range(300))
+    for name in names:
+        store.write(name, b"film")
+    shared: list[int] = []
+
+    def stream_images(uri, tasks, settings, *, wanted):
+        shared.extend(task.num_rows for task in tasks)
+
+    monkeypatch.setattr(reading, "stream_images", stream_images)
+    monkeypatch.setattr(reading, "tables_of", lambda _: iter(()))
+    monkeypatch.setattr(reading, "capacity", lambda: {"CPU": 8.0})
+    archive = take_inventory(store.uri)
+    list(reading._decoded(archive, Wanted(names), ReadSettings(PREPROCESSING)))
+    assert sum(shared) == 300
+    assert len(shared) >= 8
 
 
 def test_a_name_that_occurs_twice_is_refused(tmp_path):
