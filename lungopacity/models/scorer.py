@@ -92,7 +92,7 @@ class Scorer:
         if nets is not None:
             self.compiled = NcnnScorer(model.spec, nets, self.threads)
         else:
-            # Now, and not with the first film: an actor loads while the plan is made.
+            # Now, and not with the first film: an actor loads while the first films are read.
             _ = self.network
 
     @cached_property

@@ -169,7 +169,7 @@ def _apart(
             num_cpus=resources.actor_cpus,
             num_gpus=resources.actor_gpus,
             compute=ray.data.ActorPoolStrategy(
-                min_size=resources.min_actors, max_size=resources.max_actors
+                min_size=1, initial_size=resources.first_actors, max_size=resources.max_actors
             ),
             max_restarts=RETRIES,
             max_task_retries=RETRIES,

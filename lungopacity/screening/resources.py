@@ -12,7 +12,8 @@ from lungopacity.runtime import capacity, require_resources
 class ScoringResources:
     """What the model takes of the cluster."""
 
-    min_actors: int
+    first_actors: int
+    """Started at once: Ray adds others one by one, each when the last one has loaded."""
     max_actors: int
     actor_cpus: float
     actor_gpus: float
@@ -52,7 +53,9 @@ class ScoringResources:
             wanted_gpus = 1 if model_actors is None else -(-model_actors // a_gpu)
             require_resources(cpus=1, gpus=wanted_gpus, what="screening")
             actors = model_actors or int(most["GPU"]) * a_gpu
-            return ScoringResources(1, actors, 0.0, gpus_per_actor, None, True)
+            gpus_now = int(ray.cluster_resources().get("GPU", 0))
+            first = min(actors, max(1, gpus_now * a_gpu))
+            return ScoringResources(first, actors, 0.0, gpus_per_actor, None, True)
         # One CPU reads; on a cluster of one CPU the actor must take none.
         wanted_cpus = 1 if model_actors in (None, 1) else model_actors + 1
         require_resources(cpus=wanted_cpus, gpus=0, what="screening")

@@ -49,7 +49,7 @@ def test_a_cluster_of_cpus_alone_keeps_one_to_read():
         4, 0, {}, {"model_actors": 2}, {"model_actors": 4}, {"use_gpu": True}
     )
     assert (fits["max_actors"], fits["actor_cpus"], fits["actor_gpus"]) == (3, 1.0, 0.0)
-    assert two["max_actors"] == 2
+    assert (two["first_actors"], two["max_actors"]) == (1, 2)
     assert (fits["apart"], two["apart"]) == (False, True)
     assert many["error"].startswith("screening needs 5 CPUs, the Ray cluster has 4; use fewer")
     assert gpu["error"].startswith("screening needs 1 GPUs, the Ray cluster has 0; use --no-gpu")
@@ -70,6 +70,8 @@ def test_one_gpu_or_many_whole_or_in_shares():
     )
     assert (whole["max_actors"], whole["actor_cpus"], whole["actor_gpus"]) == (2, 0.0, 1.0)
     assert (shared["max_actors"], shared["actor_gpus"]) == (4, 0.5)
+    # One for each GPU that is there, at once: Ray adds one at a time.
+    assert [case["first_actors"] for case in (whole, shared, six, cpu)] == [2, 4, 6, 1]
     assert thirds["max_actors"] == six["max_actors"] == 6
     assert "needs 3 GPUs, the Ray cluster has 2;" in seven["error"]  # 0.6 and 0.6 share none
     assert (cpu["max_actors"], cpu["actor_gpus"]) == (3, 0.0)
@@ -84,6 +86,7 @@ def test_what_the_cluster_may_grow_to_counts_and_more_is_refused():
     )
     assert (fits["max_actors"], fits["actor_gpus"]) == (3, 1.0)
     assert three["max_actors"] == 3
+    assert fits["first_actors"] == three["first_actors"] == 1
     assert "needs 4 GPUs, the Ray cluster has 0 and may grow to 3;" in four["error"]
 
 
