@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
-from lungopacity.models.scorer import BFLOAT16, FLOAT32
+from lungopacity.models.scorer import BFLOAT16, FLOAT32, exact_float32
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import quiet_ray_data, ray_session, worker_environment
@@ -78,6 +78,8 @@ class _Model:
             torch.set_num_threads(threads)
         self.trained = load_model(task.model)
         self.device = torch.device("cuda" if task.use_gpu else "cpu")
+        if task.use_gpu:
+            exact_float32()  # as ours
         self.half = task.precision == BFLOAT16
         network = self.trained.network().to(self.device)
         self.network: torch.nn.Module = network.to(memory_format=torch.channels_last)

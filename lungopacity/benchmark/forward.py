@@ -13,7 +13,7 @@ from statistics import median
 from lungopacity.benchmark.inputs import fresh_model
 from lungopacity.errors import UserError
 from lungopacity.models import TrainedModel, check_network, load_model
-from lungopacity.models.scorer import BFLOAT16, PRECISIONS, Scorer
+from lungopacity.models.scorer import PRECISIONS, Scorer
 from lungopacity.progress import Progress
 from lungopacity.runtime import KEEP_FREED_MEMORY, alone, environment
 
@@ -79,20 +79,15 @@ def _measured(
 ) -> list[ForwardSpeed]:
     import torch
 
-    from lungopacity.models.normalise import normalise
-
     model = model_of(name)
-    scorer = Scorer(model, use_gpu=use_gpu)
-    preprocessing, network = model.spec.preprocessing, scorer.network
     device = torch.device("cuda" if use_gpu else "cpu")
-    told = torch.cuda.get_device_name() if use_gpu else f"{torch.get_num_threads()} CPU threads"
-    size = preprocessing.image_size
+    size = model.spec.preprocessing.image_size
     films_NHW = torch.randint(0, 256, (max(batch_sizes), size, size), dtype=torch.uint8)
 
-    def seconds_a_batch(batch_NHW: torch.Tensor) -> float:
+    def seconds_a_batch(scorer: Scorer, batch_NHW: torch.Tensor) -> float:
         began, batches = time.perf_counter(), 0
         while time.perf_counter() - began < _LEAST_SECONDS:
-            network.classify(network.describe(normalise(batch_NHW, preprocessing)))
+            scorer.forward(batch_NHW)
             batches += 1
             if use_gpu:
                 torch.cuda.synchronize()
@@ -100,14 +95,14 @@ def _measured(
 
     speeds = []
     for precision in precisions:
+        scorer = Scorer(model, use_gpu=use_gpu, precision=precision)
+        told = torch.cuda.get_device_name() if use_gpu else f"{scorer.threads} CPU threads"
         for batch_size in batch_sizes:
             rate = None
-            half = torch.autocast(device.type, torch.bfloat16, enabled=precision == BFLOAT16)
             try:
-                with torch.inference_mode(), half:
-                    batch_NHW = films_NHW[:batch_size].to(device)
-                    seconds_a_batch(batch_NHW)  # untimed: kernels are chosen
-                    taken = [seconds_a_batch(batch_NHW) for _ in range(repeats)]
+                batch_NHW = films_NHW[:batch_size].to(device)
+                seconds_a_batch(scorer, batch_NHW)  # untimed: kernels are chosen
+                taken = [seconds_a_batch(scorer, batch_NHW) for _ in range(repeats)]
                 rate = batch_size / median(taken)
             except torch.OutOfMemoryError:
                 pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,14 @@ class Scores:
         )
 
 
+def exact_float32() -> None:
+    """Let this process's GPUs compute in float32 what is in float32: by default, convolutions read
+    10 of its 23 bits (TF32), and a film near a threshold is decided otherwise than on CPUs."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def no_number() -> ImageError:
     """Why a film has no score where these are not `are_numbers`."""
     return ImageError(
@@ -93,20 +102,36 @@ class Scorer:
             self.compiled = NcnnScorer(model.spec, nets, self.threads)
         else:
             # Now, and not with the first film: an actor loads while the first films are read.
-            _ = self.network
+            _ = self._describing
 
     @cached_property
     def network(self) -> Any:
         """In torch. A compiled model's is loaded when it is asked for: to explain a film."""
         import torch
 
-        if not self.use_gpu:
+        if self.use_gpu:
+            exact_float32()
+        else:
             torch.set_num_threads(self.threads)
         network = self.model.network()
         if hasattr(network, "fused"):
             network = network.fused()  # type: ignore[operator]
         network = network.to(self._device)
         return network.to(memory_format=torch.channels_last)
+
+    @cached_property
+    def _describing(self) -> Any:
+        """What describes films. For bfloat16 a copy whose weights are in it already: autocast would
+        cast them anew for each batch. Maps and the last layer are the network's own."""
+        import torch
+
+        if self.precision != BFLOAT16:
+            return self.network
+        network = deepcopy(self.network)
+        for part in network.modules():
+            if isinstance(part, torch.nn.Conv2d | torch.nn.Linear):
+                part.to(torch.bfloat16)
+        return network
 
     @property
     def _device(self) -> torch.device:
@@ -146,22 +171,27 @@ class Scorer:
         self, pixels_NHW: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """features_NF and logits_NMK of one film or more; M is 1 unless it is an ensemble."""
+        features_NF, logits_NMK = self.forward(self._on_device(pixels_NHW))
+        return features_NF.cpu().numpy(), logits_NMK.cpu().numpy()
+
+    def forward(self, batch_NHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """features_NF and logits_NMK, float32, of uint8 films on the device; in torch."""
         import torch
 
         from lungopacity.models.normalise import normalise
 
         with torch.inference_mode():
-            x_N1HW = normalise(self._on_device(pixels_NHW), self.model.spec.preprocessing)
+            x_N1HW = normalise(batch_NHW, self.model.spec.preprocessing)
             half = self.precision == BFLOAT16
             with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-                features_NF = self.network.describe(x_N1HW)
+                features_NF = self._describing.describe(x_N1HW)
             # The last layer costs nothing; in bfloat16 logits above 4 would come in steps of 0.03.
             features_NF = features_NF.float()
             if self.is_ensemble:
                 logits_NMK = self.network.member_logits(features_NF).transpose(0, 1)
             else:
                 logits_NMK = self.network.classify(features_NF).unsqueeze(1)
-            return features_NF.cpu().numpy(), logits_NMK.float().cpu().numpy()
+            return features_NF, logits_NMK.float()
 
     def _on_device(self, pixels_NHW: npt.NDArray[np.uint8]) -> torch.Tensor:
         import torch

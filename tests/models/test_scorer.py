@@ -4,6 +4,7 @@ import torch
 
 from lungopacity.errors import UserError
 from lungopacity.models import NETWORK_NAMES, build_network
+from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import Scorer, check_precision
 from tests.models.tiny import tiny_model
 
@@ -50,6 +51,28 @@ def test_in_bfloat16_scores_move_a_little():
     assert 0 < moved.max() < 0.02
     # What a bfloat16 layer gives ends in zeros.
     assert np.any(found.logits_NK.view(np.uint32) & 0xFFFF)
+
+
+@pytest.mark.parametrize("name", ["classical-cnn", "cov-net", "efficientnet-lite0"])
+def test_bfloat16_is_what_autocast_makes_of_the_network(name):
+    model = tiny_model(architecture=name)
+    scorer = Scorer(model, precision="bfloat16")
+    x_N1HW = normalise(torch.from_numpy(PIXELS), model.spec.preprocessing)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected_NF = scorer.network.describe(x_N1HW).float()
+    np.testing.assert_array_equal(scorer.scores(PIXELS).features_NF, expected_NF.numpy())
+    assert {tensor.dtype for tensor in scorer.network.parameters()} == {torch.float32}
+    scorer.activation_maps(PIXELS[:1])
+
+
+def test_float32_on_a_gpu_is_no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(Scorer, "_device", torch.device("cpu"))
+    Scorer(tiny_model())
+    assert torch.backends.cudnn.allow_tf32
+    Scorer(tiny_model(), use_gpu=True)
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from lungopacity.radiograph import Preprocessing
 
 def tiny_model(seed: int = 0, image_size: int = 32, **changes: object) -> TrainedModel:
     torch.manual_seed(seed)
-    network = build_network("classical-cnn", 2, {})
     facts = {
         "architecture": "classical-cnn",
         "architecture_settings": {},
@@ -35,7 +34,9 @@ def tiny_model(seed: int = 0, image_size: int = 32, **changes: object) -> Traine
         "operating_point": OperatingPoint(0.5),
         **changes,
     }
-    return TrainedModel(ModelSpec(**facts), weights_of(network))
+    spec = ModelSpec(**facts)
+    network = build_network(spec.architecture, len(spec.class_names), spec.architecture_settings)
+    return TrainedModel(spec, weights_of(network))
 
 
 def with_distribution(model: TrainedModel, films_NHW: np.ndarray) -> TrainedModel:
