@@ -6,7 +6,9 @@ from __future__ import annotations
 import io
 import json
 import logging
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -37,6 +39,9 @@ from lungopacity.results.workbench import quoted
 
 log = logging.getLogger(__name__)
 
+_MOST_TOLD = 5
+_FILM = ["archive", "object", "member_index"]
+
 
 @dataclass(frozen=True)
 class PickedPoint(OperatingPoint):
@@ -50,6 +55,10 @@ class PickedPoint(OperatingPoint):
     """Images of no known patient; each counts as one."""
     left_out: int = 0
     """Labelled images that the model learnt from or was chosen by."""
+    of_no_class: Mapping[str, int] = field(default_factory=dict)
+    """Images by a label that means no class of the model: the figures do not count them."""
+    unscored: int = 0
+    """Labelled images that were rejected, or could not be read."""
 
     def summary(self) -> str:
         """Where it decides, and what that achieved."""
@@ -63,8 +72,19 @@ class PickedPoint(OperatingPoint):
                 f"95 % intervals: {self.intervals}"
                 + (f"; {unknown} films name no patient" if unknown else "")
                 + "; of the films that it was picked on: `evaluate` measures it on others",
+                *self._not_counted(),
             ]
         )
+
+    def _not_counted(self) -> list[str]:
+        """A line, if labelled films are in no figure."""
+        several = sorted(self.of_no_class.items(), key=lambda item: -item[1])
+        words = [f"{count} labelled {label}" for label, count in several[:_MOST_TOLD]]
+        rest = sum(count for _, count in several[_MOST_TOLD:])
+        words += [f"{rest} of other labels"] if rest else []
+        words += [f"{self.left_out} that the model knows"] if self.left_out else []
+        words += [f"{self.unscored} rejected or unreadable"] if self.unscored else []
+        return [f"labelled films not counted: {', '.join(words)}"] if words else []
 
 
 def threshold(
@@ -81,7 +101,8 @@ def threshold(
     results: URI of a results folder, of which this model's newest scores of each image count, or
     those of one `run_id`; None: the validation films that the model folder keeps, as the points of
     training are picked. `labels`: a labels file; None takes the labels that the runs were given.
-    Of a results folder, films that the model learnt from or was chosen by are left out. Who a
+    Of a results folder, films that the model learnt from or was chosen by are left out, and those
+    whose label is of no class of it; both are counted, with those that have no score. Who a
     patient is, `patient_id` of the labels tells, or else `patient_hmac`. Raises `UserError` where
     no scores of this model have labels, or less than `FEWEST_IMAGES` films are of either kind,
     where the name is taken, or the rule is none.
@@ -91,12 +112,26 @@ def threshold(
     if results is None and not (run_id is None and labels is None):
         raise UserError("--run-id and --labels belong to --results: give it, or leave them out")
     spec = trained.spec
+    unscored = 0
     if results is None:
-        rows, whose = _validation(model, trained), f"{model}: of its validation films"
+        films, whose = _validation(model, trained), f"{model}: of its validation films"
     else:
-        rows = _labelled(trained, results, run_id, labels)
+        films = _labelled(trained, results, run_id, labels)
         whose = f"{results}: of the films that {trained.model_id} scored"
-    rows = rows[rows["label"].isin(list(spec.class_of_label))]
+        scored = films["p"].notna()
+        by_film = scored.groupby([films[name] for name in _FILM], dropna=False)
+        unscored = int((~by_film.any()).sum())
+        films = films[scored]
+    of_class = films["label"].isin(list(spec.class_of_label))
+    of_no_class = dict(Counter(films.loc[~of_class, "label"]))
+    if of_no_class or unscored:
+        log.warning(
+            "left out: %d films whose label is of no class of the model, %d labelled films that "
+            "were rejected or could not be read",
+            sum(of_no_class.values()),
+            unscored,
+        )
+    rows = films[of_class]
     known = rows["content_sha256"].isin([] if results is None else list(films_known_to(model)))
     left_out, rows = int(known.sum()), rows[~known]
     if left_out:
@@ -130,31 +165,31 @@ def threshold(
         intervals=resampling.described(),
         unknown_patients=int(rows["patient"].isna().sum()),
         left_out=left_out,
+        of_no_class=of_no_class,
+        unscored=unscored,
     )
 
 
 def _labelled(
     trained: TrainedModel, results: str, run_id: str | None, labels: str | None
 ) -> pd.DataFrame:
-    """`name`, `content_sha256`, `patient`, `label` and `p` of the positive class, as a data frame;
-    one row a film."""
+    """`name`, `content_sha256`, `patient`, `label` and `p` of the positive class, null of a film
+    without a score, as a data frame; one row a frame. `_FILM` says which frames are of one film."""
     column = class_column("p", trained.spec.positive_class)
     of_runs = f"model_id = {quoted(trained.model_id)}"
     if run_id is not None:
         of_runs += f" AND run_id = {quoted(run_id)}"
-    chosen = f"{of_runs} AND status = 'ok'"
-    if labels is None:
-        chosen += " AND label IS NOT NULL"
+    chosen = of_runs if labels is not None else f"{of_runs} AND label IS NOT NULL"
     frame: pd.DataFrame = query(
         results,
         "SELECT coalesce(any_value(member), image) AS name, archive, image AS object, "
         "member_index, arg_max(label, screened_at) AS label, "
-        "arg_max(content_sha256, screened_at) AS content_sha256, "
+        "arg_max(content_sha256, screened_at) FILTER (status = 'ok') AS content_sha256, "
         "arg_max(patient_hmac, screened_at) AS patient, "
         f"arg_max({column}, screened_at) AS p FROM predictions WHERE {chosen} "
         "GROUP BY archive, image, member_index, frame",
     ).to_pandas()
-    if frame.empty:
+    if frame["p"].isna().all():
         raise UserError(
             f"{results}: has no scores of model {trained.model_id}"
             + (" with labels" if labels is None else "")
@@ -171,7 +206,8 @@ def _labelled(
     if both.empty:
         hashed = _names_are_hashed(results, of_runs)
         raise UserError(
-            f"{labels}: names none of the {len(frame)} films that {trained.model_id} scored; "
+            f"{labels}: names none of the {frame['p'].count()} films that {trained.model_id} "
+            "scored; "
             + (
                 f"in {results} names are hashed (--hash-keys): give the labels to `screen`, which "
                 "joins them before it hashes, and leave --labels out here"
@@ -180,12 +216,12 @@ def _labelled(
             )
         )
     # Frames of one film share its name.
-    films = both.drop_duplicates(["archive", "object", "member_index"])
+    films = both.drop_duplicates(_FILM)
     twice = films.loc[films["image"].duplicated(), "name"]
     if len(twice):
         raise UserError(
             f"{labels}: {len(twice)} names are each of several films of {results}, as "
-            f"{twice.iloc[0]}; give the --run-id of one archive's run, or label by other names"
+            f"{twice.min()}; give the --run-id of one archive's run, or label by other names"
         )
     patient = both["patient_id"].where(both["patient_id"].notna(), both["patient"])
     return both.assign(patient=patient)

@@ -25,12 +25,14 @@ FILMS = 90
 
 @pytest.fixture(scope="module")
 def site(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory):
-    """An archive that was screened once, and its labels: every third film is positive."""
+    """An archive that was screened once, and its labels: every third film is positive, and one
+    more is none."""
     folder = tmp_path_factory.mktemp("site")
     store = open_store(str(folder / "archive"))
     names = [f"x/{number:02}.png" for number in range(FILMS)]
     for number, name in enumerate(names):
         store.write(name, encoded(grey_film(number)))
+    store.write("x/broken.png", b"no film")
     write_tiny_model(str(folder / "model"))
     labels = pd.DataFrame(
         {
@@ -43,7 +45,7 @@ def site(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory):
         str(folder / "archive"), str(folder / "model"), str(folder / "results"),
         run_id="first", labels=str(folder / "labels.csv"),
     )  # fmt: skip
-    assert run.ok == FILMS
+    assert (run.ok, run.failed) == (FILMS, 1)
     return folder
 
 
@@ -56,6 +58,8 @@ def test_a_sites_threshold_is_picked_kept_and_decides(site):
     assert told["decision_sensitivity"].value == point.sensitivity
     assert told["decision_specificity"].value == point.specificity
     assert (point.unknown_patients, point.left_out) == (FILMS, 0)
+    assert (point.of_no_class, point.unscored) == ({}, 0)
+    assert "not counted" not in point.summary()
     document = json.loads((site / "model" / "operating_points" / "ours.json").read_text())
     assert document["model_id"] == load_model(model).model_id
     assert "Research use only" in document["notice"]
@@ -66,7 +70,9 @@ def test_a_sites_threshold_is_picked_kept_and_decides(site):
         str(site / "copy"), model, results, run_id="second", operating_point="ours"
     )
     rows = lungopacity.query(
-        results, "SELECT p_Lung_Opacity p, decision FROM predictions WHERE run_id = 'second'"
+        results,
+        "SELECT p_Lung_Opacity p, decision FROM predictions "
+        "WHERE run_id = 'second' AND status = 'ok'",
     ).to_pandas()
     expected = np.where(rows["p"] >= point.threshold, "positive", "negative")
     assert (rows["decision"] == expected).all()
@@ -150,6 +156,21 @@ def test_without_results_another_rule_is_applied_to_the_validation_films(tmp_pat
     ):
         assert main([*command, *more]) == 2
         assert said in capfd.readouterr().err
+
+
+def test_labelled_films_that_set_no_threshold_are_told(site, tmp_path, caplog):
+    labels = pd.read_csv(site / "labels.csv")
+    labels.loc[[1, 2, 4], "label"] = ["Not_Normal", "Lung Opacity", "Not_Normal"]
+    labels.loc[FILMS] = ["broken.png", "Normal"]
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    point = lungopacity.threshold(
+        str(site / "model"), str(site / "results"), "youden", "fewer",
+        run_id="first", labels=str(tmp_path / "labels.csv"),
+    )  # fmt: skip
+    assert point.images == FILMS - 3
+    assert "left out: 3 films whose label is of no class of the model, 1 labelled" in caplog.text
+    told = "2 labelled Not_Normal, 1 labelled Lung Opacity, 1 rejected or unreadable"
+    assert point.summary().endswith(f"\nlabelled films not counted: {told}")
 
 
 def test_a_name_is_given_once_and_must_be_one(site):
