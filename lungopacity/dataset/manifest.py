@@ -101,21 +101,29 @@ def label_names(files: Iterable[str], names: Iterable[str], uri: str, where: str
     return name_of | {name: name for name in whole}
 
 
-def select_classes(labels: pd.DataFrame, label_map: Mapping[str, str], uri: str) -> pd.DataFrame:
+def select_classes(
+    labels: pd.DataFrame, label_map: Mapping[str, str], uri: str, *, learning: bool = True
+) -> pd.DataFrame:
     """The rows whose label has a class, with the class for a label.
 
-    label_map: label to class. Raises `UserError` for a class without an image.
+    label_map: label to class. Raises `UserError` for a class without an image; for a finished model
+    (not `learning`), which can be measured by some of its classes, where all are without.
     """
     counts = labels["label"].value_counts()
-    for name in dict.fromkeys(label_map.values()):
+    classes, absent = dict.fromkeys(label_map.values()), []
+    for name in classes:
         sources = [label for label, its in label_map.items() if its == name]
         if not set(sources) & set(counts.index):
-            merged = "" if sources == [name] else f" ({' + '.join(sources)})"
-            raise UserError(
-                f"{uri}: no image of class '{name}'{merged}; the labels have "
-                + ", ".join(f"{_shown(str(label))} ({count})" for label, count in counts.items())
-                + " (choose with --classes)"
-            )
+            absent.append(f"'{name}'" + ("" if sources == [name] else f" ({' + '.join(sources)})"))
+    if absent and (learning or len(absent) == len(classes)):
+        missed = absent[0] if learning else " or ".join(absent)
+        raise UserError(
+            f"{uri}: no image of class {missed}; the labels have "
+            + ", ".join(f"{_shown(str(label))} ({n})" for label, n in counts.items())
+            + (" (choose with --classes)" if learning else "; rename them as the model has them")
+        )
+    if absent:
+        log.warning("%s: no image of class %s", uri, ", ".join(absent))
     chosen = labels[labels["label"].isin(list(label_map))].reset_index(drop=True)
     if len(chosen) < len(labels):
         others = ", ".join(f"{k} ({v})" for k, v in counts.items() if k not in label_map)

@@ -149,7 +149,7 @@ def labels_of_split(
     by: further columns, see `read_labels`. Raises `UserError` where there is no row, or where a
     patient is in two splits.
     """
-    frame = select_classes(read_labels(labels, by), spec.class_of_label, labels)
+    frame = select_classes(read_labels(labels, by), spec.class_of_label, labels, learning=False)
     given = frame["split"].notna().all() and split != "validation"
     if split != "all" and not given:
         seed = int(spec.training.get("settings", {}).get("seed", 0))

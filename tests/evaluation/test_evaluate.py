@@ -1,10 +1,36 @@
+"""Which of the labelled films a finished model is measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from lungopacity.errors import UserError
-from lungopacity.evaluation.evaluate import _check_sound
+from lungopacity.evaluation.evaluate import _check_sound, labels_of_split
 from lungopacity.evaluation.report import ModelScores
+from tests.models.tiny import tiny_model
+
+
+def labels_of(folder: Path, label: list[str], **columns: list) -> str:
+    names = [f"{number}.png" for number in range(len(label))]
+    uri = str(folder / "labels.csv")
+    pd.DataFrame({"image": names, "label": label, **columns}).to_csv(uri, index=False)
+    return uri
+
+
+def test_a_class_may_be_absent_but_not_all_of_them(tmp_path, caplog):
+    uri = labels_of(tmp_path, ["Lung_Opacity", "Not_Normal"], split=["test"] * 2)
+    rows = labels_of_split(uri, tiny_model().spec, "test")
+    assert rows["label"].tolist() == ["Lung_Opacity"]
+    assert "no image of class 'Normal'" in caplog.text
+    uri = labels_of(tmp_path, ["normal", "COVID"])
+    with pytest.raises(
+        UserError, match=r"no image of class 'Normal' or 'Lung_Opacity'; .*; rename them"
+    ):
+        labels_of_split(uri, tiny_model().spec, "all")
 
 
 def test_a_model_that_gives_no_numbers_is_told_with_a_film():
