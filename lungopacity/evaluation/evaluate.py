@@ -150,7 +150,8 @@ def labels_of_split(
     patient is in two splits.
     """
     frame = select_classes(read_labels(labels, by), spec.class_of_label, labels, learning=False)
-    given = frame["split"].notna().all() and split != "validation"
+    # Where labels have no validation split, training took its films from train.
+    given = frame["split"].notna().all() and split == "test"
     if split != "all" and not given:
         seed = int(spec.training.get("settings", {}).get("seed", 0))
         frame = assign_splits(frame, labels, seed)

@@ -40,3 +40,14 @@ def test_a_model_that_gives_no_numbers_is_told_with_a_film():
     logits_NK[1, 1] = np.nan
     with pytest.raises(UserError, match=r"1 of 3 films are no numbers, as of b\.png: the GPU or"):
         _check_sound(ModelScores(logits_NK, logits_NK, None, None), images)
+
+
+def test_what_training_made_the_validation_split_is_in_no_other(tmp_path):
+    labels = ["Normal", "Lung_Opacity"] * 15
+    uri = labels_of(tmp_path, labels, split=["train"] * 20 + ["test"] * 10)
+    train, validation, test, every = (
+        set(labels_of_split(uri, tiny_model().spec, split)["image"])
+        for split in ("train", "validation", "test", "all")
+    )
+    assert (len(train), len(validation), len(test)) == (16, 4, 10)
+    assert train | validation | test == every
