@@ -132,8 +132,8 @@ class Comparison:
 def compare(first: str, second: str) -> Comparison:
     """Compare two reports of `evaluate`, by the images that they share.
 
-    Raises `UserError` where a report cannot be read, the labels differ or the classes, where they
-    share no image, or where a class does not occur.
+    Raises `UserError` where a report cannot be read, the labels differ, the classes or the bytes of
+    an image, where they share no image, or where a class does not occur.
     """
     one, other = _read(first), _read(second)
     classes = [{name for name in frame.columns if name.startswith("p_")} for frame in (one, other)]
@@ -142,6 +142,14 @@ def compare(first: str, second: str) -> Comparison:
     both = one.merge(other, on="image", suffixes=("", "_second"))
     if both.empty:
         raise UserError(f"{first} and {second} share no image; evaluate both on the same split")
+    if "content_sha256_second" in both:
+        # Not so where a report is too old to tell.
+        others = both.loc[both["content_sha256"] != both["content_sha256_second"], "image"]
+        if len(others):
+            raise UserError(
+                f"{first} and {second}: {len(others)} of {len(both)} images of one name are not of "
+                f"the same bytes, as {others.iloc[0]}; evaluate both on the same films"
+            )
     if (both["label"] != both["label_second"]).any():
         raise UserError(f"{first} and {second} label some images differently; use the same labels")
     positive = _positive_class(first)

@@ -90,6 +90,7 @@ def report(uri: str, model: str, seed: int, **change) -> str:
             "image": [f"{number}.png" for number in range(60)],
             "label": labels,
             "model_id": model,
+            "content_sha256": [f"of {number}" for number in range(60)],
             "synthetic": False,
             "p_Normal": 1 - score,
             "p_Lung_Opacity": score,
@@ -169,6 +170,7 @@ def test_the_second_report_can_tell_the_patients_and_equal_models_have_no_interv
         ({"label": "Normal"}, "label some images differently"),
         ({"image": [f"other-{n}" for n in range(60)]}, "share no image"),
         ({"p_COVID": 0.0}, "models with different classes"),
+        ({"content_sha256": "x"}, r"60 of 60 images of one name are not of .*, as 0\.png"),
     ],
 )
 def test_reports_that_cannot_be_compared_are_told_why(tmp_path, change, message):
