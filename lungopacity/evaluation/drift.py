@@ -8,6 +8,7 @@ a PSI a small night gives by chance alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,8 @@ KS_LIMIT = 0.2
 _KS_P_VALUE = 0.001
 _CONFIDENCE = 0.95
 _SCORE_BINS = 10
-MIXES = ("status", "view_position", "modality")
+_HEADERS = ("view_position", "modality")
+MIXES = ("status", *_HEADERS)
 """Columns whose values are compared as shares; a missing value counts as one."""
 
 
@@ -34,11 +36,18 @@ class Sample:
     scores_N: npt.NDArray[np.float32]
     """Positive-class probabilities of the scored images."""
     mixes: Mapping[str, Mapping[str | None, int]]
-    """For each of `MIXES`, how many images have each value."""
+    """For each of `MIXES`, how many images have each value; of `_HEADERS`, of those that could be
+    read: a header that nobody saw is none without a view."""
 
     @staticmethod
-    def of(predictions: Any, score_column: str) -> Sample:
-        """predictions: DuckDB relation of `predictions_schema`."""
+    def of(predictions: Any, score_column: str, failed_again: int) -> Sample:
+        """predictions: DuckDB relation of `predictions_schema`. failed_again: images of it that
+        could not be read in an earlier run either, and tell nothing new: not counted."""
+
+        def counts(name: str, which: str) -> Counter[str | None]:
+            sql = f"SELECT {name}, count(*) FROM predictions {which} GROUP BY {name}"
+            return Counter(dict(predictions.query("predictions", sql).fetchall()))
+
         scores = predictions.query(
             "predictions",
             f"SELECT \"{score_column}\" AS score FROM predictions WHERE status = 'ok'",
@@ -46,12 +55,8 @@ class Sample:
         return Sample(
             scores_N=scores["score"].to_numpy(),
             mixes={
-                name: dict(
-                    predictions.query(
-                        "predictions", f"SELECT {name}, count(*) FROM predictions GROUP BY {name}"
-                    ).fetchall()
-                )
-                for name in MIXES
+                "status": counts("status", "") - Counter({"failed": failed_again}),
+                **{name: counts(name, "WHERE status <> 'failed'") for name in _HEADERS},
             },
         )
 

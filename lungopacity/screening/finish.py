@@ -112,9 +112,14 @@ def publish_run(
             warn_of_useless_labels(
                 predictions, spec, job.labels, names_may_be_told=not job.rules["hash_keys"]
             )
+        ((repeated, failed_again),) = collected.connection.execute(
+            "SELECT count(*), count(*) FILTER (status = 'failed') FROM final "
+            "SEMI JOIN (SELECT image FROM plan WHERE repeated) USING (image)"
+        ).fetchall()
         drift: list[Shift] = []
         if job.baseline is not None:
-            tonight = Sample.of(predictions, class_column("p", spec.positive_class))
+            score = class_column("p", spec.positive_class)
+            tonight = Sample.of(predictions, score, failed_again)
             drift = shifts(job.baseline, tonight)
             metrics += drift_metrics(drift, job.baseline, tonight)
         known = ", ".join(map(quoted, spec.class_of_label))
@@ -124,10 +129,6 @@ def publish_run(
             f"count(*) FILTER (label IN ({known})), "
             "count(*) FILTER (decision = 'positive'), count(*) FILTER (decision = 'review'), "
             "count(explanation) FROM predictions",
-        ).fetchall()
-        ((repeated, failed_again),) = collected.connection.execute(
-            "SELECT count(*), count(*) FILTER (status = 'failed') FROM final "
-            "SEMI JOIN (SELECT image FROM plan WHERE repeated) USING (image)"
         ).fetchall()
     synthetic = synthetic or spec.synthetic
     known_to_model = int(metric_value(metrics, "films_known_to_model") or 0)

@@ -193,4 +193,8 @@ def _baseline(results: Store, run_id: str, model: TrainedModel) -> Sample:
         )
     with workbench() as (connection, _), files_of_runs(results):
         connection.register("baseline", predictions_of(results, [record]))
-        return Sample.of(connection.table("baseline"), class_column("p", model.spec.positive_class))
+        return Sample.of(
+            connection.table("baseline"),
+            class_column("p", model.spec.positive_class),
+            record.get("failed_again", 0),
+        )

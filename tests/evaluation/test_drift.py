@@ -100,14 +100,18 @@ def test_a_sample_is_taken_from_predictions():
     rows = duckdb.from_arrow(
         pa.table(
             {
-                "status": ["ok", "ok", "failed"],
-                "p_Lung_Opacity": pa.array([0.25, 0.75, None], pa.float32()),
-                "view_position": ["PA", None, None],
-                "modality": pa.array([None] * 3, pa.string()),
+                "status": ["ok", "ok", "failed", "failed", "rejected"],
+                "p_Lung_Opacity": pa.array([0.25, 0.75, None, None, None], pa.float32()),
+                "view_position": ["PA", None, None, None, "LL"],
+                "modality": pa.array([None] * 5, pa.string()),
             }
         )
     )
-    found = Sample.of(rows, "p_Lung_Opacity")
+    found = Sample.of(rows, "p_Lung_Opacity", failed_again=1)
     assert sorted(found.scores_N.tolist()) == [0.25, 0.75]
-    assert found.mixes["view_position"] == {"PA": 1, None: 2}
+    assert found.mixes["status"] == {"ok": 2, "failed": 1, "rejected": 1}
+    # Of a file that could not be read no header was seen.
+    assert found.mixes["view_position"] == {"PA": 1, None: 1, "LL": 1}
     assert found.mixes["modality"] == {None: 3}
+    again = Sample.of(rows, "p_Lung_Opacity", failed_again=2)
+    assert again.mixes["status"] == {"ok": 2, "rejected": 1}
