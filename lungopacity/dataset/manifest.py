@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -129,6 +130,16 @@ def select_classes(
         others = ", ".join(f"{k} ({v})" for k, v in counts.items() if k not in label_map)
         log.info("left out, of no class: %s", others)
     return chosen.assign(label=chosen["label"].map(dict(label_map)))
+
+
+def left_out(labels: pd.DataFrame, label_map: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """How many images have a label of no class, by split (`no split` where they have none) and
+    label. labels: as `read_labels` gives them."""
+    rows = labels[~labels["label"].isin(list(label_map))]
+    return {
+        str(split): dict(Counter(films["label"].tolist()))
+        for split, films in rows.groupby(rows["split"].fillna("no split"))
+    }
 
 
 def assign_splits(labels: pd.DataFrame, uri: str, seed: int) -> pd.DataFrame:

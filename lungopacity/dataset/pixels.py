@@ -44,7 +44,7 @@ class LabelledPixels:
     images: pd.DataFrame
     """The labels' columns, and those that were read: content_sha256, view_position, …"""
     unreadable: pd.DataFrame
-    """Labelled images that gave no pixels: image, error_code, error_message."""
+    """Labelled images that gave no pixels: image, split, error_code, error_message."""
     rejected: pd.DataFrame
     """Those that were read, and that a rule leaves out; the same columns."""
     synthetic: bool
@@ -163,7 +163,7 @@ def _joined(
     for fact in facts:
         frame[fact] = frame[fact].astype(object).where(frame[fact].notna(), frame[f"{fact}_read"])
     is_out = frame["status"] != Status.OK.value
-    out = frame.loc[is_out, ["image", "status", "error_code", "error_message"]]
+    out = frame.loc[is_out, ["image", "split", "status", "error_code", "error_message"]]
     codes = ", ".join(f"{k}: {v}" for k, v in out["error_code"].value_counts().items())
     if len(out) > MAX_UNREADABLE_FRACTION * len(frame):
         raise UserError(

@@ -1,25 +1,24 @@
 """The model card: what a model is, learnt from and earned, as measured, in Markdown.
 
 Sections after Mitchell et al. 2019 (Model Cards for Model Reporting, arXiv:1810.03993); in brackets
-the items of CLAIM that a line answers (Mongan, Moy & Kahn 2020, Radiology: Artificial Intelligence
-2:e200029). Items that only people can answer are listed as open.
+the items of CLAIM that a line answers: see `claim`. Each of the 42 is answered once, or listed as
+open: only people can answer it, or the folder does not tell.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lungopacity.errors import NOTICE
+from lungopacity.evaluation.claim import left_open
 from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.table import FEWEST_FILMS, largest_gaps, with_interval
 from lungopacity.models import ENSEMBLE, ModelSpec
 
-_OPEN_ITEMS = (
-    "7 where the films came from, 8 who was eligible, 14 to 18 how and by whom the labels were set "
-    "and how far readers agreed, 19 why so many films, 32 films of another hospital, 39 what "
-    "follows for practice, 40 to 42 registration, protocol and funding"
-)
+_MOST_LABELS = 10
+"""That are told by name."""
 
 _OF_DECISIONS = ("positive_predictive_value", "negative_predictive_value", "review_rate")
 
@@ -40,7 +39,7 @@ def model_card(
     unreadable, unknown_patients: of its films. rejected: how many, by error code. intervals: how
     theirs were made.
     """
-    return "\n".join(
+    card = "\n".join(
         [
             f"# Model card: {spec.architecture} {model_id}",
             "",
@@ -62,18 +61,23 @@ def model_card(
             *_subgroups(spec, metrics),
             "",
             "## Open items of CLAIM",
-            f"Whoever publishes figures of this model has to tell: {_OPEN_ITEMS}.",
+            "Whoever publishes figures of this model has to tell, by the numbers of CLAIM:",
             "",
         ]
     )
+    items = [f"- {number}: {words}" for number, words in left_open(card).items()]
+    return "\n".join([card, *items, ""])
 
 
 def _model(spec: ModelSpec) -> Iterator[str]:
     training = spec.training
-    yield f"- Network [22]: {spec.architecture}, settings {_words(spec.architecture_settings)}"
+    yield "- Kind of technology [1]: a neural network that learnt from labelled films"
     if spec.architecture == ENSEMBLE:
-        yield "- Ensemble [27]: the mean of its members' calibrated logits; members:"
+        yield "- Network [22]: an ensemble"
         yield from _members(spec)
+    else:
+        settings = _words(spec.architecture_settings)
+        yield f"- Network [22, 27]: {spec.architecture}, by itself, settings {settings}"
     pixels = spec.preprocessing
     size = pixels.image_size
     cut = "black borders cut away, " if pixels.crop_borders else ""
@@ -86,7 +90,7 @@ def _model(spec: ModelSpec) -> Iterator[str]:
     merged = {label: name for label, name in spec.label_map.items() if label != name}
     if merged:
         told = ", ".join(f"{label} as {name}" for label, name in merged.items())
-        yield f"- Labels were merged or renamed [11]: {told}"
+        yield f"- Labels were merged or renamed: {told}"
     versions = training.get("versions", {})
     if versions:
         yield f"- Software [23]: {_words(versions)}"
@@ -95,12 +99,9 @@ def _model(spec: ModelSpec) -> Iterator[str]:
     weights = _first_weights(training)
     if weights:
         yield f"- First weights [24]: {weights}"
-    settings = training.get("settings", {})
-    if "epochs" in settings:
-        yield (
-            f"- Training [25]: {settings['epochs']} epochs, batches of {settings['batch_size']}, "
-            f"seed {settings['seed']}; every setting is in model.json"
-        )
+    learnt = _learnt(training)
+    if learnt:
+        yield f"- Training [25]: {learnt}; every setting is in model.json"
         yield (
             f"- Kept [26]: epoch {training['best_epoch']}, that of the lowest loss on validation"
         )
@@ -109,18 +110,36 @@ def _model(spec: ModelSpec) -> Iterator[str]:
         each = zip(spec.class_names, spec.class_biases, strict=True)
         biases = ", plus biases of " + ", ".join(f"{bias:+.3f} for {name}" for name, bias in each)
     yield (
-        f"- Calibration [25]: logits over a temperature of {spec.temperature:.3f}{biases}; fitted "
+        f"- Calibration: logits over a temperature of {spec.temperature:.3f}{biases}; fitted "
         "to the validation split" + (" and its shares of the classes" if biases else "")
     )
 
 
 def _members(spec: ModelSpec) -> Iterator[str]:
     members = spec.architecture_settings["members"]
-    learnt = spec.training.get("members") or [{}] * len(members)
-    for member, training in zip(members, learnt, strict=True):
-        told = f"  - {member['architecture']} {member['model_id']}, {member['image_size']} px"
-        weights = _first_weights(training)
-        yield f"{told}; first weights [24]: {weights}" if weights else told
+    trainings = spec.training.get("members") or [{}] * len(members)
+    items = ["24"] if all(map(_first_weights, trainings)) else []
+    items += ["25", "26"] if all(map(_learnt, trainings)) else []
+    yield (
+        f"- Members [{', '.join([*items, '27'])}]: the mean of their calibrated logits counts; "
+        "each has kept its epoch of the lowest loss on validation; every setting is in model.json"
+    )
+    for member, training in zip(members, trainings, strict=True):
+        told = [f"  - {member['architecture']} {member['model_id']}, {member['image_size']} px"]
+        weights, learnt = _first_weights(training), _learnt(training)
+        told += [f"first weights: {weights}"] if weights else []
+        told += [f"{learnt}, epoch {training['best_epoch']} kept"] if learnt else []
+        yield "; ".join(told)
+
+
+def _learnt(training: Mapping[str, Any]) -> str | None:
+    """For how long, in short; None where nobody noted it."""
+    settings = training.get("settings", {})
+    if "epochs" not in settings:
+        return None
+    return (
+        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, seed {settings['seed']}"
+    )
 
 
 def _first_weights(training: Mapping[str, Any]) -> str | None:
@@ -133,12 +152,14 @@ def _first_weights(training: Mapping[str, Any]) -> str | None:
 
 def _use(spec: ModelSpec) -> Iterator[str]:
     yield (
-        f"- Made to sort frontal chest radiographs of adults by the probability of "
-        f"{spec.positive_class} in research. Not for diagnosis, triage or treatment."
+        "- Intended use [3]: made to sort frontal chest radiographs of adults by the probability "
+        f"of {spec.positive_class} in research. Not for diagnosis, triage or treatment."
     )
+    labels = _labels_left_out(spec)
+    unseen = f"; films as of the labels {', '.join(labels)}, which it never saw" if labels else ""
     yield (
-        "- Out of its scope: children, lateral views, other body parts, and films unlike the "
-        "training films, which are flagged `quality_out_of_distribution`."
+        "- Out of its scope [38]: children, lateral views, other body parts, and films unlike the "
+        f"training films, which are flagged `quality_out_of_distribution`{unseen}."
     )
     yield (
         "- Scores are calibrated for a population like the validation split. Where disease is "
@@ -162,8 +183,34 @@ def _data(spec: ModelSpec) -> Iterator[str]:
                 cells = " | ".join(f"{each[name]:,}" for name in spec.class_names)
                 yield f"| {split} | {cells} |"
         yield ""
+    if "left_out" in data:
+        yield f"- Left out of training [10, 33]: {_left_out(data['left_out'])}"
     if data:
         yield f"- Fingerprint of films, labels and splits: `{data['fingerprint']}`"
+
+
+def _labels_left_out(spec: ModelSpec) -> list[str]:
+    """The commonest first; behind the `_MOST_LABELS` commonest, how many more there are."""
+    counts: Counter[str] = Counter()
+    for each in spec.training.get("data", {}).get("left_out", {}).get("labels", {}).values():
+        counts.update(each)
+    names = [name for name, _ in counts.most_common()]
+    more = len(names) - _MOST_LABELS
+    return names[:_MOST_LABELS] + ([f"{more} more"] if more > 0 else [])
+
+
+def _left_out(counts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Films by split."""
+    told = []
+    for split, each in counts["labels"].items():
+        common = Counter(each).most_common(_MOST_LABELS)
+        words = [f"{count:,} {label}" for label, count in common]
+        rest = sum(each.values()) - sum(count for _, count in common)
+        words += [f"{rest:,} of other labels"] if rest else []
+        told.append(f"of no class, {split}: {', '.join(words)}")
+    for split, count in counts["unreadable"].items():
+        told.append(f"not to be read, or rejected, {split}: {count:,}")
+    return "; ".join(told) or "no labelled film"
 
 
 def _results(
@@ -175,14 +222,14 @@ def _results(
     intervals: str,
 ) -> Iterator[str]:
     overall = [item for item in metrics if item.group == "all"]
-    yield f"{unreadable} labelled films could not be read and are in no figure [13, 33]."
+    yield f"{unreadable} labelled films could not be read and are in no figure [13]."
     if rejected:
         codes = ", ".join(f"{count} {code}" for code, count in sorted(rejected.items()))
         yield f"Nor are {sum(rejected.values())} that were read and rejected: {codes}."
     yield ""
     yield f"95 % intervals [29]: {intervals}." + _of_unknown(unknown_patients)
     yield ""
-    yield "| metric [28, 35, 36] | of | value | 95 % interval | films |"
+    yield "| metric [28, 36] | of | value | 95 % interval | films |"
     yield "|---|---|---:|---|---:|"
     shown = (
         "accuracy",
@@ -217,6 +264,10 @@ def _results(
         for name, point in spec.operating_points.items():
             review = "" if point.review_from is None else f", review from {point.review_from:.4f}"
             yield f"- {name}: positive from {point.threshold:.4f}{review}; {point.chosen_by}"
+    if spec.metrics:
+        told = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in spec.metrics.items())
+        yield ""
+        yield f"On the validation split [35], by which it was chosen and calibrated: {told}."
 
 
 def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
@@ -227,7 +278,7 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
         if group != "all" and metric == "roc_auc" and class_name == spec.positive_class
     ]
     if not found:
-        yield "The labels and headers say nothing to form subgroups of [30, 34]."
+        yield "The labels and headers say nothing to form subgroups of."
         return
     gaps = largest_gaps(metrics, spec.positive_class)
     if gaps:
@@ -241,7 +292,7 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
     point = _decides(spec)
     yield ""
     yield (
-        f"| subgroup [30, 34] | AUC for {spec.positive_class} | sensitivity at {point} | "
+        f"| subgroup [30] | AUC for {spec.positive_class} | sensitivity at {point} | "
         f"specificity at {point} | films | patients |"
     )
     yield "|---|---|---|---|---:|---:|"

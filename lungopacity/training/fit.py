@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -105,6 +106,7 @@ def fit(
     *,
     start: Start | None = None,
     label_map: Mapping[str, str] | None = None,
+    left_out: Mapping[str, Mapping[str, int]] | None = None,
     provenance: Mapping[str, Any] | None = None,
     on_start: Callable[[str, list[dict[str, Any]]], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
@@ -112,12 +114,13 @@ def fit(
     """Train on `data`, and write the model folder `output`. Needs a running Ray.
 
     start: what `start_of` gave, if it was asked before. label_map: which labels became which
-    class. provenance: JSON-able facts for the model folder, as the label file's name. on_start:
-    called once before training, with the run's name and the history rows that a crashed run of it
-    left. on_epoch: called with each history row while training runs, from another thread; a
-    resumed run begins with its first new epoch. Raises `UserError` where the output has a model, a
-    class lacks films, the first weights cannot be had, the cluster is too small or the training
-    fails, or the same training is at work; `ValueError` for settings the network refuses.
+    class. left_out: images of labels that became none; see `manifest.left_out`. provenance:
+    JSON-able facts for the model folder, as the label file's name. on_start: called once before
+    training, with the run's name and the history rows that a crashed run of it left. on_epoch:
+    called with each history row while training runs, from another thread; a resumed run begins
+    with its first new epoch. Raises `UserError` where the output has a model, a class lacks films,
+    the first weights cannot be had, the cluster is too small or the training fails, or the same
+    training is at work; `ValueError` for settings the network refuses.
     """
     _refuse_model(output, "give another --output")
     counts = count_films(data, settings)
@@ -154,6 +157,12 @@ def fit(
             "data": {
                 "fingerprint": data.fingerprint,
                 "images": counts,
+                "left_out": {
+                    "labels": dict(left_out or {}),
+                    "unreadable": dict(
+                        Counter([*data.unreadable["split"], *data.rejected["split"]])
+                    ),
+                },
                 "unknown_patients": int(data.images["patient_id"].isna().sum()),
             },
             "weights": start.weights,

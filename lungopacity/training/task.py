@@ -14,6 +14,7 @@ from lungopacity.dataset.manifest import (
     assign_splits,
     check_contents,
     check_patients,
+    left_out,
     read_labels,
     select_classes,
 )
@@ -39,6 +40,8 @@ class TrainingTask:
     frame: pd.DataFrame
     """Labels of the train and validation splits."""
     label_map: dict[str, str]
+    left_out: dict[str, dict[str, int]]
+    """Images of labels that no class has; see `manifest.left_out`."""
     settings: TrainingSettings
     accepted: frozenset[ErrorCode]
     rejecting: frozenset[str]
@@ -92,13 +95,14 @@ def training_task(
     except ValueError as error:
         raise UserError(option_of(str(error))) from error
     _check_network(chosen, len(names), words)
+    others = left_out(frame, label_map)
     frame = select_classes(frame, label_map, labels)
     frame = assign_splits(frame, labels, chosen.seed)
     check_patients(frame, labels)
     # The test split is for `evaluate`. What training never loads, it cannot look at.
     frame = frame[frame["split"] != "test"].reset_index(drop=True)
     return TrainingTask(
-        images, labels, classes, words, frame, label_map, chosen, accepted, rejecting
+        images, labels, classes, words, frame, label_map, others, chosen, accepted, rejecting
     )
 
 

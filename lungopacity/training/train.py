@@ -96,6 +96,7 @@ def train(
                 output,
                 start=start,
                 label_map=task.label_map,
+                left_out=task.left_out,
                 provenance=task.provenance(),
                 on_start=lambda run, earlier: logs.start(run, chosen, output, earlier),
                 on_epoch=show,

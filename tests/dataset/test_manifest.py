@@ -10,6 +10,7 @@ from lungopacity.dataset.manifest import (
     assign_splits,
     check_contents,
     check_patients,
+    left_out,
     read_labels,
     select_classes,
 )
@@ -179,6 +180,15 @@ def test_other_classes_are_left_out_and_a_missing_one_refused():
         UserError, match=r"no image of class 'COVID'; the labels have Normal \(78\)"
     ):
         select_classes(frame, {"Normal": "Normal", "COVID": "COVID"}, URI)
+
+
+def test_what_is_of_no_class_is_counted_by_split_and_label():
+    frame = labels(4, 1).assign(label=["Normal", "TB", "TB", "Lung_Opacity"])
+    classes = {"Normal": "Normal", "Healthy": "Normal"}
+    assert left_out(frame, classes) == {"no split": {"TB": 2, "Lung_Opacity": 1}}
+    frame = frame.assign(split=["train", "train", "test", "test"])
+    assert left_out(frame, classes) == {"train": {"TB": 1}, "test": {"TB": 1, "Lung_Opacity": 1}}
+    assert left_out(frame.head(1), classes) == {}
 
 
 def test_merged_classes_need_one_of_their_labels_alone():

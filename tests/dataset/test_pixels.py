@@ -145,6 +145,7 @@ def test_a_few_unreadable_films_are_left_out_and_many_are_refused(tmp_path, capl
         "2 of 50 labelled images are left out (not_an_image: 1, poor_quality: 1); "
         "LUNGOPACITY_DEBUG=1 names them"
     ]
+    assert data.unreadable["split"].tolist() == frame.loc[7:7, "split"].tolist()
     assert "left out: 7.png (not_an_image: " in caplog.text
     assert "7.png" not in set(data.images["image"])
     assert len(data.pixels_NHW) == len(data.labels_N) == 48

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from lungopacity.evaluation.card import model_card
+from lungopacity.evaluation.claim import ITEMS, answered, left_open
 from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.report import EvaluationResult
 from lungopacity.models import OperatingPoint
@@ -31,9 +33,17 @@ METRICS = [
 ]
 
 
+def check_items(card):
+    """Every item of CLAIM is answered or listed as open, once."""
+    told = answered(card) + [int(word) for word in re.findall(r"(?m)^- (\d+): \S", card)]
+    assert sorted(told) == list(range(1, ITEMS + 1))
+
+
 def test_the_card_tells_what_was_measured():
     spec = replace(
         tiny_model().spec,
+        architecture_settings={"channels": [8, 16, 32], "convolutions": [1, 2, 3]},
+        metrics={"auc": 0.98, "expected_calibration_error": 0.02},
         label_map={"Healthy": "Normal", "Lung_Opacity": "Lung_Opacity"},
         operating_points={
             "sensitivity=0.95": OperatingPoint(0.21, chosen_by="x on validation"),
@@ -50,6 +60,13 @@ def test_the_card_tells_what_was_measured():
                 "images": {
                     "train": {"Normal": 2200, "Lung_Opacity": 2038},
                     "test": {"Normal": 0, "Lung_Opacity": 0},
+                },
+                "left_out": {
+                    "labels": {
+                        "train": {"Not_Normal": 1100, "TB": 3},
+                        "validation": {"Not_Normal": 348},
+                    },
+                    "unreadable": {"train": 2},
                 },
             },
         },
@@ -97,7 +114,15 @@ def test_the_card_tells_what_was_measured():
     assert "95 % intervals [29]: by counting. 7 films name no patient; each counts as one." in lines
     assert "read by no training. 12 films name no patient; each counts as one." in card
     assert "positive from 0.2100; x on validation" in card
-    assert "40 to 42" in card
+    check_items(card)
+    assert not {10, 24, 25, 26, 33, 34, 35} & set(left_open(card))
+    assert "- 41: where its protocol can be read" in lines
+    assert (
+        "- Left out of training [10, 33]: of no class, train: 1,100 Not_Normal, 3 TB; of no class, "
+        "validation: 348 Not_Normal; not to be read, or rejected, train: 2"
+    ) in lines
+    assert "films as of the labels Not_Normal, TB, which it never saw." in card
+    assert "chosen and calibrated: auc 0.9800, expected calibration error 0.0200." in card
 
 
 def test_a_model_of_which_little_is_known_has_a_card_too():
@@ -114,6 +139,8 @@ def test_a_model_of_which_little_is_known_has_a_card_too():
     assert "name no patient" not in card
     assert "Trained on synthetic films" in card
     assert "nothing to form subgroups" in card
+    check_items(card)
+    assert {10, 24, 25, 26, 30, 33, 34, 35} <= set(left_open(card))
 
 
 def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
@@ -127,7 +154,11 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
         preprocessing=Preprocessing(image_size=224, crop_borders=True),
         training={
             "members": [
-                {"weights": {"source": "ImageNet, from a package", "licence": "Apache-2.0"}},
+                {
+                    "weights": {"source": "ImageNet, from a package", "licence": "Apache-2.0"},
+                    "settings": {"epochs": 8, "batch_size": 32, "seed": 1},
+                    "best_epoch": 6,
+                },
                 {"weights": None},
                 {},
             ]
@@ -145,10 +176,18 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
     )
     lines = card.splitlines()
     assert (
-        f"  - efficientnet-lite0 {'a' * 16}, 224 px; first weights [24]: ImageNet, from a package; "
-        "licence: Apache-2.0"
+        f"  - efficientnet-lite0 {'a' * 16}, 224 px; first weights: ImageNet, from a package; "
+        "licence: Apache-2.0; 8 epochs, batches of 32, seed 1, epoch 6 kept"
     ) in lines
-    assert f"  - cov-net {'a' * 16}, 224 px; first weights [24]: drawn at random" in lines
+    assert f"  - cov-net {'a' * 16}, 224 px; first weights: drawn at random" in lines
+    check_items(card)
+    assert {24, 25, 26} <= set(left_open(card))  # of two members nobody knows
+    known = replace(spec, training={"members": [spec.training["members"][0]] * 3})
+    told = model_card(
+        known, "0" * 16, [], split="test", unreadable=0, unknown_patients=0, intervals="none"
+    )
+    assert "- Members [24, 25, 26, 27]: the mean of their calibrated logits counts" in told
+    check_items(told)
     assert f"  - efficientnet-lite0 {'a' * 16}, 96 px" in lines
     assert (
         "- Input [9]: one grey channel, 224 x 224 pixels, black borders cut away, the aspect"

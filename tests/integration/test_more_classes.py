@@ -77,7 +77,8 @@ def test_four_classes_train_evaluate_go_together_and_screen(tmp_path) -> None:
     )
     assert all(f"\n{name} " in table and name in card and name in figure for name in NAMES)
     assert "COVID as Infection" in card
-    assert "TB" not in table + card + figure
+    assert "TB" not in table + figure
+    assert "of no class, train: 16 TB; of no class, validation: 8 TB" in card
     for name in ("confusion_matrix", "roc", "precision_recall", "reliability", "history"):
         assert (tmp_path / "report" / f"{name}.png").exists()
 

@@ -68,7 +68,7 @@ def _labelled(pixels_NHW: np.ndarray, labels_N: np.ndarray, split_N: np.ndarray)
         split_N=split_N,
         class_names=CLASS_NAMES,
         images=images,
-        unreadable=pd.DataFrame(columns=["image", "error_code", "error_message"]),
-        rejected=pd.DataFrame(columns=["image", "error_code", "error_message"]),
+        unreadable=pd.DataFrame(columns=["image", "split", "error_code", "error_message"]),
+        rejected=pd.DataFrame(columns=["image", "split", "error_code", "error_message"]),
         synthetic=True,
     )

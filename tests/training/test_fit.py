@@ -55,6 +55,7 @@ def run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
         EVERYTHING,
         output,
         label_map={"Healthy": "Normal", "Lung_Opacity": "Lung_Opacity"},
+        left_out={"train": {"TB": 3}},
         provenance={"labels": "labels.csv"},
         on_epoch=lambda row: seen.append(row["epoch"]),
     )
@@ -109,6 +110,8 @@ def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
     assert spec.training["settings"]["epochs"] == 6
     assert spec.training["data"]["fingerprint"] == FILMS.fingerprint
     assert spec.training["data"]["images"]["train"] == {"Normal": 48, "Lung_Opacity": 48}
+    left_out = {"labels": {"train": {"TB": 3}}, "unreadable": {}}
+    assert spec.training["data"]["left_out"] == left_out
     assert spec.training["provenance"] == {"labels": "labels.csv"}
     assert spec.training["best_epoch"] == run.result.best_epoch
     assert spec.operating_point.images == 41
