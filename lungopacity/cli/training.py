@@ -143,7 +143,7 @@ def train(classes: str, **options: Any) -> int:
     "--time-budget-s", type=float, default=None, help="What it cuts short runs in the next call."
 )
 def tune(classes: str, **options: Any) -> int:
-    """Search for better settings by validation loss, on all CPUs or GPUs of the cluster.
+    """Search for better settings by the calibrated validation loss, on the cluster's CPUs or GPUs.
 
     The same command goes on where a crashed one stopped; one of more --trials adds them. best.json
     says the command that trains the best.

@@ -31,10 +31,14 @@ twice; out of time: cut short by the time budget, and run anew by the next call.
 _SOUND = (DONE, STOPPED, OUT_OF_TIME)
 """What of them training gives a model of; it discards a run that diverges, whole."""
 
+OBJECTIVE = "calibrated_loss"
+"""What decides: of the epoch that training would keep, that of the lowest validation loss."""
+
 # None by the name of a setting: what is searched has columns, too.
 _FIGURES = [
     pa.field("epochs_trained", pa.int64(), nullable=False),
     pa.field("best_epoch", pa.int64()),
+    pa.field("calibrated_loss", pa.float64()),
     pa.field("validation_loss", pa.float64()),
     pa.field("validation_accuracy", pa.float64()),
     pa.field("validation_auc", pa.float64()),
@@ -110,7 +114,7 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
         kept = {**row, "notice": NOTICE}
         self._store.write(f"trials/{number:05}.json", json.dumps(kept).encode())
         best = best_of(self.rows.values())
-        self.on_row("" if best is None else f"lowest validation loss {best['validation_loss']:.4f}")
+        self.on_row("" if best is None else f"lowest calibrated loss {best[OBJECTIVE]:.4f}")
 
     def _row(self, number: int, status: str, error: str | None) -> dict[str, Any]:
         epochs = [row for row in self._epochs.get(number, []) if not row.get("diverged")]
@@ -123,7 +127,7 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
             "best_epoch": best.get("epoch"),
             **{
                 name: best.get(name)
-                for name in ("validation_loss", "validation_accuracy", "validation_auc")
+                for name in (OBJECTIVE, "validation_loss", "validation_accuracy", "validation_auc")
             },
             "seconds": round(sum(row["seconds"] for row in epochs), 1),
             "error": error,
@@ -131,22 +135,22 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
 
 
 def best_of(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The row of the lowest validation loss, of those that training gives a model of."""
+    """The row of the lowest calibrated loss, of those that training gives a model of."""
     sound = [row for row in rows if row["status"] in _SOUND]
     return min(sound, key=_rank, default=None)
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[bool, bool, float, int]:
-    loss = row["validation_loss"]
+    loss = row[OBJECTIVE]
     return row["status"] not in _SOUND, loss is None, loss or 0.0, row["trial"]
 
 
 def trials_table(rows: Iterable[Mapping[str, Any]], space: Mapping[str, Domain]) -> pa.Table:
-    """The lowest validation loss first; last, and alike, those that diverged or failed.
+    """The lowest calibrated loss first; last, and alike, those that diverged or failed.
 
     Columns: trial, status; one for each setting that is searched, null where the recipe's own value
-    was tried; epochs_trained, best_epoch; validation_loss (nats), validation_accuracy,
-    validation_auc (0 … 1) of that epoch; seconds (of training), error.
+    was tried; epochs_trained, best_epoch; calibrated_loss, validation_loss (nats),
+    validation_accuracy, validation_auc (0 … 1) of that epoch; seconds (of training), error.
     """
     kinds = {name: domain.arrow_type for name, domain in space.items()}
     schema = pa.schema(

@@ -2,7 +2,9 @@
 
 Films are decoded once and lie in Ray's object store. A trial is one process on one CPU or GPU, so
 none ever waits for another; ASHA (Li et al. 2020, arXiv:1810.05934) stops those that lag behind
-others at the same epoch. What decides is the validation loss: the test split is not even loaded.
+others at the same epoch. What decides is the validation loss after calibration, which the model
+folder would deliver: smoothing, mixup and decay move the confidence, too, and that is taken out
+again. The test split is not even loaded.
 
     search.json          what is searched; another search wants another output
     trials/00007.json    a finished trial, so that the same command goes on after a crash
@@ -37,17 +39,22 @@ from lungopacity.progress import Progress
 from lungopacity.runtime import capacity, ray_session, require_resources, resolve_gpu, versions
 from lungopacity.storage import ConflictError, Store, open_store
 from lungopacity.storage.probe import check_writable
-from lungopacity.training.calibrate import calibrate
+from lungopacity.training.calibrate import calibrate, shares_shifted
 from lungopacity.training.fit import count_films, films_of, first_tensors
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.search_space import Domain, draw, search_space, with_draw
 from lungopacity.training.settings import TrainingSettings
 from lungopacity.training.task import DEFAULT_CLASSES, training_task
-from lungopacity.training.trials import Trials, best_of, train_arguments, trials_table
+from lungopacity.training.trials import (
+    OBJECTIVE,
+    Trials,
+    best_of,
+    train_arguments,
+    trials_table,
+)
 
 log = logging.getLogger(__name__)
 
-_OBJECTIVE = "validation_loss"
 _REDUCTION = 3
 """ASHA lets the best third of each rung go on."""
 
@@ -224,7 +231,7 @@ def _run(
             ray_tune.with_resources(run, resources),
             param_space={"trial": ray_tune.grid_search(list(waiting))},
             tune_config=ray_tune.TuneConfig(
-                metric=_OBJECTIVE,
+                metric=OBJECTIVE,
                 mode="min",
                 scheduler=AsyncHyperBandScheduler(
                     time_attr="epoch",
@@ -267,6 +274,7 @@ def _trial(
     own = with_draw(settings, draw(space, settings.seed, config["trial"]))
     films: Films = ray.get(shared["films"])
     labels_V = films.labels_N[films.validation]
+    shifted = shares_shifted(own.class_balance, films.labels_N[films.train], labels_V)
     first = None if shared["first"] is None else ray.get(shared["first"])
     # Of the GPUs Ray shows a process only its own.
     device = torch.device("cuda:0" if settings.use_gpu else "cpu")
@@ -274,11 +282,11 @@ def _trial(
         torch.set_num_threads(threads)
 
     def report(row: dict[str, Any], logits_VK: torch.Tensor, _: object) -> None:
-        found = calibrate(logits_VK.numpy(), labels_V, positive)
-        ray_tune.report({**row, "validation_auc": found.metrics["auc"]})
+        found = calibrate(logits_VK.numpy(), labels_V, positive, shifted=shifted).metrics
+        ray_tune.report({**row, OBJECTIVE: found["loss"], "validation_auc": found["auc"]})
 
     # Ray Train itself refuses to run within Tune; of a single process it has no need.
     worker = Worker(own, films, rank=0, workers=1, device=device)
     diverged = learn(worker, first, None, report)
     if diverged:
-        ray_tune.report({"epoch": diverged, _OBJECTIVE: float("inf"), "diverged": True})
+        ray_tune.report({"epoch": diverged, OBJECTIVE: float("inf"), "diverged": True})

@@ -26,12 +26,19 @@ from tests.training.blobs import blob_films
 SEARCH = {"learning_rate": "log:1e-4:1e-2", "label_smoothing": "uniform:0:0.3"}
 
 
-def tell(known: Trials, number: int, *losses: float, end: str = "complete") -> None:
-    """The validation loss of each epoch of a trial, and its end: none is of the time budget. Of an
-    epoch that is no number Tune gets no more."""
+def tell(
+    known: Trials,
+    number: int,
+    *losses: float,
+    end: str = "complete",
+    overconfidence: float = 0.0,
+) -> None:
+    """The calibrated loss of each epoch of a trial, by how much its raw one is higher, and its end:
+    none is of the time budget. Of an epoch that is no number Tune gets no more."""
     trial = SimpleNamespace(config={"trial": number}, pickled_error_file=None)
     for epoch, loss in enumerate(losses, start=1):
-        row = {"epoch": epoch, "validation_loss": loss, "seconds": 1.0}
+        row = {"epoch": epoch, "calibrated_loss": loss, "seconds": 1.0}
+        row["validation_loss"] = loss + overconfidence
         known.on_trial_result(0, [], trial, {**row, **({"diverged": True} if loss == inf else {})})
     if end:
         getattr(known, f"on_trial_{end}")(0, [], trial)
@@ -133,7 +140,7 @@ def test_no_trial_that_diverged_or_failed_is_the_best(known) -> None:
     tell(known, 2, 0.5, 0.33, end="error")
     assert best_of(known.rows.values()) is None
     tell(known, 0, 0.39, 0.38, 0.37, 0.36)
-    assert said == ["", "", "lowest validation loss 0.3600"]
+    assert said == ["", "", "lowest calibrated loss 0.3600"]
     rows = trials_table(known.rows.values(), known.space).to_pylist()
     assert [(row["trial"], row["status"]) for row in rows] == [
         (0, "done"),
@@ -142,6 +149,15 @@ def test_no_trial_that_diverged_or_failed_is_the_best(known) -> None:
     ]
     assert rows[1]["validation_loss"] == 0.30  # of its epoch before
     assert best_of(known.rows.values()) == known.rows[0]
+
+
+def test_no_trial_is_worse_for_a_confidence_that_calibration_takes_away(known) -> None:
+    tell(known, 0, 0.4, 0.3, overconfidence=0.2)
+    tell(known, 1, 0.4, 0.35)
+    assert best_of(known.rows.values())["trial"] == 0
+    rows = trials_table(known.rows.values(), known.space).to_pylist()
+    assert [row["calibrated_loss"] for row in rows] == [0.3, 0.35]
+    assert rows[0]["validation_loss"] == 0.5
 
 
 def test_a_search_of_which_every_trial_diverges_has_no_best(search, monkeypatch, tmp_path) -> None:

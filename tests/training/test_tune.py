@@ -86,10 +86,11 @@ def test_every_trial_is_a_row_whatever_became_of_it(searched: Search) -> None:
 
 def test_the_best_trial_comes_first_and_says_what_it_earned(searched: Search) -> None:
     rows = searched.result.trials.to_pylist()
-    losses = [row["validation_loss"] for row in rows if row["validation_loss"] is not None]
+    losses = [row["calibrated_loss"] for row in rows if row["calibrated_loss"] is not None]
     assert losses == sorted(losses)
     assert 1 <= rows[0]["best_epoch"] <= rows[0]["epochs_trained"] <= 4
     assert 0 <= rows[0]["validation_auc"] <= 1
+    assert rows[0]["calibrated_loss"] <= 1.001 * rows[0]["validation_loss"]
     assert searched.rows[0]["learning_rate"] is None  # the recipe's own
     assert searched.rows[1]["learning_rate"] == 0.004
     written = open_store(searched.output)
