@@ -55,7 +55,11 @@ def labels(
 @images_option
 @labels_option
 @click.option("--classes", default=None, help="As for train. Default: every label.")
-@click.option("--positive-class", default=None, help="As for train.")
+@click.option(
+    "--positive-class",
+    default=None,
+    help="Whose shortcuts to look for. Default: each class's; of two, as for train.",
+)
 @click.option("--output", metavar="URI", default=None, help="Where audit.json goes.")
 @click.option(
     "--by",

@@ -64,7 +64,9 @@ class Audit:
     """Films without a patient: whether they are torn cannot be known."""
     copies: tuple[Copies, ...]
     shortcuts: tuple[Shortcut, ...]
-    positive_class: str
+    """Of each class that was tried against the rest."""
+    positive_class: str | None
+    """The one that was tried; None: each."""
     intervals: str
     """How the 95 % intervals were made."""
     split_given: bool
@@ -100,14 +102,21 @@ class Audit:
                 f"{pair.second} ({pair.labels[1]}, {pair.splits[1]})"
                 for pair in [*self.leaking, *self.conflicts][:10]
             ),
-            f"AUC for {self.positive_class} of what does not look at the lungs",
+            f"AUC for {self.positive_class or 'the class told best'} of what does not look at the "
+            "lungs",
             f"(95 % intervals: {self.intervals}):",
         ]
-        for item in self.shortcuts:
+        for item in self._highest():
             interval = "" if item.ci_low is None else f" ({item.ci_low:.3f} to {item.ci_high:.3f})"
             warning = "  <- a model may live on it" if item.auc >= SUSPICIOUS_AUC else ""
-            lines.append(f"  {item.fact:28}{item.auc:.3f}{interval}{warning}")
+            of = "" if self.positive_class else f" for {item.class_name}"
+            lines.append(f"  {item.fact:28}{item.auc:.3f}{interval}{of}{warning}")
         return "\n".join([*lines, self._verdict(), NOTICE])
+
+    def _highest(self) -> Iterator[Shortcut]:
+        """Of each fact, of the class that it tells best."""
+        for fact in dict.fromkeys(item.fact for item in self.shortcuts):
+            yield max((s for s in self.shortcuts if s.fact == fact), key=lambda item: item.auc)
 
     def _verdict(self) -> str:
         parts = ["leakage found" if self.leaks else "no leakage found"]
@@ -143,9 +152,10 @@ def audit(
     """Read every labelled film once, small, and look for what would flatter a model.
 
     images, labels: as for training; None of `classes` takes every label as one. `positive_class`:
-    None takes Lung_Opacity where it is one of them, else the last. `output`: URI of a folder for
-    audit.json. `by`: columns of the labels to try as predictors of the label, besides view, sex,
-    age and `site`: see `subgroups`. Raises `UserError`.
+    whose shortcuts are looked for; None takes each of more than two classes, of two Lung_Opacity
+    or else the last. `output`: URI of a folder for audit.json. `by`: columns of the labels to try
+    as predictors of the label, besides view, sex, age and `site`: see `subgroups`. Raises
+    `UserError`.
     """
     check_columns(by)
     accepted, rejecting = rules_from(accept, reject_quality)
@@ -153,8 +163,10 @@ def audit(
     known = sorted(frame["label"].unique())
     label_map = classes_of_labels(known if classes is None else classes, known)
     names = class_names_of(label_map)
-    positive = positive_class or ("Lung_Opacity" if "Lung_Opacity" in names else names[-1])
-    if positive not in names:
+    positive = positive_class
+    if positive is None and len(names) == 2:
+        positive = "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
+    if positive is not None and positive not in names:
         raise UserError(
             f"positive class '{positive}' is none of the classes ({', '.join(names)}); give one of "
             "them as --positive-class"
@@ -172,7 +184,7 @@ def audit(
     with ray_session():
         data = load_pixels(images, frame, names, rules, labels)
     resampling = Resampling.of(data.images["patient_id"].tolist())
-    positive_N = (data.images["label"] == positive).to_numpy(bool)
+    told = told.loc[data.images["image"]]
     found = Audit(
         images=len(data.images),
         unreadable=len(data.unreadable),
@@ -180,7 +192,11 @@ def audit(
         torn_patients=_torn(data.images),
         unknown_patients=int(data.images["patient_id"].isna().sum()),
         copies=tuple(_copies(data)),
-        shortcuts=tuple(shortcuts_of(data, positive_N, told.loc[data.images["image"]], resampling)),
+        shortcuts=tuple(
+            shortcut
+            for name in (names if positive is None else [positive])
+            for shortcut in shortcuts_of(data, name, told, resampling)
+        ),
         positive_class=positive,
         intervals=resampling.described(),
         split_given=split_given,

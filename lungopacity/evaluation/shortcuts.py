@@ -30,9 +30,10 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class Shortcut:
-    """How well one fact alone tells the positive class from the rest, on films it has not seen."""
+    """How well one fact alone tells a class from the rest, on films it has not seen."""
 
     fact: str
+    class_name: str
     values: int
     auc: float
     ci_low: float | None
@@ -44,18 +45,26 @@ class Shortcut:
 
 def shortcuts_of(
     data: LabelledPixels,
-    positive_N: npt.NDArray[np.bool_],
+    class_name: str,
     told: pd.DataFrame,
     resampling: Resampling,
 ) -> Iterator[Shortcut]:
     """Of each fact that differs between the films.
 
-    positive_N: which are of the positive class. told: what the labels alone tell, a column a fact
+    class_name: which is told from the others. told: what the labels alone tell, a column a fact
     and a row a film. resampling: of their patients.
     """
+    positive_N = data.labels_N == data.class_names.index(class_name)
     if not positive_N.any() or positive_N.all():
         return
     frame = data.images
+
+    def tried(fact: str, values: int, known: int, scores_N: npt.NDArray[np.float64]) -> Shortcut:
+        drawn = [weighted_auc(positive_N, scores_N, weights) for weights in resampling.weights()]
+        low, high = percentile_interval(np.concatenate(drawn))
+        auc, method = roc_auc(positive_N, scores_N).value, None if low is None else "bootstrap"
+        return Shortcut(fact, class_name, values, auc, low, high, known, method)
+
     patients = frame["patient_id"].fillna("image " + frame["image"]).to_numpy(str)
     if len(set(patients)) < 2 or len(frame) < 3:
         log.warning("too few patients or films: nothing can be tried on others")
@@ -65,7 +74,7 @@ def shortcuts_of(
         if len({value for value in values if value is not None}) < 2:
             continue
         scores_N, seen = _rates(values, positive_N, patients)
-        yield _tried(fact, seen, int(known_N.sum()), positive_N, scores_N, resampling)
+        yield tried(fact, seen, int(known_N.sum()), scores_N)
     of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
     if min(of_kind) < 2:
         log.warning(
@@ -73,22 +82,7 @@ def shortcuts_of(
         )
         return
     scores_N = _border_scores(data.pixels_NHW, positive_N, patients)
-    border = "border of the film alone"
-    yield _tried(border, 0, len(positive_N), positive_N, scores_N, resampling)
-
-
-def _tried(
-    fact: str,
-    values: int,
-    n: int,
-    positive_N: npt.NDArray[np.bool_],
-    scores_N: npt.NDArray[np.float64],
-    resampling: Resampling,
-) -> Shortcut:
-    drawn = [weighted_auc(positive_N, scores_N, weights_RN) for weights_RN in resampling.weights()]
-    low, high = percentile_interval(np.concatenate(drawn))
-    auc = roc_auc(positive_N, scores_N).value
-    return Shortcut(fact, values, auc, low, high, n, None if low is None else "bootstrap")
+    yield tried("border of the film alone", 0, len(positive_N), scores_N)
 
 
 def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image
 
 import lungopacity
+import lungopacity.evaluation.audit as auditing
 from lungopacity.cli import main
 from lungopacity.dataset.manifest import assign_splits
+from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.audit import near_pairs, perceptual_hashes
 from lungopacity.storage import open_store
@@ -115,6 +118,35 @@ def test_a_border_that_knows_the_label_is_found(tmp_path):
     assert aucs["border of the film alone"] > 0.95
     assert aucs["site"] == aucs["scanner"] == 1
     assert "note" not in aucs  # nobody asked for it
+
+
+@pytest.mark.parametrize("positive", [None, "Lung_Opacity"])
+def test_each_of_three_classes_is_told_from_the_rest(tmp_path, monkeypatch, positive):
+    """Without a cluster: what is read is made up."""
+
+    def made_up(_uris, frame, names, _rules, _labels):
+        images = frame.assign(
+            content_sha256=frame["image"], source="x.tar", format="png", rows=64, columns=64,
+            photometric_interpretation=None,
+        )  # fmt: skip
+        pixels = np.random.default_rng(0).integers(0, 256, (len(frame), 64, 64), dtype=np.uint8)
+        labels_N = frame["label"].map(list(names).index).to_numpy()
+        return LabelledPixels(
+            pixels, labels_N, frame["split"].to_numpy(str), names, images, frame[:0], False
+        )
+
+    monkeypatch.setattr(auditing, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(auditing, "load_pixels", made_up)
+    labels = ["COVID", "Lung_Opacity", "Normal"] * 20
+    sites = [{"COVID": "A"}.get(label, "BC"[n % 2]) for n, label in enumerate(labels)]
+    frame = pd.DataFrame({"image": [f"{n}.png" for n in range(60)], "label": labels})
+    frame.assign(split="test", site=sites).to_csv(tmp_path / "labels.csv", index=False)
+    found = auditing.audit(["films"], str(tmp_path / "labels.csv"), positive_class=positive)
+    of_site = {item.class_name: item.auc for item in found.shortcuts if item.fact == "site"}
+    assert set(of_site) == ({positive} if positive else set(labels))
+    told = next(line for line in found.summary().splitlines() if line.startswith("  site "))
+    assert told.endswith("for COVID  <- a model may live on it") == (positive is None)
+    assert found.positive_class == positive
 
 
 def test_a_positive_class_that_is_none_is_refused(tmp_path):

@@ -39,7 +39,7 @@ def found_in(positives: int, negatives: int, films: int, **told: object) -> dict
         False,
     )
     resampling = Resampling.of(frame["patient_id"].tolist())
-    found = shortcuts_of(data, positive_N, pd.DataFrame(told, index=frame["image"]), resampling)
+    found = shortcuts_of(data, "b", pd.DataFrame(told, index=frame["image"]), resampling)
     return {item.fact: item for item in found}
 
 
