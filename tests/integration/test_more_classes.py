@@ -21,10 +21,10 @@ from lungopacity.models import (
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
 
-WORDS = "Normal,COVID+Viral_Pneumonia=Infection,Lung_Opacity,Not_Normal,-TB"
-NAMES = ["Normal", "Infection", "Lung_Opacity", "Not_Normal"]
+WORDS = "Normal,COVID+Viral_Pneumonia=Infection,Lung_Opacity,Not_Normal,Effusion,-TB"
+NAMES = ["Normal", "Infection", "Lung_Opacity", "Not_Normal", "Effusion"]
 CLASS_OF = {"COVID": "Infection", "Viral_Pneumonia": "Infection"}
-LABELS = ["Normal", "COVID", "Viral_Pneumonia", "Lung_Opacity", "Not_Normal", "TB"]
+LABELS = ["Normal", "COVID", "Viral_Pneumonia", "Lung_Opacity", "Not_Normal", "TB", "Effusion"]
 FILMS = {"train": 16, "validation": 8, "test": 6}
 """Of each label."""
 
@@ -50,7 +50,7 @@ def check_scores(rows: pd.DataFrame) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_four_classes_train_evaluate_go_together_and_screen(tmp_path) -> None:
+def test_five_classes_train_evaluate_go_together_and_screen(tmp_path) -> None:
     write_films(tmp_path)
     films, labels, model = (str(tmp_path / name) for name in ("archive", "labels.csv", "model"))
     options = (
@@ -63,9 +63,10 @@ def test_four_classes_train_evaluate_go_together_and_screen(tmp_path) -> None:
     trained = load_model(model)
     assert (list(trained.spec.class_names), trained.spec.positive_class) == (NAMES, "Lung_Opacity")
     assert trained.spec.class_biases is not None
+    assert len(trained.spec.class_biases) == 5
 
     report = lungopacity.evaluate(model, [films], labels, str(tmp_path / "report"))
-    assert report.images == 30
+    assert report.images == 36
     assert report.value("support", "Infection") == 12
     assert report.value("accuracy") > 0.6
     for metric in ("precision", "recall", "f1", "specificity", "roc_auc", "average_precision"):
