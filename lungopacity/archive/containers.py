@@ -54,6 +54,12 @@ def is_container(head: bytes, name: str = "") -> bool:
     return _kind(head, name) is not None
 
 
+def alone_in(name: str) -> str:
+    """The name of the file in a compressed one of this name that holds no shard."""
+    stem, suffix = posixpath.splitext(name)
+    return stem if suffix.lower() in _COMPRESSED_SUFFIXES else name
+
+
 def members(
     file: IO[bytes], name: str, limits: DecodeLimits, wanted: Wanted | None = None
 ) -> Iterator[Member]:
@@ -197,9 +203,7 @@ def _compressed_entries(chunks: Iterator[bytes], name: str, meter: Meter) -> Ite
     if kind_of(head) is Kind.TAR or name.lower().endswith(TAR_SUFFIXES):
         yield from tar_entries(stream, meter, forward=True)
     else:
-        stem, suffix = posixpath.splitext(name)
-        inner = stem if suffix.lower() in _COMPRESSED_SUFFIXES else name
-        yield Entry(inner, None, lambda: stream, alone=False)
+        yield Entry(alone_in(name), None, lambda: stream, alone=False)
 
 
 def _take(reader: io.BufferedIOBase, size: int, head: bytes = b"") -> bytes:

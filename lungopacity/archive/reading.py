@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from lungopacity.archive.containers import is_container, members
+from lungopacity.archive.containers import alone_in, is_container, members
 from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.decoder import borrowed_decoder
 from lungopacity.archive.names import Wanted
@@ -75,7 +75,7 @@ class _File:
 
     @property
     def name(self) -> str:
-        return str(self.columns.get("member") or self.columns["image"])
+        return str(self.columns.get("member") or alone_in(self.columns["image"]))
 
 
 @dataclass
@@ -297,6 +297,8 @@ def _unpacked(
         for index, name, data in members(file, source["image"], settings.limits, wanted):
             files += 1
             columns = {**source, "member": name, "member_index": index}
+            if name == alone_in(source["image"]):
+                del columns["member"]  # a compressed film is the object itself, and has its key
             if isinstance(data, bytes):
                 yield _File(columns, data, of=found)
             elif data is not None:

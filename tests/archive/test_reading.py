@@ -37,6 +37,15 @@ def images(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["shard_rows"] is None]
 
 
+@pytest.mark.parametrize("name", ["a/x.png.gz", "night"])
+def test_a_compressed_film_has_its_key_for_its_name(store_uri, name):
+    open_store(store_uri).write(name, gzip.compress(encoded(grey_film())))
+    open_store(store_uri).write("notes.csv.gz", gzip.compress(b"image,label\n" * 50))
+    film, notes = sorted(images(read(store_uri)), key=lambda row: row["status"])
+    assert (film["image"], film["member"], film["status"]) == (name, None, "ok")
+    assert (notes["member"], notes["status"]) == (None, "rejected")
+
+
 def test_every_object_has_a_row_with_its_facts(store_uri):
     film = grey_film()
     data = encoded(film)

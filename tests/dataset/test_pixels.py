@@ -1,3 +1,5 @@
+import gzip
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -89,11 +91,15 @@ def test_films_are_found_whose_folder_the_labels_do_not_know(tmp_path):
         store.write(name, encoded(grey_film(number)))
     shard = {f"./images/{n}.png": encoded(grey_film(n)) for n in (3, 4)}
     store.write("x.tar", tar(shard))
-    names = ["1.png", "2.png", "3.png", "images/4.png"]
+    store.write("packed/5.png.gz", gzip.compress(encoded(grey_film(5))))
+    store.write("packed/6.png.gz", gzip.compress(encoded(grey_film(6))))
+    names = ["1.png", "2.png", "3.png", "images/4.png", "packed/5.png.gz", "6.png.gz"]
     data = load([str(tmp_path / "a")], labels_of(tmp_path, names))
     assert data.images["image"].tolist() == names
-    assert data.images["source"].tolist() == ["1.png", "images/2.png", "x.tar", "x.tar"]
-    for pixels, number in zip(data.pixels_NHW, (0, 2, 3, 4), strict=True):
+    assert data.images["source"].tolist() == [
+        *("1.png", "images/2.png", "x.tar", "x.tar", "packed/5.png.gz", "packed/6.png.gz"),
+    ]
+    for pixels, number in zip(data.pixels_NHW, (0, 2, 3, 4, 5, 6), strict=True):
         np.testing.assert_array_equal(pixels, PREPROCESSING.square(grey_film(number)))
     store.write("copies/3.png", encoded(grey_film(3)))
     said = r"labels\.csv: .*, as 3\.png may be \./images/3\.png or copies/3\.png; write whole keys"
