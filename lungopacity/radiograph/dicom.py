@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.radiograph.colour import coloured_fraction, luminance
+from lungopacity.radiograph.colour import coloured_fraction, deep_luminance, luminance
 from lungopacity.radiograph.dicom_frames import (
     frames_held,
     is_compressed,
@@ -31,6 +31,7 @@ from lungopacity.radiograph.dicom_header import (
     is_image_class,
 )
 from lungopacity.radiograph.film import DecodeLimits, Radiograph
+from lungopacity.radiograph.grey import stretch_to_uint8
 
 # pydicom warns with the offending value in the text. Values may be names, so nothing is passed on.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -224,6 +225,8 @@ def _complete(dataset: Any) -> None:
     for keyword, usual in (("SamplesPerPixel", 1), ("PixelRepresentation", 0)):
         if dataset.get(keyword) is None:
             setattr(dataset, keyword, usual)
+    if is_compressed(dataset) and dataset.get("PlanarConfiguration") is None:
+        dataset.PlanarConfiguration = 0  # the codestream has its own
     for keyword in ("BitsStored", "PhotometricInterpretation"):
         if dataset.get(keyword) in (None, ""):
             raise ImageError(
@@ -253,9 +256,13 @@ def _radiograph(
     stored = stored_values(dataset, index, limits)
     coloured = 0.0
     if stored.ndim == 3:
-        rgb = stored if stored.dtype == np.uint8 else _to_8_bits(stored, dataset)
+        if stored.dtype == np.uint16 and int(dataset.BitsStored) > 8:
+            # As of other formats: their upper 8 bits are next to nothing of a film of 12.
+            rgb, grey = stretch_to_uint8(stored), stretch_to_uint8(deep_luminance(stored))
+        else:
+            rgb = stored if stored.dtype == np.uint8 else _to_8_bits(stored, dataset)
+            grey = luminance(rgb)
         coloured = coloured_fraction(rgb)
-        grey = luminance(rgb)
     elif str(dataset.get("PhotometricInterpretation") or "") == "PALETTE COLOR":
         from pydicom.pixels import apply_color_lut
 

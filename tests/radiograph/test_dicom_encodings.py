@@ -135,15 +135,34 @@ def test_jpeg_extended_of_12_bits_is_read(name):
 @pytest.mark.parametrize(
     "name",
     """SC_rgb_dcmtk_+eb+cr.dcm SC_rgb_gdcm_KY.dcm SC_rgb_jls_lossy_line.dcm SC_rgb_jpeg.dcm
-    SC_rgb_jpeg_dcmtk.dcm SC_rgb_jpeg_gdcm.dcm SC_rgb_rle.dcm SC_rgb_rle_16bit.dcm
+    SC_rgb_jpeg_dcmtk.dcm SC_rgb_jpeg_gdcm.dcm SC_rgb_rle.dcm
     SC_ybr_full_422_uncompressed.dcm""".split(),
 )
 def test_colour_captures_become_their_luminance(name):
     data = shipped(name)
     rgb = pydicom.dcmread(io.BytesIO(data)).pixel_array
-    rgb = (rgb >> 8 * (rgb.dtype.itemsize - 1)).astype(np.uint8)
     found = one_film(data, accept=ACCEPTABLE)
     np.testing.assert_array_equal(found.pixels, np.asarray(Image.fromarray(rgb).convert("L")))
+
+
+COLOUR = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}
+
+
+def test_a_film_of_12_bits_in_colour_is_stretched_as_a_grey_one():
+    film = (RAMP // 8 + 100).astype(np.uint16)
+    sixteen = {"BitsStored": 16, "HighBit": 15, "PlanarConfiguration": 0}
+    rgb = np.stack([film] * 3, axis=-1)
+    found = one_film(dicom(film, **COLOUR, **sixteen, PixelData=rgb.tobytes()))
+    np.testing.assert_array_equal(found.pixels, one_film(dicom(film)).pixels)
+    assert found.coloured_fraction == 0
+
+
+def test_compressed_colours_need_not_say_how_they_would_lie_uncompressed():
+    rgb = np.stack([RAMP // 16] * 3, axis=-1).astype(np.uint8)
+    codestream = encoded(rgb, "JPEG", quality=98)
+    elements = COLOUR | {"PhotometricInterpretation": "YBR_FULL_422"}
+    data = of_codestreams([codestream], JPEGBaseline8Bit, RAMP.shape, **elements)
+    assert np.abs(one_film(data).pixels.astype(int) - rgb[..., 0]).max() <= 4
 
 
 def test_a_palette_is_looked_up():
