@@ -110,6 +110,9 @@ def test_open_local_gives_a_seekable_file(store_uri):
         assert file.read() == b"56789"
         file.seek(0)
         assert file.read(2) == b"01"
+    assert store.read_head("a", 3) == b"012"
+    assert store.read_head("a", 20, etag=store.head("a").etag) == b"0123456789"
+    assert code_of(lambda: store.read_head("a", 3, etag="0" * 32)) is ErrorCode.CHANGED
 
 
 def test_delete_is_quiet_about_what_is_gone(store_uri):

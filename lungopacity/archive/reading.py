@@ -22,7 +22,7 @@ from lungopacity.archive.containers import alone_in, is_container, members
 from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.decoder import borrowed_decoder
 from lungopacity.archive.names import Wanted
-from lungopacity.archive.unpacking import machine_error
+from lungopacity.archive.unpacking import HEAD_SIZE, machine_error
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status
 from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.storage import Store
@@ -168,16 +168,17 @@ def _files(
         ({name: value for name, value in row.items() if name != "is_shard"}, row["is_shard"])
         for row in objects.to_pylist()
     ]
-    yield from _loose(
-        store,
-        [
-            source
-            for source, is_shard in planned
-            if not is_shard and (wanted is None or wanted.has(source["image"]))
-        ],
-        settings,
-        figures,
-    )
+    loose = [
+        source
+        for source, is_shard in planned
+        if not is_shard and (wanted is None or wanted.has(source["image"]))
+    ]
+    most = settings.limits.max_size_bytes
+    small = [source for source in loose if source["source_size_bytes"] <= most]
+    yield from _loose(store, small, settings, figures)
+    for source in loose:
+        if source["source_size_bytes"] > most:
+            yield from _large(store, source, settings, figures)
     for source, is_shard in planned:
         if is_shard:
             yield from _shard(store, source, settings, wanted, figures)
@@ -229,7 +230,6 @@ def _fetched(
 ) -> tuple[bytes | Exception, float]:
     began = time.perf_counter()
     try:
-        # The listed size is enough to refuse a giant before its bytes are taken.
         settings.limits.check_size(source["source_size_bytes"])
         data = store.read(source["image"], etag=source["source_etag"])
     except Exception as error:
@@ -249,11 +249,26 @@ def _loose_files(
             continue
         figures.fetch_seconds += seconds
         figures.fetched_bytes += len(data)
-        if is_container(data[:512], source["image"]):
+        if is_container(data[:HEAD_SIZE], source["image"]):
             # A shard by its content, whatever its name.
             yield from _unpacked(io.BytesIO(data), source, settings, None, _Pass())
         else:
             yield _File(source, data)
+
+
+def _large(
+    store: Store, source: dict[str, Any], settings: ReadSettings, figures: ReadFigures
+) -> Iterator[_File]:
+    """Larger than a film may be: a shard whose name does not tell, or refused before its bytes are
+    taken."""
+    try:
+        head = store.read_head(source["image"], HEAD_SIZE, etag=source["source_etag"])
+        if not is_container(head, source["image"]):
+            settings.limits.check_size(source["source_size_bytes"])
+    except Exception as error:
+        yield _File(source, error=_reported(error))
+        return
+    yield from _shard(store, source, settings, None, figures)
 
 
 def _shard(
@@ -269,7 +284,7 @@ def _shard(
         with store.open_local(source["image"], etag=source["source_etag"]) as file:
             figures.fetch_seconds += time.perf_counter() - began
             figures.fetched_bytes += source["source_size_bytes"]
-            head = file.read(512)
+            head = file.read(HEAD_SIZE)
             file.seek(0)
             if is_container(head, source["image"]):
                 yield from _unpacked(file, source, settings, wanted, found)

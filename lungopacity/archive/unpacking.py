@@ -25,7 +25,8 @@ HEAD_SIZE = 512
 """Bytes that a signature is looked for in: one tar header."""
 
 TAR_SUFFIXES = (
-    ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz",
+    ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tz2", ".tar.xz",
+    ".txz",
 )  # fmt: skip
 
 _FREE_BYTES = 256 * 1024 * 1024

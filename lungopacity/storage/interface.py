@@ -60,6 +60,11 @@ class Store(Protocol):
         """
         ...
 
+    def read_head(self, key: str, size_bytes: int, *, etag: str | None = None) -> bytes:
+        """The object's first bytes, or all of a smaller one, without a check of its digest. Raises
+        as `read` does."""
+        ...
+
     def open_local(self, key: str, *, etag: str | None = None) -> Any:
         """Context manager of a seekable binary file on this machine that holds the checked object.
 

@@ -120,9 +120,12 @@ class LocalStore:
             yield file
 
     def read(self, key: str, *, etag: str | None = None) -> bytes:
+        return self.read_head(key, -1, etag=etag)
+
+    def read_head(self, key: str, size_bytes: int, *, etag: str | None = None) -> bytes:
         with self.open_local(key, etag=etag) as file:
             try:
-                return file.read()
+                return file.read(size_bytes)
             except OSError as error:
                 raise _fetch_error_of(error) from error
 

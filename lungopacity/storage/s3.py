@@ -176,6 +176,11 @@ class S3Store:
         self._fetch(key, etag, pieces.append, pieces.clear)
         return b"".join(pieces)
 
+    def read_head(self, key: str, size_bytes: int, *, etag: str | None = None) -> bytes:
+        pieces: list[bytes] = []
+        self._fetch(key, etag, pieces.append, pieces.clear, Range=f"bytes=0-{size_bytes - 1}")
+        return b"".join(pieces)
+
     @contextmanager
     def open_local(self, key: str, *, etag: str | None = None) -> Iterator[IO[bytes]]:
         with self._spooled(key, etag) as file:
@@ -217,18 +222,21 @@ class S3Store:
         etag: str | None,
         take: Callable[[bytes], object],
         start_over: Callable[[], object],
+        **more: str,
     ) -> None:
         for attempt in range(1, _BODY_ATTEMPTS + 1):
             start_over()
             try:
-                self._fetch_once(key, etag, take)
+                self._fetch_once(key, etag, take, **more)
                 return
             except BodyError:
                 if attempt == _BODY_ATTEMPTS:
                     raise
             time.sleep(_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))
 
-    def _fetch_once(self, key: str, etag: str | None, take: Callable[[bytes], object]) -> None:
+    def _fetch_once(
+        self, key: str, etag: str | None, take: Callable[[bytes], object], **more: str
+    ) -> None:
         from botocore.exceptions import (
             BotoCoreError,
             ClientError,
@@ -237,9 +245,9 @@ class S3Store:
         )
 
         endpoint = self._ready_to_read.boto3.meta.endpoint_url
-        condition = {"IfMatch": f'"{etag}"'} if etag else {}
+        asked = {"Key": self.prefix + key, **({"IfMatch": f'"{etag}"'} if etag else {}), **more}
         try:
-            answer = self._ask("get_object", Bucket=self.bucket, Key=self.prefix + key, **condition)
+            answer = self._ask("get_object", Bucket=self.bucket, **asked)
         except ClientError as error:
             raise image_error_of(error) from error
         except (ConnectTimeoutError, ReadTimeoutError) as error:

@@ -53,6 +53,7 @@ def test_a_container_of_nothing_has_no_members_and_no_error(kind):
 def test_every_kind_has_its_suffix():
     assert set(SHARD_SUFFIXES) == {
         *(".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2"),
+        *(".tbz", ".tz2"),
         *(".tar.xz", ".txz", ".zip", ".parquet"),
     }
 

@@ -192,6 +192,31 @@ def test_what_is_too_large_is_refused_by_its_listed_size(tmp_path):
     assert [row["error_code"] for row in images(read(str(tmp_path), settings))] == ["too_large"] * 2
 
 
+def test_a_large_shard_is_known_by_its_content_and_what_is_none_is_not_fetched(
+    store_uri, monkeypatch
+):
+    store = open_store(store_uri)
+    films = {f"{n}.png": encoded(grey_film(n)) for n in range(5)}
+    store.write("films.2024-01", tar(films))
+    store.write("giant.bin", b"x" * sum(map(len, films.values())))
+    limits = DecodeLimits(max_size_bytes=2 * len(films["0.png"]))
+    opened = []
+    open_local = type(store).open_local
+    monkeypatch.setattr(
+        type(store),
+        "open_local",
+        lambda store, key, **how: opened.append(key) or open_local(store, key, **how),
+    )
+    rows = images(read(store_uri, ReadSettings(Preprocessing(image_size=32), limits)))
+    assert [(row["image"], row["member"]) for row in rows if row["status"] == "ok"] == [
+        ("films.2024-01", name) for name in films
+    ]
+    (refused,) = (row for row in rows if row["status"] == "failed")
+    assert (refused["image"], refused["error_code"]) == ("giant.bin", "too_large")
+    if store_uri.startswith("s3:"):
+        assert opened == ["films.2024-01"]
+
+
 def test_unreadable_files_are_forbidden(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
