@@ -84,7 +84,7 @@ def test_the_card_tells_what_was_measured():
     lines = card.splitlines()
     assert lines[0] == "# Model card: classical-cnn 0123456789abcdef"
     assert "Research use only. Not a medical device." in card
-    assert "3 labelled films could not be read and are in no figure [13, 33]." in lines
+    assert "3 labelled films could not be read and are in no figure [13]." in lines
     assert "Nor are 12 that were read and rejected: 10 lateral_view, 2 poor_quality." in lines
     assert "| accuracy | all | 0.9123 | 0.9000 to 0.9200 | 798 |" in lines
     assert "| brier before temperature | all | 0.2000 | 0.1000 to 0.3000 | 798 |" in lines
@@ -184,7 +184,14 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
     assert {24, 25, 26} <= set(left_open(card))  # of two members nobody knows
     known = replace(spec, training={"members": [spec.training["members"][0]] * 3})
     told = model_card(
-        known, "0" * 16, [], split="test", unreadable=0, unknown_patients=0, intervals="none"
+        known,
+        "0" * 16,
+        [],
+        split="test",
+        unreadable=0,
+        rejected={},
+        unknown_patients=0,
+        intervals="none",
     )
     assert "- Members [24, 25, 26, 27]: the mean of their calibrated logits counts" in told
     check_items(told)

@@ -418,7 +418,7 @@ def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
     ],
 )
 def test_a_night_that_is_ended_tells_by_what(place, monkeypatch, error, code, message):
-    def ended(*_):
+    def ended(*_, **__):
         raise error
 
     monkeypatch.setattr(screen, "_run_pipeline", ended)

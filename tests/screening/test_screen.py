@@ -9,7 +9,7 @@ import pytest
 import lungopacity
 from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.cli import main
-from lungopacity.errors import UserError
+from lungopacity.errors import NOTICE, UserError
 from lungopacity.results.query import query, runs
 from lungopacity.screening import screen
 
@@ -74,7 +74,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(place, monkeypatch, caplog, cap
     assert "stopped; the next night goes on with run 2" in caplog.text
     assert "stopped; the same command begins anew" in caplog.text
     assert main(["runs", "--results", place.results, "--unfinished"]) == 0
-    _, _, *begun = capfd.readouterr().out.splitlines()
+    _, _, *begun, notice = capfd.readouterr().out.splitlines()
+    assert notice == NOTICE
     assert [line.split()[0] == "mine" for line in begun] == [True, False, False]
 
 
