@@ -48,15 +48,17 @@ class ReadSettings:
 
 
 def rules_from(
-    accept: Collection[str], reject_quality: Collection[str] | None
+    accept: Collection[str], reject_quality: Collection[str] | None, *, scoring: bool = True
 ) -> tuple[frozenset[ErrorCode], frozenset[str]]:
     """The fields `accept` and `reject_quality` of `ReadSettings` from the user's words.
 
-    `reject_quality`: None is the default. Raises `UserError` for a word that is none.
+    `reject_quality`: None is the default. Raises `UserError` for a word that is none; so is
+    `out_of_distribution` where no model scores.
     """
+    flags = {*QUALITY_FLAGS, *((OUT_OF_DISTRIBUTION,) if scoring else ())}
     for option, words, known in (
         ("--accept", accept, {code.value for code in ACCEPTABLE}),
-        ("--reject-quality", reject_quality or (), {*QUALITY_FLAGS, OUT_OF_DISTRIBUTION}),
+        ("--reject-quality", reject_quality or (), flags),
     ):
         for word in words:
             if word not in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,9 @@ from lungopacity.archive.inventory import Archive, take_inventory
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.stream import read_tasks, stream_images, tables_of
 from lungopacity.dataset.manifest import FACT_COLUMNS, label_names
-from lungopacity.errors import Status, UserError
+from lungopacity.errors import ErrorCode, Status, UserError
 from lungopacity.progress import Progress
-from lungopacity.radiograph import Preprocessing
+from lungopacity.radiograph import OUT_OF_DISTRIBUTION, Preprocessing
 from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.runtime import capacity
 
@@ -57,6 +57,23 @@ class LabelledPixels:
         for row in sorted(self.images[columns].itertuples(index=False, name=None)):
             digest.update(repr(row).encode())
         return digest.hexdigest()
+
+    def without_unlike(self, like: npt.NDArray[np.int64]) -> LabelledPixels:
+        """Of these rows alone; the others are rejected as `out_of_distribution`."""
+        left_out = (
+            self.images[["image", "split"]]
+            .drop(index=like.tolist())
+            .assign(error_code=ErrorCode.POOR_QUALITY.value, error_message=OUT_OF_DISTRIBUTION)
+        )
+        _tell(left_out, len(self.images))
+        return replace(
+            self,
+            pixels_NHW=self.pixels_NHW[like],
+            labels_N=self.labels_N[like],
+            split_N=self.split_N[like],
+            images=self.images.iloc[like].reset_index(drop=True),
+            rejected=pd.concat([self.rejected, left_out], ignore_index=True),
+        )
 
 
 def load_pixels(
@@ -164,23 +181,13 @@ def _joined(
         frame[fact] = frame[fact].astype(object).where(frame[fact].notna(), frame[f"{fact}_read"])
     is_out = frame["status"] != Status.OK.value
     out = frame.loc[is_out, ["image", "split", "status", "error_code", "error_message"]]
-    codes = ", ".join(f"{k}: {v}" for k, v in out["error_code"].value_counts().items())
     if len(out) > MAX_UNREADABLE_FRACTION * len(frame):
         raise UserError(
             f"{where}: {len(out)} of {len(frame)} labelled images cannot be read or are "
-            f"rejected ({codes}); mend the archive, remove them from the labels, or see --accept "
-            "and --reject-quality"
+            f"rejected ({_codes(out)}); mend the archive, remove them from the labels, or see "
+            "--accept and --reject-quality"
         )
-    if len(out):
-        # By name only where they are asked for: a job's log is read by more people than its films.
-        log.warning(
-            "%d of %d labelled images are left out (%s); LUNGOPACITY_DEBUG=1 names them",
-            len(out),
-            len(frame),
-            codes,
-        )
-    for row in out.itertuples():
-        log.debug("left out: %s (%s: %s)", row.image, row.error_code, row.error_message)
+    _tell(out, len(frame))
     of_status = {
         status: rows.drop(columns="status").reset_index(drop=True)
         for status, rows in ((one, out[out["status"] == one.value]) for one in Status)
@@ -199,3 +206,21 @@ def _joined(
         rejected=of_status[Status.REJECTED],
         synthetic=bool(frame["synthetic"].astype(bool).any()),
     )
+
+
+def _tell(left_out: pd.DataFrame, images: int) -> None:
+    """By name only where they are asked for: a job's log is read by more people than its films."""
+    if left_out.empty:
+        return
+    log.warning(
+        "%d of %d labelled images are left out (%s); LUNGOPACITY_DEBUG=1 names them",
+        len(left_out),
+        images,
+        _codes(left_out),
+    )
+    for row in left_out.itertuples():
+        log.debug("left out: %s (%s: %s)", row.image, row.error_code, row.error_message)
+
+
+def _codes(left_out: pd.DataFrame) -> str:
+    return ", ".join(f"{k}: {v}" for k, v in left_out["error_code"].value_counts().items())

@@ -158,7 +158,7 @@ def audit(
     `UserError`.
     """
     check_columns(by)
-    accepted, rejecting = rules_from(accept, reject_quality)
+    accepted, rejecting = rules_from(accept, reject_quality, scoring=False)
     frame = read_labels(labels, by)
     known = sorted(frame["label"].unique())
     label_map = classes_of_labels(known if classes is None else classes, known)

@@ -45,6 +45,7 @@ from lungopacity.models import (
     read_history,
     with_operating_point,
 )
+from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import check_class_columns
 from lungopacity.runtime import ray_session, require_resources, resolve_gpu
 from lungopacity.storage import open_store
@@ -94,6 +95,11 @@ def evaluate(
         _check_unseen(data.images, films_known_to(model), split, labels)
         said = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
     _check_sound(said, data.images)
+    if OUT_OF_DISTRIBUTION in rejecting and said.unlike_N is not None:
+        like = np.flatnonzero(~(said.unlike_N > 1))
+        if not len(like):
+            raise UserError(f"{labels}: every film is {OUT_OF_DISTRIBUTION}; see --reject-quality")
+        data, said = data.without_unlike(like), said.rows(like)
     logits_NK = said.logits_NK.astype(np.float64)
     scored = ScoredImages(
         data.labels_N,

@@ -40,6 +40,7 @@ from lungopacity.evaluation.table import metrics_table
 from lungopacity.models import TrainedModel, films_known_to, load_model, with_operating_point
 from lungopacity.models.scorer import no_number
 from lungopacity.progress import Progress
+from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import EXPLANATIONS_SCHEMA
 from lungopacity.results.workbench import parquet_bytes
 from lungopacity.runtime import end_if_told
@@ -93,6 +94,7 @@ def explain(
         chosen,
         None if boxes is None else read_boxes(boxes),
         _gpu(use_gpu),
+        reject_unlike=OUT_OF_DISTRIBUTION in rejecting,
     )
     settings = ReadSettings(
         trained.spec.preprocessing,
@@ -187,6 +189,8 @@ class _Explainer:
         labels: pd.DataFrame | None,
         boxes: pd.DataFrame | None,
         use_gpu: bool,
+        *,
+        reject_unlike: bool,
     ) -> None:
         from lungopacity.models.scorer import Scorer
 
@@ -200,6 +204,7 @@ class _Explainer:
         }
         self.has_boxes = boxes is not None
         self.scorer = Scorer(model, use_gpu=use_gpu)
+        self.reject_unlike = reject_unlike
         self.seen: set[str] = set()
         """Names of the rows so far."""
         self.rows = 0
@@ -227,7 +232,17 @@ class _Explainer:
         logits_NK = scores.logits_NK[scores.are_numbers]
         p_N = self.scorer.probabilities(logits_NK)[:, spec.positive_index]
         maps_NHW = self.scorer.activation_maps(pixels_NHW)
-        for row, pixels, p, activation in zip(films, pixels_NHW, p_N, maps_NHW, strict=True):
+        unlike_N = self.scorer.out_of_distribution(scores.features_NF)
+        rejected_N = np.zeros(len(films), bool)
+        if self.reject_unlike and unlike_N is not None:
+            rejected_N = unlike_N[scores.are_numbers] > 1
+        error = ImageError(ErrorCode.POOR_QUALITY, Stage.SCORE, OUT_OF_DISTRIBUTION)
+        for row, pixels, p, activation, rejected in zip(
+            films, pixels_NHW, p_N, maps_NHW, rejected_N, strict=True
+        ):
+            if rejected:
+                row |= error_columns(error)
+                continue
             row |= {"p": float(p), "decision": spec.operating_point.decide(float(p))}
             row |= self._shown(row, pixels, activation)
         self.seen |= {row["name"] for row in batch}

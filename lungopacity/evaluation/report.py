@@ -52,6 +52,15 @@ class ModelScores:
     unlike_N: npt.NDArray[np.float32] | None
     """See `Scorer.out_of_distribution`."""
 
+    def rows(self, rows: npt.NDArray[np.int64]) -> ModelScores:
+        """Of these images alone."""
+        return ModelScores(
+            self.logits_NK[rows],
+            self.probabilities_NK[rows],
+            None if self.disagreement_N is None else self.disagreement_N[rows],
+            None if self.unlike_N is None else self.unlike_N[rows],
+        )
+
 
 @dataclass(frozen=True)
 class EvaluationResult:

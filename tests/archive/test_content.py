@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lungopacity.archive import content
-from lungopacity.archive.content import ReadSettings, content_rows
+from lungopacity.archive.content import ReadSettings, content_rows, rules_from
+from lungopacity.errors import UserError
 from lungopacity.radiograph import Preprocessing
 from tests.films import encoded, grey_film, one_film
 
@@ -57,3 +58,9 @@ def test_a_png_of_a_small_film_is_decoded_once(scales):
     square[300:700, 300:700] = grey_film(1, 400, 400) // 2 + 100
     assert len(list(content_rows(encoded(square), CROPPING))) == 1
     assert scales == [192]
+
+
+def test_only_where_a_model_scores_can_what_is_unlike_its_films_be_rejected():
+    assert rules_from((), ["blank", "out_of_distribution"])[1] == {"blank", "out_of_distribution"}
+    with pytest.raises(UserError, match="'out_of_distribution' is none of blank, colour, "):
+        rules_from((), ["blank", "out_of_distribution"], scoring=False)

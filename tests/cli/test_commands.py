@@ -28,8 +28,8 @@ from lungopacity.results.schema import METRICS_SCHEMA, evaluation_schema
 from lungopacity.results.workbench import parquet_bytes
 from lungopacity.storage import open_store
 from tests.cli.running import run
-from tests.films import dicom, encoded, grey_film
-from tests.models.tiny import tiny_model, with_distribution, write_tiny_model
+from tests.films import dicom, encoded, grey_film, tar
+from tests.models.tiny import tiny_model, with_distribution
 from tests.results.records import record_of
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "lungopacity"
@@ -201,7 +201,12 @@ def test_evaluate_writes_its_report(place, capfd):
 @pytest.mark.usefixtures("ray_cluster")
 def test_evaluate_tests_on_no_film_that_the_model_knows(place, capfd):
     learnt = hashlib.sha256(encoded(grey_film(7))).hexdigest()
-    write_tiny_model(str(place / "learnt"), training_films=training_films_parquet([learnt]))
+    films_NHW = np.stack([grey_film(number, 32, 32) for number in range(40)])
+    save_model(
+        str(place / "learnt"),
+        with_distribution(tiny_model(), films_NHW),
+        training_films_parquet=training_films_parquet([learnt]),
+    )
     options = ["--model", place / "learnt", "--images", place / "archive"]
     options += ["--labels", place / "labels.csv"]
     code, _, err = run(capfd, "evaluate", *options, "--output", place / "report")
@@ -212,13 +217,20 @@ def test_evaluate_tests_on_no_film_that_the_model_knows(place, capfd):
     # A class may be absent: its figures are not defined.
     labels = pd.read_csv(place / "labels.csv")
     labels.assign(label="Lung_Opacity").to_csv(place / "labels.csv", index=False)
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128)).astype(np.uint8)
+    films = {f"{number}.png": encoded(grey_film(number)) for number in (4, 5, 7)}
+    open_store(str(place / "archive")).write("x.tar", tar(films | {"6.png": encoded(noise)}))
+    options += ["--reject-quality", "out_of_distribution"]
     code, out, err = run(capfd, "evaluate", *options, "--output", place / "all", "--split", "all")
     assert code == 0
+    assert "on 7 images of split 'all', 1 rejected" in out
+    assert "1 of 8 labelled images are left out (poor_quality: 1)" in err
     assert "the model learnt from or was chosen by 1 of 8 films" in err
     assert "no image of class 'Normal'" in err
     assert re.search(r"\nAUC Lung_Opacity +not defined\n", out)
-    code, _, err = run(capfd, "explain", *options, "--output", place / "pictures")
+    code, out, err = run(capfd, "explain", *options, "--output", place / "pictures", "--json")
     assert code == 0
+    assert [json.loads(out)[name] for name in ("explained", "rejected")] == [1, 1]
     assert "the model learnt from or was chosen by 1 of 2 films" in err
 
 
