@@ -14,6 +14,7 @@ from typing import Any
 from lungopacity.errors import NOTICE
 from lungopacity.evaluation.claim import left_open
 from lungopacity.evaluation.metrics import Metric
+from lungopacity.evaluation.operating_points import deciding_point
 from lungopacity.evaluation.table import FEWEST_FILMS, largest_gaps, with_interval
 from lungopacity.models import ENSEMBLE, ModelSpec
 
@@ -280,16 +281,20 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
     if not found:
         yield "The labels and headers say nothing to form subgroups of."
         return
-    gaps = largest_gaps(metrics, spec.positive_class)
-    if gaps:
+    point = deciding_point(spec.operating_points, spec.operating_point)
+    gaps = largest_gaps(metrics, spec.positive_class, point)
+    told: set[str] = set()
+    for gap in gaps:
+        if gap.figure in told:
+            continue
+        told.add(gap.figure)
         worst, best = (
             f"{item.group.partition('=')[2]} {with_interval(item)}, {item.n:,} films"
-            for item in (gaps[0].worst, gaps[0].best)
+            for item in (gap.worst, gap.best)
         )
-        yield f"The largest gap in AUC is by {gaps[0].column}: {worst}; {best}."
-    else:
+        yield f"- The largest gap in {gap.figure} is by {gap.column}: {worst}; {best}."
+    if not gaps:
         yield f"No column has two subgroups of {FEWEST_FILMS} films, and an interval, to compare."
-    point = _decides(spec)
     yield ""
     yield (
         f"| subgroup [30] | AUC for {spec.positive_class} | sensitivity at {point} | "
@@ -304,12 +309,6 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
         cells = ["" if one is None else with_interval(one) for one in (item, *shares)]
         patients = "" if item.patients is None else f"{item.patients:,}"
         yield _line(item.group.replace("|", "\\|"), *cells, f"{item.n:,}", patients)
-
-
-def _decides(spec: ModelSpec) -> str:
-    """The name of the operating point that decides unless another is asked for."""
-    points = spec.operating_points
-    return next((name for name in points if points[name] == spec.operating_point), "default")
 
 
 def _of_unknown(patients: int) -> str:

@@ -25,6 +25,7 @@ from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.card import model_card
 from lungopacity.evaluation.measure import ScoredImages, measure
+from lungopacity.evaluation.operating_points import deciding_point
 from lungopacity.evaluation.report import (
     EVALUATION,
     EXPLANATION,
@@ -101,13 +102,14 @@ def evaluate(
             raise UserError(f"{labels}: every film is {OUT_OF_DISTRIBUTION}; see --reject-quality")
         data, said = data.without_unlike(like), said.rows(like)
     logits_NK = said.logits_NK.astype(np.float64)
+    points = {**(spec.operating_points or {"default": own.spec.operating_point}), **of_sites}
     scored = ScoredImages(
         data.labels_N,
         _exact(said.probabilities_NK),
         spec.class_names,
         spec.positive_class,
         _exact(np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))),
-        {**(spec.operating_points or {"default": own.spec.operating_point}), **of_sites},
+        points,
     )
     resampling = Resampling.of(data.images["patient_id"].tolist())
     metrics = measure(scored, _groups(data, further), resampling)
@@ -126,6 +128,7 @@ def evaluate(
         class_names=spec.class_names,
         positive_class=spec.positive_class,
         operating_point=operating_point,
+        decided_at=operating_point or deciding_point(points, spec.operating_point),
         metrics=metrics,
     )
     store = open_store(output)

@@ -150,6 +150,11 @@ def _parsed(rule: str) -> tuple[str, list[float]]:
     return name, numbers
 
 
+def deciding_point(points: Mapping[str, OperatingPoint], decides: OperatingPoint) -> str:
+    """The name of the one that decides; `default` where it has none."""
+    return next((name for name in points if points[name] == decides), "default")
+
+
 def decision_shares(
     probabilities_N: npt.NDArray[np.floating],
     positive_N: npt.NDArray[np.bool_],

@@ -25,7 +25,7 @@ from lungopacity.evaluation.table import (
     largest_gaps,
     metric_value,
     metrics_table,
-    small_groups,
+    uncompared_groups,
     with_interval,
 )
 from lungopacity.models import OperatingPoint
@@ -84,7 +84,9 @@ class EvaluationResult:
     class_names: tuple[str, ...]
     positive_class: str
     operating_point: str | None
-    """The name of the one that decided; None: the model's own."""
+    """The name of the one that decided, where it was asked for; None: the model's own."""
+    decided_at: str
+    """Its name, or that of the model's own: decisions of subgroups are compared at it."""
     metrics: list[Metric]
 
     @property
@@ -131,14 +133,14 @@ class EvaluationResult:
         if self.operating_point is not None:
             lines.append(f"{'decided at':32}{self.operating_point}, in predictions.parquet")
         lines += [
-            f"{'AUC by ' + gap.column:32}{_of_group(gap.worst)}; {_of_group(gap.best)}"
-            for gap in largest_gaps(self.metrics, self.positive_class)
+            f"{f'{gap.figure} by {gap.column}':32}{_of_group(gap.worst)}; {_of_group(gap.best)}"
+            for gap in largest_gaps(self.metrics, self.positive_class, self.decided_at)
         ]
-        few = small_groups(self.metrics)
+        few = uncompared_groups(self.metrics, self.positive_class, self.decided_at)
         if few:
             words = [f"{item.group} (n = {item.n})" for item in few[:_MOST_TOLD]]
             words += [f"and {len(few) - _MOST_TOLD} more"] if len(few) > _MOST_TOLD else []
-            lines.append(f"{'too few films to compare':32}{', '.join(words)}")
+            lines.append(f"{'too few films, or of one kind':32}{', '.join(words)}")
         return "\n".join([*lines, f"report in {self.output}", NOTICE])
 
     def _decisions(self) -> list[str]:

@@ -74,9 +74,17 @@ FEWEST_FILMS = 30
 """Of a subgroup that is compared with others: between a handful of films any gap is chance."""
 
 
+_COMPARED = {
+    "roc_auc": "AUC",
+    "decision_sensitivity": "sensitivity",
+    "decision_specificity": "specificity",
+}
+"""Scores that are shifted in one group, as by another scanner, keep their AUC: decisions tell."""
+
+
 @dataclass(frozen=True)
 class Gap:
-    """The two subgroups of one column between which a model differs most."""
+    """The two subgroups of one column between which a model differs most in one figure."""
 
     worst: Metric
     best: Metric
@@ -87,37 +95,62 @@ class Gap:
         return self.best.group.partition("=")[0]
 
     @property
+    def figure(self) -> str:
+        """AUC, sensitivity or specificity."""
+        return _COMPARED[self.best.metric]
+
+    @property
     def size(self) -> float:
-        """Of the AUC."""
+        """Of the figure."""
         return self.best.value - self.worst.value
 
 
-def largest_gaps(metrics: Sequence[Metric], positive: str, fewest: int = FEWEST_FILMS) -> list[Gap]:
-    """The gap in AUC of each column of subgroups, the largest first.
+def largest_gaps(
+    metrics: Sequence[Metric], positive: str, point: str, fewest: int = FEWEST_FILMS
+) -> list[Gap]:
+    """The gap of each column of subgroups in AUC, and in the decisions at an operating point, the
+    largest first.
 
-    `fewest`: subgroups of fewer images are left out, and those whose AUC has no interval.
+    positive: the class that decisions are about. point: the name of the one that decides. `fewest`:
+    figures of fewer images are left out, and those without an interval.
     """
-    columns: dict[str, list[Metric]] = {}
-    for item in metrics:
-        column, sign, _ = item.group.partition("=")
-        told = item.metric == "roc_auc" and item.class_name == positive and item.n >= fewest
-        if sign and told and item.ci_low is not None:
-            columns.setdefault(column, []).append(item)
     gaps = [
         Gap(min(items, key=lambda item: item.value), max(items, key=lambda item: item.value))
-        for items in columns.values()
+        for items in _comparable(metrics, positive, point, fewest)
         if len(items) > 1
     ]
     return sorted(gaps, key=lambda gap: -gap.size)
 
 
-def small_groups(metrics: Sequence[Metric], fewest: int = FEWEST_FILMS) -> list[Metric]:
-    """The accuracy of each subgroup that `largest_gaps` leaves out for its few films."""
+def uncompared_groups(
+    metrics: Sequence[Metric], positive: str, point: str, fewest: int = FEWEST_FILMS
+) -> list[Metric]:
+    """The accuracy of each subgroup that no gap tells of, for its films are few or of one kind."""
+    compared = {
+        item.group
+        for items in _comparable(metrics, positive, point, fewest)
+        for item in items
+        # One whose AUC is known lacks nothing but another to compare it with.
+        if len(items) > 1 or item.metric == "roc_auc"
+    }
     return [
         item
         for item in metrics
-        if item.group != "all" and item.metric == "accuracy" and item.n < fewest
+        if item.group not in ("all", *compared) and item.metric == "accuracy"
     ]
+
+
+def _comparable(
+    metrics: Sequence[Metric], positive: str, point: str, fewest: int
+) -> Iterable[list[Metric]]:
+    """Of each column of subgroups and figure, the subgroups of which enough is known."""
+    found: dict[tuple[str, str], list[Metric]] = {}
+    for item in metrics:
+        of = positive if item.metric == "roc_auc" else point
+        told = item.metric in _COMPARED and item.class_name == of and item.n >= fewest
+        if told and item.group != "all" and item.ci_low is not None:
+            found.setdefault((item.group.partition("=")[0], item.metric), []).append(item)
+    return found.values()
 
 
 def fact_groups(facts: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:

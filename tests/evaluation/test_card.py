@@ -27,6 +27,7 @@ METRICS = [
     Metric("view_position=AP", "roc_auc", "Lung_Opacity", 0.9812, 0.97, 0.99, 358, patients=201),
     Metric("view_position=PA", "roc_auc", "Lung_Opacity", 0.9412, 0.92, 0.96, 440, patients=368),
     Metric("view_position=PA", "decision_sensitivity", "youden", 0.9, 0.8, 0.95, 70),
+    Metric("view_position=AP", "decision_sensitivity", "youden", 0.91, 0.8, 0.95, 80),
     Metric("view_position=PA", "decision_specificity", "youden", float("nan"), None, None, 0),
     Metric("view_position=PA", "decision_sensitivity", "sensitivity=0.95", 0.96, 0.9, 0.99, 70),
     Metric("view_position=PA", "roc_auc", "Normal", 0.1, None, None, 440),
@@ -95,10 +96,14 @@ def test_the_card_tells_what_was_measured():
     assert "| band | review rate | 0.1250 | 0.1000 to 0.1500 | 798 |" in lines
     subgroups = lines[lines.index("## Subgroups") + 1 :]
     assert subgroups[0] == (
-        "The largest gap in AUC is by view_position: PA 0.9412 (0.9200 to 0.9600), 440 films; "
+        "- The largest gap in AUC is by view_position: PA 0.9412 (0.9200 to 0.9600), 440 films; "
         "AP 0.9812 (0.9700 to 0.9900), 358 films."
     )
-    assert "| sensitivity at youden | specificity at youden | films | patients |" in subgroups[2]
+    assert subgroups[1] == (
+        "- The largest gap in sensitivity is by view_position: PA 0.9000 (0.8000 to 0.9500), "
+        "70 films; AP 0.9100 (0.8000 to 0.9500), 80 films."
+    )
+    assert "| sensitivity at youden | specificity at youden | films | patients |" in subgroups[3]
     assert (
         "| view_position=PA | 0.9412 (0.9200 to 0.9600) | 0.9000 (0.8000 to 0.9500) | not defined "
         "| 440 | 368 |"

@@ -15,7 +15,7 @@ from lungopacity.evaluation.metrics import (
     subgroup_metrics,
     wilson_interval,
 )
-from lungopacity.evaluation.table import largest_gaps
+from lungopacity.evaluation.table import largest_gaps, uncompared_groups
 
 NAMES = ("Normal", "Lung_Opacity")
 
@@ -245,9 +245,37 @@ def test_the_largest_gap_between_subgroups_comes_first():
         auc("age=18-39", 0.9),
         Metric("age=18-39", "roc_auc", "Normal", 0.5, 0.4, 0.6, 100),
     ]
-    gaps = largest_gaps(metrics, "Lung_Opacity")
+    gaps = largest_gaps(metrics, "Lung_Opacity", "youden")
     assert [(gap.worst.group, gap.best.group) for gap in gaps] == [
         ("view_position=PA", "view_position=AP"),
         ("patient_sex=M", "patient_sex=F"),
     ]
     assert gaps[0].size == pytest.approx(0.07)
+
+
+def test_a_gap_of_decisions_shows_where_the_auc_has_none():
+    """Another scanner's scores are shifted: it ranks as well, and misses a third more."""
+
+    def of(site, metric, value, n, class_name="youden"):
+        known = None if np.isnan(value) else value
+        return Metric(f"site={site}", metric, class_name, value, known, known, n)
+
+    metrics = [
+        of("A", "roc_auc", 0.97, 90, "Lung_Opacity"),
+        of("B", "roc_auc", 0.97, 90, "Lung_Opacity"),
+        of("A", "decision_sensitivity", 0.95, 40),
+        of("B", "decision_sensitivity", 0.60, 40),
+        of("B", "decision_sensitivity", 0.10, 40, "specificity=0.95"),
+        of("C", "decision_sensitivity", 0.20, 29),
+        of("D", "roc_auc", math.nan, 50, "Lung_Opacity"),  # films of one kind
+        of("D", "decision_specificity", 0.90, 50),
+        *(of(site, "accuracy", 0.9, n, None) for site, n in {"A": 90, "B": 90, "D": 50}.items()),
+        of("C", "accuracy", 0.9, 29, None),
+    ]
+    first, *others = largest_gaps(metrics, "Lung_Opacity", "youden")
+    assert (first.figure, first.column) == ("sensitivity", "site")
+    assert first.size == pytest.approx(0.35)
+    assert (first.worst.group, first.best.group) == ("site=B", "site=A")
+    assert [(gap.figure, gap.size) for gap in others] == [("AUC", 0)]
+    few = uncompared_groups(metrics, "Lung_Opacity", "youden")
+    assert [item.group for item in few] == ["site=D", "site=C"]
