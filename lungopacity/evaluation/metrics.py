@@ -32,6 +32,8 @@ CALIBRATION_BINS = 15
 
 _Z_95 = NormalDist().inv_cdf(0.975)
 _SUM_TOLERANCE = 1e-4
+_ROUNDING = 1e-18
+"""Of a variance of shares, in float64."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class RocAuc:
     """NaN where one of the two kinds does not occur."""
     ci_low: float | None
     ci_high: float | None
-    """None where no variance can be estimated: fewer than two of a kind, or a value of 0 or 1."""
+    """None where no variance can be estimated: fewer than two of a kind, a value of 0 or 1, or all
+    scores tied."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +270,9 @@ def roc_auc(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> RocAuc:
     if m < 2 or n < 2 or not 0 < auc < 1:
         return RocAuc(auc, None, None)
     variance = negatives_below.var(ddof=1) / m + positives_above.var(ddof=1) / n
+    if variance < _ROUNDING:
+        # As of scores that are all tied: they show no spread, and not that there is none.
+        return RocAuc(auc, None, None)
     logit = math.log(auc / (1 - auc))
     half = _Z_95 * math.sqrt(variance) / (auc * (1 - auc))
     return RocAuc(auc, _logistic(logit - half), _logistic(logit + half))

@@ -127,6 +127,12 @@ def test_delongs_variance_is_that_of_the_direct_formula():
     assert logits[2] - logits[1] == pytest.approx(half, rel=1e-5)
 
 
+@pytest.mark.parametrize("negatives", [20, 3])
+def test_of_scores_that_are_all_tied_no_interval_is_told(negatives):
+    found = roc_auc(np.arange(20 + negatives) < 20, np.full(20 + negatives, 0.3))
+    assert (found.value, found.ci_low, found.ci_high) == (0.5, None, None)
+
+
 def test_delongs_interval_holds_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(2)
     truth = 0.7602  # P(X + 1 > Y) of standard normals
