@@ -110,8 +110,6 @@ def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None
         f"{name} of the labels" if name in read else str(name): words(told[name]) for name in told
     }
     return further | read
-    names = {name: f"{name} of the labels" if name in read else str(name) for name in told}
-    return {names[name]: words(told[name]) for name in told} | read
 
 
 def _folds(
