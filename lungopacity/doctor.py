@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from lungopacity.errors import NOTICE, UserError
-from lungopacity.runtime import is_submission_address
+from lungopacity.runtime import is_submission_address, ray_session
 
 _MIN_TORCH = (2, 11)
 _MIN_FREE_BYTES = 5 << 30
+_CONNECT_S = 5.0
+_NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0")
+_LIBRARIES = ("duckdb", "imagecodecs", "matplotlib", "obstore", "simplejpeg", "timm")
+"""What no other check imports."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,12 @@ class Finding:
     mend: str = ""
 
 
-def diagnose(storage: str | None = None) -> list[Finding]:
-    """Look at everything that the job needs. `storage`: a URI to try as well."""
+def diagnose(storage: str | None = None, results: str | None = None) -> list[Finding]:
+    """Look at everything that the job needs. `storage`: a URI to list as well; `results`: one to
+    write to as well, a file that is removed at once."""
     findings: list[Finding] = []
     checks: list[Callable[[], Iterator[Finding]]] = [
-        _python, _torch, _ncnn, _ray, _decoders, _disk, _s3,
+        _python, _torch, _ncnn, _libraries, _ray, _decoders, _disk, _s3,
     ]  # fmt: skip
     for check in checks:
         try:
@@ -51,6 +59,8 @@ def diagnose(storage: str | None = None) -> list[Finding]:
             )
     if storage is not None:
         findings += _place(storage)
+    if results is not None:
+        findings += _results(results)
     return findings
 
 
@@ -83,7 +93,13 @@ def _torch() -> Iterator[Finding]:
         "" if numbers >= _MIN_TORCH else "needs torch 2.11 or newer",
     )
     if not torch.cuda.is_available():
-        yield Finding("note", "gpu", "none that torch can use: everything runs on the CPU")
+        there = any(map(os.path.exists, _NVIDIA))
+        yield Finding(
+            "note",
+            "gpu",
+            "none that torch can use: everything runs on the CPU",
+            "there is one by NVIDIA: install a driver of 580 or newer" if there else "",
+        )
         return
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
@@ -104,6 +120,12 @@ def _ncnn() -> Iterator[Finding]:
     )
 
 
+def _libraries() -> Iterator[Finding]:
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    yield Finding("ok", "libraries", ", ".join(_LIBRARIES))
+
+
 def _ray() -> Iterator[Finding]:
     import ray
     import ray.data
@@ -114,8 +136,31 @@ def _ray() -> Iterator[Finding]:
         mend = "unset it; give it to `ray job submit --address`"
         yield Finding("missing", "ray", f"RAY_ADDRESS is {address}, where jobs are submitted", mend)
         return
-    where = f"will join {address} (RAY_ADDRESS)" if address else "will run on this machine alone"
-    yield Finding("ok", "ray", f"{ray.__version__}, {where}")
+    if not address or address == "local":
+        yield Finding("ok", "ray", f"{ray.__version__}, will run on this machine alone")
+        return
+    _check_answers(address)
+    with ray_session():
+        has = ray.cluster_resources()
+    yield Finding(
+        "ok",
+        "ray",
+        f"{ray.__version__}, joins {address} (RAY_ADDRESS) of {has.get('CPU', 0):g} CPUs and "
+        f"{has.get('GPU', 0):g} GPUs",
+    )
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would wait for minutes. Raises `UserError`."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if parts.port is not None:
+            socket.create_connection((parts.hostname or "", parts.port), _CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"nothing answers at {address} ({error}); check RAY_ADDRESS, or unset it to run on "
+            "this machine alone"
+        ) from error
 
 
 def _decoders() -> Iterator[Finding]:
@@ -127,6 +172,8 @@ def _decoders() -> Iterator[Finding]:
         ExplicitVRLittleEndian,
         JPEG2000Lossless,
         JPEGBaseline8Bit,
+        JPEGExtended12Bit,
+        JPEGLossless,
         JPEGLosslessSV1,
         JPEGLSLossless,
         RLELossless,
@@ -143,7 +190,8 @@ def _decoders() -> Iterator[Finding]:
         )
     syntaxes = (
         ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, RLELossless, JPEGBaseline8Bit,
-        JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, JPEG2000,
+        JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless,
+        JPEG2000,
     )  # fmt: skip
     lacking = [uid.name for uid in syntaxes if not _has_decoder(get_decoder, uid)]
     yield Finding(
@@ -164,7 +212,14 @@ def _has_decoder(get_decoder: Callable[[object], object], uid: object) -> bool:
 
 
 def _disk() -> Iterator[Finding]:
-    for what, folder in (("temporary files", tempfile.gettempdir()), ("object store", "/dev/shm")):
+    for what, folder, mend in (
+        (
+            "temporary files",
+            tempfile.gettempdir(),
+            "shards are read and Ray spills here; give it 5 GiB or more, or name another by TMPDIR",
+        ),
+        ("object store", "/dev/shm", "Ray keeps films at work here; give it 5 GiB or more"),
+    ):
         if not os.path.isdir(folder):
             continue
         free = shutil.disk_usage(folder).free
@@ -173,7 +228,7 @@ def _disk() -> Iterator[Finding]:
             "ok" if enough else "note",
             what,
             f"{free / 2**30:.0f} GiB free in {folder}",
-            "" if enough else "Ray spills here; give it 5 GiB or more",
+            "" if enough else mend,
         )
 
 
@@ -210,3 +265,14 @@ def _place(uri: str) -> Iterator[Finding]:
         yield Finding("note", "storage", f"{uri}: nothing lies there", "check the path or prefix")
     else:
         yield Finding("ok", "storage", f"{uri} can be listed")
+
+
+def _results(uri: str) -> Iterator[Finding]:
+    from lungopacity.storage.probe import check_writable
+
+    try:
+        check_writable(uri)
+    except UserError as error:
+        yield _refused("results", error)
+    else:
+        yield Finding("ok", "results", f"{uri} can be written to")

@@ -12,11 +12,12 @@ from lungopacity.cli.options import EPILOG, words_of
 
 @click.command(epilog=EPILOG)
 @click.option("--storage", metavar="URI", default=None, help="Also try to list this place.")
-def doctor(storage: str | None) -> int:
+@click.option("--results", metavar="URI", default=None, help="Also try to write to this place.")
+def doctor(storage: str | None, results: str | None) -> int:
     """What this machine has, what is missing, and the mend."""
     from lungopacity.doctor import diagnose, report
 
-    findings = diagnose(storage)
+    findings = diagnose(storage, results)
     click.echo(report(findings))
     return 2 if any(finding.state == "missing" for finding in findings) else 0
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from lungopacity.cli import cli, main
 from lungopacity.errors import NOTICE
@@ -291,8 +293,10 @@ def test_whatever_is_handed_out_says_what_it_is_not_for(place, capfdbinary):
 
 
 def test_doctor_finds_what_is_there_and_what_is_missing(s3_server, capfd):
-    code, out, _ = run(capfd, "doctor", "--storage", "s3://tests")
+    code, out, _ = run(capfd, "doctor", "--storage", "s3://tests", "--results", "s3://tests/x")
     assert code == 0
+    assert "s3://tests/x can be written to" in out
+    assert not list(open_store("s3://tests/x").list())
     for what in ("torch", "ray", "dicom", "storage"):
         assert any(line.split()[:2] in (["ok", what], ["note", what]) for line in out.splitlines())
     code, out, _ = run(capfd, "doctor", "--storage", "/no/such/folder")
@@ -309,6 +313,27 @@ def test_doctor_tells_an_address_for_jobs_from_one_of_a_cluster(monkeypatch, cap
     assert code == 2
     assert "RAY_ADDRESS is http://127.0.0.1:8265, where jobs are submitted" in out
     assert "→ unset it" in out
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_doctor_tries_what_the_job_would_find_missing(tmp_path, monkeypatch, capfd):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        closed = f"127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr("lungopacity.doctor._NVIDIA", (str(tmp_path),))
+    monkeypatch.setattr("lungopacity.doctor._LIBRARIES", ("nosuch",))
+    monkeypatch.setenv("RAY_ADDRESS", closed)
+    (tmp_path / "file").touch()
+    code, out, _ = run(capfd, "doctor", "--results", tmp_path / "file" / "results")
+    assert code == 2
+    told = [line.split() for line in out.splitlines()]
+    for what in ("libraries", "ray", "results"):
+        assert ["missing", what] in [words[:2] for words in told]
+    assert f"nothing answers at {closed} (" in out
+    assert "there is one by NVIDIA: install a driver of 580 or newer" in out
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    _, out, _ = run(capfd, "doctor")
+    assert f"joins {ray.get_runtime_context().gcs_address} (RAY_ADDRESS) of 2 CPUs" in out
 
 
 def test_python_functions_print_nothing(place, ray_cluster, capfd):
