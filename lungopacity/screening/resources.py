@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from lungopacity.errors import UserError
 from lungopacity.runtime import capacity, require_resources
 
+_GPU_NAME = "accelerator_type:"
+"""Begins a resource of nodes with GPUs."""
+
 
 @dataclass(frozen=True)
 class ScoringResources:
@@ -25,6 +28,15 @@ class ScoringResources:
     @property
     def use_gpu(self) -> bool:
         return self.actor_gpus > 0
+
+    def devices(self) -> list[str]:
+        """What the model runs on, for the run's record: the GPUs' names as Ray tells them."""
+        import ray
+
+        if not self.use_gpu:
+            return ["cpu"]
+        of_nodes = [name for name in ray.cluster_resources() if name.startswith(_GPU_NAME)]
+        return sorted(name.removeprefix(_GPU_NAME) for name in of_nodes) or ["gpu"]
 
     @staticmethod
     def of_cluster(

@@ -184,8 +184,9 @@ def run_job(
         )
         go_on = go_on.format(run_id)
         try:
-            _screen_what_is_missing(job, plan, folder, go_on)
+            devices = _screen_what_is_missing(job, plan, folder, go_on)
             done_with_ray()
+            job = replace(job, noted={**job.noted, "devices": devices})
             result = publish_run(job, plan, began, before_commit)
         except (KeyboardInterrupt, SystemExit):
             log.warning("stopped; %s", go_on)
@@ -194,9 +195,9 @@ def run_job(
     return result
 
 
-def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: str) -> None:
-    """Until every object of the plan has its rows in part files. `folder`: for lists of the rest.
-    `go_on`: the mend where some have none.
+def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: str) -> list[str]:
+    """Until every object of the plan has its rows in part files; what devices scored them, see
+    `ScoringResources`. `folder`: for lists of the rest. `go_on`: the mend where some have none.
 
     A million objects at a time: the driver's memory does not grow with the archive. One that ends
     every process that reads it is found out in the last round, where each is by itself.
@@ -207,9 +208,10 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: 
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, "resumed")
         log.info("%d of %d objects are still to do", _rows(todo), plan.start.objects)
+    devices: set[str] = set()
     for number in range(_ROUNDS):
         if not todo:
-            return
+            break
         if number:
             log.warning("%d objects were lost on the way and are read again", _rows(todo))
         losses = _LOSSES if number else 0
@@ -218,7 +220,7 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: 
         for path in todo:
             with _surviving_lost_nodes():
                 objects = pq.read_table(path, columns=PLAN_SCHEMA.names)
-                _run_pipeline(job, plan, objects, losses=losses, alone=alone)
+                devices |= _run_pipeline(job, plan, objects, losses=losses, alone=alone)
                 given_up -= 1
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, f"round-{number}")
@@ -232,6 +234,7 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: 
             f"{_rows(todo)} of {plan.start.objects} objects have no result after {_ROUNDS} "
             f"rounds; nothing was published; {go_on}"
         )
+    return sorted(devices)
 
 
 @contextmanager
@@ -262,7 +265,8 @@ def _rows(files: Sequence[Path]) -> int:
 
 def _run_pipeline(
     job: ScreeningJob, plan: Plan, todo: pa.Table, *, losses: int, alone: bool
-) -> None:
+) -> set[str]:
+    """The devices that scored."""
     shards = pa.compute.sum(todo["is_shard"]).as_py() or 0
     objects = 0
     model = job.model
@@ -301,3 +305,4 @@ def _run_pipeline(
                 progress.advance(
                     counts.total() - progress.done, note=f"{counts[Status.FAILED]} failed{of}"
                 )
+        return set(resources.devices())

@@ -11,9 +11,12 @@ from tests.screening.nights import Place
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Place:
     place = Place(tmp_path)
-    monkeypatch.setattr(
-        screen, "_run_pipeline", lambda _job, plan, todo, **_: place.write_parts(plan, todo)
-    )
+
+    def run(_job, plan, todo, **_) -> set[str]:
+        place.write_parts(plan, todo)
+        return {"cpu"}
+
+    monkeypatch.setattr(screen, "_run_pipeline", run)
     return place
 
 

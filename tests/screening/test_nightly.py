@@ -456,10 +456,11 @@ def test_a_night_that_may_not_remove_its_work_is_published_all_the_same(place, m
 
 
 def test_a_night_that_lost_its_lease_leaves_the_status_to_the_other(place, monkeypatch):
-    def taken_over(_job, plan, todo, **_) -> None:
+    def taken_over(_job, plan, todo, **_) -> set[str]:
         place.write_parts(plan, todo)
         place.store.write("_lock/nightly.json", b'{"token": "of another"}')
         place.store.write("status.json", b'{"state": "of another"}')
+        return set()
 
     monkeypatch.setattr(screen, "_run_pipeline", taken_over)
     with pytest.raises(UserError, match="the lease 'nightly' was lost"):

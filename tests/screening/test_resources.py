@@ -26,7 +26,8 @@ grows_to(told["grows"])
 for case in told["cases"]:
     try:
         use_gpu = resolve_gpu(case.pop("use_gpu", None))
-        print(json.dumps(asdict(ScoringResources.of_cluster(use_gpu, **case))))
+        found = ScoringResources.of_cluster(use_gpu, **case)
+        print(json.dumps({**asdict(found), "devices": found.devices()}))
     except UserError as error:
         print(json.dumps({"error": str(error)}))
 """
@@ -70,6 +71,7 @@ def test_one_gpu_or_many_whole_or_in_shares():
     )
     assert (whole["max_actors"], whole["actor_cpus"], whole["actor_gpus"]) == (2, 0.0, 1.0)
     assert (shared["max_actors"], shared["actor_gpus"]) == (4, 0.5)
+    assert [case["devices"] for case in (whole, cpu)] == [["gpu"], ["cpu"]]
     # One for each GPU that is there, at once: Ray adds one at a time.
     assert [case["first_actors"] for case in (whole, shared, six, cpu)] == [2, 4, 6, 1]
     assert thirds["max_actors"] == six["max_actors"] == 6

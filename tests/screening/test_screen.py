@@ -10,6 +10,7 @@ import lungopacity
 from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.cli import main
 from lungopacity.errors import NOTICE, UserError
+from lungopacity.results.folder import read_run
 from lungopacity.results.query import query, runs
 from lungopacity.screening import screen
 
@@ -32,10 +33,11 @@ def test_an_object_that_is_lost_each_time_gets_a_row_and_keeps_no_other_waiting(
 ):
     rounds = []
 
-    def dies(_job, plan, todo, *, losses, alone) -> None:
+    def dies(_job, plan, todo, *, losses, alone) -> set[str]:
         rounds.append((todo.num_rows, losses, alone))
         if todo.num_rows > 1:
             place.write_parts(plan, todo.slice(1))
+        return set()
 
     monkeypatch.setattr(screen, "_run_pipeline", dies)
     monkeypatch.setattr(screen, "_FEW_OBJECTS", 0)
@@ -102,4 +104,5 @@ def test_a_run_that_goes_on_says_that_it_keeps_its_objects(place, caplog, monkey
         place.archive.uri, place.model, place.results, run_id="killed", limit=2
     )
     assert result.images == 4
+    assert read_run(place.store, "killed")["devices"] == []  # this attempt scored nothing
     assert "--limit and --inventory change nothing" in caplog.text
