@@ -142,6 +142,12 @@ def nightly(**options: Any) -> int:
 )
 @hmac_key_option
 @gpu_option
+@click.option(
+    "--precision",
+    metavar="NAME",
+    default=None,
+    help="Of the forward pass. Default: the run's; float32 where there is no GPU for bfloat16.",
+)
 def retry(**options: Any) -> int:
     """Screen again what a run could not read for a reason that may have passed."""
     from lungopacity.screening.report import summary

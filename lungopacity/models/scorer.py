@@ -31,7 +31,7 @@ def check_precision(precision: str, use_gpu: bool) -> None:
     if precision not in PRECISIONS:
         raise UserError(f"--precision: '{precision}' is none of {', '.join(PRECISIONS)}")
     if precision != FLOAT32 and not use_gpu:
-        raise UserError(f"--precision {precision} needs a GPU; use one, or {FLOAT32}")
+        raise UserError(f"{precision} needs a GPU; use one, or give --precision {FLOAT32}")
 
 
 @dataclass(frozen=True)

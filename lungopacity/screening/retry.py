@@ -34,13 +34,15 @@ def retry(
     hmac_key: str | None = None,
     labels: str | None = None,
     use_gpu: bool | None = None,
+    precision: str | None = None,
 ) -> ScreeningResult | None:
     """Publish a run over the objects of `run_id` that failed by the fault of the storage, or of
     another version of lungopacity; None: none did.
 
     The run that is retried stays as it is; the new one names it as `retry_of`, and the view
     `latest` of `query` shows its rows instead. `model`: where the model of that run lies now, if it
-    was moved. `hmac_key`: the same as the run had, if it had one. Raises `UserError`.
+    was moved. `hmac_key`: the same as the run had, if it had one. `precision`: another than the
+    run's, as where there is no GPU for its own. Raises `UserError`.
     """
     began = time.monotonic()
     store = open_store(results)
@@ -62,7 +64,7 @@ def retry(
         labels=labels,
         operating_point=settings.get("operating_point"),
         explain=settings.get("explain", False),
-        precision=settings.get("precision", FLOAT32),
+        precision=precision or settings.get("precision", FLOAT32),
         batch_size=settings.get("batch_size", 64),
         use_gpu=use_gpu,
         noted={"retry_of": run_id},

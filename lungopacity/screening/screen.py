@@ -21,7 +21,7 @@ from lungopacity.archive.inventory import Inventory, below, left_out, list_archi
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import Status, UserError
 from lungopacity.models.compiled import loaded
-from lungopacity.models.scorer import check_precision
+from lungopacity.models.scorer import FLOAT32, check_precision
 from lungopacity.progress import Progress
 from lungopacity.results.folder import RESULTS_FILE
 from lungopacity.results.schema import PLAN_SCHEMA
@@ -162,6 +162,10 @@ def run_job(
     if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
         # It is written last: after a night's work it would be late to hear that it cannot be.
         check_writable(job.pseudonyms.key_map, private=True)
+    if job.precision != FLOAT32:
+        # The cluster alone knows, and a plan that cannot be screened would be left behind.
+        with ray_session():
+            check_precision(job.precision, resolve_gpu(job.use_gpu))
     with temporary_folder() as folder:
         plan = make_plan(
             job.results,
@@ -275,7 +279,6 @@ def _run_pipeline(
         model = replace(model, compiled=None)
     with ray_session():
         use_gpu = resolve_gpu(job.use_gpu)
-        check_precision(job.precision, use_gpu)
         resources = ScoringResources.of_cluster(use_gpu, job.gpus_per_actor, job.model_actors)
         counts: Counter[str] = Counter()
         # How many images a shard holds is known only once it has been read.

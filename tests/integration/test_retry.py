@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
+import torch
 
 import lungopacity
 from lungopacity.archive.inventory import Inventory, list_archive
@@ -109,3 +111,18 @@ def test_what_cannot_be_retried_is_said_so(place):
         lungopacity.retry(str(place / "results"), "night", model=str(place / "other"))
     with pytest.raises(UserError, match="without a key"):
         lungopacity.retry(str(place / "results"), "night", hmac_key=str(place / "key"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_run_in_bfloat16_is_retried_without_a_gpu_in_float32(place, monkeypatch):
+    results = open_store(str(place / "results"))
+    restless_night(place)
+    record = results.read("runs/night.json")
+    results.write("runs/night.json", record.replace(b'"float32"', b'"bfloat16"'))
+    with pytest.raises(UserError, match="bfloat16 needs a GPU; use one, or give --precision float"):
+        lungopacity.retry(results.uri, "night")
+    assert not list(results.list("_work/"))  # no plan is left behind
+    # `lungopacity.screening.retry` is the function by now.
+    module = sys.modules["lungopacity.screening.retry"]
+    monkeypatch.setattr(module, "run_job", lambda job, *_: job.precision)
+    assert lungopacity.retry(results.uri, "night", precision="float32") == "float32"

@@ -79,7 +79,7 @@ def test_float32_on_a_gpu_is_no_tf32(monkeypatch):
     ("precision", "use_gpu", "said"),
     [
         ("float16", True, "--precision: 'float16' is none of float32, bfloat16"),
-        ("bfloat16", False, "--precision bfloat16 needs a GPU; use one, or float32"),
+        ("bfloat16", False, "bfloat16 needs a GPU; use one, or give --precision float32"),
     ],
 )
 def test_a_precision_that_is_none_is_refused(precision, use_gpu, said):
