@@ -117,7 +117,7 @@ def _decode_plain_jpeg(
     data: bytes, header: JpegHeader | None, limits: DecodeLimits, at_least: int | None
 ) -> Radiograph | None:
     """A grey JPEG that nothing need be known of but its pixels: most of an archive's JPEGs."""
-    if header is None or header.components != 1 or header.has_exif:
+    if header is None or header.components != 1 or header.may_be_turned:
         return None
     limits.check_pixels(header.rows, header.columns)
     pixels = decode_grey_jpeg(data, header, at_least)

@@ -15,6 +15,7 @@ _BOXED = b"jP  "
 """At the front of a JP2 file (T.800 I.5.1), which some put into DICOM whole."""
 _START_OF_TILE = b"\xff\x90\x00\x0a"
 _TILE_HEADER_BYTES = 12
+_APP1 = 0xE1
 _COMMENT = 0xFE
 # Start of scan with the length that its number of components gives (T.81 B.2.3). Coded pixels hold
 # none: their FF is always followed by 00.
@@ -36,7 +37,8 @@ class JpegHeader:
     components: int
     bits: int
     """Of a sample; of JPEG 2000, of the first component."""
-    has_exif: bool
+    may_be_turned: bool
+    """Exif or XMP (APP1) stands before the pixels, and may name an orientation."""
     progressive: bool
     comments: tuple[bytes, ...]
 
@@ -53,7 +55,7 @@ def read_header(frame: bytes) -> JpegHeader | None:
     if frame[:2] != b"\xff\xd8":
         return None
     comments: list[bytes] = []
-    has_exif, at = False, 2
+    may_be_turned, at = False, 2
     while at + 10 <= len(frame) and frame[at] == 0xFF:
         marker = frame[at + 1]
         if marker == 0xFF:  # a fill byte
@@ -63,10 +65,11 @@ def read_header(frame: bytes) -> JpegHeader | None:
         if marker in _START_OF_FRAME:
             rows, columns = (int.from_bytes(frame[at + i : at + i + 2], "big") for i in (5, 7))
             progressive = marker in _PROGRESSIVE
+            bits, components = frame[at + 4], frame[at + 9]
             return JpegHeader(
-                rows, columns, frame[at + 9], frame[at + 4], has_exif, progressive, tuple(comments)
+                rows, columns, components, bits, may_be_turned, progressive, tuple(comments)
             )
-        has_exif = has_exif or (marker == 0xE1 and frame[at + 4 : at + 8] == b"Exif")
+        may_be_turned = may_be_turned or marker == _APP1
         if marker == _COMMENT:
             comments.append(frame[at + 4 : end])
         at = end

@@ -232,6 +232,15 @@ def test_exif_orientation_is_applied():
     assert np.abs(found.astype(int) - np.rot90(film, -1)).max() <= 8
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_an_orientation_that_xmp_alone_names_is_applied(mode):
+    film = grey_film(height=60, width=40)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    found = one_film(saved(Image.fromarray(film).convert(mode), "JPEG", quality=98, xmp=xmp)).pixels
+    assert found.shape == (40, 60)
+    assert np.abs(found.astype(int) - np.rot90(film, -1)).max() <= 8
+
+
 def test_damaged_exif_does_not_cost_the_film():
     data = encoded(FILM, "PNG", exif=b"MM\x00*\x00\x00\x00\x08")
     at = data.index(b"eXIf")
