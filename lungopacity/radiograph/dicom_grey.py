@@ -12,7 +12,7 @@ good as absent. One that is there and cannot be read is an error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.grey import own_range, stretch_to_uint8
 
 _MAX_TABLE_BITS = 16
+_BRIGHTEST_OF_ANY = 0.25
+"""Share of white that some value of the stored range must reach, for a window to be believed."""
 _LOSSY = {f"1.2.840.10008.1.2.4.{syntax}" for syntax in (50, 51, 81, 91, 203)}
 """JPEG, JPEG-LS, JPEG 2000 and HTJ2K (PS3.5 10): the precision in the codestream may be larger than
 Bits Stored."""
@@ -145,12 +147,17 @@ class _Transform:
     def of(dataset: Any) -> _Transform:
         slope = _first(dataset, "RescaleSlope")
         intercept = _first(dataset, "RescaleIntercept")
-        return _Transform(
+        found = _Transform(
             modality=_table_of(dataset, "ModalityLUTSequence"),
             slope=slope or 1.0,  # a slope of 0 would leave nothing of the image
             intercept=intercept or 0.0,
             voi=_table_of(dataset, "VOILUTSequence") or _window_of(dataset),
         )
+        is_window = isinstance(found.voi, _Window)
+        if is_window and found(np.array(_stored_range(dataset))).max() < _BRIGHTEST_OF_ANY:
+            # Left from before a copy of fewer bits was made, which it would show black.
+            return replace(found, voi=None)
+        return found
 
     def __call__(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         values = stored.astype(np.float64)

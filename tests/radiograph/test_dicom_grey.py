@@ -8,7 +8,7 @@ from pydicom.tag import Tag
 
 from lungopacity.errors import ErrorCode, ImageError
 from tests.films import dicom, one_film
-from tests.radiograph.dicom_files import RAMP, changed, code_of, without
+from tests.radiograph.dicom_files import EIGHT_BITS, RAMP, changed, code_of, without
 
 
 def test_monochrome1_is_inverted_to_monochrome2():
@@ -100,6 +100,16 @@ def test_a_window_of_no_width_is_none(window):
     np.testing.assert_array_equal(
         one_film(dicom(RAMP, WindowCenter=centre, WindowWidth=width)).pixels,
         one_film(dicom(RAMP)).pixels,
+    )
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_window_of_12_bits_that_a_copy_of_8_kept_is_none(photometric):
+    film = (RAMP // 16).astype(np.uint8)
+    elements = {**EIGHT_BITS, "PixelData": film.tobytes(), "PhotometricInterpretation": photometric}
+    left = {"WindowCenter": 2048, "WindowWidth": 4096}
+    np.testing.assert_array_equal(
+        one_film(dicom(film, **elements, **left)).pixels, one_film(dicom(film, **elements)).pixels
     )
 
 
