@@ -2,7 +2,8 @@
 
     predictions/screened_on=YYYY-MM-DD/<run_id>-<attempt>-NNNNN.parquet
     metrics/<run_id>-….parquet
-    explanations/<run_id>/<content_sha256>.png      of positive films, where they were asked for
+    explanations/<run_id>/<content_sha256>.png      of positive films, where they were asked for;
+                                                    of a frame <content_sha256>-<frame>.png
     runs/<run_id>.json                  the commit record, written last
     _work/<run_id>/…                    what is being written; no reader looks here
 
