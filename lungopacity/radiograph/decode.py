@@ -208,13 +208,11 @@ def _decode_uncommon_tiff(data: bytes, limits: DecodeLimits) -> Iterator[Radiogr
         facts: dict[str, Any] = {"format": "tiff", "frame": index if len(pages) > 1 else None}
         try:
             tags = tiff.tags_of(data, begin)
-            facts |= {
-                "rows": tags.get(tiff.ROWS, 0),
-                "columns": tags.get(tiff.COLUMNS, 0),
-                "photometric_interpretation": "I;16",
-            }
-            limits.check_pixels(facts["rows"], facts["columns"])
-            unpacked += facts["rows"] * facts["columns"]
+            rows, columns = tags.get(tiff.ROWS, 0), tags.get(tiff.COLUMNS, 0)
+            limits.check_pixels(rows, columns)
+            # Only now: more than the limit may be more than a column of a table holds.
+            facts |= {"rows": rows, "columns": columns, "photometric_interpretation": "I;16"}
+            unpacked += rows * columns
             if len(pages) > 1:
                 limits.check_unpacked(unpacked, len(data))
             grey = stretch_to_uint8(tiff.grey_values(data, index, tags))
