@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
 
@@ -26,17 +27,18 @@ def parquet_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
     """One entry a row, named by the row's path, or by its number.
 
     The image column is binary, or a struct with a binary field `bytes` and perhaps a `path` (as
-    Hugging Face datasets writes it). Raises `ImageError` (`not_an_image`) where there is none: a
-    sheet; `unsupported` where it cannot be told which of several it is, or where bytes lie deeper;
-    what Arrow raises where the file is damaged.
+    Hugging Face datasets writes it). Of several with known names, the one counts that the row
+    fills; a row that fills two is refused. Raises `ImageError` (`not_an_image`) where there is
+    none: a sheet; `unsupported` where it cannot be told which of several it is, or where bytes lie
+    deeper; what Arrow raises where the file is damaged.
     """
     size = file.seek(0, io.SEEK_END)
     # Arrow would hold whole column chunks, gigabytes of them; buffered, it holds one page.
     parquet = pq.ParquetFile(
         Lent(file), pre_buffer=False, buffer_size=1024 * 1024, page_checksum_verification=True
     )
-    image, kind, name = _columns(parquet.schema_arrow)
-    columns = [image] if name is None else [image, name]
+    columns = _columns(parquet.schema_arrow)
+    paths = {path: None for column in columns for path in (column.image, column.name) if path}
     # The sizes of single columns stand in the footer too, but to ask pyarrow 26 for those of a
     # damaged footer ends the process.
     groups = (parquet.metadata.row_group(group) for group in range(parquet.num_row_groups))
@@ -45,7 +47,7 @@ def parquet_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
     meter.add(size, left)
     # One row a batch, because the pages' dictionary can make one stored image a thousand rows.
     rows_at_once = 1
-    if pa.types.is_dictionary(kind):
+    if any(pa.types.is_dictionary(column.kind) for column in columns):
         # Of a column that is a dictionary in Arrow, too, every batch holds the row group's whole.
         rows_at_once = _DICTIONARY_ROWS
         if max(sizes, default=0) > _DICTIONARY_BYTES:
@@ -55,12 +57,10 @@ def parquet_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
                 f"images in a dictionary of more than {_DICTIONARY_BYTES} bytes; write plain ones",
             )
     rows = 0
-    batches = parquet.iter_batches(rows_at_once, columns=columns, use_threads=False)
+    batches = parquet.iter_batches(rows_at_once, columns=list(paths), use_threads=False)
     singly = (batch.slice(row, 1) for batch in batches for row in range(batch.num_rows))
     for rows, batch in enumerate(singly, 1):
-        (value,) = _leaf(batch, image)
-        names = None if name is None else _leaf(batch, name)
-        entry = _entry(value, _text(names) or str(rows - 1))
+        entry = _entry(batch, columns, str(rows - 1))
         left -= entry.size or 0
         if left < 0:
             meter.add(0, -left)
@@ -70,7 +70,31 @@ def parquet_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
         raise corrupt("holds another number of rows than it states")
 
 
-def _entry(value: Any, name: str) -> Entry:
+@dataclass(frozen=True)
+class _Column:
+    """Dotted paths of a column with images and of the names of its rows."""
+
+    image: str
+    kind: Any
+    name: str | None
+
+
+def _entry(row: Any, columns: Sequence[_Column], number: str) -> Entry:
+    """Of a batch of one row. `number`: its name, where it has none."""
+    values = [(column, _leaf(row, column.image)[0]) for column in columns]
+    filled = [
+        (column, value) for column, value in values if value.is_valid and value.as_buffer().size
+    ]
+    column, value = (filled or values)[0]
+    name = _text(None if column.name is None else _leaf(row, column.name)) or number
+    if len(filled) > 1:
+        told = ", ".join(column.image for column, _ in filled)
+        several = ImageError(
+            ErrorCode.UNSUPPORTED,
+            Stage.UNPACK,
+            f"the row holds {len(filled)} images ({told}); write one image a row",
+        )
+        return Entry(name, 0, several, alone=True)
     if not value.is_valid:
         empty = ImageError(ErrorCode.EMPTY, Stage.UNPACK, "the row holds no image")
         return Entry(name, 0, empty, alone=True)
@@ -78,8 +102,8 @@ def _entry(value: Any, name: str) -> Entry:
     return Entry(name, buffer.size, partial(pa.BufferReader, buffer), alone=True)
 
 
-def _columns(schema: Any) -> tuple[str, Any, str | None]:
-    """Dotted path of the column with the images, its type, and the path of their names."""
+def _columns(schema: Any) -> list[_Column]:
+    """The columns that may hold a row's image; mostly one."""
     found = {field.name: images for field in schema if (images := _images_in(field)) is not None}
     if not found:
         if any(_holds_bytes(field.type) for field in schema):
@@ -98,17 +122,20 @@ def _columns(schema: Any) -> tuple[str, Any, str | None]:
             Stage.UNPACK,
             f"{len(found)} columns of bytes, and none has a name that tells it holds the images",
         )
-    column = schema.field(schema.get_field_index(known[0]))
-    image, kind = found[known[0]]
-    if pa.types.is_struct(column.type):
-        path = column.type.get_field_index("path")
-        if path >= 0 and _is_text(column.type.field(path).type):
-            return image, kind, f"{column.name}.path"
+    return [_Column(*found[name], _names_of(schema, name)) for name in known]
+
+
+def _names_of(schema: Any, column: str) -> str | None:
+    kind = schema.field(schema.get_field_index(column)).type
+    if pa.types.is_struct(kind):
+        path = kind.get_field_index("path")
+        if path >= 0 and _is_text(kind.field(path).type):
+            return f"{column}.path"
     for name in _NAME_COLUMNS:
         index = schema.get_field_index(name)
         if index >= 0 and _is_text(schema.field(index).type):
-            return image, kind, name
-    return image, kind, None
+            return name
+    return None
 
 
 def _images_in(field: Any) -> tuple[str, Any] | None:

@@ -29,6 +29,19 @@ def test_the_image_column_is_the_known_one_of_several():
     assert walk(_table(left=[b"1"], label=[7])) == ([("0", b"1")], None)
 
 
+def test_of_several_known_columns_the_one_that_a_row_fills_counts():
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    data = _table(
+        jpg=pa.array([b"1", None, b"", None, b"5"], pa.binary()),
+        dcm=pa.array([None, b"2", b"3", None, b"6"], pa.binary()),
+        png=pa.array([None, None, None, {"bytes": b"4", "path": "d"}, None], kind),
+        key=["a", "b", "c", "-", "e"],
+        mask=[b"m"] * 5,
+    )
+    films = [("a", b"1"), ("b", b"2"), ("c", b"3"), ("d", b"4")]
+    assert walk(data) == ([*films, ("e", ErrorCode.UNSUPPORTED)], None)
+
+
 def test_the_first_column_of_text_names_the_rows():
     data = _table(image=[b"1"], id=["id"], path=[3], filename=pa.array(["f"]).dictionary_encode())
     assert walk(data) == ([("f", b"1")], None)
