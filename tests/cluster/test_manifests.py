@@ -8,6 +8,7 @@ import re
 import shlex
 import zoneinfo
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,11 @@ def test_both_nights_run_the_same_at_the_same_time():
     ray, plain = manifest("raycronjob-nightly.yaml"), manifest("cronjob-nightly.yaml")
     assert command_of(ray) == command_of(plain)
     for document in (ray, plain):
-        assert document["spec"]["schedule"] == "30 1 * * *"
-        zoneinfo.ZoneInfo(document["spec"]["timeZone"])
+        assert document["spec"]["schedule"] == "30 3 * * *"
+        zone = zoneinfo.ZoneInfo(document["spec"]["timeZone"])
+        for month in (1, 7):  # `screened_on` is the UTC day: the same all year round
+            begins = datetime(2026, month, 10, 3, 30, tzinfo=zone)
+            assert begins.astimezone(UTC).date() == begins.date()
     assert plain["spec"]["concurrencyPolicy"] == "Forbid"
     service = manifest("raycluster.yaml")["metadata"]["name"] + "-head-svc"
     (pod,) = pods_of(plain)
