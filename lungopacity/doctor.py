@@ -255,9 +255,11 @@ def _refused(what: str, error: UserError) -> Finding:
 
 def _place(uri: str) -> Iterator[Finding]:
     from lungopacity.storage import open_store
+    from lungopacity.storage.probe import check_conditions
 
     try:
         first = next(iter(open_store(uri).list()), None)
+        check_conditions(uri)
     except UserError as error:
         yield _refused("storage", error)
         return

@@ -13,7 +13,8 @@ from botocore.exceptions import ClientError, ParamValidationError
 
 from lungopacity import doctor
 from lungopacity.errors import TRANSIENT, ErrorCode, ImageError, UserError
-from lungopacity.storage import open_store
+from lungopacity.storage import S3Store, open_store
+from lungopacity.storage.probe import check_conditions
 from lungopacity.storage.s3_clients import clients_of
 from lungopacity.storage.s3_errors import image_error_of, user_errors
 
@@ -40,6 +41,33 @@ def test_a_wrong_secret_is_named_with_the_mend(s3_server, monkeypatch):
     message = failing_list("s3://tests/x")
     assert "does not accept these credentials" in message
     assert "AWS_SECRET_ACCESS_KEY" in message
+
+
+def test_a_server_that_honours_conditions_passes_the_probe(s3_uri):
+    check_conditions(s3_uri)
+    assert not list(open_store(s3_uri).list())
+    check_conditions("s3://nowhere/x")  # nor is it asked of a place that cannot be written to
+
+
+@pytest.mark.parametrize("name", ["If-None-Match", "If-Match"])
+def test_a_server_that_ignores_conditions_is_told(s3_uri, monkeypatch, name):
+    ask = S3Store._ask
+
+    def ignoring(store, method, **arguments):
+        arguments.pop(name.replace("-", ""), None)
+        return ask(store, method, **arguments)
+
+    monkeypatch.setattr(S3Store, "_ask", ignoring)
+    with pytest.raises(UserError, match=f"the server writes whatever {name} says, so two jobs"):
+        check_conditions(s3_uri)
+    store = open_store(s3_uri)
+    assert not list(store.list())
+    if name == "If-Match":
+        store.write("a", b"another")
+        monkeypatch.setattr(store._ready.quick, "_store", None)
+        with pytest.raises(ImageError) as caught:
+            store.read("a", etag="0" * 32)
+        assert caught.value.code is ErrorCode.CHANGED
 
 
 def s3_answer(status: int, code: str) -> ClientError:

@@ -1,12 +1,16 @@
-"""Whether a place can be written to: told before hours of work, not after them."""
+"""Whether a place can be written to, and safely: told before hours of work, not after them."""
 
 from __future__ import annotations
 
 import contextlib
 import uuid
+from functools import partial
 
 from lungopacity.errors import UserError
-from lungopacity.storage import open_store
+from lungopacity.storage import ConflictError, S3Store, open_store
+
+_OF_NOTHING = "0" * 32
+"""The etag of no object."""
 
 
 def check_writable(uri: str, *, private: bool = False) -> None:
@@ -16,3 +20,32 @@ def check_writable(uri: str, *, private: bool = False) -> None:
     # Some may write and not remove; an empty file is left then.
     with contextlib.suppress(UserError, OSError):
         store.delete(key)
+
+
+def check_conditions(uri: str) -> None:
+    """Raises `UserError` where a server takes no notice of If-None-Match or If-Match: two nights
+    would both hold the lease, and write over each other's runs.
+
+    Says nothing of a place that must not be written to: an archive may be one.
+    """
+    store, key = open_store(uri), f".probe-{uuid.uuid4().hex}"
+    if not isinstance(store, S3Store):
+        return
+    try:
+        store.write(key, b"")
+    except UserError:
+        return
+    try:
+        for name, write in (
+            ("If-None-Match", partial(store.write, if_absent=True)),
+            ("If-Match", partial(store.write, if_match=_OF_NOTHING)),
+        ):
+            with contextlib.suppress(ConflictError):
+                write(key, b"")
+                raise UserError(
+                    f"{store.uri}: the server writes whatever {name} says, so two jobs could "
+                    "publish over each other; keep results on one that honours it"
+                )
+    finally:
+        with contextlib.suppress(UserError, OSError):
+            store.delete(key)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.ahead import ahead
-from lungopacity.storage.interface import ConflictError, ObjectInfo
+from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
 from lungopacity.storage.outage import answered, heard, patiently, trust
 from lungopacity.storage.s3_body import BodyError, take_body
 from lungopacity.storage.s3_clients import S3Clients, aws_session, clients_of
@@ -255,6 +255,8 @@ class S3Store:
         except (BotoCoreError, OSError) as error:
             told = no_connection(error, endpoint)
             raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
+        if etag and answer["ETag"].removeprefix("W/").strip('"') != etag:
+            raise changed()  # not every server honours If-Match
         take_body(answer, take)
 
     def write(
