@@ -1,5 +1,6 @@
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -146,6 +147,21 @@ def test_a_write_leaves_no_temporary_file_and_honours_the_umask(tmp_path):
         os.umask(old)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_folder_that_is_swept_away_under_a_write_is_made_again(tmp_path, monkeypatch):
+    make = tempfile.mkstemp
+    swept = []
+
+    def sweeping(**where):
+        if not swept:
+            swept.append(where["dir"].rmdir())
+        return make(**where)
+
+    monkeypatch.setattr(tempfile, "mkstemp", sweeping)
+    open_store(str(tmp_path)).write("_lock/nightly.json", b"x")
+    assert swept
+    assert (tmp_path / "_lock/nightly.json").read_bytes() == b"x"
 
 
 def test_a_relative_root_may_lead_upwards(tmp_path, monkeypatch):

@@ -144,8 +144,7 @@ class LocalStore:
     ) -> None:
         path = self._path(key)
         try:
-            path.parent.mkdir(0o700 if private else 0o777, parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+            handle, name = _temporary_in(path.parent, 0o700 if private else 0o777)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
@@ -242,6 +241,18 @@ def _leads_back(folder: Path) -> bool:
 def _open_at_once(path: Path) -> IO[bytes]:
     # To open a pipe without O_NONBLOCK waits for its writer, for ever where there is none.
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def _temporary_in(folder: Path, mode: int) -> tuple[int, str]:
+    def made() -> tuple[int, str]:
+        folder.mkdir(mode, parents=True, exist_ok=True)
+        return tempfile.mkstemp(prefix=".tmp-", dir=folder)
+
+    try:
+        return made()
+    except FileNotFoundError:
+        # Whoever deleted the last file in it has removed the folder, too, just now.
+        return made()
 
 
 def _umask() -> int:
