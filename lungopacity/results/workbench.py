@@ -100,7 +100,8 @@ def view_of_files(connection: Any, name: str, paths: Sequence[Path], schema: pa.
     """Make the schema's columns of local Parquet files a view; an empty one where there is none."""
     if paths:
         columns = ", ".join(f'"{column}"' for column in schema.names)
-        files = f"read_parquet([{', '.join(map(quoted, paths))}])"
+        # Else a folder above them, as of a lake's `modality=CR`, would give a column its value.
+        files = f"read_parquet([{', '.join(map(quoted, paths))}], hive_partitioning = false)"
         connection.execute(f"CREATE VIEW {name} AS SELECT {columns} FROM {files}")
     else:
         connection.register(name, schema.empty_table())

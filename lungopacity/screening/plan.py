@@ -25,7 +25,7 @@ from lungopacity.results.folder import (
     work_prefix,
 )
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
-from lungopacity.results.workbench import ExportedFile, export, quoted, spool, workbench
+from lungopacity.results.workbench import ExportedFile, export, spool, view_of_files, workbench
 from lungopacity.screening.history import History
 from lungopacity.storage import ConflictError, Store, open_store
 
@@ -215,7 +215,7 @@ def choose(
     listed = folder / "inventory.parquet"
     spool(inventory.tables, PLAN_SCHEMA, listed)
     with workbench() as (connection, _):
-        connection.execute(f"CREATE VIEW listed AS SELECT * FROM read_parquet({quoted(listed)})")
+        view_of_files(connection, "listed", [listed], PLAN_SCHEMA)
         ((twice,),) = connection.execute(
             "SELECT count(*) FROM "
             "(SELECT 1 FROM listed GROUP BY md5_number(image) HAVING count(*) > 1)"

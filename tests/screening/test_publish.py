@@ -189,6 +189,13 @@ def test_published_files_hold_the_schema_the_run_and_the_labels(store_uri, tmp_p
     assert [item.key for item in store.list()] == [file["key"]]
 
 
+def test_a_folder_above_the_results_gives_no_column_its_value(tmp_path):
+    store = open_store(str(tmp_path / "modality=CR" / "results"))
+    plan = plan_of(tmp_path / "plan", ["a"], [])
+    write_parts(store, plan, [row("a") | {"modality": "DX"}])
+    assert final(store, plan)["modality"].to_pylist() == ["DX"]
+
+
 def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_path):
     names = ["1.png", "x/2.png", "x/3.png", "y/3.png"]
     store = open_store(str(tmp_path / "results"))
