@@ -161,6 +161,11 @@ class ImageError(Exception):
         self.facts = dict(facts or {})
 
     @property
+    def may_pass(self) -> bool:
+        """Whether the storage, and nothing of the object itself, is the reason."""
+        return self.code in (ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE)
+
+    @property
     def mend(self) -> str:
         """Of a file of ours, that nothing can stand in for."""
         is_damaged = self.code in (ErrorCode.MISSING, ErrorCode.DIGEST_MISMATCH)

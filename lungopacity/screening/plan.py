@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from lungopacity.archive.inventory import Inventory
-from lungopacity.errors import TRANSIENT, ImageError, UserError
+from lungopacity.errors import ImageError, UserError
 from lungopacity.results.folder import (
     WORK,
     check_run_id,
@@ -163,7 +163,7 @@ def _start_at(results: Store, key: str) -> RunStart | None:
         told = json.loads(results.read(key))
         start = RunStart(**told | {"files": tuple(told["files"])})
     except (ImageError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, ImageError) and error.code in TRANSIENT:
+        if isinstance(error, ImageError) and error.may_pass:
             # It may hold the work of hours.
             raise UserError(
                 f"{results.uri}/{key}: cannot be read ({error.message}); try again"
@@ -263,7 +263,7 @@ def _taken_up(results: Store, start: RunStart, folder: Path) -> Iterator[Path]:
         except ImageError as error:
             if read_run(results, start.run_id) is not None:
                 raise published_meanwhile(start.run_id) from error
-            mend = "try again" if error.code in TRANSIENT else "choose another --run-id"
+            mend = "try again" if error.may_pass else "choose another --run-id"
             raise UserError(
                 f"run '{start.run_id}' cannot be taken up again: {results.uri}/{key}: "
                 f"{error.message}; {mend}"

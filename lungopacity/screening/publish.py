@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lungopacity.archive.names import names_by_ending
-from lungopacity.errors import TRANSIENT, ImageError, UserError
+from lungopacity.errors import ImageError, UserError
 from lungopacity.progress import Progress
 from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
@@ -251,7 +251,7 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
         except ImageError as error:
             if read_run(results, plan.start.run_id) is not None:
                 raise published_meanwhile(plan.start.run_id) from error
-            if error.code in TRANSIENT:
+            if error.may_pass:
                 raise UserError(
                     f"a part file of run '{plan.start.run_id}' cannot be read ({error.message}); "
                     "it is kept: take the run up again"
