@@ -175,8 +175,10 @@ def fit(
             ModelSpec(**spec, label_map=dict(label_map or {}), training=training),
             _read(kept, NETWORK_FILE),
         )
+        log.info("epoch %d is kept; it looks at all films once more", training["best_epoch"])
         shared = ray.put(films)
         model = replace(model, distribution=distribution_of(model, shared, settings.use_gpu))
+        log.info("its network is compiled for CPUs, and tried")
         compiled, said = compiled_of(model, shared)
         log.info("%s", said)
         training["on_cpus"] = said

@@ -106,6 +106,10 @@ def test_a_model_is_finished_even_if_its_checkpoints_cannot_be_removed(
         raise OSError("AWS Error SLOW_DOWN during DeleteObjects operation")
 
     monkeypatch.setattr("lungopacity.training.fit.FileSelector", broken)
+    caplog.set_level("INFO", "lungopacity")
     result = fit(FEW, SHORT, str(tmp_path / "model"))
+    # What follows the last epoch takes minutes on many films.
+    assert "epoch 1 is kept; it looks at all films once more" in caplog.text
+    assert "its network is compiled for CPUs, and tried" in caplog.text
     assert load_model(str(tmp_path / "model")).model_id == result.model.model_id
     assert "could not be removed (OSError: AWS Error SLOW_DOWN" in caplog.text
