@@ -84,6 +84,18 @@ def _shown(word: str) -> str:
     return word if word == word.strip() else repr(word)
 
 
+def facts_of(told: pd.DataFrame, read: pd.DataFrame) -> pd.DataFrame:
+    """`FACT_COLUMNS` of films: what the labels say of one goes before what its header says.
+
+    told, read: what either says, row i of both of the same film.
+    """
+    facts = {}
+    for name in FACT_COLUMNS:
+        values = told[name].astype(object).reset_index(drop=True)
+        facts[name] = values.where(values.notna(), read[name].reset_index(drop=True))
+    return pd.DataFrame(facts)
+
+
 def label_names(files: Iterable[str], names: Iterable[str], uri: str, where: str) -> dict[str, str]:
     """What the labels call each file, of those that they mean: its own name, or, of names that no
     file has whole, the one that means it by its ending.

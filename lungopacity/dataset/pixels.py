@@ -16,7 +16,7 @@ from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import Archive, take_inventory
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.stream import read_tasks, stream_images, tables_of
-from lungopacity.dataset.manifest import FACT_COLUMNS, label_names
+from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of, label_names
 from lungopacity.errors import ErrorCode, Status, UserError
 from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION, Preprocessing
@@ -170,15 +170,14 @@ def _joined(
             "the label could belong to either"
         )
     facts = list(FACT_COLUMNS)
-    # What the labels say of a film goes before what its header says.
     frame = labels.merge(
         read.rename(columns={"image": "source"}),
         left_on="image",
         right_on="name",
         suffixes=("", "_read"),
     )
-    for fact in facts:
-        frame[fact] = frame[fact].astype(object).where(frame[fact].notna(), frame[f"{fact}_read"])
+    headers = frame[[f"{fact}_read" for fact in facts]].set_axis(facts, axis="columns")
+    frame[facts] = facts_of(frame, headers)
     is_out = frame["status"] != Status.OK.value
     out = frame.loc[is_out, ["image", "split", "status", "error_code", "error_message"]]
     if len(out) > MAX_UNREADABLE_FRACTION * len(frame):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from lungopacity.dataset.manifest import FACT_COLUMNS
+from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of
 from lungopacity.errors import Status
 from lungopacity.evaluation.metrics import (
     Metric,
@@ -91,8 +91,8 @@ def label_metrics(
     Of the readable images whose label is one of the model's classes; empty where there is none.
     Those in `known_films`, content_sha256 of what the model learnt from or was chosen by, would
     flatter it: they are left out, and counted as `films_known_to_model`.
-    predictions: as for `run_metrics`. labels: as `read_labels` gives them; they fill in view, sex
-    and age where the header is silent.
+    predictions: as for `run_metrics`. labels: as `read_labels` gives them; what they say of
+    view, sex and age goes before the header, as in `evaluate`.
     """
     columns = [class_column("p", name) for name in spec.class_names]
     known = ", ".join(quoted(label) for label in spec.class_of_label)
@@ -113,15 +113,14 @@ def label_metrics(
     )
     index_of = {label: spec.class_names.index(name) for label, name in spec.class_of_label.items()}
     labels_N = np.array([index_of[label] for label in rows["label"].to_pylist()])
-    facts = labels.set_index("image").loc[rows["name"].to_pylist()]
-    merged = {
-        name: [
-            (None if pd.isna(told) else told) if read is None else read
-            for read, told in zip(rows[name].to_pylist(), facts[name], strict=True)
-        ]
-        for name in FACT_COLUMNS
-    }
-    groups = fact_groups(merged)
+    told = labels.set_index("image").loc[rows["name"].to_pylist()]
+    facts = facts_of(told, rows.select(list(FACT_COLUMNS)).to_pandas())
+    groups = fact_groups(
+        {
+            name: [None if pd.isna(value) else value for value in facts[name]]
+            for name in FACT_COLUMNS
+        }
+    )
     decided = decision_metrics(
         probabilities_NK[:, spec.positive_index],
         labels_N == spec.positive_index,

@@ -108,15 +108,27 @@ def test_films_that_the_model_learnt_from_do_not_count():
     assert (left_out.metric, left_out.value) == ("films_known_to_model", 2)
 
 
-def test_labels_fill_in_the_view_where_the_header_is_silent():
+def test_what_the_labels_say_of_a_film_goes_before_its_header():
+    """As in `evaluate`: the same films are in the same subgroups."""
     table = predictions(
-        {"p": 0.9, "label": "Lung_Opacity", "view_position": "AP"},
-        {"p": 0.1, "label": "Normal"},
+        {"p": 0.9, "label": "Lung_Opacity", "view_position": "AP", "patient_age_years": 50},
+        {"p": 0.1, "label": "Normal", "patient_sex": "F"},
+        {"p": 0.1, "label": "Normal", "view_position": "LL", "patient_sex": "F"},
     )
-    metrics = label_metrics(table, SPEC, labels("0.png", "1.png", view_position=["PA", "PA"]))
-    accuracies = {m.group: m.value for m in metrics if m.metric == "accuracy"}
-    assert accuracies["view_position=AP"] == accuracies["view_position=PA"] == 1.0
-    assert "view_position=unknown" not in accuracies
+    told = labels(
+        *(f"{n}.png" for n in range(3)),
+        view_position=[None, "PA", "PA"],
+        patient_sex=["M", None, None],
+        patient_age_years=[None, 93.0, None],
+    )
+    metrics = label_metrics(table, SPEC, told)
+    groups = {m.group: m.n for m in metrics if m.metric == "accuracy"}
+    assert groups == {
+        "all": 3,
+        "view_position=AP": 1, "view_position=PA": 2,
+        "patient_sex=F": 2, "patient_sex=M": 1,
+        "age=40-64": 1, "age=90+": 1, "age=unknown": 1,
+    }  # fmt: skip
 
 
 def test_no_label_of_the_models_classes_means_no_metric():
