@@ -238,5 +238,9 @@ def _groups(data: LabelledPixels, further: pd.DataFrame) -> dict[str, list[str |
         name: [None if pd.isna(value) else value for value in data.images[name]]
         for name in FACT_COLUMNS
     }
-    asked = further.loc[data.images["image"]]
-    return fact_groups(facts) | {str(name): asked[name].tolist() for name in asked}
+    asked, groups = further.loc[data.images["image"]], fact_groups(facts)
+    # An `age` of the labels is not that of our bands.
+    return groups | {
+        f"{name} of the labels" if name in groups else str(name): asked[name].tolist()
+        for name in asked
+    }

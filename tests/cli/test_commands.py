@@ -242,6 +242,8 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
         patient_id=[f"ZZPLANTED{number // 2}" for number in range(8)],
         site=["North"] * 6 + ["South"] * 2,
         manufacturer=["Fuji", "GE"] * 4,
+        age=[50, 60] * 4,
+        patient_age_years=20,
         note="ZZNOTE",
         status="ZZSTATUS",
     )
@@ -249,6 +251,7 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
     code, out, _ = run(
         capfd, "evaluate", "--model", place / "model", "--images", place / "archive", "--labels",
         place / "wide.csv", "--output", place / "wide", "--split", "all", "--by", "manufacturer",
+        "--by", "age",
     )  # fmt: skip
     assert code == 0
     assert "percentile bootstrap over 4 patients of 8 films" in out
@@ -256,7 +259,7 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
     metrics = pq.read_table(place / "wide" / "metrics.parquet").to_pandas()
     assert set(metrics["group"]) >= {
         "all", "site=North", "site=South", "manufacturer=Fuji", "manufacturer=GE",
-        "view_position=PA",
+        "view_position=PA", "age=18-39", "age of the labels=50",
     }  # fmt: skip
     assert set(metrics["ci_method"].dropna()) <= {"bootstrap", "wilson_patients"}
     accuracy = metrics[metrics["metric"] == "accuracy"].set_index("group")
