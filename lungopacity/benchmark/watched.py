@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
 import psutil
+
+log = logging.getLogger(__name__)
 
 _SAMPLE_S = 1.0
 _GRACE_S = 5.0
@@ -124,9 +128,18 @@ def gpu_busy() -> float | None:
     try:
         gpus = range(torch.cuda.device_count())
         return mean(torch.cuda.utilization(gpu) for gpu in gpus) / 100
+    except ModuleNotFoundError:
+        _say_what_is_missing()
+        return None
     except Exception:
         # NVML's own errors among others, which cannot be named where it is not installed.
         return None
+
+
+@cache
+def _say_what_is_missing() -> None:
+    """Once."""
+    log.warning("how busy the GPUs are is not told: pip install nvidia-ml-py")
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:

@@ -41,7 +41,7 @@ def test_who_is_told_to_end_ends_what_is_measured(tmp_path, monkeypatch):
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
 
 
-def test_a_gpu_that_does_not_tell_fails_nothing(monkeypatch):
+def test_a_gpu_that_does_not_tell_fails_nothing(monkeypatch, caplog):
     import torch
 
     class NotSupportedError(Exception):
@@ -54,6 +54,14 @@ def test_a_gpu_that_does_not_tell_fails_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
     assert watched.gpu_busy() is None
+    assert not caplog.text
+
+    def not_installed(_gpu: int) -> int:
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "utilization", not_installed)
+    assert watched.gpu_busy() is watched.gpu_busy() is None
+    assert caplog.text.count("is not told: pip install nvidia-ml-py") == 1
 
 
 def test_what_a_process_took_is_told_and_why_it_failed(tmp_path, monkeypatch):

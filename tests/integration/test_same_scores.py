@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 import lungopacity
 from lungopacity.models import save_model
 from lungopacity.models.compiled import CompiledNetwork, to_bytes
 from lungopacity.models.scorer import Scorer
+from lungopacity.results.folder import read_run
 from lungopacity.screening import pipeline
 from lungopacity.storage import open_store
 from tests.films import dicom, encoded, grey_film, tar
@@ -94,6 +96,34 @@ def test_one_process_for_all_stages_or_one_for_each_gives_the_same_rows(tmp_path
         row["values"]: row["counts"] for row in rows[None]["status"].value_counts().to_pylist()
     }
     assert counted == {"ok": 101, "failed": 2, "rejected": 1}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_gpu_gives_the_rows_that_cpus_give(tmp_path):
+    store = open_store(str(tmp_path / "films"))
+    for number in range(40):
+        store.write(f"{number:02d}.png", encoded(grey_film(number, 300, 200)))
+    store.write("broken.png", b"of no film")
+    write_tiny_model(str(tmp_path / "model"), image_size=64)
+    rows = {}
+    for use_gpu in (False, True):
+        results = str(tmp_path / f"results-{use_gpu}")
+        run = lungopacity.screen(
+            store.uri, str(tmp_path / "model"), results, batch_size=7, use_gpu=use_gpu, explain=True
+        )
+        rows[use_gpu] = lungopacity.query(
+            results, "SELECT * FROM predictions ORDER BY image"
+        ).to_pandas()
+        devices = read_run(open_store(results), run.run_id)["devices"]
+        assert (devices == ["cpu"]) != use_gpu
+    on_cpu, on_gpu = rows[False], rows[True]
+    np.testing.assert_allclose(on_gpu[SCORES], on_cpu[SCORES], rtol=0, atol=1e-4)
+    assert on_gpu["status"].tolist() == on_cpu["status"].tolist() == ["ok"] * 40 + ["failed"]
+    sure = (on_cpu["p_Lung_Opacity"] - 0.5).abs() > 1e-4
+    for column in ("decision", "predicted_label"):
+        assert on_gpu[column][sure].tolist() == on_cpu[column][sure].tolist()
+    assert on_gpu["explanation"].notna().equals(on_gpu["decision"].eq("positive"))
 
 
 @pytest.mark.usefixtures("ray_cluster")

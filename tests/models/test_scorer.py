@@ -86,3 +86,21 @@ def test_a_precision_that_is_none_is_refused(precision, use_gpu, said):
     with pytest.raises(UserError, match=said):
         check_precision(precision, use_gpu)
     check_precision("float32", use_gpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_a_gpu_scores_as_the_cpu_does(name):
+    """TF32 is off by a thousandth, and bfloat16 by more."""
+    model = tiny_model(architecture=name, image_size=64)
+    films_NHW = np.random.default_rng(0).integers(0, 256, (9, 64, 64), dtype=np.uint8)
+    on_cpu = Scorer(model).scores(films_NHW)
+    size = np.abs(on_cpu.features_NF).max()
+    for precision, off, p_off in (("float32", 1e-4, 1e-4), ("bfloat16", 0.05, 0.02)):
+        scorer = Scorer(model, use_gpu=True, precision=precision)
+        on_gpu = scorer.scores(films_NHW, batch_size=4)
+        np.testing.assert_allclose(
+            on_gpu.features_NF, on_cpu.features_NF, rtol=0, atol=off * size, err_msg=precision
+        )
+        p_NK, expected_NK = map(scorer.probabilities, (on_gpu.logits_NK, on_cpu.logits_NK))
+        np.testing.assert_allclose(p_NK, expected_NK, rtol=0, atol=p_off, err_msg=precision)
