@@ -170,6 +170,7 @@ def _decoders() -> Iterator[Finding]:
         JPEG2000,
         DeflatedExplicitVRLittleEndian,
         ExplicitVRLittleEndian,
+        HTJ2KLossless,
         JPEG2000Lossless,
         JPEGBaseline8Bit,
         JPEGExtended12Bit,
@@ -191,7 +192,7 @@ def _decoders() -> Iterator[Finding]:
     syntaxes = (
         ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, RLELossless, JPEGBaseline8Bit,
         JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless,
-        JPEG2000,
+        JPEG2000, HTJ2KLossless,
     )  # fmt: skip
     lacking = [uid.name for uid in syntaxes if not _has_decoder(get_decoder, uid)]
     yield Finding(
