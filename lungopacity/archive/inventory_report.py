@@ -97,7 +97,12 @@ def _of_list(uri: str, archive_uri: str) -> Iterator[pa.Table]:
 
 
 def _newest_manifest(uri: str) -> str | None:
-    """In the folder of a report's configuration, where S3 gives each report a folder of its own."""
+    """In the folder of a report's configuration, where S3 gives each report a folder of its own;
+    None where it is no such folder."""
+    parent, name = split_uri(uri)
+    # Not by listing: whoever may read a list may not always do that.
+    if open_store(parent).head(name) is not None:
+        return None
     store = open_store(uri)
     found = [item.key for item in store.list() if _MANIFEST_OF_A_DAY.fullmatch(item.key)]
     return f"{store.uri}/{max(found)}" if found else None

@@ -20,7 +20,7 @@ from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import UserError
 from lungopacity.results.schema import PLAN_SCHEMA
-from lungopacity.storage import open_store
+from lungopacity.storage import LocalStore, open_store
 from lungopacity.storage.ahead import ahead
 
 WHEN = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
@@ -215,9 +215,12 @@ def test_the_newest_report_of_a_configuration_counts_and_an_old_one_is_warned_of
     assert "the report was made on 2026-03-04, and names nothing that came later" in caplog.text
 
 
-def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path):
+def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path, monkeypatch):
     archive = take_inventory(_archive(tmp_path))
     pq.write_table(archive.objects.drop_columns("is_shard"), tmp_path / "list.parquet")
+    with monkeypatch.context() as refused:  # as to those who may read a list and nothing else
+        refused.delattr(LocalStore, "list")
+        assert len(read(str(tmp_path / "list.parquet"), archive.uri)) == 3
     found = read(str(tmp_path / "list.parquet"), archive.uri)
     assert pa.Table.from_pylist(found, schema=PLAN_SCHEMA).equals(archive.objects)
     with pytest.raises(UserError, match="the inventory cannot be read: no such file"):
