@@ -109,7 +109,9 @@ class History:
         ]
 
     def _warn_of_other_points(self, connection: Any) -> None:
-        others = pa.array(self._that_differ_in(_POINT), pa.string())
+        others = self._that_differ_in(_POINT)
+        if not others:
+            return
         connection.register("other_points", pa.table({"run_id": others}))
         ((objects,),) = connection.execute(
             "SELECT count(*) FROM screened JOIN run_places USING (place) "
