@@ -114,6 +114,14 @@ def label_metrics(
     index_of = {label: spec.class_names.index(name) for label, name in spec.class_of_label.items()}
     labels_N = np.array([index_of[label] for label in rows["label"].to_pylist()])
     told = labels.set_index("image").loc[rows["name"].to_pylist()]
+    patients = told["patient_id"].dropna()
+    if patients.duplicated().any():
+        log.warning(
+            "%d labelled films are of %d patients: the intervals against the labels take each film "
+            "for a patient of its own, and are too narrow; `evaluate` draws patients",
+            len(patients),
+            patients.nunique(),
+        )
     facts = facts_of(told, rows.select(list(FACT_COLUMNS)).to_pandas())
     groups = fact_groups(
         {

@@ -76,7 +76,12 @@ def test_a_run_of_no_image_has_metrics_all_the_same():
 
 
 def labels(*names: str, **columns: list) -> pd.DataFrame:
-    facts = {"view_position": None, "patient_sex": None, "patient_age_years": None}
+    facts = {
+        "patient_id": None,
+        "view_position": None,
+        "patient_sex": None,
+        "patient_age_years": None,
+    }
     return pd.DataFrame({"image": names, **facts, **columns})
 
 
@@ -129,6 +134,17 @@ def test_what_the_labels_say_of_a_film_goes_before_its_header():
         "patient_sex=F": 2, "patient_sex=M": 1,
         "age=40-64": 1, "age=90+": 1, "age=unknown": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("patients", "warned"), [(["a", "b", None, None], False), (["a", "b", "a", None], True)]
+)
+def test_intervals_that_take_films_of_one_patient_for_independent_are_told(
+    patients, warned, caplog
+):
+    table = predictions(*({"p": 0.9, "label": "Normal"} for _ in patients))
+    label_metrics(table, SPEC, labels(*(f"{n}.png" for n in range(4)), patient_id=patients))
+    assert ("3 labelled films are of 2 patients" in caplog.text) == warned
 
 
 def test_no_label_of_the_models_classes_means_no_metric():
