@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 _LINE_EVERY_S = 10.0
 _QUICK_S = 2.0
 _live = False
+_shown: Any = None
+"""The bar that is the terminal's live line; there can be one."""
 
 T = TypeVar("T")
 
@@ -31,7 +33,8 @@ def show_on_terminal() -> None:
 class Progress:
     """Counts up to a total: `with Progress("Screening", total=n) as progress: progress.advance(8)`.
 
-    Thread-unsafe, one at a time. `quick`: mostly done at once, and no line tells of it then.
+    Thread-unsafe. Of two, one inside the other, the terminal shows the one that was advanced last.
+    `quick`: mostly done at once, and no line tells of it then.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
-            self._bar.start()
+            self._show()
             self._task = self._bar.add_task(self.title, total=self.total, note="", rate="")
         return self
 
@@ -83,8 +86,10 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        global _shown
         if self._bar is not None:
             self._bar.stop()
+            _shown = None if _shown is self._bar else _shown
         elif kind is None and self._told != self.done and not self._was_quick:
             self._line()
 
@@ -107,6 +112,7 @@ class Progress:
         self.note = note or self.note
         self.total = total if total is not None else self.total
         if self._bar is not None:
+            self._show()
             self._bar.update(
                 self._task,
                 completed=self.done,
@@ -116,6 +122,14 @@ class Progress:
             )
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._line()
+
+    def _show(self) -> None:
+        global _shown
+        if _shown is not self._bar:
+            if _shown is not None:
+                _shown.stop()
+            self._bar.start()
+            _shown = self._bar
 
     @property
     def _rate(self) -> str:

@@ -1,12 +1,23 @@
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 
 from lungopacity import progress
 from lungopacity.progress import Progress
 
+NESTED = """
+from lungopacity.progress import Progress, show_on_terminal
+show_on_terminal()
+with Progress("Training", total=2) as outer:
+    outer.advance(1)
+    for _ in range(2):
+        with Progress("Films", total=1) as inner:
+            inner.advance(1)
+    outer.advance(1)
+"""
 SCRIPT = """
 import time
 from lungopacity.progress import Progress, show_on_terminal
@@ -53,16 +64,29 @@ def test_an_error_ends_it_without_a_closing_line(caplog):
     assert caplog.messages == []
 
 
-def test_a_terminal_has_one_live_line():
+def shown_on_a_terminal(script: str) -> str:
     master, slave = pty.openpty()
     environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
     done = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], stdout=slave, stderr=slave, env=environment
+        [sys.executable, "-c", script], stdout=slave, stderr=slave, env=environment
     )
     done.wait(30)
     os.close(slave)
     shown = os.read(master, 1 << 20).decode()
     os.close(master)
+    return shown
+
+
+def test_a_terminal_has_one_live_line():
+    shown = shown_on_a_terminal(SCRIPT)
     assert "20/20" in shown
     assert "3 failed" in shown
     assert shown.count("\n") <= 2
+
+
+def test_one_inside_another_ends_its_line():
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown_on_a_terminal(NESTED)).split("\n")
+    last = [line.rstrip("\r").rpartition("\r")[2] for line in lines if line.strip()]
+    assert [re.sub(r"(\w+) .*?(\d/\d).*", r"\1 \2", line) for line in last] == [
+        "Training 1/2", "Films 1/1", "Films 1/1", "Training 2/2",
+    ]  # fmt: skip

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from lungopacity.archive.containers import SHARD_SUFFIXES
 from lungopacity.errors import UserError
+from lungopacity.progress import Progress
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.storage import ObjectInfo, S3Store, Store, open_store, split_uri
 
@@ -71,10 +72,11 @@ def list_archive(uri: str, on_listed: Callable[[int], None] | None = None) -> In
     return Inventory(store.uri, _tables(chain([first], objects), on_listed))
 
 
-def take_inventory(uri: str, on_listed: Callable[[int], None] | None = None) -> Archive:
-    """`list_archive`, whole and sorted."""
-    listed = list_archive(uri, on_listed)
-    objects = pa.concat_tables([PLAN_SCHEMA.empty_table(), *listed.tables])
+def take_inventory(uri: str) -> Archive:
+    """`list_archive`, whole and sorted, with progress."""
+    with Progress("Listing the images", unit="objects", quick=True) as progress:
+        listed = list_archive(uri, progress.advance)
+        objects = pa.concat_tables([PLAN_SCHEMA.empty_table(), *listed.tables])
     return Archive(listed.uri, objects.sort_by("image").combine_chunks())
 
 

@@ -20,6 +20,7 @@ from lungopacity.archive.reading import is_sidecar_name
 from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, TEXTS, checked_labels
 from lungopacity.dataset.tables import table_of
 from lungopacity.errors import ImageError, UserError
+from lungopacity.progress import Progress
 from lungopacity.results.workbench import quoted
 from lungopacity.storage import open_store, split_uri
 from lungopacity.storage.scratch import scratch
@@ -159,9 +160,10 @@ def labels_of_folders(images: str) -> pd.DataFrame:
     """
     rows: list[tuple[str, str]] = []
     sites: dict[str, str] = {}
-    archive = list_archive(images)
+    progress = Progress("Listing the images", unit="objects", quick=True)
+    archive = list_archive(images, progress.advance)
     store = open_store(archive.uri)
-    for table in archive.tables:
+    for table in progress.around(archive.tables):
         for name, is_shard in zip(
             table["image"].to_pylist(), table["is_shard"].to_pylist(), strict=True
         ):

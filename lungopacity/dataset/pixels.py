@@ -92,11 +92,12 @@ def load_pixels(
     than `MAX_UNREADABLE_FRACTION` cannot be read or are rejected.
     """
     names = frozenset(labels["image"])
+    archives = [take_inventory(uri) for uri in image_uris]
     with Progress("Reading images", total=len(names)) as progress:
-        read = _read(image_uris, Wanted(names), settings, progress)
+        read = _read(archives, Wanted(names), settings, progress)
         absent = names - set(read["name"].to_pylist())
         if absent:
-            others = _read(image_uris, Wanted(absent, by_ending=True), settings, progress)
+            others = _read(archives, Wanted(absent, by_ending=True), settings, progress)
             whole = pa.compute.is_in(others["name"], pa.array(names, pa.string()))
             read = pa.concat_tables([read, others.filter(pa.compute.invert(whole))])
         read = _named(read, names, image_uris, labels_uri)
@@ -106,12 +107,12 @@ def load_pixels(
 
 
 def _read(
-    image_uris: Sequence[str], wanted: Wanted, settings: ReadSettings, progress: Progress
+    archives: Sequence[Archive], wanted: Wanted, settings: ReadSettings, progress: Progress
 ) -> pa.Table:
     """Rows of `READ_SCHEMA` for the wanted images, with `name`, theirs in the archive."""
     tables: list[pa.Table] = []
-    for uri in image_uris:
-        for table in _decoded(take_inventory(uri), wanted, settings):
+    for archive in archives:
+        for table in _decoded(archive, wanted, settings):
             found = table.filter(pa.compute.is_null(table["shard_rows"]))
             tables.append(found)
             progress.advance(found.num_rows)

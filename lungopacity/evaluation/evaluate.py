@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -46,12 +46,16 @@ from lungopacity.models import (
     read_history,
     with_operating_point,
 )
+from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import check_class_columns
 from lungopacity.runtime import ray_session, require_resources, resolve_gpu
 from lungopacity.storage import open_store
 
 log = logging.getLogger(__name__)
+
+_BATCH = 64
+"""Films of one forward pass, after which the progress is told."""
 
 
 def evaluate(
@@ -202,27 +206,29 @@ def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: boo
 
     require_resources(cpus=1, gpus=1 if use_gpu else 0, what="evaluation")
 
-    def run(trained: TrainedModel, pixels: npt.NDArray[np.uint8]) -> ModelScores:
+    def run(trained: TrainedModel, pixels: npt.NDArray[np.uint8]) -> Iterator[ModelScores]:
         import os
 
         from lungopacity.models.scorer import Scorer
 
         # Ray allows a task one thread; nothing else runs here while it computes.
         scorer = Scorer(trained, use_gpu=use_gpu, threads=len(os.sched_getaffinity(0)))
-        scores = scorer.scores(pixels)
-        return ModelScores(
-            scores.logits_NK,
-            scorer.probabilities(scores.logits_NK),
-            scores.disagreement_N,
-            scorer.out_of_distribution(scores.features_NF),
-        )
+        for start in range(0, len(pixels), _BATCH):
+            scores = scorer.scores(pixels[start : start + _BATCH], _BATCH)
+            yield ModelScores(
+                scores.logits_NK,
+                scorer.probabilities(scores.logits_NK),
+                scores.disagreement_N,
+                scorer.out_of_distribution(scores.features_NF),
+            )
 
-    said: ModelScores = ray.get(
-        ray.remote(run)
-        .options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
-        .remote(model, pixels_NHW)
-    )
-    return said
+    task = ray.remote(run).options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
+    parts: list[ModelScores] = []
+    with Progress("Scoring", total=len(pixels_NHW)) as progress:
+        for part in task.remote(model, pixels_NHW):
+            parts.append(ray.get(part))
+            progress.advance(len(parts[-1].logits_NK))
+    return ModelScores.joined(parts)
 
 
 def _exact(shares_NK: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +62,15 @@ class ModelScores:
             None if self.disagreement_N is None else self.disagreement_N[rows],
             None if self.unlike_N is None else self.unlike_N[rows],
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[ModelScores]) -> ModelScores:
+        """Those of all images, part by part."""
+        columns: dict[str, Any] = {}
+        for name in vars(parts[0]):
+            column = [getattr(part, name) for part in parts]
+            columns[name] = None if column[0] is None else np.concatenate(column)
+        return cls(**columns)
 
 
 @dataclass(frozen=True)

@@ -3,36 +3,54 @@ submitted job may have no GPU, and few cores."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
 import ray
 
 from lungopacity.models import TrainedModel
 from lungopacity.models.compiled import compiled_if_better
+from lungopacity.progress import Progress
 from lungopacity.runtime import worker_environment
 from lungopacity.training.loop import Films
 from lungopacity.training.ray_run import last_line
 
+log = logging.getLogger(__name__)
 
-def distribution_of(model: TrainedModel, films: ray.ObjectRef, use_gpu: bool) -> bytes:
-    """Where the training films lie in the kept network's features."""
+_BATCH = 64
+"""Films of one forward pass, after which the progress is told."""
 
-    def run(kept: TrainedModel, films: Films) -> bytes:
+
+def distribution_of(model: TrainedModel, films: ray.ObjectRef, use_gpu: bool, count: int) -> bytes:
+    """Where the training films lie in the kept network's features. `count`: of those and of the
+    validation films, for the progress."""
+
+    def run(kept: TrainedModel, films: Films) -> Iterator[int | bytes]:
         import os
 
         from lungopacity.models.distribution import TrainingDistribution
         from lungopacity.models.scorer import Scorer
 
         scorer = Scorer(kept, use_gpu=use_gpu, threads=len(os.sched_getaffinity(0)))
-        train_NF, validation_NF = (
-            scorer.scores(films.pixels_NHW[rows]).features_NF
-            for rows in (films.train, films.validation)
-        )
-        return TrainingDistribution.of(train_NF, validation_NF).to_bytes()
+        features: list[npt.NDArray[np.float32]] = []
+        for rows in (films.train, films.validation):
+            parts = []
+            for start in range(0, len(rows), _BATCH):
+                pixels_BHW = films.pixels_NHW[rows[start : start + _BATCH]]
+                parts.append(scorer.scores(pixels_BHW, _BATCH).features_NF)
+                yield len(pixels_BHW)
+            features.append(np.concatenate(parts))
+        yield TrainingDistribution.of(*features).to_bytes()
 
-    found: bytes = ray.get(
-        ray.remote(run)
-        .options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
-        .remote(model, films)
-    )
+    task = ray.remote(run).options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
+    with Progress("Finding where the training films lie", total=count) as progress:
+        for told in map(ray.get, task.remote(model, films)):
+            if isinstance(told, int):
+                progress.advance(told)
+            else:
+                found: bytes = told
     return found
 
 
@@ -43,6 +61,7 @@ def compiled_of(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None
     def run(kept: TrainedModel, films: Films) -> tuple[bytes | None, str]:
         return compiled_if_better(kept, films.pixels_NHW[films.validation])
 
+    log.info("compiling the network for CPUs, and trying it on validation films")
     try:
         found: tuple[bytes | None, str] = ray.get(
             ray.remote(run)

@@ -170,12 +170,13 @@ def test_evaluate_writes_its_report(place, capfd):
     ours = OperatingPoint(1.0, review_from=0.0, chosen_by="cost=5 here")
     save_operating_point(str(place / "model"), model, "ours", ours)
     open_store(str(place / "report")).write("history.png", b"of another model")
-    code, out, _ = run(
+    code, out, err = run(
         capfd, "evaluate", "--model", place / "model", "--images", place / "archive",
         "--labels", place / "labels.csv", "--output", place / "report", "--json",
         "--operating-point", "ours",
     )  # fmt: skip
     assert code == 0
+    assert "Scoring: 2 of 2 images" in err
     report = json.loads(out)
     assert (report["images"], report["split"], report["notice"]) == (2, "test", NOTICE)
     written = {path.name for path in (place / "report").iterdir()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -156,8 +157,9 @@ def test_refuses_to_overwrite_a_model(run: Run) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "lungopacity")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setattr("lungopacity.training.fit.LEASE_S", 2.0)  # of the killed one
     output, places = str(tmp_path / "model"), (str(tmp_path / "tb"), f"file://{tmp_path}/mlruns")
@@ -187,6 +189,9 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
         result = fit(FILMS, EVERYTHING, output, on_start=start, on_epoch=epoch)
         logs.finish(result)
     assert observe._run_id == names[0]
+    count = int(np.isin(FILMS.split_N, ["train", "validation"]).sum())
+    assert f"where the training films lie: {count} of {count} images" in caplog.text
+    assert "compiling the network" in caplog.text
     assert seen[0] > 2
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert result.model.model_id == run.result.model.model_id
