@@ -38,8 +38,9 @@ class ReadSettings:
     model's to judge."""
     hmac_key: bytes | None = field(default=None, repr=False)
     """Fills `patient_hmac` and `study_hmac`; they stay null without it."""
-    fetch_threads: int = 8
-    """Requests under way at once in one task: more hide more latency."""
+    fetch_threads: int = 32
+    """Requests under way at once in one task, so many objects fitting: they wait, and hide the
+    latency of S3. At 40 ms they bring 800 small objects a second, which is what a core decodes."""
     rows_per_table: int = 64
 
     def __post_init__(self) -> None:

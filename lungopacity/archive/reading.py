@@ -194,7 +194,7 @@ def _loose(
     in_hand = 0
     with ThreadPoolExecutor(settings.fetch_threads) as threads:
         for group in _groups(sources):
-            # Twice the threads: always work in hand, never the whole chunk in memory.
+            # Twice the threads: always work in hand, and never more than fits.
             while waiting and (
                 len(waiting) > 2 * settings.fetch_threads
                 or in_hand + _size_of(group) > _IN_HAND_BYTES
@@ -213,14 +213,15 @@ def _size_of(group: list[dict[str, Any]]) -> int:
 
 
 def _groups(sources: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The first ones are small: whoever waits for the first object need not wait for eight."""
     group: list[dict[str, Any]] = []
-    size = 0
+    size, most = 0, 1
     for source in sources:
         group.append(source)
         size += source["source_size_bytes"]
-        if len(group) == _GROUP_OBJECTS or size >= _GROUP_BYTES:
+        if len(group) == most or size >= _GROUP_BYTES:
             yield group
-            group, size = [], 0
+            group, size, most = [], 0, min(2 * most, _GROUP_OBJECTS)
     if group:
         yield group
 

@@ -266,6 +266,25 @@ def test_large_films_are_fetched_ahead_by_their_bytes_and_not_by_their_count():
     assert seen >= {2 * 37_000_000, 300_000_000}
 
 
+def test_the_latency_of_a_store_is_hidden():
+    class Distant:
+        def read(self, key: str, *, etag: str | None = None) -> bytes:
+            time.sleep(0.04)
+            return key.encode()
+
+    rows = [
+        {"image": f"{number:03d}.png", "source_etag": "e", "source_size_bytes": 20_000,
+         "source_modified_at": datetime.now(UTC), "is_shard": False}
+        for number in range(256)
+    ]  # fmt: skip
+    began = time.monotonic()
+    files = read_files(Distant(), pa.Table.from_pylist(rows, PLAN_SCHEMA), SETTINGS)
+    came = [(name, time.monotonic() - began) for name, _, _ in files]
+    assert [name for name, _ in came] == [row["image"] for row in rows]
+    assert came[0][1] < 0.2  # of one request, not of eight
+    assert came[-1][1] < 0.9  # eight at once would need 1.3
+
+
 def test_a_place_that_holds_nothing_is_refused(store_uri):
     with pytest.raises(UserError, match="nothing lies there"):
         take_inventory(store_uri)
