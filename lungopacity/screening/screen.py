@@ -274,11 +274,14 @@ def _run_pipeline(
     shards = pa.compute.sum(todo["is_shard"]).as_py() or 0
     objects = 0
     model = job.model
-    if loaded(model) is None:
-        # The actors would find it out, too, but nobody reads their logs.
+    # While Ray starts. That it cannot be loaded, the actors would find out, too, but nobody reads
+    # their logs.
+    if job.use_gpu or loaded(model) is None:
         model = replace(model, compiled=None)
     with ray_session():
         use_gpu = resolve_gpu(job.use_gpu)
+        if use_gpu:
+            model = replace(model, compiled=None)
         resources = ScoringResources.of_cluster(use_gpu, job.gpus_per_actor, job.model_actors)
         counts: Counter[str] = Counter()
         # How many images a shard holds is known only once it has been read.
