@@ -132,6 +132,7 @@ def test_a_job_on_gpus_does_not_look_at_what_cpus_run(tmp_path, monkeypatch, use
     monkeypatch.setattr(ScoringResources, "devices", lambda _: ["x"])
     job = place.job(use_gpu=use_gpu)
     job = replace(job, model=replace(job.model, compiled=b"network"))
-    found = screen._run_pipeline(job, place.killed(), PLAN_SCHEMA.empty_table())
+    todo = PLAN_SCHEMA.empty_table()
+    found = screen._run_pipeline(job, place.killed(), todo, losses=0, alone=False)
     assert found == {"x"}
     assert (given, len(loads)) == ([None if use_gpu else b"network"], looked)
