@@ -34,5 +34,5 @@ def test_attempts_at_a_run_agree_in_its_precision_and_cpus_have_one(tmp_path):
     write_tiny_model(model)
     assert screening_job(model, results).rules["precision"] == "float32"
     assert screening_job(model, results, precision="bfloat16").rules["precision"] == "bfloat16"
-    with pytest.raises(UserError, match="--precision bfloat16 needs a GPU"):
+    with pytest.raises(UserError, match="bfloat16 needs a GPU"):
         screening_job(model, results, precision="bfloat16", use_gpu=False)
