@@ -149,9 +149,10 @@ def test_no_credentials_is_said(monkeypatch, tmp_path):
 def test_no_client_asks_another_server_than_the_profile_names(
     monkeypatch, tmp_path, endpoint, asked
 ):
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    named = f"endpoint_url = {endpoint}" if endpoint else ""
+    for name in ("ENDPOINT_URL", "ENDPOINT_URL_S3", "REGION", "DEFAULT_REGION", "CA_BUNDLE"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+    authorities = str(tmp_path / "ca.pem") if endpoint else ""
+    named = f"endpoint_url = {endpoint}\nca_bundle = {authorities}" if endpoint else ""
     (tmp_path / "config").write_text(f"[profile own]\nregion = eu-central-1\n{named}\n")
     (tmp_path / "keys").write_text("[own]\naws_access_key_id = a\naws_secret_access_key = b\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
@@ -163,6 +164,7 @@ def test_no_client_asks_another_server_than_the_profile_names(
     assert clients.boto3.meta.endpoint_url == asked
     assert clients.quick._store.config["endpoint"] == asked
     assert f"{arrow['scheme']}://{arrow['endpoint_override']}" == asked
+    assert arrow["tls_ca_file_path"] == authorities
     url = clients.boto3.generate_presigned_url("get_object", {"Bucket": "films", "Key": "a"})
     assert url.startswith(f"{asked}/films/a?") or not endpoint
     assert doctor.report(list(doctor._s3())).count(asked) == 1

@@ -298,22 +298,27 @@ class S3Store:
     def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         import pyarrow.fs
 
-        credentials = aws_session().get_credentials()
+        session = aws_session()
+        credentials = session.get_credentials()
         if credentials is None:
             raise UserError(NO_CREDENTIALS)
-        keys: dict[str, str | None] = {}
+        options: dict[str, str | None] = {}
         # Those of a role end after hours, and the filesystem of a training may not: Arrow finds
         # and renews them by itself. Other kinds it would not find, or take other ones before them.
         if credentials.method not in _ROLES or os.environ.get("AWS_ACCESS_KEY_ID"):
             frozen = credentials.get_frozen_credentials()
-            keys = {
+            options = {
                 "access_key": frozen.access_key,
                 "secret_key": frozen.secret_key,
                 "session_token": frozen.token,
             }
+        # Of AWS_CA_BUNDLE and of ca_bundle in a profile Arrow knows nothing.
+        authorities = session._session.get_config_variable("ca_bundle")
+        if authorities:
+            options["tls_ca_file_path"] = authorities
         endpoint = urlsplit(self.client.meta.endpoint_url)
         filesystem = pyarrow.fs.S3FileSystem(
-            **keys,
+            **options,
             region=self.client.meta.region_name,
             endpoint_override=endpoint.netloc,
             scheme=endpoint.scheme,
