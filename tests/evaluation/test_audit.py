@@ -132,7 +132,14 @@ def test_each_of_three_classes_is_told_from_the_rest(tmp_path, monkeypatch, posi
         pixels = np.random.default_rng(0).integers(0, 256, (len(frame), 64, 64), dtype=np.uint8)
         labels_N = frame["label"].map(list(names).index).to_numpy()
         return LabelledPixels(
-            pixels, labels_N, frame["split"].to_numpy(str), names, images, frame[:0], False
+            pixels,
+            labels_N,
+            frame["split"].to_numpy(str),
+            names,
+            images,
+            frame[:0],
+            frame[:0],
+            False,
         )
 
     monkeypatch.setattr(auditing, "ray_session", contextlib.nullcontext)
