@@ -17,6 +17,21 @@ from lungopacity.cli.options import (
 )
 from lungopacity.errors import NOTICE
 
+_gpus_per_actor_option = click.option(
+    "--gpus-per-actor",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="0.5 puts two copies of the model on one GPU.",
+)
+_model_actors_option = click.option(
+    "--model-actors",
+    type=int,
+    default=None,
+    help="Copies of the model, in processes that only score. Default: one for each GPU; without "
+    "GPUs one in every process that reads.",
+)
+
 
 def _screening_options(command: Any) -> Any:
     """How an archive is screened, whether by hand or by the night."""
@@ -69,20 +84,8 @@ def _screening_options(command: Any) -> Any:
             show_default=True,
             help="Of the forward pass on GPUs. bfloat16 moves scores a little.",
         ),
-        click.option(
-            "--gpus-per-actor",
-            type=float,
-            default=1.0,
-            show_default=True,
-            help="0.5 puts two copies of the model on one GPU.",
-        ),
-        click.option(
-            "--model-actors",
-            type=int,
-            default=None,
-            help="Copies of the model, in processes that only score. Default: one for each GPU; "
-            "without GPUs one in every process that reads.",
-        ),
+        _gpus_per_actor_option,
+        _model_actors_option,
     ]
     for option in reversed(options):
         command = option(command)
@@ -148,6 +151,8 @@ def nightly(**options: Any) -> int:
     default=None,
     help="Of the forward pass. Default: the run's; float32 where there is no GPU for bfloat16.",
 )
+@_gpus_per_actor_option
+@_model_actors_option
 def retry(**options: Any) -> int:
     """Screen again what a run could not read for a reason that may have passed."""
     from lungopacity.screening.report import summary

@@ -35,6 +35,8 @@ def retry(
     labels: str | None = None,
     use_gpu: bool | None = None,
     precision: str | None = None,
+    gpus_per_actor: float = 1.0,
+    model_actors: int | None = None,
 ) -> ScreeningResult | None:
     """Publish a run over the objects of `run_id` that failed by the fault of the storage, or of
     another version of lungopacity; None: none did.
@@ -42,7 +44,8 @@ def retry(
     The run that is retried stays as it is; the new one names it as `retry_of`, and the view
     `latest` of `query` shows its rows instead. `model`: where the model of that run lies now, if it
     was moved. `hmac_key`: the same as the run had, if it had one. `precision`: another than the
-    run's, as where there is no GPU for its own. Raises `UserError`.
+    run's, as where there is no GPU for its own. `gpus_per_actor`, `model_actors`: as in screening.
+    Raises `UserError`.
     """
     began = time.monotonic()
     store = open_store(results)
@@ -67,6 +70,8 @@ def retry(
         precision=precision or settings.get("precision", FLOAT32),
         batch_size=settings.get("batch_size", 64),
         use_gpu=use_gpu,
+        gpus_per_actor=gpus_per_actor,
+        model_actors=model_actors,
         noted={"retry_of": run_id},
     )
     _check_same(job, record, settings)

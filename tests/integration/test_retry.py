@@ -124,5 +124,6 @@ def test_a_run_in_bfloat16_is_retried_without_a_gpu_in_float32(place, monkeypatc
     assert not list(results.list("_work/"))  # no plan is left behind
     # `lungopacity.screening.retry` is the function by now.
     module = sys.modules["lungopacity.screening.retry"]
-    monkeypatch.setattr(module, "run_job", lambda job, *_: job.precision)
-    assert lungopacity.retry(results.uri, "night", precision="float32") == "float32"
+    monkeypatch.setattr(module, "run_job", lambda job, *_, **__: job)
+    job = lungopacity.retry(results.uri, "night", precision="float32", model_actors=3)
+    assert (job.precision, job.model_actors) == ("float32", 3)
