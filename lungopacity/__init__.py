@@ -1,6 +1,7 @@
 """Distributed batch screening of chest radiographs for lung opacity. Research use only.
 
-The commands are functions, too: they return results and print nothing.
+The commands that train, measure, screen and ask for results are functions, too: they return
+results and print nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lungopacity.evaluation.report import EvaluationResult
     from lungopacity.evaluation.threshold import threshold
     from lungopacity.results.query import query, runs
+    from lungopacity.screening.clean import Swept, clean
     from lungopacity.screening.finish import ScreeningResult
     from lungopacity.screening.nightly import Night, nightly
     from lungopacity.screening.retry import retry
@@ -33,10 +35,12 @@ __all__ = [
     "ExplanationResult",
     "Night",
     "ScreeningResult",
+    "Swept",
     "TrainingResult",
     "TuneResult",
     "UserError",
     "audit",
+    "clean",
     "compare",
     "compile",
     "ensemble",
@@ -58,10 +62,12 @@ _HOME = {
     "ExplanationResult": "evaluation.explanation",
     "Night": "screening.nightly",
     "ScreeningResult": "screening.finish",
+    "Swept": "screening.clean",
     "TrainingResult": "training.fit",
     "TuneResult": "training.tune",
     "UserError": "errors",
     "audit": "evaluation.audit",
+    "clean": "screening.clean",
     "compare": "evaluation.compare",
     "compile": "training.compile",
     "ensemble": "training.ensemble",

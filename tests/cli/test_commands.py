@@ -348,7 +348,8 @@ def test_python_functions_print_nothing(place, ray_cluster, capfd):
     )
     assert lungopacity.runs(result.results).num_rows == 1
     assert capfd.readouterr().out == ""
-    assert {"train", "screen", "evaluate", "query", "runs"} <= set(lungopacity.__all__)
+    assert {"train", "screen", "evaluate", "query", "runs", "clean"} <= set(lungopacity.__all__)
+    assert all(hasattr(lungopacity, name) for name in lungopacity.__all__)
     with pytest.raises(AttributeError):
         lungopacity.nothing  # noqa: B018
 
