@@ -210,7 +210,7 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
 
 def test_films_that_a_rule_leaves_out_are_no_failure():
     result = EvaluationResult(
-        "m", "out", "test", 90, 0, 10, 90, 0, "by counting", False, (), "b", None, []
+        "m", "out", "test", 90, 0, 10, 90, 0, "by counting", False, (), "b", None, "youden", []
     )
     assert result.exit_code == 0
     assert replace(result, unreadable=1).exit_code == 1

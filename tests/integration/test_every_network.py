@@ -145,7 +145,8 @@ def test_all_networks_screen_an_archive_together(archive, trained, tmp_path) -> 
         "SELECT p_Lung_Opacity p, logit_Normal a, logit_Lung_Opacity b, ensemble_disagreement d "
         "FROM predictions",
     ).to_pandas()
-    raw = 1 / (1 + np.exp((rows["a"] - rows["b"]) / both.spec.temperature))
-    assert (rows["p"] - raw).abs().max() < 1e-5
+    normal, opacity = both.spec.class_biases or (0, 0)
+    log_odds = (rows["b"] - rows["a"]) / both.spec.temperature + opacity - normal
+    assert (rows["p"] - 1 / (1 + np.exp(-log_odds))).abs().max() < 1e-5
     assert rows["d"].between(0, 0.5).all()
     assert rows["d"].nunique() > 1

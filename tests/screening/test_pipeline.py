@@ -102,7 +102,7 @@ def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks(monk
 def test_before_actors_reading_is_shared_among_all_cpus(tmp_path, monkeypatch):
     shared: list[int] = []
 
-    def stream_images(uri, tasks, settings):
+    def stream_images(uri, tasks, settings, **_):
         shared.extend(task.num_rows for task in tasks)
 
     monkeypatch.setattr(pipeline, "stream_images", stream_images)
