@@ -276,6 +276,25 @@ def quiet_ray_data() -> None:
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    if _is_private:
+        _tell_no_statistics()
+
+
+def _tell_no_statistics() -> None:
+    """Ray Data starts an actor for what a dashboard would show, a process that takes a CPU for more
+    than a second as the first films are read; a Ray of our own has no dashboard."""
+    from ray.data._internal.stats import _StatsManager
+
+    for name in _STATISTICS:
+        if name in vars(_StatsManager):
+            setattr(_StatsManager, name, staticmethod(lambda *_, **__: None))
+
+
+_STATISTICS = (
+    "register_dataset_to_stats_actor",
+    "update_execution_metrics",
+    "update_iteration_metrics",
+)
 
 
 @contextmanager
