@@ -164,7 +164,7 @@ class EvaluationResult:
         lines = []
         for name in points:
             of_point = (i for i in self.metrics if _whole(i) and i.class_name == name)
-            names = (f"at {name}", "  with its review")
+            names = (f"at {name}", "  with those under review")
             lines += [
                 f"{name:32}{words}"
                 for name, words in zip(names, decision_words(of_point), strict=False)

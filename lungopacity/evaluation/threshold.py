@@ -68,7 +68,7 @@ class PickedPoint(OperatingPoint):
         return "\n".join(
             [
                 f"positive from {self.threshold:.4f}{review}; {shares} on {self.images} films",
-                *(f"with its review {words}" for words in with_review),
+                *(f"with those under review: {words}" for words in with_review),
                 f"95 % intervals: {self.intervals}"
                 + (f"; {unknown} films name no patient" if unknown else "")
                 + "; of the films that it was picked on: `evaluate` measures it on others",
