@@ -196,7 +196,9 @@ def test_evaluate_writes_its_report(place, capfd):
     assert (points, report["operating_point"]) == ({"default", "ours"}, "ours")
     lines = (place / "report" / "table1.txt").read_text().splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("at ours "))
-    assert re.match(r"  with those under review +sensitivity 1\.0.*, under review 1\.0", lines[at + 1])
+    assert re.match(
+        r"  with those under review +sensitivity 1\.0.*, under review 1\.0", lines[at + 1]
+    )
     card = (place / "report" / "model_card.md").read_text()
     assert "- ours: positive from 1.0000, review from 0.0000; cost=5 here" in card
 
