@@ -10,107 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 
 import lungopacity
-from lungopacity import progress
 from lungopacity.archive.inventory import list_archive, take_inventory
-from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
-from lungopacity.models import OperatingPoint, load_model, save_operating_point
+from lungopacity.errors import UserError
+from lungopacity.models import OperatingPoint
 from lungopacity.results.query import query
-from lungopacity.screening import finish, history, publish, screen
+from lungopacity.screening import finish, history, screen
 from lungopacity.screening.job import screening_job
-from lungopacity.screening.nightly import nightly
 from lungopacity.screening.pseudonyms import read_key_map, write_key_map
 from lungopacity.screening.report import summary
 from lungopacity.screening.retry import left_alone
 from lungopacity.storage import LocalStore, open_store
-from tests.films import tar
 from tests.models.tiny import write_tiny_model
-
-
-def test_a_killed_night_is_finished_first(place):
-    place.killed()
-    finished, own = place.night().runs
-    assert (finished.run_id, finished.images, own.images) == ("killed", 4, 0)
-    # Its films were screened in seconds that nobody counted.
-    assert "images/s" not in summary(finished)
-    speeds = query(place.results, "SELECT images_per_s FROM runs WHERE run_id = 'killed'")
-    assert speeds.to_pylist() == [{"images_per_s": None}]
-
-
-def test_a_killed_night_over_one_shard_is_finished_too(place):
-    place.archive.write("x/one.tar", tar({"a.png": b"x"}))
-    shard = f"{place.archive.uri}/x/one.tar"
-    place.killed(archive=shard)
-    assert nightly(shard, place.model, place.results, dry_run=True).unfinished == ("killed",)
-    assert [run.images for run in nightly(shard, place.model, place.results).runs] == [1, 0]
-
-
-@pytest.mark.parametrize("start", [b"{}", b"not json", "of another version"])
-def test_a_run_of_before_that_cannot_be_taken_up_does_not_stop_the_night(place, start, caplog):
-    plan = place.killed(change=lambda rows: rows.drop_columns("ensemble_disagreement"))
-    if isinstance(start, str):
-        told = json.loads(place.store.read(f"{plan.work}run.json"))
-        start = json.dumps({**told, "columns": "0123456789abcdef"}).encode()
-    place.store.write(f"{plan.work}run.json", start)
-    (own,) = place.night().runs
-    assert (own.images, own.exit_code) == (4, 0)
-    assert "_work/killed/run.json is damaged or of another version" in caplog.text
-
-
-def test_a_run_of_before_that_the_storage_does_not_give_at_the_moment_is_kept(place, monkeypatch):
-    plan = place.killed()
-    opened = LocalStore.open_local
-
-    def late(store, name, **condition):
-        if name == f"{plan.work}run.json":
-            raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time")
-        return opened(store, name, **condition)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalStore, "open_local", late)
-        with pytest.raises(UserError, match=r"no answer in time\); try again"):
-            place.night()
-    assert place.night().runs[0].run_id == "killed"
-
-
-@pytest.mark.parametrize(
-    "damage", ["no Parquet", "a column too few", "a page", "a plan's page", "a defect"]
-)
-def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(
-    place, caplog, monkeypatch, damage
-):
-    lacking = damage == "a column too few"
-    plan = place.killed(
-        change=lambda rows: rows.drop_columns("ensemble_disagreement") if lacking else rows
-    )
-    part, planned = (
-        f"{plan.work}attempt=0/part.parquet",
-        f"{plan.work}{plan.start.files[0]}.parquet",
-    )
-    if damage == "no Parquet":
-        place.store.write(part, b"PAR1 no more")
-    elif damage == "a page":
-        place.store.write(part, _with_a_lost_page(place.store.read(part), "decision"))
-    elif damage == "a plan's page":
-        place.store.write(planned, _with_a_lost_page(place.store.read(planned), "repeated"))
-    elif damage == "a defect":
-        finish_all = publish.Collected.finish
-
-        def failing(collected, **options) -> None:
-            if collected.plan.start.run_id == "killed":
-                raise RuntimeError
-            finish_all(collected, **options)
-
-        monkeypatch.setattr(publish.Collected, "finish", failing)
-    (own,) = place.night().runs
-    assert own.images == 4
-    assert "run killed could not be finished" in caplog.text
-
-
-def _with_a_lost_page(data: bytes, column: str) -> bytes:
-    group = pq.read_metadata(pa.BufferReader(data)).row_group(0)
-    places = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
-    start = places[column].data_page_offset
-    return data[:start] + b"\xff" * 40 + data[start + 40 :]
 
 
 def test_a_full_disk_of_the_driver_is_told_with_the_mend(place, monkeypatch):
@@ -229,19 +139,6 @@ def test_an_object_that_is_as_it_once_was_is_screened_again(place):
     after = query(place.results, "SELECT source_etag FROM latest WHERE image = 'Adams.png'")
     assert after.num_rows == before.num_rows == 1
     assert after != before
-
-
-def test_every_long_stage_of_a_night_is_told(place, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    monkeypatch.setattr(progress, "_QUICK_S", 0.0)
-    place.night()
-    place.night()
-    stages = [
-        "Listing the archive: 4 objects", "leaving out what 1 published runs have screened",
-        "is put together and published", "Collecting: 1 of 1 files",
-        "Publishing: 4 of 4 images", "Removing its work: 3 of 3 files",
-    ]  # fmt: skip
-    assert [stage for stage in stages if stage not in caplog.text] == []
 
 
 def test_another_model_screens_everything_anew(place, tmp_path):
@@ -375,162 +272,6 @@ def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
     place.archive.write("new.png", b"x")
     (night,) = place.night().runs
     assert (night.failed, night.failed_again, night.exit_code) == (2, 1, 2)
-
-
-def test_films_that_a_person_is_to_look_at_are_told_wherever_positive_ones_are(place):
-    model = load_model(place.model)
-    save_operating_point(place.model, model, "our-site", OperatingPoint(0.9, review_from=0.5))
-    place.decisions = {"Adams.png": "review", "Baker.png": "review", "Clark.png": "negative"}
-    (run,) = place.night(operating_point="our-site").runs
-    assert "positive  1 at operating point our-site\n  review    2, between its two" in summary(run)
-    assert (place.status()["positive"], place.status()["review"]) == (1, 2)
-    told = query(place.results, "SELECT positive, review FROM runs").to_pylist()
-    assert told == [{"positive": 1, "review": 2}]
-
-
-def test_a_night_that_rejects_everything_is_told(place):
-    place.failing = {item.key: "wrong_body_part" for item in place.archive.list()}
-    (run,) = place.night().runs
-    assert (run.rejected, run.exit_code) == (4, 1)
-    assert "NOTHING   was scored: every image was rejected" in summary(run)
-    assert (place.status()["exit_code"], place.status()["nothing_scored"]) == (1, [run.run_id])
-    # A night that has nothing to do has missed nothing.
-    assert place.night().exit_code == 0
-    assert place.status()["nothing_scored"] == []
-
-
-def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
-    place.killed()
-    with pytest.raises(UserError, match="the inventory cannot be read"):
-        place.night(inventory=str(tmp_path / "none.parquet"))
-    told = place.status()
-    assert (told["state"], told["exit_code"]) == ("failed", 2)
-    assert "the inventory cannot be read" in told["message"]
-    assert (told["runs"], told["images"]) == (["killed"], 4)
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (KeyboardInterrupt(), 130, "ended by Ctrl-C; the next night goes on"),
-        (SystemExit(143), 143, "ended by SIGTERM; the next night goes on"),
-        (ZeroDivisionError("of Adams"), 2, "unforeseen ZeroDivisionError; the job's log says more"),
-    ],
-)
-def test_a_night_that_is_ended_tells_by_what(place, monkeypatch, error, code, message):
-    def ended(*_, **__):
-        raise error
-
-    monkeypatch.setattr(screen, "_run_pipeline", ended)
-    with pytest.raises(type(error)):
-        place.night()
-    told = place.status()
-    assert (told["state"], told["exit_code"], told["message"]) == ("failed", code, message)
-
-
-def test_the_status_names_nobody_where_names_are_hashed(place, hidden, tmp_path):
-    listed = pa.concat_tables(list_archive(place.archive.uri).tables).to_pylist()
-    listed[0]["source_etag"] = None
-    pq.write_table(pa.Table.from_pylist(listed), tmp_path / "list.parquet")
-    with pytest.raises(UserError, match=r"has no e_tag of 'Adams\.png'"):
-        place.night(**hidden, inventory=str(tmp_path / "list.parquet"))
-    told = place.status()
-    assert (told["exit_code"], told["message"]) == (2, "stopped; the job's log says why")
-
-
-def test_a_night_that_may_not_remove_its_work_is_published_all_the_same(place, monkeypatch, caplog):
-    delete = LocalStore.delete
-
-    def refusing(store, key):
-        if key.startswith("_work/"):
-            raise UserError(f"{key} cannot be deleted: access denied")
-        delete(store, key)
-
-    monkeypatch.setattr(LocalStore, "delete", refusing)
-    (run,) = place.night().runs
-    assert (run.images, run.exit_code) == (4, 0)
-    told = place.status()
-    assert (told["state"], told["runs"], told["positive"]) == ("finished", [run.run_id], 4)
-    assert "the run is published; its work could not be removed (_work/" in caplog.text
-    assert place.night().runs[0].images == 0
-
-
-def test_a_night_that_lost_its_lease_leaves_the_status_to_the_other(place, monkeypatch):
-    def taken_over(_job, plan, todo, **_) -> set[str]:
-        place.write_parts(plan, todo)
-        place.store.write("_lock/nightly.json", b'{"token": "of another"}')
-        place.store.write("status.json", b'{"state": "of another"}')
-        return set()
-
-    monkeypatch.setattr(screen, "_run_pipeline", taken_over)
-    with pytest.raises(UserError, match="the lease 'nightly' was lost"):
-        place.night()
-    assert place.status() == {"state": "of another"}
-
-
-@pytest.mark.parametrize(
-    ("labels", "told", "warning"),
-    [
-        ("Adams.png,Normal\nBaker.png,Edema\nEvans.png,Normal", (2, 1), ""),
-        ("films/Adams.png,Normal", (0, 0),
-         "match none of 4 images: they name 'films/Adams.png', the images 'Adams.png'"),
-        ("Adams.png,pneumonia", (1, 0), "they say 'pneumonia', the model Normal, Lung_Opacity"),
-        ("Adams.png,Normal\nDavis.png,Normal", (2, 2), "was chosen by 1 labelled films"),
-    ],
-)  # fmt: skip
-def test_labels_that_match_nothing_or_measure_nothing_are_told(
-    place, tmp_path, caplog, labels, told, warning
-):
-    (tmp_path / "labels.csv").write_text(f"image,label\n{labels}\n")
-    (run,) = place.night(labels=str(tmp_path / "labels.csv")).runs
-    assert (run.labelled, run.of_classes) == told
-    line = f"labels    match {told[0]} of 4 images, {told[1]} with one of the model's classes"
-    known = "Davis" in labels
-    line += "; 1 that it learnt from or was chosen by are left out" if known else ""
-    assert f"{line}\n" in summary(run)
-    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warned) == bool(warning)
-    assert all(warning in line for line in warned)
-
-
-def test_the_warning_of_labels_names_nobody_where_names_are_hashed(place, hidden, tmp_path, caplog):
-    (tmp_path / "labels.csv").write_text("image,label\nDoe_John.png,Normal\n")
-    place.night(**hidden, labels=str(tmp_path / "labels.csv"))
-    assert "match none of 4 images" in caplog.text
-    assert "Doe" not in caplog.text
-    assert "Adams" not in caplog.text
-
-
-@pytest.mark.parametrize("damage", ["gone", "damaged"])
-def test_predictions_that_cannot_be_read_are_named_with_the_mend(place, damage):
-    run = place.night().runs[0]
-    (key,) = [item.key for item in place.store.list("predictions/")]
-    if damage == "gone":
-        place.store.delete(key)
-    else:
-        place.store.write(key, b"PAR1 no more")
-    told = "a file that a commit record names cannot be read"
-    for asked in (
-        lambda: place.night(baseline=run.run_id),
-        lambda: place.night(),
-        lambda: lungopacity.retry(place.results, run.run_id),
-        lambda: query(place.results, "SELECT count(image) FROM predictions"),
-    ):
-        with pytest.raises(UserError, match=told):
-            asked()
-
-
-def test_a_status_that_cannot_be_written_costs_no_night(place, monkeypatch, caplog):
-    write = LocalStore.write
-
-    def failing(store, key, data, **conditions):
-        if key == "status.json":
-            raise UserError("no space")
-        write(store, key, data, **conditions)
-
-    monkeypatch.setattr(LocalStore, "write", failing)
-    assert place.night().runs[0].images == 4
-    assert "status.json could not be written: no space" in caplog.text
 
 
 def test_a_run_that_does_not_say_its_model_is_retried_with_one_that_is_given(place):

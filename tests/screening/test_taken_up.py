@@ -1,0 +1,104 @@
+"""Nights that find runs which an earlier one began and did not publish."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
+from lungopacity.results.query import query
+from lungopacity.screening import publish
+from lungopacity.screening.nightly import nightly
+from lungopacity.screening.report import summary
+from lungopacity.storage import LocalStore
+from tests.films import tar
+
+
+def test_a_killed_night_is_finished_first(place):
+    place.killed()
+    finished, own = place.night().runs
+    assert (finished.run_id, finished.images, own.images) == ("killed", 4, 0)
+    # Its films were screened in seconds that nobody counted.
+    assert "images/s" not in summary(finished)
+    speeds = query(place.results, "SELECT images_per_s FROM runs WHERE run_id = 'killed'")
+    assert speeds.to_pylist() == [{"images_per_s": None}]
+
+
+def test_a_killed_night_over_one_shard_is_finished_too(place):
+    place.archive.write("x/one.tar", tar({"a.png": b"x"}))
+    shard = f"{place.archive.uri}/x/one.tar"
+    place.killed(archive=shard)
+    assert nightly(shard, place.model, place.results, dry_run=True).unfinished == ("killed",)
+    assert [run.images for run in nightly(shard, place.model, place.results).runs] == [1, 0]
+
+
+@pytest.mark.parametrize("start", [b"{}", b"not json", "of another version"])
+def test_a_run_of_before_that_cannot_be_taken_up_does_not_stop_the_night(place, start, caplog):
+    plan = place.killed(change=lambda rows: rows.drop_columns("ensemble_disagreement"))
+    if isinstance(start, str):
+        told = json.loads(place.store.read(f"{plan.work}run.json"))
+        start = json.dumps({**told, "columns": "0123456789abcdef"}).encode()
+    place.store.write(f"{plan.work}run.json", start)
+    (own,) = place.night().runs
+    assert (own.images, own.exit_code) == (4, 0)
+    assert "_work/killed/run.json is damaged or of another version" in caplog.text
+
+
+def test_a_run_of_before_that_the_storage_does_not_give_at_the_moment_is_kept(place, monkeypatch):
+    plan = place.killed()
+    opened = LocalStore.open_local
+
+    def late(store, name, **condition):
+        if name == f"{plan.work}run.json":
+            raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time")
+        return opened(store, name, **condition)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "open_local", late)
+        with pytest.raises(UserError, match=r"no answer in time\); try again"):
+            place.night()
+    assert place.night().runs[0].run_id == "killed"
+
+
+@pytest.mark.parametrize(
+    "damage", ["no Parquet", "a column too few", "a page", "a plan's page", "a defect"]
+)
+def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(
+    place, caplog, monkeypatch, damage
+):
+    lacking = damage == "a column too few"
+    plan = place.killed(
+        change=lambda rows: rows.drop_columns("ensemble_disagreement") if lacking else rows
+    )
+    part, planned = (
+        f"{plan.work}attempt=0/part.parquet",
+        f"{plan.work}{plan.start.files[0]}.parquet",
+    )
+    if damage == "no Parquet":
+        place.store.write(part, b"PAR1 no more")
+    elif damage == "a page":
+        place.store.write(part, _with_a_lost_page(place.store.read(part), "decision"))
+    elif damage == "a plan's page":
+        place.store.write(planned, _with_a_lost_page(place.store.read(planned), "repeated"))
+    elif damage == "a defect":
+        finish_all = publish.Collected.finish
+
+        def failing(collected, **options) -> None:
+            if collected.plan.start.run_id == "killed":
+                raise RuntimeError
+            finish_all(collected, **options)
+
+        monkeypatch.setattr(publish.Collected, "finish", failing)
+    (own,) = place.night().runs
+    assert own.images == 4
+    assert "run killed could not be finished" in caplog.text
+
+
+def _with_a_lost_page(data: bytes, column: str) -> bytes:
+    group = pq.read_metadata(pa.BufferReader(data)).row_group(0)
+    places = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
+    start = places[column].data_page_offset
+    return data[:start] + b"\xff" * 40 + data[start + 40 :]
