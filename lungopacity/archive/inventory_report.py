@@ -28,8 +28,8 @@ from lungopacity.archive.containers import SHARD_SUFFIXES
 from lungopacity.archive.inventory import Inventory
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.results.workbench import temporary_folder
 from lungopacity.storage import open_store, split_uri
-from lungopacity.storage.scratch import scratch
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _local(uri: str, md5: str | None) -> Iterator[Path]:
     """The file at `uri` on this machine; what goes wrong inside is told as this file's fault."""
     parent, name = split_uri(uri)
     try:
-        with scratch() as folder:
+        with temporary_folder() as folder:
             path = open_store(parent).local_file(name, folder / "file")
             if md5 is not None:
                 with path.open("rb") as file:

@@ -20,6 +20,7 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.storage.scratch import NO_ROOM
 
 HEAD_SIZE = 512
 """Bytes that a signature is looked for in: one tar header."""
@@ -113,10 +114,9 @@ def as_image_error(error: Exception) -> ImageError:
     return machine_error(error) or corrupt(f"cannot be walked to its end ({type(error).__name__})")
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _OF_THE_MACHINE = frozenset(
     {
-        *_NO_ROOM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENOTCONN,
+        *NO_ROOM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENOTCONN,
         errno.EREMOTEIO, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE,
         errno.ENOMEM,
     }
@@ -130,7 +130,7 @@ def machine_error(error: BaseException) -> ImageError | None:
     cause: BaseException | None = error
     # zipfile takes a disk that does not answer for a file that is no zip.
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             return _unavailable(
                 "no disk space left to unpack in; free some, or name a larger folder by TMPDIR"
             )

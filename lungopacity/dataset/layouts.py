@@ -21,9 +21,8 @@ from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, TEXTS, checked_labe
 from lungopacity.dataset.tables import table_of
 from lungopacity.errors import ImageError, UserError
 from lungopacity.progress import Progress
-from lungopacity.results.workbench import quoted
+from lungopacity.results.workbench import quoted, temporary_folder
 from lungopacity.storage import open_store, split_uri
-from lungopacity.storage.scratch import scratch
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +220,7 @@ def labels_of_tables(sql: str, tables: Mapping[str, str], told: str = "--sql") -
     names that SQL does not tell apart.
     """
     _check_names(tables)
-    with scratch() as folder, duckdb.connect() as connection:
+    with temporary_folder() as folder, duckdb.connect() as connection:
         for name, uri in tables.items():
             path = folder / f"{name}.table"
             path.write_bytes(_bytes_of(uri))

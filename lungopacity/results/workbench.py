@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity.errors import UserError
-from lungopacity.storage.scratch import scratch
+from lungopacity.storage.scratch import NO_ROOM, scratch
 
 _MEMORY = "1GiB"
 _ROWS_PER_FILE = 1_000_000
@@ -32,19 +31,16 @@ class ExportedFile:
     rows: int
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 def is_full_disk(error: Exception) -> bool:
     """Whether it tells that there was no room for a file, as the error of Python, Arrow or DuckDB
     does. DuckDB runs out of memory where it can put nothing more on disk."""
     import duckdb
 
     if isinstance(error, duckdb.Error) and not isinstance(error, duckdb.OutOfMemoryException):
-        signs = ("max_temp_directory_size", *map(os.strerror, _FULL))
+        signs = ("max_temp_directory_size", *map(os.strerror, NO_ROOM))
         return any(sign in str(error) for sign in signs)
     return isinstance(error, duckdb.OutOfMemoryException) or (
-        isinstance(error, OSError) and error.errno in _FULL
+        isinstance(error, OSError) and error.errno in NO_ROOM
     )
 
 

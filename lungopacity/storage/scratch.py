@@ -6,6 +6,7 @@ has locked: one that nobody holds any more may go, and no folder of another's is
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -17,6 +18,8 @@ from pathlib import Path
 _PREFIX = "lungopacity-"
 _MARK = ".at-work"
 _LEFT_S = 86400.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of the system where a disk is full, or a user's share of it."""
 
 
 @contextmanager
