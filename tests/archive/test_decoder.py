@@ -51,6 +51,21 @@ def test_rows_are_those_of_the_same_process():
     ]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_tells_the_cpu_time_of_decoding():
+    def used(process: int) -> float:
+        with open(f"/proc/{process}/schedstat") as file:
+            return int(file.read().split()[0]) / 1e9
+
+    film = encoded(grey_film(height=448, width=448))
+    with borrowed_decoder(SETTINGS) as decoder:
+        list(decoder.rows([(0, film)]))
+        told, taken = decoder.cpu_seconds, used(decoder._process.pid)
+        list(decoder.rows((number, film) for number in range(300)))
+        told, taken = decoder.cpu_seconds - told, used(decoder._process.pid) - taken
+    assert 0.7 * taken < told < taken
+
+
 def test_tickets_without_bytes_pass_through_in_their_place():
     files = [("a", None), ("b", FILM), ("c", None), ("d", None), ("e", FILM)]
     with borrowed_decoder(SETTINGS) as decoder:
