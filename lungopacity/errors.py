@@ -42,7 +42,7 @@ class Status(StrEnum):
 
 
 class ErrorCode(StrEnum):
-    """Why an image has no score. Each member's docstring is the sentence in the README's table."""
+    """Why an image has no score. Each member's docstring is its sentence in docs/results.md."""
 
     MISSING = "missing"
     """The object was listed, but was gone when it was fetched."""

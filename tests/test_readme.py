@@ -1,4 +1,4 @@
-"""The tables and commands of the README and of docs/reports.md are held equal to the code."""
+"""The tables and commands of the README and of docs/ are held equal to the code."""
 
 import ast
 import inspect
@@ -24,11 +24,14 @@ from lungopacity.training.fit import HISTORY_SCHEMA
 from lungopacity.training.trials import trials_table
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-REPORTS = (ROOT / "docs" / "reports.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+REPORTS, RESULTS = PAGES["docs/reports.md"], PAGES["docs/results.md"]
 
 
-def rows_of(title: str, text: str = README) -> list[list[str]]:
+def rows_of(title: str, text: str) -> list[list[str]]:
     table = text.split(f"| {title} |")[1].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table]
 
@@ -47,11 +50,11 @@ def test_every_error_code_stands_in_the_table_with_its_own_sentence():
     expected = [
         [f"`{code.value}`", text] for code, text in zip(errors.ErrorCode, sentences, strict=True)
     ]
-    assert rows_of("error code") == expected
+    assert rows_of("error code", RESULTS) == expected
 
 
 def test_every_column_stands_in_the_table():
-    told = [name for row in rows_of("column") for name in re.findall(r"`([^`]+)`", row[0])]
+    told = [name for row in rows_of("column", RESULTS) for name in re.findall(r"`([^`]+)`", row[0])]
     columns = [
         re.sub("_Normal$", "_<class>", name)
         for name in predictions_schema(["Normal", "Lung_Opacity"]).names
@@ -94,7 +97,10 @@ def test_every_metric_of_a_report_is_told():
 
 
 SHELL_BLOCKS = [
-    text for kind, text in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if not kind
+    text
+    for page in PAGES.values()
+    for kind, text in re.findall(r"```(\w*)\n(.*?)```", page, re.DOTALL)
+    if not kind
 ]
 
 
