@@ -11,6 +11,7 @@ import click
 import numpy as np
 import pytest
 
+import lungopacity
 from lungopacity import errors, observe
 from lungopacity.cli import cli
 from lungopacity.dataset.layouts import LAYOUTS
@@ -112,6 +113,11 @@ def test_every_command_stands_in_the_table():
     assert sorted(
         words_in(row[0])[0] for row in rows_of("command | what it does | more", README)
     ) == sorted(cli.commands)
+
+
+def test_every_function_is_told():
+    told = words_in(RESULTS.split("## From Python")[1].split("```")[0])
+    assert told == [name for name in lungopacity.__all__ if name.islower()]
 
 
 def test_what_is_tried_again_is_told():
