@@ -307,8 +307,8 @@ def serve(
         while True:
             number, slot, length = pickle.loads(connection.recv_bytes())
             rows = rows_of(_read(files[slot], length), settings)
-            # Of the thread: while the alarm below runs, Linux tells the process's time by its ticks,
-            # and forgets what fits between two of them.
+            # Of the thread: while the alarm below runs, Linux tells a process's time by ticks, and
+            # forgets what fits between two of them.
             began = time.thread_time()
             last: Rows = []
             while True:
