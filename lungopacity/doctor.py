@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from lungopacity.errors import NOTICE, UserError
+from lungopacity.errors import NOTICE, UserError, first_line
 from lungopacity.runtime import is_submission_address, ray_session
 
 _MIN_TORCH = (2, 11)
@@ -53,7 +53,7 @@ def diagnose(storage: str | None = None, results: str | None = None) -> list[Fin
                 Finding(
                     "missing",
                     name,
-                    f"cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}",
+                    f"cannot be used: {first_line(error, with_type=True)}",
                     "install from requirements.lock again",
                 )
             )

@@ -30,6 +30,24 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         cause = getattr(cause, "cause", None) or cause.__cause__
 
 
+def first_line(error: BaseException, *, with_type: bool = False) -> str:
+    """The first line of an error's text, or the name of its type where it has no text. `with_type`:
+    the name before the line, too."""
+    return _line(error, 0, with_type)
+
+
+def last_line(error: BaseException, *, with_type: bool = False) -> str:
+    """As `first_line`, of a text that quotes a traceback: it ends with what counts."""
+    return _line(error, -1, with_type)
+
+
+def _line(error: BaseException, index: int, with_type: bool) -> str:
+    name, lines = type(error).__name__, str(error).strip().splitlines()
+    if not lines:
+        return name
+    return f"{name}: {lines[index]}" if with_type else lines[index]
+
+
 class Status(StrEnum):
     """What became of one image of the plan."""
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from lungopacity.errors import UserError
+from lungopacity.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _start_ray() -> bool:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"Ray at '{address}' cannot be joined: {str(error).splitlines()[0]}; "
+            f"Ray at '{address}' cannot be joined: {first_line(error)}; "
             "check RAY_ADDRESS, or unset it to run on this machine alone"
         ) from error
     global _is_private

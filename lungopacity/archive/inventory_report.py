@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from lungopacity.archive.containers import SHARD_SUFFIXES
 from lungopacity.archive.inventory import Inventory
-from lungopacity.errors import ImageError, UserError
+from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.results.workbench import temporary_folder
 from lungopacity.storage import open_store, split_uri
@@ -171,7 +171,7 @@ def _local(uri: str, md5: str | None) -> Iterator[Path]:
         raise UserError(f"{uri}: the inventory cannot be read: {error.message}") from error
     except (pa.ArrowException, EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
         raise UserError(
-            f"{uri}: the inventory is damaged ({str(error).splitlines()[0]}); take it again"
+            f"{uri}: the inventory is damaged ({first_line(error)}); take it again"
         ) from error
 
 

@@ -19,7 +19,7 @@ import click
 
 from lungopacity.cli import evaluation, labelled, machine, results, screening, training
 from lungopacity.cli.options import EPILOG, refuse_empty_texts
-from lungopacity.errors import ImageError, Stage, UserError, causes
+from lungopacity.errors import ImageError, Stage, UserError, causes, first_line, last_line
 from lungopacity.observe import DEBUG_VARIABLE, log_lines, tell_end
 
 _FORMAT_VARIABLE = "LUNGOPACITY_LOG_FORMAT"
@@ -114,8 +114,8 @@ def _one_line(error: BaseException) -> str:
     while isinstance(inner := getattr(raised, "cause", None), BaseException):
         raised = inner
     # A text with a traceback ends with what counts; below what a task raised, Ray Data advises.
-    message = (str(raised).strip().splitlines() or [""])[-1 if raised is error else 0]
+    line_of = last_line if raised is error else first_line
     return (
-        f"unforeseen {type(raised).__name__}: {message} "
+        f"unforeseen {line_of(raised, with_type=True)} "
         f"(a defect; please report it with the traceback that {DEBUG_VARIABLE}=1 shows)"
     )

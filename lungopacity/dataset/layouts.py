@@ -19,7 +19,7 @@ from lungopacity.archive.inventory import list_archive
 from lungopacity.archive.reading import is_sidecar_name
 from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, TEXTS, checked_labels
 from lungopacity.dataset.tables import table_of
-from lungopacity.errors import ImageError, UserError
+from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.progress import Progress
 from lungopacity.results.workbench import quoted, temporary_folder
 from lungopacity.storage import open_store, split_uri
@@ -230,13 +230,15 @@ def labels_of_tables(sql: str, tables: Mapping[str, str], told: str = "--sql") -
                     f'CREATE TABLE "{name}" AS SELECT * FROM {reader}({quoted(path)})'
                 )
             except duckdb.Error as error:
-                raise UserError(f"{uri}: is neither CSV nor Parquet ({_line(error)})") from error
+                raise UserError(
+                    f"{uri}: is neither CSV nor Parquet ({first_line(error)})"
+                ) from error
         connection.execute("SET enable_external_access = false")
         try:
             answer = connection.sql(sql)
             frame = pd.DataFrame() if answer is None else answer.df()
         except duckdb.Error as error:
-            raise UserError(f"{told}: {_line(error)}") from error
+            raise UserError(f"{told}: {first_line(error)}") from error
     wrong = [name for name in frame.columns if name not in _COLUMNS]
     if wrong or not {"image", "label"} <= set(frame.columns):
         raise UserError(
@@ -305,7 +307,3 @@ def _bytes_of(uri: str) -> bytes:
         return open_store(parent).read(name)
     except ImageError as error:
         raise UserError(f"{uri}: cannot be read ({error.message})") from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lungopacity.errors import UserError
+from lungopacity.errors import UserError, first_line
 from lungopacity.radiograph import Preprocessing
 
 if TYPE_CHECKING:
@@ -221,4 +221,4 @@ def settings_of_network(name: str, classes: int, settings: Mapping[str, Any]) ->
     except NotImplementedError:
         return None  # regnets take no settings but those that were checked before
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(first_line(error)) from error

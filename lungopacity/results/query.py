@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset
 
-from lungopacity.errors import UserError
+from lungopacity.errors import UserError, first_line
 from lungopacity.results.folder import read_runs
 from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
 from lungopacity.results.workbench import is_full_disk
@@ -119,7 +119,7 @@ _PASSES = re.compile(r"AWS Error (?!NO_SUCH_KEY|RESOURCE_NOT_FOUND)|\[errno (?!2
 
 
 def _unreadable(store: Store, error: Exception) -> UserError:
-    told = (str(error).splitlines() or [type(error).__name__])[0]
+    told = first_line(error)
     if is_full_disk(error):
         return UserError(
             f"{store.uri}: the published runs cannot be worked through ({told}); free memory and "

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lungopacity.archive.names import names_by_ending
-from lungopacity.errors import ImageError, UserError
+from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.progress import Progress
 from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
@@ -267,7 +267,7 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
         except duckdb.Error as error:
             if is_full_disk(error):
                 raise
-            raise _unreadable(plan, str(error).splitlines()[0]) from error
+            raise _unreadable(plan, first_line(error)) from error
 
 
 def _unreadable(plan: Plan, why: str) -> UserError:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from lungopacity import observe
 from lungopacity.archive.content import error_columns
-from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError, first_line
 from lungopacity.models import TrainedModel
 from lungopacity.models.scorer import no_number
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
@@ -76,19 +76,20 @@ class ScoreImages:
         import torch
         from ray.exceptions import RaySystemError
 
+        line = first_line(error).rstrip(".")
         if not torch.cuda.is_available():
             return UserError(
-                f"torch cannot use a node's GPU: {_first_line(error)}; see `lungopacity doctor` "
+                f"torch cannot use a node's GPU: {line}; see `lungopacity doctor` "
                 "there, or use --no-gpu"
             )
         if isinstance(error, torch.OutOfMemoryError):
             return UserError(
-                f"a GPU has too little memory: {_first_line(error)}; use a smaller --batch-size, "
+                f"a GPU has too little memory: {line}; use a smaller --batch-size, "
                 "or fewer copies of the model on it (--gpus-per-actor 1)"
             )
         if isinstance(error, torch.AcceleratorError):
             # As with a lost node: the next round starts the actor anew, perhaps on another GPU.
-            lost: Exception = RaySystemError(_first_line(error))
+            lost: Exception = RaySystemError(line)
             return lost
         return error
 
@@ -176,10 +177,6 @@ def _distance_columns(unlike_N: npt.NDArray[np.float32] | None, count: int) -> d
         _DISTANCE: pa.array(unlike_N),
         f"quality_{OUT_OF_DISTRIBUTION}": pa.array(unlike_N > 1),
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from lungopacity import observe
 from lungopacity.archive.inventory import Inventory, below, left_out, list_archive
 from lungopacity.archive.inventory_report import read_inventory
-from lungopacity.errors import Status, UserError
+from lungopacity.errors import Status, UserError, first_line
 from lungopacity.models.compiled import loaded
 from lungopacity.models.scorer import FLOAT32, check_precision
 from lungopacity.progress import Progress
@@ -253,7 +253,7 @@ def _surviving_lost_nodes() -> Iterator[None]:
 
         cause = error.cause if isinstance(error, RayTaskError) else error
         # Below it, Ray Data writes its own advice.
-        told = (str(cause).strip().splitlines() or [""])[0]
+        told = first_line(cause)
         if isinstance(cause, UserError):
             raise UserError(told) from error
         # Of an actor that does not start, Ray keeps the text alone of what it raised.

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from lungopacity.errors import last_line
 from lungopacity.models import TrainedModel
 from lungopacity.models.compiled import compiled_if_better
 from lungopacity.progress import Progress
 from lungopacity.runtime import worker_environment
 from lungopacity.training.loop import Films
-from lungopacity.training.ray_run import last_line
 
 log = logging.getLogger(__name__)
 
@@ -70,5 +70,6 @@ def compiled_of(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None
             .remote(model, films)
         )
     except ray.exceptions.RayError as error:
-        return None, f"CPUs run the network in torch: compiling it failed ({last_line(error)})"
+        why = last_line(error, with_type=True)
+        return None, f"CPUs run the network in torch: compiling it failed ({why})"
     return found

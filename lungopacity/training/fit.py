@@ -28,7 +28,7 @@ from pyarrow.fs import FileSelector
 
 from lungopacity import observe
 from lungopacity.dataset.pixels import LabelledPixels
-from lungopacity.errors import ImageError, UserError
+from lungopacity.errors import ImageError, UserError, last_line
 from lungopacity.models import (
     ModelSpec,
     TrainedModel,
@@ -47,7 +47,7 @@ from lungopacity.training.calibrate import calibrate, shares_shifted, warn_of_fe
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
 from lungopacity.training.finish import compiled_of, distribution_of
 from lungopacity.training.loop import Films
-from lungopacity.training.ray_run import last_line, run_ray_train
+from lungopacity.training.ray_run import run_ray_train
 from lungopacity.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ def _tidy(work_uri: str, run: str) -> None:
         log.warning(
             "the model is finished; its checkpoints in %s could not be removed (%s), remove them",
             join_uri(work_uri, run),
-            last_line(error),
+            last_line(error, with_type=True),
         )
 
 

@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from lungopacity.errors import UserError
+from lungopacity.errors import UserError, last_line
 from lungopacity.runtime import worker_environment
 from lungopacity.storage import open_store
 from lungopacity.training.loop import Films, train_loop
@@ -87,13 +87,8 @@ def run_ray_train(
 
 def _cause(error: TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None)
-    return last_line(next(iter(failures.values())) if failures else error)
-
-
-def last_line(error: Exception) -> str:
-    """What went wrong in few words: Ray quotes whole tracebacks."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+    # Ray quotes whole tracebacks.
+    return last_line(next(iter(failures.values())) if failures else error, with_type=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lungopacity.errors import UserError
+from lungopacity.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,5 @@ def as_warning(place: str) -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     """MLflow says much, and quotes the URI with its password: its first sentence, without URIs."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    words = [word for word in first.split(". ")[0].split() if "@" not in word]
+    words = [word for word in first_line(error).split(". ")[0].split() if "@" not in word]
     return " ".join(words)[:200]

@@ -12,7 +12,7 @@ import pyarrow as pa
 from ray import cloudpickle
 from ray import tune as ray_tune
 
-from lungopacity.errors import NOTICE
+from lungopacity.errors import NOTICE, last_line
 from lungopacity.results.schema import METADATA
 from lungopacity.storage import Store, join_uri
 from lungopacity.training.search_space import Domain, draw, value_of, with_draw
@@ -92,7 +92,7 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
             self._end(number, STOPPED if self._cut(number) else DONE)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._end(trial.config["trial"], FAILED, _last_line(trial))
+        self._end(trial.config["trial"], FAILED, _why_it_crashed(trial))
 
     def out_of_time(self) -> None:
         """Of trials that began and have no row: for the table alone."""
@@ -199,10 +199,11 @@ def train_arguments(task: TrainingTask, drawn: Mapping[str, str], output: str) -
     return {"arguments": arguments, "command": shlex.join(["lungopacity", *arguments])}
 
 
-def _last_line(trial: Any) -> str:
+def _why_it_crashed(trial: Any) -> str:
     """Why a trial crashed: the last line of what Tune kept of it. Its own `get_pickled_error` reads
     a copy, which may not have been made yet."""
     kept = trial.pickled_error_file
     cause = cloudpickle.loads(Path(kept).read_bytes()) if kept and Path(kept).exists() else None
-    lines = str(getattr(cause, "cause", None) or cause or "").strip().splitlines()
-    return lines[-1][:300] if lines else "it crashed"
+    if cause is None:
+        return "it crashed"
+    return last_line(getattr(cause, "cause", None) or cause)[:300]
