@@ -43,6 +43,12 @@ ENV = fields(
 )
 AMOUNTS: Schema = {"type": "object", "additionalProperties": QUANTITY, "minProperties": 1}
 RESOURCES = fields(("requests", "limits"), requests=AMOUNTS, limits=AMOUNTS)
+CONTAINER_SECURITY = fields(
+    ("allowPrivilegeEscalation", "capabilities"),
+    allowPrivilegeEscalation={"const": False},
+    capabilities=fields(drop=many(STRING), add=many(STRING)),
+    readOnlyRootFilesystem=FLAG,
+)
 CONTAINER = fields(
     ("name", "image", "resources", "securityContext"),
     name=NAME,
@@ -59,17 +65,14 @@ CONTAINER = fields(
         )
     ),
     resources=RESOURCES,
-    securityContext=fields(
-        ("allowPrivilegeEscalation",),
-        allowPrivilegeEscalation={"const": False},
-        capabilities=fields(drop=many(STRING), add=many(STRING)),
-        readOnlyRootFilesystem=FLAG,
-    ),
+    securityContext=CONTAINER_SECURITY,
     volumeMounts=many(fields(("name", "mountPath"), name=NAME, mountPath=STRING, readOnly=FLAG)),
 )
 POD = fields(
     ("containers", "securityContext"),
     serviceAccountName=NAME,
+    automountServiceAccountToken=FLAG,
+    terminationGracePeriodSeconds=COUNT,
     restartPolicy={"enum": ["Always", "OnFailure", "Never"]},
     securityContext=fields(
         ("runAsNonRoot", "runAsUser", "seccompProfile"),
@@ -108,6 +111,7 @@ CLUSTER_SPEC = fields(
         idleTimeoutSeconds=COUNT,
         upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
         resources=RESOURCES,
+        securityContext=CONTAINER_SECURITY,
     ),
     headGroupSpec=fields(
         ("template",),
@@ -139,6 +143,7 @@ JOB_SPEC = fields(
     backoffLimit=COUNT,
     activeDeadlineSeconds=COUNT,
     suspend=FLAG,
+    submitterPodTemplate=TEMPLATE,
     clusterSelector={"type": "object", "additionalProperties": STRING},
     rayClusterSpec=CLUSTER_SPEC,
 )

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import time
 import zoneinfo
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -35,11 +39,20 @@ def check(document: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator(KINDS[document["kind"]]).validate(document)
 
 
-def cluster_of(document: dict[str, Any]) -> dict[str, Any] | None:
-    spec = document["spec"]
+def job_of(document: dict[str, Any]) -> dict[str, Any] | None:
+    """What the manifest tells of a RayJob."""
     if document["kind"] == "RayCronJob":
-        spec = spec["jobTemplate"]
-    return spec if document["kind"] == "RayCluster" else spec.get("rayClusterSpec")
+        job: dict[str, Any] = document["spec"]["jobTemplate"]
+        return job
+    return document["spec"] if document["kind"] == "RayJob" else None
+
+
+def cluster_of(document: dict[str, Any]) -> dict[str, Any] | None:
+    if document["kind"] == "RayCluster":
+        cluster: dict[str, Any] = document["spec"]
+        return cluster
+    job = job_of(document)
+    return job["rayClusterSpec"] if job else None
 
 
 def pods_of(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -49,6 +62,8 @@ def pods_of(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         return
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         yield group["template"]["spec"]
+    if job := job_of(document):
+        yield job["submitterPodTemplate"]["spec"]
 
 
 def command_of(document: dict[str, Any]) -> list[str] | None:
@@ -56,12 +71,11 @@ def command_of(document: dict[str, Any]) -> list[str] | None:
     if document["kind"] == "CronJob":
         (pod,) = pods_of(document)
         (container,) = pod["containers"]
-        assert container["command"] == ["ray", "job", "submit"]
-        words = container["args"]
-        return list(words[words.index("--") + 1 :])
-    spec = document["spec"]
-    spec = spec["jobTemplate"] if document["kind"] == "RayCronJob" else spec
-    return shlex.split(spec["entrypoint"]) if "entrypoint" in spec else None
+        assert container["command"] == ["bash", "-c"]
+        _script, _its_name, *words = container["args"]
+        return list(words)
+    job = job_of(document)
+    return shlex.split(job["entrypoint"]) if job else None
 
 
 def parsed(words: list[str]) -> dict[str, Any]:
@@ -102,9 +116,32 @@ class TestManifest:
             for container in pod["containers"]:
                 assert re.search(r":\d+\.\d+\.\d+$", container["image"])
                 assert all("valueFrom" in entry for entry in container.get("env", ()))
-                assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
                 resources = container["resources"]
                 assert resources["requests"] == resources["limits"]
+
+    def test_gives_the_account_that_may_change_the_cluster_to_the_head_alone(self, path: Path):
+        # KubeRay binds a role to the head's account: its autoscaler patches the RayCluster.
+        document = manifest(path.name)
+        pods = list(pods_of(document))
+        if cluster_of(document) is not None:
+            assert pods.pop(0)["serviceAccountName"] == "lungopacity-head"
+        for pod in pods:
+            assert pod["serviceAccountName"] == "lungopacity-node"
+            assert pod["automountServiceAccountToken"] is False
+
+    def test_may_run_where_pods_must_be_restricted(self, path: Path):
+        # The profile `restricted` of Kubernetes; the pods' own part of it is in crd_facts.
+        document = manifest(path.name)
+        cluster = cluster_of(document)
+        made = [container for pod in pods_of(document) for container in pod["containers"]]
+        if cluster is not None:
+            # KubeRay adds a container to the head's pod, with this alone.
+            made.append(cluster["autoscalerOptions"])
+        for container in made:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
 
     def test_has_room_for_what_the_jobs_preflight_asks(self, path: Path):
         document = manifest(path.name)
@@ -172,6 +209,7 @@ class TestManifest:
         lambda d: head(d)["containers"][0]["resources"]["limits"].update(memory="8 GB"),
         lambda d: head(d)["containers"][0]["securityContext"].update(allowPrivilegeEscalation=True),
         lambda d: head(d)["securityContext"].update(runAsUser=0),
+        lambda d: d["spec"]["submitterPodTemplate"]["spec"].pop("securityContext"),
         lambda d: d["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update(port=6379),
         lambda d: d["spec"]["rayClusterSpec"]["autoscalerOptions"].update(version="2"),
         lambda d: d.update(apiVersion="ray.io/v1alpha1"),
@@ -200,9 +238,45 @@ def test_both_nights_run_the_same_at_the_same_time():
             begins = datetime(2026, month, 10, 3, 30, tzinfo=zone)
             assert begins.astimezone(UTC).date() == begins.date()
     assert plain["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+def test_the_end_of_the_pod_that_submits_a_night_is_the_nights_end(tmp_path):
+    from ray.dashboard.modules.job.cli import stop, submit
+
+    document = manifest("cronjob-nightly.yaml")
+    (pod,) = pods_of(document)
+    (container,) = pod["containers"]
+    # In place of `ray`, whose command lines are read by Ray itself below.
+    told = tmp_path / "told"
+    ray = tmp_path / "ray"
+    ray.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$*" >>"{told}"\n[[ $2 != submit ]] || exec sleep 60\n'
+    )
+    ray.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(
+        [*container["command"], *container["args"]],
+        env={**os.environ, "PATH": path},
+        start_new_session=True,
+    ) as night:
+        try:
+            while not (told.exists() and told.read_text().endswith("\n")):
+                assert night.poll() is None
+                time.sleep(0.02)
+            night.terminate()
+            assert night.wait(timeout=20) == 128 + signal.SIGTERM
+        finally:
+            os.killpg(night.pid, signal.SIGKILL)
+    first, last = (shlex.split(line)[2:] for line in told.read_text().splitlines())
+    submitted = submit.make_context("submit", first).params
+    stopped = stop.make_context("stop", last).params
+    assert list(submitted["entrypoint"]) == command_of(document)
+    assert submitted["submission_id"] == stopped["job_id"]
     service = manifest("raycluster.yaml")["metadata"]["name"] + "-head-svc"
-    (pod,) = pods_of(plain)
-    assert f"http://{service}:8265" in pod["containers"][0]["args"]
+    assert submitted["address"] == stopped["address"] == f"http://{service}:8265"
+    # A night that is told to end gives its lease back, and writes its status: not in 3 seconds.
+    (waits,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", (CLUSTER / "Dockerfile").read_text())
+    assert 20 <= int(waits) < pod["terminationGracePeriodSeconds"]
 
 
 def test_ray_up_takes_the_cluster_and_would_refuse_a_mistake():
