@@ -1,8 +1,8 @@
 """Two models on the same films: which is better, and whether the difference could be chance.
 
 * AUC: DeLong, DeLong & Clarke-Pearson 1988, Biometrics 44:837, for two correlated curves.
-* Accuracy: the exact test of McNemar 1947, Psychometrika 12:153, on the films that one of the two
-  gets right and the other wrong.
+* Accuracy, sensitivity and specificity: the exact test of McNemar 1947, Psychometrika 12:153, on
+  the films that one of the two gets right and the other wrong.
 
 Both take every film for a patient of its own. Where patients have several, the differences also
 have intervals of the bootstrap over patients (`bootstrap`), in which both models see the same ones.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
@@ -22,14 +23,23 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from lungopacity.errors import NOTICE, ErrorCode, ImageError, UserError
-from lungopacity.evaluation.bootstrap import Resampling, percentile_interval, weighted_auc
+from lungopacity.evaluation.bootstrap import (
+    Resampling,
+    percentile_interval,
+    ratio,
+    weighted_auc,
+)
 from lungopacity.evaluation.metrics import Floats, roc_auc, roc_components
 from lungopacity.results.schema import class_column
 from lungopacity.storage import open_store
 
 _Z_95 = NormalDist().inv_cdf(0.975)
+_ROUNDING = 1e-12
+"""Of a share in float64. Two shares of n films that differ do so by 1 / 2n or more."""
 _COLUMNS = {"image", "label", "predicted_label", "model_id", "synthetic"}
 """Of a report's predictions, besides a score a class."""
+Share = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
+"""(N, 2) which films each model gets right, and (N,) the films of which that is a share."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +59,8 @@ class AucDifference:
 
 
 @dataclass(frozen=True)
-class AccuracyDifference:
-    """Of the first and second model's shares of right predictions."""
+class ShareDifference:
+    """Of the first and second model's shares of films that each gets right."""
 
     first: float
     second: float
@@ -73,6 +83,10 @@ class ClusteredDifference:
     auc_ci_high: float | None
     accuracy_ci_low: float | None
     accuracy_ci_high: float | None
+    sensitivity_ci_low: float | None
+    sensitivity_ci_high: float | None
+    specificity_ci_low: float | None
+    specificity_ci_high: float | None
     """None where the replicates show none, as of models that never differ."""
     intervals: str
     """How they were made."""
@@ -88,13 +102,19 @@ class Comparison:
     positive_class: str
     synthetic: bool
     auc: AucDifference
-    accuracy: AccuracyDifference
+    accuracy: ShareDifference
+    """Of the most probable class."""
+    sensitivity: ShareDifference | None
+    """Of the films of the positive class, those decided positive: each at its report's operating
+    point. None where a report is too old to tell its decisions."""
+    specificity: ShareDifference | None
+    """Of the other films, those not decided positive."""
     clustered: ClusteredDifference | None
     """None where no patient has more than one film, or the reports are too old to tell."""
 
     def summary(self) -> str:
         """A few lines for a terminal."""
-        auc, accuracy = self.auc, self.accuracy
+        auc = self.auc
         return "\n".join(
             [
                 f"first {self.first_model}, second {self.second_model}: {self.images} images"
@@ -102,25 +122,33 @@ class Comparison:
                 f"  AUC of {self.positive_class}  {auc.first:.4f} and {auc.second:.4f}, difference "
                 f"{auc.difference:+.4f}{_told(auc.ci_low, auc.ci_high)}, DeLong p "
                 + ("cannot be told" if auc.p_value is None else f"= {auc.p_value:.3g}"),
-                f"  accuracy  {accuracy.first:.4f} and {accuracy.second:.4f}; right alone: the "
-                f"first {accuracy.only_first_right} times, the second "
-                f"{accuracy.only_second_right}, McNemar p = {accuracy.p_value:.3g}",
+                *(_told_share(name, share) for name, share in self._shares().items()),
                 *self._clustered(),
                 NOTICE,
             ]
         )
 
+    def _shares(self) -> dict[str, ShareDifference]:
+        """Those that both reports tell, by name."""
+        of_decisions = {"sensitivity": self.sensitivity, "specificity": self.specificity}
+        known = {name: share for name, share in of_decisions.items() if share is not None}
+        return {"accuracy": self.accuracy, **known}
+
     def _clustered(self) -> list[str]:
         found = self.clustered
         if found is None:
             return []
+        differences = {"AUC": self.auc.difference}
+        differences |= {name: share.difference for name, share in self._shares().items()}
+        bounds = vars(found)
         return [
             f"  some of the {found.patients} patients have several films, which DeLong and McNemar "
             "take for independent",
-            f"  over patients: AUC difference {self.auc.difference:+.4f}"
-            + _told(found.auc_ci_low, found.auc_ci_high)
-            + f", accuracy difference {self.accuracy.difference:+.4f}"
-            + _told(found.accuracy_ci_low, found.accuracy_ci_high),
+            *(
+                f"  over patients: {name} difference {difference:+.4f}"
+                + _told(bounds[f"{name.lower()}_ci_low"], bounds[f"{name.lower()}_ci_high"])
+                for name, difference in differences.items()
+            ),
             f"  ({found.intervals})",
         ]
 
@@ -158,13 +186,10 @@ def compare(first: str, second: str) -> Comparison:
         raise UserError(f"the shared images are all, or none of them, {positive}")
     column = class_column("p", positive)
     scores_N2 = both[[column, f"{column}_second"]].to_numpy(np.float64)
-    right_N2 = np.stack(
-        [
-            (both[name] == both["label"]).to_numpy()
-            for name in ("predicted_label", "predicted_label_second")
-        ],
-        axis=1,
-    )
+    shares = _shares_of(both, positive_N)
+    differences = {
+        name: share_difference(right_N2[of_N]) for name, (right_N2, of_N) in shares.items()
+    }
     return Comparison(
         first_model=str(one["model_id"].iloc[0]),
         second_model=str(other["model_id"].iloc[0]),
@@ -172,9 +197,24 @@ def compare(first: str, second: str) -> Comparison:
         positive_class=positive,
         synthetic=bool(both["synthetic"].any() or both["synthetic_second"].any()),
         auc=auc_difference(positive_N, scores_N2[:, 0], scores_N2[:, 1]),
-        accuracy=accuracy_difference(right_N2),
-        clustered=clustered_difference(positive_N, scores_N2, right_N2, _patients(both)),
+        accuracy=differences["accuracy"],
+        sensitivity=differences.get("sensitivity"),
+        specificity=differences.get("specificity"),
+        clustered=clustered_difference(positive_N, scores_N2, shares, _patients(both)),
     )
+
+
+def _shares_of(both: pd.DataFrame, positive_N: npt.NDArray[np.bool_]) -> dict[str, Share]:
+    """Accuracy, and of reports that tell their decisions sensitivity and specificity."""
+    predicted_N2 = both[["predicted_label", "predicted_label_second"]].to_numpy()
+    right_N2 = predicted_N2 == both["label"].to_numpy()[:, None]
+    shares = {"accuracy": (right_N2, np.ones_like(positive_N))}
+    if {"decision", "decision_second"} <= set(both):
+        # What is under review is not positive, as in `decision_shares`.
+        called_N2 = both[["decision", "decision_second"]].to_numpy() == "positive"
+        shares["sensitivity"] = called_N2, positive_N
+        shares["specificity"] = ~called_N2, ~positive_N
+    return shares
 
 
 def auc_difference(
@@ -191,52 +231,56 @@ def auc_difference(
     difference = second - first
     if len(of_positives) < 2 or len(of_negatives) < 2:
         return AucDifference(first, second, difference, None, None, None)
+    if max(np.ptp(of_positives), np.ptp(of_negatives)) < _ROUNDING:
+        # Two models that rank all alike; or a difference that is the same with every film left
+        # out, of which the spread that the test rests on cannot be told.
+        same = abs(difference) < _ROUNDING
+        return AucDifference(first, second, difference, None, None, 1.0 if same else None)
     # The variance of a difference of paired components is that of the differences.
     error = math.sqrt(
         of_positives.var(ddof=1) / len(of_positives) + of_negatives.var(ddof=1) / len(of_negatives)
     )
-    if error == 0:
-        # Two models that rank all alike; or a difference that is the same with every film left
-        # out, of which the spread that the test rests on cannot be told.
-        same = difference == 0
-        return AucDifference(first, second, difference, None, None, 1.0 if same else None)
     p_value = 2 * NormalDist().cdf(-abs(difference) / error)
     half = _Z_95 * error
     return AucDifference(first, second, difference, difference - half, difference + half, p_value)
 
 
-def accuracy_difference(right_N2: npt.NDArray[np.bool_]) -> AccuracyDifference:
+def share_difference(right_N2: npt.NDArray[np.bool_]) -> ShareDifference:
     """McNemar's exact test; a column a model: whether it is right."""
     only_first = int((right_N2[:, 0] & ~right_N2[:, 1]).sum())
     only_second = int((right_N2[:, 1] & ~right_N2[:, 0]).sum())
     differ = only_first + only_second
     p_value = float(binomtest(only_first, differ).pvalue) if differ else 1.0
     first, second = right_N2.mean(axis=0)
-    return AccuracyDifference(float(first), float(second), only_first, only_second, p_value)
+    return ShareDifference(float(first), float(second), only_first, only_second, p_value)
 
 
 def clustered_difference(
     positive_N: npt.NDArray[np.bool_],
     scores_N2: Floats,
-    right_N2: npt.NDArray[np.bool_],
+    shares: Mapping[str, Share],
     resampling: Resampling,
 ) -> ClusteredDifference | None:
-    """The differences with patients drawn anew; a column a model. None without clusters."""
+    """The differences of the AUC and of each share with patients drawn anew; a column a model. None
+    without clusters."""
     if not resampling.clustered:
         return None
-    aucs, accuracies = [], []
-    gained_N = right_N2[:, 1].astype(np.float64) - right_N2[:, 0]
+    drawn: dict[str, list[npt.NDArray[np.float64]]] = {}
     for weights_RN in resampling.weights():
         first_R, second_R = (
             weighted_auc(positive_N, scores_N, weights_RN) for scores_N in scores_N2.T
         )
-        aucs.append(second_R - first_R)
-        accuracies.append(weights_RN @ gained_N / weights_RN.sum(axis=1))
+        drawn.setdefault("auc", []).append(second_R - first_R)
+        for name, (right_N2, of_N) in shares.items():
+            gained_N = of_N * (right_N2[:, 1].astype(np.float64) - right_N2[:, 0])
+            gained_R = ratio(weights_RN @ gained_N, weights_RN @ of_N.astype(np.float64))
+            drawn.setdefault(name, []).append(gained_R)
+    bounds: dict[str, float | None] = {}
+    for name in ("auc", "accuracy", "sensitivity", "specificity"):
+        low, high = percentile_interval(np.concatenate(drawn.get(name, [np.empty(0)])))
+        bounds[f"{name}_ci_low"], bounds[f"{name}_ci_high"] = low, high
     return ClusteredDifference(
-        resampling.patients,
-        *percentile_interval(np.concatenate(aucs)),
-        *percentile_interval(np.concatenate(accuracies)),
-        resampling.described(),
+        patients=resampling.patients, intervals=resampling.described(), **bounds
     )
 
 
@@ -247,6 +291,14 @@ def _patients(both: pd.DataFrame) -> Resampling:
             numbers = both[column]
             return Resampling.of([None if pd.isna(n) else str(n) for n in numbers])
     return Resampling.of([None] * len(both))
+
+
+def _told_share(name: str, share: ShareDifference) -> str:
+    return (
+        f"  {name}  {share.first:.4f} and {share.second:.4f}; right alone: the first "
+        f"{share.only_first_right} times, the second {share.only_second_right}, McNemar p = "
+        f"{share.p_value:.3g}"
+    )
 
 
 def _told(low: float | None, high: float | None) -> str:

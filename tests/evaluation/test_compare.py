@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 from lungopacity.cli import main
 from lungopacity.errors import UserError
-from lungopacity.evaluation.compare import accuracy_difference, auc_difference, compare
+from lungopacity.evaluation.compare import auc_difference, compare, share_difference
 from lungopacity.storage import open_store
 
 
@@ -61,7 +61,7 @@ def test_models_that_never_differ_are_equal():
     scores = np.linspace(0, 1, 40)
     same = auc_difference(positive, scores, scores)
     assert (same.difference, same.p_value) == (0, 1)
-    assert accuracy_difference(np.ones((5, 2), bool)).p_value == 1
+    assert share_difference(np.ones((5, 2), bool)).p_value == 1
 
 
 def test_of_a_difference_without_spread_or_of_one_film_no_p_value_is_told():
@@ -69,13 +69,19 @@ def test_of_a_difference_without_spread_or_of_one_film_no_p_value_is_told():
     perfect = auc_difference(positive, 1.0 - positive, 1.0 * positive)
     assert perfect.difference == 1
     alone = auc_difference(np.arange(40) < 1, np.arange(40.0), np.arange(40.0)[::-1])
-    for found in (perfect, alone):
+    # The second model ranks each positive above one more negative: by a third, which is no whole
+    # number of the steps of float64.
+    thirds = auc_difference(
+        np.arange(6) < 3, np.array([1, 3, 5, 2, 4, 6.0]), np.array([2, 4, 6, 1, 3, 5.0])
+    )
+    assert thirds.difference == pytest.approx(1 / 3)
+    for found in (perfect, thirds, alone):
         assert (found.ci_low, found.ci_high, found.p_value) == (None, None, None)
 
 
 def test_mcnemar_counts_the_films_that_one_alone_gets_right():
     right = np.array([[True, False]] * 9 + [[False, True]] * 1 + [[True, True]] * 90)
-    found = accuracy_difference(right)
+    found = share_difference(right)
     assert (found.only_first_right, found.only_second_right) == (9, 1)
     assert found.p_value == pytest.approx(2 * (1 + 10) / 2**10)
     assert (found.first, found.second) == pytest.approx((0.99, 0.91))
@@ -110,6 +116,7 @@ def test_two_reports_are_compared_image_by_image(store_uri, capfd):
     assert "first aaa, second bbb: 60 images" in told
     assert "DeLong p = " in told
     assert "McNemar p = " in told
+    assert "sensitivity" not in told  # reports of before they told decisions
     assert main(["compare", "--first", first, "--second", second, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["auc"]["p_value"] <= 1
 
@@ -145,6 +152,36 @@ def test_films_of_one_patient_are_drawn_together(tmp_path, capfd):
     assert width > 1.8 * (found["auc"]["ci_high"] - found["auc"]["ci_low"])
     difference = found["accuracy"]["second"] - found["accuracy"]["first"]
     assert clustered["accuracy_ci_low"] < difference < clustered["accuracy_ci_high"]
+
+
+def test_decisions_are_compared_among_those_with_and_without_an_opacity(tmp_path, capfd):
+    """Two models of one ranking: the second calls more films positive."""
+    first, second = (
+        report(str(tmp_path / str(n)), f"m{n}", 1, patient_cluster=np.arange(60) // 2)
+        for n in (1, 2)
+    )
+    frames = [pd.read_parquet(f"{uri}/predictions.parquet") for uri in (first, second)]
+    p, positive = frames[0]["p_Lung_Opacity"], frames[0]["label"] == "Lung_Opacity"
+    called = [p >= 0.7, p >= 0.4]
+    for uri, frame, which in zip((first, second), frames, called, strict=True):
+        decided = np.where(which, "positive", np.where(p >= 0.3, "review", "negative"))
+        open_store(uri).write("predictions.parquet", frame.assign(decision=decided).to_parquet())
+    found, told = told_of(first, second, capfd)
+    assert found["auc"]["difference"] == found["accuracy"]["only_first_right"] == 0
+    for name, films, right in (
+        ("sensitivity", positive, called),
+        ("specificity", ~positive, [~which for which in called]),
+    ):
+        share = found[name]
+        assert share["first"] == pytest.approx(right[0][films].mean())
+        assert share["second"] == pytest.approx(right[1][films].mean())
+        assert share["only_second_right"] == (films & right[1] & ~right[0]).sum()
+        low, high = (found["clustered"][f"{name}_ci_{end}"] for end in ("low", "high"))
+        assert low < share["second"] - share["first"] < high
+        assert f"  {name}  {share['first']:.4f} and {share['second']:.4f}; right alone" in told
+        assert f"over patients: {name} difference {share['second'] - share['first']:+.4f}" in told
+    assert found["sensitivity"]["second"] > found["sensitivity"]["first"]
+    assert found["specificity"]["second"] < found["specificity"]["first"]
 
 
 def test_where_each_patient_has_one_film_the_tests_alone_are_told(tmp_path, capfd):
