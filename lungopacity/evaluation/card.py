@@ -13,9 +13,9 @@ from typing import Any
 
 from lungopacity.errors import NOTICE
 from lungopacity.evaluation.claim import left_open
-from lungopacity.evaluation.metrics import Metric
+from lungopacity.evaluation.metrics import Metric, age_band
 from lungopacity.evaluation.operating_points import deciding_point
-from lungopacity.evaluation.table import FEWEST_FILMS, largest_gaps, with_interval
+from lungopacity.evaluation.table import FEWEST, Gap, with_interval
 from lungopacity.models import ENSEMBLE, ModelSpec
 
 _MOST_LABELS = 10
@@ -34,8 +34,10 @@ def model_card(
     rejected: Mapping[str, int],
     unknown_patients: int,
     intervals: str,
+    gaps: Sequence[Gap],
 ) -> str:
-    """The card of a model that was evaluated on `split`; `metrics` are those of the evaluation.
+    """The card of a model that was evaluated on `split`; `metrics` and `gaps` are those of the
+    evaluation.
 
     unreadable, unknown_patients: of its films. rejected: how many, by error code. intervals: how
     theirs were made.
@@ -50,7 +52,7 @@ def model_card(
             *_model(spec),
             "",
             "## Intended use and limits",
-            *_use(spec),
+            *_use(spec, metrics),
             "",
             "## Data",
             *_data(spec),
@@ -59,7 +61,7 @@ def model_card(
             *_results(spec, metrics, unreadable, rejected, unknown_patients, intervals),
             "",
             "## Subgroups",
-            *_subgroups(spec, metrics),
+            *_subgroups(spec, metrics, gaps),
             "",
             "## Open items of CLAIM",
             "Whoever publishes figures of this model has to tell, by the numbers of CLAIM:",
@@ -151,21 +153,42 @@ def _first_weights(training: Mapping[str, Any]) -> str | None:
     return f"{weights['source']}; licence: {weights['licence']}" if weights else "drawn at random"
 
 
-def _use(spec: ModelSpec) -> Iterator[str]:
+def _use(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
+    accepted, adults = _accepted(spec), _adults_alone(metrics)
+    films = "chest radiographs" if "wrong_body_part" not in accepted else "radiographs"
+    frontal = "frontal " if "lateral_view" not in accepted else ""
     yield (
-        "- Intended use [3]: made to sort frontal chest radiographs of adults by the probability "
-        f"of {spec.positive_class} in research. Not for diagnosis, triage or treatment."
+        f"- Intended use [3]: made to sort {frontal}{films}{' of adults' if adults else ''}, like "
+        f"those that it learnt from, by the probability of {spec.positive_class} in research. Not "
+        "for diagnosis, triage or treatment."
     )
+    unfit = ["children"] if adults else []
+    unfit += ["lateral views"] if frontal else []
+    unfit += ["other body parts"] if films == "chest radiographs" else []
+    unfit.append("films unlike the training films, which are flagged `quality_out_of_distribution`")
     labels = _labels_left_out(spec)
-    unseen = f"; films as of the labels {', '.join(labels)}, which it never saw" if labels else ""
-    yield (
-        "- Out of its scope [38]: children, lateral views, other body parts, and films unlike the "
-        f"training films, which are flagged `quality_out_of_distribution`{unseen}."
-    )
+    unfit += [f"films as of the labels {', '.join(labels)}, which it never saw"] if labels else []
+    yield f"- Out of its scope [38]: {'; '.join(unfit)}."
+    if not adults:
+        yield "- The ages are not all known, or not all of adults: see the subgroups."
     yield (
         "- Scores are calibrated for a population like the validation split. Where disease is "
         "rarer or films differ, pick a threshold anew (`lungopacity threshold`)."
     )
+
+
+def _accepted(spec: ModelSpec) -> frozenset[str]:
+    """What its training, or that of a member, took in against the rules (`--accept`)."""
+    trainings = [spec.training, *(spec.training.get("members") or [])]
+    return frozenset(
+        code for training in trainings for code in training.get("provenance", {}).get("accept", [])
+    )
+
+
+def _adults_alone(metrics: Sequence[Metric]) -> bool:
+    """Whether the age of each evaluated film is known, and 18 years or more."""
+    ages = {item.group for item in metrics if item.group.startswith("age=")}
+    return bool(ages) and not ages & {"age=unknown", f"age={age_band(0)}"}
 
 
 def _data(spec: ModelSpec) -> Iterator[str]:
@@ -177,7 +200,7 @@ def _data(spec: ModelSpec) -> Iterator[str]:
     counts: Mapping[str, Mapping[str, int]] = data.get("images", {})
     if counts:
         yield ""
-        yield f"| split [34] | {' | '.join(spec.class_names)} |"
+        yield f"| split | {' | '.join(spec.class_names)} |"
         yield f"|---|{'---:|' * len(spec.class_names)}"
         for split, each in counts.items():
             if any(each.values()):
@@ -268,10 +291,10 @@ def _results(
     if spec.metrics:
         told = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in spec.metrics.items())
         yield ""
-        yield f"On the validation split [35], by which it was chosen and calibrated: {told}."
+        yield f"On the validation split, by which it was chosen and calibrated: {told}."
 
 
-def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
+def _subgroups(spec: ModelSpec, metrics: Sequence[Metric], gaps: Sequence[Gap]) -> Iterator[str]:
     named = {(item.group, item.metric, item.class_name): item for item in metrics}
     found = [
         item
@@ -282,7 +305,6 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
         yield "The labels and headers say nothing to form subgroups of."
         return
     point = deciding_point(spec.operating_points, spec.operating_point)
-    gaps = largest_gaps(metrics, spec.positive_class, point)
     told: set[str] = set()
     for gap in gaps:
         if gap.figure in told:
@@ -292,9 +314,12 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
             f"{item.group.partition('=')[2]} {with_interval(item)}, {item.n:,} films"
             for item in (gap.worst, gap.best)
         )
-        yield f"- The largest gap in {gap.figure} is by {gap.column}: {worst}; {best}."
+        yield (
+            f"- The largest gap in {gap.figure} is by {gap.column}: {worst}; {best}; between them "
+            f"{gap.size_words}."
+        )
     if not gaps:
-        yield f"No column has two subgroups of {FEWEST_FILMS} films, and an interval, to compare."
+        yield f"No column has two subgroups of {FEWEST} patients, and an interval, to compare."
     yield ""
     yield (
         f"| subgroup [30] | AUC for {spec.positive_class} | sensitivity at {point} | "

@@ -24,7 +24,7 @@ from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.card import model_card
-from lungopacity.evaluation.measure import ScoredImages, measure
+from lungopacity.evaluation.measure import ScoredImages, measure_with_gaps
 from lungopacity.evaluation.operating_points import deciding_point
 from lungopacity.evaluation.report import (
     EVALUATION,
@@ -116,7 +116,8 @@ def evaluate(
         points,
     )
     resampling = Resampling.of(data.images["patient_id"].tolist())
-    metrics = measure(scored, _groups(data, further), resampling)
+    decided_at = operating_point or deciding_point(points, spec.operating_point)
+    metrics, gaps = measure_with_gaps(scored, _groups(data, further), resampling, decided_at)
     synthetic = data.synthetic or spec.synthetic
     result = EvaluationResult(
         model_id=trained.model_id,
@@ -132,8 +133,9 @@ def evaluate(
         class_names=spec.class_names,
         positive_class=spec.positive_class,
         operating_point=operating_point,
-        decided_at=operating_point or deciding_point(points, spec.operating_point),
+        decided_at=decided_at,
         metrics=metrics,
+        gaps=gaps,
     )
     store = open_store(output)
     store.delete(EVALUATION)
@@ -147,6 +149,7 @@ def evaluate(
         rejected=Counter(data.rejected["error_code"]),
         unknown_patients=result.unknown_patients,
         intervals=result.intervals,
+        gaps=gaps,
     )
     store.write("model_card.md", card.encode())
     write_figures(store, result, scored, resampling, read_history(model))

@@ -43,6 +43,7 @@ from lungopacity.evaluation.metrics import (
     wilson_interval,
 )
 from lungopacity.evaluation.operating_points import decision_metrics, decision_shares
+from lungopacity.evaluation.table import Gap, largest_gaps
 from lungopacity.models import OperatingPoint
 from lungopacity.progress import Progress
 
@@ -97,6 +98,39 @@ def measure(
 
     groups: as for `subgroup_metrics`. Raises `ValueError` as `check_scores` does.
     """
+    return _measured(scored, groups, resampling)[0]
+
+
+def measure_with_gaps(
+    scored: ScoredImages,
+    groups: Mapping[str, Sequence[str | None]],
+    resampling: Resampling,
+    point: str,
+) -> tuple[list[Metric], tuple[Gap, ...]]:
+    """`measure`, and the `largest_gaps` between subgroups with intervals over patients.
+
+    point: the name of the operating point that decides.
+    """
+    metrics, replicates = _measured(scored, groups, resampling)
+
+    def bounded(gap: Gap) -> Gap:
+        # Both groups' replicates are of the same draws.
+        worst_R, best_R = (
+            replicates[item.group][item.metric, item.class_name] for item in (gap.worst, gap.best)
+        )
+        low, high = percentile_interval(best_R - worst_R)
+        return replace(gap, ci_low=low, ci_high=high)
+
+    gaps = largest_gaps(metrics, scored.positive, point)
+    return metrics, tuple(bounded(gap) for gap in gaps)
+
+
+def _measured(
+    scored: ScoredImages,
+    groups: Mapping[str, Sequence[str | None]],
+    resampling: Resampling,
+) -> tuple[list[Metric], dict[str, dict[Key, npt.NDArray[np.float64]]]]:
+    """The metrics, and of each group the replicates of each."""
     check_scores(scored.labels_N, scored.probabilities_NK, scored.class_names)
     n = len(scored.labels_N)
     parts = [("all", np.arange(n)), *group_rows(groups, n)]
@@ -109,13 +143,14 @@ def measure(
                     found.setdefault(key, []).append(values_R)
             progress.advance(len(weights_RN))
     metrics = []
+    replicates: dict[str, dict[Key, npt.NDArray[np.float64]]] = {}
     for (group, rows), figures, found in zip(parts, statistics, drawn, strict=True):
-        replicates = {key: np.concatenate(blocks) for key, blocks in found.items()}
+        replicates[group] = {key: np.concatenate(blocks) for key, blocks in found.items()}
         metrics += [
-            _with_interval(item, figures.proportions, replicates, resampling.patient_N[rows])
+            _with_interval(item, figures.proportions, replicates[group], resampling.patient_N[rows])
             for item in _values(scored.rows(rows), group)
         ]
-    return metrics
+    return metrics, replicates
 
 
 def ratio_metrics(

@@ -23,8 +23,8 @@ from lungopacity.evaluation.measure import ScoredImages
 from lungopacity.evaluation.metrics import Metric, confusion_matrix
 from lungopacity.evaluation.paper import format_table1, table1
 from lungopacity.evaluation.table import (
+    Gap,
     decision_words,
-    largest_gaps,
     metric_value,
     metrics_table,
     uncompared_groups,
@@ -99,6 +99,8 @@ class EvaluationResult:
     decided_at: str
     """Its name, or that of the model's own: decisions of subgroups are compared at it."""
     metrics: list[Metric]
+    gaps: tuple[Gap, ...] = ()
+    """Between subgroups, the largest first."""
 
     @property
     def exit_code(self) -> int:
@@ -144,14 +146,15 @@ class EvaluationResult:
         if self.operating_point is not None:
             lines.append(f"{'decided at':32}{self.operating_point}, in predictions.parquet")
         lines += [
-            f"{f'{gap.figure} by {gap.column}':32}{_of_group(gap.worst)}; {_of_group(gap.best)}"
-            for gap in largest_gaps(self.metrics, self.positive_class, self.decided_at)
+            f"{f'{gap.figure} by {gap.column}':32}{_of_group(gap.worst)}; {_of_group(gap.best)}; "
+            f"between them {gap.size_words}"
+            for gap in self.gaps
         ]
         few = uncompared_groups(self.metrics, self.positive_class, self.decided_at)
         if few:
-            words = [f"{item.group} (n = {item.n})" for item in few[:_MOST_TOLD]]
+            words = [f"{item.group} ({_films(item)})" for item in few[:_MOST_TOLD]]
             words += [f"and {len(few) - _MOST_TOLD} more"] if len(few) > _MOST_TOLD else []
-            lines.append(f"{'too few films, or of one kind':32}{', '.join(words)}")
+            lines.append(f"{'few patients, or of one kind':32}{', '.join(words)}")
         return "\n".join([*lines, f"report in {self.output}", NOTICE])
 
     def _decisions(self) -> list[str]:
@@ -176,8 +179,9 @@ class EvaluationResult:
         rows = [
             {key: _finite(value) for key, value in vars(metric).items()} for metric in self.metrics
         ]
-        facts = {key: value for key, value in vars(self).items() if key != "metrics"}
-        return json.dumps({"notice": NOTICE, **facts, "metrics": rows}, indent=2)
+        facts = {key: v for key, v in vars(self).items() if key not in ("metrics", "gaps")}
+        gaps = [gap.to_dict() for gap in self.gaps]
+        return json.dumps({"notice": NOTICE, **facts, "gaps": gaps, "metrics": rows}, indent=2)
 
 
 def check_output(output: str, holds_not: str) -> None:
@@ -278,6 +282,11 @@ def _whole(item: Metric) -> bool:
 def _of_group(item: Metric) -> str:
     """`PA 0.9412 (0.9200 to 0.9600), n = 440`."""
     return f"{item.group.partition('=')[2]} {with_interval(item)}, n = {item.n}"
+
+
+def _films(item: Metric) -> str:
+    """`n = 40 of 2 patients`."""
+    return f"n = {item.n}" + ("" if item.patients is None else f" of {item.patients} patients")
 
 
 def _finite(value: object) -> object:

@@ -48,11 +48,15 @@ def metric_value(
 
 def with_interval(item: Metric) -> str:
     """`0.9123 (0.9001 to 0.9245)`."""
-    if item.value != item.value:
+    return _figure(item.value, item.ci_low, item.ci_high)
+
+
+def _figure(value: float, low: float | None, high: float | None) -> str:
+    if value != value:
         return "not defined"
-    if item.ci_low is None or item.ci_high is None:
-        return f"{item.value:.4f}"
-    return f"{item.value:.4f} ({item.ci_low:.4f} to {item.ci_high:.4f})"
+    if low is None or high is None:
+        return f"{value:.4f}"
+    return f"{value:.4f} ({low:.4f} to {high:.4f})"
 
 
 def decision_words(metrics: Iterable[Metric]) -> list[str]:
@@ -70,9 +74,8 @@ def decision_words(metrics: Iterable[Metric]) -> list[str]:
     return told
 
 
-FEWEST_FILMS = 30
-"""Of a subgroup that is compared with others: between a handful of films any gap is chance."""
-
+FEWEST = 30
+"""Patients of a subgroup that is compared with others: between a handful any gap is chance."""
 
 _COMPARED = {
     "roc_auc": "AUC",
@@ -88,6 +91,10 @@ class Gap:
 
     worst: Metric
     best: Metric
+    ci_low: float | None = None
+    ci_high: float | None = None
+    """The 95 % interval of `size` between these two. That they are the two of all which differ
+    most, it does not count."""
 
     @property
     def column(self) -> str:
@@ -104,15 +111,33 @@ class Gap:
         """Of the figure."""
         return self.best.value - self.worst.value
 
+    @property
+    def size_words(self) -> str:
+        """`0.0400 (0.0100 to 0.0700)`."""
+        return _figure(self.size, self.ci_low, self.ci_high)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "figure": self.figure,
+            "column": self.column,
+            "worst": self.worst.group.partition("=")[2],
+            "best": self.best.group.partition("=")[2],
+            "size": self.size,
+            "ci_low": self.ci_low,
+            "ci_high": self.ci_high,
+        }
+
 
 def largest_gaps(
-    metrics: Sequence[Metric], positive: str, point: str, fewest: int = FEWEST_FILMS
+    metrics: Sequence[Metric], positive: str, point: str, fewest: int = FEWEST
 ) -> list[Gap]:
     """The gap of each column of subgroups in AUC, and in the decisions at an operating point, the
     largest first.
 
     positive: the class that decisions are about. point: the name of the one that decides. `fewest`:
-    figures of fewer images are left out, and those without an interval.
+    figures of fewer patients (of images, where nobody counted them) are left out, and those without
+    an interval.
     """
     gaps = [
         Gap(min(items, key=lambda item: item.value), max(items, key=lambda item: item.value))
@@ -123,9 +148,10 @@ def largest_gaps(
 
 
 def uncompared_groups(
-    metrics: Sequence[Metric], positive: str, point: str, fewest: int = FEWEST_FILMS
+    metrics: Sequence[Metric], positive: str, point: str, fewest: int = FEWEST
 ) -> list[Metric]:
-    """The accuracy of each subgroup that no gap tells of, for its films are few or of one kind."""
+    """The accuracy of each subgroup that no gap tells of, for it has few patients, or films of
+    one kind."""
     compared = {
         item.group
         for items in _comparable(metrics, positive, point, fewest)
@@ -147,8 +173,9 @@ def _comparable(
     found: dict[tuple[str, str], list[Metric]] = {}
     for item in metrics:
         of = positive if item.metric == "roc_auc" else point
-        told = item.metric in _COMPARED and item.class_name == of and item.n >= fewest
-        if told and item.group != "all" and item.ci_low is not None:
+        told = item.metric in _COMPARED and item.class_name == of
+        enough = (item.n if item.patients is None else item.patients) >= fewest
+        if told and enough and item.group != "all" and item.ci_low is not None:
             found.setdefault((item.group.partition("=")[0], item.metric), []).append(item)
     return found.values()
 

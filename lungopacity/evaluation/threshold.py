@@ -156,6 +156,16 @@ def threshold(
     p_N = rows["p"].to_numpy(np.float64)
     point = pick(rule, p_N, positive_N, where)
     resampling = Resampling.of(rows["patient"].tolist())
+    patients = [len(set(resampling.patient_N[kind_N])) for kind_N in (positive_N, ~positive_N)]
+    if min(patients) < FEWEST_IMAGES:
+        log.warning(
+            "the films are of %d patients with %s and %d without: of fewer than %d, a threshold is "
+            "mostly chance",
+            patients[0],
+            spec.positive_class,
+            patients[1],
+            FEWEST_IMAGES,
+        )
     shares = decision_shares(p_N, positive_N, point)
     metrics = ratio_metrics({(what, name): share for what, share in shares.items()}, resampling)
     save_operating_point(model, trained, name, point)

@@ -258,7 +258,7 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
     )  # fmt: skip
     assert code == 0
     assert "percentile bootstrap over 4 patients of 8 films" in out
-    assert "too few films, or of one kind" in out
+    assert "few patients, or of one kind" in out
     metrics = pq.read_table(place / "wide" / "metrics.parquet").to_pandas()
     assert set(metrics["group"]) >= {
         "all", "site=North", "site=South", "manufacturer=Fuji", "manufacturer=GE",

@@ -9,6 +9,7 @@ from lungopacity.evaluation.card import model_card
 from lungopacity.evaluation.claim import ITEMS, answered, left_open
 from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.report import EvaluationResult
+from lungopacity.evaluation.table import largest_gaps
 from lungopacity.models import OperatingPoint
 from lungopacity.radiograph import Preprocessing
 from tests.models.tiny import tiny_model
@@ -40,94 +41,163 @@ def check_items(card):
     assert sorted(told) == list(range(1, ITEMS + 1))
 
 
-def test_the_card_tells_what_was_measured():
-    spec = replace(
-        tiny_model().spec,
-        architecture_settings={"channels": [8, 16, 32], "convolutions": [1, 2, 3]},
-        metrics={"auc": 0.98, "expected_calibration_error": 0.02},
-        label_map={"Healthy": "Normal", "Lung_Opacity": "Lung_Opacity"},
-        operating_points={
-            "sensitivity=0.95": OperatingPoint(0.21, chosen_by="x on validation"),
-            "youden": tiny_model().spec.operating_point,
-        },
-        training={
-            "settings": {"epochs": 8, "batch_size": 32, "seed": 0},
-            "best_epoch": 6,
-            "weights": {"source": "ImageNet, from a package", "licence": "Apache-2.0"},
-            "versions": {"torch": "2.15"},
-            "data": {
-                "fingerprint": "abc",
-                "unknown_patients": 12,
-                "images": {
-                    "train": {"Normal": 2200, "Lung_Opacity": 2038},
-                    "test": {"Normal": 0, "Lung_Opacity": 0},
+SPEC = replace(
+    tiny_model().spec,
+    architecture_settings={"channels": [8, 16, 32], "convolutions": [1, 2, 3]},
+    metrics={"auc": 0.98, "expected_calibration_error": 0.02},
+    label_map={"Healthy": "Normal", "Lung_Opacity": "Lung_Opacity"},
+    operating_points={
+        "sensitivity=0.95": OperatingPoint(0.21, chosen_by="x on validation"),
+        "youden": tiny_model().spec.operating_point,
+    },
+    training={
+        "settings": {"epochs": 8, "batch_size": 32, "seed": 0},
+        "best_epoch": 6,
+        "weights": {"source": "ImageNet, from a package", "licence": "Apache-2.0"},
+        "versions": {"torch": "2.15"},
+        "data": {
+            "fingerprint": "abc",
+            "unknown_patients": 12,
+            "images": {
+                "train": {"Normal": 2200, "Lung_Opacity": 2038},
+                "test": {"Normal": 0, "Lung_Opacity": 0},
+            },
+            "left_out": {
+                "labels": {
+                    "train": {"Not_Normal": 1100, "TB": 3},
+                    "validation": {"Not_Normal": 348},
                 },
-                "left_out": {
-                    "labels": {
-                        "train": {"Not_Normal": 1100, "TB": 3},
-                        "validation": {"Not_Normal": 348},
-                    },
-                    "unreadable": {"train": 2},
-                },
+                "unreadable": {"train": 2},
             },
         },
-    )
-    card = model_card(
+    },
+)
+
+
+def card_of(spec=SPEC, metrics=METRICS, rejected=None, unreadable=0, unknown_patients=0):
+    return model_card(
         spec,
         "0123456789abcdef",
-        METRICS,
+        metrics,
         split="test",
-        unreadable=3,
-        rejected={"poor_quality": 2, "lateral_view": 10},
-        unknown_patients=7,
+        unreadable=unreadable,
+        rejected=rejected or {},
+        unknown_patients=unknown_patients,
         intervals="by counting",
+        gaps=[
+            replace(gap, ci_low=0.001, ci_high=0.09)
+            for gap in largest_gaps(metrics, "Lung_Opacity", "youden")
+        ],
     )
-    lines = card.splitlines()
+
+
+def section(card, title):
+    """The lines below a heading."""
+    _, _, rest = card.partition(f"\n## {title}")
+    return rest.partition("\n## ")[0].splitlines()[1:]
+
+
+def test_the_card_begins_with_the_model_and_the_notice():
+    lines = card_of().splitlines()
     assert lines[0] == "# Model card: classical-cnn 0123456789abcdef"
-    assert "Research use only. Not a medical device." in card
-    assert "3 labelled films could not be read and are in no figure [13]." in lines
-    assert "Nor are 12 that were read and rejected: 10 lateral_view, 2 poor_quality." in lines
-    assert "| accuracy | all | 0.9123 | 0.9000 to 0.9200 | 798 |" in lines
-    assert "| brier before temperature | all | 0.2000 | 0.1000 to 0.3000 | 798 |" in lines
-    assert "| recall | Normal | not defined |  | 0 |" in lines
-    assert "| sensitivity=0.95 | sensitivity | 0.9510 | 0.9200 to 0.9700 | 331 |" in lines
-    assert "| band | sensitivity with review | 0.9900 | 0.9500 to 1.0000 | 331 |" in lines
-    assert "| band | negative predictive value | 0.9800 | 0.9500 to 1.0000 | 300 |" in lines
-    assert "| band | review rate | 0.1250 | 0.1000 to 0.1500 | 798 |" in lines
-    subgroups = lines[lines.index("## Subgroups") + 1 :]
-    assert subgroups[0] == (
-        "- The largest gap in AUC is by view_position: PA 0.9412 (0.9200 to 0.9600), 440 films; "
-        "AP 0.9812 (0.9700 to 0.9900), 358 films."
-    )
-    assert subgroups[1] == (
-        "- The largest gap in sensitivity is by view_position: PA 0.9000 (0.8000 to 0.9500), "
-        "70 films; AP 0.9100 (0.8000 to 0.9500), 80 films."
-    )
-    assert "| sensitivity at youden | specificity at youden | films | patients |" in subgroups[3]
-    assert (
-        "| view_position=PA | 0.9412 (0.9200 to 0.9600) | 0.9000 (0.8000 to 0.9500) | not defined "
-        "| 440 | 368 |"
-    ) in subgroups
-    assert "| patient_sex=F | 0.9800 (0.9700 to 0.9900) |  |  | 300 |  |" in subgroups
-    assert "borders" not in card
+    assert "Research use only. Not a medical device." in lines[2]
+
+
+def test_the_card_tells_how_the_model_was_made():
+    told = "\n".join(section(card_of(), "What it is"))
+    assert "Healthy as Normal" in told
+    assert "licence: Apache-2.0" in told
+    assert "epoch 6" in told
+    assert "borders" not in told
+
+
+def test_the_card_tells_of_the_training_films():
+    card = card_of()
+    lines = section(card, "Data")
+    assert "read by no training. 12 films name no patient; each counts as one." in card
     assert "| train | 2,200 | 2,038 |" in lines
     assert not any(line.startswith("| test |") for line in lines)
-    assert "Healthy as Normal" in card
-    assert "licence: Apache-2.0" in card
-    assert "epoch 6" in card
-    assert "3 labelled films could not be read" in card
-    assert "95 % intervals [29]: by counting. 7 films name no patient; each counts as one." in lines
-    assert "read by no training. 12 films name no patient; each counts as one." in card
-    assert "positive from 0.2100; x on validation" in card
-    check_items(card)
-    assert not {10, 24, 25, 26, 33, 34, 35} & set(left_open(card))
-    assert "- 41: where its protocol can be read" in lines
     assert (
         "- Left out of training [10, 33]: of no class, train: 1,100 Not_Normal, 3 TB; of no class, "
         "validation: 348 Not_Normal; not to be read, or rejected, train: 2"
     ) in lines
-    assert "films as of the labels Not_Normal, TB, which it never saw." in card
-    assert "chosen and calibrated: auc 0.9800, expected calibration error 0.0200." in card
+
+
+def test_the_card_tells_which_films_are_in_no_figure():
+    card = card_of(
+        unreadable=3, rejected={"poor_quality": 2, "lateral_view": 10}, unknown_patients=7
+    )
+    lines = section(card, "What it earned")
+    assert "3 labelled films could not be read and are in no figure [13]." in lines
+    assert "Nor are 12 that were read and rejected: 10 lateral_view, 2 poor_quality." in lines
+    assert "95 % intervals [29]: by counting. 7 films name no patient; each counts as one." in lines
+
+
+def test_the_card_has_each_figure_with_its_interval():
+    lines = section(card_of(), "What it earned")
+    assert "| accuracy | all | 0.9123 | 0.9000 to 0.9200 | 798 |" in lines
+    assert "| brier before temperature | all | 0.2000 | 0.1000 to 0.3000 | 798 |" in lines
+    assert "| recall | Normal | not defined |  | 0 |" in lines
+    told = "chosen and calibrated: auc 0.9800, expected calibration error 0.0200."
+    assert told in lines[-1] or told in lines[-2]
+
+
+def test_the_card_has_a_row_for_what_each_operating_point_decides():
+    lines = section(card_of(), "What it earned")
+    assert "| sensitivity=0.95 | sensitivity | 0.9510 | 0.9200 to 0.9700 | 331 |" in lines
+    assert "| band | sensitivity with review | 0.9900 | 0.9500 to 1.0000 | 331 |" in lines
+    assert "| band | negative predictive value | 0.9800 | 0.9500 to 1.0000 | 300 |" in lines
+    assert "| band | review rate | 0.1250 | 0.1000 to 0.1500 | 798 |" in lines
+    assert "- sensitivity=0.95: positive from 0.2100; x on validation" in lines
+
+
+def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
+    lines = section(card_of(), "Subgroups")
+    assert lines[0] == (
+        "- The largest gap in AUC is by view_position: PA 0.9412 (0.9200 to 0.9600), 440 films; "
+        "AP 0.9812 (0.9700 to 0.9900), 358 films; between them 0.0400 (0.0010 to 0.0900)."
+    )
+    assert lines[1].startswith(
+        "- The largest gap in sensitivity is by view_position: PA 0.9000 (0.8000 to 0.9500), "
+        "70 films; AP 0.9100 (0.8000 to 0.9500), 80 films; between them"
+    )
+    assert "| sensitivity at youden | specificity at youden | films | patients |" in lines[3]
+    assert (
+        "| view_position=PA | 0.9412 (0.9200 to 0.9600) | 0.9000 (0.8000 to 0.9500) | not defined "
+        "| 440 | 368 |"
+    ) in lines
+    assert "| patient_sex=F | 0.9800 (0.9700 to 0.9900) |  |  | 300 |  |" in lines
+
+
+def test_items_that_the_card_does_not_answer_whole_are_left_open():
+    card = card_of()
+    check_items(card)
+    assert not {10, 24, 25, 26, 33} & set(left_open(card))
+    # Classes alone do not tell whose films a split has, nor validation alone of every split.
+    assert {34, 35} <= set(left_open(card))
+    assert "- 41: where its protocol can be read" in section(card, "Open items")
+
+
+def of_ages(*bands):
+    return [Metric(f"age={band}", "accuracy", None, 0.9, 0.8, 0.95, 100) for band in bands]
+
+
+def test_what_the_model_is_for_follows_from_its_films():
+    use, scope, *_ = section(card_of(metrics=of_ages("18-39", "90+")), "Intended use")
+    assert "made to sort frontal chest radiographs of adults, like those that it learnt" in use
+    assert scope.startswith("- Out of its scope [38]: children; lateral views; other body parts;")
+    assert scope.endswith("films as of the labels Not_Normal, TB, which it never saw.")
+    for metrics in ([], of_ages("under-18", "18-39"), of_ages("18-39", "unknown")):
+        use, scope, ages, *_ = section(card_of(metrics=metrics), "Intended use")
+        assert "adults" not in use
+        assert "children" not in scope
+        assert "not all of adults" in ages
+    taken = {"provenance": {"accept": ["lateral_view", "wrong_body_part"]}}
+    for training in (taken, {"members": [{}, taken]}):
+        card = card_of(replace(SPEC, training=training), of_ages("18-39"))
+        use, scope, *_ = section(card, "Intended use")
+        assert "made to sort radiographs of adults" in use
+        assert scope.startswith("- Out of its scope [38]: children; films unlike the training")
 
 
 def test_a_model_of_which_little_is_known_has_a_card_too():
@@ -140,6 +210,7 @@ def test_a_model_of_which_little_is_known_has_a_card_too():
         rejected={},
         unknown_patients=0,
         intervals="none",
+        gaps=[],
     )
     assert "name no patient" not in card
     assert "Trained on synthetic films" in card
@@ -178,6 +249,7 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
         rejected={},
         unknown_patients=0,
         intervals="none",
+        gaps=[],
     )
     lines = card.splitlines()
     assert (
@@ -197,6 +269,7 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
         rejected={},
         unknown_patients=0,
         intervals="none",
+        gaps=[],
     )
     assert "- Members [24, 25, 26, 27]: the mean of their calibrated logits counts" in told
     check_items(told)

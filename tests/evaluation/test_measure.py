@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungopacity.evaluation.bootstrap import Resampling
-from lungopacity.evaluation.measure import ScoredImages, Statistics, measure, ratio_metrics
+from lungopacity.evaluation.measure import (
+    ScoredImages,
+    Statistics,
+    measure,
+    measure_with_gaps,
+    ratio_metrics,
+)
 from lungopacity.evaluation.metrics import classification_metrics, wilson_interval
 from lungopacity.evaluation.operating_points import decision_metrics
 from lungopacity.models import OperatingPoint
@@ -126,6 +134,23 @@ def test_a_model_without_a_mistake_is_not_certain():
     assert found["roc_auc", "b"].value == 1.0
     assert found["roc_auc", "b"].ci_low is None
     assert found["f1", "b"].ci_method is None
+
+
+def test_the_gap_between_subgroups_has_an_interval_of_the_same_draws():
+    """Of two subgroups that are alike in every draw there is none."""
+    images = scored(240, separation=1.0)
+    views, resampling = ["PA", "AP"] * 120, Resampling.of([str(row // 4) for row in range(240)])
+    metrics, gaps = measure_with_gaps(images, {"view_position": views}, resampling, "youden")
+    assert metrics == measure(images, {"view_position": views}, resampling)
+    assert {gap.figure for gap in gaps} == {"AUC", "sensitivity", "specificity"}
+    for gap in gaps:
+        assert gap.ci_low < gap.size < gap.ci_high
+        widths = [item.ci_high - item.ci_low for item in (gap.worst, gap.best)]
+        expected = math.hypot(*widths)  # of independent ones; these are of the same patients
+        assert gap.ci_high - gap.ci_low == pytest.approx(expected, rel=0.25)
+    twins = images.rows(np.repeat(np.arange(120), 2))
+    _, alike = measure_with_gaps(twins, {"view_position": views}, resampling, "youden")
+    assert {(gap.size, gap.ci_low, gap.ci_high) for gap in alike} == {(0.0, None, None)}
 
 
 def test_one_kind_of_film_or_one_patient_has_no_interval_and_no_error():

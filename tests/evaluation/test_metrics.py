@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -247,6 +248,7 @@ def test_the_largest_gap_between_subgroups_comes_first():
         auc("view_position=PA", 0.91),
         auc("view_position=AP", 0.98),
         auc("view_position=unknown", 0.2, n=29),
+        replace(auc("view_position=LL", 0.5), patients=29),  # their films resemble each other
         auc("age=90+", 1.0, known=False),
         auc("age=18-39", 0.9),
         Metric("age=18-39", "roc_auc", "Normal", 0.5, 0.4, 0.6, 100),

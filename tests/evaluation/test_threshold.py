@@ -99,12 +99,13 @@ def test_labels_may_come_later_and_from_a_file(site, tmp_path, capfd):
          "--rule", "youden", "--name", "clustered", "--run-id", "first",
          "--labels", str(tmp_path / "patients.csv")]
     )  # fmt: skip
-    out, _ = capfd.readouterr()
+    out, err = capfd.readouterr()
     assert code == 0
     share = r"0\.\d{4} \(0\.\d{4} to [01]\.\d{4}\)"
     assert re.search(f"; sensitivity {share}, specificity {share} on {FILMS} films\n", out)
     assert "95 % intervals: percentile bootstrap over 10 patients of 90 films" in out
     assert "name no patient" not in out
+    assert "of 10 patients with Lung_Opacity and 10 without: of fewer than 30, a threshold" in err
 
 
 def test_films_that_the_model_learnt_from_set_no_threshold(site, tmp_path, caplog):
