@@ -201,13 +201,21 @@ def _without_idle_servers() -> Iterator[None]:
     """A Ray that starts in the block has no autoscaler, no reader of its logs, and no dashboard's
     server: three Python processes that do nothing for a Ray of one machine, whose dashboard is off
     and whose logs nobody reads. `ray.init` waits for the last of them, and `ray.shutdown` for each.
-    It has no option for it; where another release calls them otherwise, they start.
+    And its agent takes any free port for what that dashboard would ask it: for the one that it
+    takes by default, it waits 3 seconds wherever another Ray has it.
+    There is no option for either; where another release calls them otherwise, all is as it was.
     """
     from ray._private.node import Node
 
-    before = {name: vars(Node)[name] for name in _IDLE_SERVERS if name in vars(Node)}
+    def with_any_agent_port(node: Any, *given: Any, **named: Any) -> Any:
+        node._ray_params.dashboard_agent_listen_port = 0
+        return before["start_raylet"](node, *given, **named)
+
+    instead = {name: lambda *_, **__: None for name in _IDLE_SERVERS}
+    instead["start_raylet"] = with_any_agent_port
+    before = {name: vars(Node)[name] for name in instead if name in vars(Node)}
     for name in before:
-        setattr(Node, name, lambda *_, **__: None)
+        setattr(Node, name, instead[name])
     try:
         yield
     finally:
@@ -278,6 +286,7 @@ def quiet_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if _is_private:
         _tell_no_statistics()
+        _never_grow()
 
 
 def _tell_no_statistics() -> None:
@@ -288,6 +297,27 @@ def _tell_no_statistics() -> None:
     for name in _STATISTICS:
         if name in vars(_StatsManager):
             setattr(_StatsManager, name, staticmethod(lambda *_, **__: None))
+
+
+def _never_grow() -> None:
+    """Ray Data starts an actor that asks for more nodes. In a Ray of our own there are none to be
+    had, and it would take a process that was started for reading: another would have to start."""
+    import ray
+    from ray.data._internal.execution import streaming_executor
+    from ray.data._internal.execution.interfaces import ExecutionResources
+
+    class FixedCluster:
+        """For `ray.data._internal.cluster_autoscaler.ClusterAutoscaler`."""
+
+        def try_trigger_scaling(self) -> None: ...
+
+        def on_executor_shutdown(self) -> None: ...
+
+        def get_total_resources(self) -> Any:
+            return ExecutionResources.from_resource_dict(ray.cluster_resources())
+
+    if hasattr(streaming_executor, "create_cluster_autoscaler"):
+        streaming_executor.create_cluster_autoscaler = lambda *_, **__: FixedCluster()
 
 
 _STATISTICS = (

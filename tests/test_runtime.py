@@ -128,6 +128,29 @@ def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
     )
 
 
+def test_a_ray_of_our_own_starts_nothing_that_nobody_asks():
+    """No actor of Ray Data's that would take a reader's process, and no wait for a port that the
+    agent of another Ray has."""
+    script = (
+        "import socket, pathlib\n"
+        "from lungopacity.runtime import quiet_ray_data, ray_session\n"
+        "import ray\n"
+        "taken = socket.socket()\n"
+        "try:\n"
+        "    taken.bind(('', 52365))\n"
+        "    taken.listen()\n"
+        "except OSError: pass  # another Ray has it\n"
+        "with ray_session():\n"
+        "    quiet_ray_data()\n"
+        "    print(ray.data.from_items([1, 2]).map(lambda row: row).count())\n"
+        "    print(len(ray._private.state.actors()))\n"
+        "    logs = pathlib.Path(ray._private.worker._global_node.get_logs_dir_path())\n"
+        "    print((logs / 'dashboard_agent.log').read_text().count('Failed to bind'))\n"
+    )
+    done = run_script(script, RAY_ADDRESS="")
+    assert done.stdout.split() == ["2", "0", "0"], done.stderr
+
+
 def test_who_needs_no_ray_hears_nothing_of_one_that_cannot_be_had():
     script = (
         "from lungopacity.errors import UserError\n"

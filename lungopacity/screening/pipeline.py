@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.stream import (
+    OBJECTS_PER_TASK,
     RETRIES,
     counted_images,
     divide_evenly,
@@ -57,12 +57,12 @@ def screen_objects(
     precision: str,
     *,
     losses: int = 0,
-    alone: bool = False,
+    most: int = OBJECTS_PER_TASK,
 ) -> Iterator[Counter[str]]:
     """Screen the objects of `PLAN_SCHEMA`; yields, for each part file that has landed, its counts
     of images (`ok`, `rejected`, `failed`) and of finished `objects`. `explainer`: positive films
     get pictures. `precision`: see `Scorer`. `losses`: see `stream`; what is lost has no rows.
-    `alone`: each object is a task, and no other is lost with it.
+    `most`: loose objects that are a task, and are lost together.
 
     Raises `UserError` where part files cannot be written, or where nothing moves for hours.
     """
@@ -73,12 +73,12 @@ def screen_objects(
     scoring = ray.put(model), resources, unlike, explainer, precision
     cpus = int(capacity()["CPU"])
     if resources.apart or not divide_evenly(objects, cpus):
-        tasks = read_tasks(objects, cpus, alone=alone)
+        tasks = read_tasks(objects, cpus, most)
         images = stream_images(archive_uri, tasks, settings, losses=losses)
         parts = _apart(images, scoring, results, attempt, resources, batch_size)
     else:
         parts = stream(
-            read_tasks(objects, cpus, alone=alone),
+            read_tasks(objects, cpus, most),
             _together(archive_uri, settings, scoring, results, attempt, batch_size),
             # Each report by itself: of a large shard, the driver would hear at its end alone.
             block_bytes=1,
@@ -108,11 +108,9 @@ def _together(
     def screen(objects: pa.Table) -> Iterator[pa.Table]:
         score, write = _scorer_of(attempt, scoring), WriteParts(results, attempt)
         scored: list[pa.Table] = []
-        with (
-            closing(counted_images(store, objects, settings)) as read,
-            # Closed first: it waits for the table that is being read.
-            closing(_one_ahead(read)) as tables,
-        ):
+        # What comes next is fetched meanwhile, but not decoded: as many tasks run as there are
+        # cores, and two that take turns on one drive each other out of its caches.
+        with closing(counted_images(store, objects, settings)) as tables:
             for table in tables:
                 scored.append(score(table))
                 if sum(rows.num_rows for rows in scored) >= ROWS_PER_PART:
@@ -138,15 +136,6 @@ def _scorer_of(attempt: str, scoring: tuple[Any, ...]) -> ScoreImages:
         # As many tasks run as there are CPUs.
         _scorers[attempt] = ScoreImages(model, replace(resources, threads=1), *rest)
     return _scorers[attempt]
-
-
-def _one_ahead(tables: Iterator[pa.Table]) -> Generator[pa.Table, None, None]:
-    """The same tables; while one is in use, the next is read."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, tables, None)
-        while (table := coming.result()) is not None:
-            coming = thread.submit(next, tables, None)
-            yield table
 
 
 def _apart(

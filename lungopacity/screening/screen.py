@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from lungopacity import observe
 from lungopacity.archive.inventory import Inventory, below, left_out, list_archive
 from lungopacity.archive.inventory_report import read_inventory
+from lungopacity.archive.stream import OBJECTS_PER_TASK
 from lungopacity.errors import Status, UserError, first_line
 from lungopacity.models.compiled import loaded
 from lungopacity.models.scorer import FLOAT32, check_precision
@@ -41,8 +42,11 @@ from lungopacity.storage.probe import check_writable
 
 log = logging.getLogger(__name__)
 
-_ROUNDS = 3
-"""Of the pipeline. A node that is lost can leave a shard half read, and Ray goes on elsewhere."""
+_FEWER_OBJECTS = 64
+_ROUNDS = (OBJECTS_PER_TASK, _FEWER_OBJECTS, 1)
+"""Loose objects a task, in each round of the pipeline. A node that is lost can leave a shard half
+read, and Ray goes on elsewhere; an object that ends every process that reads it takes fewer others
+with it each time."""
 _LOSSES = 100
 """Tasks that may be lost in each round but the first. More, and it is no object's fault."""
 _FEW_OBJECTS = 10_000
@@ -213,30 +217,31 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: 
             todo = collected.missing(folder, "resumed")
         log.info("%d of %d objects are still to do", _rows(todo), plan.start.objects)
     devices: set[str] = set()
-    for number in range(_ROUNDS):
+    for number, most in enumerate(_ROUNDS):
         if not todo:
             break
         if number:
             log.warning("%d objects were lost on the way and are read again", _rows(todo))
         losses = _LOSSES if number else 0
-        alone = number == _ROUNDS - 1 and _rows(todo) <= _FEW_OBJECTS
+        if most == 1 and _rows(todo) > _FEW_OBJECTS:
+            most = _FEWER_OBJECTS
         given_up = len(todo)
         for path in todo:
             with _surviving_lost_nodes():
                 objects = pq.read_table(path, columns=PLAN_SCHEMA.names)
-                devices |= _run_pipeline(job, plan, objects, losses=losses, alone=alone)
+                devices |= _run_pipeline(job, plan, objects, losses=losses, most=most)
                 given_up -= 1
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, f"round-{number}")
-    if todo and alone and not given_up:
+    if todo and most == 1 and not given_up:
         log.warning("%d objects end every process that reads them: reader_crash", _rows(todo))
         for path in todo:
             attempt = f"{plan.work}attempt={uuid.uuid4().hex}/"
             write_crashed(job.results, attempt, pq.read_table(path), class_names)
     elif todo:
         raise UserError(
-            f"{_rows(todo)} of {plan.start.objects} objects have no result after {_ROUNDS} "
-            f"rounds; nothing was published; {go_on}"
+            f"{_rows(todo)} of {plan.start.objects} objects have no result after "
+            f"{len(_ROUNDS)} rounds; nothing was published; {go_on}"
         )
     return sorted(devices)
 
@@ -268,7 +273,7 @@ def _rows(files: Sequence[Path]) -> int:
 
 
 def _run_pipeline(
-    job: ScreeningJob, plan: Plan, todo: pa.Table, *, losses: int, alone: bool
+    job: ScreeningJob, plan: Plan, todo: pa.Table, *, losses: int, most: int
 ) -> set[str]:
     """The devices that scored."""
     shards = pa.compute.sum(todo["is_shard"]).as_py() or 0
@@ -298,7 +303,7 @@ def _run_pipeline(
                 Explainer(plan.start.run_id) if job.explain else None,
                 job.precision,
                 losses=losses,
-                alone=alone,
+                most=most,
             ):
                 end_if_told()
                 counts += part

@@ -35,7 +35,7 @@ def test_every_object_is_in_one_task(loose: int, readers: int):
 
 def test_tasks_of_loose_objects_shrink_toward_the_end():
     sizes = [task.num_rows for task in read_tasks(plan(7629), 2)]
-    assert sizes[0] == 256
+    assert sizes[0] == 1024
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] <= 32
     # Whoever takes the next task when free: nobody works longer than the smallest task.
@@ -43,6 +43,13 @@ def test_tasks_of_loose_objects_shrink_toward_the_end():
     for size in sizes:
         busy[busy.index(min(busy))] += size
     assert max(busy) - min(busy) <= 32
+
+
+@pytest.mark.parametrize("most", [1, 64])
+def test_tasks_hold_no_more_than_asked_for(most: int):
+    sizes = [task.num_rows for task in read_tasks(plan(1000, shards=(5,)), 2, most)]
+    assert sum(sizes) == 1001
+    assert max(sizes) == most
 
 
 def test_shards_that_cannot_be_shared_evenly_are_told():

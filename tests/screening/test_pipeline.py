@@ -143,7 +143,7 @@ def test_an_object_that_ends_its_process_costs_its_own_row(tmp_path, monkeypatch
     for module in (stream, pipeline):
         monkeypatch.setattr(module, "counted_images", dies)
     monkeypatch.setattr(stream, "RETRIES", 0)
-    monkeypatch.setattr(screen, "_ROUNDS", 2)
+    monkeypatch.setattr(screen, "_ROUNDS", (64, 1))
     store = open_store(str(tmp_path / "archive"))
     for name in ("1.png", "2.png"):
         store.write(name, encoded(grey_film(1)))

@@ -38,8 +38,8 @@ def test_an_object_that_is_lost_each_time_gets_a_row_and_keeps_no_other_waiting(
 ):
     rounds = []
 
-    def dies(_job, plan, todo, *, losses, alone) -> set[str]:
-        rounds.append((todo.num_rows, losses, alone))
+    def dies(_job, plan, todo, *, losses, most) -> set[str]:
+        rounds.append((todo.num_rows, losses, most))
         if todo.num_rows > 1:
             place.write_parts(plan, todo.slice(1))
         return set()
@@ -48,13 +48,13 @@ def test_an_object_that_is_lost_each_time_gets_a_row_and_keeps_no_other_waiting(
     monkeypatch.setattr(screen, "_FEW_OBJECTS", 0)
     with pytest.raises(UserError, match="1 of 4 objects have no result"):
         place.night()
-    assert rounds == [(4, 0, False), (1, 100, False), (1, 100, False)]
+    assert rounds == [(4, 0, 1024), (1, 100, 64), (1, 100, 64)]
     monkeypatch.setattr(screen, "_FEW_OBJECTS", 1)
     place.archive.write("Evans.png", b"x")
     finished, own = place.night().runs
     assert (finished.ok, finished.failed) == (3, 1)
     assert (own.ok, own.failed, own.failed_again, own.exit_code) == (1, 1, 1, 1)
-    assert rounds[-1] == (1, 100, True)
+    assert rounds[-1] == (1, 100, 1)
     assert "1 objects end every process that reads them: reader_crash" in caplog.text
     lost = query(place.results, "SELECT image FROM latest WHERE error_code = 'reader_crash'")
     assert lost["image"].to_pylist() == ["Adams.png"]
@@ -133,6 +133,6 @@ def test_a_job_on_gpus_does_not_look_at_what_cpus_run(tmp_path, monkeypatch, use
     job = place.job(use_gpu=use_gpu)
     job = replace(job, model=replace(job.model, compiled=b"network"))
     todo = PLAN_SCHEMA.empty_table()
-    found = screen._run_pipeline(job, place.killed(), todo, losses=0, alone=False)
+    found = screen._run_pipeline(job, place.killed(), todo, losses=0, most=1)
     assert found == {"x"}
     assert (given, len(loads)) == ([None if use_gpu else b"network"], looked)
