@@ -57,7 +57,8 @@ class NetworkCard:
     source: str
     """The paper."""
     image_size: int
-    """Side of the input that it was made for, in pixels."""
+    """Side of the input that it was made for, in pixels: of torchvision's the one that its
+    published weights are measured at."""
     build: Callable[[int, Mapping[str, Any]], torch.nn.Module]
     """Of the number of classes and its settings; fresh weights."""
     backbone: str | None = None
@@ -172,12 +173,11 @@ def network_card(name: str) -> NetworkCard:
     backbone = name.removeprefix(TORCHVISION)
     if backbone not in models.list_models(module=models):
         raise UserError(f"unknown model '{name}': torchvision has no classifier of that name")
-    weights = models.get_model_weights(backbone).DEFAULT
-    smallest = min(weights.meta["min_size"])
+    (side,) = models.get_model_weights(backbone).DEFAULT.transforms().crop_size
     return NetworkCard(
         name,
         "torchvision",
-        max(224, smallest),
+        side,
         _torchvision(backbone),
         backbone,
         "download",

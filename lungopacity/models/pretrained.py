@@ -25,10 +25,13 @@ from lungopacity.storage import open_store, split_uri
 NONE = "none"
 IMAGENET = "imagenet"
 
-_IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of red, green and blue: what the weights expect colours to be divided by."""
 _LITE_STD = (0.502, 0.502, 0.502)
-"""What those of efficientnet-lite expect, whoever carries them."""
+"""Of red, green and blue: what efficientnet-lite's weights expect colours to be divided by, whoever
+carries them."""
+_HALF_STD = (0.5, 0.5, 0.5)
+"""What those of torchvision's networks expect that scale their input anew (`transform_input`):
+ours are built without that step."""
+_SCALING_ANEW = ("googlenet", "inception_v3")
 _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 """Module names of old: torchvision's published DenseNets have `norm.1` where it builds `norm1`."""
 
@@ -54,7 +57,7 @@ def first_weights(card: NetworkCard, weights: str) -> FirstWeights | None:
     if weights == NONE:
         return None
     if weights != IMAGENET:
-        return _of_file(weights, _LITE_STD if card.weights == "installed" else _IMAGENET_STD)
+        return _of_file(weights, _channel_std(card))
     if card.weights == "installed":
         return _installed(card)
     if card.weights == "download":
@@ -96,7 +99,8 @@ def _downloaded(card: NetworkCard) -> FirstWeights:
             f"--weights imagenet: those of {card.name} are not for commercial use (SWAG); use "
             "--weights none, or a FILE"
         )
-    chosen = free[-1]
+    # Not the last of them: VGG-16's are of no classifier, and want other inputs.
+    chosen = offered.DEFAULT if offered.DEFAULT in free else free[-1]
     try:
         tensors = chosen.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
@@ -110,7 +114,20 @@ def _downloaded(card: NetworkCard) -> FirstWeights:
         "licence": "BSD-3-Clause; trained on ImageNet, whose images are for research",
         "url": chosen.url,
     }
-    return FirstWeights(tensors, facts, _IMAGENET_STD)
+    return FirstWeights(tensors, facts, _channel_std(card))
+
+
+def _channel_std(card: NetworkCard) -> tuple[float, ...]:
+    """What the network's published weights expect red, green and blue to be divided by."""
+    if card.weights == "installed":
+        return _LITE_STD
+    if card.backbone is None:
+        return (1.0,)
+    if card.backbone in _SCALING_ANEW:
+        return _HALF_STD
+    from torchvision import models
+
+    return tuple(models.get_model_weights(card.backbone).DEFAULT.transforms().std)
 
 
 def _of_file(uri: str, channel_std: tuple[float, ...]) -> FirstWeights:
@@ -157,7 +174,7 @@ def take_weights(
     Those are the last layer's where the classes are others, and no other. A first layer of three
     channels becomes one of one: for a grey film the sum over the channels is the same function, but
     for the constant shift between red, green and blue. grey_std: what pixels will be divided by.
-    Raises `UserError` where the weights belong to another network.
+    Raises `UserError` where the weights belong to another network, or to it at another size.
     """
     own = network.state_dict()
     tensors = _renamed(own, card, given.tensors)
@@ -175,6 +192,12 @@ def take_weights(
             fresh.append(name)
         elif not name.endswith("num_batches_tracked"):
             wrong.append(name)
+    if card.fixed_size and wrong and all(name in tensors for name in wrong):
+        raise UserError(
+            f"--weights: {given.facts['source']} is of {card.name} at another image size, as "
+            f"{wrong[0]} shows; give --image-size {card.image_size}, which its published weights "
+            "are of, or the size that these are of"
+        )
     if wrong:
         raise UserError(
             f"--weights: {given.facts['source']} is of another network than {card.name}: "

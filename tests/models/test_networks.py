@@ -74,6 +74,13 @@ def test_networks_of_other_shapes_run(backbone):
     assert network.head.weight.grad is not None
 
 
+@pytest.mark.parametrize(
+    ("backbone", "side"), [("inception_v3", 299), ("efficientnet_v2_s", 384), ("resnet18", 224)]
+)
+def test_a_network_of_torchvisions_is_trained_at_the_size_that_it_was_made_for(backbone, side):
+    assert network_card(f"torchvision:{backbone}").preprocessing.image_size == side
+
+
 @pytest.mark.parametrize("name", ["resnet", "torchvision:resnet", "torchvision:fcn_resnet50", ""])
 def test_an_unknown_network_is_named_with_what_there_is(name):
     there_is = "torchvision has no classifier of that name" if ":" in name else "; known: classical"

