@@ -216,7 +216,8 @@ def compiled_if_better(
     says, and sooner; else None. With it a sentence on what was found."""
     from lungopacity.models.scorer import Scorer
 
-    tried_NHW = pixels_NHW[:_TRIED_FILMS]
+    # From all over: films often come class by class.
+    tried_NHW = pixels_NHW[:: max(1, len(pixels_NHW) // _TRIED_FILMS)][:_TRIED_FILMS]
     try:
         compiled = to_bytes([compile_network(member) for member in members or [model]])
     except CompileError as error:

@@ -2,7 +2,8 @@
 
 Every draw is seeded by (seed, epoch, rank) and the learning rate is a function of the step, so an
 epoch depends on nothing but the weights and the moments before it: a run resumed from a checkpoint
-goes on as if it had never stopped.
+goes on as if it had never stopped. On GPUs that is as exact as torch's layers are: the backward
+passes of adaptive pooling (alexnet, torchvision's VGG) and of attention may add up in any order.
 
 Tensor names carry their shape: N all films, V validation films, B films of one worker's batch,
 H height, W width, K classes.
@@ -33,6 +34,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lungopacity.models import build_network
 from lungopacity.models.normalise import normalise
+from lungopacity.models.scorer import exact_float32
 from lungopacity.training.augment import augment
 from lungopacity.training.checkpoint import read_checkpoint, write_checkpoint
 from lungopacity.training.precision import depthwise_in_float32, use_bfloat16
@@ -121,8 +123,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         films=ray.get(config["films"]),
         rank=context.get_world_rank(),
         workers=context.get_world_size(),
-        # A worker that was given no GPU may see those of its node, and Ray would take the first.
-        device=ray.train.torch.get_device() if settings.use_gpu else torch.device("cpu"),
+        # Without a GPU of its own a worker's is the CPU, also where its node has GPUs.
+        device=ray.train.torch.get_device(),
     )
     if worker.device.type == "cpu":
         # Ray allows as many threads as CPUs are reserved: one. Training has the machine to itself.
@@ -160,6 +162,8 @@ def learn(
     """
     settings = worker.settings
     torch.backends.cudnn.deterministic = True
+    # What is chosen by the validation logits decides films that `Scorer` scores: as exactly.
+    exact_float32()
     # DDP says that a 3 x 3 kernel of one channel has two memory layouts. Both are right.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
@@ -271,7 +275,7 @@ def _train_epoch(
     network = getattr(distributed, "module", distributed)
     _set_training(distributed, network, epoch <= settings.frozen_epochs)
     for number, index_B in enumerate(batches, start=1):
-        # Counted to the end of the step, so that the first step moves and the last does too.
+        # Counted to the middle of the step, so that the first step moves and the last does too.
         progress = (epoch - 1 + (number - 0.5) / len(batches)) / settings.epochs
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(progress, settings)

@@ -205,6 +205,22 @@ def test_what_says_something_else_stays_in_torch(monkeypatch):
     assert "a probability differs by" in said
 
 
+def test_films_from_all_over_are_tried(monkeypatch):
+    """Not the first alone, which in labels sorted by class are all of one."""
+    model = tiny_model(preprocessing=Preprocessing(32, mean=0.0))
+    with torch.no_grad():
+        other = model.network()
+        # Of a black film, and of no other, it says the same.
+        next(part for part in other.modules() if isinstance(part, torch.nn.Conv2d)).weight.neg_()
+    translated = compile_network(replace(model, weights=weights_of(other)))
+    monkeypatch.setattr("lungopacity.models.compiled.compile_network", lambda _: translated)
+    black_NHW, others_NHW = np.zeros((40, 32, 32), np.uint8), films(40, 32)
+    _, said = compiled_if_better(model, black_NHW)
+    assert "a probability differs by" not in said
+    _, said = compiled_if_better(model, np.concatenate([black_NHW, others_NHW]))
+    assert "a probability differs by" in said
+
+
 def test_what_is_slower_stays_in_torch(monkeypatch):
     model = tiny_model()
     # Five turns: three seconds compiled, and one in torch.

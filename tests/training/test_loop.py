@@ -18,12 +18,15 @@ from lungopacity.training.loop import (
     _patience_spent,
     _set_training,
     _train_epoch,
+    learn,
     learning_rate_at,
     loss_of,
 )
 from lungopacity.training.settings import AugmentationSettings, TrainingSettings
 
 SMOOTHING = 0.1
+SMALL = {"channels": (2,), "convolutions": (1,)}
+"""A network for films of 4 x 4 pixels."""
 
 
 def worker(settings: TrainingSettings, rank: int = 0, workers: int = 1, rare: int = 5) -> Worker:
@@ -181,3 +184,17 @@ def test_patience_is_spent_after_so_many_epochs_without_a_lower_loss(
 ) -> None:
     history = [{"validation_loss": loss} for loss in losses]
     assert _patience_spent(history, patience) is spent
+
+
+def test_validation_is_as_exact_as_screening() -> None:
+    """Else a threshold is fitted to other scores than it decides: GPUs would round to 10 bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    exact: list[bool] = []
+    own = worker(TrainingSettings(epochs=1, batch_size=50, model_settings=SMALL), rare=5)
+    own = replace(own, films=replace(own.films, validation=own.films.train))
+    try:
+        learn(own, None, None, lambda *_: exact.append(not torch.backends.cudnn.allow_tf32))
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert exact == [True]
