@@ -26,7 +26,7 @@ from lungopacity.progress import Progress
 from lungopacity.runtime import KEEP_FREED_MEMORY, capacity, ray_session, resolve_gpu
 from lungopacity.training.fit import films_of, first_tensors, fit
 from lungopacity.training.loop import Films, Worker, learn
-from lungopacity.training.settings import PRECISIONS, TrainingSettings
+from lungopacity.training.settings import TRAINING_PRECISIONS, TrainingSettings
 from lungopacity.training.task import DEFAULT_CLASSES, training_task
 
 BARE = "bare loop"
@@ -85,8 +85,10 @@ def train_speeds(
     if epochs < 2 or repeats < 1 or min(workers or [1]) < 1:
         raise UserError("--epochs must be at least 2, --repeats and --workers at least 1")
     for precision in precisions:
-        if precision not in PRECISIONS:
-            raise UserError(f"--precision: '{precision}' is none of {', '.join(PRECISIONS)}")
+        if precision not in TRAINING_PRECISIONS:
+            raise UserError(
+                f"--precision: '{precision}' is none of {', '.join(TRAINING_PRECISIONS)}"
+            )
     name, words = _network_of(model)
     task = training_task(
         images,

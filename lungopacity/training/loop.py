@@ -177,12 +177,7 @@ def learn(
     # What is validated and kept: the network, or the average of its weights over the steps.
     kept = copy.deepcopy(network) if settings.ema_decay else network
     averaged = kept if settings.ema_decay else None
-    optimizer = torch.optim.Adam(
-        network.parameters(),
-        betas=(0.9, 0.99),
-        weight_decay=settings.weight_decay,
-        decoupled_weight_decay=True,
-    )
+    optimizer = _optimizer(network, settings)
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -221,6 +216,20 @@ def learn(
 
         report(row, logits_VK, save)
     return None
+
+
+def _optimizer(network: torch.nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    weights = list(network.parameters())
+    groups: list[dict[str, Any]] = [{"params": weights}]
+    if settings.decay_kernels_only:
+        # Biases and gains are the vectors among the weights.
+        groups = [
+            {"params": [weight for weight in weights if weight.ndim > 1]},
+            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+        ]
+    return torch.optim.Adam(
+        groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay, decoupled_weight_decay=True
+    )
 
 
 def learning_rate_at(progress: float, settings: TrainingSettings) -> float:
@@ -295,6 +304,8 @@ def _train_epoch(
         loss = loss_of(logits_BK, labels_B, share, weights_K, settings.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if settings.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip)
         optimizer.step()
         if averaged is not None:
             step = (epoch - 1) * len(batches) + number

@@ -9,7 +9,7 @@ import torch
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """precision: one of `PRECISIONS`."""
+    """precision: one of `TRAINING_PRECISIONS`."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":

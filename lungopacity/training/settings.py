@@ -11,7 +11,7 @@ from typing import Any
 from lungopacity.models import network_card
 from lungopacity.radiograph import Preprocessing
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+TRAINING_PRECISIONS = ("auto", "float32", "bfloat16")
 BALANCES = ("none", "weights", "sampling")
 
 
@@ -92,6 +92,12 @@ class TrainingSettings:
     """Share of all steps over which the learning rate rises to its peak, to fall as a cosine."""
     weight_decay: float = 0.05
     """Decoupled (Loshchilov & Hutter 2019), times the learning rate."""
+    decay_kernels_only: bool = False
+    """Weight decay leaves biases, and the gains of normalisation layers, as they are (He et al.
+    2019, arXiv:1812.01187). false: all that learns decays."""
+    gradient_clip: float = 0.0
+    """A step's gradients are scaled down to this norm, over all weights together, where theirs is
+    above it (Pascanu et al. 2013, arXiv:1211.5063); 0: never."""
     label_smoothing: float = 0.05
     """Probability that the training target gives away evenly (Szegedy et al. 2016)."""
     class_balance: str = "none"
@@ -117,7 +123,10 @@ class TrainingSettings:
         for name in ("epochs", "batch_size", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("weight_decay", "patience", "mixup_alpha", "frozen_epochs", "max_workers"):
+        for name in (
+            "weight_decay", "gradient_clip", "patience", "mixup_alpha", "frozen_epochs",
+            "max_workers",
+        ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
@@ -141,7 +150,7 @@ class TrainingSettings:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of workers ({self.workers})"
             )
-        for name, known in (("precision", PRECISIONS), ("class_balance", BALANCES)):
+        for name, known in (("precision", TRAINING_PRECISIONS), ("class_balance", BALANCES)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"

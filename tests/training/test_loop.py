@@ -15,6 +15,7 @@ from lungopacity.models import build_network
 from lungopacity.training.loop import (
     Films,
     Worker,
+    _optimizer,
     _patience_spent,
     _set_training,
     _train_epoch,
@@ -198,3 +199,40 @@ def test_validation_is_as_exact_as_screening() -> None:
     finally:
         torch.backends.cudnn.allow_tf32 = before
     assert exact == [True]
+
+
+def test_gradients_are_scaled_down_to_the_norm_that_is_asked_for() -> None:
+    moved = {}
+    for clip in (0.0, 1e9, 0.01):
+        torch.manual_seed(0)
+        network = Recorder()
+        before = [weight.detach().clone() for weight in network.parameters()]
+        settings = TrainingSettings(
+            batch_size=100, gradient_clip=clip, learning_rate=1.0, warmup_fraction=0.0, epochs=1000
+        )
+        optimizer = torch.optim.SGD(network.parameters())
+        _train_epoch(worker(settings), network, optimizer, 1, None)
+        pairs = zip(network.parameters(), before, strict=True)
+        moved[clip] = sum((now - then).square().sum() for now, then in pairs) ** 0.5
+    # One step of gradient descent goes as far as its gradient is long.
+    assert moved[0.01].item() == pytest.approx(0.01, rel=1e-3)
+    assert moved[1e9] == moved[0.0] > 0.05
+
+
+@pytest.mark.parametrize("kernels_only", [False, True])
+def test_weight_decay_can_leave_biases_and_gains_as_they_are(kernels_only: bool) -> None:
+    network = build_network("classical-cnn", 2, SMALL)
+    settings = TrainingSettings(weight_decay=0.1, decay_kernels_only=kernels_only)
+    optimizer = _optimizer(network, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.fill_(1.0)
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    kept = {name for name, weight in network.named_parameters() if bool((weight == 1.0).all())}
+    vectors = {name for name, weight in network.named_parameters() if weight.ndim == 1}
+    assert any(name.startswith("head") for name in vectors)
+    assert any(name.startswith("features") and name.endswith("weight") for name in vectors)
+    assert kept == (vectors if kernels_only else set())

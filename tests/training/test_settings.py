@@ -30,6 +30,7 @@ from lungopacity.training.task import TrainingTask, training_task
         ("learning_rate", float("inf")),
         ("mixup_alpha", float("inf")),
         ("weight_decay", -0.1),
+        ("gradient_clip", -1.0),
         ("warmup_fraction", 1.0),
         ("label_smoothing", 1.0),
         ("patience", -1),
@@ -70,6 +71,7 @@ def test_every_setting_can_be_written_as_json() -> None:
     [
         ({"learning_rate": "1e-4"}, "learning_rate", 1e-4),
         ({"weight_decay": "0"}, "weight_decay", 0.0),
+        ({"decay_kernels_only": "true"}, "decay_kernels_only", True),
         ({"patience": "3"}, "patience", 3),
         ({"class_balance": "weights"}, "class_balance", "weights"),
         ({"model_settings.channels": "[4, 8]"}, "model_settings", {"channels": [4, 8]}),
