@@ -279,6 +279,8 @@ def _grey_pixels(
     if image.mode.startswith("I") or image.mode == "F":
         # 16 bits and more carry no window: their own range is mapped, as for such DICOM.
         values = np.asarray(image)
+        if kind == "tiff" and image.mode == "I" and _sample_format(image) == tiff.UNSIGNED:
+            values = values.view(np.uint32)  # of 32 bits; Pillow has them with a sign only
         grey = stretch_to_uint8(values if values.dtype == np.uint16 else values.astype(np.float64))
         # Pillow inverts white-is-zero films of up to 8 bits only.
         tags = getattr(image, "tag_v2", {})
@@ -289,7 +291,14 @@ def _grey_pixels(
         image.load()
         coloured = coloured_fraction(np.asarray(_coarse(image).convert("RGB")))
     grey = _as_grey(image) if luma is None else luma
+    if kind == "tiff" and image.mode == "L" and _sample_format(image) == tiff.SIGNED:
+        grey = grey ^ np.uint8(0x80)  # -128 … 127, which Pillow passes on as if they had no sign
     return _turned(grey, _orientation(image)), coloured
+
+
+def _sample_format(image: Any) -> int:
+    """Of a TIFF's first sample."""
+    return int(image.tag_v2.get(tiff.SAMPLE_FORMAT, (tiff.UNSIGNED,))[0])
 
 
 def _is_rgb_jpeg(image: Any) -> bool:

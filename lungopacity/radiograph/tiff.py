@@ -18,6 +18,8 @@ _BYTES_OF_TYPE = {3: 2, 4: 4}
 COLUMNS, ROWS, BITS, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 262, 274
 SAMPLES, SAMPLE_FORMAT = 277, 339
 WHITE_IS_ZERO = 0
+UNSIGNED, SIGNED = 1, 2
+"""Sample formats (TIFF 6.0, section 19)."""
 
 
 def is_tiff(data: bytes) -> bool:
@@ -84,7 +86,7 @@ def grey_values(data: bytes, index: int, tags: dict[int, int]) -> npt.NDArray[np
     import imagecodecs
 
     bits = tags.get(BITS, 1)
-    unsigned = tags.get(SAMPLES, 1) == tags.get(SAMPLE_FORMAT, 1) == 1
+    unsigned = tags.get(SAMPLES, 1) == 1 and tags.get(SAMPLE_FORMAT, UNSIGNED) == UNSIGNED
     if not unsigned or tags.get(PHOTOMETRIC) not in (0, 1) or not 8 < bits <= 16:
         raise ImageError(
             ErrorCode.UNSUPPORTED,

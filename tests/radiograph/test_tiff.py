@@ -1,0 +1,119 @@
+"""TIFF: grey of every depth and sign, and which of its pages are films."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import imagecodecs
+import numpy as np
+import pytest
+from PIL import Image
+
+from lungopacity.errors import ErrorCode, ImageError
+from lungopacity.radiograph import DecodeLimits, decode_radiographs
+from tests.films import encoded, grey_film, one_film
+from tests.radiograph.dicom_files import code_of
+
+FILM = grey_film(height=64, width=64)
+SIXTEEN = (FILM.astype(np.uint16) * 257).astype(np.uint16)
+STRETCHED = np.rint((FILM - FILM.min()) * (255.0 / (FILM.max() - FILM.min())))
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        pytest.param(FILM.astype(np.uint32) << 24, STRETCHED, id="32 bits, unsigned"),
+        pytest.param((FILM.astype(np.int32) - 128) << 24, STRETCHED, id="32 bits, signed"),
+        pytest.param((FILM.astype(np.int16) - 128) << 8, STRETCHED, id="16 bits, signed"),
+        pytest.param((FILM.astype(np.int16) - 128).astype(np.int8), FILM, id="8 bits, signed"),
+    ],
+)
+def test_bright_stays_bright_whatever_sign_its_values_have(stored, expected):
+    found = one_film(imagecodecs.tiff_encode(stored))
+    assert np.abs(found.pixels.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_white_is_zero_tiff_is_not_read_inverted(bits):
+    """Pillow inverts those of 8 bits and passes those of 16 on as they are."""
+    values = FILM if bits == 8 else SIXTEEN
+    inverse = (2**bits - 1 - values).astype(values.dtype)
+    data = bytearray(encoded(inverse, "TIFF"))
+    # Tag 262, SHORT, one value: 1 (black is zero) becomes 0.
+    entry = b"\x06\x01\x03\x00\x01\x00\x00\x00"
+    at = data.index(entry) + len(entry)
+    assert data[at] == 1
+    data[at] = 0
+    expected = FILM if bits == 8 else STRETCHED
+    assert np.abs(one_film(bytes(data)).pixels.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_a_digitised_film_of_any_depth_is_read(bits, byteorder, photometric):
+    values = np.linspace(0, 2**bits - 1, FILM.size).round().astype(np.uint16).reshape(FILM.shape)
+    stored = 2**bits - 1 - values if photometric == "miniswhite" else values
+    data = tiff_of(stored.astype(np.uint16), bits, byteorder, photometric)
+    found = one_film(data)
+    assert (found.format, found.rows, found.columns) == ("tiff", *FILM.shape)
+    assert np.abs(found.pixels - values * (255 / (2**bits - 1))).max() <= 1
+
+
+def tiff_of(values: np.ndarray, bits: int, order: str, photometric: str) -> bytes:
+    """One page; its rows, packed to `bits`, behind its tags."""
+    rows, columns = values.shape
+    unpacked = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(rows, columns, 2), axis=2)
+    packed = np.packbits(unpacked[:, :, 16 - bits :].reshape(rows, -1), axis=1).tobytes()
+    body = values.astype(f"{order}u2").tobytes() if bits == 16 else packed
+    shorts = {256: columns, 257: rows, 258: bits, 259: 1, 262: int(photometric == "minisblack")}
+    longs = {273: 8 + 2 + 9 * 12 + 4, 279: len(body)}
+    shorts |= {277: 1, 278: rows}
+    entries = b"".join(
+        struct.pack(f"{order}HHIHH", tag, 3, 1, shorts[tag], 0)
+        if tag in shorts
+        else struct.pack(f"{order}HHII", tag, 4, 1, longs[tag])
+        for tag in sorted(shorts | longs)
+    )
+    begin = b"II*\x00" if order == "<" else b"MM\x00*"
+    return begin + struct.pack(f"{order}IH", 8, 9) + entries + bytes(4) + body
+
+
+def test_a_digitised_film_that_is_cut_is_none():
+    data = tiff_of(SIXTEEN >> 4, 12, ">", "miniswhite")
+    assert code_of(data[:-500]) is ErrorCode.CORRUPT_IMAGE
+    assert code_of(tiff_of(SIXTEEN >> 10, 6, ">", "miniswhite")) is ErrorCode.UNSUPPORTED
+    with pytest.raises(ImageError) as caught:
+        one_film(data, DecodeLimits(max_megapixels=0.001))
+    assert (caught.value.code, "rows" in caught.value.facts) == (ErrorCode.TOO_LARGE, False)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_every_page_of_a_tiff_is_a_film(big):
+    pages = [Image.fromarray(grey_film(seed, 64, 64)) for seed in range(3)]
+    buffer = io.BytesIO()
+    pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:], big_tiff=big)
+    data = buffer.getvalue()
+    found = list(decode_radiographs(data, limits=DecodeLimits()))
+    assert code_of(data, DecodeLimits(max_frames=2)) is ErrorCode.TOO_LARGE
+    last = data.index(np.asarray(pages[2]).tobytes()[:64])
+    assert code_of(data[: last - 30]) is ErrorCode.TRUNCATED
+    assert [film.frame for film in found] == [0, 1, 2]
+    for film, page in zip(found, pages, strict=True):
+        np.testing.assert_array_equal(film.pixels, np.asarray(page))
+
+
+@pytest.mark.parametrize("film", [FILM, SIXTEEN])
+def test_a_bigtiff_is_read_like_any_tiff(film):
+    data = encoded(film, "TIFF", big_tiff=True)
+    assert data[:4] == b"II+\x00"
+    found = one_film(data)
+    assert found.format == "tiff"
+    np.testing.assert_array_equal(found.pixels, one_film(encoded(film, "TIFF")).pixels)
+
+
+def test_a_big_endian_bigtiff_is_unsupported_and_not_corrupt():
+    with pytest.raises(ImageError, match="big-endian") as caught:
+        one_film(b"MM\x00+\x00\x08\x00\x00" + bytes(100))
+    assert caught.value.code is ErrorCode.UNSUPPORTED
