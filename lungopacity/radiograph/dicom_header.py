@@ -41,7 +41,14 @@ _PHOTOMETRIC = frozenset(
 
 # Frontal views: PS3.3 C.8.7.1 (CR) and C.8.11.5 (DX), and what consoles write.
 _FRONTAL_VIEWS = frozenset(("AP", "PA"))
-_OTHER_VIEWS = frozenset("LL RL LLD RLD LLO RLO LAO RAO LPO RPO LATERAL LAT XTL OBL".split())
+_LATERAL_VIEWS = frozenset("LL RL LATERAL LAT XTL".split())
+_DECUBITUS_AND_OBLIQUE = frozenset(
+    "LLD RLD DECUBITUS LLO RLO LAO RAO LPO RPO OBL OBLIQUE SWIMMERS".split()
+)
+_OTHER_VIEWS = _LATERAL_VIEWS | _DECUBITUS_AND_OBLIQUE
+_LATERAL = re.compile(r"(L|R|LT|RT|X|XT)?LAT(ERALE?)?(L|R|LT|RT)?")
+"""LLAT, RTLAT, LATERALE, …, and no word such as BILATERAL."""
+_DECUBITUS = re.compile(r"DECUB\w*")
 # View Code Sequence, CID 4010: SNOMED-RT ids of older objects, SNOMED CT of newer ones.
 _VIEW_CODES = {
     **{"R-10206": "AP", "399348003": "AP", "R-10214": "PA", "272479007": "PA"},
@@ -181,21 +188,40 @@ def _body_part(dataset: Any) -> str | None:
 
 
 def _view_position(dataset: Any) -> str | None:
-    told = _term(dataset, "ViewPosition", _FRONTAL_VIEWS | _OTHER_VIEWS)
+    told = _view_in_words(_text(dataset, "ViewPosition").upper())
     if told is not None:
         return told
     coded = _VIEW_CODES.get(_sequence_code(dataset, "ViewCodeSequence"))
     if coded is not None:
         return coded
-    # Patient Orientation (PS3.3 C.7.6.1.1.1): rows that run to the front or to the back of the
-    # patient are a view from the side. Rows to the left or right do not tell AP from PA.
+    # Patient Orientation (PS3.3 C.7.6.1.1.1): rows or columns that run to the front or to the back
+    # of the patient are a view from the side. To the left or right does not tell AP from PA.
     try:
         directions = dataset.get("PatientOrientation")
         # Of a text alone, where two values belong, nobody knows what was meant: PA may be a view.
-        row_direction = "" if isinstance(directions, str) else str(directions[0]).upper()
+        found = [] if isinstance(directions, str) else [str(each).upper() for each in directions]
     except Exception:
         return None
-    return "LATERAL" if row_direction[:1] in ("A", "P") else None
+    return "LATERAL" if any(each[:1] in ("A", "P") for each in found) else None
+
+
+def _view_in_words(told: str) -> str | None:
+    """The view of words such as `AP ERECT` or `LEFT LATERAL`; None where none is named, or both a
+    frontal and a lateral one: `PA/LAT` is what was ordered, and not which of the two this is."""
+    views = [view for word in re.split(r"[^A-Z]+", told) if (view := _view_of_word(word))]
+    for view in views:
+        if view in _DECUBITUS_AND_OBLIQUE:
+            return view  # `AP LLD` is one, too
+    is_one = len(set(views)) == 1 or (views and not _FRONTAL_VIEWS & set(views))
+    return views[0] if is_one else None
+
+
+def _view_of_word(word: str) -> str | None:
+    if word in _FRONTAL_VIEWS | _OTHER_VIEWS:
+        return word
+    if _DECUBITUS.fullmatch(word):
+        return "DECUBITUS"
+    return "LATERAL" if _LATERAL.fullmatch(word) else None
 
 
 def _sequence_code(dataset: Any, keyword: str) -> str:

@@ -38,7 +38,12 @@ DX_FOR_PROCESSING = pydicom.uid.DigitalXRayImageStorageForProcessing
         ({"ViewPosition": "LL"}, ErrorCode.LATERAL_VIEW),
         ({"ViewPosition": "LATERAL"}, ErrorCode.LATERAL_VIEW),
         ({"ViewPosition": "LLD"}, ErrorCode.LATERAL_VIEW),
+        ({"ViewPosition": "RLAT"}, ErrorCode.LATERAL_VIEW),
+        ({"ViewPosition": "LEFT LATERAL"}, ErrorCode.LATERAL_VIEW),
+        ({"ViewPosition": "AP LLD"}, ErrorCode.LATERAL_VIEW),
+        ({"ViewPosition": "AP LAT DECUB"}, ErrorCode.LATERAL_VIEW),
         ({"PatientOrientation": ["A", "F"]}, ErrorCode.LATERAL_VIEW),
+        ({"PatientOrientation": ["F", "P"]}, ErrorCode.LATERAL_VIEW),
         ({"BodyPartExamined": "HAND"}, ErrorCode.WRONG_BODY_PART),
         ({"BodyPartExamined": "Left Knee"}, ErrorCode.WRONG_BODY_PART),
         ({"BodyPartExamined": "THORACIC SPINE"}, ErrorCode.WRONG_BODY_PART),
@@ -71,9 +76,20 @@ def test_a_coded_view_is_understood():
 
 
 @pytest.mark.parametrize(
+    ("told", "view"),
+    [("AP ERECT", "AP"), ("PA", "PA"), ("PA/LAT", None), ("AP PA", None), ("XTABLE", None)],
+)
+def test_a_view_is_understood_among_other_words(told, view):
+    with pydicom.config.disable_value_validation():
+        assert one_film(dicom(RAMP, ViewPosition=told)).view_position == view
+
+
+@pytest.mark.parametrize(
     "elements",
     [
         {"ViewPosition": "PA"},
+        {"ViewPosition": "PA/LAT"},
+        {"ViewPosition": "BILATERAL"},
         {"BodyPartExamined": "CHEST"},
         {"BodyPartExamined": "PORT CHEST"},
         {"BodyPartExamined": "THORAX"},
@@ -83,12 +99,14 @@ def test_a_coded_view_is_understood():
         {"Modality": "OT", "SOPClassUID": pydicom.uid.SecondaryCaptureImageStorage},
         {"Modality": ""},
         {"PatientOrientation": ["L", "F"]},
+        {"PatientOrientation": ["F", "R"]},  # a frontal film that lies on its side
         {"PatientOrientation": "PA"},  # a view, where two directions belong
         {},
     ],
 )
 def test_where_the_header_is_silent_or_says_chest_it_is_scored(elements):
-    assert one_film(dicom(RAMP, **elements)).pixels.shape == RAMP.shape
+    with pydicom.config.disable_value_validation():
+        assert one_film(dicom(RAMP, **elements)).pixels.shape == RAMP.shape
 
 
 @pytest.mark.parametrize(
