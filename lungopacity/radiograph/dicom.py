@@ -19,6 +19,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction, deep_luminance, luminance
 from lungopacity.radiograph.dicom_frames import (
     frames_held,
+    header_of_frame,
     is_compressed,
     set_transfer_syntax,
     stored_values,
@@ -254,6 +255,7 @@ def _radiograph(
     dataset: Any, index: int, facts: dict[str, object], limits: DecodeLimits
 ) -> Radiograph:
     stored = stored_values(dataset, index, limits)
+    header = header_of_frame(dataset, index)
     coloured = 0.0
     if stored.ndim == 3:
         if stored.dtype == np.uint16 and int(dataset.BitsStored) > 8:
@@ -271,8 +273,8 @@ def _radiograph(
         coloured = coloured_fraction(rgb)
         grey = luminance(rgb)
     else:
-        grey = grey_of(stored, dataset)
-    pixels = with_square_pixels(grey, pixel_aspect_of(dataset))
+        grey = grey_of(stored, header)
+    pixels = with_square_pixels(grey, pixel_aspect_of(header))
     return Radiograph(pixels=pixels, coloured_fraction=coloured, **facts)  # type: ignore[arg-type]
 
 

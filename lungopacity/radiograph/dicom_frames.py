@@ -1,9 +1,10 @@
-"""The stored values of a DICOM frame: its syntax, its codec, and what to ask of it first."""
+"""One frame of a DICOM object: its header, its syntax, its codec, and what to ask of it first."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
@@ -25,6 +26,12 @@ _JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
 _JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{syntax}" for syntax in (90, 91, 201, 202, 203))
 _OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
 _END_OF_IMAGE = b"\xff\xd9"
+_OF_MACROS = {
+    "PixelMeasuresSequence": ("PixelSpacing",),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
+}
+"""What functional groups say of the pixels of a frame (PS3.3 C.7.6.16.2.1, .9 and .10)."""
 
 
 def set_transfer_syntax(dataset: Any) -> None:
@@ -49,6 +56,38 @@ def is_compressed(dataset: Any) -> bool:
             ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX, Stage.DECODE, "a private transfer syntax"
         )
     return bool(syntax.is_compressed)
+
+
+class _FrameHeader:
+    """The header of an object, with what is otherwise in one of its frames."""
+
+    def __init__(self, dataset: Any, own: Mapping[str, Any]) -> None:
+        self._dataset, self._own = dataset, own
+
+    def get(self, keyword: str) -> Any:
+        return self._own[keyword] if keyword in self._own else self._dataset.get(keyword)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+
+def header_of_frame(dataset: Any, index: int) -> Any:
+    """The header as it is for this frame: what its functional groups say of it, or those that all
+    frames share, goes before what the object says."""
+    from pydicom.sequence import Sequence
+
+    own: dict[str, Any] = {}
+    places = {"SharedFunctionalGroupsSequence": 0, "PerFrameFunctionalGroupsSequence": index}
+    for keyword, place in places.items():
+        groups = dataset.get(keyword)
+        if not isinstance(groups, Sequence) or place >= len(groups):
+            continue
+        for macro, keywords in _OF_MACROS.items():
+            items = groups[place].get(macro)
+            told = {each: items[0].get(each) for each in keywords} if items else {}
+            if any(told.values()):
+                own |= told
+    return _FrameHeader(dataset, own) if own else dataset
 
 
 def frames_held(dataset: Any, declared: int) -> int:

@@ -115,7 +115,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Window:
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3; of several the first, as viewers show it."""
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3."""
 
     centre: float
     width: float
@@ -146,12 +146,14 @@ class _Transform:
     @staticmethod
     def of(dataset: Any) -> _Transform:
         slope = _first(dataset, "RescaleSlope")
-        intercept = _first(dataset, "RescaleIntercept")
+        intercept = _first(dataset, "RescaleIntercept") or 0.0
+        modality = _table_of(dataset, "ModalityLUTSequence", intercept)
         found = _Transform(
-            modality=_table_of(dataset, "ModalityLUTSequence"),
+            modality=modality,
             slope=slope or 1.0,  # a slope of 0 would leave nothing of the image
-            intercept=intercept or 0.0,
-            voi=_table_of(dataset, "VOILUTSequence") or _window_of(dataset),
+            intercept=intercept,
+            voi=_table_of(dataset, "VOILUTSequence", intercept, behind=modality)
+            or _window_of(dataset),
         )
         is_window = isinstance(found.voi, _Window)
         if is_window and found(np.array(_stored_range(dataset))).max() < _BRIGHTEST_OF_ANY:
@@ -203,8 +205,11 @@ def _windowed(
     return grey
 
 
-def _table_of(dataset: Any, keyword: str) -> _Table | None:
-    """None where there is no sequence, or nothing in it that can be looked up."""
+def _table_of(
+    dataset: Any, keyword: str, intercept: float, behind: _Table | None = None
+) -> _Table | None:
+    """None where there is no sequence, or nothing in it that can be looked up. `behind`: the table
+    whose values it is for."""
     items = dataset.get(keyword)
     if not items:
         return None
@@ -227,30 +232,43 @@ def _table_of(dataset: Any, keyword: str) -> _Table | None:
         entries = entries[:count]
     if not len(entries):
         return None
-    low, _ = _stored_range(dataset)
-    if first >= 2**15 and (low < 0 or (_first(dataset, "RescaleIntercept") or 0.0) < 0):
+    if behind is not None:
+        first %= 2**16  # the other gives no value below zero (PS3.3 C.11.1.1.1)
+    elif first >= 2**15 and (_stored_range(dataset)[0] < 0 or intercept < 0):
         first -= 2**16  # written unsigned
     return _Table(first, entries)
 
 
 def _window_of(dataset: Any) -> _Window | None:
-    """None also where the width is none: scanners write 0 where they mean no window."""
-    centre, width = (_first(dataset, name) for name in ("WindowCenter", "WindowWidth"))
+    """Of several the first that is one, as viewers show it: scanners write a width of 0 where they
+    mean no window."""
     function = str(dataset.get("VOILUTFunction") or "LINEAR")
     least = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
-    if centre is None or width is None or width < least:
-        return None
-    return _Window(centre, width, function)
+    told = (_values_of(dataset, keyword) for keyword in ("WindowCenter", "WindowWidth"))
+    for pair in zip(*told, strict=False):
+        centre, width = _number(pair[0], "WindowCenter"), _number(pair[1], "WindowWidth")
+        if centre is not None and width is not None and width >= least:
+            return _Window(centre, width, function)
+    return None
+
+
+def _values_of(dataset: Any, keyword: str) -> Sequence[Any]:
+    value = dataset.get(keyword)
+    several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return value if several else [value]
 
 
 def _first(dataset: Any, keyword: str) -> float | None:
-    """The element's value, of several the first; None where there is none.
+    """The element's value, of several the first; None where there is none."""
+    values = _values_of(dataset, keyword)
+    return _number(values[0], keyword) if len(values) else None
+
+
+def _number(value: Any, keyword: str) -> float | None:
+    """None of an empty value.
 
     Raises `ImageError` for one that is no number: without it the film would look another way.
     """
-    value = dataset.get(keyword)
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        value = value[0] if len(value) else None
     if value is None or value == "":
         return None
     try:
@@ -264,8 +282,11 @@ def _first(dataset: Any, keyword: str) -> float | None:
 
 
 def pixel_aspect_of(dataset: Any) -> float:
-    """Height over width of one pixel: 1 where the header is silent or says nonsense."""
-    for keyword in ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing"):
+    """Height over width of one pixel: 1 where the header is silent or says nonsense.
+
+    The ratio is there for want of a spacing (PS3.3 C.7.6.3.1.7); many write 1\\1 beside any.
+    """
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
         value = dataset.get(keyword)
         try:
             ratio = float(value[0]) / float(value[1])

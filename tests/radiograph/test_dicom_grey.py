@@ -7,6 +7,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from lungopacity.errors import ErrorCode, ImageError
+from lungopacity.radiograph import DecodeLimits, decode_radiographs
 from tests.films import dicom, one_film
 from tests.radiograph.dicom_files import EIGHT_BITS, RAMP, changed, code_of, without
 
@@ -117,6 +118,8 @@ def test_of_several_windows_the_first_is_taken():
     both = one_film(dicom(RAMP, WindowCenter=[1000, 3000], WindowWidth=[500, 500])).pixels
     first = one_film(dicom(RAMP, WindowCenter=1000, WindowWidth=500)).pixels
     np.testing.assert_array_equal(both, first)
+    none_first = dicom(RAMP, WindowCenter=[3000, 1000], WindowWidth=[0, 500])
+    np.testing.assert_array_equal(one_film(none_first).pixels, first)
 
 
 def lut_item(entries, first: int = 0) -> Dataset:
@@ -181,6 +184,67 @@ def test_a_lut_may_begin_below_zero_and_be_read_as_if_it_did_not():
     )
 
 
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_a_voi_lut_behind_a_modality_lut_begins_above_zero(is_signed):
+    """What a Modality LUT gives is never negative, whatever the pixels are (PS3.3 C.11.1.1.1)."""
+    tables = {
+        "ModalityLUTSequence": [lut_item(np.arange(2048) * 32)],
+        "VOILUTSequence": [lut_item(np.arange(2**14), first=2**15)],
+    }
+    found = one_film(dicom(RAMP // 2, **tables, PixelRepresentation=int(is_signed))).pixels
+    expected = np.clip((RAMP // 2 * 32.0 - 2**15) / (2**14 - 1), 0, 1) * 255
+    assert np.abs(found - expected).max() <= 0.51
+
+
+def group(macro: str, **elements) -> Dataset:
+    """A functional group of one macro."""
+    item, found = Dataset(), Dataset()
+    for keyword, value in elements.items():
+        setattr(item, keyword, value)
+    setattr(found, macro, [item])
+    return found
+
+
+WINDOW = {"WindowCenter": 1000, "WindowWidth": 400}
+
+
+def test_what_all_frames_share_is_said_of_each():
+    shared = group("FrameVOILUTSequence", **WINDOW)
+    shared.PixelMeasuresSequence = group(
+        "PixelMeasuresSequence", PixelSpacing=[0.2, 0.1]
+    ).PixelMeasuresSequence
+    found = one_film(dicom(RAMP, SharedFunctionalGroupsSequence=[shared])).pixels
+    at_the_top = one_film(dicom(RAMP, **WINDOW, PixelSpacing=[0.2, 0.1])).pixels
+    np.testing.assert_array_equal(found, at_the_top)
+
+
+def test_each_frame_has_the_window_and_the_rescale_of_its_own_groups():
+    frames = dicom(
+        RAMP,
+        NumberOfFrames=3,
+        PixelData=np.stack([RAMP] * 3).tobytes(),
+        **WINDOW,
+        SharedFunctionalGroupsSequence=[
+            group("PixelValueTransformationSequence", RescaleSlope=1, RescaleIntercept=0)
+        ],
+        PerFrameFunctionalGroupsSequence=[
+            group("FrameVOILUTSequence", WindowCenter=3000, WindowWidth=100),
+            group("PixelValueTransformationSequence", RescaleSlope=2, RescaleIntercept=-100),
+        ],
+    )
+    found = list(decode_radiographs(frames, limits=DecodeLimits()))
+    for film, elements in zip(
+        found,
+        (
+            {"WindowCenter": 3000, "WindowWidth": 100},
+            {**WINDOW, "RescaleSlope": 2, "RescaleIntercept": -100},
+            WINDOW,  # no group of its own
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(film.pixels, one_film(dicom(RAMP, **elements)).pixels)
+
+
 EMPTY = [
     {"VOILUTSequence": []},
     {"VOILUTSequence": [Dataset()]},
@@ -190,6 +254,8 @@ EMPTY = [
     {"RescaleIntercept": "0"},
     {"VOILUTFunction": ""},
     {"PixelPaddingValue": None},
+    {"SharedFunctionalGroupsSequence": []},
+    {"SharedFunctionalGroupsSequence": [Dataset()]},
 ]
 
 
@@ -343,6 +409,8 @@ def test_a_padding_range_is_padding():
         ({"ImagerPixelSpacing": [0.143, 0.143]}, RAMP.shape),
         ({"PixelAspectRatio": [1, 1]}, RAMP.shape),
         ({"PixelAspectRatio": [0, 7]}, RAMP.shape),
+        # Written whatever the spacing is, which says more.
+        ({"PixelAspectRatio": [1, 1], "PixelSpacing": [0.2, 0.1]}, (80, 30)),
     ],
 )
 def test_pixels_are_made_square(element, shape):
