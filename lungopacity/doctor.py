@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from lungopacity.errors import NOTICE, UserError, first_line
 from lungopacity.runtime import is_submission_address, ray_session
 
-_MIN_TORCH = (2, 11)
+MIN_TORCH = (2, 11)
+"""As in pyproject.toml: what a machine has may have been installed past it."""
 _MIN_FREE_BYTES = 5 << 30
 _CONNECT_S = 5.0
 _NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0")
@@ -37,7 +38,7 @@ class Finding:
 
 def diagnose(storage: str | None = None, results: str | None = None) -> list[Finding]:
     """Look at everything that the job needs. `storage`: a URI to list as well; `results`: one to
-    write to as well, a file that is removed at once."""
+    write to as well, files that are removed at once."""
     findings: list[Finding] = []
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python, _torch, _ncnn, _libraries, _ray, _decoders, _disk, _s3,
@@ -57,6 +58,12 @@ def diagnose(storage: str | None = None, results: str | None = None) -> list[Fin
                     "install from requirements.lock again",
                 )
             )
+    return [*findings, *diagnose_places(storage, results)]
+
+
+def diagnose_places(storage: str | None = None, results: str | None = None) -> list[Finding]:
+    """Of `diagnose`, what concerns the places alone."""
+    findings: list[Finding] = []
     if storage is not None:
         findings += _place(storage)
     if results is not None:
@@ -87,10 +94,10 @@ def _torch() -> Iterator[Finding]:
 
     numbers = tuple(int(part) for part in torch.__version__.split(".")[:2])
     yield Finding(
-        "ok" if numbers >= _MIN_TORCH else "missing",
+        "ok" if numbers >= MIN_TORCH else "missing",
         "torch",
         f"{torch.__version__}, torchvision {torchvision.__version__}",
-        "" if numbers >= _MIN_TORCH else "needs torch 2.11 or newer",
+        "" if numbers >= MIN_TORCH else f"needs torch {'.'.join(map(str, MIN_TORCH))} or newer",
     )
     if not torch.cuda.is_available():
         there = any(map(os.path.exists, _NVIDIA))
@@ -256,11 +263,9 @@ def _refused(what: str, error: UserError) -> Finding:
 
 def _place(uri: str) -> Iterator[Finding]:
     from lungopacity.storage import open_store
-    from lungopacity.storage.probe import check_conditions
 
     try:
         first = next(iter(open_store(uri).list()), None)
-        check_conditions(uri)
     except UserError as error:
         yield _refused("storage", error)
         return
@@ -271,10 +276,11 @@ def _place(uri: str) -> Iterator[Finding]:
 
 
 def _results(uri: str) -> Iterator[Finding]:
-    from lungopacity.storage.probe import check_writable
+    from lungopacity.storage.probe import check_conditions, check_writable
 
     try:
         check_writable(uri)
+        check_conditions(uri)
     except UserError as error:
         yield _refused("results", error)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from lungopacity import doctor
 from lungopacity.errors import first_line, last_line
 
 
@@ -19,16 +18,3 @@ def test_of_a_longer_text_a_line_is_taken_with_the_type_where_it_is_wanted():
     error = RuntimeError("\nno GPU\nTraceback …\nCUDA error 3\n")
     assert (first_line(error), last_line(error)) == ("no GPU", "CUDA error 3")
     assert last_line(error, with_type=True) == "RuntimeError: CUDA error 3"
-
-
-def test_doctor_goes_on_where_a_check_fails_without_a_word(monkeypatch):
-    def _python():
-        raise AssertionError
-
-    monkeypatch.setattr(doctor, "_python", _python)
-    for other in ("torch", "ncnn", "libraries", "ray", "decoders", "s3"):
-        monkeypatch.setattr(doctor, f"_{other}", lambda: iter(()))
-    failed, *rest = doctor.diagnose()
-    assert (failed.state, failed.what) == ("missing", "python")
-    assert failed.detail == "cannot be used: AssertionError"
-    assert rest[0].what == "temporary files"

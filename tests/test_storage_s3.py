@@ -46,7 +46,6 @@ def test_a_wrong_secret_is_named_with_the_mend(s3_server, monkeypatch):
 def test_a_server_that_honours_conditions_passes_the_probe(s3_uri):
     check_conditions(s3_uri)
     assert not list(open_store(s3_uri).list())
-    check_conditions("s3://nowhere/x")  # nor is it asked of a place that cannot be written to
 
 
 @pytest.mark.parametrize("name", ["If-None-Match", "If-Match"])
@@ -60,8 +59,15 @@ def test_a_server_that_ignores_conditions_is_told(s3_uri, monkeypatch, name):
     monkeypatch.setattr(S3Store, "_ask", ignoring)
     with pytest.raises(UserError, match=f"the server writes whatever {name} says, so two jobs"):
         check_conditions(s3_uri)
+    # It is the results that hold the lease and the records; an archive is not written to.
+    (told,) = doctor.diagnose_places(results=s3_uri)
+    assert (told.state, told.what) == ("missing", "results")
+    assert f"the server writes whatever {name} says" in told.detail
+    assert told.mend == "keep results on one that honours it"
     store = open_store(s3_uri)
     assert not list(store.list())
+    (told,) = doctor.diagnose_places(storage=s3_uri)
+    assert told.state == "note"
     if name == "If-Match":
         store.write("a", b"another")
         monkeypatch.setattr(store._ready.quick, "_store", None)

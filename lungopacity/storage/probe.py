@@ -24,17 +24,13 @@ def check_writable(uri: str, *, private: bool = False) -> None:
 
 def check_conditions(uri: str) -> None:
     """Raises `UserError` where a server takes no notice of If-None-Match or If-Match: two nights
-    would both hold the lease, and write over each other's runs.
-
-    Says nothing of a place that must not be written to: an archive may be one.
+    would both hold the lease, and write over each other's runs. Or where the place cannot be
+    written to, which results must.
     """
     store, key = open_store(uri), f".probe-{uuid.uuid4().hex}"
     if not isinstance(store, S3Store):
         return
-    try:
-        store.write(key, b"")
-    except UserError:
-        return
+    store.write(key, b"")
     try:
         for name, write in (
             ("If-None-Match", partial(store.write, if_absent=True)),
