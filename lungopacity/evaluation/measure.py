@@ -35,10 +35,10 @@ from lungopacity.evaluation.metrics import (
     Floats,
     Integers,
     Metric,
+    binned,
     calibration_bins,
     check_scores,
     classification_metrics,
-    confidences,
     group_rows,
     wilson_interval,
 )
@@ -92,9 +92,10 @@ def measure(
     groups: Mapping[str, Sequence[str | None]],
     resampling: Resampling,
 ) -> list[Metric]:
-    """`classification_metrics` and `decision_metrics` of all and of each subgroup, and of the
-    probabilities without the temperature brier_before_temperature and
-    expected_calibration_error_before_temperature, with the intervals of this module.
+    """`classification_metrics` and `decision_metrics` of all and of each subgroup, with the
+    intervals of this module; and of the probabilities without the temperature
+    brier_before_temperature, and expected_calibration_error_before_temperature of the predicted and
+    of the positive class.
 
     groups: as for `subgroup_metrics`. Raises `ValueError` as `check_scores` does.
     """
@@ -178,9 +179,11 @@ def _values(scored: ScoredImages, group: str) -> list[Metric]:
         scored.labels_N, scored.probabilities_NK, scored.class_names, scored.positive, group
     )
     if scored.uncalibrated_NK is not None:
-        bins = calibration_bins(scored.labels_N, scored.uncalibrated_NK)
-        error, n = bins.expected_calibration_error, len(scored.labels_N)
-        metrics.append(Metric(group, _BEFORE, None, error, None, None, n))
+        n = len(scored.labels_N)
+        for name, index in ((None, None), (scored.positive, scored.positive_index)):
+            bins = calibration_bins(scored.labels_N, scored.uncalibrated_NK, index)
+            error = bins.expected_calibration_error
+            metrics.append(Metric(group, _BEFORE, name, error, None, None, n))
         squares_N = _squares(scored.labels_N, scored.uncalibrated_NK)
         brier = float(squares_N.mean()) if n else math.nan
         metrics.append(Metric(group, _BRIER_BEFORE, None, brier, None, None, n))
@@ -225,9 +228,15 @@ class Statistics:
         self._scored = scored
         self._true_NK = scored.labels_N[:, None] == np.arange(len(scored.class_names))
         self._ratios = self._ratios_of(scored)
-        self._gaps_NB = {_CALIBRATION: _gaps(scored.labels_N, scored.probabilities_NK)}
-        if scored.uncalibrated_NK is not None:
-            self._gaps_NB[_BEFORE] = _gaps(scored.labels_N, scored.uncalibrated_NK)
+        self._gaps_NB = {
+            (metric, name): _gaps(scored.labels_N, shares_NK, index)
+            for metric, shares_NK in (
+                (_CALIBRATION, scored.probabilities_NK),
+                (_BEFORE, scored.uncalibrated_NK),
+            )
+            for name, index in ((None, None), (scored.positive, scored.positive_index))
+            if shares_NK is not None
+        }
         self.proportions = _proportions(self._ratios)
         """Of the metrics that are shares of images: which images they are shares of."""
         # One product with the weights gives every sum.
@@ -239,9 +248,9 @@ class Statistics:
         found = _ratios_of_sums(self._ratios, sums_RF)
         weight_R = weights_RN.sum(axis=1)
         start = 2 * len(self._ratios)
-        for name in self._gaps_NB:
+        for key in self._gaps_NB:
             gaps_RB = np.abs(sums_RF[:, start : start + CALIBRATION_BINS])
-            found[name, None] = ratio(gaps_RB.sum(axis=1), weight_R)
+            found[key] = ratio(gaps_RB.sum(axis=1), weight_R)
             start += CALIBRATION_BINS
         names = self._scored.class_names
         for index, name in enumerate(names):
@@ -316,9 +325,12 @@ def _squares(labels_N: Integers, probabilities_NK: Floats) -> npt.NDArray[np.flo
     return squares_N
 
 
-def _gaps(labels_N: Integers, probabilities_NK: Floats) -> npt.NDArray[np.float64]:
-    """(N, B) what each image adds to the gap between accuracy and confidence of its bin."""
-    confidence_N, correct_N, bin_N = confidences(labels_N, probabilities_NK)
+def _gaps(
+    labels_N: Integers, probabilities_NK: Floats, index: int | None
+) -> npt.NDArray[np.float64]:
+    """(N, B) what each image adds to the gap between its bin's share of the class and mean
+    probability. index: as for `binned`."""
+    probability_N, is_true_N, bin_N = binned(labels_N, probabilities_NK, index)
     gaps_NB = np.zeros((len(labels_N), CALIBRATION_BINS))
-    gaps_NB[np.arange(len(labels_N)), bin_N] = correct_N - confidence_N
+    gaps_NB[np.arange(len(labels_N)), bin_N] = is_true_N - probability_N
     return gaps_NB

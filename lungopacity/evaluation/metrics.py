@@ -74,17 +74,18 @@ class RocAuc:
 
 @dataclass(frozen=True)
 class CalibrationBins:
-    """Images binned by the probability of their predicted class; bin b is (b / B, (b + 1) / B]."""
+    """Images binned by a probability, as `binned` says; bin b is (b / B, (b + 1) / B]."""
 
     count_B: npt.NDArray[np.int64]
     correct_B: npt.NDArray[np.int64]
-    """How many of them are predicted rightly."""
+    """Of how many of them the class is the true one."""
     confidence_B: npt.NDArray[np.float64]
-    """Mean probability of the predicted class; NaN in an empty bin."""
+    """Mean of the probability; NaN in an empty bin."""
 
     @property
     def expected_calibration_error(self) -> float:
-        """Mean over the images of |accuracy - confidence| of their bin; NaN without images."""
+        """Mean over the images of |share of the class - probability| of their bin; NaN without
+        images."""
         n = int(self.count_B.sum())
         if n == 0:
             return math.nan
@@ -131,7 +132,8 @@ def classification_metrics(
     0 … 2), log_loss (nats), expected_calibration_error. Per class: support, precision, recall, f1,
     specificity, roc_auc, average_precision. Per pair of classes: confusion, named
     `true=A,predicted=B`. With `positive`, also brier_binary of that class: the mean squared
-    difference of its own probability alone, 0 … 1; of two classes it is half of brier.
+    difference of its own probability alone, 0 … 1; of two classes it is half of brier; and
+    expected_calibration_error of that class: of its own probability, not the predicted class's.
 
     Intervals: Wilson's for accuracy, precision, recall and specificity; DeLong's for a class's
     roc_auc. Values that are not defined are NaN. Arguments as `check_scores` takes them, which
@@ -166,6 +168,10 @@ def classification_metrics(
     if positive is not None:
         of_positive = squares_NK[:, list(class_names).index(positive)].sum()
         metrics.append(value("brier_binary", _ratio(of_positive, n), positive))
+        bins = calibration_bins(labels_N, probabilities_NK, list(class_names).index(positive))
+        metrics.append(
+            value("expected_calibration_error", bins.expected_calibration_error, positive)
+        )
     for index, name in enumerate(class_names):
         auc = aucs[index]
         metrics += _counted(group, name, matrix_KK, index)
@@ -297,30 +303,36 @@ def average_precision(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> fl
     return float(average_precision_score(positive_N, scores_N)) if positive_N.any() else math.nan
 
 
-def calibration_bins(labels_N: Integers, probabilities_NK: Floats) -> CalibrationBins:
-    """The 15 bins of Guo et al. 2017; arguments as `check_scores` has passed them."""
-    confidence_N, correct_N, bin_N = confidences(labels_N, probabilities_NK)
+def calibration_bins(
+    labels_N: Integers, probabilities_NK: Floats, index: int | None = None
+) -> CalibrationBins:
+    """The 15 bins of Guo et al. 2017; arguments as `check_scores` has passed them. index: see
+    `binned`."""
+    probability_N, is_true_N, bin_N = binned(labels_N, probabilities_NK, index)
     count_B = np.bincount(bin_N, minlength=CALIBRATION_BINS)
-    sum_B = np.bincount(bin_N, confidence_N, CALIBRATION_BINS)
+    sum_B = np.bincount(bin_N, probability_N, CALIBRATION_BINS)
     mean_B = np.full(CALIBRATION_BINS, np.nan)
     np.divide(sum_B, count_B, out=mean_B, where=count_B > 0)
     return CalibrationBins(
         count_B=count_B.astype(np.int64),
-        correct_B=np.bincount(bin_N[correct_N], minlength=CALIBRATION_BINS).astype(np.int64),
+        correct_B=np.bincount(bin_N[is_true_N], minlength=CALIBRATION_BINS).astype(np.int64),
         confidence_B=mean_B,
     )
 
 
-def confidences(
-    labels_N: Integers, probabilities_NK: Floats
+def binned(
+    labels_N: Integers, probabilities_NK: Floats, index: int | None = None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Of each image the probability of its predicted class, whether that is the true one, and the
-    bin, 0 … 14."""
-    confidence_N = probabilities_NK.max(axis=1).astype(np.float64)
-    correct_N = probabilities_NK.argmax(axis=1) == labels_N
+    """Of each image a class's probability, whether that class is the true one, and the bin, 0 … 14.
+
+    index: the class, whose probabilities lie anywhere in 0 … 1: what a threshold is set on; None:
+    of each image the predicted one, as Guo et al. 2017.
+    """
+    class_N = probabilities_NK.argmax(axis=1) if index is None else np.full(len(labels_N), index)
+    probability_N = probabilities_NK[np.arange(len(labels_N)), class_N].astype(np.float64)
     # A sum of roundings can leave a probability just above 1: it belongs to the last bin.
-    bin_N = np.ceil(confidence_N * CALIBRATION_BINS).astype(np.int64).clip(1, CALIBRATION_BINS) - 1
-    return confidence_N, correct_N, bin_N
+    place_N = np.ceil(probability_N * CALIBRATION_BINS).astype(np.int64)
+    return probability_N, class_N == labels_N, place_N.clip(1, CALIBRATION_BINS) - 1
 
 
 def _counted(group: str, name: str, matrix_KK: npt.NDArray[np.int64], index: int) -> list[Metric]:

@@ -11,22 +11,31 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lungopacity.evaluation.bootstrap import Resampling
-from lungopacity.evaluation.canvas import COLOURS, GREY, describe, line, new_figure, plain
+from lungopacity.evaluation.canvas import (
+    COLOURS,
+    GREY,
+    describe,
+    line,
+    new_figure,
+    plain,
+    short,
+)
 from lungopacity.evaluation.measure import ratio_metrics
 from lungopacity.evaluation.metrics import (
     CALIBRATION_BINS,
+    CalibrationBins,
     Floats,
     Integers,
     Metric,
+    binned,
     calibration_bins,
     check_scores,
-    confidences,
 )
 
 _HISTORY_COLUMNS = (
@@ -80,10 +89,12 @@ def reliability_figure(
     title: str,
     note: str = "",
     *,
+    positive: str | None = None,
     uncalibrated: Floats | None = None,
     resampling: Resampling | None = None,
 ) -> Figure:
-    """Accuracy against confidence in the predicted class, above the number of images in each bin.
+    """How often what has a probability is so, above the number of images in each bin: of the
+    predicted class's probability, and beside it of the class `positive`, which decisions are about.
 
     The bins and the expected calibration error are those of `metrics.calibration_bins`; bars are
     95 % intervals over the patients of each bin, as `measure` makes them. uncalibrated: the
@@ -91,75 +102,97 @@ def reliability_figure(
     None: each image is of another.
     """
     check_scores(labels, probabilities, class_names)
-    bins = calibration_bins(labels, probabilities)
-    filled = np.flatnonzero(bins.count_B)
-    count, correct = bins.count_B[filled], bins.correct_B[filled]
-    accuracy = correct / count
-    bars = _accuracies(labels, probabilities, filled, resampling)
-    limits = np.array([[item.ci_low, item.ci_high] for item in bars], float).reshape(-1, 2)
     figure = new_figure(title, note)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    describe(above, "Reliability of the predicted class's probability", "", "Accuracy")
-    describe(below, "", "Confidence: probability of the predicted class", "Images")
-    error = bins.expected_calibration_error
-    above.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="Perfect calibration")
-    above.errorbar(
+    indices = [None] if positive is None else [None, list(class_names).index(positive)]
+    grid = figure.add_gridspec(3, len(indices), height_ratios=(3, 1, 0.2))
+    # No predicted class of K is less probable than 1 / K.
+    least = math.floor(CALIBRATION_BINS / len(class_names)) / CALIBRATION_BINS
+    for column, index in enumerate(indices):
+        above = figure.add_subplot(grid[0, column])
+        below = figure.add_subplot(grid[1, column], sharex=above)
+        bins = calibration_bins(labels, probabilities, index)
+        before = None if uncalibrated is None else calibration_bins(labels, uncalibrated, index)
+        bars = _shares(labels, probabilities, index, resampling)
+        _draw_reliability(above, bins, bars, before)
+        _draw_counts(below, bins)
+        name = "the predicted class" if index is None else short(class_names[index])
+        errors = f"Expected calibration error {_number(bins.expected_calibration_error)}"
+        if before is not None:
+            errors += f", before {_number(before.expected_calibration_error)}"
+        describe(above, f"{name[0].upper()}{name[1:]}\n{errors}", "", "")
+        above.title.set_fontsize(10)
+        above.tick_params(labelbottom=False)
+        describe(below, "", f"Probability of {name}", "" if column else "Images")
+        below.set_xlim((least if index is None else 0) - 0.01, 1.01)
+        if not column:
+            above.set_ylabel("Share of images that are of the class", fontsize=11)
+            handles, words = above.get_legend_handles_labels()
+    # Inside it would hide bars: these curves leave no corner free that is known before.
+    legend = figure.add_subplot(grid[2, :])
+    legend.axis("off")
+    legend.legend(handles, words, loc="center", ncols=3, fontsize=9, frameon=False)
+    figure.align_ylabels()
+    return figure
+
+
+def _draw_reliability(
+    axes: Axes, bins: CalibrationBins, bars: Sequence[Metric], before: CalibrationBins | None
+) -> None:
+    """bars: of the filled bins."""
+    filled = np.flatnonzero(bins.count_B)
+    share = bins.correct_B[filled] / bins.count_B[filled]
+    limits = np.array([[item.ci_low, item.ci_high] for item in bars], float).reshape(-1, 2)
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="Perfect calibration")
+    axes.errorbar(
         bins.confidence_B[filled],
-        accuracy,
-        # An accuracy of 0 or 1 is its own limit but for rounding, and matplotlib refuses -1e-17.
-        yerr=np.abs(limits.T - accuracy),
+        share,
+        # A share of 0 or 1 is its own limit but for rounding, and matplotlib refuses -1e-17.
+        yerr=np.abs(limits.T - share),
         marker="o",
         capsize=3,
-        label=f"Calibrated (expected calibration error {_number(error)}),\n"
-        "with 95 % intervals over patients",
+        label="Calibrated, with 95 % intervals over patients",
         zorder=3,
         **line(0),
     )
-    if uncalibrated is not None:
-        before = calibration_bins(labels, uncalibrated)
-        filled_before = np.flatnonzero(before.count_B)
-        error = before.expected_calibration_error
-        above.plot(
-            before.confidence_B[filled_before],
-            before.correct_B[filled_before] / before.count_B[filled_before],
+    if before is not None:
+        filled = np.flatnonzero(before.count_B)
+        axes.plot(
+            before.confidence_B[filled],
+            before.correct_B[filled] / before.count_B[filled],
             marker="s",
             markersize=4,
             color=COLOURS[5],
             linestyle="--",
             linewidth=1.2,
-            label=f"Before calibration (expected calibration error {_number(error)})",
+            label="Before calibration",
         )
-    above.set_ylim(-0.02, 1.02)
-    above.legend(loc="best", fontsize=10)
+    axes.set_ylim(-0.02, 1.02)
+
+
+def _draw_counts(axes: Axes, bins: CalibrationBins) -> None:
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
-    below.bar(edges[:-1], bins.count_B, width=1 / CALIBRATION_BINS, align="edge", color=COLOURS[0])
-    for index, n in zip(filled, count, strict=True):
-        centre = (index + 0.5) / CALIBRATION_BINS
-        below.text(centre, n, f"{n:,}", ha="center", va="bottom", fontsize=8)
-    below.margins(y=0.25)
-    below.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    # No predicted class of K is less probable than 1 / K.
-    below.set_xlim(math.floor(CALIBRATION_BINS / len(class_names)) / CALIBRATION_BINS - 0.01, 1.01)
-    figure.align_ylabels()
-    return figure
+    axes.bar(edges[:-1], bins.count_B, width=1 / CALIBRATION_BINS, align="edge", color=COLOURS[0])
+    for index in np.flatnonzero(bins.count_B):
+        centre, n = (index + 0.5) / CALIBRATION_BINS, bins.count_B[index]
+        axes.text(centre, n, f"{n:,}", ha="center", va="bottom", fontsize=7)
+    axes.margins(y=0.25)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
-def _accuracies(
+def _shares(
     labels: Integers,
     probabilities: Floats,
-    filled: npt.NDArray[np.int64],
+    index: int | None,
     resampling: Resampling | None,
 ) -> list[Metric]:
-    """Of the images in each of the bins `filled`."""
+    """Of the images in each bin that has some, those that are of the class."""
     patients = Resampling.of([None] * len(labels)) if resampling is None else resampling
-    _, correct_N, bin_N = confidences(labels, probabilities)
+    _, is_true_N, bin_N = binned(labels, probabilities, index)
     bars = []
-    for index in filled:
-        rows = np.flatnonzero(bin_N == index)
-        hit_N = correct_N[rows]
-        bars += ratio_metrics(
-            {("accuracy", None): (hit_N, np.ones_like(hit_N))}, patients.rows(rows)
-        )
+    for place in np.unique(bin_N):
+        rows = np.flatnonzero(bin_N == place)
+        hit_N = is_true_N[rows]
+        bars += ratio_metrics({("share", None): (hit_N, np.ones_like(hit_N))}, patients.rows(rows))
     return bars
 
 

@@ -135,6 +135,7 @@ class EvaluationResult:
             ("log_loss", None): "log loss (nats)",
             ("expected_calibration_error", None): "ECE",
             ("expected_calibration_error_before_temperature", None): "ECE before temperature",
+            ("expected_calibration_error", self.positive_class): f"ECE {self.positive_class}",
         }
         overall = {(item.metric, item.class_name): item for item in self.metrics if _whole(item)}
         lines += [
@@ -258,6 +259,7 @@ def write_figures(
             names,
             title,
             note,
+            positive=result.positive_class,
             uncalibrated=scored.uncalibrated_NK,
             resampling=resampling,
         ),

@@ -50,9 +50,11 @@ def test_a_weight_is_as_if_the_film_were_there_so_many_times(classes, n, seed):
         for item in expected
         if item.metric not in ("support", "confusion")
     }
-    raw = classification_metrics(copied.labels_N, copied.uncalibrated_NK, copied.class_names)
+    raw = classification_metrics(
+        copied.labels_N, copied.uncalibrated_NK, copied.class_names, "class 1"
+    )
     told |= {
-        (f"{item.metric}_before_temperature", None): item.value
+        (f"{item.metric}_before_temperature", item.class_name): item.value
         for item in raw
         if item.metric in ("brier", "expected_calibration_error")
     }
@@ -96,7 +98,11 @@ def test_the_values_are_those_without_resampling_and_the_seed_decides_the_interv
     assert [item.value for item in first] == [item.value for item in other]
     raw = classification_metrics(images.labels_N, images.uncalibrated_NK, images.class_names)
     for name in ("brier", "expected_calibration_error"):
-        (before,) = [item.value for item in first if item.metric == f"{name}_before_temperature"]
+        (before,) = [
+            item.value
+            for item in first
+            if (item.metric, item.class_name) == (f"{name}_before_temperature", None)
+        ]
         (value,) = [item.value for item in raw if item.metric == name]
         assert before == pytest.approx(value)
     assert [item.ci_low for item in first] != [item.ci_low for item in other]

@@ -71,6 +71,18 @@ def test_calibration_error_by_hand():
     assert bins.correct_B.sum() == 3
 
 
+def test_errors_of_opposite_sign_do_not_cancel_in_the_class_that_decides():
+    """Its 0.1 happens 2 times in 10, and its 0.9 ten times: both are confidences of 0.9, of which 9
+    in 10 are right."""
+    labels = np.array([1] * 2 + [0] * 8 + [1] * 10)
+    metrics = classification_metrics(
+        labels, two_class([0.1] * 10 + [0.9] * 10), NAMES, positive="Lung_Opacity"
+    )
+    found = values(metrics)
+    assert found["expected_calibration_error", None] == pytest.approx(0)
+    assert found["expected_calibration_error", "Lung_Opacity"] == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
     # Newcombe, Stat Med 1998;17:857, table I, method 3.

@@ -139,9 +139,33 @@ def test_reliability_is_shown_before_and_after_calibration_with_bars_over_patien
     assert 1.2 < widths[0] / widths[1] < 1.7
     before = calibration_bins(MANY_LABELS[rows], raw[rows])
     (line,) = [line for line in figure.axes[0].lines if "Before" in str(line.get_label())]
-    assert f"error {before.expected_calibration_error:.3f}" in line.get_label()
+    told = f", before {before.expected_calibration_error:.3f}"
+    assert figure.axes[0].get_title().endswith(told)
     confidence_B = before.confidence_B[before.count_B > 0]
     np.testing.assert_allclose(line.get_xdata(), confidence_B)
+
+
+def test_reliability_is_shown_of_the_probability_that_decides_too():
+    names = ("Normal", "No Lung Opacity / Not Normal")
+    figure = drawn(
+        plots.reliability_figure(MANY_LABELS, MANY_SCORES, names, "model", positive=names[1])
+    )
+    predicted, decides = (axes for axes in figure.axes if "error" in axes.get_title())
+    bins = calibration_bins(MANY_LABELS, MANY_SCORES, 1)
+    assert bins.count_B[:7].any()
+    assert bins.count_B[8:].any()
+    told = f"Expected calibration error {bins.expected_calibration_error:.3f}"
+    assert decides.get_title() == f"{names[1]}\n{told}"
+    assert predicted.get_title().startswith("The predicted class\n")
+    (container,) = decides.containers
+    shares, _, _ = container.lines
+    filled = bins.count_B > 0
+    np.testing.assert_allclose(shares.get_xdata(), bins.confidence_B[filled])
+    np.testing.assert_allclose(shares.get_ydata(), (bins.correct_B / bins.count_B)[filled])
+    width, height = figure.canvas.get_width_height()
+    box = figure.get_tightbbox()
+    assert 0 <= box.x0 <= box.x1 <= width / figure.dpi
+    assert 0 <= box.y0 <= box.y1 <= height / figure.dpi
 
 
 @pytest.mark.parametrize("draw", CURVES)
