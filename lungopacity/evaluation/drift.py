@@ -124,9 +124,13 @@ def shifts(baseline: Sample, current: Sample) -> list[Shift]:
 def _score_shift(baseline_N: npt.NDArray[np.float32], current_M: npt.NDArray[np.float32]) -> Shift:
     if len(baseline_N) == 0 or len(current_M) == 0:
         return Shift("score", float("nan"), float("inf"), len(current_M))
-    inner = np.unique(np.quantile(baseline_N, np.linspace(0, 1, _SCORE_BINS + 1)[1:-1]))
+    tenths = np.quantile(baseline_N, np.linspace(0, 1, _SCORE_BINS + 1)[1:-1])
+    edges, times = np.unique(tenths, return_counts=True)
+    # A score that so many films have has a bin of its own, up to the next number there is: in one
+    # with the scores above it, films that move there would be no shift.
+    edges = np.union1d(edges, np.nextafter(edges[times > 1], np.inf, dtype=edges.dtype))
     counts = [
-        np.bincount(np.searchsorted(inner, scores, side="right"), minlength=len(inner) + 1).tolist()
+        np.bincount(np.searchsorted(edges, scores, side="right"), minlength=len(edges) + 1).tolist()
         for scores in (baseline_N, current_M)
     ]
     index, by_chance = psi(*counts)

@@ -83,6 +83,19 @@ def test_scores_that_are_all_alike_can_be_compared():
     assert verdicts(same, sample(np.full(3000, 0.9)))["score"] == "drifted"
 
 
+def test_scores_that_leave_the_one_that_most_had_are_a_shift():
+    """A saturated model: films that were all 0, or mostly, are higher tonight."""
+    mostly = np.concatenate([np.zeros(700), np.linspace(0.1, 1, 300)])
+    for before, now in (
+        (np.zeros(1000), np.full(1000, 0.9)),
+        (mostly, np.where(mostly == 0, 0.05, mostly)),
+    ):
+        (score, *_) = shifts(sample(before), sample(now))
+        assert score.psi > 1
+        (same, *_) = shifts(sample(before), sample(before))
+        assert (same.psi, same.verdict) == (0, "stable")
+
+
 def test_metrics_carry_the_comparison_and_both_failure_rates():
     rng = np.random.default_rng(3)
     before, now = sample(rng.beta(2, 5, 990), failed=10), sample(rng.beta(2, 5, 900), failed=100)
