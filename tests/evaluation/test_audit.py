@@ -12,11 +12,13 @@ from PIL import Image
 
 import lungopacity
 import lungopacity.evaluation.audit as auditing
+from lungopacity.archive.phantom_film import draw_body, draw_film
 from lungopacity.cli import main
 from lungopacity.dataset.manifest import assign_splits
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
-from lungopacity.evaluation.audit import near_pairs, perceptual_hashes
+from lungopacity.evaluation.audit import READ_SIDE, near_pairs, perceptual_hashes
+from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
 
@@ -220,6 +222,26 @@ def test_other_films_are_no_copies_and_flat_ones_are():
     assert list(near_pairs(np.concatenate([films, noisy]))) == [(0, 200), (1, 201), (2, 202)]
     flat = np.full((2, 64, 64), 7, np.uint8)
     assert list(near_pairs(flat)) == [(0, 1)]
+
+
+@pytest.mark.parametrize("change", ["mirrored", "bordered", "mirrored in a border"])
+def test_a_film_that_was_mirrored_or_framed_is_a_copy(change):
+    films = [chest(number) for number in range(12)]
+    copy = films[3][:, ::-1] if "mirrored" in change else films[3]
+    if "border" in change:
+        frame = np.zeros((504, 480), np.uint8)
+        frame[20 : 20 + copy.shape[0], 12 : 12 + copy.shape[1]] = copy
+        copy = frame
+    read = Preprocessing(READ_SIDE)
+    squares = np.stack([read.square(np.ascontiguousarray(film)) for film in [*films, copy]])
+    assert list(near_pairs(squares)) == [(3, 12)]
+
+
+def chest(number: int) -> np.ndarray:
+    """A phantom film, 8 bits."""
+    rng = np.random.default_rng(number)
+    film = draw_film(rng, draw_body(rng, "F", 50), "PA").pixels
+    return (film >> 4).astype(np.uint8)
 
 
 def test_a_hash_is_of_64_bits_and_bears_brightness():
