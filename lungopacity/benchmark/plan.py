@@ -26,10 +26,11 @@ from lungopacity.results.schema import (
     class_column,
     predictions_schema,
 )
-from lungopacity.results.workbench import PARQUET_OPTIONS, workbench
+from lungopacity.results.workbench import workbench
 from lungopacity.screening.history import History
 from lungopacity.screening.plan import make_plan
 from lungopacity.storage import open_store
+from lungopacity.storage.parquet import PARQUET_OPTIONS, parquet_bytes
 
 CLASSES = ("Normal", "Lung_Opacity")
 _ROWS_PER_BATCH = 100_000
@@ -151,7 +152,7 @@ def _write_archive(folder: Path, keys: int, model_id: str) -> None:
         files.append({"key": key, "rows": rows})
     metrics = "metrics/first.parquet"
     (results / metrics).parent.mkdir()
-    pq.write_table(METRICS_SCHEMA.empty_table(), results / metrics)
+    (results / metrics).write_bytes(parquet_bytes(METRICS_SCHEMA.empty_table()))
     commit_run(
         open_store(str(results)),
         "first",

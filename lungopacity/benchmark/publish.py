@@ -21,12 +21,12 @@ from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import part_schema
-from lungopacity.results.workbench import parquet_bytes
 from lungopacity.screening.aggregate import run_metrics
 from lungopacity.screening.parts import ROWS_PER_PART
 from lungopacity.screening.plan import make_plan
 from lungopacity.screening.publish import collect, remove_work
 from lungopacity.storage import open_store
+from lungopacity.storage.parquet import parquet_bytes
 
 _SPEC = ModelSpec("classical-cnn", {}, CLASSES, CLASSES[1], Preprocessing(), OperatingPoint(0.5))
 _ROWS_PER_JOB = 100 * ROWS_PER_PART

@@ -42,9 +42,9 @@ from lungopacity.models.scorer import no_number
 from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import EXPLANATIONS_SCHEMA
-from lungopacity.results.workbench import parquet_bytes
 from lungopacity.runtime import end_if_told
 from lungopacity.storage import Store, open_store
+from lungopacity.storage.parquet import parquet_bytes
 
 log = logging.getLogger(__name__)
 

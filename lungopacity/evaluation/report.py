@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import NOTICE, UserError
@@ -33,6 +32,7 @@ from lungopacity.evaluation.table import (
 from lungopacity.models import OperatingPoint
 from lungopacity.results.schema import class_column, evaluation_schema
 from lungopacity.storage import Store, open_store
+from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.storage.probe import check_writable
 
 _MOST_TOLD = 10
@@ -224,10 +224,8 @@ def write_tables(
     scores = pa.Table.from_pandas(frame, schema, preserve_index=False)
     # Without what it remembers of pandas.
     scores = scores.replace_schema_metadata(schema.metadata)
-    for name, content in (("metrics.parquet", table), ("predictions.parquet", scores)):
-        sink = pa.BufferOutputStream()
-        pq.write_table(content, sink, compression="zstd")
-        store.write(name, sink.getvalue().to_pybytes())
+    store.write("metrics.parquet", parquet_bytes(table))
+    store.write("predictions.parquet", parquet_bytes(scores))
     store.write("table1.txt", (result.summary() + "\n").encode())
 
 

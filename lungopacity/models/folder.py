@@ -32,6 +32,7 @@ from lungopacity.errors import NOTICE, ImageError, UserError
 from lungopacity.models.model import ModelSpec, OperatingPoint, TrainedModel, sha256
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import Store, open_store
+from lungopacity.storage.parquet import parquet_bytes
 
 log = logging.getLogger(__name__)
 
@@ -98,18 +99,13 @@ def validation_parquet(
     columns = {"content_sha256": pa.array(digests, pa.string()), "label": pa.array(labels)}
     for index, name in enumerate(class_names):
         columns[f"logit_{name}"] = pa.array(logits_VK[:, index], pa.float32())
-    sink = pa.BufferOutputStream()
-    table = pa.table(columns).replace_schema_metadata({"notice": NOTICE})
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue().to_pybytes())
+    return parquet_bytes(pa.table(columns).replace_schema_metadata({"notice": NOTICE}))
 
 
 def training_films_parquet(digests: Sequence[str]) -> bytes:
     """The file `training_films.parquet`."""
-    sink = pa.BufferOutputStream()
     table = pa.table({"content_sha256": pa.array(digests, pa.string())})
-    pq.write_table(table.replace_schema_metadata({"notice": NOTICE}), sink, compression="zstd")
-    return bytes(sink.getvalue().to_pybytes())
+    return parquet_bytes(table.replace_schema_metadata({"notice": NOTICE}))
 
 
 def is_model(uri: str) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from lungopacity.errors import UserError
 from lungopacity.results.schema import METADATA
+from lungopacity.storage.parquet import parquet_bytes
 
 
 def rendered(table: pa.Table, output_format: str) -> bytes:
@@ -58,9 +58,7 @@ def _json(table: pa.Table) -> bytes:
 
 
 def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(METADATA), sink)
-    return sink.getvalue()
+    return parquet_bytes(table.replace_schema_metadata(METADATA))
 
 
 def _finite(value: Any) -> Any:

@@ -13,14 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity.errors import UserError
+from lungopacity.storage.parquet import PARQUET_OPTIONS
 from lungopacity.storage.scratch import NO_ROOM, scratch
 
 _MEMORY = "1GiB"
 _ROWS_PER_FILE = 1_000_000
 _ROWS_PER_BATCH = 50_000
-PARQUET_OPTIONS = {"compression": "zstd", "write_page_checksum": True}
-"""Of every Parquet file that is written. Arrow's S3 reader hands a flipped byte on without a word;
-with a checksum on each page, reading it is an error."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,6 @@ def workbench() -> Iterator[tuple[Any, Path]]:
 def quoted(text: object) -> str:
     """An SQL string."""
     return "'" + str(text).replace("'", "''") + "'"
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """The table as one Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, **PARQUET_OPTIONS)
-    return bytes(sink.getvalue())
 
 
 def view_of_files(connection: Any, name: str, paths: Sequence[Path], schema: pa.Schema) -> None:

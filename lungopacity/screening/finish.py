@@ -18,12 +18,13 @@ from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.table import metric_value, metrics_table
 from lungopacity.results.folder import METRICS, commit_run
 from lungopacity.results.schema import class_column
-from lungopacity.results.workbench import parquet_bytes, quoted
+from lungopacity.results.workbench import quoted
 from lungopacity.runtime import versions
 from lungopacity.screening.aggregate import label_metrics, run_metrics, warn_of_useless_labels
 from lungopacity.screening.job import MAX_FAILED_FRACTION, ScreeningJob
 from lungopacity.screening.plan import Plan
 from lungopacity.screening.publish import Collected, collect
+from lungopacity.storage.parquet import parquet_bytes
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from lungopacity import observe
 from lungopacity.archive.content import error_columns
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
 from lungopacity.results.schema import part_schema
-from lungopacity.results.workbench import parquet_bytes
 from lungopacity.screening.explanations import write_pictures
 from lungopacity.storage import Store
+from lungopacity.storage.parquet import parquet_bytes
 
 OBJECTS = "objects"
 ROWS_PER_PART = 512

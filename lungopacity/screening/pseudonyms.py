@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.schema import METADATA
 from lungopacity.storage import open_store, split_uri
+from lungopacity.storage.parquet import parquet_bytes
 
 _MIN_KEY_BYTES = 16
 
@@ -74,18 +75,20 @@ def read_pseudonyms(key_uri: str, key_map: str | None) -> Pseudonyms:
 def write_key_map(uri: str, run_id: str, names: Mapping[str, str]) -> None:
     """Keep the names behind a run's hashes in `<uri>/<run_id>.parquet`, on disk for this user
     alone."""
-    sink = pa.BufferOutputStream()
     columns = {"hashed": list(names), "name": list(names.values())}
-    pq.write_table(pa.table(columns, schema=_MAP_SCHEMA), sink, compression="zstd")
-    open_store(uri).write(f"{run_id}.parquet", bytes(sink.getvalue()), private=True)
+    data = parquet_bytes(pa.table(columns, schema=_MAP_SCHEMA))
+    open_store(uri).write(f"{run_id}.parquet", data, private=True)
 
 
 def read_key_map(uri: str, run_id: str) -> dict[str, str]:
     """What `write_key_map` kept. Raises `UserError` where it is gone or damaged."""
     try:
         data = open_store(uri).read(f"{run_id}.parquet")
-        table = pq.read_table(pa.BufferReader(data), schema=_MAP_SCHEMA)
-    except (ImageError, pa.ArrowException) as error:
+        table = pq.read_table(
+            pa.BufferReader(data), schema=_MAP_SCHEMA, page_checksum_verification=True
+        )
+    # Arrow has both for a damaged file.
+    except (ImageError, pa.ArrowException, OSError) as error:
         raise UserError(
             f"{uri}/{run_id}.parquet: the names behind the hashes cannot be read; restore the file"
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 from collections import Counter
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import safetensors.numpy
 import torch
@@ -43,6 +41,7 @@ from lungopacity.results.schema import METADATA
 from lungopacity.runtime import require_resources, versions
 from lungopacity.storage import join_uri, open_store
 from lungopacity.storage.lease import LEASE_S, Lease
+from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.training.calibrate import calibrate, shares_shifted, warn_of_few
 from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
 from lungopacity.training.finish import compiled_of, distribution_of
@@ -196,7 +195,7 @@ def fit(
             f"another training was faster; the finished epochs of this one are kept in {run_uri}: "
             "remove that model, and the same command makes one of them",
         )
-        save_model(output, model, _history_parquet(history), validation, learnt)
+        save_model(output, model, parquet_bytes(history), validation, learnt)
         _tidy(work_uri, run)
     return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])
 
@@ -341,9 +340,3 @@ def _read(checkpoint_uri: str, name: str) -> bytes:
             f"{join_uri(checkpoint_uri, name)}: cannot be read ({error.message}); the training is "
             "done, run the same command again to finish the model folder"
         ) from error
-
-
-def _history_parquet(history: list[dict[str, Any]]) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(history, schema=HISTORY_SCHEMA), sink)
-    return sink.getvalue()

@@ -15,7 +15,6 @@ again. The test split is not even loaded.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -25,7 +24,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 from ray import tune as ray_tune
@@ -38,6 +36,7 @@ from lungopacity.models import build_network
 from lungopacity.progress import Progress
 from lungopacity.runtime import capacity, ray_session, require_resources, resolve_gpu, versions
 from lungopacity.storage import ConflictError, Store, open_store
+from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.storage.probe import check_writable
 from lungopacity.training.calibrate import calibrate, shares_shifted
 from lungopacity.training.fit import count_films, films_of, first_tensors
@@ -144,9 +143,7 @@ def tune(
                 known.on_row = lambda note: progress.advance(1, note=note)
                 _run(task.settings, data, first, known, waiting, time_budget_s)
     table = trials_table(known.rows.values(), space)
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    store.write("trials.parquet", sink.getvalue())
+    store.write("trials.parquet", parquet_bytes(table))
     best = best_of(known.rows.values())
     if best is None:
         errors = [row["error"] for row in table.to_pylist() if row["error"]]

@@ -27,11 +27,12 @@ from lungopacity.models import OperatingPoint, save_model, save_operating_point
 from lungopacity.models.folder import training_films_parquet
 from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import METRICS_SCHEMA, evaluation_schema
-from lungopacity.results.workbench import parquet_bytes
 from lungopacity.storage import open_store
+from lungopacity.storage.parquet import parquet_bytes
 from tests.cli.running import run
 from tests.films import dicom, encoded, grey_film, tar
 from tests.models.tiny import tiny_model, with_distribution
+from tests.parquet_pages import has_page_checksums
 from tests.results.records import record_of
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "lungopacity"
@@ -118,6 +119,7 @@ def test_screen_query_and_runs_work_together(place, capfd):
         timeout=60,
         check=True,
     ).stdout
+    assert has_page_checksums(data)
     (place / "answer.parquet").write_bytes(data)
     assert pq.read_table(place / "answer.parquet").num_rows == 8
 
@@ -183,6 +185,8 @@ def test_evaluate_writes_its_report(place, capfd):
     assert written >= {"metrics.parquet", "predictions.parquet", "confusion_matrix.png", "roc.png"}
     # Nor anything of a report that was there.
     assert not [name for name in written if name.startswith((".", "history"))]
+    tables = place.glob("report/*.parquet")
+    assert all(has_page_checksums(path.read_bytes()) for path in tables)
     scores = pq.read_table(place / "report" / "predictions.parquet")
     schema = evaluation_schema(["Normal", "Lung_Opacity"])
     assert scores.schema.equals(schema, check_metadata=True)

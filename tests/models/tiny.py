@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from lungopacity.models import (
@@ -21,6 +19,7 @@ from lungopacity.models import (
 from lungopacity.models.distribution import TrainingDistribution
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
+from lungopacity.storage.parquet import parquet_bytes
 
 
 def tiny_model(seed: int = 0, image_size: int = 32, **changes: object) -> TrainedModel:
@@ -48,10 +47,7 @@ def with_distribution(model: TrainedModel, films_NHW: np.ndarray) -> TrainedMode
 
 def history_parquet() -> bytes:
     names = ("train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
-    table = pa.table({"epoch": [1, 2], **{name: [0.6, 0.4] for name in names}})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
+    return parquet_bytes(pa.table({"epoch": [1, 2], **{name: [0.6, 0.4] for name in names}}))
 
 
 def write_tiny_model(

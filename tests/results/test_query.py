@@ -11,11 +11,12 @@ from lungopacity.results.folder import commit_run, run_key
 from lungopacity.results.query import files_of_runs, query, runs
 from lungopacity.results.render import rendered
 from lungopacity.results.schema import METRICS_SCHEMA, class_column, predictions_schema
-from lungopacity.results.workbench import parquet_bytes, workbench
+from lungopacity.results.workbench import workbench
 from lungopacity.screening.clean import clean
 from lungopacity.screening.history import History
 from lungopacity.screening.retry import retry
 from lungopacity.storage import LocalStore, open_store
+from lungopacity.storage.parquet import parquet_bytes
 from tests.results.records import record_of
 
 NOW = datetime(2026, 3, 4, 23, 59, tzinfo=UTC)

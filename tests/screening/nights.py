@@ -17,11 +17,11 @@ from lungopacity.errors import REJECTING
 from lungopacity.models.folder import training_films_parquet
 from lungopacity.results.query import query
 from lungopacity.results.schema import part_schema
-from lungopacity.results.workbench import parquet_bytes
 from lungopacity.screening.job import ScreeningJob, screening_job
 from lungopacity.screening.nightly import Night, nightly
 from lungopacity.screening.plan import Plan, make_plan
 from lungopacity.storage import open_store
+from lungopacity.storage.parquet import parquet_bytes
 from tests.models.tiny import write_tiny_model
 
 

@@ -14,7 +14,9 @@ from lungopacity.screening.pseudonyms import (
     read_pseudonyms,
     write_key_map,
 )
+from lungopacity.storage import open_store
 from lungopacity.storage.probe import check_writable
+from tests.parquet_pages import with_flipped_page
 
 KEY = b"0123456789abcdef0123456789abcdef"
 SCHEMA = pa.schema(
@@ -56,6 +58,10 @@ def test_the_map_is_kept_and_read_back(store_uri):
     assert read_key_map(store_uri, "run-1") == names
     with pytest.raises(UserError, match=r"run-2\.parquet: the names behind the hashes"):
         read_key_map(store_uri, "run-2")
+    store = open_store(store_uri)
+    store.write("run-3.parquet", with_flipped_page(store.read("run-1.parquet")))
+    with pytest.raises(UserError, match=r"run-3\.parquet: the names .* restore the file"):
+        read_key_map(store_uri, "run-3")
 
 
 def test_on_disk_the_map_is_for_its_owner_alone(tmp_path):

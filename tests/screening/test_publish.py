@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import PLANNED_SCHEMA, part_schema, predictions_schema
-from lungopacity.results.workbench import parquet_bytes
 from lungopacity.screening.plan import Plan, RunStart
 from lungopacity.screening.publish import collect, remove_work
 from lungopacity.storage import ObjectInfo, open_store
+from lungopacity.storage.parquet import parquet_bytes
 from tests.results.records import record_of
 
 CLASSES = ("Normal", "Lung_Opacity")

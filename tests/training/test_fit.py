@@ -32,6 +32,7 @@ from lungopacity.training.fit import (
 )
 from lungopacity.training.ray_run import _own_interrupt_handler
 from lungopacity.training.tracking import run_logs
+from tests.parquet_pages import has_page_checksums
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
 from tests.training.logs_read import mlflow_run, tensorboard_events
 
@@ -98,7 +99,9 @@ def test_keeps_the_weights_of_the_epoch_with_the_lowest_validation_loss(run: Run
 
 def test_every_epoch_reaches_the_caller_and_the_history(run: Run) -> None:
     assert run.seen == [1, 2, 3, 4, 5, 6]
-    history = pq.read_table(io.BytesIO(read_history(run.output)))
+    data = read_history(run.output)
+    assert has_page_checksums(data)
+    history = pq.read_table(io.BytesIO(data))
     assert history.schema.equals(HISTORY_SCHEMA)
     assert history["epoch"].to_pylist() == run.seen
     assert history["train_loss"].to_pylist()[-1] < history["train_loss"].to_pylist()[0]
@@ -121,7 +124,9 @@ def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
 
 
 def test_model_folder_keeps_what_its_weights_say_of_the_validation_films(run: Run) -> None:
-    kept = pq.read_table(io.BytesIO(read_validation(run.output)))
+    data = read_validation(run.output)
+    assert has_page_checksums(data)
+    kept = pq.read_table(io.BytesIO(data))
     validation = FILMS.split_N == "validation"
     logits_VK = Scorer(run.result.model).logits(FILMS.pixels_NHW[validation])
     stored_VK = np.stack([kept["logit_Normal"], kept["logit_Lung_Opacity"]], axis=1)

@@ -22,6 +22,7 @@ from lungopacity.models import read_history
 from lungopacity.storage import open_store
 from lungopacity.training.settings import TrainingSettings
 from lungopacity.training.trials import Trials
+from tests.parquet_pages import has_page_checksums
 
 SEARCH = {
     "learning_rate": "choice:0.004,3,1e30",
@@ -94,7 +95,9 @@ def test_the_best_trial_comes_first_and_says_what_it_earned(searched: Search) ->
     assert searched.rows[0]["learning_rate"] is None  # the recipe's own
     assert searched.rows[1]["learning_rate"] == 0.004
     written = open_store(searched.output)
-    assert pq.read_table(io.BytesIO(written.read("trials.parquet"))) == searched.result.trials
+    data = written.read("trials.parquet")
+    assert pq.read_table(io.BytesIO(data)) == searched.result.trials
+    assert has_page_checksums(data)
     best = json.loads(written.read("best.json"))
     assert best == searched.result.best
     assert "Research use only" in best["notice"]
