@@ -65,6 +65,11 @@ def work_prefix(run_id: str) -> str:
     return f"{WORK}/{run_id}/"
 
 
+def start_key(run_id: str) -> str:
+    """Key of what the run was started with: it is unfinished while this lies there."""
+    return f"{work_prefix(run_id)}run.json"
+
+
 def explanation_key(run_id: str, content_sha256: str, frame: int | None) -> str:
     """Key of a film's picture. Named by its content: whoever writes it again writes the same, and
     an object's name, which may be that of a patient, does not come out by it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -77,7 +77,7 @@ def nightly(
             for start in _unfinished(job, inventory_at(archive, inventory, job.written).uri):
                 log.info("run %s of an earlier night is finished first", start.run_id)
                 try:
-                    runs.append(_finished(job, start, lease))
+                    _finish(job, start, lease, runs.append)
                 except Exception as error:
                     # What stops all work stops tonight's own run, too; what stops this one alone
                     # must not stop every night.
@@ -90,17 +90,16 @@ def nightly(
                     )
             began = time.monotonic()
             listed = inventory_at(archive, inventory, job.written)
-            runs.append(
-                run_job(
-                    job,
-                    listed,
-                    began,
-                    limit=max_images,
-                    history=_history(job, listed.uri),
-                    before_commit=lease.check,
-                    nightly=True,
-                    go_on=_GO_ON,
-                )
+            run_job(
+                job,
+                listed,
+                began,
+                limit=max_images,
+                history=_history(job, listed.uri),
+                before_commit=lease.check,
+                on_published=runs.append,
+                nightly=True,
+                go_on=_GO_ON,
             )
         except BaseException as error:
             exit_code, why = _ended(error, names_may_be_told=not options.get("hash_keys"))
@@ -111,13 +110,19 @@ def nightly(
     return night
 
 
-def _finished(job: ScreeningJob, start: RunStart, lease: Lease) -> ScreeningResult:
-    return run_job(
+def _finish(
+    job: ScreeningJob,
+    start: RunStart,
+    lease: Lease,
+    on_published: Callable[[ScreeningResult], None],
+) -> None:
+    run_job(
         job,
         Inventory(start.archive, iter(())),
         time.monotonic(),
         run_id=start.run_id,
         before_commit=lease.check,
+        on_published=on_published,
         go_on=_GO_ON,
     )
 

@@ -8,7 +8,7 @@ import logging
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lungopacity.results.folder import (
     check_run_id,
     published_meanwhile,
     read_run,
+    start_key,
     work_prefix,
 )
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
@@ -31,7 +32,6 @@ from lungopacity.storage import ConflictError, Store, open_store
 
 log = logging.getLogger(__name__)
 
-_START = "run.json"
 _COLUMNS = hashlib.sha256(
     repr([(field.name, str(field.type)) for field in (*PLANNED_SCHEMA, *part_schema(()))]).encode()
 ).hexdigest()[:16]
@@ -58,6 +58,9 @@ class RunStart:
     """Whether a later night may take it up by itself."""
     columns: str = ""
     """Of its files, see `_COLUMNS`."""
+    published: bool = False
+    """Its commit record was written. Whoever withdraws the run deletes the record: what is left of
+    the work must not publish it once more."""
 
     @property
     def screened_on(self) -> str:
@@ -127,14 +130,13 @@ def make_plan(
             results.write(f"{work_prefix(run_id)}{name}.parquet", file.path.read_bytes())
         try:
             # Last: whoever finds it finds the whole plan.
-            results.write(
-                f"{work_prefix(run_id)}{_START}", json.dumps(asdict(start)).encode(), if_absent=True
-            )
+            results.write(start_key(run_id), json.dumps(asdict(start)).encode(), if_absent=True)
             return Plan(start, tuple(file.path for file in files), resumed=False)
         except ConflictError:
             # Another job plans the same run at this moment, and was first: its plan counts.
             start = read_start(results, run_id)
-            assert start is not None
+            if start is None:
+                raise published_meanwhile(run_id) from None
     _check_same(start, inventory.uri, model_id, rules or {})
     return Plan(start, tuple(_taken_up(results, start, folder)), resumed=True)
 
@@ -142,9 +144,9 @@ def make_plan(
 def read_start(results: Store, run_id: str) -> RunStart | None:
     """What an unpublished run was started with; None where no such run was planned.
 
-    Raises `UserError` where this version cannot go on with it.
+    Raises `UserError` where this version cannot go on with it, and where it was published before.
     """
-    key = f"{work_prefix(run_id)}{_START}"
+    key = start_key(run_id)
     if results.head(key) is None:
         return None
     start = _start_at(results, key)
@@ -153,7 +155,18 @@ def read_start(results: Store, run_id: str) -> RunStart | None:
             f"run '{run_id}' cannot be taken up again: {results.uri}/{key} is damaged or of "
             "another version of lungopacity; choose another --run-id"
         )
+    if start.published:
+        raise UserError(
+            f"run '{run_id}' was published before, and {results.uri}/{work_prefix(run_id)} still "
+            "has its work; choose another --run-id"
+        )
     return start
+
+
+def mark_published(results: Store, start: RunStart) -> None:
+    """Note, where the work of a run lies, that nobody is to go on with it."""
+    key = start_key(start.run_id)
+    results.write(key, json.dumps(asdict(replace(start, published=True))).encode())
 
 
 def _start_at(results: Store, key: str) -> RunStart | None:
@@ -180,9 +193,8 @@ def unfinished_runs(results: Store) -> list[RunStart]:
     """
     starts = []
     for item in results.list(f"{WORK}/"):
-        if not item.key.endswith(f"/{_START}"):
-            continue
-        if read_run(results, item.key.split("/")[1]) is not None:
+        run_id = item.key.split("/")[1]
+        if item.key != start_key(run_id) or read_run(results, run_id) is not None:
             continue
         start = _start_at(results, item.key)
         if start is None:
@@ -192,7 +204,7 @@ def unfinished_runs(results: Store) -> list[RunStart]:
                 results.uri,
                 item.key,
             )
-        else:
+        elif not start.published:
             starts.append(start)
     return sorted(starts, key=lambda start: start.started_at)
 

@@ -19,10 +19,10 @@ import pyarrow as pa
 from lungopacity.archive.names import names_by_ending
 from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.progress import Progress
-from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run
+from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run, start_key
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.results.workbench import export, is_full_disk, quoted, view_of_files, workbench
-from lungopacity.screening.plan import Plan
+from lungopacity.screening.plan import Plan, mark_published
 from lungopacity.screening.pseudonyms import Pseudonyms, write_key_map
 from lungopacity.storage import Store
 
@@ -280,13 +280,20 @@ def _unreadable(plan: Plan, why: str) -> UserError:
 def remove_work(results: Store, plan: Plan) -> None:
     """Delete what the attempts wrote; the run is published, whatever becomes of this."""
     try:
-        keys = [item.key for item in results.list(plan.work)]
+        # First, for it takes one request, and no right to delete: or a run whose record is deleted,
+        # to withdraw it, would look like one that was never published.
+        mark_published(results, plan.start)
+        start = start_key(plan.start.run_id)
+        keys = [item.key for item in results.list(plan.work) if item.key != start]
         with (
             ThreadPoolExecutor(_DELETE_THREADS) as threads,
-            Progress("Removing its work", total=len(keys), unit="files", quick=True) as progress,
+            Progress("Removing its work", len(keys) + 1, unit="files", quick=True) as progress,
         ):
             for _ in threads.map(results.delete, keys):
                 progress.advance(1)
+            # Last: while it lies there, nobody takes what is left for the work of a new run.
+            results.delete(start)
+            progress.advance(1)
     except UserError as error:
         # Some may write and not remove.
         log.warning(

@@ -150,14 +150,15 @@ def run_job(
     limit: int | None = None,
     history: History | None = None,
     before_commit: Callable[[], None] | None = None,
+    on_published: Callable[[ScreeningResult], None] | None = None,
     nightly: bool = False,
     go_on: str = "go on with --run-id {} and the same options",
 ) -> ScreeningResult:
     """Plan, screen and publish one run over the objects of the inventory.
 
     `began`: `time.monotonic()` at the start. `run_id`, `limit`: see `screen`. `history`: what needs
-    no screening. `before_commit` may raise, and then nothing is published. `nightly`: see
-    `make_plan`. `go_on`: what the user is told to do where the run, whose id stands for {}, is not
+    no screening. `before_commit` may raise, and then nothing is published. `on_published`: is
+    called at once when the run is published, before its work is removed. `nightly`: see `make_plan`. `go_on`: what the user is told to do where the run, whose id stands for {}, is not
     finished. Raises `UserError`.
     """
     model_id = job.model.model_id
@@ -199,7 +200,16 @@ def run_job(
         except (KeyboardInterrupt, SystemExit):
             log.warning("stopped; %s", go_on)
             raise
-    remove_work(job.results, plan)
+    if on_published is not None:
+        on_published(result)
+    try:
+        remove_work(job.results, plan)
+    except (KeyboardInterrupt, SystemExit):
+        log.warning(
+            "stopped; run %s is published, and `lungopacity clean` removes the rest of its work",
+            run_id,
+        )
+        raise
     return result
 
 

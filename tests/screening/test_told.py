@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -106,6 +108,32 @@ def test_a_night_that_may_not_remove_its_work_is_published_all_the_same(place, m
     assert (told["state"], told["runs"], told["positive"]) == ("finished", [run.run_id], 4)
     assert "the run is published; its work could not be removed (_work/" in caplog.text
     assert place.night().runs[0].images == 0
+    # Withdrawn, it does not come back with the rows that it was withdrawn for.
+    place.store.delete(f"runs/{run.run_id}.json")
+    monkeypatch.setattr(screen, "ray_ahead", nullcontext)
+    with pytest.raises(UserError, match=r"was published before, and .*_work/.* still has its work"):
+        lungopacity.screen(place.archive.uri, place.model, place.results, run_id=run.run_id)
+    (anew,) = place.night().runs
+    assert (anew.run_id != run.run_id, anew.images) == (True, 4)
+
+
+def test_a_night_that_is_ended_while_its_work_is_removed_tells_what_it_published(
+    place, monkeypatch, caplog
+):
+    delete = LocalStore.delete
+
+    def ending(store, key):
+        if key.startswith("_work/"):
+            raise SystemExit(143)
+        delete(store, key)
+
+    monkeypatch.setattr(LocalStore, "delete", ending)
+    with pytest.raises(SystemExit):
+        place.night()
+    told = place.status()
+    (published,) = query(place.results, "SELECT run_id FROM runs")["run_id"].to_pylist()
+    assert (told["state"], told["runs"], told["positive"]) == ("failed", [published], 4)
+    assert f"run {published} is published, and `lungopacity clean` removes the rest" in caplog.text
 
 
 def test_a_night_that_lost_its_lease_leaves_the_status_to_the_other(place, monkeypatch):
