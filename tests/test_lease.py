@@ -98,7 +98,7 @@ def test_whoever_lost_it_may_not_publish(store_uri):
         with pytest.raises(UserError, match="another job has taken it over"):
             held.check()
         time.sleep(SHORT_S / 2)  # its thread has noticed, too
-        assert held._lost is not None
+        assert held.taken_over
     # And it does not remove what is another's.
     assert open_store(store_uri).head("_lock/nightly.json") is not None
 
@@ -142,21 +142,41 @@ def test_of_two_that_take_over_one_is_refused(tmp_path, monkeypatch, caplog):
     assert "is taken over" in caplog.text
 
 
-def test_storage_that_fails_loses_the_lease_in_time_and_stops_nothing(tmp_path, caplog):
-    held = lease(str(tmp_path), 0.3)
-    with held:
+def failing(*_: object, **__: object) -> None:
+    raise UserError("no server answers")
 
-        def failing(*_: object, **__: object) -> None:
-            raise UserError("no server answers")
 
-        held.store.write = held.store.delete = failing
+def test_storage_that_fails_for_longer_than_the_lease_lasts_does_not_lose_it(tmp_path, caplog):
+    """Hours of work are not thrown away while nobody else has begun."""
+    with lease(str(tmp_path), 0.3) as held:
+        write, held.store.write = held.store.write, failing
         deadline = time.monotonic() + 10
-        while held._lost is None and time.monotonic() < deadline:
+        while held.held() and time.monotonic() < deadline:
             time.sleep(0.05)
-        with pytest.raises(UserError, match=r"was lost \(it could not be renewed in time\)"):
+        with pytest.raises(UserError, match=r"was lost \(it could not be renewed in time\)$"):
             held.check()
-        held._lost = None
+        held.store.write = write
+        time.sleep(0.3)
+        before = held.store.head(held.key)
+        held.check()
+        # It is renewed again, by itself and by being asked.
+        assert held.store.head(held.key) != before
+        with pytest.raises(UserError, match="another job is at work"):
+            lease(str(tmp_path), 60.0).__enter__()
+        # But whoever began meanwhile keeps it.
+        held.store.write = failing
+        while held.held():
+            time.sleep(0.05)
+        write(held.key, json.dumps({"token": "x"}).encode())
+        held.store.write = write
+        with pytest.raises(UserError, match="another job has taken it over"):
+            held.check()
     assert "the lease could not be renewed: no server answers" in caplog.text
+
+
+def test_a_lease_that_cannot_be_given_back_stops_nothing(tmp_path, caplog):
+    with lease(str(tmp_path)) as held:
+        held.store.delete = failing
     assert "the lease could not be given back: no server answers" in caplog.text
 
 
@@ -167,14 +187,14 @@ def unreadable(*_: object, **__: object) -> None:
 def test_a_lease_that_cannot_be_read_is_held_for_as_long_as_it_lasts(tmp_path):
     with lease(str(tmp_path), 60.0) as held:
         read, held.store.read = held.store.read, unreadable
+        held.store.write = failing
         held.check()
         held._renewed -= 61
         with pytest.raises(UserError, match=r"was lost \(it could not be renewed in time\)"):
             held.check()
         held.store.read = read
+        del held.store.write
         held.check()
-        held._renewed += 61
-        held.store.read = unreadable
     assert list(open_store(str(tmp_path)).list()) == []
 
 
@@ -196,6 +216,17 @@ def test_a_renewal_whose_answer_was_lost_is_tried_again_where_nothing_can_be_rea
         time.sleep(0.5)
         held.check()
     assert "_lock/nightly.json cannot be read (storage answered 503)" in caplog.text
+
+
+def test_what_was_written_and_not_heard_of_counts_for_no_later_renewal(tmp_path):
+    """Its etag was not told, so that the next renewal meets what the last one wrote."""
+    with lease(str(tmp_path), 60.0) as held:
+        head, held.store.head = held.store.head, failing
+        assert held.held()
+        held.store.head = head
+        before = held.store.head(held.key)
+        assert held.held()
+        assert held.store.head(held.key) != before
 
 
 def test_a_lost_answer_is_not_taken_for_another_holder(tmp_path):

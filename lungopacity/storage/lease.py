@@ -29,8 +29,6 @@ LEASE_S = 90.0
 """How long a lease outlives its last renewal: what a killed job makes the next one wait."""
 _RENEWALS = 5
 """Within that time: some may fail."""
-_TAKEN_OVER = "another job has taken it over"
-_TOO_LATE = "it could not be renewed in time"
 
 
 @dataclass
@@ -47,9 +45,12 @@ class Lease:
     Otherwise whoever held it within its time is taken to live."""
     _token: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
     _etag: str | None = field(default=None, init=False)
+    """Of what was written last; None where it is not known."""
+    _renewing: threading.Lock = field(default_factory=threading.Lock, init=False)
     _stop: threading.Event = field(default_factory=threading.Event, init=False)
-    _lost: str | None = field(default=None, init=False)
+    _taken_over: bool = field(default=False, init=False)
     _renewed: float = field(default=0.0, init=False)
+    """`time.monotonic()` before the last renewal that landed."""
 
     @property
     def key(self) -> str:
@@ -77,25 +78,29 @@ class Lease:
             log.warning("the lease could not be given back: %s", failure)
 
     def held(self) -> bool:
-        """Whether the lease is still ours. Where the storage does not tell: whether it was renewed
-        so lately that nobody may have taken it over."""
-        if self._lost is None:
-            try:
-                is_ours = self._is_ours()
-            except UserError as error:
-                log.warning("%s", error)
-                return self._is_fresh()
-            if not is_ours:
-                self._lost = _TAKEN_OVER
-        return self._lost is None
+        """Whether the lease is still ours, and then it is renewed. Where the storage does not
+        answer: whether it was renewed so lately that nobody may have taken it over."""
+        try:
+            self._renew()
+        except UserError as error:
+            log.warning("%s", error)
+            return time.monotonic() - self._renewed <= self.seconds
+        return not self._taken_over
 
     def check(self) -> None:
         """Raises `UserError` where the lease was lost; then nothing may be published."""
         if not self.held():
-            raise UserError(
-                f"{self.store.uri}: the lease '{self.name}' was lost ({self._lost or _TOO_LATE}); "
-                "nothing was published, and the next night goes on with what is done"
+            why = (
+                "another job has taken it over"
+                if self._taken_over
+                else "it could not be renewed in time"
             )
+            raise UserError(f"{self.store.uri}: the lease '{self.name}' was lost ({why})")
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether another job is known to hold it; asks nobody."""
+        return self._taken_over
 
     def _take(self) -> None:
         try:
@@ -157,14 +162,19 @@ class Lease:
         )
 
     def _put(self, *, if_absent: bool = False, if_match: str | None = None) -> None:
+        """Raises `ConflictError` where another holds it, `UserError` where the storage does not
+        answer."""
+        renewal = uuid.uuid4().hex
         content = {
             "token": self._token,
-            "renewal": uuid.uuid4().hex,
+            "renewal": renewal,
             "purpose": self.purpose,
             "host": socket.gethostname(),
             "process": os.getpid(),
         }
         began = time.monotonic()
+        # Also of what lands and is not answered.
+        self._etag = None
         try:
             self.store.write(
                 self.key,
@@ -174,17 +184,24 @@ class Lease:
             )
         except ConflictError:
             # A lost answer makes the client ask again, and meet what it wrote itself.
-            if not self._is_ours():
+            if self._content().get("renewal") != renewal:
                 raise
         self._renewed = began
-        found = self.store.head(self.key)
-        self._etag = None if found is None else found.etag
+        self._etag = self._own_etag()
 
-    def _content(self) -> dict[str, Any]:
+    def _own_etag(self) -> str | None:
+        """The etag of the lease where it is ours. Raises `UserError` where the storage does not
+        tell."""
+        found = self.store.head(self.key)
+        if found is None or self._content(found.etag).get("token") != self._token:
+            return None
+        return found.etag
+
+    def _content(self, etag: str | None = None) -> dict[str, Any]:
         """What the lease says; nothing where it is gone or damaged. Raises `UserError` where the
-        storage does not tell."""
+        storage does not tell, and where it is no longer the one of the etag."""
         try:
-            found = json.loads(self.store.read(self.key))
+            found = json.loads(self.store.read(self.key, etag=etag))
         except ImageError as error:
             if error.code is ErrorCode.MISSING:
                 return {}
@@ -195,25 +212,32 @@ class Lease:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _is_ours(self) -> bool:
-        return bool(self._content().get("token") == self._token)
+    def _renew(self) -> None:
+        """Raises `UserError` where the storage does not answer.
 
-    def _is_fresh(self) -> bool:
-        return time.monotonic() - self._renewed <= self.seconds
+        However late: while what lies there is what we wrote last, nobody has taken it over.
+        """
+        with self._renewing:
+            if self._taken_over:
+                return
+            # Twice: the etag may be another one, and what we wrote the same, as after a copy.
+            for _ in range(2):
+                etag = self._etag or self._own_etag()
+                if etag is None:
+                    break
+                try:
+                    self._put(if_match=etag)
+                except ConflictError:
+                    continue
+                return
+            self._taken_over = True
 
     def _keep(self) -> None:
-        while not self._stop.wait(self.seconds / _RENEWALS):
+        while not self._taken_over and not self._stop.wait(self.seconds / _RENEWALS):
             try:
-                self._put(if_match=self._etag)
-            except ConflictError:
-                self._lost = _TAKEN_OVER
-                return
+                self._renew()
             except UserError as error:
-                # The storage does not answer; it may again before the lease is over.
                 log.warning("the lease could not be renewed: %s", error)
-                if not self._is_fresh():
-                    self._lost = _TOO_LATE
-                    return
 
 
 def _told(age: timedelta) -> str:
