@@ -29,10 +29,12 @@ from lungopacity.results.schema import (
 from lungopacity.results.workbench import workbench
 from lungopacity.screening.history import History
 from lungopacity.screening.plan import make_plan
+from lungopacity.screening.rules import Rules
 from lungopacity.storage import open_store
 from lungopacity.storage.parquet import PARQUET_OPTIONS, parquet_bytes
 
 CLASSES = ("Normal", "Lung_Opacity")
+_RULES = Rules(positive_class=CLASSES[1])
 _ROWS_PER_BATCH = 100_000
 _ROWS_PER_FILE = 1_000_000
 _SCREENED = 0.99
@@ -97,7 +99,9 @@ def _measured_archive(images: str, model_id: str) -> PlanCost:
     with TemporaryDirectory(prefix="lungopacity-") as scratch:
         results = open_store(f"{scratch}/results")
         began = time.perf_counter()
-        plan = make_plan(results, list_archive(images), model_id, "night", Path(scratch))
+        plan = make_plan(
+            results, list_archive(images), model_id, "night", Path(scratch), rules=_RULES
+        )
         seconds = time.perf_counter() - began
     objects = plan.start.objects
     return PlanCost(objects, 0, objects, seconds, peak_mib_of_process())
@@ -108,9 +112,17 @@ def _measured(folder: str, keys: int, model_id: str) -> PlanCost:
     archive, results = f"{folder}/archive", open_store(f"{folder}/results")
     began = time.perf_counter()
     inventory = read_inventory(f"{folder}/inventory.parquet", archive)
-    history = History.read(results, inventory.uri, model_id, {}, None)
+    history = History.read(results, inventory.uri, model_id, _RULES, None)
     with TemporaryDirectory(prefix="lungopacity-") as scratch:
-        plan = make_plan(results, inventory, model_id, "night", Path(scratch), history=history)
+        plan = make_plan(
+            results,
+            inventory,
+            model_id,
+            "night",
+            Path(scratch),
+            rules=_RULES,
+            history=history,
+        )
     seconds = time.perf_counter() - began
     return PlanCost(
         keys=keys,

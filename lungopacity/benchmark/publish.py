@@ -23,8 +23,9 @@ from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import part_schema
 from lungopacity.screening.aggregate import run_metrics
 from lungopacity.screening.parts import ROWS_PER_PART
-from lungopacity.screening.plan import make_plan
+from lungopacity.screening.plan import Plan, make_plan
 from lungopacity.screening.publish import collect, remove_work
+from lungopacity.screening.rules import Rules
 from lungopacity.storage import open_store
 from lungopacity.storage.parquet import parquet_bytes
 
@@ -91,13 +92,19 @@ def _inventory(folder: str, rows: int) -> Inventory:
 
 def _write_parts(folder: str, rows: int) -> None:
     """The plan, and what two attempts at it would have left."""
-    results = open_store(f"{folder}/results")
     with TemporaryDirectory(prefix="lungopacity-") as scratch:
-        make_plan(results, _inventory(folder, rows), "model", "first", Path(scratch))
+        _planned(folder, rows, scratch)
     jobs = [(folder, at, min(rows, at + _ROWS_PER_JOB)) for at in range(0, rows, _ROWS_PER_JOB)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
         list(pool.map(_write_some, jobs))
+
+
+def _planned(folder: str, rows: int, scratch: str) -> Plan:
+    """The plan of the one run; when it is asked for again, taken up."""
+    results, rules = open_store(f"{folder}/results"), Rules(_SPEC.positive_class)
+    inventory = _inventory(folder, rows)
+    return make_plan(results, inventory, "model", "first", Path(scratch), rules=rules)
 
 
 def _write_some(job: tuple[str, int, int]) -> None:
@@ -113,7 +120,7 @@ def _measured(folder: str, rows: int) -> PublishCost:
     """In a process of its own."""
     results = open_store(f"{folder}/results")
     with TemporaryDirectory(prefix="lungopacity-") as scratch:
-        plan = make_plan(results, _inventory(folder, rows), "model", "first", Path(scratch))
+        plan = _planned(folder, rows, scratch)
         parts = sum(1 for _ in results.list(f"{plan.work}attempt="))
         began = time.perf_counter()
         with collect(results, plan, CLASSES) as collected:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from types import UnionType
@@ -84,7 +84,7 @@ def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
     names is gone.
     """
     attempt = uuid.uuid4().hex
-    sequence = 1 + max((run.get("sequence", 0) for run in read_runs(store)), default=0)
+    sequence = 1 + newest_sequence(read_runs(store))
     document = {
         "schema_version": SCHEMA_VERSION,
         "sequence": sequence,
@@ -140,6 +140,11 @@ def read_runs(store: Store) -> list[dict[str, Any]]:
     )
 
 
+def newest_sequence(runs: Iterable[Mapping[str, Any]]) -> int:
+    """The highest `sequence` of commit records; 0 where there is none."""
+    return max((run.get("sequence", 0) for run in runs), default=0)
+
+
 def _parsed(store: Store, key: str) -> dict[str, Any]:
     try:
         record = json.loads(store.read(key))
@@ -150,6 +155,10 @@ def _parsed(store: Store, key: str) -> dict[str, Any]:
                 f"({SCHEMA_VERSION}); upgrade lungopacity"
             )
         _check_record(record)
+        if "positive_class" not in record:
+            # The first runs ever did not tell; it was what `train` still takes where none is given.
+            names = record["class_names"]
+            record["positive_class"] = "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
     except (ImageError, ValueError, TypeError, LookupError) as error:
         mend = error.mend if isinstance(error, ImageError) else "restore it"
         raise UserError(

@@ -111,7 +111,7 @@ def publish_run(
         if job.labels is not None and labels is not None:
             metrics += label_metrics(predictions, spec, labels, job.known_films)
             warn_of_useless_labels(
-                predictions, spec, job.labels, names_may_be_told=not job.rules["hash_keys"]
+                predictions, spec, job.labels, names_may_be_told=not job.rules.hash_keys
             )
         ((repeated, failed_again),) = collected.connection.execute(
             "SELECT count(*), count(*) FILTER (status = 'failed') FROM final "
@@ -189,7 +189,7 @@ def _labelled(collected: Collected, job: ScreeningJob) -> pd.DataFrame | None:
         return None
     labels, doubts = collected.label(job.labels)
     if doubts:
-        such = "" if job.rules["hash_keys"] else f", as {doubts[0]}"
+        such = "" if job.rules.hash_keys else f", as {doubts[0]}"
         log.warning(
             "%d names of the labels do not tell which image they mean%s: it has no label",
             len(doubts),
@@ -220,8 +220,8 @@ def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str,
         "explained": result.explained,
         "broken": result.broken,
         "settings": {
-            **job.rules,
-            "key_map": None if job.pseudonyms is None else job.pseudonyms.key_map,
+            **job.rules.settings(),
+            "key_map": job.key_map,
             "batch_size": job.batch_size,
             "max_failed_fraction": job.max_failed_fraction,
         },

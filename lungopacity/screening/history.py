@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 from lungopacity.errors import OF_STORAGE, OF_VERSION, ErrorCode, Status
-from lungopacity.results.folder import read_runs
+from lungopacity.results.folder import newest_sequence, read_runs
 from lungopacity.results.query import files_of_runs, predictions_of, run_places
 from lungopacity.results.workbench import quoted
 from lungopacity.runtime import versions
 from lungopacity.screening.pseudonyms import Pseudonyms
+from lungopacity.screening.rules import Rules
 from lungopacity.storage import Store
 
 log = logging.getLogger(__name__)
@@ -37,32 +38,24 @@ class History:
     results: Store
     runs: Sequence[Mapping[str, Any]]
     """Commit records, oldest first."""
-    rules: Mapping[str, Any]
+    rules: Rules
     pseudonyms: Pseudonyms | None
+    newest: int
+    """The highest `sequence` of any run, see `newest_sequence`."""
 
     @staticmethod
     def read(
         results: Store,
         archive: str,
         model_id: str,
-        rules: Mapping[str, Any],
+        rules: Rules,
         pseudonyms: Pseudonyms | None,
     ) -> History:
-        """The runs that count. Results whose names are hashed, or hashed under another key, cannot
-        be compared with plain ones: a change of that screens the archive again."""
-        hashed = pseudonyms is not None and pseudonyms.key_map is not None
-        runs = [
-            run
-            for run in read_runs(results)
-            if (run["archive"], run["model_id"]) == (archive, model_id)
-            and run.get("positive_class") == rules.get("positive_class")
-            and (_settings(run).get("key_map") is not None) == hashed
-            and (
-                not hashed
-                or _settings(run).get("hmac_key_fingerprint") == rules["hmac_key_fingerprint"]
-            )
-        ]
-        return History(results, runs, rules, pseudonyms if hashed else None)
+        """The runs that count, see `is_of_kind`."""
+        records = read_runs(results)
+        runs = [run for run in records if is_of_kind(run, archive, model_id, rules)]
+        hashed = pseudonyms if rules.hash_keys else None
+        return History(results, runs, rules, hashed, newest_sequence(records))
 
     def load(self, connection: Any) -> None:
         """Create the table `screened` (name, version, again, place) in DuckDB; see `_number`.
@@ -105,7 +98,7 @@ class History:
         return [
             run["run_id"]
             for run in self.runs
-            if any(_settings(run).get(name) != self.rules.get(name) for name in names)
+            if not set(names).isdisjoint(self.rules.that_differ(_settings(run)))
         ]
 
     def _warn_of_other_points(self, connection: Any) -> None:
@@ -135,6 +128,22 @@ class History:
             ON {_number(name)} = known.name AND {_VERSION} = known.version
             WHERE known.name IS NULL OR known.again
         """
+
+
+def is_of_kind(run: Mapping[str, Any], archive: str, model_id: str, rules: Rules) -> bool:
+    """Whether the published run is over the archive with the model, decided about the class of the
+    rules, and names objects as they do.
+
+    Results whose names are hashed, or hashed under another key, cannot be compared with plain ones:
+    a change of that screens the archive again.
+    """
+    hashed = _settings(run).get("key_map") is not None
+    return (
+        (run["archive"], run["model_id"]) == (archive, model_id)
+        and run["positive_class"] == rules.positive_class
+        and hashed == rules.hash_keys
+        and not (hashed and "hmac_key_fingerprint" in rules.that_differ(_settings(run)))
+    )
 
 
 def of_other_version(run: Mapping[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from lungopacity.results.query import files_of_runs, predictions_of
 from lungopacity.results.schema import check_class_columns, class_column
 from lungopacity.results.workbench import workbench
 from lungopacity.screening.pseudonyms import Pseudonyms, read_pseudonyms
+from lungopacity.screening.rules import Rules
 from lungopacity.storage import Store, open_store
 
 MAX_FAILED_FRACTION = 0.05
@@ -61,26 +62,28 @@ class ScreeningJob:
     @property
     def written(self) -> tuple[str, ...]:
         """URIs of the places that are written to."""
-        key_map = None if self.pseudonyms is None else self.pseudonyms.key_map
-        return (self.results.uri,) if key_map is None else (self.results.uri, key_map)
+        return (self.results.uri,) if self.key_map is None else (self.results.uri, self.key_map)
 
     @property
-    def rules(self) -> dict[str, Any]:
-        """What two attempts at one run must agree in."""
-        names = self.pseudonyms
-        return {
-            "accept": sorted(code.value for code in self.read_settings.accept),
-            "reject_quality": sorted(self.read_settings.reject_quality),
-            "hmac_key_fingerprint": None if names is None else names.fingerprint,
-            "hash_keys": names is not None and names.key_map is not None,
-            # Of models that differ in it alone the id is the same.
-            "positive_class": self.model.spec.positive_class,
-            "operating_point": self.operating_point,
-            "threshold": self.model.spec.operating_point.threshold,
-            "review_from": self.model.spec.operating_point.review_from,
-            "explain": self.explain,
-            "precision": self.precision,
-        }
+    def key_map(self) -> str | None:
+        """URI of the folder that keeps the names of objects; None where they are not hashed."""
+        return None if self.pseudonyms is None else self.pseudonyms.key_map
+
+    @property
+    def rules(self) -> Rules:
+        spec = self.model.spec
+        return Rules(
+            positive_class=spec.positive_class,
+            accept=tuple(sorted(code.value for code in self.read_settings.accept)),
+            reject_quality=tuple(sorted(self.read_settings.reject_quality)),
+            hmac_key_fingerprint=None if self.pseudonyms is None else self.pseudonyms.fingerprint,
+            hash_keys=self.key_map is not None,
+            operating_point=self.operating_point,
+            threshold=spec.operating_point.threshold,
+            review_from=spec.operating_point.review_from,
+            explain=self.explain,
+            precision=self.precision,
+        )
 
 
 def screening_job(
@@ -138,7 +141,8 @@ def screening_job(
             hmac_key, _key_map(results.uri, key_map) if hash_keys else None
         )
     return ScreeningJob(
-        model_uri=model,
+        # The record names it: whoever reads that is in another folder.
+        model_uri=open_store(model).uri,
         model=trained,
         results=results,
         read_settings=ReadSettings(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from lungopacity.archive.inventory import Inventory
@@ -17,7 +18,7 @@ from lungopacity.results.workbench import temporary_folder
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
-from lungopacity.screening.plan import RunStart, choose, unfinished_runs
+from lungopacity.screening.plan import RunStart, choose, published_later, unfinished_runs
 from lungopacity.screening.screen import inside, inventory_at, run_job
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.lease import Lease
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 STATUS = "status.json"
 """In the results folder: what became of the newest night. `ray job submit` tells no exit code."""
-_GO_ON = "the next night goes on with run {}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Night:
     runs: tuple[ScreeningResult, ...]
     """First one that an earlier night left unfinished, if any; then tonight's own."""
     planned: int | None = None
-    """Of a dry run: objects that a night would screen."""
+    """Of a dry run: objects that a night would screen in its own run, those of `unfinished` ones
+    among them, which it would screen there."""
     unfinished: tuple[str, ...] = ()
     """Of a dry run: ids of runs that a night would finish first."""
 
@@ -72,16 +73,28 @@ def nightly(
     with Lease(store, "nightly", f"nightly screening of {archive}") as lease:
         status = _Status(store, archive, lease)
         runs: list[ScreeningResult] = []
+        check = partial(_check, lease, runs)
         try:
             job = screening_job(model, results, **options)
+            publish = partial(
+                run_job,
+                job,
+                before_commit=check,
+                go_on_or_raise=partial(_check_if_taken_over, lease, runs),
+                on_published=runs.append,
+                go_on="the next night goes on with run {}",
+            )
             for start in _unfinished(job, inventory_at(archive, inventory, job.written).uri):
+                if not _may_be_finished(job, start):
+                    continue
                 log.info("run %s of an earlier night is finished first", start.run_id)
                 try:
-                    _finish(job, start, lease, runs.append)
+                    objects = Inventory(start.archive, iter(()))
+                    publish(objects, time.monotonic(), run_id=start.run_id)
                 except Exception as error:
                     # What stops all work stops tonight's own run, too; what stops this one alone
                     # must not stop every night.
-                    lease.check()
+                    check()
                     log.warning(
                         "run %s could not be finished, and its objects are left to tonight's own "
                         "run: %s",
@@ -90,17 +103,8 @@ def nightly(
                     )
             began = time.monotonic()
             listed = inventory_at(archive, inventory, job.written)
-            run_job(
-                job,
-                listed,
-                began,
-                limit=max_images,
-                history=_history(job, listed.uri),
-                before_commit=lease.check,
-                on_published=runs.append,
-                nightly=True,
-                go_on=_GO_ON,
-            )
+            history = _history(job, listed.uri)
+            publish(listed, began, limit=max_images, history=history, nightly=True)
         except BaseException as error:
             exit_code, why = _ended(error, names_may_be_told=not options.get("hash_keys"))
             status.write("failed", exit_code, runs, why)
@@ -110,21 +114,21 @@ def nightly(
     return night
 
 
-def _finish(
-    job: ScreeningJob,
-    start: RunStart,
-    lease: Lease,
-    on_published: Callable[[ScreeningResult], None],
-) -> None:
-    run_job(
-        job,
-        Inventory(start.archive, iter(())),
-        time.monotonic(),
-        run_id=start.run_id,
-        before_commit=lease.check,
-        on_published=on_published,
-        go_on=_GO_ON,
-    )
+def _check(lease: Lease, runs: Sequence[ScreeningResult]) -> None:
+    """Raises `UserError` where the lease was lost; then nothing more may be published."""
+    try:
+        lease.check()
+    except UserError as error:
+        published = f"only {' and '.join(run.run_id for run in runs)}" if runs else "nothing"
+        raise UserError(
+            f"{error}; {published} was published, and the next night goes on with what is done"
+        ) from error
+
+
+def _check_if_taken_over(lease: Lease, runs: Sequence[ScreeningResult]) -> None:
+    """As `_check`, where another job is known to hold the lease: hours of work would be in vain."""
+    if lease.taken_over:
+        _check(lease, runs)
 
 
 def _rehearsed(
@@ -144,7 +148,9 @@ def _rehearsed(
         store.uri,
         (),
         planned=sum(file.rows for file in files),
-        unfinished=tuple(start.run_id for start in _unfinished(job, listed.uri)),
+        unfinished=tuple(
+            start.run_id for start in _unfinished(job, listed.uri) if _may_be_finished(job, start)
+        ),
     )
 
 
@@ -153,7 +159,7 @@ def _history(job: ScreeningJob, archive: str) -> History:
 
 
 def _unfinished(job: ScreeningJob, archive: str) -> list[RunStart]:
-    """Runs that earlier nights left behind, and that may be taken up as they were begun.
+    """Runs that earlier nights left behind over this archive, with this model, about this class.
 
     archive: `Inventory.uri`.
     """
@@ -161,9 +167,27 @@ def _unfinished(job: ScreeningJob, archive: str) -> list[RunStart]:
         start
         for start in unfinished_runs(job.results)
         if start.nightly
-        and (start.archive, start.model_id) == (archive, job.model.model_id)
-        and dict(start.rules) == job.rules
+        and (start.archive, start.model_id, start.rules.positive_class)
+        == (archive, job.model.model_id, job.model.spec.positive_class)
     ]
+
+
+def _may_be_finished(job: ScreeningJob, start: RunStart) -> bool:
+    """Whether the run can be published as it was begun, as the newest; a warning says why not."""
+    others = job.rules.that_differ(start.rules.settings())
+    later = published_later(job.results, start)
+    if others:
+        why = f"it was begun with another {', '.join(others)}"
+    elif later is not None:
+        why = f"run {later} was published since, and is newer"
+    else:
+        return True
+    log.warning(
+        "run %s of an earlier night is not finished, and its objects are screened anew: %s",
+        start.run_id,
+        why,
+    )
+    return False
 
 
 def _ended(error: BaseException, *, names_may_be_told: bool) -> tuple[int, str]:

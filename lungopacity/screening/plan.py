@@ -7,11 +7,10 @@ import json
 import logging
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -20,14 +19,17 @@ from lungopacity.errors import ImageError, UserError
 from lungopacity.results.folder import (
     WORK,
     check_run_id,
+    newest_sequence,
     published_meanwhile,
     read_run,
+    read_runs,
     start_key,
     work_prefix,
 )
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
 from lungopacity.results.workbench import ExportedFile, export, spool, view_of_files, workbench
-from lungopacity.screening.history import History
+from lungopacity.screening.history import History, is_of_kind
+from lungopacity.screening.rules import Rules
 from lungopacity.storage import ConflictError, Store, open_store
 
 log = logging.getLogger(__name__)
@@ -52,12 +54,14 @@ class RunStart:
     """How many are planned."""
     files: tuple[str, ...]
     """Names of the files that hold the plan: two jobs that plan one run write different ones."""
-    rules: Mapping[str, Any] = field(default_factory=dict)
-    """What is scored and what is rejected, and the fingerprint of the key for names."""
+    rules: Rules
     nightly: bool = False
     """Whether a later night may take it up by itself."""
     columns: str = ""
     """Of its files, see `_COLUMNS`."""
+    after: int = 0
+    """`newest_sequence` when it was planned: what was published later may be of the same objects,
+    and newer."""
     published: bool = False
     """Its commit record was written. Whoever withdraws the run deletes the record: what is left of
     the work must not publish it once more."""
@@ -94,8 +98,8 @@ def make_plan(
     run_id: str,
     folder: Path,
     *,
+    rules: Rules,
     limit: int | None = None,
-    rules: Mapping[str, Any] | None = None,
     history: History | None = None,
     nightly: bool = False,
 ) -> Plan:
@@ -114,6 +118,8 @@ def make_plan(
         )
     start = read_start(results, run_id)
     if start is None:
+        # Before the objects are chosen: what is published meanwhile counts as later.
+        after = newest_sequence(read_runs(results)) if history is None else history.newest
         files = choose(inventory, folder, limit, history)
         start = RunStart(
             run_id=run_id,
@@ -122,9 +128,10 @@ def make_plan(
             started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
             objects=sum(file.rows for file in files),
             files=tuple(f"plan-{uuid.uuid4().hex}-{number:05d}" for number in range(len(files))),
-            rules=dict(rules or {}),
+            rules=rules,
             nightly=nightly,
             columns=_COLUMNS,
+            after=after,
         )
         for name, file in zip(start.files, files, strict=True):
             results.write(f"{work_prefix(run_id)}{name}.parquet", file.path.read_bytes())
@@ -137,7 +144,15 @@ def make_plan(
             start = read_start(results, run_id)
             if start is None:
                 raise published_meanwhile(run_id) from None
-    _check_same(start, inventory.uri, model_id, rules or {})
+    _check_same(start, inventory.uri, model_id, rules)
+    later = published_later(results, start)
+    if later is not None:
+        log.warning(
+            "run %s was published since run %s was begun; what this one has screened will count as "
+            "newer all the same",
+            later,
+            run_id,
+        )
     return Plan(start, tuple(_taken_up(results, start, folder)), resumed=True)
 
 
@@ -174,7 +189,8 @@ def _start_at(results: Store, key: str) -> RunStart | None:
     tell."""
     try:
         told = json.loads(results.read(key))
-        start = RunStart(**told | {"files": tuple(told["files"])})
+        told |= {"files": tuple(told["files"]), "rules": Rules.of(told["rules"])}
+        start = RunStart(**told)
     except (ImageError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, ImageError) and error.may_pass:
             # It may hold the work of hours.
@@ -207,6 +223,18 @@ def unfinished_runs(results: Store) -> list[RunStart]:
         elif not start.published:
             starts.append(start)
     return sorted(starts, key=lambda start: start.started_at)
+
+
+def published_later(results: Store, start: RunStart) -> str | None:
+    """Id of the newest run of the same kind (see `is_of_kind`) that was published after this one
+    was planned; None where there is none."""
+    later = [
+        run["run_id"]
+        for run in read_runs(results)
+        if run.get("sequence", 0) > start.after
+        and is_of_kind(run, start.archive, start.model_id, start.rules)
+    ]
+    return later[-1] if later else None
 
 
 def unfinished_table(results_uri: str) -> pa.Table:
@@ -254,11 +282,12 @@ def choose(
     return files
 
 
-def _check_same(start: RunStart, archive: str, model_id: str, rules: Mapping[str, Any]) -> None:
+def _check_same(start: RunStart, archive: str, model_id: str, rules: Rules) -> None:
+    before = start.rules.settings()
     for name, then, now in (
         ("archive", start.archive, archive),
         ("model", start.model_id, model_id),
-        *((name, start.rules.get(name), value) for name, value in rules.items()),
+        *((name, before[name], value) for name, value in rules.settings().items()),
     ):
         if then != now:
             raise UserError(

@@ -19,8 +19,10 @@ def night_summary(night: Night) -> str:
     """What a night did, or on a dry run would do."""
     if night.planned is None:
         return "\n".join(summary(run) for run in night.runs)
-    lines = [f"a night would screen {night.planned} objects; nothing was written (--dry-run)"]
-    lines += [f"  and first finish run {run_id} of an earlier night" for run_id in night.unfinished]
+    lines = [f"a night would first finish run {run_id} of before" for run_id in night.unfinished]
+    # What those runs publish, it would not screen again.
+    most = "then screen at most" if night.unfinished else "a night would screen"
+    lines.append(f"{most} {night.planned} objects; nothing was written (--dry-run)")
     return "\n".join([*lines, NOTICE])
 
 

@@ -75,8 +75,8 @@ def retry(
         noted={"retry_of": run_id},
     )
     _check_same(job, record, settings)
-    if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
-        failed = _named(failed, job.pseudonyms.key_map, run_id)
+    if job.key_map is not None:
+        failed = _named(failed, job.key_map, run_id)
     listed = _as_they_are_now(record["archive"], failed)
     return run_job(job, listed, began, go_on="the same command begins anew")
 
@@ -129,17 +129,16 @@ def _check_same(job: ScreeningJob, record: dict[str, Any], settings: dict[str, A
             f"{job.model_uri} holds model {job.model.model_id}, the run was made with "
             f"{record['model_id']}; give that one as --model"
         )
-    # Its rows will stand beside the others of the run. The first records of all do not tell.
-    decided = {**record, **settings}
-    for name in ("positive_class", "threshold", "review_from"):
-        then, now = decided.get(name, job.rules[name]), job.rules[name]
-        if then != now:
+    # Its rows will stand beside the others of the run. The first records of all do not tell more.
+    then = {**settings, "positive_class": record["positive_class"]}
+    for name, now in job.rules.settings().items():
+        if name in ("positive_class", "threshold", "review_from") and then.get(name, now) != now:
             raise UserError(
-                f"the run decided with {name} {then}, {job.model_uri} does with {now}; give the "
-                "model folder of then as --model, or screen again"
+                f"the run decided with {name} {then[name]}, {job.model_uri} does with {now}; give "
+                "the model folder of then as --model, or screen again"
             )
     fingerprint = settings.get("hmac_key_fingerprint")
-    if job.rules["hmac_key_fingerprint"] != fingerprint:
+    if job.rules.hmac_key_fingerprint != fingerprint:
         raise UserError(
             f"the run was made {'with another' if fingerprint else 'without a'} key for names; "
             f"{'give that one as' if fingerprint else 'leave out'} --hmac-key"

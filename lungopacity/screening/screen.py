@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from lungopacity import observe
 from lungopacity.archive.inventory import Inventory, below, left_out, list_archive
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.archive.stream import OBJECTS_PER_TASK
-from lungopacity.errors import Status, UserError, first_line
+from lungopacity.errors import UserError, first_line
 from lungopacity.models.compiled import loaded
 from lungopacity.models.scorer import FLOAT32, check_precision
 from lungopacity.progress import Progress
@@ -32,7 +31,8 @@ from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.finish import ScreeningResult, publish_run
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, screening_job
-from lungopacity.screening.parts import OBJECTS, write_crashed
+from lungopacity.screening.landed import Landed
+from lungopacity.screening.parts import write_crashed
 from lungopacity.screening.pipeline import screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, read_start
 from lungopacity.screening.publish import collect, remove_work
@@ -150,6 +150,7 @@ def run_job(
     limit: int | None = None,
     history: History | None = None,
     before_commit: Callable[[], None] | None = None,
+    go_on_or_raise: Callable[[], None] = lambda: None,
     on_published: Callable[[ScreeningResult], None] | None = None,
     nightly: bool = False,
     go_on: str = "go on with --run-id {} and the same options",
@@ -157,16 +158,17 @@ def run_job(
     """Plan, screen and publish one run over the objects of the inventory.
 
     `began`: `time.monotonic()` at the start. `run_id`, `limit`: see `screen`. `history`: what needs
-    no screening. `before_commit` may raise, and then nothing is published. `on_published`: is
-    called at once when the run is published, before its work is removed. `nightly`: see `make_plan`. `go_on`: what the user is told to do where the run, whose id stands for {}, is not
-    finished. Raises `UserError`.
+    no screening. `before_commit` may raise, and then nothing is published; so may
+    `go_on_or_raise`, which is asked with each part file. `on_published` is called at once when the
+    run is published, before its work is removed. `nightly`: see `make_plan`. `go_on`: what the user
+    is told to do where the run, whose id stands for {}, is not finished. Raises `UserError`.
     """
     model_id = job.model.model_id
     run_id = run_id or new_run_id(model_id)
     observe.set_run(run_id)
-    if job.pseudonyms is not None and job.pseudonyms.key_map is not None:
+    if job.key_map is not None:
         # It is written last: after a night's work it would be late to hear that it cannot be.
-        check_writable(job.pseudonyms.key_map, private=True)
+        check_writable(job.key_map, private=True)
     if job.precision != FLOAT32:
         # The cluster alone knows, and a plan that cannot be screened would be left behind.
         with ray_session():
@@ -193,7 +195,7 @@ def run_job(
         )
         go_on = go_on.format(run_id)
         try:
-            devices = _screen_what_is_missing(job, plan, folder, go_on)
+            devices = _screen_what_is_missing(job, plan, folder, go_on, go_on_or_raise)
             done_with_ray()
             job = replace(job, noted={**job.noted, "devices": devices})
             result = publish_run(job, plan, began, before_commit)
@@ -213,9 +215,16 @@ def run_job(
     return result
 
 
-def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: str) -> list[str]:
+def _screen_what_is_missing(
+    job: ScreeningJob,
+    plan: Plan,
+    folder: Path,
+    go_on: str,
+    go_on_or_raise: Callable[[], None],
+) -> list[str]:
     """Until every object of the plan has its rows in part files; what devices scored them, see
     `ScoringResources`. `folder`: for lists of the rest. `go_on`: the mend where some have none.
+    `go_on_or_raise`: is asked with each part file.
 
     A million objects at a time: the driver's memory does not grow with the archive. One that ends
     every process that reads it is found out in the last round, where each is by itself.
@@ -236,11 +245,14 @@ def _screen_what_is_missing(job: ScreeningJob, plan: Plan, folder: Path, go_on: 
         if most == 1 and _rows(todo) > _FEW_OBJECTS:
             most = _FEWER_OBJECTS
         given_up = len(todo)
-        for path in todo:
-            with _surviving_lost_nodes():
-                objects = pq.read_table(path, columns=PLAN_SCHEMA.names)
-                devices |= _run_pipeline(job, plan, objects, losses=losses, most=most)
-                given_up -= 1
+        with Landed(plan.start.objects, todo, go_on_or_raise) as landed:
+            for path in todo:
+                with _surviving_lost_nodes():
+                    objects = pq.read_table(path, columns=PLAN_SCHEMA.names)
+                    devices |= _run_pipeline(
+                        job, plan, objects, losses=losses, most=most, landed=landed
+                    )
+                    given_up -= 1
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, f"round-{number}")
     if todo and most == 1 and not given_up:
@@ -283,11 +295,10 @@ def _rows(files: Sequence[Path]) -> int:
 
 
 def _run_pipeline(
-    job: ScreeningJob, plan: Plan, todo: pa.Table, *, losses: int, most: int
+    job: ScreeningJob, plan: Plan, todo: pa.Table, *, losses: int, most: int, landed: Landed
 ) -> set[str]:
     """The devices that scored."""
-    shards = pa.compute.sum(todo["is_shard"]).as_py() or 0
-    objects = 0
+    devices: set[str] = set()
     model = job.model
     # While Ray starts. That it cannot be loaded, the actors would find out, too, but nobody reads
     # their logs.
@@ -298,32 +309,22 @@ def _run_pipeline(
         if use_gpu:
             model = replace(model, compiled=None)
         resources = ScoringResources.of_cluster(use_gpu, job.gpus_per_actor, job.model_actors)
-        counts: Counter[str] = Counter()
-        # How many images a shard holds is known only once it has been read.
-        with Progress("Screening", total=None if shards else todo.num_rows) as progress:
-            for part in screen_objects(
-                plan.start.archive,
-                todo,
-                model,
-                job.read_settings,
-                job.results,
-                plan.work,
-                resources,
-                job.batch_size,
-                Explainer(plan.start.run_id) if job.explain else None,
-                job.precision,
-                losses=losses,
-                most=most,
-            ):
-                end_if_told()
-                counts += part
-                objects += counts.pop(OBJECTS, 0)
-                # All each time: Ray tells a gauge to Prometheus once after it was set.
-                observe.gauge("objects_planned", plan.start.objects)
-                observe.gauge("objects_waiting", todo.num_rows - objects)
-                observe.gauge("images_done", counts.total())
-                of = f", {objects} of {todo.num_rows} objects" if shards else ""
-                progress.advance(
-                    counts.total() - progress.done, note=f"{counts[Status.FAILED]} failed{of}"
-                )
-        return set(resources.devices())
+        for part in screen_objects(
+            plan.start.archive,
+            todo,
+            model,
+            job.read_settings,
+            job.results,
+            plan.work,
+            resources,
+            job.batch_size,
+            Explainer(plan.start.run_id) if job.explain else None,
+            job.precision,
+            losses=losses,
+            most=most,
+        ):
+            end_if_told()
+            # Now: at the end an autoscaler may have taken the nodes away.
+            devices = devices or set(resources.devices())
+            landed.add(part)
+        return devices

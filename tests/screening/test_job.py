@@ -32,7 +32,7 @@ def test_drift_is_measured_against_a_run_of_the_same_model(tmp_path):
 def test_attempts_at_a_run_agree_in_its_precision_and_cpus_have_one(tmp_path):
     model, results = str(tmp_path / "model"), str(tmp_path / "results")
     write_tiny_model(model)
-    assert screening_job(model, results).rules["precision"] == "float32"
-    assert screening_job(model, results, precision="bfloat16").rules["precision"] == "bfloat16"
+    assert screening_job(model, results).rules.precision == "float32"
+    assert screening_job(model, results, precision="bfloat16").rules.precision == "bfloat16"
     with pytest.raises(UserError, match="bfloat16 needs a GPU"):
         screening_job(model, results, precision="bfloat16", use_gpu=False)

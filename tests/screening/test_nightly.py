@@ -274,6 +274,17 @@ def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
     assert (night.failed, night.failed_again, night.exit_code) == (2, 1, 2)
 
 
+def test_a_run_is_retried_from_another_folder_than_its_model_was_named_in(place, monkeypatch):
+    monkeypatch.chdir(place.folder)
+    place.model, model = "model", place.model
+    place.failing["Adams.png"] = "timeout"
+    (run,) = place.night(max_failed_fraction=1.0).runs
+    assert json.loads(place.store.read(f"runs/{run.run_id}.json"))["model"] == model
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(screen, "done_with_ray", lambda: None)
+    assert lungopacity.retry(place.results, run.run_id).images == 1
+
+
 def test_a_run_that_does_not_say_its_model_is_retried_with_one_that_is_given(place):
     place.failing["Adams.png"] = "timeout"
     (run,) = place.night(max_failed_fraction=1.0).runs

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,8 +11,11 @@ from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import PLANNED_SCHEMA
 from lungopacity.results.workbench import temporary_folder, workbench
 from lungopacity.screening.plan import Plan, choose, make_plan, new_run_id, unfinished_runs
+from lungopacity.screening.rules import Rules
 from lungopacity.storage import open_store
 from tests.results.records import record_of
+
+RULES = Rules("Lung_Opacity")
 
 
 @pytest.fixture
@@ -23,7 +27,8 @@ def archive(tmp_path) -> str:
 
 def planned(results, archive: str, model: str, run_id: str, folder: Path, **options) -> Plan:
     folder.mkdir(exist_ok=True)
-    return make_plan(results, list_archive(archive), model, run_id, folder, **options)
+    given = {"rules": RULES, **options}
+    return make_plan(results, list_archive(archive), model, run_id, folder, **given)
 
 
 def objects(plan: Plan) -> pa.Table:
@@ -74,8 +79,10 @@ def test_another_model_or_archive_under_the_same_id_is_refused(archive, store_ur
     planned(results, archive, "model", "one", tmp_path / "1")
     with pytest.raises(UserError, match="begun with model model, not other"):
         planned(results, archive, "other", "one", tmp_path / "1")
-    with pytest.raises(UserError, match="begun with accept None, not"):
-        planned(results, archive, "model", "one", tmp_path / "1", rules={"accept": ["x"]})
+    with pytest.raises(UserError, match=r"begun with accept \[\], not \['x'\]"):
+        planned(
+            results, archive, "model", "one", tmp_path / "1", rules=replace(RULES, accept=("x",))
+        )
     open_store(str(tmp_path / "second")).write("a.png", b"x")
     with pytest.raises(UserError, match="begun with archive"):
         planned(results, str(tmp_path / "second"), "model", "one", tmp_path / "1")
@@ -109,7 +116,7 @@ def test_an_inventory_that_names_an_object_twice_is_refused(archive, tmp_path):
     (table,) = listed.tables
     twice = Inventory(listed.uri, iter([table, table.slice(0, 1)]))
     with pytest.raises(UserError, match="names 1 objects more than once"):
-        make_plan(open_store(str(tmp_path / "r")), twice, "model", "one", tmp_path)
+        make_plan(open_store(str(tmp_path / "r")), twice, "model", "one", tmp_path, rules=RULES)
 
 
 def test_a_full_disk_is_told_with_the_mend(archive):

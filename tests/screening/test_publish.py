@@ -16,6 +16,7 @@ from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.screening.plan import Plan, RunStart
 from lungopacity.screening.publish import collect, remove_work
+from lungopacity.screening.rules import Rules
 from lungopacity.storage import ObjectInfo, open_store
 from lungopacity.storage.parquet import parquet_bytes
 from tests.results.records import record_of
@@ -30,7 +31,8 @@ def plan_of(folder: Path, loose: list[str], shards: list[str]) -> Plan:
         {"image": name, **SOURCE, "is_shard": name in shards, "repeated": False}
         for name in [*loose, *shards]
     ]
-    start = RunStart("run", "model", "archive", NOW.isoformat(), len(rows), ("plan",))
+    rules = Rules("Lung_Opacity")
+    start = RunStart("run", "model", "archive", NOW.isoformat(), len(rows), ("plan",), rules)
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(
         pa.Table.from_pylist(rows, schema=PLANNED_SCHEMA).sort_by("image"), folder / "plan.parquet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from lungopacity.results.folder import read_run
 from lungopacity.results.query import query, runs
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.screening import screen
+from lungopacity.screening.landed import Landed
 from lungopacity.screening.resources import ScoringResources
 from tests.screening.nights import Place
 
@@ -38,7 +40,7 @@ def test_an_object_that_is_lost_each_time_gets_a_row_and_keeps_no_other_waiting(
 ):
     rounds = []
 
-    def dies(_job, plan, todo, *, losses, most) -> set[str]:
+    def dies(_job, plan, todo, *, losses, most, **_) -> set[str]:
         rounds.append((todo.num_rows, losses, most))
         if todo.num_rows > 1:
             place.write_parts(plan, todo.slice(1))
@@ -121,7 +123,7 @@ def test_a_job_on_gpus_does_not_look_at_what_cpus_run(tmp_path, monkeypatch, use
 
     def screen_objects(_archive, _objects, model, *_, **__):
         given.append(model.compiled)
-        return iter(())
+        return iter([Counter({"ok": 1, "objects": 1})])
 
     on = ScoringResources(1, 1, 0.0, float(use_gpu), 1, True)
     monkeypatch.setattr(screen, "loaded", lambda model: loads.append(model) or ["a network"])
@@ -133,6 +135,6 @@ def test_a_job_on_gpus_does_not_look_at_what_cpus_run(tmp_path, monkeypatch, use
     job = place.job(use_gpu=use_gpu)
     job = replace(job, model=replace(job.model, compiled=b"network"))
     todo = PLAN_SCHEMA.empty_table()
-    found = screen._run_pipeline(job, place.killed(), todo, losses=0, most=1)
+    found = screen._run_pipeline(job, place.killed(), todo, losses=0, most=1, landed=Landed(0, []))
     assert found == {"x"}
     assert (given, len(loads)) == ([None if use_gpu else b"network"], looked)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import lungopacity
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.results.query import query
-from lungopacity.screening import publish
+from lungopacity.screening import publish, screen
 from lungopacity.screening.nightly import nightly
-from lungopacity.screening.report import summary
+from lungopacity.screening.report import night_summary, summary
 from lungopacity.storage import LocalStore
 from tests.films import tar
 
@@ -33,6 +35,40 @@ def test_a_killed_night_over_one_shard_is_finished_too(place):
     place.killed(archive=shard)
     assert nightly(shard, place.model, place.results, dry_run=True).unfinished == ("killed",)
     assert [run.images for run in nightly(shard, place.model, place.results).runs] == [1, 0]
+
+
+def test_a_run_of_before_is_not_published_over_what_is_newer(place, caplog):
+    """Its rows would be the newest, though another night has read the same objects since."""
+    place.failing = {"Adams.png": "timeout", "Baker.png": "timeout"}
+    place.killed()
+    place.failing = {}
+    # With other options it cannot be finished.
+    (between,) = place.night(explain=True).runs
+    assert between.ok == 4
+    assert "killed of an earlier night is not finished" in caplog.text
+    assert "screened anew: it was begun with another explain" in caplog.text
+    (own,) = place.night(max_images=1).runs
+    assert (own.images, own.exit_code, place.status()["broken"]) == (0, 0, False)
+    assert f"screened anew: run {between.run_id} was published since" in caplog.text
+    told = query(place.results, "SELECT DISTINCT run_id, status FROM latest").to_pylist()
+    assert told == [{"run_id": between.run_id, "status": "ok"}]
+
+
+def test_a_run_that_is_taken_up_by_hand_warns_of_what_is_newer(place, monkeypatch, caplog):
+    monkeypatch.setattr(screen, "ray_ahead", nullcontext)
+    place.killed()
+    assert "published since" not in caplog.text
+    run = lungopacity.screen(place.archive.uri, place.model, place.results)
+    lungopacity.screen(place.archive.uri, place.model, place.results, run_id="killed")
+    assert f"run {run.run_id} was published since run killed was begun" in caplog.text
+
+
+def test_what_an_unfinished_run_has_counts_at_most_on_a_dry_run(place):
+    place.killed()
+    assert night_summary(place.night(dry_run=True)).splitlines()[:2] == [
+        "a night would first finish run killed of before",
+        "then screen at most 4 objects; nothing was written (--dry-run)",
+    ]
 
 
 @pytest.mark.parametrize("start", [b"{}", b"not json", "of another version"])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import lungopacity
-from lungopacity import progress
+from lungopacity import observe, progress
 from lungopacity.archive.inventory import list_archive
 from lungopacity.errors import UserError
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
-from lungopacity.screening import screen
+from lungopacity.screening import nightly, screen
 from lungopacity.screening.report import summary
 from lungopacity.storage import LocalStore
+from lungopacity.storage.lease import Lease
 
 
 def test_every_long_stage_of_a_night_is_told(place, monkeypatch, caplog):
@@ -136,17 +140,42 @@ def test_a_night_that_is_ended_while_its_work_is_removed_tells_what_it_published
     assert f"run {published} is published, and `lungopacity clean` removes the rest" in caplog.text
 
 
+def _taken_over(place) -> None:
+    place.store.write("_lock/nightly.json", b'{"token": "of another"}')
+    place.store.write("status.json", b'{"state": "of another"}')
+
+
 def test_a_night_that_lost_its_lease_leaves_the_status_to_the_other(place, monkeypatch):
-    def taken_over(_job, plan, todo, **_) -> set[str]:
+    def screened(_job, plan, todo, **_) -> set[str]:
         place.write_parts(plan, todo)
-        place.store.write("_lock/nightly.json", b'{"token": "of another"}')
-        place.store.write("status.json", b'{"state": "of another"}')
+        _taken_over(place)
         return set()
 
-    monkeypatch.setattr(screen, "_run_pipeline", taken_over)
-    with pytest.raises(UserError, match="the lease 'nightly' was lost"):
+    monkeypatch.setattr(screen, "_run_pipeline", screened)
+    with pytest.raises(UserError, match=r"the lease 'nightly' was lost \(.*\); nothing was publ"):
         place.night()
     assert place.status() == {"state": "of another"}
+
+
+def test_a_night_that_lost_its_lease_stops_at_once_and_tells_what_it_published(place, monkeypatch):
+    place.killed()
+    place.archive.write("Evans.png", b"new")
+    monkeypatch.setattr(nightly, "Lease", partial(Lease, seconds=0.5))
+    monkeypatch.setattr(observe, "gauge", lambda *_: None)
+
+    def screening(*_, landed, **__) -> set[str]:
+        _taken_over(place)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            landed.add(Counter({"objects": 0}))
+            time.sleep(0.01)
+        pytest.fail("nobody ended it")
+
+    monkeypatch.setattr(screen, "_run_pipeline", screening)
+    with pytest.raises(
+        UserError, match=r"taken it over\); only killed was published, and the next"
+    ):
+        place.night()
 
 
 @pytest.mark.parametrize(

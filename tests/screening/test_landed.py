@@ -1,0 +1,34 @@
+"""What is told of a run while its parts land."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lungopacity import observe, progress
+from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.screening.landed import Landed
+
+
+def test_figures_and_progress_are_of_all_files_of_a_round(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    figures: dict[str, float] = {}
+    monkeypatch.setattr(observe, "gauge", figures.__setitem__)
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    files = [tmp_path / f"{number}.parquet" for number in range(3)]
+    for path in files:
+        rows = [
+            {"image": f"{path.stem}-{n}", "source_etag": "e", "source_size_bytes": 1,
+             "source_modified_at": datetime.now(UTC), "is_shard": n == 0}
+            for n in range(10)
+        ]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA), path)
+    with Landed(50, files) as landed:
+        for _ in files:
+            landed.add(Counter({"ok": 11, "failed": 1, "objects": 9}))
+    assert figures == {"objects_planned": 50, "objects_waiting": 3, "images_done": 36}
+    assert "Screening: 36 images" in caplog.text
+    assert "3 failed, 27 of 30 objects" in caplog.text
