@@ -163,7 +163,7 @@ def run_places(runs: Sequence[Mapping[str, Any]]) -> pa.Table:
         {
             "run_id": pa.array([run["run_id"] for run in runs], pa.string()),
             "place": pa.array(range(len(runs)), pa.int32()),
-            "positive_class": pa.array([run.get("positive_class") for run in runs], pa.string()),
+            "positive_class": pa.array([run["positive_class"] for run in runs], pa.string()),
         }
     )
 

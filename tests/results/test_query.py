@@ -1,8 +1,10 @@
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +17,7 @@ from lungopacity.results.workbench import workbench
 from lungopacity.screening.clean import clean
 from lungopacity.screening.history import History
 from lungopacity.screening.retry import retry
+from lungopacity.screening.rules import Rules
 from lungopacity.storage import LocalStore, open_store
 from lungopacity.storage.parquet import parquet_bytes
 from tests.results.records import record_of
@@ -42,9 +45,10 @@ def write_run(uri: str, run_id: str, classes: tuple[str, ...], images: int, comm
     if commit:
         record = {
             "run_id": run_id, "model_id": "m", "synthetic": False, "archive": "a",
-            "class_names": list(classes), "started_at": NOW.isoformat(),
-            "finished_at": NOW.isoformat(), "images": images, "counts": {"ok": images},
-            "positive": 0, "images_per_s": 1.0, "files": [{"key": key, "rows": images}],
+            "class_names": list(classes), "positive_class": classes[-1],
+            "started_at": NOW.isoformat(), "finished_at": NOW.isoformat(),
+            "images": images, "counts": {"ok": images}, "positive": 0, "images_per_s": 1.0,
+            "files": [{"key": key, "rows": images}],
             "metrics_file": {"key": f"metrics/{run_id}.parquet", "rows": 1},
         }  # fmt: skip
         commit_run(store, run_id, record)
@@ -208,7 +212,8 @@ def test_results_of_the_first_schema_are_read_beside_those_of_today(tmp_path):
     table = pq.read_table(pa.BufferReader(store.read(item.key))).select(V1_COLUMNS)
     store.write(item.key, parquet_bytes(table.replace_schema_metadata({"schema_version": "1"})))
     record = json.loads(store.read(run_key("old"))) | {"schema_version": 1}
-    del record["sequence"], record["attempt"]
+    for name in ("sequence", "attempt", "positive_class"):
+        del record[name]
     store.write(run_key("old"), json.dumps(record).encode())
     write_run(str(tmp_path), "new", ("Normal", "Lung_Opacity"), 2)
     answer = query(
@@ -224,10 +229,26 @@ def test_results_of_the_first_schema_are_read_beside_those_of_today(tmp_path):
     newest = query(str(tmp_path), "SELECT image, run_id FROM latest ORDER BY image").to_pylist()
     assert [row["run_id"] for row in newest] == ["new", "new", "old"]
     # And a night does not screen again what the old run has screened.
-    history = History.read(store, "a", "m", {}, None)
+    history = History.read(store, "a", "m", Rules("Lung_Opacity"), None)
     with workbench() as (connection, _):
         history.load(connection)
         assert connection.sql("SELECT count(*) FROM screened").fetchall() == [(3,)]
+
+
+def test_other_readers_find_the_columns_of_all_models(tmp_path, monkeypatch):
+    """As docs/results.md tells them to."""
+    write_run(str(tmp_path / "results"), "one", ("Normal", "Lung_Opacity"), 1)
+    write_run(str(tmp_path / "results"), "two", ("Normal", "Lung_Opacity", "COVID"), 1)
+    text = (Path(__file__).parents[2] / "docs/results.md").read_text()
+    (code,) = [part for part in text.split("```python\n")[1:] if "union_by_name" in part]
+    read = {"duckdb": duckdb, "pyarrow": pa}
+    monkeypatch.chdir(tmp_path)
+    exec("duck = " + code.split("```")[0], read)
+    duck, pandas_table = read["duck"].to_arrow_table().to_pandas(), read["pandas_table"]
+    for table in (duck, pandas_table):
+        assert sorted(table["p_COVID"].dropna()) == [0.5]
+        assert sorted(table["run_id"]) == ["one", "two"]
+    assert set(pandas_table["screened_on"]) == {"2026-03-04"}
 
 
 def test_a_flipped_byte_in_a_published_file_is_no_answer(store_uri):
