@@ -32,11 +32,13 @@ log = logging.getLogger(__name__)
 # Sheets and notes that people keep beside films. They get a row (`rejected`, `not_an_image`), but a
 # night is not called incomplete because of them.
 _SIDECAR_SUFFIXES = (
-    ".cls", ".csv", ".htm", ".html", ".json", ".md", ".parquet", ".pdf",
-    ".tsv", ".txt", ".xls", ".xml", ".yaml", ".yml",
+    ".cls", ".csv", ".docx", ".htm", ".html", ".json", ".log", ".md", ".md5", ".parquet", ".pdf",
+    ".sha256", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml",
 )  # fmt: skip
 
-_SIDECAR_NAMES = (".ds_store", "thumbs.db", "desktop.ini")
+_SIDECAR_NAMES = (
+    ".ds_store", "desktop.ini", "license", "md5sums", "readme", "sha256sums", "thumbs.db",
+)  # fmt: skip
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 """Begins what macOS keeps of a file beside it, under `._` and its name (AppleDouble, RFC 1740)."""
 
@@ -344,7 +346,7 @@ def _is_sidecar(key: str, data: bytes) -> bool:
 
 def is_sidecar_name(key: str) -> bool:
     """Whether it is the name of a sheet or note, or of what systems keep in a folder."""
-    name = posixpath.basename(key).lower()
+    name = posixpath.basename(alone_in(key)).lower()
     return name.endswith(_SIDECAR_SUFFIXES) or name in _SIDECAR_NAMES
 
 

@@ -74,9 +74,14 @@ def test_every_object_has_a_row_with_its_facts(store_uri):
 
 
 def test_sheets_beside_films_are_rejected_and_not_failures(tmp_path):
-    open_store(str(tmp_path)).write("labels.csv", b"image,label\n")
-    (row,) = read(str(tmp_path))
-    assert (row["status"], row["error_code"]) == ("rejected", "not_an_image")
+    names = ("labels.csv", "Normal.metadata.xlsx", "a/LICENSE", "a/SHA256SUMS", "export.log")
+    for name in names:
+        open_store(str(tmp_path)).write(name, b"image,label\n")
+    open_store(str(tmp_path)).write("x.tar", tar({"notes.txt.gz": gzip.compress(b"notes")}))
+    rows = images(read(str(tmp_path)))
+    assert [(row["status"], row["error_code"]) for row in rows] == [
+        ("rejected", "not_an_image")
+    ] * (len(names) + 1)
 
 
 def test_what_desktops_leave_beside_films_is_rejected_and_no_failure(tmp_path):
