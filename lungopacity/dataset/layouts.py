@@ -27,14 +27,20 @@ from lungopacity.storage import open_store, split_uri
 log = logging.getLogger(__name__)
 
 _COLUMNS = ("image", "label", "split", "patient_id", *FACT_COLUMNS, SITE)
-SKIPPED_FOLDERS = ("masks",)
+_SKIPPED_FOLDERS = ("masks",)
 """Beside the images of the COVID-19 Radiography Database."""
 _FOLDERS_OF_IMAGES = ("images",)
-_SHEETS = (".xlsx",)
-"""Beside the images, too; and macOS keeps a file `._NAME` beside each."""
 _SOURCES = ".metadata.xlsx"
 """Ends the name of a class's sheet there, which says of each image where it was taken from."""
 
+_TEXT = ", all_varchar = true, sample_size = -1"
+"""Options that read a CSV as it is. Of a sample alone DuckDB would guess wrong what comes later."""
+_NUMBERS = {
+    "BIGINT": r"-?(0|[1-9]\d{0,17})",
+    "DOUBLE": r"-?(0|[1-9]\d{0,8})(\.\d+)?(e-\d+)?",
+}
+"""What every value of a CSV's column looks like where SQL gets numbers of this type. All else is
+text: DuckDB by itself takes 007 and a patient's 36 digits for numbers, and loses some of them."""
 
 _CHEXPERT_OPACITIES = (
     "Lung Opacity",
@@ -106,7 +112,8 @@ LAYOUTS = {
         ("entries",),
         f"""
         SELECT "Path" AS image, regexp_extract("Path", 'patient[0-9]+') AS patient_id,
-               "AP/PA" AS view_position, left("Sex", 1) AS patient_sex, "Age" AS patient_age_years,
+               "AP/PA" AS view_position, "Age" AS patient_age_years,
+               CASE left("Sex", 1) WHEN 'M' THEN 'M' WHEN 'F' THEN 'F' END AS patient_sex,
                CASE WHEN opacity THEN 'Lung_Opacity'
                     WHEN "No Finding" = 1 THEN 'Normal' ELSE 'Not_Normal' END AS label
         FROM (SELECT *, {_any(_CHEXPERT_OPACITIES, 1)} AS opacity,
@@ -119,7 +126,8 @@ LAYOUTS = {
         """
         SELECT "ImageID" AS image, "PatientID" AS patient_id,
                CASE WHEN "Projection" = 'PA' THEN 'PA' ELSE 'AP' END AS view_position,
-               "PatientSex_DICOM" AS patient_sex,
+               CASE WHEN "PatientSex_DICOM" IN ('M', 'F', 'O') THEN "PatientSex_DICOM" END
+                   AS patient_sex,
                "StudyDate_DICOM"::BIGINT // 10000 - TRY_CAST("PatientBirth" AS INTEGER)
                    AS patient_age_years,
                CASE WHEN regexp_matches("Labels", '^\\[''normal''\\]$') THEN 'Normal'
@@ -153,9 +161,10 @@ def labels_of_folders(images: str) -> pd.DataFrame:
 
     images: URI of an archive. The class is the folder next to the image; `images` folders count as
     the one above them, and what lies under `masks` is left out, as in the COVID-19 Radiography
-    Database. Its sheets (Normal.metadata.xlsx, …) name the source of each image: its classes come
-    from different ones, and `audit` tells how well they betray the label. What else systems keep
-    beside films is no image. Raises `UserError` where images lie in no folder, or in shards.
+    Database, and so is what is hidden, by a dot before its name. The sheets of that database
+    (Normal.metadata.xlsx, …) name the source of each image: its classes come from different ones,
+    and `audit` tells how well they betray the label. Raises `UserError` where images lie in no
+    folder, or in shards.
     """
     rows: list[tuple[str, str]] = []
     sites: dict[str, str] = {}
@@ -166,16 +175,19 @@ def labels_of_folders(images: str) -> pd.DataFrame:
         for name, is_shard in zip(
             table["image"].to_pylist(), table["is_shard"].to_pylist(), strict=True
         ):
+            # Browsers, notebooks and macOS keep copies of films, and more, under hidden names.
+            if any(part.startswith(".") for part in name.split("/")):
+                continue
             folders = name.split("/")[:-1]
             if is_shard:
                 raise UserError(
                     f"{images}: {name} is a shard; of shards the labels are needed as a table"
                 )
-            if set(folders) & set(SKIPPED_FOLDERS):
+            if {folder.lower() for folder in folders} & set(_SKIPPED_FOLDERS):
                 continue
             if name.lower().endswith(_SOURCES):
                 sites |= _sites_of(f"{images.rstrip('/')}/{name}")
-            if is_sidecar_name(name) or name.lower().endswith(_SHEETS) or "/._" in f"/{name}":
+            if is_sidecar_name(name):
                 continue
             if "\\" in name and store.head(name) is None:
                 # Listed under another name than its own: see `LocalStore`.
@@ -223,16 +235,20 @@ def labels_of_tables(sql: str, tables: Mapping[str, str], told: str = "--sql") -
     with temporary_folder() as folder, duckdb.connect() as connection:
         for name, uri in tables.items():
             path = folder / f"{name}.table"
-            path.write_bytes(_bytes_of(uri))
-            reader = "read_parquet" if path.read_bytes()[:4] == b"PAR1" else "read_csv"
+            data = _bytes_of(uri)
+            path.write_bytes(data)
+            is_csv = data[:4] != b"PAR1"
+            reader, options = ("read_csv", _TEXT) if is_csv else ("read_parquet", "")
             try:
                 connection.execute(
-                    f'CREATE TABLE "{name}" AS SELECT * FROM {reader}({quoted(path)})'
+                    f'CREATE TABLE "{name}" AS SELECT * FROM {reader}({quoted(path)}{options})'
                 )
             except duckdb.Error as error:
                 raise UserError(
                     f"{uri}: is neither CSV nor Parquet ({first_line(error)})"
                 ) from error
+            if is_csv:
+                _make_numbers(connection, name)
         connection.execute("SET enable_external_access = false")
         try:
             answer = connection.sql(sql)
@@ -246,6 +262,17 @@ def labels_of_tables(sql: str, tables: Mapping[str, str], told: str = "--sql") -
             f"known are {', '.join(_COLUMNS)}"
         )
     return frame.sort_values("image")
+
+
+def _make_numbers(connection: duckdb.DuckDBPyConnection, table: str) -> None:
+    """Of text, in the columns that hold nothing else (`_NUMBERS`)."""
+    for name, *_ in connection.execute(f'DESCRIBE "{table}"').fetchall():
+        column = '"' + name.replace('"', '""') + '"'
+        for kind, pattern in _NUMBERS.items():
+            like = f"bool_and(regexp_full_match({column}, {quoted(pattern)}))"
+            if connection.execute(f'SELECT {like} FROM "{table}"').fetchall() == [(True,)]:
+                connection.execute(f'ALTER TABLE "{table}" ALTER {column} TYPE {kind}')
+                break
 
 
 def _check_names(tables: Mapping[str, str]) -> None:

@@ -22,6 +22,14 @@ SITE = "site"
 """Where a film was taken: a column that evaluation forms subgroups of, where there is one."""
 TEXTS = ("image", "label", "patient_id", SITE, "split", "view_position", "patient_sex")
 """Columns whose values are names or terms."""
+_TERMS = {
+    "view_position": {"PA": "PA", "AP": "AP"},
+    "patient_sex": {
+        **{"M": "M", "F": "F", "O": "O"},
+        **{"MALE": "M", "FEMALE": "F", "OTHER": "O"},
+    },
+}
+"""Of words in capitals, what headers have for them: the films of one subgroup, whoever tells."""
 
 
 def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
@@ -59,6 +67,11 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
         wrong = ", ".join(_shown(split) for split in sorted(map(str, splits - set(SPLITS))))
         raise UserError(
             f"{uri}: unknown split {wrong}; the splits are {', '.join(SPLITS)}, spelt exactly so"
+        )
+    for column, terms in _TERMS.items():
+        told = frame[column].astype(object)
+        frame[column] = told.map(
+            lambda word, terms=terms: terms.get(word.strip().upper(), word), na_action="ignore"
         )
     ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
     impossible = frame["patient_age_years"].notna() & ~ages.between(0, MAX_AGE_YEARS)

@@ -9,7 +9,13 @@ import pandas as pd
 import pytest
 
 from lungopacity.cli import main
-from lungopacity.dataset.layouts import LAYOUTS, labels_of_folders, labels_of_layout
+from lungopacity.dataset.layouts import (
+    LAYOUTS,
+    labels_of_folders,
+    labels_of_layout,
+    labels_of_tables,
+    write_labels,
+)
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
 from lungopacity.storage import open_store
@@ -88,6 +94,17 @@ def test_what_tables_say_of_patients_comes_along(tmp_path):
     assert padchest["view_position"].tolist() == ["PA", "AP", "PA"]
 
 
+def test_words_for_nothing_in_a_table_cost_their_own_value_alone(tmp_path):
+    rows = TABLES["padchest"] + "z.png,None,20140915,PA,None,None,['normal']\n"
+    (tmp_path / "p.csv").write_text(rows)
+    padchest = labels_of_layout("padchest", {"entries": str(tmp_path / "p.csv")})
+    assert padchest["patient_sex"].fillna("-").tolist() == ["M", "F", "F", "-"]
+    assert padchest["patient_age_years"].fillna(-1).tolist() == [64, 84, 83, -1]
+    (tmp_path / "c.csv").write_text(TABLES["chexpert"].replace("Female", "Unknown"))
+    chexpert = labels_of_layout("chexpert", {"entries": str(tmp_path / "c.csv")})
+    assert chexpert["patient_sex"].fillna("-").tolist() == ["-", "M", "M"]
+
+
 def test_a_mass_outside_of_the_lungs_is_no_opacity_and_an_infant_no_adult(tmp_path):
     findings = {
         "['mass']": "Lung_Opacity",
@@ -150,6 +167,9 @@ def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
     for name in (
         "COVID/images/COVID-1.png",
         "COVID/masks/COVID-1.png",
+        "COVID/Masks/COVID-2.png",
+        "COVID/images/.thumbs/COVID-1.png",
+        ".ipynb_checkpoints/COVID-1-checkpoint.png",
         "COVID.metadata.xlsx",
         "Viral Pneumonia/images/V-1.png",
         "Normal/N-1.png",
@@ -236,6 +256,28 @@ def test_any_tables_become_labels_by_sql(tmp_path, capsys):
     ):
         assert main(["labels", "--sql", wrong, *words, "--output", output]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_names_of_digits_keep_them_all_wherever_they_stand_in_a_csv(tmp_path):
+    rows = [f"{100000 + n},Normal,{n},0.5,{n}" for n in range(21_000)]
+    rows += ["000123,Opacity,0042,1.5,1", "0x1F,Opacity,-01,2,None"]
+    (tmp_path / "t.csv").write_text("\n".join(["file,finding,mrn,score,pages", *rows]))
+    sql = "SELECT file AS image, finding AS label, mrn AS patient_id FROM t WHERE score > 0.5"
+    frame = labels_of_tables(sql, {"t": str(tmp_path / "t.csv")})
+    assert frame[["image", "patient_id"]].to_numpy().tolist() == [
+        ["000123", "0042"],
+        ["0x1F", "-01"],
+    ]
+
+
+def test_patients_of_long_numbers_stay_apart(tmp_path):
+    numbers = [f"2760001234567890000{n}" for n in range(8)]
+    rows = [f"{n}.png,Normal,{number}" for n, number in enumerate(numbers)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,finding,mrn", *rows]))
+    sql = "SELECT file AS image, finding AS label, mrn AS patient_id FROM t"
+    frame = labels_of_tables(sql, {"t": str(tmp_path / "t.csv")})
+    labels = write_labels(frame, str(tmp_path / "labels.csv"))
+    assert labels["patient_id"].tolist() == numbers
 
 
 @pytest.mark.parametrize(

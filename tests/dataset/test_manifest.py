@@ -72,6 +72,16 @@ def test_numbers_stay_names(tmp_path):
     assert frame.loc[0, ["image", "patient_id"]].tolist() == ["007", "0012"]
 
 
+def test_sex_and_view_are_told_as_headers_tell_them_whatever_their_case(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "image,label,patient_sex,view_position\n"
+        "a,N,Male,pa\nb,N,female,Ap\nc,N,o,PA\nd,N,,\ne,N,Mann,AP_horizontal\n"
+    )
+    frame = read_labels(str(tmp_path / "a.csv"))
+    assert frame["patient_sex"].fillna("-").tolist() == ["M", "F", "O", "-", "Mann"]
+    assert frame["view_position"].fillna("-").tolist() == ["PA", "AP", "PA", "-", "AP_horizontal"]
+
+
 @pytest.mark.parametrize(
     "patients",
     [
