@@ -24,7 +24,8 @@ _NAME_COLUMNS = ("path", "file_name", "filename", "key", "__key__", "name", "ima
 
 
 def parquet_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
-    """One entry a row, named by the row's path, or by its number.
+    """One entry a row, named by the row's path, else by a column of names (`_NAME_COLUMNS`), else
+    by its number.
 
     The image column is binary, or a struct with a binary field `bytes` and perhaps a `path` (as
     Hugging Face datasets writes it). Of several with known names, the one counts that the row
@@ -38,7 +39,7 @@ def parquet_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
         Lent(file), pre_buffer=False, buffer_size=1024 * 1024, page_checksum_verification=True
     )
     columns = _columns(parquet.schema_arrow)
-    paths = {path: None for column in columns for path in (column.image, column.name) if path}
+    paths = {path: None for column in columns for path in (column.image, *column.names)}
     # The sizes of single columns stand in the footer too, but to ask pyarrow 26 for those of a
     # damaged footer ends the process.
     groups = (parquet.metadata.row_group(group) for group in range(parquet.num_row_groups))
@@ -72,11 +73,11 @@ def parquet_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
 
 @dataclass(frozen=True)
 class _Column:
-    """Dotted paths of a column with images and of the names of its rows."""
+    """Dotted paths of a column with images and of what may name its rows, best first."""
 
     image: str
     kind: Any
-    name: str | None
+    names: tuple[str, ...]
 
 
 def _entry(row: Any, columns: Sequence[_Column], number: str) -> Entry:
@@ -86,7 +87,8 @@ def _entry(row: Any, columns: Sequence[_Column], number: str) -> Entry:
         (column, value) for column, value in values if value.is_valid and value.as_buffer().size
     ]
     column, value = (filled or values)[0]
-    name = _text(None if column.name is None else _leaf(row, column.name)) or number
+    names = (_text(_leaf(row, path)) for path in column.names)
+    name = next(filter(None, names), number)
     if len(filled) > 1:
         told = ", ".join(column.image for column, _ in filled)
         several = ImageError(
@@ -125,17 +127,21 @@ def _columns(schema: Any) -> list[_Column]:
     return [_Column(*found[name], _names_of(schema, name)) for name in known]
 
 
-def _names_of(schema: Any, column: str) -> str | None:
+def _names_of(schema: Any, column: str) -> tuple[str, ...]:
+    names = []
     kind = schema.field(schema.get_field_index(column)).type
     if pa.types.is_struct(kind):
         path = kind.get_field_index("path")
+        # Null where the writer took the bytes from memory, and not from a file.
         if path >= 0 and _is_text(kind.field(path).type):
-            return f"{column}.path"
-    for name in _NAME_COLUMNS:
-        index = schema.get_field_index(name)
-        if index >= 0 and _is_text(schema.field(index).type):
-            return name
-    return None
+            names.append(f"{column}.path")
+    known = [name for name in _NAME_COLUMNS if schema.get_field_index(name) >= 0]
+    # Numbers name rows where no text does: labels that say 7 mean the row whose id is 7.
+    for may_name in (_is_text, _is_whole):
+        for name in known:
+            if may_name(schema.field(name).type):
+                return (*names, name)
+    return tuple(names)
 
 
 def _images_in(field: Any) -> tuple[str, Any] | None:
@@ -164,6 +170,10 @@ def _is_text(kind: Any) -> bool:
     return any(test(_plain(kind)) for test in is_text)
 
 
+def _is_whole(kind: Any) -> bool:
+    return bool(pa.types.is_integer(_plain(kind)))
+
+
 def _plain(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
@@ -180,8 +190,8 @@ def _leaf(batch: Any, path: str) -> Any:
 
 
 def _text(values: Any) -> str | None:
-    if values is None:
-        return None
+    if _is_whole(values.type):
+        return str(values[0]) if values[0].is_valid else None
     # Parquet promises UTF-8, and nobody checks.
     buffer = values[0].as_buffer()
     return None if buffer is None else bytes(buffer).decode("utf-8", "backslashreplace")

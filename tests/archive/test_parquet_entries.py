@@ -47,6 +47,23 @@ def test_the_first_column_of_text_names_the_rows():
     assert walk(data) == ([("f", b"1")], None)
 
 
+def test_whole_numbers_name_the_rows_where_no_text_does():
+    films = [b"1", b"2", b"3"]
+    ids = pa.array([2, None, 0])
+    assert walk(_table(image=films, id=ids)) == ([("2", b"1"), ("1", b"2"), ("0", b"3")], None)
+    of_hugging_face = pa.array([{"bytes": film, "path": None} for film in films])
+    of_hugging_face = of_hugging_face.cast(
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    names = ["a.png", "b.png", "c.png"]
+    named = list(zip(names, films, strict=True))
+    assert walk(_table(image=of_hugging_face, id=ids, image_id=names)) == (named, None)
+    assert walk(_table(image=of_hugging_face, id=ids.dictionary_encode())) == (
+        [("2", b"1"), ("1", b"2"), ("0", b"3")],
+        None,
+    )
+
+
 @pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view(), "dictionary"])
 @pytest.mark.parametrize("names", [pa.large_string(), pa.string_view(), "dictionary"])
 def test_bytes_and_names_are_read_whatever_arrow_calls_their_type(kind, names):
