@@ -68,7 +68,8 @@ def members(
     file: seekable, the whole object. name: its key; decides only what the content leaves open. In
     place of bytes stands the `ImageError` of a member that alone cannot be read, or None for
     one that is not wanted (which is then not read). A container inside the container is entered,
-    and its members are named `<its name>/<their name>`; one inside that is `unsupported`.
+    and its members are named `<its name>/<their name>`; one inside that is `unsupported`. A
+    compressed file that holds no shard keeps its name inside a container, as `a.png.gz` does.
 
     Names are data: nothing is ever written under them. Raises `ImageError`, after every readable
     member: `corrupt_archive` where the container cannot be walked to its end, `decompression_bomb`,
@@ -93,7 +94,10 @@ class _Walk:
         meter = Meter(self._allowance)
         try:
             for entry in _entries(file, name, meter):
-                yield from self._entry(entry, prefix, depth)
+                # The one file of a compressed one has no name of its own.
+                own = prefix.removesuffix("/") or alone_in(name)
+                member = own if entry.name is None else prefix + entry.name
+                yield from self._entry(entry, member, depth)
         except ImageError:
             raise
         except Exception as error:
@@ -101,8 +105,7 @@ class _Walk:
         finally:
             meter.settle()
 
-    def _entry(self, entry: Entry, prefix: str, depth: int) -> Iterator[Member]:
-        name = prefix + entry.name
+    def _entry(self, entry: Entry, name: str, depth: int) -> Iterator[Member]:
         wanted = self._wanted is None or self._wanted.has(name)
         entered = self._wanted is None or (depth < _MAX_DEPTH and self._wanted.may_lie_in(name))
         if not (wanted or entered):
@@ -203,7 +206,7 @@ def _compressed_entries(chunks: Iterator[bytes], name: str, meter: Meter) -> Ite
     if kind_of(head) is Kind.TAR or name.lower().endswith(TAR_SUFFIXES):
         yield from tar_entries(stream, meter, forward=True)
     else:
-        yield Entry(alone_in(name), None, lambda: stream, alone=False)
+        yield Entry(None, None, lambda: stream, alone=False)
 
 
 def _take(reader: io.BufferedIOBase, size: int, head: bytes = b"") -> bytes:

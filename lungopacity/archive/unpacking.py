@@ -93,7 +93,8 @@ def _is_tar(head: bytes) -> bool:
 class Entry:
     """One file of a container, not yet read."""
 
-    name: str
+    name: str | None
+    """None: that of the container, a compressed file."""
     size: int | None
     """Bytes, as the container states it; None where only reading tells."""
     content: Callable[[], io.BufferedIOBase] | ImageError

@@ -32,9 +32,15 @@ def test_a_container_in_a_container_is_entered(kind, outer):
     assert walk(data) == (expected, None)
 
 
-def test_a_compressed_image_in_a_container_is_its_one_member():
-    data = make_tar([("deep/film.dcm.gz", gzip.compress(b"film"))])
-    assert walk(data) == ([("deep/film.dcm.gz/film.dcm", b"film")], None)
+@pytest.mark.parametrize("outer", ["tar.gz", "deflated.zip", "hf.parquet"])
+def test_a_compressed_film_in_a_container_keeps_its_name(outer):
+    name = "deep/film.dcm.gz"
+    data = KINDS[outer]([(name, gzip.compress(b"film")), ("b", b"2")])
+    assert walk(data) == ([(name, b"film"), ("b", b"2")], None)
+    wanted = Wanted(frozenset({name}))
+    assert walk(data, wanted=wanted) == ([(name, b"film"), ("b", None)], None)
+    wanted = Wanted(frozenset({"film.dcm.gz"}), by_ending=True)
+    assert walk(data, wanted=wanted) == ([(name, b"film"), ("b", None)], None)
 
 
 def test_a_container_in_a_nested_container_is_refused_alone():
