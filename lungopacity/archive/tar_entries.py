@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,9 +20,13 @@ _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-# tarfile reads such a header whole, and before Python 3.11.10 searched it with a pattern of
-# quadratic cost (CVE-2024-6232): 5 s for 64 KiB.
+# tarfile reads such a header whole, and gives every member what a global one says.
 _MAX_EXTENDED_BYTES = 16 * 1024
+# Of one file it may hold access lists and what else a file system keeps. Pythons before 3.11.10 and
+# 3.12.6 searched it with a pattern of quadratic cost (CVE-2024-6232): 5 s for 64 KiB.
+_IS_QUICK = sys.version_info >= (3, 12, 6) or (3, 11, 10) <= sys.version_info < (3, 12)
+_MAX_PAX_BYTES = 1024 * 1024 if _IS_QUICK else _MAX_EXTENDED_BYTES
+_MAX_NAME = 16 * 1024
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 # Directories, devices, and GNU's listing of a directory and label of a volume: no files.
 _NO_FILES = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"D", b"V")
@@ -38,8 +43,15 @@ class _Header(tarfile.TarInfo):
             if buf == _END:
                 raise
             raise tarfile.ReadError from error
-        if header.size < 0 or (header.type in _EXTENDED and header.size > _MAX_EXTENDED_BYTES):
+        if header.size < 0:
             raise tarfile.ReadError
+        of_one = header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+        most = _MAX_PAX_BYTES if of_one else _MAX_EXTENDED_BYTES
+        if header.type in _EXTENDED and header.size > most:
+            raise corrupt(
+                f"has an extended header of {header.size} bytes, and at most {most} are read; "
+                "write it without extended attributes and access lists"
+            )
         return header
 
 
@@ -61,10 +73,12 @@ def tar_entries(file: IO[bytes], meter: Meter, *, forward: bool) -> Iterator[Ent
             # A pax header may set a size that leads backwards, for ever round.
             if member.size < 0 or tar.offset < max(end, member.offset_data):
                 raise corrupt("has a header with an impossible size")
+            if len(member.name) > _MAX_NAME:
+                raise corrupt(f"has a name of {len(member.name)} letters")
             end = tar.offset
             place = (member.offset_data, member.size)
             if member.type in _LINKS:
-                yield _link(file, member, places)
+                yield _link(file, member, places, forward)
             elif member.issparse():
                 # Its stored part has an end of its own, whatever its map says.
                 content = partial(_sparse, tar, member, meter)
@@ -97,11 +111,14 @@ def _sparse(tar: tarfile.TarFile, member: tarfile.TarInfo, meter: Meter) -> io.B
     return cast(io.BufferedIOBase, tar.extractfile(member))
 
 
-def _link(file: IO[bytes], member: tarfile.TarInfo, places: dict[str, tuple[int, int]]) -> Entry:
+def _link(
+    file: IO[bytes], member: tarfile.TarInfo, places: dict[str, tuple[int, int]], forward: bool
+) -> Entry:
     place = places.get(member.linkname)
     if member.type == tarfile.SYMTYPE or place is None:
-        refusal = ImageError(
-            ErrorCode.UNSUPPORTED, Stage.UNPACK, "a link, and not to a file in front of it"
-        )
+        why = "a link, and not a hard one to a file in front of it"
+        if forward and member.type == tarfile.LNKTYPE:
+            why = "a hard link, which is not followed in a compressed tar; unpack or copy the film"
+        refusal = ImageError(ErrorCode.UNSUPPORTED, Stage.UNPACK, why)
         return Entry(member.name, None, refusal, alone=True)
     return Entry(member.name, place[1], partial(_stored, file, *place), alone=True)

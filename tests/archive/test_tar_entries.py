@@ -6,9 +6,11 @@ import tarfile
 
 import pytest
 
-from lungopacity.errors import ErrorCode
+from lungopacity.archive import tar_entries
+from lungopacity.archive.containers import members
+from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.radiograph import DecodeLimits
-from tests.archive.making import FILMS, make_tar, walk, zstd
+from tests.archive.making import FILMS, LIMITS, make_tar, walk, zstd
 
 
 def test_a_tar_cut_between_two_members_is_noticed():
@@ -67,6 +69,28 @@ def test_a_link_is_a_second_name_where_it_can_be_followed_and_a_row_where_not():
     rest = [("soft", refused), ("gone", refused), ("z.png", b"other")]
     assert walk(data) == ([("a.png", b"film"), ("hard", b"film"), *rest], None)
     assert walk(gzip.compress(data)) == ([("a.png", b"film"), ("hard", refused), *rest], None)
+
+
+def test_a_link_that_is_not_followed_says_why():
+    data = _tar_of((_info("a"), b"film"), (_info("hard", tarfile.LNKTYPE, "a"), b""))
+    (_, link) = members(io.BytesIO(gzip.compress(data)), "x.tar.gz", LIMITS)
+    assert link[2].message.startswith("a hard link, which is not followed in a compressed tar")
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_what_a_file_system_keeps_of_a_film_does_not_end_the_walk(compress, monkeypatch):
+    infos = [_info(name) for name in "abc"]
+    infos[1].pax_headers = {"SCHILY.xattr.user.note": "x" * 20_000}
+    data = compress(_tar_of(*((info, b"1") for info in infos), format=tarfile.PAX_FORMAT))
+    # Whatever this Python is allowed.
+    monkeypatch.setattr(tar_entries, "_MAX_PAX_BYTES", 1 << 20)
+    assert walk(data) == ([("a", b"1"), ("b", b"1"), ("c", b"1")], None)
+    infos[1].pax_headers = {"path": "/".join("x" * 20_000)}
+    endless = compress(_tar_of(*((info, b"1") for info in infos), format=tarfile.PAX_FORMAT))
+    assert walk(endless) == ([("a", b"1")], ErrorCode.CORRUPT_ARCHIVE)
+    monkeypatch.setattr(tar_entries, "_MAX_PAX_BYTES", 1 << 14)
+    with pytest.raises(ImageError, match=r"extended header of 200\d\d bytes, and at most 16384"):
+        list(members(io.BytesIO(data), "x.tar", LIMITS))
 
 
 def test_only_what_can_hold_a_film_has_a_row():
