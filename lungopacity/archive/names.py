@@ -18,7 +18,7 @@ class Wanted:
     """A file is wanted, too, where its name ends with one of `names`, folder by folder: the table
     of a public set says `1.png`, and the film lies at `images/1.png`. Or where one of them ends
     with the file's name, if that has a folder: the table says `set/train/p1/1.png`, and the archive
-    was unpacked into `set/`."""
+    was unpacked into `set/`. `./1.png`, as `find` writes it, means `1.png` at the top."""
 
     def has(self, file: str) -> bool:
         """Whether the file of this name is wanted."""
@@ -48,7 +48,7 @@ class Wanted:
         longer: defaultdict[str, list[str]] = defaultdict(list)
         for name in self.names:
             for ending in _endings(name):
-                if "/" in ending:
+                if "/" in ending or name == f"./{ending}":
                     longer[ending].append(name)
         return dict(longer)
 

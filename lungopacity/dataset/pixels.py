@@ -117,9 +117,11 @@ def _read(
             tables.append(found)
             progress.advance(found.num_rows)
     read = pa.concat_tables([READ_SCHEMA.empty_table(), *tables])
-    columns = ["image", "error_code", "error_message"]
+    columns = ["image", "status", "error_code", "error_message"]
     for row in read.filter(pa.compute.is_null(read["member"])).select(columns).to_pylist():
-        if not wanted.has(row["image"]):
+        # A sheet, a film or nothing under the name of a shard hides no film that is asked for.
+        broken = row["status"] == Status.FAILED.value and row["error_code"] != ErrorCode.EMPTY.value
+        if broken and not wanted.has(row["image"]):
             raise UserError(
                 f"{row['image']}: shard cannot be read ({row['error_code']}: "
                 f"{row['error_message']}); mend or remove it"
@@ -163,6 +165,7 @@ def _joined(
             f"{labels_uri}: {len(absent)} of {len(labels)} labelled images are not in {where}, as "
             f"{absent.iloc[0]}; `image` must be the key under --images, "
             "the member's name in a shard, or the end of one of these, folder by folder"
+            + ("; write / for \\ in it" if "\\" in absent.iloc[0] else "")
         )
     if read["name"].duplicated().any():
         twice = read.loc[read["name"].duplicated(), "name"]

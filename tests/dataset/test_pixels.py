@@ -1,7 +1,10 @@
 import gzip
+import zipfile
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lungopacity.archive.content import ReadSettings
@@ -169,6 +172,27 @@ def test_a_broken_shard_is_named(tmp_path):
     open_store(str(tmp_path / "a")).write("x.tar", data[:1500])
     with pytest.raises(UserError, match=r"x\.tar: shard cannot be read \(corrupt_archive"):
         load([str(tmp_path / "a")], labels_of(tmp_path, names))
+
+
+def test_what_hides_no_labelled_film_stops_nothing(tmp_path):
+    names = write_archive(str(tmp_path / "a"))
+    store = open_store(str(tmp_path / "a"))
+    sheet = pa.table({"image": names, "label": [CLASSES[0]] * len(names)})
+    pq.write_table(sheet, tmp_path / "a" / "labels.parquet")
+    store.write("film.zip", encoded(grey_film(9)))
+    with zipfile.ZipFile(tmp_path / "a" / "empty.zip", "w") as file:
+        file.writestr("folder/", b"")
+    store.write("packed.tar", tar({"f/8.png.gz": gzip.compress(encoded(grey_film(8)))}))
+    ids = pa.array([21, 20], pa.int64())
+    films = pa.array([encoded(grey_film(21)), encoded(grey_film(20))], pa.binary())
+    pq.write_table(pa.table({"id": ids, "image": films}), tmp_path / "a" / "films.parquet")
+    frame = labels_of(tmp_path, [f"./{names[0]}", *names[1:], "20", "f/8.png.gz"])
+    data = load([str(tmp_path / "a")], frame)
+    assert data.images["image"].tolist() == frame["image"].tolist()
+    for pixels, seed in zip(data.pixels_NHW, (*range(6), 20, 8), strict=True):
+        np.testing.assert_array_equal(pixels, PREPROCESSING.square(grey_film(seed)))
+    with pytest.raises(UserError, match=r"2 of 4 .* as loose\\0\.png; .*; write / for \\ in it"):
+        load([str(tmp_path / "a")], labels_of(tmp_path, [*names[:2], r"loose\0.png", "gone.png"]))
 
 
 def test_what_the_labels_say_of_a_film_goes_before_its_header(tmp_path):
