@@ -297,6 +297,17 @@ def test_a_file_name_in_no_encoding_is_listed_and_not_lost(tmp_path: Path):
     assert code_of(lambda: open_store(str(tmp_path)).read(found.key)) is ErrorCode.MISSING
 
 
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="other file systems keep no such dates")
+def test_a_date_that_is_none_is_listed_as_the_nearest_one():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for name, seconds in (("a", 9 * 10**11), ("b", -(9 * 10**11)), ("c", 0)):
+            Path(folder, name).write_bytes(b"x")
+            os.utime(Path(folder, name), (seconds, seconds))
+        found = sorted(open_store(folder).list(), key=lambda item: item.key)
+        assert [item.modified_at.year for item in found] == [9999, 1, 1970]
+        assert open_store(folder).read("a", etag=found[0].etag) == b"x"
+
+
 def test_a_link_that_leads_nowhere_is_listed_and_found_missing(tmp_path):
     """git-annex and DVC leave such links where a film was not fetched."""
     folder = tmp_path / "a"

@@ -115,7 +115,8 @@ def _of_report(manifest_uri: str, archive_uri: str) -> Iterator[pa.Table]:
             bucket, kind = manifest["sourceBucket"], manifest["fileFormat"].upper()
             columns = [name.strip() for name in manifest["fileSchema"].split(",")]
             files = [(item["key"], item["MD5checksum"]) for item in manifest["files"]]
-            destination = manifest["destinationBucket"].removeprefix("arn:aws:s3:::")
+            # An ARN, whose first words tell the partition: aws, aws-cn, aws-us-gov.
+            destination = manifest["destinationBucket"].rpartition(":::")[2]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{manifest_uri}: this is no manifest of an S3 Inventory report "

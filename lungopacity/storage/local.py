@@ -19,6 +19,10 @@ from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
 if TYPE_CHECKING:
     import pyarrow.fs
 
+_FIRST_S, _LAST_S = (
+    datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (datetime.min.year, datetime.max.year)
+)
+
 
 def absolute(path: Path) -> Path:
     """With `~` and `..` spelt out. Raises `UserError` for the home of nobody."""
@@ -52,7 +56,7 @@ class LocalStore:
             key=self._key(path),
             size_bytes=facts.st_size,
             etag=f"{facts.st_mtime_ns:x}-{facts.st_size:x}",
-            modified_at=datetime.fromtimestamp(facts.st_mtime, UTC),
+            modified_at=_time_of(facts),
         )
 
     def _listed(self, path: Path) -> Iterator[ObjectInfo]:
@@ -188,7 +192,7 @@ class LocalStore:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root) as probe:
-                return datetime.fromtimestamp(os.fstat(probe.fileno()).st_mtime, UTC)
+                return _time_of(os.fstat(probe.fileno()))
         except OSError as error:
             raise UserError(
                 f"{self.root}: cannot be written ({error.strerror}); check permissions and space"
@@ -216,6 +220,12 @@ class LocalStore:
         import pyarrow.fs
 
         return pyarrow.fs.LocalFileSystem(), str(self.root)
+
+
+def _time_of(facts: os.stat_result) -> datetime:
+    """When the file was changed last."""
+    # Damage leaves years that are no dates, and some file systems keep them.
+    return datetime.fromtimestamp(min(max(facts.st_mtime, _FIRST_S), _LAST_S), UTC)
 
 
 def _raise_error(error: OSError) -> None:

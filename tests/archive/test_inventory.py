@@ -102,10 +102,13 @@ def read(inventory: str, archive: str) -> list[dict]:
     )
 
 
-@pytest.mark.parametrize("kind", ["CSV", "PARQUET", "ORC"])
-def test_a_report_names_the_objects_under_the_archives_prefix(s3_uri, kind):
+@pytest.mark.parametrize(
+    ("kind", "partition"), [("CSV", "aws"), ("PARQUET", "aws-cn"), ("ORC", "aws-us-gov")]
+)
+def test_a_report_names_the_objects_under_the_archives_prefix(s3_uri, kind, partition):
     seen: list[int] = []
-    found = read(report(s3_uri, kind, rows_of(s3_uri)), s3_uri)
+    change = {"destinationBucket": f"arn:{partition}:s3:::{bucket_and_prefix(s3_uri)[0]}"}
+    found = read(report(s3_uri, kind, rows_of(s3_uri), change=change), s3_uri)
     assert [row["image"] for row in found] == sorted(KEYS)
     assert {row["image"]: row["source_etag"] for row in found} == {
         key: f"{place:032x}" for place, key in enumerate(KEYS)
