@@ -53,7 +53,8 @@ class Store(Protocol):
         ...
 
     def read(self, key: str, *, etag: str | None = None) -> bytes:
-        """The object's bytes, whole and checked.
+        """The object's bytes, whole, and checked where a digest of it is known: on S3 the MD5 or a
+        checksum that boto3 can compute, as of multipart uploads there often is none.
 
         `etag`: refuse (`changed`) where the object is no longer the planned one. Raises
         `ImageError` of stage `fetch`.

@@ -23,8 +23,9 @@ class BodyError(ImageError):
 
 
 def take_body(answer: dict[str, Any], take: Callable[[bytes], object]) -> None:
-    """Give the body of boto3's answer to `take`, piece by piece. Of a part of an object, the length
-    alone is checked.
+    """Give the body of boto3's answer to `take`, piece by piece. Of a part of an object, and of one
+    with neither MD5 nor a checksum of its whole that botocore has code for (CRC64NVME, the default
+    of multipart uploads, it has by awscrt alone), only the length is checked.
 
     Raises `BodyError` where it broke off or was altered on its way, after what had come; and what
     `take` raises.
