@@ -170,14 +170,17 @@ def _local(uri: str, md5: str | None) -> Iterator[Path]:
             yield path
     except ImageError as error:
         raise UserError(f"{uri}: the inventory cannot be read: {error.message}") from error
-    except (pa.ArrowException, EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    # Arrow has OSErrors, too, for what is damaged; of the disk they bear a number.
+    except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{uri}: the inventory cannot be read: {error.strerror}") from error
         raise UserError(
             f"{uri}: the inventory is damaged ({first_line(error)}); take it again"
         ) from error
 
 
 def _parquet(path: Path, _columns: Sequence[str]) -> Iterator[pa.Table]:
-    file = pq.ParquetFile(path)
+    file = pq.ParquetFile(path, page_checksum_verification=True)
     wanted = {name for names in _NAMES.values() for name in names} | {_LATEST, _DELETED}
     columns = [name for name in file.schema_arrow.names if _snake(name) in wanted]
     for batch in file.iter_batches(_ROWS_PER_TABLE, columns=columns):

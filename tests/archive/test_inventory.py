@@ -233,6 +233,23 @@ def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path, monkeypatch
         read(str(tmp_path / "empty.parquet"), archive.uri)
 
 
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_a_damaged_list_is_named_wherever_the_damage_lies(tmp_path, compression):
+    archive = take_inventory(_archive(tmp_path))
+    sink = io.BytesIO()
+    pq.write_table(archive.objects, sink, compression=compression, write_page_checksum=True)
+    data, told = sink.getvalue(), []
+    uri = tmp_path / "list.parquet"
+    for place in range(0, len(data), 37):
+        uri.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        try:
+            read(str(uri), archive.uri)
+        except UserError as error:
+            told.append(str(error))
+    assert len(told) > 20
+    assert all("the inventory is damaged" in words for words in told), told
+
+
 def _archive(tmp_path) -> str:
     store = open_store(str(tmp_path / "archive"))
     for key in ("b/2.png", "a.tar", "c.dcm"):
