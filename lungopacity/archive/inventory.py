@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from itertools import chain, islice
 
 import pyarrow as pa
@@ -87,24 +86,25 @@ def below(uri: str, root: str) -> str | None:
     return f"{uri}/"[len(prefix) :] if f"{uri}/".startswith(prefix) else None
 
 
-def left_out(inventory: Inventory, prefixes: Sequence[str]) -> Inventory:
-    """The inventory without the objects whose keys begin with one of these; a log line counts
-    them."""
+def without(
+    inventory: Inventory, is_ours: Callable[[pa.ChunkedArray], pa.ChunkedArray], what: str
+) -> Inventory:
+    """The inventory without some of its objects; a log line counts them, if there are any.
+
+    `is_ours`: of these keys, which to leave out, as booleans. `what`: the end of "3 objects of
+    ARCHIVE are left out, which …".
+    """
 
     def others() -> Iterator[pa.Table]:
         objects = 0
         for table in inventory.tables:
-            ours = reduce(pc.or_, (pc.starts_with(table["image"], prefix) for prefix in prefixes))
+            ours = is_ours(table["image"])
             objects += pc.sum(ours).as_py() or 0
             yield table.filter(pc.invert(ours))
-        log.info(
-            "%d objects of %s are left out, which lie below %s: what screening writes is no film",
-            objects,
-            inventory.uri,
-            ", ".join(prefixes),
-        )
+        if objects:
+            log.info("%d objects of %s are left out, which %s", objects, inventory.uri, what)
 
-    return Inventory(inventory.uri, others()) if prefixes else inventory
+    return Inventory(inventory.uri, others())
 
 
 def inventory_of(store: Store, objects: Iterable[ObjectInfo]) -> Inventory:

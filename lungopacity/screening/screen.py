@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lungopacity import observe
-from lungopacity.archive.inventory import Inventory, below, left_out, list_archive
+from lungopacity.archive.inventory import Inventory, below, list_archive, without
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.archive.stream import OBJECTS_PER_TASK
 from lungopacity.errors import UserError, first_line
@@ -92,7 +93,8 @@ def inventory_at(
 ) -> Inventory:
     """List the archive, or read the list that is given for it; with progress.
 
-    `written`: see `inside`; what lies there is left out, and so are the files of other results.
+    `written`: see `inside`; what lies there is left out, and so are the files of other results, as
+    of another model, or of a copy.
     Raises `UserError`.
     """
     ours = inside(archive, written)
@@ -103,28 +105,18 @@ def inventory_at(
         else read_inventory(inventory, archive, progress.advance)
     )
     shown = Inventory(found.uri, progress.around(found.tables))
-    return _without_results(left_out(shown, ours))
-
-
-def _without_results(inventory: Inventory) -> Inventory:
-    """The inventory without the files of results that lie in the archive, as of another model, or
-    of a copy; a log line counts them. By their names: to look into a folder would cost a request
-    each."""
-
-    def others() -> Iterator[pa.Table]:
-        objects = 0
-        for table in inventory.tables:
-            results = pc.match_substring_regex(table["image"], RESULTS_FILE)
-            objects += pc.sum(results).as_py() or 0
-            yield table.filter(pc.invert(results))
-        if objects:
-            log.info(
-                "%d objects of %s are left out, which bear the names of files of results",
-                objects,
-                inventory.uri,
-            )
-
-    return Inventory(inventory.uri, others())
+    for prefix in ours:
+        shown = without(
+            shown,
+            partial(pc.starts_with, pattern=prefix),
+            f"lie below {prefix}: what screening writes is no film",
+        )
+    # By their names: to look into a folder would cost a request each.
+    return without(
+        shown,
+        partial(pc.match_substring_regex, pattern=RESULTS_FILE),
+        "bear the names of files of results",
+    )
 
 
 def inside(archive: str, written: Sequence[str]) -> list[str]:

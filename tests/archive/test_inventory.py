@@ -9,14 +9,16 @@ import json
 import threading
 import time
 from datetime import UTC, datetime
+from functools import partial
 from urllib.parse import quote_plus
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
 
-from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.inventory import list_archive, take_inventory, without
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.errors import UserError
 from lungopacity.results.schema import PLAN_SCHEMA
@@ -231,6 +233,19 @@ def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path, monkeypatch
     pq.write_table(archive.objects.slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="names nothing below"):
         read(str(tmp_path / "empty.parquet"), archive.uri)
+
+
+def test_what_is_left_out_is_counted_unless_it_is_nothing(tmp_path, caplog):
+    caplog.set_level("INFO")
+    uri = _archive(tmp_path)
+    for prefix, left in (("results/", ["a.tar", "b/2.png", "c.dcm"]), ("b/", ["a.tar", "c.dcm"])):
+        is_ours = partial(pc.starts_with, pattern=prefix)
+        others = without(list_archive(uri), is_ours, f"lie below {prefix}")
+        names = [name for table in others.tables for name in table["image"].to_pylist()]
+        assert sorted(names) == left
+    assert [line.split(" ", 1)[1] for line in caplog.messages] == [
+        f"objects of {uri} are left out, which lie below b/"
+    ]
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
