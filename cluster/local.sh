@@ -57,16 +57,19 @@ ray start --head --block --num-cpus="${HEAD_CPUS:-1}" --port="$gcs" \
     --dashboard-agent-listen-port="$(free_port)" --ray-client-server-port="$(free_port)" \
     >"$logs/head" 2>&1 &
 started+=($!)
-for _ in {1..60}; do
-    if ray job list --address "http://127.0.0.1:$dashboard" >/dev/null 2>&1; then
-        break
+tries=0
+until ray job list --address "http://127.0.0.1:$dashboard" >/dev/null 2>&1; do
+    why="did not start"
+    if kill -0 "${started[0]}" 2>/dev/null; then
+        why="gave no answer in $((++tries)) tries"
+        if ((tries < 60)); then
+            sleep 1
+            continue
+        fi
     fi
-    if ! kill -0 "${started[0]}" 2>/dev/null; then
-        echo "the head did not start:" >&2
-        tail -n 20 "$logs/head" >&2
-        exit 2
-    fi
-    sleep 1
+    echo "the head $why:" >&2
+    tail -n 20 "$logs/head" >&2
+    exit 2
 done
 ray start --address="127.0.0.1:$gcs" --block --num-cpus="${NODE_CPUS:-1}" \
     --dashboard-agent-listen-port="$(free_port)" >"$logs/node" 2>&1 &
