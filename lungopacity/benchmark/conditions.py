@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lungopacity.benchmark.place import counted, gpus_here
+from lungopacity.benchmark.place import gpus_here
 from lungopacity.errors import NOTICE
 from lungopacity.runtime import versions
+from lungopacity.words import counted
 
 
 @dataclass(frozen=True)

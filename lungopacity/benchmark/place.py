@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lungopacity.errors import UserError
 from lungopacity.runtime import capacity, ray_session
+from lungopacity.words import counted
 
 NO_GPU = "torch.cuda.is_available() is False"
 
@@ -56,8 +57,3 @@ def gpus_here() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def counted(number: int, of: str) -> str:
-    """`1 core`, `2 cores`."""
-    return f"{number} {of}{'' if number == 1 else 's'}"

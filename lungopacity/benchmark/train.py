@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lungopacity.benchmark.inputs import DEFAULT_NETWORK, scratch_place
-from lungopacity.benchmark.place import NO_GPU, counted, gpus_here
+from lungopacity.benchmark.place import NO_GPU, gpus_here
 from lungopacity.errors import UserError
 from lungopacity.models import NETWORK_NAMES, build_network, check_network, load_model
 from lungopacity.models.networks import ENSEMBLE
@@ -28,6 +28,7 @@ from lungopacity.training.fit import films_of, first_tensors, fit
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.settings import TRAINING_PRECISIONS, TrainingSettings
 from lungopacity.training.task import DEFAULT_CLASSES, training_task
+from lungopacity.words import counted
 
 BARE = "bare loop"
 

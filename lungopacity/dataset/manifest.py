@@ -12,6 +12,7 @@ from lungopacity.archive.names import names_by_ending
 from lungopacity.dataset.tables import read_table
 from lungopacity.errors import UserError
 from lungopacity.radiograph import MAX_AGE_YEARS
+from lungopacity.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
     if frame["image"].duplicated().any():
         twice = frame.loc[frame["image"].duplicated(), "image"]
         raise UserError(
-            f"{uri}: {len(twice)} images have more than one row, as {twice.iloc[0]}; "
+            f"{uri}: more than one row names {counted(len(twice), 'image')}, as {twice.iloc[0]}; "
             "keep one of each"
         )
     for column in ("split", "patient_id", *FACT_COLUMNS):
@@ -223,8 +224,8 @@ def check_patients(labels: pd.DataFrame, uri: str) -> None:
     torn = int((splits > 1).sum())
     if torn:
         raise UserError(
-            f"{uri}: {torn} patients are in more than one split, which flatters every figure; "
-            "give all films of a patient one split, or remove the split column"
+            f"{uri}: more than one split has films of {counted(torn, 'patient')}, which flatters "
+            "every figure; give all films of a patient one split, or remove the split column"
         )
 
 
@@ -238,6 +239,6 @@ def check_contents(images: pd.DataFrame, uri: str) -> None:
     if len(torn):
         example = images.loc[images["content_sha256"] == torn[0], "image"].tolist()[:2]
         raise UserError(
-            f"{uri}: {len(torn)} files are in more than one split, as {' = '.join(example)}; "
-            "remove the copies"
+            f"{uri}: more than one split has {counted(len(torn), 'file')}, as "
+            f"{' = '.join(example)}; remove the copies"
         )

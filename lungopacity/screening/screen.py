@@ -40,6 +40,7 @@ from lungopacity.screening.publish import collect, remove_work
 from lungopacity.screening.resources import ScoringResources
 from lungopacity.storage import open_store
 from lungopacity.storage.probe import check_writable
+from lungopacity.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +249,8 @@ def _screen_what_is_missing(
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, f"round-{number}")
     if todo and most == 1 and not given_up:
-        log.warning("%d objects end every process that reads them: reader_crash", _rows(todo))
+        crashing = counted(_rows(todo), "object")
+        log.warning("%s crashed every reader, and got the code reader_crash", crashing)
         for path in todo:
             attempt = f"{plan.work}attempt={uuid.uuid4().hex}/"
             write_crashed(job.results, attempt, pq.read_table(path), class_names)

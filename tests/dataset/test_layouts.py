@@ -286,7 +286,7 @@ def test_patients_of_long_numbers_stay_apart(tmp_path):
         ("SELECT image, label, 'dev' AS split FROM t", "unknown split dev"),
         ("SELECT * FROM t WHERE false", "no rows"),
         ("SELECT image, NULL AS label FROM t", "without image or label"),
-        ("FROM t UNION ALL FROM t", "more than one row"),
+        ("FROM t UNION ALL FROM t", "more than one row names"),
     ],
 )
 def test_labels_that_would_be_refused_are_not_written(tmp_path, capsys, sql, said):

@@ -115,7 +115,7 @@ def test_whole_numbers_beside_gaps_keep_all_their_digits(tmp_path):
         ("file,label\na,Normal\n", "no column 'image' .it has: file, label"),
         ("image,label\n", "no rows"),
         ("image,label\na,\n", "without image or label"),
-        ("image,label\na,Normal\na,Normal\n", "more than one row, as a"),
+        ("image,label\na,Normal\na,Normal\n", "more than one row names 1 image, as a"),
         ("image,label,split\na,Normal,dev\n", "unknown split dev"),
         ("image,label,split\na,Normal, test\n", "unknown split ' test'; .* spelt exactly so"),
         ("image,label,split\na,Normal,test,\n", "line 2 has 4 fields, the header has 3"),
@@ -253,7 +253,7 @@ def test_too_few_patients_to_split_are_refused():
 def test_a_patient_in_two_splits_is_refused():
     frame = labels().assign(split="train")
     frame.loc[0, "split"] = "test"
-    with pytest.raises(UserError, match="1 patients are in more than one split"):
+    with pytest.raises(UserError, match="more than one split has films of 1 patient, which"):
         check_patients(frame, URI)
 
 
@@ -262,5 +262,5 @@ def test_one_files_bytes_in_two_splits_are_refused():
     frame["content_sha256"] = frame["image"]
     check_contents(frame, URI)
     frame.loc[0, ["content_sha256", "split"]] = ["1-0.png", "test"]
-    with pytest.raises(UserError, match=r"1 files are in more than one split, as 0-0\.png"):
+    with pytest.raises(UserError, match=r"more than one split has 1 file, as 0-0\.png"):
         check_contents(frame, URI)

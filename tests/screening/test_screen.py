@@ -57,7 +57,7 @@ def test_an_object_that_is_lost_each_time_gets_a_row_and_keeps_no_other_waiting(
     assert (finished.ok, finished.failed) == (3, 1)
     assert (own.ok, own.failed, own.failed_again, own.exit_code) == (1, 1, 1, 1)
     assert rounds[-1] == (1, 100, 1)
-    assert "1 objects end every process that reads them: reader_crash" in caplog.text
+    assert "1 object crashed every reader, and got the code reader_crash" in caplog.text
     lost = query(place.results, "SELECT image FROM latest WHERE error_code = 'reader_crash'")
     assert lost["image"].to_pylist() == ["Adams.png"]
 
