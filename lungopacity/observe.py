@@ -104,3 +104,8 @@ def tell_end(why: str) -> bool:
     if _as_json:
         log.error("%s", why)
     return _as_json
+
+
+def logs_as_json() -> bool:
+    """Whether `log_lines` was told `json` last."""
+    return _as_json

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local_s3 import LocalS3
+from lungopacity.observe import log_lines, logs_as_json
 
 # Before anything imports ray: see lungopacity.runtime.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -21,6 +22,14 @@ _SLOW = ("integration", "faults", "benchmark", "training")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: at the end, no core is left idle for minutes."""
     items.sort(key=lambda item: item.path.parent.name not in _SLOW)
+
+
+@pytest.fixture(autouse=True)
+def _log_lines_for_people() -> Iterator[None]:
+    """A test that asks for JSON leaves no later one with it, whether it passes or not."""
+    yield
+    if logs_as_json():
+        log_lines("text")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import pytest
 
 from lungopacity.cli import cli, main
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
-from lungopacity.observe import log_lines
 from tests.cli.running import run
 
 
@@ -86,7 +85,6 @@ def test_for_collectors_the_last_line_and_warnings_are_objects_too(monkeypatch, 
         lines = [json.loads(line) for line in err.splitlines()]
         assert [line["level"] for line in lines] == ["WARNING"] * (len(said) - 1) + ["ERROR"]
         assert all(part in line["message"] for part, line in zip(said, lines, strict=True))
-    log_lines("text")
 
 
 def test_a_defect_of_our_own_names_itself_and_how_to_report_it(monkeypatch, capfd):
