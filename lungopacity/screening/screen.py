@@ -21,6 +21,7 @@ from lungopacity.archive.inventory import Inventory, below, list_archive, withou
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.archive.stream import OBJECTS_PER_TASK
 from lungopacity.errors import UserError, first_line
+from lungopacity.models import TrainedModel
 from lungopacity.models.compiled import loaded
 from lungopacity.models.scorer import FLOAT32, check_precision
 from lungopacity.progress import Progress
@@ -288,16 +289,20 @@ def _rows(files: Sequence[Path]) -> int:
     return sum(pq.read_metadata(path).num_rows for path in files)
 
 
+def as_run(model: TrainedModel, use_gpu: bool | None) -> TrainedModel:
+    """The model without its compiled network where it runs on GPUs, or where CPUs cannot load it.
+    The actors would find that out, too, but nobody reads their logs."""
+    if use_gpu or loaded(model) is None:
+        return replace(model, compiled=None)
+    return model
+
+
 def _run_pipeline(
     job: ScreeningJob, plan: Plan, todo: pa.Table, *, losses: int, most: int, landed: Landed
 ) -> set[str]:
     """The devices that scored."""
     devices: set[str] = set()
-    model = job.model
-    # While Ray starts. That it cannot be loaded, the actors would find out, too, but nobody reads
-    # their logs.
-    if job.use_gpu or loaded(model) is None:
-        model = replace(model, compiled=None)
+    model = as_run(job.model, job.use_gpu)  # while Ray starts
     with ray_session():
         use_gpu = resolve_gpu(job.use_gpu)
         if use_gpu:

@@ -52,6 +52,12 @@ def test_tasks_hold_no_more_than_asked_for(most: int):
     assert max(sizes) == most
 
 
+def test_a_few_hundred_objects_are_shared_among_all_cpus():
+    sizes = [task.num_rows for task in read_tasks(plan(600), 16)]
+    assert sum(sizes) == 600
+    assert len(sizes) >= 16
+
+
 def test_shards_that_cannot_be_shared_evenly_are_told():
     assert divide_evenly(plan(7629), 16)
     assert divide_evenly(plan(0, shards=(50,) * 8), 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,14 +11,12 @@ import lungopacity
 from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.cli import main
 from lungopacity.errors import NOTICE, UserError
-from lungopacity.models import TrainedModel
+from lungopacity.models.compiled import CompiledNetwork, to_bytes
 from lungopacity.results.folder import read_run
 from lungopacity.results.query import query, runs
-from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.screening import screen
-from lungopacity.screening.landed import Landed
-from lungopacity.screening.resources import ScoringResources
-from tests.screening.nights import Place
+from lungopacity.screening.screen import as_run
+from tests.models.tiny import tiny_model
 
 
 def test_objects_that_are_lost_are_read_again_and_then_told(place, monkeypatch, caplog):
@@ -115,26 +112,10 @@ def test_a_run_that_goes_on_says_that_it_keeps_its_objects(place, caplog, monkey
     assert "--limit and --inventory change nothing" in caplog.text
 
 
-@pytest.mark.parametrize(("use_gpu", "looked"), [(True, 0), (False, 1)])
-def test_a_job_on_gpus_does_not_look_at_what_cpus_run(tmp_path, monkeypatch, use_gpu, looked):
-    place = Place(tmp_path)
-    given: list[bytes | None] = []
-    loads: list[TrainedModel] = []
-
-    def screen_objects(_archive, _objects, model, *_, **__):
-        given.append(model.compiled)
-        return iter([Counter({"ok": 1, "objects": 1})])
-
-    on = ScoringResources(1, 1, 0.0, float(use_gpu), 1, True)
-    monkeypatch.setattr(screen, "loaded", lambda model: loads.append(model) or ["a network"])
-    monkeypatch.setattr(screen, "ray_session", nullcontext)
-    monkeypatch.setattr(screen, "resolve_gpu", lambda wanted: wanted)
-    monkeypatch.setattr(screen, "screen_objects", screen_objects)
-    monkeypatch.setattr(ScoringResources, "of_cluster", lambda *_: on)
-    monkeypatch.setattr(ScoringResources, "devices", lambda _: ["x"])
-    job = place.job(use_gpu=use_gpu)
-    job = replace(job, model=replace(job.model, compiled=b"network"))
-    todo = PLAN_SCHEMA.empty_table()
-    found = screen._run_pipeline(job, place.killed(), todo, losses=0, most=1, landed=Landed(0, []))
-    assert found == {"x"}
-    assert (given, len(loads)) == ([None if use_gpu else b"network"], looked)
+def test_the_compiled_network_is_looked_at_on_cpus_alone(caplog):
+    broken = to_bytes([CompiledNetwork(b"7767517\n1 1\nNoSuchLayer a 0 1 in0\n", b"")])
+    model = replace(tiny_model(), compiled=broken)
+    assert as_run(model, use_gpu=True).compiled is None
+    assert not caplog.text
+    assert as_run(model, use_gpu=None).compiled is None
+    assert "CPUs run it in torch, slower: make it anew" in caplog.text
