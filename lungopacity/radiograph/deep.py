@@ -9,20 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph import tiff
 from lungopacity.radiograph.colour import deep_luminance
-from lungopacity.radiograph.jpeg import bits_of_jpeg_2000
+from lungopacity.radiograph.jpeg2000 import bits_of_jpeg_2000
 from lungopacity.radiograph.png import decode_png
 
 Samples = npt.NDArray[np.uint16]
 
 _PNG_DEEP = {b"\x10\x02", b"\x10\x04", b"\x10\x06"}
 """In IHDR: 16 bits; RGB, grey with alpha, RGB with alpha."""
-_TIFF_BITS = 258
-_TIFF_EXTRA = 338
-_TIFF_PLANES = 284
-_ONE_A_SAMPLE = 2
-_NOT_MULTIPLIED = 2
-"""Of ExtraSamples (TIFF 6.0, section 18): colours are as they are without their alpha."""
 _ROWS_AT_ONCE = 64
 
 
@@ -33,7 +28,7 @@ def is_deep(image: Any, data: bytes, kind: str) -> bool:
     if image.mode not in ("RGB", "RGBA", "RGBX", "LA"):
         return False
     if kind == "tiff":
-        bits = image.tag_v2.get(_TIFF_BITS, ())
+        bits = image.tag_v2.get(tiff.BITS, ())
         return bool(bits) and set(bits) == {16}
     return kind == "jpeg2000" and bits_of_jpeg_2000(data) > 8
 
@@ -46,7 +41,7 @@ def decode_deep(image: Any, data: bytes, kind: str) -> tuple[Samples, Samples | 
     samples = _samples(image, data, kind)
     has_alpha = samples.shape[2] % 2 == 0
     if kind == "tiff" and has_alpha:
-        has_alpha = image.tag_v2.get(_TIFF_EXTRA, (0,))[0] == _NOT_MULTIPLIED
+        has_alpha = image.tag_v2.get(tiff.EXTRA_SAMPLES, (0,))[0] == tiff.NOT_MULTIPLIED
     # JPEG 2000 alone may have fewer bits than 16.
     opaque = (1 << bits_of_jpeg_2000(data)) - 1 if kind == "jpeg2000" else 65535
     rgb = samples[..., :3] if samples.shape[2] > 2 else None
@@ -69,7 +64,7 @@ def _samples(image: Any, data: bytes, kind: str) -> Samples:
     try:
         if kind == "tiff":
             samples: Samples = imagecodecs.tiff_decode(data, index=image.tell())
-            if image.tag_v2.get(_TIFF_PLANES) == _ONE_A_SAMPLE:
+            if image.tag_v2.get(tiff.PLANES) == tiff.ONE_A_SAMPLE:
                 samples = np.moveaxis(samples, 0, -1)
         else:
             samples = imagecodecs.jpeg2k_decode(data)

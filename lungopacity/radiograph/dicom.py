@@ -9,11 +9,12 @@ import io
 import logging
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction, deep_luminance, luminance
@@ -31,13 +32,12 @@ from lungopacity.radiograph.dicom_header import (
     facts_of,
     is_image_class,
 )
-from lungopacity.radiograph.film import DecodeLimits, Radiograph
+from lungopacity.radiograph.film import DecodeLimits, Radiograph, as_image_error
 from lungopacity.radiograph.grey import stretch_to_uint8
 
 # pydicom warns with the offending value in the text. Values may be names, so nothing is passed on.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
-_DEFLATED = "1.2.840.10008.1.2.1.99"
 _META_BYTES = 1024
 """Within which the file meta group names the transfer syntax."""
 _MAX_READS = 1_000_000
@@ -73,27 +73,27 @@ def decode_dicom(
             error.facts = facts
             raise
         except Exception as error:
-            raise _header_error(error, facts) from error
-        for index in range(declared):
+            failed = as_image_error(error, _header_error)
+            failed.facts = facts
+            raise failed from error
+        for index in range(min(declared, frames + 1)):
             own = facts if declared == 1 else {**facts, "frame": index}
             try:
                 if index >= frames:
+                    # Thousands may be declared that are not there: one row for them.
                     raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, _FEWER)
                 yield _radiograph(dataset, index, own, limits)
             except Exception as error:
-                failed = _as_image_error(error)
+                failed = as_image_error(error, _pixel_error)
                 failed.facts = own
                 yield failed
-                if index >= frames:
-                    # A header may declare thousands of frames that are not there: one row for them.
-                    return
 
 
 def _read(data: bytes, limits: DecodeLimits) -> Any:
     import pydicom
 
     try:
-        if _has_meta(data) and _DEFLATED.encode() in data[:_META_BYTES]:
+        if _has_meta(data) and DeflatedExplicitVRLittleEndian.encode() in data[:_META_BYTES]:
             return _read_deflated(data, limits)
         dataset = pydicom.dcmread(_Bounded(data), force=True)
         if "PixelData" not in dataset:
@@ -105,7 +105,7 @@ def _read(data: bytes, limits: DecodeLimits) -> Any:
     except ImageError:
         raise
     except Exception as error:
-        raise _header_error(error) from error
+        raise as_image_error(error, _header_error) from error
     if not known and not _has_meta(data):
         raise ImageError(
             ErrorCode.NOT_AN_IMAGE, Stage.DECODE, "no signature of a known image format"
@@ -137,7 +137,6 @@ def _read_deflated(data: bytes, limits: DecodeLimits) -> Any:
     """pydicom would inflate without a limit."""
     from pydicom.dataset import FileMetaDataset
     from pydicom.filereader import read_dataset
-    from pydicom.uid import ExplicitVRLittleEndian
 
     file = _Bounded(data)
     file.seek(132)
@@ -286,27 +285,19 @@ def _to_8_bits(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
     return eight
 
 
-def _header_error(error: Exception, facts: Mapping[str, object] | None = None) -> ImageError:
-    if isinstance(error, MemoryError):
-        return ImageError(
-            ErrorCode.TOO_LARGE, Stage.DECODE, "takes more memory than allowed", facts
-        )
-    # pydicom parses a value when it is asked for, and raises what it likes.
+def _header_error(error: Exception) -> ImageError:
+    """What an error of pydicom says, which parses a value when it is asked for."""
     return ImageError(
         ErrorCode.CORRUPT_IMAGE,
         Stage.DECODE,
         f"DICOM header cannot be read ({type(error).__name__})",
-        facts,
     )
 
 
-def _as_image_error(error: Exception) -> ImageError:
-    if isinstance(error, ImageError):
-        return error
+def _pixel_error(error: Exception) -> ImageError:
+    """What an error of a frame's decoder says."""
     told = str(error).lower()
     kind = type(error).__name__
-    if isinstance(error, MemoryError):
-        return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "takes more memory than allowed")
     if isinstance(error, NotImplementedError) or "missing dependencies" in told:
         return ImageError(
             ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX, Stage.DECODE, "no decoder for this encoding"

@@ -8,22 +8,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+)
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.film import DecodeLimits
-from lungopacity.radiograph.jpeg import (
-    JpegHeader,
-    decode_grey_jpeg,
-    is_cut_jpeg_2000,
-    read_header,
-    scans_of,
-)
+from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg, read_header, scans_of
+from lungopacity.radiograph.jpeg2000 import is_cut_jpeg_2000
 
-_JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
-_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
-_JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
-# JPEG 2000, and HTJ2K with the same tiles (T.814).
-_JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{syntax}" for syntax in (90, 91, 201, 202, 203))
+_JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
+# HTJ2K has the same tiles (T.814).
+_JPEG_2000 = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
 _OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
 _END_OF_IMAGE = b"\xff\xd9"
 _OF_MACROS = {
@@ -37,7 +44,6 @@ _OF_MACROS = {
 def set_transfer_syntax(dataset: Any) -> None:
     """PS3.5 10.1: Implicit VR Little Endian where nothing is said, or what pydicom found."""
     from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     if not hasattr(dataset, "file_meta"):
         dataset.file_meta = FileMetaDataset()
@@ -122,7 +128,7 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
             grey = decode_grey_jpeg(frame, header)
             if grey is not None:
                 return grey
-    if dataset.file_meta.TransferSyntaxUID == _JPEG_EXTENDED:
+    if dataset.file_meta.TransferSyntaxUID == JPEGExtended12Bit:
         from lungopacity.radiograph.dicom_jpeg12 import register
 
         register()
@@ -152,7 +158,7 @@ def _check_frame(
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the frame is not what the header says"
         )
-    if syntax == _JPEG_BASELINE and header.components > 1:
+    if syntax == JPEGBaseline8Bit and header.components > 1:
         # For its errors alone: other decoders fill lost pixels with grey, and say nothing.
         decode_grey_jpeg(frame, header, at_least=1)
 
@@ -170,7 +176,7 @@ def _is_plain_jpeg(dataset: Any, header: JpegHeader) -> bool:
     """Whether libjpeg-turbo alone gives the pixels: the same, four times as fast as GDCM, which
     pydicom would ask first."""
     return (
-        dataset.file_meta.TransferSyntaxUID == _JPEG_BASELINE
+        dataset.file_meta.TransferSyntaxUID == JPEGBaseline8Bit
         and header.components == 1
         and dataset.BitsAllocated == 8
         and not dataset.get("PixelRepresentation")

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydicom.uid import HTJ2K, JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.grey import own_range, stretch_to_uint8
@@ -24,9 +25,8 @@ from lungopacity.radiograph.grey import own_range, stretch_to_uint8
 _MAX_TABLE_BITS = 16
 _BRIGHTEST_OF_ANY = 0.25
 """Share of white that some value of the stored range must reach, for a window to be believed."""
-_LOSSY = {f"1.2.840.10008.1.2.4.{syntax}" for syntax in (50, 51, 81, 91, 203)}
-"""JPEG, JPEG-LS, JPEG 2000 and HTJ2K (PS3.5 10): the precision in the codestream may be larger than
-Bits Stored."""
+_LOSSY = {JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000, HTJ2K}
+"""The precision in the codestream may be larger than Bits Stored."""
 
 
 def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:

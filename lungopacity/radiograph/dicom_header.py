@@ -13,7 +13,7 @@ from collections.abc import Set
 from typing import Any
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.radiograph.film import MAX_AGE_YEARS, SYNTHETIC_MARK
+from lungopacity.radiograph.film import MAX_AGE_YEARS, is_synthetic
 
 ACCEPTABLE = frozenset(
     {
@@ -95,7 +95,7 @@ def facts_of(dataset: Any, hmac_key: bytes | None) -> dict[str, object]:
         "patient_age_years": _age_years(dataset),
         "patient_hmac": _hmac(hmac_key, _text(dataset, "PatientID")),
         "study_hmac": _hmac(hmac_key, _text(dataset, "StudyInstanceUID")),
-        "synthetic": _text(dataset, "ImageComments").lower().startswith(SYNTHETIC_MARK),
+        "synthetic": is_synthetic(_text(dataset, "ImageComments")),
     }
 
 

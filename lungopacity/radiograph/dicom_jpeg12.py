@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydicom.uid import JPEGExtended12Bit
+
 _NAME = "lungopacity-gdcm-12bit"
 
-DECODER_DEPENDENCIES = {"1.2.840.10008.1.2.4.51": ("gdcm>=3.2",)}
+DECODER_DEPENDENCIES = {JPEGExtended12Bit: ("gdcm>=3.2",)}
 """Asked for by pydicom of every plugin."""
 
 
@@ -23,7 +25,7 @@ def register() -> None:
     """Make pydicom try this decoder, too. Doing so twice does no harm."""
     from pydicom.pixels import get_decoder
 
-    decoder = get_decoder("1.2.840.10008.1.2.4.51")
+    decoder = get_decoder(JPEGExtended12Bit)
     if _NAME not in decoder.available_plugins:
         decoder.add_plugin(_NAME, (__name__, "decode_frame"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -19,6 +19,13 @@ _MAX_PIXELS_PER_BYTE = 200
 
 MAX_AGE_YEARS = 120
 """Above it an age is a mistake in the record, and taken as unknown."""
+
+
+def is_synthetic(comment: object) -> bool:
+    """Whether the comment of a file, text or bytes, is that of a phantom."""
+    if isinstance(comment, bytes):
+        comment = comment.decode("ascii", "replace")
+    return isinstance(comment, str) and comment.lower().startswith(SYNTHETIC_MARK)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,16 @@ class DecodeLimits:
             raise ImageError(
                 ErrorCode.DECOMPRESSION_BOMB, Stage.DECODE, f"{scans} scans, limit {self.max_scans}"
             )
+
+
+def as_image_error(error: Exception, otherwise: Callable[[Exception], ImageError]) -> ImageError:
+    """What is said of a film for which `error` was raised. `otherwise`: what a decoder's own errors
+    mean."""
+    if isinstance(error, ImageError):
+        return error
+    if isinstance(error, MemoryError):
+        return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "takes more memory than allowed")
+    return otherwise(error)
 
 
 @dataclass(frozen=True)

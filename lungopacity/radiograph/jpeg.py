@@ -9,12 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph.jpeg2000 import is_jpeg_2000, siz_of
 
-_JPEG_2000 = b"\xff\x4f\xff\x51"
-_BOXED = b"jP  "
-"""At the front of a JP2 file (T.800 I.5.1), which some put into DICOM whole."""
-_START_OF_TILE = b"\xff\x90\x00\x0a"
-_TILE_HEADER_BYTES = 12
 _APP1 = 0xE1
 _COMMENT = 0xFE
 # Start of scan with the length that its number of components gives (T.81 B.2.3). Coded pixels hold
@@ -45,13 +41,12 @@ class JpegHeader:
 
 def read_header(frame: bytes) -> JpegHeader | None:
     """The header of the codestream; None where it is another, or damaged."""
-    if frame[:4] == _JPEG_2000 or frame[4:8] == _BOXED:
-        at = max(0, frame.find(_JPEG_2000))
-        # SIZ (T.800 A.5.1): extent and offset of the image on the reference grid.
-        x, y, x0, y0 = (int.from_bytes(frame[at + i : at + i + 4], "big") for i in (8, 12, 16, 20))
-        components = int.from_bytes(frame[at + 40 : at + 42])
-        bits = (int.from_bytes(frame[at + 42 : at + 43]) & 0x7F) + 1
-        return JpegHeader(y - y0, x - x0, components, bits, False, False, ())
+    if is_jpeg_2000(frame):
+        size = siz_of(frame)
+        if size is None:
+            return None
+        bits = size.bits[0] if size.bits else 0
+        return JpegHeader(size.rows, size.columns, size.components, bits, False, False, ())
     if frame[:2] != b"\xff\xd8":
         return None
     comments: list[bytes] = []
@@ -74,44 +69,6 @@ def read_header(frame: bytes) -> JpegHeader | None:
             comments.append(frame[at + 4 : end])
         at = end
     return None
-
-
-def is_cut_jpeg_2000(data: bytes) -> bool:
-    """Whether a JPEG 2000 codestream, in its boxes or bare, lacks tiles or the end of one.
-
-    OpenJPEG gives black for a tile that ends right after its header, or is not there.
-    """
-    start = data.find(_JPEG_2000)
-    at = data.find(_START_OF_TILE, start)
-    if start < 0 or at < 0:
-        return start >= 0
-    # SIZ (T.800 A.5.1): extent and offset of the image, size and offset of the tiles.
-    x, y, _, _, width, height, x0, y0 = (
-        int.from_bytes(data[place : place + 4], "big") for place in range(start + 8, start + 40, 4)
-    )
-    if not width or not height:
-        return False
-    tiles = -(-(x - x0) // width) * -(-(y - y0) // height)
-    found: set[bytes] = set()
-    while data.startswith(_START_OF_TILE, at):
-        # SOT (A.4.2): the tile's number, and its length; 0 is one that goes on to the end.
-        found.add(data[at + 4 : at + 6])
-        length = int.from_bytes(data[at + 6 : at + 10], "big") or len(data) - at
-        if length <= _TILE_HEADER_BYTES or at + length > len(data):
-            return True
-        at += length
-    return len(found) < tiles
-
-
-def bits_of_jpeg_2000(data: bytes) -> int:
-    """Of its deepest component (T.800 A.5.1, Ssiz); 0 where no codestream is found."""
-    at = data.find(_JPEG_2000)
-    if at < 0:
-        return 0
-    components = int.from_bytes(data[at + 40 : at + 42], "big")
-    return max(
-        ((size & 0x7F) + 1 for size in data[at + 42 : at + 42 + 3 * components : 3]), default=0
-    )
 
 
 def scans_of(frame: bytes) -> int:

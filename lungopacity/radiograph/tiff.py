@@ -16,8 +16,12 @@ _BYTES_OF_TYPE = {3: 2, 4: 4}
 """SHORT and LONG."""
 
 COLUMNS, ROWS, BITS, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 262, 274
-SAMPLES, SAMPLE_FORMAT = 277, 339
+SAMPLES, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT = 277, 284, 338, 339
 WHITE_IS_ZERO = 0
+ONE_A_SAMPLE = 2
+"""Of PLANES: red, green and blue lie apart."""
+NOT_MULTIPLIED = 2
+"""Of EXTRA_SAMPLES (TIFF 6.0, section 18): colours are as they are without their alpha."""
 UNSIGNED, SIGNED = 1, 2
 """Sample formats (TIFF 6.0, section 19)."""
 

@@ -84,9 +84,17 @@ def test_a_digitised_film_that_is_cut_is_none():
     data = tiff_of(SIXTEEN >> 4, 12, ">", "miniswhite")
     assert code_of(data[:-500]) is ErrorCode.CORRUPT_IMAGE
     assert code_of(tiff_of(SIXTEEN >> 10, 6, ">", "miniswhite")) is ErrorCode.UNSUPPORTED
+
+
+def test_a_size_that_no_row_of_a_table_holds_is_not_told():
+    data = tiff_of(SIXTEEN >> 4, 12, ">", "miniswhite")
+    rows = struct.pack(">HHIHH", 257, 3, 1, 64, 0)
+    assert rows in data
     with pytest.raises(ImageError) as caught:
-        one_film(data, DecodeLimits(max_megapixels=0.001))
-    assert (caught.value.code, "rows" in caught.value.facts) == (ErrorCode.TOO_LARGE, False)
+        one_film(data.replace(rows, struct.pack(">HHII", 257, 4, 1, 2**31)))
+    assert caught.value.code is ErrorCode.TOO_LARGE
+    assert "rows" not in caught.value.facts
+    assert caught.value.facts["columns"] == 64
 
 
 @pytest.mark.parametrize("big", [False, True])

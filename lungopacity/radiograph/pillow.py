@@ -1,0 +1,282 @@
+"""What Pillow opens: page by page, and to grey by how its pixels are stored.
+
+Its plug-ins other than these (EPS, PSD, PDF, …) stay shut: a wider door for hostile files, and no
+radiograph comes in them.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph import tiff
+from lungopacity.radiograph.colour import coloured_fraction
+from lungopacity.radiograph.deep import decode_deep, is_deep
+from lungopacity.radiograph.film import DecodeLimits, Radiograph, as_image_error, is_synthetic
+from lungopacity.radiograph.grey import stretch_to_uint8
+from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg
+from lungopacity.radiograph.png import check_rows
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "BMP")
+_EXIF_ORIENTATION = 0x0112
+
+Grey = tuple[npt.NDArray[np.uint8], float]
+"""Pixels (height, width), turned as EXIF says, and the share of coloured ones."""
+
+
+@dataclass(frozen=True)
+class _Page:
+    """A page that was opened, and is not decoded yet."""
+
+    rows: int
+    columns: int
+    mode: str
+    """Pillow's name for how its pixels are stored."""
+    synthetic: bool
+    decode: Callable[[], Grey]
+
+    def facts(self) -> dict[str, Any]:
+        """What a row may hold of it: a side of more than 31 bits it cannot."""
+        sides = {"rows": self.rows, "columns": self.columns}
+        return {
+            **{name: side for name, side in sides.items() if 0 < side < 2**31},
+            "photometric_interpretation": self.mode,
+            "synthetic": self.synthetic,
+        }
+
+
+def decode_with_pillow(
+    data: bytes,
+    kind: str,
+    pages: Sequence[int],
+    limits: DecodeLimits,
+    header: JpegHeader | None = None,
+    at_least: int | None = None,
+) -> Iterator[Radiograph | ImageError]:
+    """Each page as a radiograph, or as the error that it alone met.
+
+    kind: as `sniff_format` tells it. `pages`: of a TIFF, where each begins; of the other formats
+    there is one, for further frames are previews or animations. `header`: of a JPEG. `at_least`:
+    see `decode_radiographs`. Raises `ImageError` for a file that cannot be opened.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        # Pillow warns of large images, where our own limit decides, and of odd metadata.
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except Exception as error:
+            if kind == "tiff" and isinstance(error, UnidentifiedImageError):
+                yield from _each(lambda at: _uncommon(data, pages, at), data, kind, pages, limits)
+                return
+            raise as_image_error(error, decoder_error) from error
+        with image:
+
+            def opened(index: int) -> _Page:
+                if index:
+                    image.seek(index)
+                synthetic = any(map(is_synthetic, image.info.values()))
+                return _Page(
+                    image.height,
+                    image.width,
+                    image.mode,
+                    synthetic,
+                    lambda: _grey_of(image, data, kind, header, at_least),
+                )
+
+            yield from _each(opened, data, kind, pages, limits)
+
+
+def _each(
+    open_page: Callable[[int], _Page],
+    data: bytes,
+    kind: str,
+    pages: Sequence[int],
+    limits: DecodeLimits,
+) -> Iterator[Radiograph | ImageError]:
+    unpacked = 0
+    for index in range(len(pages)):
+        facts: dict[str, Any] = {"format": kind, "frame": index if len(pages) > 1 else None}
+        try:
+            page = open_page(index)
+            facts |= page.facts()
+            limits.check_pixels(page.rows, page.columns)
+            unpacked += page.rows * page.columns
+            if len(pages) > 1:
+                limits.check_unpacked(unpacked, len(data))
+            pixels, coloured = page.decode()
+            yield Radiograph(pixels=pixels, coloured_fraction=coloured, **facts)
+        except Exception as error:
+            failed = as_image_error(error, decoder_error)
+            failed.facts = facts
+            yield failed
+            if failed.code is ErrorCode.DECOMPRESSION_BOMB:
+                return
+
+
+def _uncommon(data: bytes, pages: Sequence[int], index: int) -> _Page:
+    """Of a TIFF in one of the grey layouts that Pillow knows none of, as of film scanners: white is
+    zero in big-endian words, or 10, 12 and 14 bits."""
+    tags = tiff.tags_of(data, pages[index])
+
+    def decode() -> Grey:
+        grey = stretch_to_uint8(tiff.grey_values(data, index, tags))
+        return _turned(grey, tags.get(tiff.ORIENTATION, 1)), 0.0
+
+    return _Page(tags.get(tiff.ROWS, 0), tags.get(tiff.COLUMNS, 0), "I;16", False, decode)
+
+
+def decoder_error(error: Exception) -> ImageError:
+    """What an error of a decoder says."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return ImageError(
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the signature is there, the header is not"
+        )
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "declares too many pixels")
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, …
+    told = str(error).lower()
+    short = "truncated" in told or "cut short" in told or isinstance(error, EOFError)
+    return ImageError(
+        ErrorCode.TRUNCATED if short else ErrorCode.CORRUPT_IMAGE,
+        Stage.DECODE,
+        f"decoder refused the content ({type(error).__name__})",
+    )
+
+
+def _grey_of(
+    image: Image.Image, data: bytes, kind: str, header: JpegHeader | None, at_least: int | None
+) -> Grey:
+    if kind == "jpeg":
+        return _grey_of_jpeg(image, data, header, at_least)
+    if is_deep(image, data, kind):
+        return _grey_of_deep(image, data, kind)
+    if kind == "png":
+        image.load()
+        check_rows(data)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_of_wide(image, kind)
+    pixels, coloured = _grey_of_8_bits(image)
+    if kind == "tiff" and image.mode == "L" and _sample_format(image) == tiff.SIGNED:
+        # -128 … 127, which Pillow passes on as if they had no sign.
+        return pixels ^ np.uint8(0x80), coloured
+    return pixels, coloured
+
+
+def _grey_of_jpeg(
+    image: Image.Image, data: bytes, header: JpegHeader | None, at_least: int | None
+) -> Grey:
+    # Asked first: Pillow fills pixels that were lost with grey, and says nothing.
+    luma = None if header is None else decode_grey_jpeg(data, header, at_least)
+    if at_least is not None:
+        # YCbCr where the file has it: its Y is the grey image, exactly. libjpeg makes none of RGB.
+        colours = None if _is_rgb_jpeg(image) else "YCbCr"
+        image.draft(colours, _draft_size(image.width, image.height, at_least))
+    return _grey_of_8_bits(image, luma)
+
+
+def _grey_of_deep(image: Image.Image, data: bytes, kind: str) -> Grey:
+    orientation = _orientation(image)  # first: of a TIFF, Pillow turns what it has loaded
+    image.load()  # damage is told as of any other
+    grey, rgb = decode_deep(image, data, kind)
+    coloured = 0.0 if rgb is None else coloured_fraction(stretch_to_uint8(rgb))
+    return _turned(stretch_to_uint8(grey), orientation), coloured
+
+
+def _grey_of_wide(image: Image.Image, kind: str) -> Grey:
+    """16 bits and more carry no window: their own range is mapped, as for such DICOM."""
+    values = np.asarray(image)
+    if kind == "tiff" and image.mode == "I" and _sample_format(image) == tiff.UNSIGNED:
+        values = values.view(np.uint32)  # of 32 bits; Pillow has them with a sign only
+    grey = stretch_to_uint8(values if values.dtype == np.uint16 else values.astype(np.float64))
+    # Pillow inverts white-is-zero films of up to 8 bits only.
+    tags = getattr(image, "tag_v2", {})
+    white_is_zero = kind == "tiff" and tags.get(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO
+    return _turned(255 - grey if white_is_zero else grey, _orientation(image)), 0.0
+
+
+def _grey_of_8_bits(image: Image.Image, luma: npt.NDArray[np.uint8] | None = None) -> Grey:
+    """luma: the grey pixels, where they are known already."""
+    coloured = 0.0
+    if image.mode not in ("1", "L", "LA"):
+        image.load()
+        coloured = coloured_fraction(np.asarray(_coarse(image).convert("RGB")))
+    grey = _as_grey(image) if luma is None else luma
+    return _turned(grey, _orientation(image)), coloured
+
+
+def _sample_format(image: Any) -> int:
+    """Of a TIFF's first sample."""
+    return int(image.tag_v2.get(tiff.SAMPLE_FORMAT, (tiff.UNSIGNED,))[0])
+
+
+def _is_rgb_jpeg(image: Any) -> bool:
+    """Whether a JPEG of three components holds RGB, as libjpeg tells it: a JFIF file does not, of
+    others Adobe's marker says it, and without one the names of the components."""
+    if image.mode != "RGB" or "jfif" in image.info:
+        return False
+    if "adobe_transform" in image.info:
+        return bool(image.info["adobe_transform"] == 0)
+    return bytes(component[0] for component in image.layer) == b"RGB"
+
+
+def _coarse(image: Image.Image) -> Image.Image:
+    """The pixels that `coloured_fraction` looks at, without a copy of all of them in RGB."""
+    from PIL import Image
+
+    step = max(1, min(image.size) // 128)
+    size = (-(-image.width // step), -(-image.height // step))
+    # The middle of an output pixel is taken to the middle of every step-th pixel.
+    offset = (1 - step) / 2
+    return image.transform(
+        size, Image.Transform.AFFINE, (step, 0, offset, 0, step, offset), Image.Resampling.NEAREST
+    )
+
+
+def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
+    from PIL import Image
+
+    if image.mode == "YCbCr":
+        return np.asarray(image.getchannel(0), dtype=np.uint8)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(
+            black, image if image.mode == "RGBA" else image.convert("RGBA")
+        )
+    return np.asarray(image if image.mode == "L" else image.convert("L"), dtype=np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation: int = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow's parsers raise anything of damaged metadata; the pixels are whole
+        return 1
+    return orientation
+
+
+def _turned(grey: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    from PIL import Image, ImageOps
+
+    if orientation == 1:
+        return grey
+    turned = Image.fromarray(grey)
+    turned.getexif()[_EXIF_ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(turned), dtype=np.uint8)
+
+
+def _draft_size(columns: int, rows: int, at_least: int) -> tuple[int, int]:
+    scale = at_least / max(columns, rows)
+    return max(1, round(columns * scale)), max(1, round(rows * scale))
