@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lungopacity.errors import ErrorCode, ImageError, Stage
+
 _FEW = 0.02
 """Of the pixels, at either end of their values: what may be text, a marker, or a dead detector."""
 
@@ -16,13 +18,15 @@ def stretch_to_uint8(
 ) -> npt.NDArray[np.uint8]:
     """Map `low … high` (default: `own_range`) to 0 … 255, rounded.
 
-    `values`: any shape. Values outside are clipped. A constant image becomes 0. Raises `ValueError`
-    for values that are no numbers.
+    `values`: any shape. Values outside are clipped. A constant image becomes 0. Raises `ImageError`
+    (`corrupt_image`) for values that are no numbers.
     """
     if low is None or high is None:
         low, high = _own_range_of(values)
     if not np.isfinite([low, high]).all():
-        raise ValueError("grey values that are no numbers")
+        raise ImageError(
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "grey values that are no numbers (NaN, infinite)"
+        )
     if not high > low:
         return np.zeros(values.shape, np.uint8)
     if values.dtype == np.uint16:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "BMP")
 _EXIF_ORIENTATION = 0x0112
+_ON_A_SIDE = (5, 6, 7, 8)
+"""Orientations of which Pillow gives the sides of a TIFF as they are when it is turned."""
 
 Grey = tuple[npt.NDArray[np.uint8], float]
 """Pixels (height, width), turned as EXIF says, and the share of coloured ones."""
@@ -82,20 +84,28 @@ def decode_with_pillow(
                 return
             raise as_image_error(error, decoder_error) from error
         with image:
+            yield from _each(
+                lambda at: _opened(image, at, data, kind, header, at_least),
+                data,
+                kind,
+                pages,
+                limits,
+            )
 
-            def opened(index: int) -> _Page:
-                if index:
-                    image.seek(index)
-                synthetic = any(map(is_synthetic, image.info.values()))
-                return _Page(
-                    image.height,
-                    image.width,
-                    image.mode,
-                    synthetic,
-                    lambda: _grey_of(image, data, kind, header, at_least),
-                )
 
-            yield from _each(opened, data, kind, pages, limits)
+def _opened(
+    image: Any, index: int, data: bytes, kind: str, header: JpegHeader | None, at_least: int | None
+) -> _Page:
+    if index:
+        image.seek(index)
+    turned = kind == "tiff" and image.tag_v2.get(tiff.ORIENTATION) in _ON_A_SIDE
+    columns, rows = image.size[::-1] if turned else image.size
+    synthetic = any(map(is_synthetic, image.info.values()))
+
+    def decode() -> Grey:
+        return _grey_of(image, data, kind, header, at_least)
+
+    return _Page(rows, columns, image.mode, synthetic, decode)
 
 
 def _each(
@@ -106,14 +116,15 @@ def _each(
     limits: DecodeLimits,
 ) -> Iterator[Radiograph | ImageError]:
     unpacked = 0
-    for index in range(len(pages)):
-        facts: dict[str, Any] = {"format": kind, "frame": index if len(pages) > 1 else None}
+    films = tiff.films_of(data, pages) if kind == "tiff" else [0]
+    for frame, index in enumerate(films):
+        facts: dict[str, Any] = {"format": kind, "frame": frame if len(films) > 1 else None}
         try:
             page = open_page(index)
             facts |= page.facts()
             limits.check_pixels(page.rows, page.columns)
             unpacked += page.rows * page.columns
-            if len(pages) > 1:
+            if len(films) > 1:
                 limits.check_unpacked(unpacked, len(data))
             pixels, coloured = page.decode()
             yield Radiograph(pixels=pixels, coloured_fraction=coloured, **facts)
@@ -211,7 +222,7 @@ def _grey_of_wide(image: Image.Image, kind: str) -> Grey:
 def _grey_of_8_bits(image: Image.Image, luma: npt.NDArray[np.uint8] | None = None) -> Grey:
     """luma: the grey pixels, where they are known already."""
     coloured = 0.0
-    if image.mode not in ("1", "L", "LA"):
+    if image.mode not in ("1", "L", "LA", "La"):
         image.load()
         coloured = coloured_fraction(np.asarray(_coarse(image).convert("RGB")))
     grey = _as_grey(image) if luma is None else luma
@@ -249,7 +260,8 @@ def _coarse(image: Image.Image) -> Image.Image:
 def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
     from PIL import Image
 
-    if image.mode == "YCbCr":
+    if image.mode in ("YCbCr", "La"):
+        # Luma; or grey that is multiplied by its alpha already, which is how it looks on black.
         return np.asarray(image.getchannel(0), dtype=np.uint8)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))

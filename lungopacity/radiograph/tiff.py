@@ -1,7 +1,9 @@
-"""TIFF: whether all the pages that a file begins are in it, and grey layouts that Pillow lacks."""
+"""TIFF: whether all the pages that a file begins are in it, which of them are films, and grey
+layouts that Pillow lacks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,8 +17,10 @@ _BIG_SIGNATURES = (b"II+\x00", b"MM\x00+")
 _BYTES_OF_TYPE = {3: 2, 4: 4}
 """SHORT and LONG."""
 
-COLUMNS, ROWS, BITS, PHOTOMETRIC, ORIENTATION = 256, 257, 258, 262, 274
+SUBFILE, COLUMNS, ROWS, BITS, PHOTOMETRIC, ORIENTATION = 254, 256, 257, 258, 262, 274
 SAMPLES, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT = 277, 284, 338, 339
+_REDUCED, _MASK = 1, 4
+"""Bits of SUBFILE (TIFF 6.0, section 8): a smaller copy, or the mask, of another page."""
 WHITE_IS_ZERO = 0
 ONE_A_SAMPLE = 2
 """Of PLANES: red, green and blue lie apart."""
@@ -68,6 +72,23 @@ class _Form:
 
     def number(self, at: int, size: int) -> int:
         return int.from_bytes(self._data[at : at + size], self.order)
+
+
+def films_of(data: bytes, pages: Sequence[int]) -> list[int]:
+    """Which of the pages hold an image of their own: thumbnails, the smaller copies of a pyramid
+    and masks do not, unless there is nothing else. `pages`: where each begins."""
+    own = [number for number, page in enumerate(pages) if not _is_copy_or_mask(data, page)]
+    return own or list(range(len(pages)))
+
+
+def _is_copy_or_mask(data: bytes, page: int) -> bool:
+    form = _Form(data)
+    # Entries are sorted, and no other tag is as low: of a bomb's millions the first is enough.
+    first = page + form.count
+    is_there = form.number(page, form.count) > 0 and form.number(first, 2) == SUBFILE
+    size = _BYTES_OF_TYPE.get(form.number(first + 2, 2), 0)
+    kind = form.number(first + 4 + form.offset, size) if is_there else 0
+    return bool(kind & (_REDUCED | _MASK))
 
 
 def tags_of(data: bytes, page: int) -> dict[int, int]:

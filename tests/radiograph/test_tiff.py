@@ -112,6 +112,57 @@ def test_every_page_of_a_tiff_is_a_film(big):
         np.testing.assert_array_equal(film.pixels, np.asarray(page))
 
 
+def pages_of(*kinds: int, big: bool = False) -> bytes:
+    """Pages with these bits of NewSubfileType; as bright as their place says."""
+    data = None
+    for place, kind in enumerate(kinds):
+        film = np.full((20, 30), place, np.uint8)
+        data = imagecodecs.tiff_encode(film, subfiletype=kind, appendto=data, bigtiff=big)
+    return data
+
+
+REDUCED, OF_SEVERAL, MASK = 1, 2, 4
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize(
+    ("kinds", "films"),
+    [
+        pytest.param((0, REDUCED, MASK), [0], id="a film, its thumbnail and its mask"),
+        pytest.param((REDUCED, OF_SEVERAL, OF_SEVERAL | REDUCED, OF_SEVERAL), [1, 3], id="two"),
+        pytest.param((REDUCED, MASK), [0, 1], id="nothing else"),
+    ],
+)
+def test_copies_and_masks_of_other_pages_are_no_films(kinds, films, big):
+    found = list(decode_radiographs(pages_of(*kinds, big=big), limits=DecodeLimits()))
+    assert [film.pixels[0, 0] for film in found] == films
+    assert [film.frame for film in found] == (list(range(len(films))) if films[1:] else [None])
+
+
+def test_the_size_of_a_turned_film_is_that_of_the_stored_one():
+    film = grey_film(height=60, width=40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    for stored in (film, film.astype(np.uint16) * 257):
+        found = one_film(encoded(stored, "TIFF", exif=exif))
+        assert found.pixels.shape == (40, 60)
+        assert (found.rows, found.columns) == (60, 40)
+
+
+def test_grey_that_is_multiplied_by_its_alpha_is_read():
+    both = np.dstack([FILM, np.full_like(FILM, 255)])
+    data = imagecodecs.tiff_encode(both, photometric="minisblack", extrasample="assocalpha")
+    np.testing.assert_array_equal(one_film(data).pixels, FILM)
+
+
+def test_a_value_that_is_no_number_is_said_to_be_none():
+    film = FILM.astype(np.float32)
+    film[3, 4] = np.nan
+    with pytest.raises(ImageError, match="no numbers") as caught:
+        one_film(encoded(film, "TIFF"))
+    assert caught.value.code is ErrorCode.CORRUPT_IMAGE
+
+
 @pytest.mark.parametrize("film", [FILM, SIXTEEN])
 def test_a_bigtiff_is_read_like_any_tiff(film):
     data = encoded(film, "TIFF", big_tiff=True)
