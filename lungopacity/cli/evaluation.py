@@ -28,8 +28,7 @@ from lungopacity.errors import NOTICE
     type=click.Choice(["train", "validation", "test", "all"]),
     default="test",
     show_default=True,
-    help="Which films of the labels. Labels without splits have those that training with the "
-    "model's seed made of them.",
+    help="Which films of the labels. Labels without splits have those that training made of them.",
 )
 @click.option("--output", metavar="URI", required=True, help="Where the report goes.")
 @click.option(

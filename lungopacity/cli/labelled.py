@@ -74,7 +74,7 @@ def audit(classes: str | None, as_json: bool, **options: Any) -> int:
     """Look for what would flatter a model on these films: copies, torn patients, shortcuts.
 
     Exits with 1 where films or patients leak from one split into another. Labels without splits get
-    those that `train` makes of them with its default seed.
+    those that `train` makes of them.
     """
     from lungopacity.evaluation.audit import audit as run
 

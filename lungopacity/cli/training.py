@@ -82,8 +82,8 @@ def _training_options(command: Any) -> Any:
             type=int,
             default=0,
             show_default=True,
-            help="Of all that is drawn: splits where the labels have none, first weights, order "
-            "of the films, augmentation, dropout.",
+            help="Of all that training draws: first weights, order of the films, augmentation, "
+            "dropout. Splits do not depend on it.",
         ),
     ]
     for option in reversed(options):

@@ -17,6 +17,9 @@ from lungopacity.words import counted
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+SPLIT_SEED = 0
+"""Of the splits that are drawn: the same films for all models, whatever seed they are trained with,
+so that they can be compared, and averaged."""
 FACT_COLUMNS = ("view_position", "patient_sex", "patient_age_years")
 """Optional columns that evaluation forms subgroups of."""
 SITE = "site"
@@ -168,11 +171,12 @@ def left_out(labels: pd.DataFrame, label_map: Mapping[str, str]) -> dict[str, di
     }
 
 
-def assign_splits(labels: pd.DataFrame, uri: str, seed: int) -> pd.DataFrame:
+def assign_splits(labels: pd.DataFrame, uri: str, seed: int = SPLIT_SEED) -> pd.DataFrame:
     """A split for every row: the labels' own where they have one, otherwise 60/20/20 by patient.
 
     A patient's films never part. Labels with train and no validation give a fifth of the train
-    patients to validation. Raises `UserError` where some rows have a split and others have none.
+    patients to validation. seed: of a drawn split; one other than `SPLIT_SEED` is an older model's.
+    Raises `UserError` where some rows have a split and others have none.
     """
     given = labels["split"].notna()
     if given.any() and not given.all():

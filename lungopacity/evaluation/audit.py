@@ -74,7 +74,7 @@ class Audit:
     intervals: str
     """How the 95 % intervals were made."""
     split_given: bool
-    """The labels have splits; without, they are those that `train` makes with its default seed."""
+    """The labels have splits; without, they are those that `train` makes."""
 
     @property
     def leaking(self) -> tuple[Copies, ...]:
@@ -128,8 +128,7 @@ class Audit:
         one = "one patient_id and one split"
         if not self.split_given:
             parts[0] += (
-                ", across the splits that `train` makes of these classes with its default seed "
-                "(the labels have none)"
+                ", across the splits that `train` makes of these classes (the labels have none)"
             )
             one = "one patient_id"
         if self.leaking:
@@ -178,8 +177,7 @@ def audit(
         )
     frame = select_classes(frame, label_map, labels)
     split_given = bool(frame["split"].notna().all())
-    # As `train` by default does.
-    frame = assign_splits(frame, labels, seed=0)
+    frame = assign_splits(frame, labels)
     told = _told(frame, by, labels)
     # It must not meet the columns of what is read.
     frame = frame.drop(columns=[name for name in told if name != "split"])

@@ -74,7 +74,7 @@ def evaluate(
     """Score the labelled images of one split and write metrics, scores and figures to `output`, in
     place of an older report there.
 
-    Where the labels carry no split, it is the one that training with the model's seed made of them.
+    Where the labels carry no split, it is the one that training made of them.
     `split`: train, validation, test or all. `by`: columns of the labels to form subgroups of,
     besides view, sex, age and `site`: see `subgroups`. `operating_point`: the name of the one that
     decides; those of the model and of sites are all measured. `accept`, `reject_quality`: as in
@@ -169,8 +169,7 @@ def labels_of_split(
     # Where labels have no validation split, training took its films from train.
     given = frame["split"].notna().all() and split == "test"
     if split != "all" and not given:
-        seed = int(spec.training.get("settings", {}).get("seed", 0))
-        frame = assign_splits(frame, labels, seed)
+        frame = assign_splits(frame, labels, spec.split_seed)
     check_patients(frame, labels)
     chosen = frame if split == "all" else frame[frame["split"] == split].reset_index(drop=True)
     if chosen.empty:

@@ -104,6 +104,13 @@ class ModelSpec:
     def positive_index(self) -> int:
         return self.class_names.index(self.positive_class)
 
+    @property
+    def split_seed(self) -> int:
+        """By which training split films whose labels have no split: in older folders the seed of
+        all else that training drew."""
+        drawn = self.training.get("settings", {}).get("seed", 0)
+        return int(self.training.get("data", {}).get("split_seed", drawn))
+
     def calibrated(self, logits_NK: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """(n, classes) raw logits, calibrated."""
         return calibrated_logits(logits_NK, self.temperature, self.class_biases)

@@ -25,6 +25,7 @@ import torch
 from pyarrow.fs import FileSelector
 
 from lungopacity import observe
+from lungopacity.dataset.manifest import SPLIT_SEED
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import ImageError, UserError, last_line
 from lungopacity.models import (
@@ -133,8 +134,9 @@ def fit(
     lease = Lease(open_store(output), run, f"training of {settings.model}", LEASE_S, patient=True)
     with lease:
         _refuse_model(output, "give another --output")
+        earlier = _rows_of_before(output, run)
         if on_start is not None:
-            on_start(run, _rows_of_before(run_uri))
+            on_start(run, earlier)
         result = run_ray_train(films, start.first, settings, work_uri, run, on_epoch)
         diverged = result.return_value["diverged_in_epoch"]
         if diverged:
@@ -163,6 +165,7 @@ def fit(
                     ),
                 },
                 "unknown_patients": int(data.images["patient_id"].isna().sum()),
+                "split_seed": SPLIT_SEED,
             },
             "weights": start.weights,
             "versions": versions(),
@@ -292,16 +295,30 @@ def _run_name(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _rows_of_before(run_uri: str) -> list[dict[str, Any]]:
-    """Of the newest checkpoint, that of the longest history; none where there is none."""
-    store = open_store(run_uri)
+def _rows_of_before(output: str, run: str) -> list[dict[str, Any]]:
+    """Of the newest checkpoint, that of the longest history; none where there is none, with a
+    warning where other trainings left some: who meant to go on with one of them must know."""
+    store = open_store(join_uri(output, "_training"))
     histories: list[list[dict[str, Any]]] = [[]]
+    others = set()
     for item in store.list():
         if item.key.endswith(f"/{HISTORY_FILE}"):
+            of, _, _ = item.key.partition("/")
+            if of != run:
+                others.add(of)
+                continue
             # What was being written when the run crashed may be half there.
             with contextlib.suppress(ValueError, ImageError):
                 histories.append(json.loads(store.read(item.key)))
-    return max(histories, key=len)
+    rows = max(histories, key=len)
+    if others and not rows:
+        log.warning(
+            "%s holds %d unfinished trainings of other settings, films, splits or weights, or of "
+            "another lungopacity; this one begins at its first epoch",
+            store.uri,
+            len(others),
+        )
+    return rows
 
 
 def _spec(

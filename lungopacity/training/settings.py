@@ -85,7 +85,8 @@ class TrainingSettings:
     use_gpu: bool = False
     """One GPU a worker; said by --use-gpu and --no-gpu, never by --set."""
     seed: int = 0
-    """Of everything drawn: first weights, order, augmentation, dropout."""
+    """Of everything that training draws: first weights, order, augmentation, dropout; not of the
+    splits, which are drawn alike for all models."""
     learning_rate: float = 2e-3
     """Adam's, at the peak of the schedule."""
     warmup_fraction: float = 0.1

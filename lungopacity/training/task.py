@@ -97,7 +97,7 @@ def training_task(
     _check_network(chosen, len(names), words)
     others = left_out(frame, label_map)
     frame = select_classes(frame, label_map, labels)
-    frame = assign_splits(frame, labels, chosen.seed)
+    frame = assign_splits(frame, labels)
     check_patients(frame, labels)
     # The test split is for `evaluate`. What training never loads, it cannot look at.
     frame = frame[frame["split"] != "test"].reset_index(drop=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lungopacity.dataset.manifest import assign_splits, read_labels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.evaluate import _check_sound, labels_of_split
 from lungopacity.evaluation.report import ModelScores
@@ -51,3 +52,17 @@ def test_what_training_made_the_validation_split_is_in_no_other(tmp_path):
     )
     assert (len(train), len(validation), len(test)) == (16, 4, 10)
     assert train | validation | test == every
+
+
+def test_the_splits_are_those_of_the_models_training_old_or_new(tmp_path):
+    """Until splits were drawn alike for all models, the seed of a training drew its own."""
+    uri = labels_of(tmp_path, ["Normal", "Lung_Opacity"] * 40)
+    settings = {"settings": {"seed": 3}}
+    old, new = (
+        tiny_model(training={**settings, "data": data}).spec for data in ({}, {"split_seed": 0})
+    )
+    bare = read_labels(uri)
+    for spec, seed in ((old, 3), (new, 0)):
+        drawn = assign_splits(bare, uri, seed)
+        expected = set(drawn["image"][drawn["split"] == "test"])
+        assert set(labels_of_split(uri, spec, "test")["image"]) == expected

@@ -27,6 +27,7 @@ from lungopacity.storage import join_uri
 from lungopacity.training.fit import (
     HISTORY_SCHEMA,
     TrainingResult,
+    _rows_of_before,
     _run_name,
     fit,
 )
@@ -117,6 +118,7 @@ def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
     left_out = {"labels": {"train": {"TB": 3}}, "unreadable": {}}
     assert spec.training["data"]["left_out"] == left_out
     assert spec.training["provenance"] == {"labels": "labels.csv"}
+    assert spec.training["data"]["split_seed"] == spec.split_seed == 0
     assert spec.training["best_epoch"] == run.result.best_epoch
     assert spec.operating_point.images == 41
     assert spec.class_biases is not None  # the classes were balanced
@@ -279,6 +281,19 @@ def test_refuses_films_from_which_nothing_can_be_learned(
 ) -> None:
     with pytest.raises(UserError, match=message):
         fit(chosen(FILMS, spoil(FILMS)), SMALL_RUN, str(tmp_path))
+
+
+def test_a_training_that_begins_anew_beside_unfinished_ones_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for run in ("old", "new"):
+        folder = tmp_path / "_training" / run / "checkpoint_1"
+        folder.mkdir(parents=True)
+        (folder / "history.json").write_text('[{"epoch": 1}]')
+    assert _rows_of_before(str(tmp_path), "new") == [{"epoch": 1}]
+    assert caplog.text == ""
+    assert _rows_of_before(str(tmp_path), "third") == []
+    assert "holds 2 unfinished trainings of other settings, films, splits" in caplog.text
 
 
 def test_refuses_names_it_does_not_know(tmp_path: Path) -> None:

@@ -224,3 +224,11 @@ def test_networks_are_checked_whatever_they_are_made_of(tmp_path) -> None:
     assert task(tmp_path, "torchvision:regnet_x_400mf").settings.model.endswith("400mf")
     vit = task(tmp_path, "torchvision:vit_b_32", 64, model_settings__dropout="0.5")
     assert vit.settings.model_settings == {"image_size": 64, "dropout": 0.5}
+
+
+def test_the_seed_draws_the_training_and_not_the_split(tmp_path) -> None:
+    """So that the spread over seeds is of one test set, and models of many can be averaged."""
+    first, other = (task(tmp_path, "classical-cnn", seed=word) for word in ("0", "1"))
+    assert (first.settings.seed, other.settings.seed) == (0, 1)
+    assert first.frame.equals(other.frame)
+    assert set(first.frame["split"]) == {"train", "validation"}
