@@ -47,6 +47,10 @@ _FIGURES = [
 ]
 
 
+_CURVE = ("epoch", "train_loss", "validation_loss", OBJECTIVE, "validation_auc", "learning_rate")
+"""What is kept of each epoch: it shows whether a trial was stopped too soon."""
+
+
 class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
     """Rows by trial number. Tune calls it on the driver; each row is written as it is known."""
 
@@ -111,7 +115,11 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
     def _end(self, number: int, status: str, error: str | None = None) -> None:
         row = self._row(number, status, error)
         self.rows[number] = row
-        kept = {**row, "notice": NOTICE}
+        curve = [
+            {name: epoch[name] for name in _CURVE if name in epoch}
+            for epoch in self._epochs.get(number, [])
+        ]
+        kept = {**row, "curve": curve, "notice": NOTICE}
         self._store.write(f"trials/{number:05}.json", json.dumps(kept).encode())
         best = best_of(self.rows.values())
         self.on_row("" if best is None else f"lowest calibrated loss {best[OBJECTIVE]:.4f}")

@@ -151,6 +151,14 @@ def test_no_trial_that_diverged_or_failed_is_the_best(known) -> None:
     assert best_of(known.rows.values()) == known.rows[0]
 
 
+def test_a_finished_trial_keeps_its_epochs(known, tmp_path) -> None:
+    tell(known, 0, 0.5, 0.4)
+    curve = json.loads((tmp_path / "trials" / "00000.json").read_text())["curve"]
+    assert [(row["epoch"], row["calibrated_loss"]) for row in curve] == [(1, 0.5), (2, 0.4)]
+    again = Trials(open_store(str(tmp_path)), known.space, TrainingSettings(epochs=4))
+    assert trials_table(again.rows.values(), known.space).num_rows == 1
+
+
 def test_no_trial_is_worse_for_a_confidence_that_calibration_takes_away(known) -> None:
     tell(known, 0, 0.4, 0.3, overconfidence=0.2)
     tell(known, 1, 0.4, 0.35)
