@@ -242,7 +242,8 @@ def _speed(way: _Way, rows: list[dict[str, Any]], images: int, note: str) -> Tra
 def _bare(films: Films, settings: TrainingSettings) -> list[dict[str, Any]]:
     """The history of the loop in a process of its own."""
     network = build_network(settings.model, films.classes, settings.model_settings)
-    first, _ = first_tensors(network, settings)
+    given_first = first_tensors(network, settings)
+    first = None if given_first is None else dict(given_first.tensors)
     with tempfile.TemporaryDirectory(prefix="lungopacity-") as name:
         given, told = Path(name) / "given", Path(name) / "told"
         given.write_bytes(pickle.dumps((films, settings, first)))

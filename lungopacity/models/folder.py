@@ -8,7 +8,8 @@ history.parquet            loss and accuracy by epoch; an ensemble has none
 validation.parquet         what the kept weights say of each validation film, for thresholds and
                            ensembles: content_sha256, label, and a raw logit a class. An ensemble's
                            is what its members say, each of the film decoded at its own size
-training_films.parquet     content_sha256 of the films that it learnt from: no test of it has them
+training_films.parquet     content_sha256 of the films that it learnt from, or that the model knew
+                           whose weights it began with: no test of it has them
 operating_points/NAME.json thresholds of sites, added later by `lungopacity threshold`; not among
                            the sums. See `site_points`
 SHA256SUMS                 of the files above, written last: a folder without it is unfinished.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,19 @@ _OPTIONAL = (
 FORMAT_VERSION = 4
 """1 had no distribution, 2 no validation.parquet and no label map, 3 no class biases and no
 training_films.parquet; such folders are still read, and those without a compiled network."""
+
+
+@dataclass(frozen=True)
+class KnownFilms:
+    """content_sha256 of the films that a model has met."""
+
+    learnt_from: frozenset[str] = frozenset()
+    chosen_by: frozenset[str] = frozenset()
+    """Those of validation: its epoch, calibration and operating points were."""
+
+    @property
+    def all(self) -> frozenset[str]:
+        return self.learnt_from | self.chosen_by
 
 
 def save_model(
@@ -190,18 +204,27 @@ def find_training_films(uri: str) -> bytes | None:
 def films_known_to(uri: str) -> frozenset[str]:
     """content_sha256 of the films that the model in the folder learnt from, or was chosen and
     calibrated by, as far as the folder tells; a warning says what it does not."""
+    return known_films(uri).all
+
+
+def known_films(uri: str) -> KnownFilms:
+    """The same, told apart."""
     kept = _verified_files(open_store(uri), uri)
     if TRAINING_FILMS_FILE not in kept:
         log.warning(
             "%s does not tell which films it learnt from: figures of any of them would flatter it",
             uri,
         )
-    tables = [
-        pq.read_table(pa.BufferReader(kept[name]), columns=["content_sha256"])
-        for name in (TRAINING_FILMS_FILE, VALIDATION_FILE)
-        if name in kept
-    ]
-    return frozenset(digest for table in tables for digest in table[0].to_pylist())
+    return KnownFilms(
+        *(_digests(kept.get(name)) for name in (TRAINING_FILMS_FILE, VALIDATION_FILE))
+    )
+
+
+def _digests(parquet: bytes | None) -> frozenset[str]:
+    if parquet is None:
+        return frozenset()
+    table = pq.read_table(pa.BufferReader(parquet), columns=["content_sha256"])
+    return frozenset(table[0].to_pylist())
 
 
 def _verified_files(store: Store, uri: str) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ import safetensors.torch
 import torch
 
 from lungopacity.errors import ImageError, UserError
+from lungopacity.models.folder import WEIGHTS_FILE, KnownFilms, is_model, known_films
 from lungopacity.models.networks import NetworkCard
 from lungopacity.storage import open_store, split_uri
+
+log = logging.getLogger(__name__)
 
 NONE = "none"
 IMAGENET = "imagenet"
@@ -45,13 +49,16 @@ class FirstWeights:
     """`source`, `licence`, `sha256`."""
     channel_std: tuple[float, ...]
     """What the first layer expects its channels to be divided by."""
+    known: KnownFilms = KnownFilms()
+    """Of a model folder's weights: the films that the model has met."""
 
 
 def first_weights(card: NetworkCard, weights: str) -> FirstWeights | None:
     """`weights`: none, imagenet, or the URI of a safetensors file or a torch state dict. Of a file
     it is not known what colours were divided by: what the network's published weights expect.
 
-    No pickle is run: of a torch file, tensors alone are loaded. Raises `UserError` where there are
+    No pickle is run: of a torch file, tensors alone are loaded. Of a file in no model folder a
+    warning says that nothing tells which films it learnt from. Raises `UserError` where there are
     no such weights, they cannot be fetched here, or the file holds something else.
     """
     if weights == NONE:
@@ -138,8 +145,17 @@ def _of_file(uri: str, channel_std: tuple[float, ...]) -> FirstWeights:
         raise UserError(
             f"--weights {uri}: cannot be read ({error.message}); give none, imagenet or a file"
         ) from error
-    facts = _facts(uri, "as its source says", data)
-    return FirstWeights(_state_dict(data, uri), facts, channel_std)
+    tensors = _state_dict(data, uri)
+    if name == WEIGHTS_FILE and is_model(parent):
+        known = known_films(parent)
+    else:
+        known = KnownFilms()
+        log.warning(
+            "--weights %s: lies in no model folder, so nothing tells which films it learnt from; "
+            "if any of yours are among them, their figures will flatter the model",
+            uri,
+        )
+    return FirstWeights(tensors, _facts(uri, "as its source says", data), channel_std, known)
 
 
 def _facts(source: str, licence: str, data: bytes) -> dict[str, str]:

@@ -25,7 +25,7 @@ from lungopacity.models import (
 from lungopacity.models.compiled import of_bytes, to_bytes
 from lungopacity.models.distribution import JointDistribution, TrainingDistribution
 from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSettings, member_prefix
-from lungopacity.models.folder import validation_parquet
+from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import versions
 from lungopacity.training.calibrate import calibrate, warn_of_few
@@ -91,8 +91,7 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
         validation_parquet=validation_parquet(
             list(digests), list(class_V), mean_VK, first.class_names
         ),
-        # The same films for all: their fingerprints are.
-        training_films_parquet=next(filter(None, map(find_training_films, models)), None),
+        training_films_parquet=_training_films(models),
     )
     return model
 
@@ -178,6 +177,16 @@ def members_of(model: TrainedModel) -> list[TrainedModel]:
         )
         found.append(TrainedModel(spec, safetensors.torch.save(own)))
     return found
+
+
+def _training_films(models: Sequence[str]) -> bytes | None:
+    """Those of all members. They trained on the same films, but the first weights of one may have
+    learnt from others. None where every member is of before they were kept."""
+    kept = [find_training_films(uri) for uri in models]
+    tables = [pd.read_parquet(io.BytesIO(data)) for data in kept if data is not None]
+    if not tables:
+        return None
+    return training_films_parquet(list(dict.fromkeys(pd.concat(tables)["content_sha256"])))
 
 
 def _weights(trained: Sequence[TrainedModel]) -> bytes:

@@ -28,12 +28,10 @@ def distribution_of(model: TrainedModel, films: ray.ObjectRef, use_gpu: bool, co
     validation films, for the progress."""
 
     def run(kept: TrainedModel, films: Films) -> Iterator[int | bytes]:
-        import os
-
         from lungopacity.models.distribution import TrainingDistribution
         from lungopacity.models.scorer import Scorer
 
-        scorer = Scorer(kept, use_gpu=use_gpu, threads=len(os.sched_getaffinity(0)))
+        scorer = Scorer(kept, use_gpu=use_gpu)
         features: list[npt.NDArray[np.float32]] = []
         for rows in (films.train, films.validation):
             parts = []

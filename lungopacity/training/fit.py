@@ -37,7 +37,7 @@ from lungopacity.models import (
     save_model,
 )
 from lungopacity.models.folder import training_films_parquet, validation_parquet
-from lungopacity.models.pretrained import first_weights, take_weights
+from lungopacity.models.pretrained import FirstWeights, first_weights, take_weights
 from lungopacity.results.schema import METADATA
 from lungopacity.runtime import require_resources, versions
 from lungopacity.storage import join_uri, open_store
@@ -82,12 +82,28 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins from, had before a film is read."""
+    """What a training begins from; had before a film is read."""
 
     architecture_settings: dict[str, Any]
-    first: dict[str, torch.Tensor] | None
-    weights: dict[str, Any] | None
-    """See `first_tensors`."""
+    first: FirstWeights | None
+    """By the names of our network; None: all its weights are fresh."""
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """Where the first weights are from, for the model folder."""
+        return None if self.first is None else dict(self.first.facts)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What training leaves: of the epoch with the lowest validation loss, and its history."""
+
+    epoch: int
+    weights: bytes
+    """As in the model folder."""
+    logits_VK: npt.NDArray[np.float32]
+    history: list[dict[str, Any]]
+    """Of all epochs."""
 
 
 def start_of(settings: TrainingSettings, class_names: Sequence[str]) -> Start:
@@ -96,7 +112,7 @@ def start_of(settings: TrainingSettings, class_names: Sequence[str]) -> Start:
     _check_positive(settings, class_names)
     require_resources(settings.workers, settings.workers * settings.use_gpu, "training")
     network = build_network(settings.model, len(class_names), settings.model_settings)
-    return Start(asdict(network.settings), *first_tensors(network, settings))  # type: ignore[call-overload]
+    return Start(asdict(network.settings), first_tensors(network, settings))  # type: ignore[call-overload]
 
 
 def fit(
@@ -119,16 +135,16 @@ def fit(
     training, with the run's name and the history rows that a crashed run of it left. on_epoch:
     called with each history row while training runs, from another thread; a resumed run begins
     with its first new epoch. Raises `UserError` where the output has a model, a class lacks films,
-    the first weights cannot be had, the cluster is too small or the training fails, or the same
-    training is at work; `ValueError` for settings the network refuses.
+    the first weights cannot be had or learnt from a validation film, the cluster is too small or
+    the training fails, or the same training is at work; `ValueError` for settings the network
+    refuses.
     """
     _refuse_model(output, "give another --output")
     counts = count_films(data, settings)
     start = start or start_of(settings, data.class_names)
-
-    run = _run_name(data, settings, start.weights)
+    check_validation(data, start.first)
+    run = _run_name(data, settings, start.source)
     observe.set_run(run)
-    work_uri, run_uri = join_uri(output, "_training"), join_uri(output, "_training", run)
     films = films_of(data)
     # Twice at once, each would remove the other's checkpoints.
     lease = Lease(open_store(output), run, f"training of {settings.model}", LEASE_S, patient=True)
@@ -137,70 +153,122 @@ def fit(
         earlier = _rows_of_before(output, run)
         if on_start is not None:
             on_start(run, earlier)
-        result = run_ray_train(films, start.first, settings, work_uri, run, on_epoch)
-        diverged = result.return_value["diverged_in_epoch"]
-        if diverged:
-            raise UserError(
-                f"training diverged: the loss of epoch {diverged} is no number; lower it with "
-                f"--set learning_rate={settings.learning_rate / 4:g}"
-            )
-        best, best_metrics = min(
-            result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
-        )
-        kept, latest = (
-            join_uri(run_uri, point.path.rsplit("/", 1)[1]) for point in (best, result.checkpoint)
-        )
-        history = json.loads(_read(latest, HISTORY_FILE))
-        logits_VK = safetensors.numpy.load(_read(kept, LOGITS_FILE))["logits_VK"]
-        spec = _spec(data, settings, start.architecture_settings, logits_VK, films)
-        training = {
-            "settings": settings.as_json(),
-            "data": {
-                "fingerprint": data.fingerprint,
-                "images": counts,
-                "left_out": {
-                    "labels": dict(left_out or {}),
-                    "unreadable": dict(
-                        Counter([*data.unreadable["split"], *data.rejected["split"]])
-                    ),
-                },
-                "unknown_patients": int(data.images["patient_id"].isna().sum()),
-                "split_seed": SPLIT_SEED,
+        kept = _trained(films, start, settings, output, run, on_epoch)
+        log.info("epoch %d is kept; it looks at all films once more", kept.epoch)
+        spec = replace(
+            _spec(data, settings, start.architecture_settings, kept.logits_VK, films),
+            label_map=dict(label_map or {}),
+            training={
+                "settings": settings.as_json(),
+                "data": _facts_of(data, counts, left_out),
+                "weights": start.source,
+                "versions": versions(),
+                "best_epoch": kept.epoch,
+                "seconds": round(sum(row["seconds"] for row in kept.history), 1),
+                "provenance": dict(provenance or {}),
             },
-            "weights": start.weights,
-            "versions": versions(),
-            "best_epoch": int(best_metrics["epoch"]),
-            "seconds": round(sum(row["seconds"] for row in history), 1),
-            "provenance": dict(provenance or {}),
-        }
-        model = TrainedModel(
-            ModelSpec(**spec, label_map=dict(label_map or {}), training=training),
-            _read(kept, NETWORK_FILE),
         )
-        log.info("epoch %d is kept; it looks at all films once more", training["best_epoch"])
-        shared = ray.put(films)
-        known = len(films.train) + len(films.validation)
-        model = replace(model, distribution=distribution_of(model, shared, settings.use_gpu, known))
-        log.info("its network is compiled for CPUs, and tried")
-        compiled, said = compiled_of(model, shared)
-        log.info("%s", said)
-        training["on_cpus"] = said
-        model = replace(model, compiled=compiled)
-        validation = validation_parquet(
-            data.images["content_sha256"].iloc[films.validation].to_list(),
-            [data.class_names[label] for label in data.labels_N[films.validation]],
-            logits_VK,
-            data.class_names,
-        )
-        learnt = training_films_parquet(data.images["content_sha256"].iloc[films.train].to_list())
+        model = _completed(TrainedModel(spec, kept.weights), films, settings.use_gpu)
         _refuse_model(
             output,
-            f"another training was faster; the finished epochs of this one are kept in {run_uri}: "
-            "remove that model, and the same command makes one of them",
+            "another training was faster; the finished epochs of this one are kept in "
+            f"{_checkpoints(output, run)}: remove that model, and the same command makes one of "
+            "them",
         )
-        save_model(output, model, parquet_bytes(history), validation, learnt)
-        _tidy(work_uri, run)
-    return TrainingResult(model=model, history=history, best_epoch=training["best_epoch"])
+        _save(output, model, data, films, kept, start.first)
+        _tidy(output, run)
+    return TrainingResult(model=model, history=kept.history, best_epoch=kept.epoch)
+
+
+def _checkpoints(output: str, run: str) -> str:
+    """Where Ray Train keeps those of the run."""
+    return join_uri(output, "_training", run)
+
+
+def _trained(
+    films: Films,
+    start: Start,
+    settings: TrainingSettings,
+    output: str,
+    run: str,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+) -> _Kept:
+    """Train, or go on where a crashed run of that name stopped. Raises `UserError`."""
+    first = None if start.first is None else dict(start.first.tensors)
+    result = run_ray_train(films, first, settings, join_uri(output, "_training"), run, on_epoch)
+    diverged = result.return_value["diverged_in_epoch"]
+    if diverged:
+        raise UserError(
+            f"training diverged: the loss of epoch {diverged} is no number; lower it with "
+            f"--set learning_rate={settings.learning_rate / 4:g}"
+        )
+    best, best_metrics = min(
+        result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
+    )
+    kept, latest = (
+        join_uri(_checkpoints(output, run), point.path.rsplit("/", 1)[1])
+        for point in (best, result.checkpoint)
+    )
+    return _Kept(
+        epoch=int(best_metrics["epoch"]),
+        weights=_read(kept, NETWORK_FILE),
+        logits_VK=safetensors.numpy.load(_read(kept, LOGITS_FILE))["logits_VK"],
+        history=json.loads(_read(latest, HISTORY_FILE)),
+    )
+
+
+def _facts_of(
+    data: LabelledPixels,
+    counts: dict[str, dict[str, int]],
+    left_out: Mapping[str, Mapping[str, int]] | None,
+) -> dict[str, Any]:
+    """What the model folder says of the films."""
+    unreadable = Counter([*data.unreadable["split"], *data.rejected["split"]])
+    return {
+        "fingerprint": data.fingerprint,
+        "images": counts,
+        "left_out": {"labels": dict(left_out or {}), "unreadable": dict(unreadable)},
+        "unknown_patients": int(data.images["patient_id"].isna().sum()),
+        "split_seed": SPLIT_SEED,
+    }
+
+
+def _completed(model: TrainedModel, films: Films, use_gpu: bool) -> TrainedModel:
+    """With what is found out by running it: where its training films lie, and the network compiled
+    for CPUs, where that is better."""
+    shared = ray.put(films)
+    known = len(films.train) + len(films.validation)
+    model = replace(model, distribution=distribution_of(model, shared, use_gpu, known))
+    log.info("its network is compiled for CPUs, and tried")
+    compiled, said = compiled_of(model, shared)
+    log.info("%s", said)
+    spec = replace(model.spec, training={**model.spec.training, "on_cpus": said})
+    return replace(model, spec=spec, compiled=compiled)
+
+
+def _save(
+    output: str,
+    model: TrainedModel,
+    data: LabelledPixels,
+    films: Films,
+    kept: _Kept,
+    first: FirstWeights | None,
+) -> None:
+    digests = data.images["content_sha256"]
+    learnt, chosen_by = (digests.iloc[rows].to_list() for rows in (films.train, films.validation))
+    before = frozenset() if first is None else first.known.all
+    save_model(
+        output,
+        model,
+        parquet_bytes(pa.Table.from_pylist(kept.history, schema=HISTORY_SCHEMA)),
+        validation_parquet(
+            chosen_by,
+            [data.class_names[label] for label in data.labels_N[films.validation]],
+            kept.logits_VK,
+            data.class_names,
+        ),
+        training_films_parquet([*learnt, *sorted(before - {*learnt, *chosen_by})]),
+    )
 
 
 def _refuse_model(output: str, mend: str) -> None:
@@ -208,9 +276,10 @@ def _refuse_model(output: str, mend: str) -> None:
         raise UserError(f"{output}: a trained model is there already; {mend}")
 
 
-def _tidy(work_uri: str, run: str) -> None:
+def _tidy(output: str, run: str) -> None:
     """Remove a finished run's checkpoints, and none of other commands of the same output."""
     try:
+        work_uri = join_uri(output, "_training")
         filesystem, root = open_store(work_uri).arrow_filesystem()
         filesystem.delete_dir(f"{root}/{run}")
         if not filesystem.get_file_info(FileSelector(root, allow_not_found=True)):
@@ -218,7 +287,7 @@ def _tidy(work_uri: str, run: str) -> None:
     except (OSError, pa.ArrowException, UserError) as error:
         log.warning(
             "the model is finished; its checkpoints in %s could not be removed (%s), remove them",
-            join_uri(work_uri, run),
+            _checkpoints(output, run),
             last_line(error, with_type=True),
         )
 
@@ -234,19 +303,32 @@ def films_of(data: LabelledPixels) -> Films:
     )
 
 
-def first_tensors(
-    network: torch.nn.Module, settings: TrainingSettings
-) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any] | None]:
-    """By name what training starts from, and where it is from; None of fresh weights. `network` is
-    given them. Raises `UserError` where they cannot be had."""
+def first_tensors(network: torch.nn.Module, settings: TrainingSettings) -> FirstWeights | None:
+    """What training starts from, by the names that `network` has; None: from fresh weights alone.
+    `network` is given them. Raises `UserError` where they cannot be had."""
     card = network_card(settings.model)
     given = first_weights(card, settings.weights)
     if given is None:
-        return None, None
+        return None
     fresh = take_weights(network, card, given, settings.preprocessing.std)
     log.info("first weights: %s", given.facts["source"])
     first = {name: part for name, part in network.state_dict().items() if name not in fresh}
-    return first, dict(given.facts)
+    return replace(given, tensors=first)
+
+
+def check_validation(data: LabelledPixels, first: FirstWeights | None) -> None:
+    """Raises `UserError` where the first weights learnt from a validation film: the epoch would be
+    chosen, and the scores calibrated, by what the network knows already."""
+    if first is None:
+        return
+    films = data.images[data.split_N == "validation"]
+    seen = films.loc[films["content_sha256"].isin(list(first.known.learnt_from)), "image"]
+    if len(seen):
+        raise UserError(
+            f"--weights {first.facts['source']}: learnt from {len(seen)} of {len(films)} films of "
+            f"the validation split, as {seen.iloc[0]}; give labels with the splits that it was "
+            "trained with, or other first weights"
+        )
 
 
 def count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, dict[str, int]]:
@@ -327,26 +409,26 @@ def _spec(
     architecture_settings: dict[str, Any],
     logits_VK: npt.NDArray[np.float32],
     films: Films,
-) -> dict[str, Any]:
-    """The fields of `ModelSpec` but `training`, with what validation says of the kept weights."""
+) -> ModelSpec:
+    """All but how it came about, with what validation says of the kept weights."""
     positive = data.class_names.index(settings.positive_class)
     labels_V = data.labels_N[films.validation]
     shifted = shares_shifted(settings.class_balance, data.labels_N[films.train], labels_V)
     found = calibrate(logits_VK, labels_V, positive, shifted=shifted)
     warn_of_few(labels_V, positive)
-    return {
-        "architecture": settings.model,
-        "architecture_settings": architecture_settings,
-        "class_names": tuple(data.class_names),
-        "positive_class": settings.positive_class,
-        "preprocessing": settings.preprocessing,
-        "operating_point": found.operating_point,
-        "operating_points": found.operating_points,
-        "temperature": found.temperature,
-        "class_biases": found.class_biases,
-        "synthetic": data.synthetic,
-        "metrics": dict(found.metrics),
-    }
+    return ModelSpec(
+        architecture=settings.model,
+        architecture_settings=architecture_settings,
+        class_names=tuple(data.class_names),
+        positive_class=settings.positive_class,
+        preprocessing=settings.preprocessing,
+        operating_point=found.operating_point,
+        operating_points=found.operating_points,
+        temperature=found.temperature,
+        class_biases=found.class_biases,
+        synthetic=data.synthetic,
+        metrics=dict(found.metrics),
+    )
 
 
 def _read(checkpoint_uri: str, name: str) -> bytes:

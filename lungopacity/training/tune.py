@@ -7,7 +7,8 @@ folder would deliver: smoothing, mixup and decay move the confidence, too, and t
 again. The test split is not even loaded.
 
     search.json          what is searched; another search wants another output
-    trials/00007.json    a finished trial, so that the same command goes on after a crash
+    trials/00007.json    a finished trial with its epochs, so that the same command goes on after a
+                         crash
     trials.parquet       a row a trial, best first
     best.json            the best one, and the command that trains it
 """
@@ -33,17 +34,18 @@ from lungopacity.dataset.classes import class_names_of
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import NOTICE, UserError
 from lungopacity.models import build_network
+from lungopacity.models.pretrained import FirstWeights
 from lungopacity.progress import Progress
 from lungopacity.runtime import capacity, ray_session, require_resources, resolve_gpu, versions
 from lungopacity.storage import ConflictError, Store, open_store
 from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.storage.probe import check_writable
 from lungopacity.training.calibrate import calibrate, shares_shifted
-from lungopacity.training.fit import count_films, films_of, first_tensors
+from lungopacity.training.fit import check_validation, count_films, films_of, first_tensors
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.search_space import Domain, draw, search_space, with_draw
 from lungopacity.training.settings import TrainingSettings
-from lungopacity.training.task import DEFAULT_CLASSES, training_task
+from lungopacity.training.task import DEFAULT_CLASSES, TrainingTask, training_task
 from lungopacity.training.trials import (
     OBJECTIVE,
     Trials,
@@ -96,16 +98,7 @@ def tune(
     same call goes on where a crashed one stopped, and one of more trials adds them. A trial that
     diverges or crashes is a row with its error. Raises `UserError`, also where no trial succeeds.
     """
-    if trials < 1:
-        raise UserError(f"--trials must be 1 or more, not {trials}")
-    if time_budget_s is not None and not time_budget_s > 0:
-        raise UserError(f"--time-budget-s must be above 0, not {time_budget_s}")
-    for name in ("workers", "max_workers"):
-        if name in (settings or {}):
-            raise UserError(
-                f"--set {name}: every trial is one worker's; give --workers to the command that "
-                "trains the best"
-            )
+    _check_arguments(trials, time_budget_s, settings or {})
     task = training_task(
         images,
         labels,
@@ -118,31 +111,71 @@ def tune(
         accept=accept,
         reject_quality=reject_quality,
     )
-    try:
-        space = search_space(task.settings, search or {})
-        for number in range(trials):
-            with_draw(task.settings, draw(space, task.settings.seed, number))
-    except ValueError as error:
-        raise UserError(f"--search {error}") from error
+    space = _space(task.settings, search or {}, trials)
     check_writable(output)
     names = class_names_of(task.label_map)
     network = build_network(model, len(names), task.settings.model_settings)
-    first, source = first_tensors(network, task.settings)
-    store = open_store(output)
+    first = first_tensors(network, task.settings)
     with ray_session():
         task = replace(task, settings=replace(task.settings, use_gpu=resolve_gpu(use_gpu)))
-        require_resources(1, task.settings.use_gpu, "tuning")
-        data = task.load()
-        count_films(data, task.settings)
-        _claim(store, task.settings, source, space, data)
-        known = Trials(store, space, task.settings)
-        waiting = [number for number in range(trials) if number not in known.rows]
-        if waiting:
-            with Progress("Trials", total=trials, unit="trials") as progress:
-                progress.advance(trials - len(waiting))
-                known.on_row = lambda note: progress.advance(1, note=note)
-                _run(task.settings, data, first, known, waiting, time_budget_s)
-    table = trials_table(known.rows.values(), space)
+        known = _tried(task, first, space, output, trials, time_budget_s)
+    return _written(task, known, output, trials)
+
+
+def _check_arguments(trials: int, time_budget_s: float | None, settings: Mapping[str, str]) -> None:
+    if trials < 1:
+        raise UserError(f"--trials must be 1 or more, not {trials}")
+    if time_budget_s is not None and not time_budget_s > 0:
+        raise UserError(f"--time-budget-s must be above 0, not {time_budget_s}")
+    for name in ("workers", "max_workers"):
+        if name in settings:
+            raise UserError(
+                f"--set {name}: every trial is one worker's; give --workers to the command that "
+                "trains the best"
+            )
+
+
+def _space(settings: TrainingSettings, search: Mapping[str, str], trials: int) -> dict[str, Domain]:
+    """What is searched, once each of the trials can be drawn from it. Raises `UserError`."""
+    try:
+        space = search_space(settings, search)
+        for number in range(trials):
+            with_draw(settings, draw(space, settings.seed, number))
+    except ValueError as error:
+        raise UserError(f"--search {error}") from error
+    return space
+
+
+def _tried(
+    task: TrainingTask,
+    first: FirstWeights | None,
+    space: Mapping[str, Domain],
+    output: str,
+    trials: int,
+    time_budget_s: float | None,
+) -> Trials:
+    """The trials, those of earlier calls among them. Needs a running Ray. Raises `UserError`."""
+    require_resources(1, task.settings.use_gpu, "tuning")
+    data = task.load()
+    count_films(data, task.settings)
+    check_validation(data, first)
+    store = open_store(output)
+    _claim(store, task.settings, None if first is None else first.facts, space, data)
+    known = Trials(store, space, task.settings)
+    waiting = [number for number in range(trials) if number not in known.rows]
+    if waiting:
+        with Progress("Trials", total=trials, unit="trials") as progress:
+            progress.advance(trials - len(waiting))
+            known.on_row = lambda note: progress.advance(1, note=note)
+            tensors = None if first is None else dict(first.tensors)
+            _run(task.settings, data, tensors, known, waiting, time_budget_s)
+    return known
+
+
+def _written(task: TrainingTask, known: Trials, output: str, trials: int) -> TuneResult:
+    """Write `trials.parquet` and `best.json`. Raises `UserError` where no trial gives a model."""
+    store = open_store(output)
+    table = trials_table(known.rows.values(), known.space)
     store.write("trials.parquet", parquet_bytes(table))
     best = best_of(known.rows.values())
     if best is None:
@@ -151,12 +184,11 @@ def tune(
             f"no trial of {trials} gives a model: {(errors or ['out of time'])[0]}; "
             "give other --search, or a longer --time-budget-s"
         )
-    # Taken from the words that were kept: the command is to the letter what was trained.
-    arguments = train_arguments(task, best["words"], output)
     found = {
         **table.to_pylist()[0],
+        # Taken from the words that were kept: the command is to the letter what was trained.
         "settings": best["words"],
-        **arguments,
+        **train_arguments(task, best["words"], output),
         "versions": versions(),
         "notice": NOTICE,
     }
@@ -175,7 +207,7 @@ def _claim(
     facts = {
         "settings": {**settings.as_json(), "use_gpu": None},
         # By content: a file may be another by now.
-        "weights": weights,
+        "weights": None if weights is None else dict(weights),
         "version": versions()["lungopacity"],
         "search": {name: vars(domain) for name, domain in space.items()},
         "classes": list(data.class_names),
@@ -188,8 +220,8 @@ def _claim(
     except ConflictError:
         if json.loads(store.read("search.json"))["sha256"] != digest:
             raise UserError(
-                f"{store.uri}: holds a search of other settings, films, weights or --search, or of "
-                "another version; choose another --output"
+                f"{store.uri}: holds a search of other settings, films, splits, weights or "
+                "--search, or of another version; choose another --output"
             ) from None
 
 

@@ -99,7 +99,7 @@ def test_a_loop_that_ends_early_is_told(monkeypatch):
     ended = subprocess.CompletedProcess([], 3)
     monkeypatch.setattr("lungopacity.benchmark.train.subprocess.run", lambda *_, **__: ended)
     network = build_network("classical-cnn", 2, {})
-    monkeypatch.setattr("lungopacity.benchmark.train.first_tensors", lambda *_: ({}, None))
+    monkeypatch.setattr("lungopacity.benchmark.train.first_tensors", lambda *_: None)
     monkeypatch.setattr("lungopacity.benchmark.train.build_network", lambda *_: network)
     films = SimpleNamespace(classes=2)
     settings = SimpleNamespace(model="", model_settings={}, use_gpu=False)

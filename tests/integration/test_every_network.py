@@ -19,11 +19,12 @@ from lungopacity.models import (
     ModelSpec,
     OperatingPoint,
     TrainedModel,
+    films_known_to,
     load_model,
     save_model,
     weights_of,
 )
-from lungopacity.models.folder import validation_parquet
+from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.models.networks import build_network
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
@@ -122,8 +123,23 @@ def test_what_is_frozen_stays_and_the_head_learns_from_a_file_of_weights(
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("cov-net")
     before = build_network("cov-net", 3)
-    (tmp_path / "first.safetensors").write_bytes(weights_of(before))
-    settings = short("cov-net", weights=str(tmp_path / "first.safetensors"), frozen_epochs=1)
+    spec = ModelSpec(
+        architecture="cov-net",
+        architecture_settings=asdict(before.settings),
+        class_names=(*CLASSES, "TB"),
+        positive_class="Lung_Opacity",
+        preprocessing=Preprocessing(SIDE),
+        operating_point=OperatingPoint(0.5),
+    )
+    digests = films.images["content_sha256"]
+    tested = digests[films.split_N == "test"].iloc[0]
+    save_model(
+        str(tmp_path / "first"),
+        TrainedModel(spec, weights_of(before)),
+        training_films_parquet=training_films_parquet([tested, "of other labels"]),
+    )
+    weights = str(tmp_path / "first" / "model.safetensors")
+    settings = short("cov-net", weights=weights, frozen_epochs=1)
     trained["cov-net"] = str(tmp_path / "model")
     model = fit(films, settings, trained["cov-net"]).model
     after = safetensors.torch.load(model.weights)
@@ -131,13 +147,17 @@ def test_what_is_frozen_stays_and_the_head_learns_from_a_file_of_weights(
         if not name.startswith("head."):
             assert after[name].equal(tensor), name
     assert after["head.weight"].shape == (2, 256)
-    assert model.spec.training["weights"]["source"].endswith("first.safetensors")
+    assert model.spec.training["weights"]["source"].endswith("first/model.safetensors")
+    # What the first model knew is no test of the second, nor of an ensemble of it.
+    own = set(digests[films.split_N != "test"])
+    assert films_known_to(trained["cov-net"]) == own | {tested, "of other labels"}
 
 
 def test_all_networks_screen_an_archive_together(archive, trained, tmp_path) -> None:
     assert set(trained) == set(NETWORK_NAMES)
     both = lungopacity.ensemble(list(trained.values()), str(tmp_path / "all"))
     assert both.spec.training["data"]["fingerprint"]
+    assert "of other labels" in films_known_to(str(tmp_path / "all"))
     run = lungopacity.screen(f"{archive}/archive", str(tmp_path / "all"), str(tmp_path / "results"))
     assert (run.images, run.ok) == (40, 40)
     rows = lungopacity.query(

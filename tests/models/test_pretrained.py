@@ -13,7 +13,9 @@ from torchvision import models
 
 from lungopacity.errors import UserError
 from lungopacity.models import build_network, network_card, weights_of
+from lungopacity.models.folder import KnownFilms, training_films_parquet
 from lungopacity.models.pretrained import FirstWeights, first_weights, take_weights
+from tests.models.tiny import write_tiny_model
 
 
 def started(name, weights, classes=2, **settings):
@@ -104,6 +106,17 @@ def test_a_file_of_efficientnet_lites_weights_is_scaled_as_the_installed_are(tmp
     of_file, installed = (started("efficientnet-lite0", one)[0] for one in (path, "imagenet"))
     for name, tensor in of_file.body.state_dict().items():
         torch.testing.assert_close(tensor, installed.body.state_dict()[name], msg=name)
+
+
+def test_weights_of_a_model_folder_tell_which_films_they_know(tmp_path, caplog):
+    write_tiny_model(str(tmp_path / "m"), training_films_parquet(["a"]))
+    _, _, given = started("classical-cnn", tmp_path / "m" / "model.safetensors")
+    assert given.known == KnownFilms(frozenset("a"))
+    assert caplog.text == ""
+    bare = (tmp_path / "m" / "model.safetensors").rename(tmp_path / "bare.safetensors")
+    _, _, given = started("classical-cnn", bare)
+    assert given.known == KnownFilms()
+    assert "lies in no model folder, so nothing tells which films it learnt from" in caplog.text
 
 
 @pytest.mark.parametrize(("classes", "fresh"), [(2, 0), (3, 2)])

@@ -56,6 +56,7 @@ def chosen(films: LabelledPixels, kept: np.ndarray) -> LabelledPixels:
 def _labelled(pixels_NHW: np.ndarray, labels_N: np.ndarray, split_N: np.ndarray) -> LabelledPixels:
     images = pd.DataFrame(
         {
+            "image": [f"{number}.png" for number in range(len(labels_N))],
             "content_sha256": [hashlib.sha256(film.tobytes()).hexdigest() for film in pixels_NHW],
             "label": [CLASS_NAMES[label] for label in labels_N],
             "split": split_N,

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 
 from lungopacity.errors import UserError
-from lungopacity.models import TrainedModel, load_model, read_history, save_model
-from lungopacity.models.folder import validation_parquet
+from lungopacity.models import (
+    TrainedModel,
+    films_known_to,
+    load_model,
+    read_history,
+    save_model,
+)
+from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
 from lungopacity.training.ensemble import ensemble
@@ -26,7 +32,14 @@ def squares(model: TrainedModel) -> np.ndarray:
     return np.stack([model.spec.preprocessing.square(film) for film in FILMS])
 
 
-def folder(uri: str, seed: int, size: int = 32, fingerprint: str = "f", **changes) -> TrainedModel:
+def folder(
+    uri: str,
+    seed: int,
+    size: int = 32,
+    fingerprint: str = "f",
+    training_films: bytes | None = None,
+    **changes,
+) -> TrainedModel:
     """A model folder as training leaves it, of a network that has learnt nothing."""
     facts = {
         "preprocessing": Preprocessing(image_size=size, mean=0.4, std=0.3),
@@ -37,7 +50,7 @@ def folder(uri: str, seed: int, size: int = 32, fingerprint: str = "f", **change
     model = with_distribution_of(replace_spec(tiny_model(seed), **facts))
     logits_VK = Scorer(model).logits(squares(model))
     kept = validation_parquet(DIGESTS, LABELS, logits_VK, model.spec.class_names)
-    save_model(uri, model, history_parquet(), kept)
+    save_model(uri, model, history_parquet(), kept, training_films)
     return model
 
 
@@ -74,6 +87,16 @@ def test_the_biases_of_its_members_count(tmp_path):
     logits = [model.spec.calibrated(Scorer(model).logits(squares(model))) for model in models]
     found_NK = both.logits(squares(both.model))
     np.testing.assert_allclose(found_NK, sum(logits) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_it_knows_the_films_of_every_member(tmp_path):
+    """Also those that the first weights of one alone had learnt from."""
+    uris = [str(tmp_path / name) for name in "abc"]
+    for seed, learnt in enumerate((["x", "y"], ["x", "y", "z"], None), start=1):
+        films = None if learnt is None else training_films_parquet(learnt)
+        folder(uris[seed - 1], seed, training_films=films)
+    ensemble(uris, str(tmp_path / "all"))
+    assert films_known_to(str(tmp_path / "all")) == {"x", "y", "z", *DIGESTS}
 
 
 def test_members_that_disagree_are_seen_to(members, tmp_path):

@@ -19,9 +19,11 @@ import pytest
 import ray
 
 from lungopacity import observe
+from lungopacity.dataset.manifest import SPLITS
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
 from lungopacity.models import films_known_to, load_model, read_history, read_validation
+from lungopacity.models.folder import KnownFilms, training_films_parquet
 from lungopacity.models.scorer import Scorer
 from lungopacity.storage import join_uri
 from lungopacity.training.fit import (
@@ -29,10 +31,13 @@ from lungopacity.training.fit import (
     TrainingResult,
     _rows_of_before,
     _run_name,
+    check_validation,
     fit,
+    start_of,
 )
 from lungopacity.training.ray_run import _own_interrupt_handler
 from lungopacity.training.tracking import run_logs
+from tests.models.tiny import write_tiny_model
 from tests.parquet_pages import has_page_checksums
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
 from tests.training.logs_read import mlflow_run, tensorboard_events
@@ -118,6 +123,7 @@ def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
     left_out = {"labels": {"train": {"TB": 3}}, "unreadable": {}}
     assert spec.training["data"]["left_out"] == left_out
     assert spec.training["provenance"] == {"labels": "labels.csv"}
+    assert spec.training["on_cpus"].startswith("CPUs run the network ")
     assert spec.training["data"]["split_seed"] == spec.split_seed == 0
     assert spec.training["best_epoch"] == run.result.best_epoch
     assert spec.operating_point.images == 41
@@ -281,6 +287,32 @@ def test_refuses_films_from_which_nothing_can_be_learned(
 ) -> None:
     with pytest.raises(UserError, match=message):
         fit(chosen(FILMS, spoil(FILMS)), SMALL_RUN, str(tmp_path))
+
+
+def test_refuses_first_weights_that_learnt_from_a_validation_film(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    digests = FILMS.images["content_sha256"]
+    learnt, validated = (digests[FILMS.split_N == split].to_list() for split in SPLITS[:2])
+    uri, settings = str(tmp_path / "first"), SMALL_RUN
+    # It must not be asked of films that chose the other model: of one split all models have those.
+    for more, refused in ((validated[:3], True), ([], False)):
+        write_tiny_model(
+            uri,
+            training_films_parquet([*learnt, *more]),
+            architecture_settings=SMALL_RUN.model_settings,
+        )
+        settings = replace(SMALL_RUN, weights=f"{uri}/model.safetensors")
+        start = start_of(settings, FILMS.class_names)
+        assert start.first is not None
+        assert start.first.known.learnt_from == {*learnt, *more}
+        if refused:
+            with pytest.raises(UserError, match=r"learnt from 3 of 41 films of the validation spl"):
+                fit(FILMS, settings, str(tmp_path / "model"), start=start)
+        else:
+            check_validation(FILMS, start.first)
+    chosen_by = KnownFilms(frozenset(learnt), frozenset(validated))
+    check_validation(FILMS, replace(start.first, known=chosen_by))
 
 
 def test_a_training_that_begins_anew_beside_unfinished_ones_says_so(

@@ -15,12 +15,14 @@ import pytest
 import lungopacity.training.tune as tuning
 from lungopacity.errors import UserError
 from lungopacity.models import build_network, weights_of
+from lungopacity.models.folder import training_films_parquet
 from lungopacity.storage import open_store
 from lungopacity.training.search_space import search_space
 from lungopacity.training.settings import TrainingSettings
 from lungopacity.training.task import TrainingTask
 from lungopacity.training.trials import Trials, best_of, trials_table
 from lungopacity.training.tune import TuneResult
+from tests.models.tiny import write_tiny_model
 from tests.training.blobs import blob_films
 
 SEARCH = {"learning_rate": "log:1e-4:1e-2", "label_smoothing": "uniform:0:0.3"}
@@ -98,7 +100,7 @@ def test_a_search_goes_on_from_the_same_weights_alone(search, monkeypatch, tmp_p
         with pytest.raises(UserError, match=r"holds a search of .* another version"):
             search(trials=4, weights=str(file))
     file.write_bytes(weights_of(build_network("classical-cnn", 2)))  # drawn anew
-    with pytest.raises(UserError, match="holds a search of other settings, films, weights"):
+    with pytest.raises(UserError, match="holds a search of other settings, films, splits, weights"):
         search(trials=4, weights=str(file))
     file.unlink()
     monkeypatch.setattr(TrainingTask, "load", lambda _: pytest.fail("films were decoded"))
@@ -157,6 +159,16 @@ def test_a_finished_trial_keeps_its_epochs(known, tmp_path) -> None:
     assert [(row["epoch"], row["calibrated_loss"]) for row in curve] == [(1, 0.5), (2, 0.4)]
     again = Trials(open_store(str(tmp_path)), known.space, TrainingSettings(epochs=4))
     assert trials_table(again.rows.values(), known.space).num_rows == 1
+
+
+def test_first_weights_that_learnt_from_a_validation_film_decide_no_search(
+    search, tmp_path
+) -> None:
+    films = blob_films(8, 6, 0)
+    validation = films.images["content_sha256"][films.split_N == "validation"]
+    write_tiny_model(str(tmp_path / "first"), training_films_parquet(list(validation[:1])))
+    with pytest.raises(UserError, match="learnt from 1 of 6 films of the validation split, as 8"):
+        search(weights=str(tmp_path / "first" / "model.safetensors"))
 
 
 def test_no_trial_is_worse_for_a_confidence_that_calibration_takes_away(known) -> None:
