@@ -15,8 +15,9 @@ import lungopacity
 from lungopacity import errors, observe
 from lungopacity.cli import cli
 from lungopacity.dataset.layouts import LAYOUTS
-from lungopacity.evaluation.metrics import classification_metrics
-from lungopacity.evaluation.operating_points import STANDARD, decision_metrics
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.measure import ScoredImages, measure
+from lungopacity.evaluation.operating_points import STANDARD
 from lungopacity.models import NETWORK_NAMES, OperatingPoint
 from lungopacity.radiograph import ACCEPTABLE, DecodeLimits
 from lungopacity.results.schema import (
@@ -101,10 +102,8 @@ def test_every_column_of_a_report_is_told_with_its_type(title, schema):
 
 def test_every_metric_of_a_report_is_told():
     labels, p = np.array([0, 1]), np.array([[0.9, 0.1], [0.2, 0.8]])
-    metrics = [
-        *classification_metrics(labels, p, ["a", "b"], positive="b"),
-        *decision_metrics(p[:, 1], labels == 1, {"band": OperatingPoint(0.5, 0.3)}),
-    ]
+    images = ScoredImages(labels, p, ("a", "b"), "b", p, {"band": OperatingPoint(0.5, 0.3)})
+    metrics = measure(images, {}, Resampling.of(["a", "b"], 2))
     told = {name for row in rows_of("metric", REPORTS) for name in words_in(row[0])}
     assert {metric.metric for metric in metrics} <= told
 

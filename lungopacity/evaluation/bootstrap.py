@@ -120,10 +120,7 @@ def weighted_auc(
     The weighted share of pairs in the right order, equal scores counting half; NaN where only one
     kind has weight.
     """
-    positives_RS, negatives_RS = by_score(positive_N, scores_N, weights_RN)
-    below_RS = negatives_RS.cumsum(axis=1) - negatives_RS / 2
-    pairs_R = positives_RS.sum(axis=1) * negatives_RS.sum(axis=1)
-    return ratio(np.einsum("rs,rs->r", positives_RS, below_RS), pairs_R)
+    return auc_of(*by_score(positive_N, scores_N, weights_RN))
 
 
 def weighted_average_precision(
@@ -131,29 +128,58 @@ def weighted_average_precision(
 ) -> npt.NDArray[np.float64]:
     """(R,) mean precision over the steps in recall, under each row of weights; NaN without a
     positive."""
-    positives_RS, negatives_RS = by_score(positive_N, scores_N, weights_RN)
+    return average_precision_of(*by_score(positive_N, scores_N, weights_RN))
+
+
+def by_score(
+    positive_N: npt.NDArray[np.bool_], scores_N: Floats, weights_RN: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """See `Ranking.by_score`."""
+    return Ranking(positive_N, scores_N).by_score(weights_RN)
+
+
+class Ranking:
+    """Films by their scores: sorted once, for all replicates."""
+
+    def __init__(self, positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> None:
+        self._order_N = np.argsort(scores_N, kind="stable")
+        self._positive_N = positive_N[self._order_N]
+        sorted_N = scores_N[self._order_N]
+        is_new_N = np.append(True, sorted_N[1:] != sorted_N[:-1])[: len(sorted_N)]
+        self._starts_S = np.flatnonzero(is_new_N)
+
+    def by_score(
+        self, weights_RN: npt.NDArray[np.float64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(R, S) weight of the positives, and of the negatives, at each different score, rising."""
+        weights_RS = weights_RN[:, self._order_N]
+        positives_RS = weights_RS * self._positive_N
+        weights_RS -= positives_RS
+        if len(self._starts_S) < len(self._order_N):
+            positives_RS = np.add.reduceat(positives_RS, self._starts_S, axis=1)
+            weights_RS = np.add.reduceat(weights_RS, self._starts_S, axis=1)
+        return positives_RS, weights_RS
+
+
+def auc_of(
+    positives_RS: npt.NDArray[np.float64], negatives_RS: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """(R,) of what `Ranking.by_score` gives; see `weighted_auc`."""
+    below_RS = negatives_RS.cumsum(axis=1) - negatives_RS / 2
+    pairs_R = positives_RS.sum(axis=1) * negatives_RS.sum(axis=1)
+    return ratio(np.einsum("rs,rs->r", positives_RS, below_RS), pairs_R)
+
+
+def average_precision_of(
+    positives_RS: npt.NDArray[np.float64], negatives_RS: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """(R,) of what `Ranking.by_score` gives; see `weighted_average_precision`."""
     hits_RS = positives_RS[:, ::-1].cumsum(axis=1)[:, ::-1]
     called_RS = hits_RS + negatives_RS[:, ::-1].cumsum(axis=1)[:, ::-1]
     # Where nothing is called positive, no positive is found either: the step is of no height.
     precision_RS = np.divide(hits_RS, called_RS, out=called_RS, where=called_RS > 0)
     steps_R = np.einsum("rs,rs->r", positives_RS, precision_RS)
     return ratio(steps_R, positives_RS.sum(axis=1))
-
-
-def by_score(
-    positive_N: npt.NDArray[np.bool_], scores_N: Floats, weights_RN: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """(R, S) weight of the positives, and of the negatives, at each different score, rising."""
-    order_N = np.argsort(scores_N, kind="stable")
-    sorted_N = scores_N[order_N]
-    starts_S = np.flatnonzero(np.append(True, sorted_N[1:] != sorted_N[:-1])[: len(sorted_N)])
-    weights_RS = weights_RN[:, order_N]
-    positives_RS = weights_RS * positive_N[order_N]
-    weights_RS -= positives_RS
-    if len(starts_S) < len(sorted_N):
-        positives_RS = np.add.reduceat(positives_RS, starts_S, axis=1)
-        weights_RS = np.add.reduceat(weights_RS, starts_S, axis=1)
-    return positives_RS, weights_RS
 
 
 def ratio(

@@ -24,7 +24,7 @@ from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.card import model_card
-from lungopacity.evaluation.measure import ScoredImages, measure_with_gaps
+from lungopacity.evaluation.measure import ScoredImages, exact, measure_with_gaps
 from lungopacity.evaluation.operating_points import deciding_point
 from lungopacity.evaluation.report import (
     EVALUATION,
@@ -109,10 +109,10 @@ def evaluate(
     points = {**(spec.operating_points or {"default": own.spec.operating_point}), **of_sites}
     scored = ScoredImages(
         data.labels_N,
-        _exact(said.probabilities_NK),
+        exact(said.probabilities_NK),
         spec.class_names,
         spec.positive_class,
-        _exact(np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))),
+        exact(np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))),
         points,
     )
     resampling = Resampling.of(data.images["patient_id"].tolist())
@@ -231,13 +231,6 @@ def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: boo
             parts.append(ray.get(part))
             progress.advance(len(parts[-1].logits_NK))
     return ModelScores.joined(parts)
-
-
-def _exact(shares_NK: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """Divided by their sums: those of float32 are off by a rounding, which some metrics warn of."""
-    exact_NK = shares_NK.astype(np.float64)
-    exact_NK /= exact_NK.sum(axis=1, keepdims=True)
-    return exact_NK
 
 
 def _groups(data: LabelledPixels, further: pd.DataFrame) -> dict[str, list[str | None]]:

@@ -1,4 +1,5 @@
-"""Every metric of an evaluation, over all images and in subgroups, with intervals over patients.
+"""Every metric of labelled images, over all and in subgroups, with intervals over patients: of an
+evaluation, and of a screened run that has labels.
 
 Which interval a figure has, `ci_method`:
 
@@ -11,24 +12,28 @@ Which interval a figure has, `ci_method`:
 The expected calibration error sums what is left of chance in each bin, and resampling adds chance
 of its own: its replicates are moved until their mean is the value.
 
+Sources: Brier 1950, Monthly Weather Review 78:1 (probability score); Guo, Pleiss, Sun & Weinberger
+2017, ICML, arXiv:1706.04599 (expected calibration error).
+
 Array names carry their shape: N images, K classes, B bins, R replicates, F sums.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from lungopacity.evaluation.bootstrap import (
+    Ranking,
     Resampling,
+    auc_of,
+    average_precision_of,
     percentile_interval,
     ratio,
-    weighted_auc,
-    weighted_average_precision,
 )
 from lungopacity.evaluation.metrics import (
     CALIBRATION_BINS,
@@ -36,13 +41,12 @@ from lungopacity.evaluation.metrics import (
     Integers,
     Metric,
     binned,
-    calibration_bins,
     check_scores,
-    classification_metrics,
+    confusion_matrix,
     group_rows,
     wilson_interval,
 )
-from lungopacity.evaluation.operating_points import decision_metrics, decision_shares
+from lungopacity.evaluation.operating_points import decision_shares
 from lungopacity.evaluation.table import Gap, largest_gaps
 from lungopacity.models import OperatingPoint
 from lungopacity.progress import Progress
@@ -87,17 +91,35 @@ class ScoredImages:
         return self.class_names.index(self.positive)
 
 
+def exact(shares_NK: Floats) -> npt.NDArray[np.float64]:
+    """Divided by their sums: those of float32 are off by a rounding, which some metrics warn of."""
+    exact_NK = shares_NK.astype(np.float64)
+    exact_NK /= exact_NK.sum(axis=1, keepdims=True)
+    return exact_NK
+
+
 def measure(
     scored: ScoredImages,
     groups: Mapping[str, Sequence[str | None]],
     resampling: Resampling,
 ) -> list[Metric]:
-    """`classification_metrics` and `decision_metrics` of all and of each subgroup, with the
-    intervals of this module; and of the probabilities without the temperature
-    brier_before_temperature, and expected_calibration_error_before_temperature of the predicted and
-    of the positive class.
+    """Every metric of all images and of each subgroup, with the intervals of this module. The
+    predicted class is the most probable one; what is not defined is NaN.
 
-    groups: as for `subgroup_metrics`. Raises `ValueError` as `check_scores` does.
+    Over all classes: accuracy, balanced_accuracy (mean recall), roc_auc (mean over the classes, one
+    against the rest), brier (Brier's own score, the sum over the classes of squared differences:
+    0 … 2), log_loss (nats), expected_calibration_error. Per class: support, precision, recall, f1,
+    specificity, roc_auc, average_precision. Per pair of classes: confusion, named
+    `true=A,predicted=B`. Of the positive class: brier_binary, the mean squared difference of its
+    own probability alone, 0 … 1 (of two classes it is half of brier), and
+    expected_calibration_error of its own probability, not the predicted class's. Of the
+    probabilities without the temperature: brier_before_temperature, and
+    expected_calibration_error_before_temperature of the predicted and of the positive class. At
+    each operating point, by its name: what `decision_shares` says.
+
+    groups: column name to one value an image; None stands as `unknown`. Each image is in one group
+    of each column, `column=value`. Raises `ValueError` as `check_scores` does, where a column has
+    another length than the labels, and for a positive class that is none.
     """
     return _measured(scored, groups, resampling)[0]
 
@@ -133,24 +155,31 @@ def _measured(
 ) -> tuple[list[Metric], dict[str, dict[Key, npt.NDArray[np.float64]]]]:
     """The metrics, and of each group the replicates of each."""
     check_scores(scored.labels_N, scored.probabilities_NK, scored.class_names)
+    if scored.positive not in scored.class_names:
+        raise ValueError(f"positive class '{scored.positive}' is none of {scored.class_names}")
     n = len(scored.labels_N)
-    parts = [("all", np.arange(n)), *group_rows(groups, n)]
-    statistics = [Statistics(scored.rows(rows)) for _, rows in parts]
-    drawn: list[dict[Key, list[npt.NDArray[np.float64]]]] = [{} for _ in parts]
-    with Progress("Resampling patients", resampling.replicates, "replicates") as progress:
-        for weights_RN in resampling.weights():
-            for (_, rows), figures, found in zip(parts, statistics, drawn, strict=True):
-                for key, values_R in figures.under(weights_RN[:, rows]).items():
-                    found.setdefault(key, []).append(values_R)
-            progress.advance(len(weights_RN))
-    metrics = []
+    # A column at a time, each with the same draws: what they hold of a million films is 0.6 GB.
+    partitions = [[("all", np.arange(n))]]
+    partitions += [list(group_rows({name: values}, n)) for name, values in groups.items()]
+    metrics: list[Metric] = []
     replicates: dict[str, dict[Key, npt.NDArray[np.float64]]] = {}
-    for (group, rows), figures, found in zip(parts, statistics, drawn, strict=True):
-        replicates[group] = {key: np.concatenate(blocks) for key, blocks in found.items()}
-        metrics += [
-            _with_interval(item, figures.proportions, replicates[group], resampling.patient_N[rows])
-            for item in _values(scored.rows(rows), group)
-        ]
+    total = resampling.replicates * len(partitions)
+    with Progress("Resampling patients", total, "replicates") as progress:
+        for parts in partitions:
+            statistics = [Statistics(scored.rows(rows)) for _, rows in parts]
+            drawn: list[dict[Key, list[npt.NDArray[np.float64]]]] = [{} for _ in parts]
+            for weights_RN in resampling.weights():
+                for (_, rows), figures, found in zip(parts, statistics, drawn, strict=True):
+                    for key, values_R in figures.under(weights_RN[:, rows]).items():
+                        found.setdefault(key, []).append(values_R)
+                progress.advance(len(weights_RN))
+            for (group, rows), figures, found in zip(parts, statistics, drawn, strict=True):
+                replicates[group] = {key: np.concatenate(blocks) for key, blocks in found.items()}
+                patient_N = resampling.patient_N[rows]
+                metrics += [
+                    _with_interval(item, figures.proportions, replicates[group], patient_N)
+                    for item in [*figures.values(group), *figures.counts(group)]
+                ]
     return metrics, replicates
 
 
@@ -173,28 +202,6 @@ def ratio_metrics(
     return metrics
 
 
-def _values(scored: ScoredImages, group: str) -> list[Metric]:
-    """The figures themselves."""
-    metrics = classification_metrics(
-        scored.labels_N, scored.probabilities_NK, scored.class_names, scored.positive, group
-    )
-    if scored.uncalibrated_NK is not None:
-        n = len(scored.labels_N)
-        for name, index in ((None, None), (scored.positive, scored.positive_index)):
-            bins = calibration_bins(scored.labels_N, scored.uncalibrated_NK, index)
-            error = bins.expected_calibration_error
-            metrics.append(Metric(group, _BEFORE, name, error, None, None, n))
-        squares_N = _squares(scored.labels_N, scored.uncalibrated_NK)
-        brier = float(squares_N.mean()) if n else math.nan
-        metrics.append(Metric(group, _BRIER_BEFORE, None, brier, None, None, n))
-    return metrics + decision_metrics(
-        scored.probabilities_NK[:, scored.positive_index],
-        scored.labels_N == scored.positive_index,
-        scored.points,
-        group,
-    )
-
-
 def _with_interval(
     item: Metric,
     proportions: Mapping[Key, npt.NDArray[np.bool_]],
@@ -203,7 +210,8 @@ def _with_interval(
 ) -> Metric:
     key = (item.metric, item.class_name)
     of_N = proportions.get(key)
-    patients = len(np.unique(patient_N if of_N is None else patient_N[of_N]))
+    # Of numbers from 0, a tenth of the time that `np.unique` takes.
+    patients = int(np.count_nonzero(np.bincount(patient_N if of_N is None else patient_N[of_N])))
     item = replace(item, ci_low=None, ci_high=None, ci_method=None, patients=patients)
     if key not in replicates:
         return item
@@ -239,8 +247,13 @@ class Statistics:
         }
         self.proportions = _proportions(self._ratios)
         """Of the metrics that are shares of images: which images they are shares of."""
+        self._rankings = [
+            Ranking(self._true_NK[:, index], scored.probabilities_NK[:, index])
+            for index in range(len(scored.class_names))
+        ]
         # One product with the weights gives every sum.
-        self._sums_NF = np.concatenate([_columns(self._ratios), *self._gaps_NB.values()], axis=1)
+        gaps = [gaps_N for gaps_NB in self._gaps_NB.values() for gaps_N in gaps_NB.T]
+        self._sums_NF = _columns(self._ratios, gaps)
 
     def under(self, weights_RN: npt.NDArray[np.float64]) -> dict[Key, npt.NDArray[np.float64]]:
         """(R,) of each metric, one value for each row of weights; NaN where it is not defined."""
@@ -253,13 +266,33 @@ class Statistics:
             found[key] = ratio(gaps_RB.sum(axis=1), weight_R)
             start += CALIBRATION_BINS
         names = self._scored.class_names
-        for index, name in enumerate(names):
-            ranked = self._true_NK[:, index], self._scored.probabilities_NK[:, index], weights_RN
-            found["roc_auc", name] = weighted_auc(*ranked)
-            found["average_precision", name] = weighted_average_precision(*ranked)
+        for name, ranking in zip(names, self._rankings, strict=True):
+            ranked = ranking.by_score(weights_RN)
+            found["roc_auc", name] = auc_of(*ranked)
+            found["average_precision", name] = average_precision_of(*ranked)
         for mean, of in (("balanced_accuracy", "recall"), ("roc_auc", "roc_auc")):
             found[mean, None] = np.mean([found[of, name] for name in names], axis=0)
         return found
+
+    def values(self, group: str) -> Iterator[Metric]:
+        """Each metric of the images as they are, every one once."""
+        films = len(self._true_NK)
+        for (name, of), values_R in self.under(np.ones((1, films))).items():
+            of_N = self.proportions.get((name, of))
+            n = films if of_N is None else int(of_N.sum())
+            yield Metric(group, name, of, float(values_R[0]), None, None, n)
+
+    def counts(self, group: str) -> Iterator[Metric]:
+        """support and confusion."""
+        names, films = self._scored.class_names, len(self._true_NK)
+        predicted_N = self._scored.probabilities_NK.argmax(axis=1)
+        matrix_KK = confusion_matrix(self._scored.labels_N, predicted_N, len(names))
+        for name, row_K in zip(names, matrix_KK, strict=True):
+            yield Metric(group, "support", name, float(row_K.sum()), None, None, films)
+        for true, row_K in zip(names, matrix_KK, strict=True):
+            for predicted, count in zip(names, row_K, strict=True):
+                cell = f"true={true},predicted={predicted}"
+                yield Metric(group, "confusion", cell, float(count), None, None, films)
 
     def _ratios_of(self, scored: ScoredImages) -> dict[Key, tuple[Sums, Sums]]:
         """What each image adds to the part and to the whole; of a proportion both are bool."""
@@ -292,9 +325,12 @@ class Statistics:
         return found
 
 
-def _columns(ratios: Mapping[Key, tuple[Sums, Sums]]) -> npt.NDArray[np.float64]:
-    """(N, F) the part and the whole of each, side by side."""
-    return np.stack([sums_N for pair in ratios.values() for sums_N in pair], 1).astype(np.float64)
+def _columns(
+    ratios: Mapping[Key, tuple[Sums, Sums]], further: Sequence[Sums] = ()
+) -> npt.NDArray[np.float64]:
+    """(N, F) the part and the whole of each, side by side, and what else there is."""
+    sums = [sums_N for pair in ratios.values() for sums_N in pair]
+    return np.stack([*sums, *further], axis=1, dtype=np.float64)
 
 
 def _ratios_of_sums(

@@ -1,7 +1,7 @@
-"""What a classifier is worth on labelled images: tidy metrics, with 95 % intervals where known.
+"""What metrics are made of: one measured value, the AUC, calibration bins, confusion, intervals.
 
-No class is taken for the positive one unless it is named: every metric of one class against the
-rest carries that class in `class_name`. Array names carry their shape: N images, K classes, B bins.
+`measure` makes every metric of labelled images of these. No class is taken for the positive one
+unless it is named. Array names carry their shape: N images, K classes, B bins.
 
 Sources:
 
@@ -10,7 +10,6 @@ Sources:
   IEEE Signal Processing Letters 21:1389 (the same from midranks, in O(n log n)); Pepe 2003, The
   Statistical Evaluation of Medical Tests for Classification and Prediction, ch. 5 (interval on the
   logit scale).
-* Brier 1950, Monthly Weather Review 78:1 (probability score).
 * Guo, Pleiss, Sun & Weinberger 2017, ICML, arXiv:1706.04599 (expected calibration error).
 """
 
@@ -53,9 +52,9 @@ class Metric:
     n: int
     """Images it is computed over: of a proportion the denominator, else all of the group."""
     ci_method: str | None = None
-    """Of the interval: `wilson` and `delong` take each image for a patient of its own; `bootstrap`
-    draws patients, `wilson_patients` counts them (`evaluation.measure`). None where there is none.
-    """
+    """Of the interval: `bootstrap` draws patients, and `wilson_patients` counts them
+    (`evaluation.measure`); `wilson` takes each image for a patient of its own. None where there is
+    none."""
     patients: int | None = None
     """Of whom the n images are; None where nobody counted them."""
 
@@ -118,102 +117,11 @@ def check_scores(labels_N: Integers, probabilities_NK: Floats, class_names: Sequ
         raise ValueError("probabilities of an image do not sum to 1")
 
 
-def classification_metrics(
-    labels_N: Integers,
-    probabilities_NK: Floats,
-    class_names: Sequence[str],
-    positive: str | None = None,
-    group: str = "all",
-) -> list[Metric]:
-    """Every metric of one group of images; the predicted class is the most probable one.
-
-    Over all classes: accuracy, balanced_accuracy (mean recall), roc_auc (mean over the classes, one
-    against the rest), brier (Brier's own score, the sum over the classes of squared differences:
-    0 … 2), log_loss (nats), expected_calibration_error. Per class: support, precision, recall, f1,
-    specificity, roc_auc, average_precision. Per pair of classes: confusion, named
-    `true=A,predicted=B`. With `positive`, also brier_binary of that class: the mean squared
-    difference of its own probability alone, 0 … 1; of two classes it is half of brier; and
-    expected_calibration_error of that class: of its own probability, not the predicted class's.
-
-    Intervals: Wilson's for accuracy, precision, recall and specificity; DeLong's for a class's
-    roc_auc. Values that are not defined are NaN. Arguments as `check_scores` takes them, which
-    raises `ValueError`; so does a `positive` that is none of the classes.
-    """
-    check_scores(labels_N, probabilities_NK, class_names)
-    if positive is not None and positive not in class_names:
-        raise ValueError(f"positive class '{positive}' is none of {list(class_names)}")
-    n = len(labels_N)
-    matrix_KK = confusion_matrix(labels_N, probabilities_NK.argmax(axis=1), len(class_names))
-    true_NK = labels_N[:, None] == np.arange(len(class_names))
-    squares_NK = (probabilities_NK.astype(np.float64) - true_NK) ** 2
-    aucs = [
-        roc_auc(true_NK[:, index], probabilities_NK[:, index]) for index in range(len(class_names))
-    ]
-    recalls = [_ratio(matrix_KK[index, index], row.sum()) for index, row in enumerate(matrix_KK)]
-
-    def value(name: str, number: float, class_name: str | None = None) -> Metric:
-        return Metric(group, name, class_name, float(number), None, None, n)
-
-    metrics = [
-        proportion(group, "accuracy", None, matrix_KK.trace(), n),
-        value("balanced_accuracy", float(np.mean(recalls))),
-        value("roc_auc", float(np.mean([auc.value for auc in aucs]))),
-        value("brier", _ratio(squares_NK.sum(), n)),
-        value("log_loss", _log_loss(labels_N, probabilities_NK)),
-        value(
-            "expected_calibration_error",
-            calibration_bins(labels_N, probabilities_NK).expected_calibration_error,
-        ),
-    ]
-    if positive is not None:
-        of_positive = squares_NK[:, list(class_names).index(positive)].sum()
-        metrics.append(value("brier_binary", _ratio(of_positive, n), positive))
-        bins = calibration_bins(labels_N, probabilities_NK, list(class_names).index(positive))
-        metrics.append(
-            value("expected_calibration_error", bins.expected_calibration_error, positive)
-        )
-    for index, name in enumerate(class_names):
-        auc = aucs[index]
-        metrics += _counted(group, name, matrix_KK, index)
-        method = None if auc.ci_low is None else "delong"
-        metrics.append(
-            Metric(group, "roc_auc", name, auc.value, auc.ci_low, auc.ci_high, n, method)
-        )
-        precision = average_precision(true_NK[:, index], probabilities_NK[:, index])
-        metrics.append(value("average_precision", precision, name))
-    metrics += [
-        value("confusion", matrix_KK[row, column], f"true={true},predicted={predicted}")
-        for row, true in enumerate(class_names)
-        for column, predicted in enumerate(class_names)
-    ]
-    return metrics
-
-
-def subgroup_metrics(
-    labels_N: Integers,
-    probabilities_NK: Floats,
-    class_names: Sequence[str],
-    groups: Mapping[str, Sequence[str | None]],
-    positive: str | None = None,
-) -> list[Metric]:
-    """`classification_metrics` of each value of each column, under the group `column=value`.
-
-    groups: column name to one value an image; None stands as `unknown`. Each image is in one group
-    of each column. Raises `ValueError` also where a column has another length than the labels.
-    """
-    check_scores(labels_N, probabilities_NK, class_names)
-    metrics: list[Metric] = []
-    for group, rows in group_rows(groups, len(labels_N)):
-        metrics += classification_metrics(
-            labels_N[rows], probabilities_NK[rows], class_names, positive, group
-        )
-    return metrics
-
-
 def group_rows(
     groups: Mapping[str, Sequence[str | None]], n: int
 ) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
-    """Each subgroup as `column=value`, and the rows of its images. As for `subgroup_metrics`."""
+    """Each subgroup as `column=value`, and the rows of its images. None stands as
+    `unknown`. Raises `ValueError` where a column has not n values."""
     for column, values in groups.items():
         if len(values) != n:
             raise ValueError(f"column {column} has {len(values)} values, not {n}")
@@ -333,45 +241,6 @@ def binned(
     # A sum of roundings can leave a probability just above 1: it belongs to the last bin.
     place_N = np.ceil(probability_N * CALIBRATION_BINS).astype(np.int64)
     return probability_N, class_N == labels_N, place_N.clip(1, CALIBRATION_BINS) - 1
-
-
-def _counted(group: str, name: str, matrix_KK: npt.NDArray[np.int64], index: int) -> list[Metric]:
-    """What follows from the confusion matrix for one class against the rest."""
-    n = int(matrix_KK.sum())
-    hits = matrix_KK[index, index]
-    actual, predicted = matrix_KK[index].sum(), matrix_KK[:, index].sum()
-    rejected = n - actual - predicted + hits
-    f1 = _ratio(2 * hits, actual + predicted)
-    return [
-        Metric(group, "support", name, float(actual), None, None, n),
-        proportion(group, "precision", name, hits, predicted),
-        proportion(group, "recall", name, hits, actual),
-        Metric(group, "f1", name, f1, None, None, n),
-        proportion(group, "specificity", name, rejected, n - actual),
-    ]
-
-
-def proportion(group: str, metric: str, class_name: str | None, successes: int, n: int) -> Metric:
-    """A share with Wilson's interval; NaN of none."""
-    low, high = wilson_interval(int(successes), int(n)) if n else (None, None)
-    method = "wilson" if n else None
-    return Metric(group, metric, class_name, _ratio(successes, n), low, high, int(n), method)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else math.nan
-
-
-def _log_loss(labels_N: Integers, probabilities_NK: Floats) -> float:
-    """In nats. scikit-learn takes a probability of 0 for the smallest step of float64, 2.2e-16."""
-    if len(labels_N) == 0:
-        return math.nan
-    # It warns of sums that are off by the rounding of float32.
-    exact_NK = probabilities_NK.astype(np.float64)
-    exact_NK /= exact_NK.sum(axis=1, keepdims=True)
-    from sklearn.metrics import log_loss
-
-    return float(log_loss(labels_N, exact_NK, labels=np.arange(exact_NK.shape[1])))
 
 
 def _midranks(values: Floats) -> npt.NDArray[np.float64]:

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import UserError
-from lungopacity.evaluation.metrics import Metric, proportion
 from lungopacity.models import OperatingPoint
 
 RULES = {
@@ -177,19 +176,3 @@ def decision_shares(
         shares["decision_sensitivity_with_review"] = (from_N & positive_N, positive_N)
         shares["review_rate"] = (from_N & ~decided_N, np.ones_like(from_N))
     return shares
-
-
-def decision_metrics(
-    probabilities_N: npt.NDArray[np.floating],
-    positive_N: npt.NDArray[np.bool_],
-    points: Mapping[str, OperatingPoint],
-    group: str = "all",
-) -> list[Metric]:
-    """Of the decisions at each operating point, by its name: decision_sensitivity,
-    decision_specificity, positive_predictive_value and negative_predictive_value, with Wilson's
-    intervals; with a review band, decision_sensitivity_with_review and review_rate."""
-    return [
-        proportion(group, what, name, int(counted_N.sum()), int(of_N.sum()))
-        for name, point in points.items()
-        for what, (counted_N, of_N) in decision_shares(probabilities_N, positive_N, point).items()
-    ]

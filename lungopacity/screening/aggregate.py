@@ -13,13 +13,9 @@ import pyarrow as pa
 
 from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of
 from lungopacity.errors import Status
-from lungopacity.evaluation.metrics import (
-    Metric,
-    classification_metrics,
-    subgroup_metrics,
-    wilson_interval,
-)
-from lungopacity.evaluation.operating_points import decision_metrics
+from lungopacity.evaluation.bootstrap import REPLICATES, Resampling
+from lungopacity.evaluation.measure import ScoredImages, exact, measure
+from lungopacity.evaluation.metrics import Metric, wilson_interval
 from lungopacity.evaluation.table import fact_groups
 from lungopacity.models import ModelSpec
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
@@ -29,6 +25,11 @@ from lungopacity.results.workbench import quoted
 log = logging.getLogger(__name__)
 
 _HISTOGRAM_BINS = 20
+_MOST_DRAWN = 200_000_000
+"""Films times replicates of the bootstrap: beyond, fewer are drawn, so that a run is published in
+minutes whatever its labels."""
+_FEWEST_REPLICATES = 200
+"""Of which five lie beyond each end of the interval."""
 _SCORED = f"WHERE status = {quoted(Status.OK.value)}"
 
 
@@ -86,7 +87,8 @@ def label_metrics(
     labels: pd.DataFrame,
     known_films: Collection[str] = (),
 ) -> list[Metric]:
-    """Metrics against the labels, over all and by view position, sex and age.
+    """Metrics against the labels, over all and by view position, sex and age, as `evaluate` makes
+    them, with intervals over patients.
 
     Of the readable images whose label is one of the model's classes; empty where there is none.
     Those in `known_films`, content_sha256 of what the model learnt from or was chosen by, would
@@ -108,20 +110,10 @@ def label_metrics(
     rows = rows.filter(pa.compute.invert(seen))
     if rows.num_rows == 0:
         return left_out
-    probabilities_NK = np.stack([rows[name].to_numpy() for name in columns], axis=1).astype(
-        np.float64
-    )
+    probabilities_NK = np.stack([rows[name].to_numpy() for name in columns], axis=1)
     index_of = {label: spec.class_names.index(name) for label, name in spec.class_of_label.items()}
     labels_N = np.array([index_of[label] for label in rows["label"].to_pylist()])
     told = labels.set_index("image").loc[rows["name"].to_pylist()]
-    patients = told["patient_id"].dropna()
-    if patients.duplicated().any():
-        log.warning(
-            "%d labelled films are of %d patients: the intervals against the labels take each film "
-            "for a patient of its own, and are too narrow; `evaluate` draws patients",
-            len(patients),
-            patients.nunique(),
-        )
     facts = facts_of(told, rows.select(list(FACT_COLUMNS)).to_pandas())
     groups = fact_groups(
         {
@@ -129,22 +121,17 @@ def label_metrics(
             for name in FACT_COLUMNS
         }
     )
-    decided = decision_metrics(
-        probabilities_NK[:, spec.positive_index],
-        labels_N == spec.positive_index,
-        {"chosen": spec.operating_point},
+    scored = ScoredImages(
+        labels_N,
+        exact(probabilities_NK),
+        spec.class_names,
+        spec.positive_class,
+        points={"chosen": spec.operating_point},
     )
-    whole = classification_metrics(
-        labels_N, probabilities_NK, spec.class_names, positive=spec.positive_class
-    )
-    return (
-        left_out
-        + whole
-        + decided
-        + subgroup_metrics(
-            labels_N, probabilities_NK, spec.class_names, groups, positive=spec.positive_class
-        )
-    )
+    replicates = min(REPLICATES, max(_FEWEST_REPLICATES, _MOST_DRAWN // len(labels_N)))
+    resampling = Resampling.of(told["patient_id"].tolist(), replicates)
+    log.info("95 %% intervals against the labels: %s", resampling.described())
+    return left_out + measure(scored, groups, resampling)
 
 
 def warn_of_useless_labels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,7 @@ from lungopacity.evaluation.measure import (
     measure_with_gaps,
     ratio_metrics,
 )
-from lungopacity.evaluation.metrics import classification_metrics, wilson_interval
-from lungopacity.evaluation.operating_points import decision_metrics
+from lungopacity.evaluation.metrics import wilson_interval
 from lungopacity.models import OperatingPoint
 
 POINTS = {"youden": OperatingPoint(0.5), "band": OperatingPoint(0.7, review_from=0.3)}
@@ -42,21 +42,10 @@ def test_a_weight_is_as_if_the_film_were_there_so_many_times(classes, n, seed):
     weights_N[0] += 1
     found = Statistics(images).under(weights_N[None].astype(float))
     copied = images.rows(np.repeat(np.arange(n), weights_N))
-    expected = classification_metrics(
-        copied.labels_N, copied.probabilities_NK, copied.class_names, "class 1"
-    ) + decision_metrics(copied.probabilities_NK[:, 1], copied.labels_N == 1, POINTS)
     told = {
         (item.metric, item.class_name): item.value
-        for item in expected
+        for item in measure(copied, {}, Resampling.of([None] * len(copied.labels_N), 2))
         if item.metric not in ("support", "confusion")
-    }
-    raw = classification_metrics(
-        copied.labels_N, copied.uncalibrated_NK, copied.class_names, "class 1"
-    )
-    told |= {
-        (f"{item.metric}_before_temperature", item.class_name): item.value
-        for item in raw
-        if item.metric in ("brier", "expected_calibration_error")
     }
     assert set(found) == set(told)
     for key, value in told.items():
@@ -96,15 +85,14 @@ def test_the_values_are_those_without_resampling_and_the_seed_decides_the_interv
     )
     assert first == again
     assert [item.value for item in first] == [item.value for item in other]
-    raw = classification_metrics(images.labels_N, images.uncalibrated_NK, images.class_names)
+    uncalibrated = replace(images, probabilities_NK=images.uncalibrated_NK)
+    raw = measure(uncalibrated, {}, Resampling.of([None] * 90, 2))
     for name in ("brier", "expected_calibration_error"):
-        (before,) = [
-            item.value
-            for item in first
-            if (item.metric, item.class_name) == (f"{name}_before_temperature", None)
-        ]
-        (value,) = [item.value for item in raw if item.metric == name]
-        assert before == pytest.approx(value)
+        of_raw = {item.class_name: item.value for item in raw if item.metric == name}
+        before = [item for item in first if item.metric == f"{name}_before_temperature"]
+        assert before
+        for item in before:
+            assert item.value == pytest.approx(of_raw[item.class_name])
     assert [item.ci_low for item in first] != [item.ci_low for item in other]
 
 

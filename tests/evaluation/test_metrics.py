@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics as sklearn_metrics
 
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.measure import ScoredImages, measure
 from lungopacity.evaluation.metrics import (
     Metric,
     age_band,
     calibration_bins,
-    classification_metrics,
     confusion_matrix,
     roc_auc,
-    subgroup_metrics,
     wilson_interval,
 )
 from lungopacity.evaluation.table import largest_gaps, uncompared_groups
@@ -24,6 +25,12 @@ NAMES = ("Normal", "Lung_Opacity")
 def two_class(positive_N) -> np.ndarray:
     positive_N = np.asarray(positive_N, float)
     return np.stack([1 - positive_N, positive_N], axis=1)
+
+
+def classification_metrics(labels_N, probabilities_NK, names, positive=None, groups=None):
+    """Of `measure`, with intervals of hardly any draws."""
+    images = ScoredImages(labels_N, probabilities_NK, tuple(names), positive or names[0])
+    return measure(images, groups or {}, Resampling.of([None] * len(labels_N), 2))
 
 
 def values(metrics, group="all") -> dict:
@@ -59,6 +66,29 @@ def test_brier_scores_by_hand():
     assert found["brier", None] == pytest.approx(2 * errors.mean())
     truth = np.array([0.9, 0.8, 0.7, 0.2, 0.9, 0.7, 0.4, 0.2])
     assert found["log_loss", None] == pytest.approx(-np.log(truth).mean())
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_figures_are_those_of_scikit_learn(classes):
+    rng = np.random.default_rng(classes)
+    labels, names = rng.integers(0, classes, 90), [f"class {n}" for n in range(classes)]
+    p_NK = np.round(rng.dirichlet(np.ones(classes), 90), 2) + 0.01  # with ties
+    p_NK /= p_NK.sum(axis=1, keepdims=True)
+    found, predicted = values(classification_metrics(labels, p_NK, names)), p_NK.argmax(axis=1)
+    assert found["accuracy", None] == pytest.approx(
+        sklearn_metrics.accuracy_score(labels, predicted)
+    )
+    balanced = sklearn_metrics.balanced_accuracy_score(labels, predicted)
+    assert found["balanced_accuracy", None] == pytest.approx(balanced)
+    assert found["log_loss", None] == pytest.approx(sklearn_metrics.log_loss(labels, p_NK))
+    columns = sklearn_metrics.precision_recall_fscore_support(labels, predicted)
+    for metric, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
+        assert [found[metric, name] for name in names] == pytest.approx(column)
+    for index, name in enumerate(names):
+        ranked = labels == index, p_NK[:, index]
+        assert found["roc_auc", name] == pytest.approx(sklearn_metrics.roc_auc_score(*ranked))
+        precision = sklearn_metrics.average_precision_score(*ranked)
+        assert found["average_precision", name] == pytest.approx(precision)
 
 
 def test_calibration_error_by_hand():
@@ -197,9 +227,10 @@ def test_rows_of_the_confusion_matrix_are_the_truth():
 
 def test_subgroups_divide_the_images_and_unknown_is_one_of_them():
     groups = {"view_position": ["PA", "PA", "AP", "AP", "PA", "AP", None, None]}
-    metrics = subgroup_metrics(LABELS, SCORES, NAMES, groups)
+    metrics = classification_metrics(LABELS, SCORES, NAMES, groups=groups)
     sizes = {m.group: m.n for m in metrics if m.metric == "accuracy"}
     assert sizes == {
+        "all": 8,
         "view_position=AP": 3,
         "view_position=PA": 3,
         "view_position=unknown": 2,
@@ -236,7 +267,7 @@ def test_figures_of_what_does_not_fit_are_refused():
     with pytest.raises(ValueError, match="two or more different class names"):
         classification_metrics(LABELS, SCORES, ("Normal", "Normal"))
     with pytest.raises(ValueError, match="column view_position has 1 values, not 8"):
-        subgroup_metrics(LABELS, SCORES, NAMES, {"view_position": ["PA"]})
+        classification_metrics(LABELS, SCORES, NAMES, groups={"view_position": ["PA"]})
     with pytest.raises(ValueError, match="an age of nan years is none"):
         age_band(float("nan"))
     with pytest.raises(ValueError, match="differ"):

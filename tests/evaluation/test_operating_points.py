@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
 from lungopacity.errors import UserError
-from lungopacity.evaluation.operating_points import RULES, STANDARD, decision_metrics, pick
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.measure import ratio_metrics
+from lungopacity.evaluation.metrics import Metric
+from lungopacity.evaluation.operating_points import RULES, STANDARD, decision_shares, pick
 from lungopacity.evaluation.table import decision_words
 from lungopacity.models import OperatingPoint
 
@@ -19,6 +22,16 @@ def films(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     scores_V = rng.random(count)
     return scores_V, rng.random(count) < scores_V
+
+
+def decision_metrics(scores_N, positive_N, points) -> list[Metric]:
+    """As `measure` and `threshold` make them of `decision_shares`."""
+    ratios = {
+        (what, name): share
+        for name, point in points.items()
+        for what, share in decision_shares(scores_N, positive_N, point).items()
+    }
+    return ratio_metrics(ratios, Resampling.of([None] * len(scores_N), 50))
 
 
 def achieved(point: OperatingPoint, scores_V: np.ndarray, positive_V: np.ndarray) -> tuple:

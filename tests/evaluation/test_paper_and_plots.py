@@ -8,7 +8,8 @@ from PIL import Image
 
 from lungopacity.errors import NOTICE
 from lungopacity.evaluation import canvas, curves, plots
-from lungopacity.evaluation.metrics import classification_metrics
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.measure import ScoredImages, measure
 from lungopacity.evaluation.paper import format_table1, table1
 
 RNG = np.random.default_rng(0)
@@ -65,8 +66,12 @@ def test_the_history_marks_the_epoch_of_the_lowest_validation_loss():
     assert "Best epoch 2" in texts(FIGURES["history"](""))
 
 
+def metrics_of(names):
+    return measure(ScoredImages(LABELS, SCORES, names, names[1]), {}, Resampling.of([None] * 200))
+
+
 def test_the_papers_own_figures_stand_beside_ours():
-    metrics = classification_metrics(LABELS, SCORES, NAMES)
+    metrics = metrics_of(NAMES)
     normal, opacity = table1(metrics, NAMES)
     assert (normal.paper.precision, normal.paper.recall, normal.paper.f1) == (0.92, 0.97, 0.95)
     assert (opacity.paper.precision, opacity.paper.recall, opacity.paper.f1) == (0.95, 0.85, 0.90)
@@ -84,7 +89,7 @@ def test_the_papers_own_figures_stand_beside_ours():
 
 def test_other_classes_have_no_paper_beside_them():
     names = ("Normal", "COVID")
-    rows = table1(classification_metrics(LABELS, SCORES, names), names)
+    rows = table1(metrics_of(names), names)
     assert all(row.paper is None and row.difference is None for row in rows)
     assert "paper:" not in format_table1(rows)
 

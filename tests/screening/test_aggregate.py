@@ -2,12 +2,16 @@ import math
 from datetime import UTC, datetime
 
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.measure import ScoredImages, exact, measure
 from lungopacity.evaluation.table import metric_value, metrics_table
 from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
+from lungopacity.screening import aggregate
 from lungopacity.screening.aggregate import label_metrics, run_metrics
 from tests.models.tiny import tiny_model
 
@@ -136,15 +140,46 @@ def test_what_the_labels_say_of_a_film_goes_before_its_header():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("patients", "warned"), [(["a", "b", None, None], False), (["a", "b", "a", None], True)]
-)
-def test_intervals_that_take_films_of_one_patient_for_independent_are_told(
-    patients, warned, caplog
-):
-    table = predictions(*({"p": 0.9, "label": "Normal"} for _ in patients))
-    label_metrics(table, SPEC, labels(*(f"{n}.png" for n in range(4)), patient_id=patients))
-    assert ("3 labelled films are of 2 patients" in caplog.text) == warned
+def test_a_run_is_measured_as_by_evaluate_with_its_patients_drawn_together():
+    """Forty films of twenty patients; the same rows, measured beside a cluster."""
+    p = np.round(np.random.default_rng(0).random(40), 3).astype(np.float32)
+    truth = (np.arange(40) % 3 == 0).astype(int)
+    patients = [f"p{number // 2}" for number in range(40)]
+    table = predictions(
+        *({"p": float(p[n]), "label": SPEC.class_names[truth[n]]} for n in range(40))
+    )
+    told = labels(
+        *(f"{n}.png" for n in range(40)), patient_id=patients, patient_sex=["F", "M"] * 20
+    )
+    _, *found = label_metrics(table, SPEC, told)
+    images = ScoredImages(
+        truth, exact(np.stack([1 - p, p], axis=1)), SPEC.class_names, "Lung_Opacity",
+        points={"chosen": SPEC.operating_point},
+    )  # fmt: skip
+    groups = {"view_position": [None] * 40, "patient_sex": ["F", "M"] * 20, "age": [None] * 40}
+    expected = measure(images, groups, Resampling.of(patients))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.group, one.metric, one.class_name) == (
+            other.group, other.metric, other.class_name,
+        )  # fmt: skip
+        for name in ("value", "ci_low", "ci_high", "n", "patients"):
+            told, wanted = getattr(one, name), getattr(other, name)
+            assert told == (
+                None if wanted is None else pytest.approx(wanted, nan_ok=True, rel=1e-6)
+            )
+    assert {one.ci_method for one in found} == {"bootstrap", None}
+
+
+def test_of_very_many_labelled_films_fewer_replicates_are_drawn(monkeypatch, caplog):
+    monkeypatch.setattr(aggregate, "_MOST_DRAWN", 1000)
+    caplog.set_level("INFO")
+    table = predictions(*({"p": 0.9, "label": "Normal"} for _ in range(4)))
+    names = [f"{n}.png" for n in range(4)]
+    label_metrics(table, SPEC, labels(*names))
+    assert "over 4 patients of 4 films, 250 replicates" in caplog.text
+    monkeypatch.setattr(aggregate, "_MOST_DRAWN", 1)
+    label_metrics(table, SPEC, labels(*names))
+    assert "4 films, 200 replicates" in caplog.text
 
 
 def test_no_label_of_the_models_classes_means_no_metric():
