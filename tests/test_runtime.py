@@ -14,6 +14,7 @@ from lungopacity.runtime import (
     resolve_gpu,
     worker_environment,
 )
+from lungopacity.runtime.session import RAY
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -91,7 +92,7 @@ def test_workers_of_a_ray_of_our_own_keep_freed_memory_from_their_start(monkeypa
     assert ray.get(ray.remote(told).remote()) == "0"
     assert told() is None
     assert worker_environment(use_gpu=False) == {}
-    monkeypatch.setattr("lungopacity.runtime._is_private", False)
+    monkeypatch.setattr(RAY, "is_private", False)
     assert worker_environment(use_gpu=False) == {"env_vars": KEEP_FREED_MEMORY}
     assert worker_environment(use_gpu=True) == {}
 

@@ -38,6 +38,7 @@ from lungopacity.models.scorer import BFLOAT16, FLOAT32, exact_float32
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import quiet_ray_data, ray_session, worker_environment
+from lungopacity.runtime.ray_internals import bytes_moved
 from lungopacity.storage import join_uri, open_store
 
 if TYPE_CHECKING:
@@ -335,17 +336,9 @@ def _told_bytes_moved() -> Iterator[None]:
     """Print how many bytes went through Ray in the block, for whoever started us."""
     before = bytes_moved()
     yield
-    print(json.dumps({"bytes_moved": bytes_moved() - before}))
-
-
-def bytes_moved() -> int:
-    """Through the object stores of all nodes, since the Ray cluster was started."""
-    import ray
-    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
-
-    # Any node asks all the others.
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    return int(get_memory_info_reply(state).store_stats.cumulative_created_bytes)
+    after = bytes_moved()
+    if before is not None and after is not None:
+        print(json.dumps({"bytes_moved": after - before}))
 
 
 WAYS: dict[str, Callable[[Task], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -52,10 +53,10 @@ labels_option = click.option(
 model_option = click.option("--model", metavar="URI", required=True, help="Model folder.")
 
 
-def _told_limits(_context: click.Context, _option: click.Parameter, text: str | None) -> None:
-    """`CPU=80,GPU=4`, for `runtime.capacity`."""
-    from lungopacity.runtime import grows_to
-
+def _limits(
+    _context: click.Context, _option: click.Parameter, text: str | None
+) -> dict[str, float]:
+    """`CPU=80,GPU=4`, for `runtime.grows_to`."""
     try:
         pairs = [word.split("=") for word in (text or "").split(",") if word]
         limits = {name.strip().upper(): float(number) for name, number in pairs}
@@ -65,11 +66,19 @@ def _told_limits(_context: click.Context, _option: click.Parameter, text: str | 
         raise click.BadParameter(f"'{text}' is not of the form CPU=80,GPU=4")
     if not all(0 <= number < math.inf for number in limits.values()):
         raise click.BadParameter(f"'{text}': give numbers of 0 or more")
-    grows_to(limits)
+    return limits
 
 
 def gpu_option(command: Any) -> Any:
     """What a command takes of a Ray cluster."""
+
+    @functools.wraps(command)
+    def on_such_a_cluster(*arguments: Any, grows_to: dict[str, float], **options: Any) -> Any:
+        from lungopacity import runtime
+
+        with runtime.grows_to(grows_to):
+            return command(*arguments, **options)
+
     use = click.option(
         "--use-gpu/--no-gpu", default=None, help="Default: GPUs where the Ray cluster has any."
     )
@@ -77,11 +86,10 @@ def gpu_option(command: Any) -> Any:
         "--grows-to",
         metavar="CPU=N,GPU=N",
         default=None,
-        expose_value=False,
-        callback=_told_limits,
+        callback=_limits,
         help="What the Ray cluster may autoscale to. Default: what it is now.",
     )
-    return use(grows(command))
+    return use(grows(on_such_a_cluster))
 
 
 operating_point_option = click.option(

@@ -108,7 +108,7 @@ MISTAKES = {
     "no GPU to train on": (
         ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
          "--output", "{out}", "--use-gpu"],
-        "needs 1 GPUs, the Ray cluster has 0",
+        "needs 1 GPU, the Ray cluster has 0",
     ),
     "no positive class": (
         ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
@@ -123,7 +123,7 @@ MISTAKES = {
     "no GPU to screen on": (
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
          "--use-gpu"],
-        "screening needs 1 GPUs, the Ray cluster has 0; use --no-gpu",
+        "screening needs 1 GPU, the Ray cluster has 0; use --no-gpu",
     ),
     "no GPU to evaluate on": (
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",

@@ -22,14 +22,13 @@ from tests.models.tiny import write_tiny_model
 _FILMS = 30
 _GUARDED = """
 import builtins, sys, threading
-from lungopacity import runtime
+from lungopacity.runtime.session import RAY
 from lungopacity.cli import main
 
 imported = builtins.__import__
 
 def guarded(name, *arguments, **more):
-    starting = runtime._ahead is not None and not runtime._ahead[1].done()
-    if starting and threading.current_thread() is threading.main_thread():
+    if RAY.is_starting and threading.current_thread() is threading.main_thread():
         assert name.partition(".")[0] != "ray", "two threads import Ray, and see half of it"
     return imported(name, *arguments, **more)
 

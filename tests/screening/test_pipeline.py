@@ -90,9 +90,8 @@ def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks(monk
         time.sleep(3)
         yield pa.table({"part": [0]})
 
-    grows_to({"GPU": 1})
-    assert stream.stream([], stuck).context.execution_no_progress_timeout_s == 12 * 3600
-    grows_to({})
+    with grows_to({"GPU": 1}):
+        assert stream.stream([], stuck).context.execution_no_progress_timeout_s == 12 * 3600
     monkeypatch.setattr(stream, "_NO_PROGRESS_S", 1.8)
     waits = stream.stream([pa.table({"object": [1]})], stuck)
     with pytest.raises(UserError, match=r"0\.0005 hours \(MapBatches\(stuck\): 1 active task"):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from lungopacity.cli import main
-from lungopacity.runtime import grows_to
+from lungopacity.runtime import may_grow
 
 SCRIPT = """
 import json, logging, sys
@@ -22,19 +22,19 @@ from lungopacity.screening.resources import ScoringResources
 told = json.loads(sys.argv[1])
 ray.init(address="local", num_cpus=told["cpus"], num_gpus=told["gpus"], include_dashboard=False,
          log_to_driver=False, logging_level=logging.ERROR)
-grows_to(told["grows"])
 for case in told["cases"]:
-    try:
-        use_gpu = resolve_gpu(case.pop("use_gpu", None))
-        found = ScoringResources.of_cluster(use_gpu, **case)
-        print(json.dumps({**asdict(found), "devices": found.devices()}))
-    except UserError as error:
-        print(json.dumps({"error": str(error)}))
+    with grows_to(case.pop("grows", {})):
+        try:
+            use_gpu = resolve_gpu(case.pop("use_gpu", None))
+            found = ScoringResources.of_cluster(use_gpu, **case)
+            print(json.dumps({**asdict(found), "devices": found.devices()}))
+        except UserError as error:
+            print(json.dumps({"error": str(error)}))
 """
 
 
-def asked(cpus: int, gpus: int, *cases: dict, grows: dict | None = None) -> list[dict]:
-    told = {"cpus": cpus, "gpus": gpus, "cases": cases, "grows": grows or {}}
+def asked(cpus: int, gpus: int, *cases: dict) -> list[dict]:
+    told = {"cpus": cpus, "gpus": gpus, "cases": cases}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(told)],
         capture_output=True,
@@ -53,7 +53,7 @@ def test_a_cluster_of_cpus_alone_keeps_one_to_read():
     assert (two["first_actors"], two["max_actors"]) == (1, 2)
     assert (fits["apart"], two["apart"]) == (False, True)
     assert many["error"].startswith("screening needs 5 CPUs, the Ray cluster has 4; use fewer")
-    assert gpu["error"].startswith("screening needs 1 GPUs, the Ray cluster has 0; use --no-gpu")
+    assert gpu["error"].startswith("screening needs 1 GPU, the Ray cluster has 0; use --no-gpu")
 
 
 def test_one_gpu_or_many_whole_or_in_shares():
@@ -83,13 +83,20 @@ def test_one_gpu_or_many_whole_or_in_shares():
 
 
 def test_what_the_cluster_may_grow_to_counts_and_more_is_refused():
-    fits, three, four = asked(
-        2, 0, {}, {"model_actors": 3}, {"model_actors": 4}, grows={"CPU": 14, "GPU": 3}
+    grows = {"CPU": 14, "GPU": 3}
+    fits, three, four, small = asked(
+        0,
+        0,
+        {"grows": grows},
+        {"grows": grows, "model_actors": 3},
+        {"grows": grows, "model_actors": 4},
+        {"grows": {"CPU": 2}, "use_gpu": False},
     )
     assert (fits["max_actors"], fits["actor_gpus"]) == (3, 1.0)
     assert three["max_actors"] == 3
     assert fits["first_actors"] == three["first_actors"] == 1
     assert "needs 4 GPUs, the Ray cluster has 0 and may grow to 3;" in four["error"]
+    assert small["threads"] == 1  # torch refuses 0, which is what the head alone has
 
 
 def test_what_the_cluster_may_grow_to_is_told_as_an_option(capfd):
@@ -99,4 +106,4 @@ def test_what_the_cluster_may_grow_to_is_told_as_an_option(capfd):
         assert "is not of the form CPU=80,GPU=4" in capfd.readouterr().err
     assert main([*arguments, "--grows-to", "cpu=80,GPU=4"]) == 2
     assert "no model folder there" in capfd.readouterr().err
-    grows_to({})
+    assert not may_grow()

@@ -1,0 +1,48 @@
+"""The Ray that a command runs on: the cluster it was submitted to, or one of its own; what that
+cluster has; and how this process ends and starts others.
+
+Nothing here imports Ray before it is needed: `--help` does without.
+"""
+
+from __future__ import annotations
+
+from lungopacity.runtime.installed import versions
+from lungopacity.runtime.processes import KEEP_FREED_MEMORY, alone, environment
+from lungopacity.runtime.resources import (
+    capacity,
+    grows_to,
+    may_grow,
+    require_resources,
+    resolve_gpu,
+)
+from lungopacity.runtime.session import (
+    done_with_ray,
+    is_submission_address,
+    quiet_about_remote_arguments,
+    quiet_ray_data,
+    ray_ahead,
+    ray_session,
+    worker_environment,
+)
+from lungopacity.runtime.signals import end_if_told, end_on_signals
+
+__all__ = [
+    "KEEP_FREED_MEMORY",
+    "alone",
+    "capacity",
+    "done_with_ray",
+    "end_if_told",
+    "end_on_signals",
+    "environment",
+    "grows_to",
+    "is_submission_address",
+    "may_grow",
+    "quiet_about_remote_arguments",
+    "quiet_ray_data",
+    "ray_ahead",
+    "ray_session",
+    "require_resources",
+    "resolve_gpu",
+    "versions",
+    "worker_environment",
+]

@@ -1,0 +1,18 @@
+"""What is installed here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a result; for the model folder and a run's record."""
+    found = {"python": platform.python_version()}
+    for name in ("lungopacity", "ray", "torch", "ncnn", "numpy", "pillow", "pydicom", "pyarrow"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            # A submitted job may run from its uploaded working directory, not installed.
+            found[name] = "source"
+    return found

@@ -1,0 +1,66 @@
+"""What is reached for inside Ray: each name is there in the pinned release, is put back, and may be
+gone in another one."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import pytest
+
+from lungopacity.runtime import ray_internals
+from lungopacity.runtime.session import RaySession
+
+
+def test_each_name_is_there_in_this_release():
+    from ray._private import internal_api
+    from ray._private.parameter import RayParams
+
+    with ray_internals.without_idle_servers() as found:
+        assert found == ["start_monitor", "start_log_monitor", "start_api_server", "start_raylet"]
+    assert "dashboard_agent_listen_port" in inspect.signature(RayParams).parameters
+    with ray_internals.without_idle_actors() as found:
+        assert found == [
+            "register_dataset_to_stats_actor",
+            "update_execution_metrics",
+            "update_iteration_metrics",
+            "create_cluster_autoscaler",
+        ]
+    assert {"get_memory_info_reply", "get_state_from_address"} <= set(vars(internal_api))
+
+
+@pytest.mark.parametrize(
+    ("block", "module"),
+    [
+        ("without_idle_servers", "ray._private.node"),
+        ("without_idle_actors", "ray.data._internal.stats"),
+        ("without_idle_actors", "ray.data._internal.execution.interfaces"),
+    ],
+)
+def test_a_release_that_has_them_elsewhere_goes_without(monkeypatch, block, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with getattr(ray_internals, block)() as found:
+        pass
+    assert len(found) < 4
+    monkeypatch.setitem(sys.modules, "ray._private.internal_api", None)
+    assert ray_internals.bytes_moved() is None
+
+
+def test_ray_data_is_as_it_was_after_a_ray_of_our_own(monkeypatch):
+    from ray.data._internal.execution import streaming_executor
+    from ray.data._internal.stats import _StatsManager
+
+    def as_ray_has_them() -> list[object]:
+        register = vars(_StatsManager)["register_dataset_to_stats_actor"]
+        return [register, streaming_executor.create_cluster_autoscaler]
+
+    before, session = as_ray_has_them(), RaySession()
+    session.start_no_idle_actors()  # a cluster of others has a dashboard
+    assert as_ray_has_them() == before
+    session.is_private = True
+    for _ in range(2):
+        session.start_no_idle_actors()
+    assert not set(as_ray_has_them()) & set(before)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    session._end()
+    assert as_ray_has_them() == before
