@@ -74,7 +74,8 @@ class ScoringResources:
         cpus = int(most["CPU"])
         largest_node = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
         # A small machine gives its one actor every core: while it computes, reading waits for it.
-        threads = largest_node if cpus <= 2 else 1
+        # A cluster that grows from a head alone has no node with cores yet.
+        threads = max(1, largest_node) if cpus <= 2 else 1
         actors = model_actors or max(1, cpus - 1)
         return ScoringResources(
             1, actors, 1.0 if cpus >= 2 else 0.0, 0.0, threads, model_actors is not None
