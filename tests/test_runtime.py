@@ -14,7 +14,7 @@ from lungopacity.runtime import (
     resolve_gpu,
     worker_environment,
 )
-from lungopacity.runtime.session import RAY
+from lungopacity.runtime.session import RAY, RaySession
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -150,6 +150,19 @@ def test_a_ray_of_our_own_starts_nothing_that_nobody_asks():
     )
     done = run_script(script, RAY_ADDRESS="")
     assert done.stdout.split() == ["2", "0", "0"], done.stderr
+
+
+def test_a_ray_that_does_not_come_up_is_no_defect(monkeypatch):
+    def too_late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore of it.")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", too_late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    session = RaySession()
+    with pytest.raises(UserError, match=r"'local' cannot be joined: The current node timed out"):
+        session._start()
+    assert not session.is_private
 
 
 def test_who_needs_no_ray_hears_nothing_of_one_that_cannot_be_had():

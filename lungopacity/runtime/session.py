@@ -110,7 +110,7 @@ class RaySession:
                     )
             else:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray itself raises that, of a node that is not up in 30 s
             raise UserError(
                 f"Ray at '{address}' cannot be joined: {first_line(error)}; "
                 "check RAY_ADDRESS, or unset it to run on this machine alone"
