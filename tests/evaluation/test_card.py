@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+
+import pytest
 
 from lungopacity.evaluation.card import model_card
 from lungopacity.evaluation.claim import ITEMS, answered, left_open
@@ -288,3 +291,23 @@ def test_films_that_a_rule_leaves_out_are_no_failure():
     assert result.exit_code == 0
     assert replace(result, unreadable=1).exit_code == 1
     assert "model m on 90 images of split 'test', 10 rejected\n" in result.summary()
+
+
+def test_a_report_tells_the_gap_between_subgroups_and_those_of_too_few_patients():
+    views = [item for item in METRICS if item.group.startswith("view_position")]
+    (gap, *_) = largest_gaps(views, "Lung_Opacity", "youden")
+    few = Metric("site=B", "accuracy", None, 0.5, 0.1, 0.9, 40, "bootstrap", 2)
+    result = EvaluationResult(
+        "m", "out", "test", 90, 0, 0, 90, 0, "by counting", False, (), "Lung_Opacity", None,
+        "youden", [*views, few], (replace(gap, ci_low=0.01, ci_high=0.07),),
+    )  # fmt: skip
+    told = result.summary()
+    assert "n = 440; AP 0.9812 (0.9700 to 0.9900), n = 358; between them 0.0400 (0.0100 to" in told
+    assert "few patients, or of one kind" in told
+    assert "site=B (n = 40 of 2 patients)" in told
+    (found,) = json.loads(result.to_json())["gaps"]
+    assert found.pop("size") == pytest.approx(0.04)
+    assert found == {
+        "figure": "AUC", "column": "view_position", "worst": "PA", "best": "AP", "ci_low": 0.01,
+        "ci_high": 0.07,
+    }  # fmt: skip
