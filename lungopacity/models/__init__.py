@@ -8,6 +8,7 @@ from lungopacity.models.folder import (
     load_model,
     read_history,
     read_validation,
+    refuse_model,
     save_model,
 )
 from lungopacity.models.model import ModelSpec, OperatingPoint, TrainedModel, weights_of
@@ -46,6 +47,7 @@ __all__ = [
     "points_of_sites",
     "read_history",
     "read_validation",
+    "refuse_model",
     "save_model",
     "save_operating_point",
     "settings_of_network",

@@ -127,6 +127,12 @@ def is_model(uri: str) -> bool:
     return open_store(uri).head(SUMS_FILE) is not None
 
 
+def refuse_model(output: str, mend: str = "choose another --output, or remove it") -> None:
+    """Raises `UserError` where a finished model folder lies at the URI that is to become one."""
+    if is_model(output):
+        raise UserError(f"{output}: holds a finished model; {mend}")
+
+
 def load_model(uri: str) -> TrainedModel:
     """Read and verify a model folder.
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from contextlib import suppress
 from dataclasses import asdict, replace
 
 from lungopacity.errors import NOTICE, ErrorCode, ImageError, UserError
 from lungopacity.models.model import OperatingPoint, TrainedModel
-from lungopacity.storage import ConflictError, Store, open_store
+from lungopacity.storage import ConflictError, Store, check_name, is_name, open_store
 
 log = logging.getLogger(__name__)
 
 _FOLDER = "operating_points"
-_POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def save_operating_point(uri: str, model: TrainedModel, name: str, point: OperatingPoint) -> None:
@@ -29,11 +27,7 @@ def save_operating_point(uri: str, model: TrainedModel, name: str, point: Operat
         raise UserError(
             f"--name {name}: is one of the model's own operating points; choose another --name"
         )
-    if not _POINT_NAME.fullmatch(name):
-        raise UserError(
-            f"--name {name!r}: use up to 100 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit"
-        )
+    check_name(name, "--name")
     document = {
         "notice": NOTICE,
         "model_id": model.model_id,
@@ -76,13 +70,13 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
     known = model.spec.operating_points.get(name)
     if known is not None:
         # Versions before this one let a site take such a name.
-        if _POINT_NAME.fullmatch(name) and store.head(_key_of(name)) is not None:
+        if is_name(name) and store.head(_key_of(name)) is not None:
             raise UserError(
                 f"{store.uri}/{_key_of(name)}: '{name}' is also one of the model's own operating "
                 "points; rename the file, and ask for it by its new name"
             )
     else:
-        if not _POINT_NAME.fullmatch(name):
+        if not is_name(name):
             raise _unknown(store, model, name)
         try:
             document = json.loads(store.read(_key_of(name)))

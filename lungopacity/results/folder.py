@@ -14,7 +14,6 @@ A file that no commit record names does not exist for a reader. Runs follow each
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,16 +42,6 @@ RESULTS_FILE = (
 such a name by chance; status.json, and records of runs that were named by hand, are not told."""
 
 _READ_THREADS = 16
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def check_run_id(run_id: str) -> None:
-    """Raises `UserError` for a run id that cannot stand in a file name."""
-    if not _RUN_ID.fullmatch(run_id):
-        raise UserError(
-            f"run id {run_id!r}: use up to 100 letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit"
-        )
 
 
 def run_key(run_id: str) -> str:

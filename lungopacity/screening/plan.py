@@ -18,7 +18,6 @@ from lungopacity.archive.inventory import Inventory
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.folder import (
     WORK,
-    check_run_id,
     newest_sequence,
     published_meanwhile,
     read_run,
@@ -30,7 +29,7 @@ from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
 from lungopacity.results.workbench import ExportedFile, export, spool, view_of_files, workbench
 from lungopacity.screening.history import History, is_of_kind
 from lungopacity.screening.rules import Rules
-from lungopacity.storage import ConflictError, Store, open_store
+from lungopacity.storage import ConflictError, Store, check_name, open_store
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +110,7 @@ def make_plan(
     is published already, or was started with another archive, model or other `rules`, and where
     the inventory names an object twice.
     """
-    check_run_id(run_id)
+    check_name(run_id, "run id")
     if read_run(results, run_id) is not None:
         raise UserError(
             f"run '{run_id}' is published already in {results.uri}; choose another --run-id"

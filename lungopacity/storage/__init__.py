@@ -20,6 +20,8 @@ __all__ = [
     "ObjectInfo",
     "S3Store",
     "Store",
+    "check_name",
+    "is_name",
     "join_uri",
     "open_store",
     "split_uri",
@@ -75,6 +77,23 @@ def _bucket_and_key(uri: str) -> tuple[str, str]:
             f"{uri}: '{bucket}' is no bucket's name, which has letters, digits, '.', '_' and '-'"
         )
     return bucket, key
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def is_name(text: str) -> bool:
+    """Whether it can stand in the name of a file, on disk and on S3."""
+    return _NAME.fullmatch(text) is not None
+
+
+def check_name(text: str, what: str) -> None:
+    """Raises `UserError` where it is no `is_name`. `what`: what the user calls it."""
+    if not is_name(text):
+        raise UserError(
+            f"{what} {text!r}: use up to 100 letters, digits, '.', '_' and '-', beginning with a "
+            "letter or digit"
+        )
 
 
 def join_uri(uri: str, *parts: str) -> str:

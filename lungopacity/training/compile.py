@@ -16,9 +16,9 @@ from lungopacity.models import (
     copy_operating_points,
     find_training_films,
     find_validation,
-    is_model,
     load_model,
     read_history,
+    refuse_model,
     save_model,
 )
 from lungopacity.models.compiled import compiled_if_better
@@ -36,8 +36,7 @@ def compile(model: str, output: str) -> TrainedModel:
     together. Compiled and in torch it is tried on phantom films, for a folder has none of its own.
     Raises `UserError` where compiling brings nothing, or the output holds a model.
     """
-    if is_model(output):
-        raise UserError(f"{output}: holds a finished model; choose another --output, or remove it")
+    refuse_model(output)
     trained = load_model(model)
     # What ncnn makes of a network that it does not know well may end the process. Torch gets there
     # what screening's workers have: without it, it takes up to twice as long, and loses.

@@ -17,9 +17,9 @@ from lungopacity.models import (
     ModelSpec,
     TrainedModel,
     find_training_films,
-    is_model,
     load_model,
     read_validation,
+    refuse_model,
     save_model,
 )
 from lungopacity.models.compiled import of_bytes, to_bytes
@@ -40,8 +40,7 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
     `UserError` where there are less than two, they tell other classes apart or learnt from other
     data, one is an ensemble itself or given twice, or the output holds a model.
     """
-    if is_model(output):
-        raise UserError(f"{output}: holds a finished model; choose another --output, or remove it")
+    refuse_model(output)
     if len(models) < 2:
         raise UserError("--model: give two or more model folders")
     trained = [load_model(uri) for uri in models]

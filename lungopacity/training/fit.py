@@ -32,8 +32,8 @@ from lungopacity.models import (
     ModelSpec,
     TrainedModel,
     build_network,
-    is_model,
     network_card,
+    refuse_model,
     save_model,
 )
 from lungopacity.models.folder import training_films_parquet, validation_parquet
@@ -139,7 +139,7 @@ def fit(
     the training fails, or the same training is at work; `ValueError` for settings the network
     refuses.
     """
-    _refuse_model(output, "give another --output")
+    refuse_model(output)
     counts = count_films(data, settings)
     start = start or start_of(settings, data.class_names)
     check_validation(data, start.first)
@@ -149,7 +149,7 @@ def fit(
     # Twice at once, each would remove the other's checkpoints.
     lease = Lease(open_store(output), run, f"training of {settings.model}", LEASE_S, patient=True)
     with lease:
-        _refuse_model(output, "give another --output")
+        refuse_model(output)
         earlier = _rows_of_before(output, run)
         if on_start is not None:
             on_start(run, earlier)
@@ -169,7 +169,7 @@ def fit(
             },
         )
         model = _completed(TrainedModel(spec, kept.weights), films, settings.use_gpu)
-        _refuse_model(
+        refuse_model(
             output,
             "another training was faster; the finished epochs of this one are kept in "
             f"{_checkpoints(output, run)}: remove that model, and the same command makes one of "
@@ -269,11 +269,6 @@ def _save(
         ),
         training_films_parquet([*learnt, *sorted(before - {*learnt, *chosen_by})]),
     )
-
-
-def _refuse_model(output: str, mend: str) -> None:
-    if is_model(output):
-        raise UserError(f"{output}: a trained model is there already; {mend}")
 
 
 def _tidy(output: str, run: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lungopacity.dataset.classes import class_names_of
 from lungopacity.errors import UserError
-from lungopacity.models import is_model
+from lungopacity.models import refuse_model
 from lungopacity.progress import Progress
 from lungopacity.runtime import ray_session, resolve_gpu
 from lungopacity.storage.probe import check_writable
@@ -49,8 +49,7 @@ def train(
     out. `tensorboard`, `mlflow`: see `run_logs`. The same call goes on where a crashed one stopped.
     Raises `UserError`.
     """
-    if is_model(output):
-        raise UserError(f"{output}: holds a finished model; choose another --output, or remove it")
+    refuse_model(output)
     fewest, most = (workers, 0) if isinstance(workers, int) else workers
     if not isinstance(workers, int) and most < max(1, fewest):
         raise UserError(f"--workers {fewest}:{most} must be the fewest and the most")
