@@ -167,14 +167,7 @@ def audit(
     known = sorted(frame["label"].unique())
     label_map = classes_of_labels(known if classes is None else classes, known)
     names = class_names_of(label_map)
-    positive = positive_class
-    if positive is None and len(names) == 2:
-        positive = "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
-    if positive is not None and positive not in names:
-        raise UserError(
-            f"positive class '{positive}' is none of the classes ({', '.join(names)}); give one of "
-            "them as --positive-class"
-        )
+    positive = _positive_class(names, positive_class)
     frame = select_classes(frame, label_map, labels)
     split_given = bool(frame["split"].notna().all())
     frame = assign_splits(frame, labels)
@@ -208,6 +201,19 @@ def audit(
     if output is not None:
         open_store(output).write("audit.json", found.to_json().encode())
     return found
+
+
+def _positive_class(names: Sequence[str], asked: str | None) -> str | None:
+    """The one whose shortcuts are looked for; None: each. Raises `UserError` for one that is
+    none."""
+    if asked is None and len(names) == 2:
+        return "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
+    if asked is not None and asked not in names:
+        raise UserError(
+            f"positive class '{asked}' is none of the classes ({', '.join(names)}); give one of "
+            "them as --positive-class"
+        )
+    return asked
 
 
 def _told(frame: pd.DataFrame, by: Sequence[str], labels: str) -> pd.DataFrame:

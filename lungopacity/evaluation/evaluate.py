@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +39,7 @@ from lungopacity.evaluation.subgroups import check_columns, column_groups
 from lungopacity.evaluation.table import fact_groups
 from lungopacity.models import (
     ModelSpec,
+    OperatingPoint,
     TrainedModel,
     films_known_to,
     load_model,
@@ -46,6 +47,7 @@ from lungopacity.models import (
     read_history,
     with_operating_point,
 )
+from lungopacity.models.probabilities import softmax
 from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import check_class_columns
@@ -87,11 +89,9 @@ def evaluate(
     trained = with_operating_point(model, own, operating_point)
     spec = trained.spec
     of_sites = points_of_sites(model, own)
+    points = {**(spec.operating_points or {"default": own.spec.operating_point}), **of_sites}
     check_class_columns(spec.class_names)
-    chosen = labels_of_split(labels, spec, split, by)
-    further = column_groups(chosen, by, labels)
-    # What was only kept to form subgroups must not meet the columns of what is read.
-    chosen = chosen.drop(columns=[name for name in further if name != "split"])
+    chosen, further = _chosen_films(labels, spec, split, by)
     check_output(output, EXPLANATION)
     with ray_session():
         rules = ReadSettings(spec.preprocessing, accept=accepted, reject_quality=rejecting)
@@ -100,25 +100,12 @@ def evaluate(
         _check_unseen(data.images, films_known_to(model), split, labels)
         said = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
     _check_sound(said, data.images)
-    if OUT_OF_DISTRIBUTION in rejecting and said.unlike_N is not None:
-        like = np.flatnonzero(~(said.unlike_N > 1))
-        if not len(like):
-            raise UserError(f"{labels}: every film is {OUT_OF_DISTRIBUTION}; see --reject-quality")
-        data, said = data.without_unlike(like), said.rows(like)
-    logits_NK = said.logits_NK.astype(np.float64)
-    points = {**(spec.operating_points or {"default": own.spec.operating_point}), **of_sites}
-    scored = ScoredImages(
-        data.labels_N,
-        exact(said.probabilities_NK),
-        spec.class_names,
-        spec.positive_class,
-        exact(np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))),
-        points,
-    )
+    if OUT_OF_DISTRIBUTION in rejecting:
+        data, said = _without_unlike(data, said, labels)
+    scored = _scored_images(data, said, spec, points)
     resampling = Resampling.of(data.images["patient_id"].tolist())
     decided_at = operating_point or deciding_point(points, spec.operating_point)
     metrics, gaps = measure_with_gaps(scored, _groups(data, further), resampling, decided_at)
-    synthetic = data.synthetic or spec.synthetic
     result = EvaluationResult(
         model_id=trained.model_id,
         output=output,
@@ -129,7 +116,7 @@ def evaluate(
         patients=resampling.patients,
         unknown_patients=int(data.images["patient_id"].isna().sum()),
         intervals=resampling.described(),
-        synthetic=synthetic,
+        synthetic=data.synthetic or spec.synthetic,
         class_names=spec.class_names,
         positive_class=spec.positive_class,
         operating_point=operating_point,
@@ -140,21 +127,64 @@ def evaluate(
     store = open_store(output)
     store.delete(EVALUATION)
     write_tables(store, result, data, resampling, said, spec.operating_point)
-    card = model_card(
-        replace(spec, operating_points={**spec.operating_points, **of_sites}),
-        trained.model_id,
-        metrics,
-        split=split,
+    with_sites = replace(spec, operating_points={**spec.operating_points, **of_sites})
+    store.write("model_card.md", _card(with_sites, result, data).encode())
+    write_figures(store, result, scored, resampling, read_history(model))
+    store.write(EVALUATION, result.to_json().encode())
+    return result
+
+
+def _chosen_films(
+    labels: str, spec: ModelSpec, split: str, by: Sequence[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of the labels to evaluate, and the subgroups of their further columns, by image."""
+    chosen = labels_of_split(labels, spec, split, by)
+    further = column_groups(chosen, by, labels)
+    # What was only kept to form subgroups must not meet the columns of what is read.
+    return chosen.drop(columns=[name for name in further if name != "split"]), further
+
+
+def _without_unlike(
+    data: LabelledPixels, said: ModelScores, labels: str
+) -> tuple[LabelledPixels, ModelScores]:
+    """Without the films that are unlike the training films. Raises `UserError` where none is
+    left."""
+    if said.unlike_N is None:
+        return data, said
+    like = np.flatnonzero(~(said.unlike_N > 1))
+    if not len(like):
+        raise UserError(f"{labels}: every film is {OUT_OF_DISTRIBUTION}; see --reject-quality")
+    return data.without_unlike(like), said.rows(like)
+
+
+def _scored_images(
+    data: LabelledPixels,
+    said: ModelScores,
+    spec: ModelSpec,
+    points: Mapping[str, OperatingPoint],
+) -> ScoredImages:
+    return ScoredImages(
+        data.labels_N,
+        exact(said.probabilities_NK),
+        spec.class_names,
+        spec.positive_class,
+        softmax(said.logits_NK),
+        points,
+    )
+
+
+def _card(spec: ModelSpec, result: EvaluationResult, data: LabelledPixels) -> str:
+    return model_card(
+        spec,
+        result.model_id,
+        result.metrics,
+        split=result.split,
         unreadable=result.unreadable,
         rejected=Counter(data.rejected["error_code"]),
         unknown_patients=result.unknown_patients,
         intervals=result.intervals,
-        gaps=gaps,
+        gaps=result.gaps,
     )
-    store.write("model_card.md", card.encode())
-    write_figures(store, result, scored, resampling, read_history(model))
-    store.write(EVALUATION, result.to_json().encode())
-    return result
 
 
 def labels_of_split(
@@ -209,12 +239,9 @@ def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: boo
     require_resources(cpus=1, gpus=1 if use_gpu else 0, what="evaluation")
 
     def run(trained: TrainedModel, pixels: npt.NDArray[np.uint8]) -> Iterator[ModelScores]:
-        import os
-
         from lungopacity.models.scorer import Scorer
 
-        # Ray allows a task one thread; nothing else runs here while it computes.
-        scorer = Scorer(trained, use_gpu=use_gpu, threads=len(os.sched_getaffinity(0)))
+        scorer = Scorer(trained, use_gpu=use_gpu)
         for start in range(0, len(pixels), _BATCH):
             scores = scorer.scores(pixels[start : start + _BATCH], _BATCH)
             yield ModelScores(

@@ -102,14 +102,28 @@ def explain(
         reject_quality=rejecting,
         rows_per_table=_FILMS_AT_ONCE,
     )
-    names = None if chosen is None else frozenset(chosen["image"])
-    films = (
-        islice(_read(images, settings), None if limit is None else min(limit, sys.maxsize))
-        if names is None
-        else _labelled(images, settings, names, labels or "")
-    )
+    if chosen is None:
+        films = islice(_read(images, settings), None if limit is None else min(limit, sys.maxsize))
+        return _written(explainer, _explained(explainer, films, limit))
+    names, uri = frozenset(chosen["image"]), str(labels)
+    rows = _explained(explainer, _labelled(images, settings, names, uri), len(names))
+    absent = names - explainer.seen
+    if absent and not rows:
+        raise UserError(
+            f"{uri}: none of {len(absent)} labelled images is in {', '.join(images)}, as "
+            f"{min(absent)}; `image` must be the key under --images, the member's name in a "
+            "shard, or the end of one of these, folder by folder"
+        )
+    rows += explainer.absent(absent)
+    if split == "test":
+        _warn_of_known(rows, films_known_to(model))
+    return _written(explainer, rows)
+
+
+def _explained(explainer: _Explainer, films: Iterator[Row], total: int | None) -> list[Row]:
+    """The films' rows; their pictures are written, in place of an older report's."""
     rows: list[Row] = []
-    with Progress("Explaining", total=limit if names is None else len(names)) as progress:
+    with Progress("Explaining", total=total) as progress:
         for batch in _batches(films):
             end_if_told()
             if not rows:
@@ -117,19 +131,13 @@ def explain(
             found = explainer.explained(batch)
             rows += found
             progress.advance(len(found))
-    absent = (names or frozenset()) - explainer.seen
-    if absent and not rows:
-        raise UserError(
-            f"{labels}: none of {len(absent)} labelled images is in {', '.join(images)}, as "
-            f"{min(absent)}; `image` must be the key under --images, the member's name in a "
-            "shard, or the end of one of these, folder by folder"
-        )
-    rows += explainer.absent(absent)
-    known = films_known_to(model) if labels is not None and split == "test" else frozenset()
+    return rows
+
+
+def _warn_of_known(rows: list[Row], known: frozenset[str]) -> None:
     seen = sum(row["content_sha256"] in known for row in rows)
     if seen:
         log.warning("the model learnt from or was chosen by %d of %d films", seen, len(rows))
-    return _written(explainer, rows)
 
 
 def _read(

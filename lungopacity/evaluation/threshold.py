@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from lungopacity.dataset.manifest import label_names, read_labels
@@ -111,17 +112,57 @@ def threshold(
     trained = load_model(model)
     if results is None and not (run_id is None and labels is None):
         raise UserError("--run-id and --labels belong to --results: give it, or leave them out")
-    spec = trained.spec
-    unscored = 0
+    films = _films(model, trained, results, run_id, labels)
+    positive_N, positive = films.positive_N, trained.spec.positive_class
+    _check_enough(films, positive)
+    # In float64, as a decision is made: a threshold may lie between two scores of float32.
+    p_N = films.rows["p"].to_numpy(np.float64)
+    point = pick(rule, p_N, positive_N, films.where)
+    resampling = Resampling.of(films.rows["patient"].tolist())
+    _warn_of_few_patients(positive_N, resampling, positive)
+    shares = decision_shares(p_N, positive_N, point)
+    metrics = ratio_metrics({(what, name): share for what, share in shares.items()}, resampling)
+    save_operating_point(model, trained, name, point)
+    return PickedPoint(
+        **vars(point),
+        metrics=tuple(metrics),
+        intervals=resampling.described(),
+        unknown_patients=int(films.rows["patient"].isna().sum()),
+        left_out=films.left_out,
+        of_no_class=films.of_no_class,
+        unscored=films.unscored,
+    )
+
+
+@dataclass(frozen=True)
+class _Films:
+    """What a threshold is picked on, and what of the labelled films is not."""
+
+    rows: pd.DataFrame
+    """`label`, `p` of the positive class and `patient`, a row a film."""
+    positive_N: npt.NDArray[np.bool_]
+    """Whether its class is the positive one."""
+    whose: str
+    """Which films they are, for a message."""
+    where: str
+    """The same, for `chosen_by`."""
+    left_out: int
+    of_no_class: dict[str, int]
+    unscored: int
+    """These three as in `PickedPoint`."""
+
+
+def _films(
+    model: str, trained: TrainedModel, results: str | None, run_id: str | None, labels: str | None
+) -> _Films:
+    """Those with a score and a class, but for what the model knows; what is left out is told."""
+    spec, unscored = trained.spec, 0
     if results is None:
         films, whose = _validation(model, trained), f"{model}: of its validation films"
     else:
         films = _labelled(trained, results, run_id, labels)
         whose = f"{results}: of the films that {trained.model_id} scored"
-        scored = films["p"].notna()
-        by_film = scored.groupby([films[name] for name in _FILM], dropna=False)
-        unscored = int((~by_film.any()).sum())
-        films = films[scored]
+        films, unscored = _with_scores(films)
     of_class = films["label"].isin(list(spec.class_of_label))
     of_no_class = dict(Counter(films.loc[~of_class, "label"]))
     if of_no_class or unscored:
@@ -141,43 +182,44 @@ def threshold(
             left_out + len(rows),
         )
     positive_N = (rows["label"].map(spec.class_of_label) == spec.positive_class).to_numpy(bool)
-    counts = (int(positive_N.sum()), int((~positive_N).sum()))
-    if min(counts) < FEWEST_IMAGES:
-        raise UserError(
-            whose
-            + (", but did not learn from," if left_out else "")
-            + f" {counts[0]} are labelled {spec.positive_class} and {counts[1]} otherwise; "
-            f"{FEWEST_IMAGES} of each are needed"
-        )
     where = f"{len(rows)} films of {results}" + (f", run {run_id}" if run_id else "")
     if results is None:
         where = "validation"
-    # In float64, as a decision is made: a threshold may lie between two scores of float32.
-    p_N = rows["p"].to_numpy(np.float64)
-    point = pick(rule, p_N, positive_N, where)
-    resampling = Resampling.of(rows["patient"].tolist())
+    return _Films(rows, positive_N, whose, where, left_out, of_no_class, unscored)
+
+
+def _with_scores(films: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The frames that have one, and how many films have none in any frame."""
+    scored = films["p"].notna()
+    by_film = scored.groupby([films[name] for name in _FILM], dropna=False)
+    return films[scored], int((~by_film.any()).sum())
+
+
+def _check_enough(films: _Films, positive: str) -> None:
+    """Raises `UserError` for less than `FEWEST_IMAGES` films of either kind."""
+    counts = (int(films.positive_N.sum()), int((~films.positive_N).sum()))
+    if min(counts) < FEWEST_IMAGES:
+        raise UserError(
+            films.whose
+            + (", but did not learn from," if films.left_out else "")
+            + f" {counts[0]} are labelled {positive} and {counts[1]} otherwise; "
+            f"{FEWEST_IMAGES} of each are needed"
+        )
+
+
+def _warn_of_few_patients(
+    positive_N: npt.NDArray[np.bool_], resampling: Resampling, positive: str
+) -> None:
     patients = [len(set(resampling.patient_N[kind_N])) for kind_N in (positive_N, ~positive_N)]
     if min(patients) < FEWEST_IMAGES:
         log.warning(
             "the films are of %d patients with %s and %d without: of fewer than %d, a threshold is "
             "mostly chance",
             patients[0],
-            spec.positive_class,
+            positive,
             patients[1],
             FEWEST_IMAGES,
         )
-    shares = decision_shares(p_N, positive_N, point)
-    metrics = ratio_metrics({(what, name): share for what, share in shares.items()}, resampling)
-    save_operating_point(model, trained, name, point)
-    return PickedPoint(
-        **vars(point),
-        metrics=tuple(metrics),
-        intervals=resampling.described(),
-        unknown_patients=int(rows["patient"].isna().sum()),
-        left_out=left_out,
-        of_no_class=of_no_class,
-        unscored=unscored,
-    )
 
 
 def _labelled(
