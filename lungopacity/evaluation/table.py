@@ -140,7 +140,8 @@ def largest_gaps(
     an interval.
     """
     gaps = [
-        Gap(min(items, key=lambda item: item.value), max(items, key=lambda item: item.value))
+        # Of equal ones the first and the last: two groups, and not one twice.
+        Gap(min(items, key=lambda item: item.value), max(items[::-1], key=lambda item: item.value))
         for items in _comparable(metrics, positive, point, fewest)
         if len(items) > 1
     ]

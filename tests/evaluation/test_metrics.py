@@ -328,5 +328,6 @@ def test_a_gap_of_decisions_shows_where_the_auc_has_none():
     assert first.size == pytest.approx(0.35)
     assert (first.worst.group, first.best.group) == ("site=B", "site=A")
     assert [(gap.figure, gap.size) for gap in others] == [("AUC", 0)]
+    assert (others[0].worst.group, others[0].best.group) == ("site=A", "site=B")
     few = uncompared_groups(metrics, "Lung_Opacity", "youden")
     assert [item.group for item in few] == ["site=D", "site=C"]
