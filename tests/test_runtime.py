@@ -3,6 +3,7 @@ import platform
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -127,6 +128,8 @@ def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
     assert done.stdout.split() == ["worked", "worked", "raylet", "again", "False", "True"], (
         done.stderr
     )
+    if not list(Path("/dev").glob("nvidia[0-9]*")):
+        assert done.stderr == ""  # where logs are JSON, each line is
 
 
 def test_a_ray_of_our_own_starts_nothing_that_nobody_asks():

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from lungopacity.errors import UserError, first_line
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, environment
@@ -24,10 +25,11 @@ _ENVIRONMENT = {
     # Ray Train looks for what its workers report this often; by default every 2 s, and each epoch,
     # however short, waits for it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # Ray warns, on every run, that a restarted actor may not find its arguments. Ours are the
-    # driver's, and an actor does not outlive it.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+_OF_ACTORS = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
+"""Ray warns of each actor that, once restarted, it may not find its arguments. Ours are the
+driver's, and an actor does not outlive it. That Ray has read this, it tells by a line of its own,
+whatever the format of the log: so not where CPUs of one machine do all, without actors."""
 
 
 class RaySession:
@@ -89,11 +91,14 @@ class RaySession:
         """False: it was running already, and is not ours to end."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        if address != "local" or _has_gpu():
+            for name, value in _OF_ACTORS.items():
+                os.environ.setdefault(name, value)
         import ray
 
         if ray.is_initialized():
             return False
-        address = os.environ.get("RAY_ADDRESS") or "local"
         if is_submission_address(address):
             raise UserError(
                 f"RAY_ADDRESS is {address}, where jobs are submitted: run this with `ray job "
@@ -164,6 +169,10 @@ def ray_ahead() -> Iterator[None]:
 def done_with_ray() -> None:
     """A block of `ray_ahead` has no more use for it: it ends while the block goes on."""
     RAY.done()
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def is_submission_address(address: str) -> bool:
