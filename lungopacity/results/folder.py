@@ -24,19 +24,27 @@ from typing import Any
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.schema import SCHEMA_VERSION
 from lungopacity.storage import ConflictError, Store
+from lungopacity.storage.lease import LOCKS
 
 RUNS = "runs"
 PREDICTIONS = "predictions"
 METRICS = "metrics"
 EXPLANATIONS = "explanations"
 WORK = "_work"
+
+# Of keys below the results folder. The first group is the run's id.
+PREDICTIONS_FILE = (
+    rf"{PREDICTIONS}/screened_on=\d{{4}}-\d\d-\d\d/([^/]+)-[0-9a-f]{{8}}-\d{{5}}\.parquet"
+)
+METRICS_FILE = rf"{METRICS}/([^/]+)-[0-9a-f]{{8}}\.parquet"
+PICTURE_FILE = rf"{EXPLANATIONS}/([^/]+)/[0-9a-f]{{64}}(?:-\d+)?\.png"
+WORK_FILE = (
+    rf"{WORK}/([^/]+)/"
+    r"(?:run\.json|plan-[0-9a-f]{32}-\d{5}\.parquet|attempt=[0-9a-f]{32}/.+)"
+)
 RESULTS_FILE = (
-    r"(?:^|/)(?:predictions/screened_on=\d{4}-\d\d-\d\d/[^/]+-[0-9a-f]{8}-\d{5}\.parquet"
-    r"|metrics/[^/]+-[0-9a-f]{8}\.parquet"
-    r"|explanations/[^/]+/[0-9a-f]{64}(?:-\d+)?\.png"
-    r"|runs/\d{8}T\d{6}Z-[0-9a-f]{8}-[0-9a-f]{8}\.json"
-    r"|_work/[^/]+/(?:run\.json|plan-[0-9a-f]{32}-\d{5}\.parquet|attempt=[0-9a-f]{32}/.+)"
-    r"|_lock/nightly\.json)$"
+    rf"(?:^|/)(?:{PREDICTIONS_FILE}|{METRICS_FILE}|{PICTURE_FILE}|{WORK_FILE}"
+    rf"|{RUNS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}-[0-9a-f]{{8}}\.json|{LOCKS}/nightly\.json)$"
 )
 """Of keys below any results folder, wherever that lies. So narrow that no film of anybody bears
 such a name by chance; status.json, and records of runs that were named by hand, are not told."""
@@ -52,6 +60,32 @@ def run_key(run_id: str) -> str:
 def work_prefix(run_id: str) -> str:
     """Key prefix of what the run writes before it is published."""
     return f"{WORK}/{run_id}/"
+
+
+def predictions_key(screened_on: str, run_id: str, attempt: str, number: int) -> str:
+    """Key of a file of rows. attempt: 8 hex digits. Matches `PREDICTIONS_FILE`."""
+    return f"{PREDICTIONS}/screened_on={screened_on}/{run_id}-{attempt}-{number:05d}.parquet"
+
+
+def metrics_key(run_id: str, attempt: str) -> str:
+    """Key of a file of figures. attempt: 8 hex digits. Matches `METRICS_FILE`."""
+    return f"{METRICS}/{run_id}-{attempt}.parquet"
+
+
+def plan_names(files: int) -> tuple[str, ...]:
+    """New names for so many files of a plan, see `plan_key`."""
+    return tuple(f"plan-{uuid.uuid4().hex}-{number:05d}" for number in range(files))
+
+
+def plan_key(run_id: str, name: str) -> str:
+    """Key of a file of the run's plan. Matches `WORK_FILE`."""
+    return f"{work_prefix(run_id)}{name}.parquet"
+
+
+def attempt_prefix(run_id: str) -> str:
+    """Key prefix of what one attempt at the run writes, a new one each time. Matches
+    `WORK_FILE`."""
+    return f"{work_prefix(run_id)}attempt={uuid.uuid4().hex}/"
 
 
 def start_key(run_id: str) -> str:

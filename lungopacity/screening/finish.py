@@ -16,7 +16,7 @@ from lungopacity.errors import NOTICE, Status
 from lungopacity.evaluation.drift import Sample, Shift, drift_metrics, shifts
 from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.table import metric_value, metrics_table
-from lungopacity.results.folder import METRICS, commit_run
+from lungopacity.results.folder import commit_run, metrics_key
 from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import quoted
 from lungopacity.runtime import versions
@@ -163,9 +163,9 @@ def publish_run(
         operating_point=job.operating_point,
         known_to_model=known_to_model,
     )
-    metrics_key = f"{METRICS}/{start.run_id}-{uuid.uuid4().hex[:8]}.parquet"
+    figures = metrics_key(start.run_id, uuid.uuid4().hex[:8])
     job.results.write(
-        metrics_key,
+        figures,
         parquet_bytes(metrics_table(metrics, start.run_id, start.model_id, synthetic=synthetic)),
     )
     if before_commit is not None:
@@ -177,7 +177,7 @@ def publish_run(
             **_record(job, plan, result),
             "labelled": labelled,
             "files": files,
-            "metrics_file": {"key": metrics_key, "rows": len(metrics)},
+            "metrics_file": {"key": figures, "rows": len(metrics)},
         },
     )
     return result

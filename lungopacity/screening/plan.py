@@ -19,6 +19,8 @@ from lungopacity.errors import ImageError, UserError
 from lungopacity.results.folder import (
     WORK,
     newest_sequence,
+    plan_key,
+    plan_names,
     published_meanwhile,
     read_run,
     read_runs,
@@ -126,14 +128,14 @@ def make_plan(
             archive=inventory.uri,
             started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
             objects=sum(file.rows for file in files),
-            files=tuple(f"plan-{uuid.uuid4().hex}-{number:05d}" for number in range(len(files))),
+            files=plan_names(len(files)),
             rules=rules,
             nightly=nightly,
             columns=_COLUMNS,
             after=after,
         )
         for name, file in zip(start.files, files, strict=True):
-            results.write(f"{work_prefix(run_id)}{name}.parquet", file.path.read_bytes())
+            results.write(plan_key(run_id, name), file.path.read_bytes())
         try:
             # Last: whoever finds it finds the whole plan.
             results.write(start_key(run_id), json.dumps(asdict(start)).encode(), if_absent=True)
@@ -297,7 +299,7 @@ def _check_same(start: RunStart, archive: str, model_id: str, rules: Rules) -> N
 
 def _taken_up(results: Store, start: RunStart, folder: Path) -> Iterator[Path]:
     for name in start.files:
-        key = f"{work_prefix(start.run_id)}{name}.parquet"
+        key = plan_key(start.run_id, name)
         try:
             yield results.local_file(key, folder / f"{name}.parquet")
         except ImageError as error:

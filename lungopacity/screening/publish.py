@@ -19,7 +19,7 @@ import pyarrow as pa
 from lungopacity.archive.names import names_by_ending
 from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.progress import Progress
-from lungopacity.results.folder import PREDICTIONS, published_meanwhile, read_run, start_key
+from lungopacity.results.folder import predictions_key, published_meanwhile, read_run, start_key
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.results.workbench import export, is_full_disk, quoted, view_of_files, workbench
 from lungopacity.screening.plan import Plan, mark_published
@@ -210,10 +210,7 @@ class Collected:
         files = []
         for number, file in enumerate(exported):
             data = file.path.read_bytes()
-            key = (
-                f"{PREDICTIONS}/screened_on={start.screened_on}/"
-                f"{start.run_id}-{attempt}-{number:05d}.parquet"
-            )
+            key = predictions_key(start.screened_on, start.run_id, attempt, number)
             results.write(key, data)
             sha256 = hashlib.sha256(data).hexdigest()
             files.append({"key": key, "rows": file.rows, "sha256": sha256})

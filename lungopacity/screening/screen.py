@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,7 @@ from lungopacity.models import TrainedModel
 from lungopacity.models.compiled import loaded
 from lungopacity.models.scorer import FLOAT32, check_precision
 from lungopacity.progress import Progress
-from lungopacity.results.folder import RESULTS_FILE
+from lungopacity.results.folder import RESULTS_FILE, attempt_prefix
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.results.workbench import temporary_folder
 from lungopacity.runtime import done_with_ray, end_if_told, ray_ahead, ray_session, resolve_gpu
@@ -253,7 +252,7 @@ def _screen_what_is_missing(
         crashing = counted(_rows(todo), "object")
         log.warning("%s crashed every reader, and got the code reader_crash", crashing)
         for path in todo:
-            attempt = f"{plan.work}attempt={uuid.uuid4().hex}/"
+            attempt = attempt_prefix(plan.start.run_id)
             write_crashed(job.results, attempt, pq.read_table(path), class_names)
     elif todo:
         raise UserError(

@@ -14,13 +14,14 @@ from lungopacity.storage import open_store
 from lungopacity.storage.scratch import scratch
 from tests.results.records import record_of
 
+ATTEMPT = "0123456789abcdef" * 2
 PICTURE = f"{'0123456789abcdef' * 4}.png"
 
 KEPT = {
     f"explanations/a/{PICTURE}",
     "explanations/b/notes of a user.png",
-    "predictions/screened_on=2026-01-01/a-1234-00000.parquet",
-    "metrics/a-1234.parquet",
+    "predictions/screened_on=2026-01-01/a-00001234-00000.parquet",
+    "metrics/a-00001234.parquet",
     "runs/a.json",
     "status.json",
     "notes of a user.txt",
@@ -31,12 +32,12 @@ KEPT = {
 }
 LEFT = {
     "_work/a/run.json": "work of published runs",
-    "_work/a/attempt=1/p.parquet": "work of published runs",
+    f"_work/a/attempt={ATTEMPT}/p.parquet": "work of published runs",
     "_work/b/run.json": "work of unfinished runs",
-    "_work/b/attempt=1/p.parquet": "work of unfinished runs",
-    "predictions/screened_on=2026-01-01/a-5678-00000.parquet": "files of runs that were never "
+    f"_work/b/attempt={ATTEMPT}/p.parquet": "work of unfinished runs",
+    "predictions/screened_on=2026-01-01/a-00005678-00000.parquet": "files of runs that were never "
     "published",
-    "metrics/b-1.parquet": "files of runs that were never published",
+    "metrics/b-00000001.parquet": "files of runs that were never published",
     f"explanations/b/{PICTURE.replace('.', '-3.')}": "files of runs that were never published",
     "explanations/b/.tmp-z": "half-written files",
     "_lock/nightly.json": "locks",
@@ -50,8 +51,8 @@ def results(store_uri):
     store = open_store(store_uri)
     record = record_of(
         "a",
-        files=[{"key": "predictions/screened_on=2026-01-01/a-1234-00000.parquet"}],
-        metrics_file={"key": "metrics/a-1234.parquet"},
+        files=[{"key": "predictions/screened_on=2026-01-01/a-00001234-00000.parquet"}],
+        metrics_file={"key": "metrics/a-00001234.parquet"},
     )
     for key in [*(KEPT - {"runs/a.json"}), *LEFT]:
         store.write(key, b"x")
@@ -92,17 +93,20 @@ def test_what_is_left_over_goes_and_what_counts_stays(results):
 
 def test_what_may_still_be_in_use_is_left_alone(results):
     clean(results.uri)
-    assert keys(results) == (KEPT | set(LEFT)) - {"_work/a/run.json", "_work/a/attempt=1/p.parquet"}
+    assert keys(results) == (KEPT | set(LEFT)) - {
+        "_work/a/run.json",
+        f"_work/a/attempt={ATTEMPT}/p.parquet",
+    }
 
 
 def test_a_run_is_as_old_as_its_youngest_file(tmp_path):
     store = open_store(str(tmp_path))
     store.write("_work/b/run.json", b"x")
-    store.write("_work/b/attempt=1/p.parquet", b"x")
+    store.write(f"_work/b/attempt={ATTEMPT}/p.parquet", b"x")
     old = time.time() - 30 * 86400
     os.utime(tmp_path / "_work/b/run.json", (old, old))
     assert not clean(str(tmp_path)).files
-    os.utime(tmp_path / "_work/b/attempt=1/p.parquet", (old, old))
+    os.utime(tmp_path / f"_work/b/attempt={ATTEMPT}/p.parquet", (old, old))
     assert sum(clean(str(tmp_path)).files.values()) == 2
 
 
@@ -113,7 +117,7 @@ def test_a_run_that_writes_pictures_is_at_work(results):
     for path in root.glob("_work/b/**/*"):
         os.utime(path, (old, old))
     assert "work of unfinished runs" not in clean(results.uri, dry_run=True).files
-    for path in (*root.glob("explanations/b/*"), root / "metrics/b-1.parquet"):
+    for path in (*root.glob("explanations/b/*"), root / "metrics/b-00000001.parquet"):
         os.utime(path, (old, old))
     assert clean(results.uri, dry_run=True).files["files of runs that were never published"] == 2
 
@@ -163,7 +167,10 @@ def test_where_no_run_was_ever_published_nothing_but_work_goes(store_uri, monkey
 def test_what_may_be_at_work_is_left_alone_whatever_the_age(results):
     """A run that is being published has written its predictions, and no record names them yet."""
     clean(results.uri, older_than_days=0)
-    assert keys(results) == (KEPT | set(LEFT)) - {"_work/a/run.json", "_work/a/attempt=1/p.parquet"}
+    assert keys(results) == (KEPT | set(LEFT)) - {
+        "_work/a/run.json",
+        f"_work/a/attempt={ATTEMPT}/p.parquet",
+    }
 
 
 @pytest.mark.parametrize("store_uri", ["disk"], indirect=True)
@@ -171,7 +178,7 @@ def test_files_of_a_run_are_left_alone_while_any_of_them_is_young(results):
     root, old = Path(results.uri), time.time() - 2 * 3600
     for key in LEFT:
         os.utime(root / key, (old, old))
-    results.write("metrics/b-1.parquet", b"just written")
+    results.write("metrics/b-00000001.parquet", b"just written")
     clean(results.uri, older_than_days=0)
     assert {key for key in keys(results) if key.startswith(("_work/b", "metrics/b"))} == {
         key for key in LEFT if key.startswith(("_work/b", "metrics/b"))

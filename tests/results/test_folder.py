@@ -1,0 +1,37 @@
+"""Names of the files of results."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lungopacity.results import folder
+
+RUN = "20260101T000000Z-01234567-89abcdef"
+HEX = "0123456789abcdef"
+WRITTEN = [
+    (folder.predictions_key("2026-01-01", RUN, HEX[:8], 3), folder.PREDICTIONS_FILE),
+    (folder.metrics_key(RUN, HEX[:8]), folder.METRICS_FILE),
+    (folder.explanation_key(RUN, HEX * 4, None), folder.PICTURE_FILE),
+    (folder.explanation_key(RUN, HEX * 4, 2), folder.PICTURE_FILE),
+    (folder.start_key(RUN), folder.WORK_FILE),
+    (folder.plan_key(RUN, folder.plan_names(2)[1]), folder.WORK_FILE),
+    (f"{folder.attempt_prefix(RUN)}part.parquet", folder.WORK_FILE),
+]
+
+
+@pytest.mark.parametrize(("key", "pattern"), WRITTEN)
+def test_what_is_written_is_known_by_its_name(key, pattern):
+    assert re.fullmatch(pattern, key)[1] == RUN
+    for above in ("", "a/results/"):
+        assert re.search(folder.RESULTS_FILE, f"{above}{key}")
+    assert not re.search(folder.RESULTS_FILE, f"x{key}")
+    assert [other for _, other in WRITTEN if re.fullmatch(other, key)] == [
+        other for _, other in WRITTEN if other == pattern
+    ]
+
+
+def test_a_record_of_a_run_that_was_named_by_hand_may_be_a_film():
+    assert re.search(folder.RESULTS_FILE, folder.run_key(RUN))
+    assert not re.search(folder.RESULTS_FILE, folder.run_key("mine"))
