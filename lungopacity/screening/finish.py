@@ -99,48 +99,64 @@ def publish_run(
 
     `began`, `before_commit`: see `run_job`.
     """
-    spec, start = job.model.spec, plan.start
+    start = plan.start
     log.info("run %s is put together and published", start.run_id)
-    with collect(job.results, plan, spec.class_names) as collected:
-        collected.finish(synthetic_model=spec.synthetic)
+    with collect(job.results, plan, job.model.spec.class_names) as collected:
+        collected.finish(synthetic_model=job.model.spec.synthetic)
         labels = _labelled(collected, job)
         files = collected.write(job.results, job.pseudonyms)
-        predictions = collected.connection.table("final")
-        seconds = time.monotonic() - began
-        metrics = run_metrics(predictions, spec, seconds, resumed=plan.resumed)
-        if job.labels is not None and labels is not None:
-            metrics += label_metrics(predictions, spec, labels, job.known_films)
-            warn_of_useless_labels(
-                predictions, spec, job.labels, names_may_be_told=not job.rules.hash_keys
-            )
-        ((repeated, failed_again),) = collected.connection.execute(
-            "SELECT count(*), count(*) FILTER (status = 'failed') FROM final "
-            "SEMI JOIN (SELECT image FROM plan WHERE repeated) USING (image)"
-        ).fetchall()
-        drift: list[Shift] = []
-        if job.baseline is not None:
-            score = class_column("p", spec.positive_class)
-            tonight = Sample.of(predictions, score, failed_again)
-            drift = shifts(job.baseline, tonight)
-            metrics += drift_metrics(drift, job.baseline, tonight)
-        known = ", ".join(map(quoted, spec.class_of_label))
-        ((synthetic, labelled, of_classes, positive, review, explained),) = predictions.query(
-            "predictions",
-            "SELECT coalesce(bool_or(synthetic), false), count(label), "
-            f"count(*) FILTER (label IN ({known})), "
-            "count(*) FILTER (decision = 'positive'), count(*) FILTER (decision = 'review'), "
-            "count(explanation) FROM predictions",
-        ).fetchall()
-    synthetic = synthetic or spec.synthetic
-    known_to_model = int(metric_value(metrics, "films_known_to_model") or 0)
-    if known_to_model:
+        result = _result(job, plan, collected, labels, time.monotonic() - began)
+    if result.known_to_model:
         log.warning(
             "the model learnt from or was chosen by %d labelled films: they are left out of the "
             "figures against the labels",
-            known_to_model,
+            result.known_to_model,
         )
+    table = metrics_table(result.metrics, start.run_id, start.model_id, synthetic=result.synthetic)
+    key = metrics_key(start.run_id, uuid.uuid4().hex[:8])
+    job.results.write(key, parquet_bytes(table))
+    if before_commit is not None:
+        before_commit()
+    named = {"files": files, "metrics_file": {"key": key, "rows": table.num_rows}}
+    commit_run(job.results, start.run_id, {**_record(job, plan, result), **named})
+    return result
+
+
+def _result(
+    job: ScreeningJob,
+    plan: Plan,
+    collected: Collected,
+    labels: pd.DataFrame | None,
+    seconds: float,
+) -> ScreeningResult:
+    """What there is to say of the rows. labels: as `_labelled` gives them."""
+    spec, start = job.model.spec, plan.start
+    predictions = collected.connection.table("final")
+    metrics = run_metrics(predictions, spec, seconds, resumed=plan.resumed)
+    if job.labels is not None and labels is not None:
+        metrics += label_metrics(predictions, spec, labels, job.known_films)
+        warn_of_useless_labels(
+            predictions, spec, job.labels, names_may_be_told=not job.rules.hash_keys
+        )
+    ((repeated, failed_again),) = collected.connection.execute(
+        "SELECT count(*), count(*) FILTER (status = 'failed') FROM final "
+        "SEMI JOIN (SELECT image FROM plan WHERE repeated) USING (image)"
+    ).fetchall()
+    drift: list[Shift] = []
+    if job.baseline is not None:
+        tonight = Sample.of(predictions, class_column("p", spec.positive_class), failed_again)
+        drift = shifts(job.baseline, tonight)
+        metrics += drift_metrics(drift, job.baseline, tonight)
+    known = ", ".join(map(quoted, spec.class_of_label))
+    ((synthetic, labelled, of_classes, positive, review, explained),) = predictions.query(
+        "predictions",
+        "SELECT coalesce(bool_or(synthetic), false), count(label), "
+        f"count(*) FILTER (label IN ({known})), "
+        "count(*) FILTER (decision = 'positive'), count(*) FILTER (decision = 'review'), "
+        "count(explanation) FROM predictions",
+    ).fetchall()
     counts = {status: int(metric_value(metrics, f"images_{status}") or 0) for status in Status}
-    result = ScreeningResult(
+    return ScreeningResult(
         run_id=start.run_id,
         model_id=start.model_id,
         results=job.results.uri,
@@ -153,7 +169,7 @@ def publish_run(
         positive=positive,
         review=review,
         explained=explained,
-        synthetic=synthetic,
+        synthetic=synthetic or spec.synthetic,
         seconds=seconds,
         metrics=metrics,
         max_failed_fraction=job.max_failed_fraction,
@@ -161,26 +177,8 @@ def publish_run(
         labelled=None if job.labels is None else labelled,
         of_classes=of_classes,
         operating_point=job.operating_point,
-        known_to_model=known_to_model,
+        known_to_model=int(metric_value(metrics, "films_known_to_model") or 0),
     )
-    figures = metrics_key(start.run_id, uuid.uuid4().hex[:8])
-    job.results.write(
-        figures,
-        parquet_bytes(metrics_table(metrics, start.run_id, start.model_id, synthetic=synthetic)),
-    )
-    if before_commit is not None:
-        before_commit()
-    commit_run(
-        job.results,
-        start.run_id,
-        {
-            **_record(job, plan, result),
-            "labelled": labelled,
-            "files": files,
-            "metrics_file": {"key": figures, "rows": len(metrics)},
-        },
-    )
-    return result
 
 
 def _labelled(collected: Collected, job: ScreeningJob) -> pd.DataFrame | None:
@@ -218,6 +216,7 @@ def _record(job: ScreeningJob, plan: Plan, result: ScreeningResult) -> dict[str,
         "positive": result.positive,
         "review": result.review,
         "explained": result.explained,
+        "labelled": result.labelled or 0,
         "broken": result.broken,
         "settings": {
             **job.rules.settings(),

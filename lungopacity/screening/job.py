@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 
@@ -29,6 +29,26 @@ from lungopacity.screening.rules import Rules
 from lungopacity.storage import Store, open_store
 
 MAX_FAILED_FRACTION = 0.05
+
+
+class ScreeningOptions(TypedDict, total=False):
+    """What `screen` and `nightly` hand on; see `screening_job`."""
+
+    accept: Sequence[str]
+    reject_quality: Sequence[str] | None
+    max_failed_fraction: float
+    hmac_key: str | None
+    hash_keys: bool
+    key_map: str | None
+    labels: str | None
+    batch_size: int
+    use_gpu: bool | None
+    gpus_per_actor: float
+    model_actors: int | None
+    baseline: str | None
+    operating_point: str | None
+    explain: bool
+    precision: str
 
 
 @dataclass(frozen=True)

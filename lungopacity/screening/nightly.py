@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from lungopacity.archive.inventory import Inventory
 from lungopacity.errors import NOTICE, Status, UserError, causes
@@ -17,7 +17,7 @@ from lungopacity.evaluation.drift import Shift
 from lungopacity.results.workbench import temporary_folder
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
-from lungopacity.screening.job import ScreeningJob, screening_job
+from lungopacity.screening.job import ScreeningJob, ScreeningOptions, screening_job
 from lungopacity.screening.plan import RunStart, choose, published_later, unfinished_runs
 from lungopacity.screening.screen import inside, inventory_at, run_job
 from lungopacity.storage import Store, open_store
@@ -55,7 +55,7 @@ def nightly(
     inventory: str | None = None,
     max_images: int | None = None,
     dry_run: bool = False,
-    **options: Any,
+    **options: Unpack[ScreeningOptions],
 ) -> Night:
     """Screen what no published run has screened with this model, and say so in `status.json`.
 
@@ -138,7 +138,7 @@ def _rehearsed(
     results: str,
     inventory: str | None,
     max_images: int | None,
-    options: Mapping[str, Any],
+    options: ScreeningOptions,
 ) -> Night:
     job = screening_job(model, results, **options)
     listed = inventory_at(archive, inventory, job.written)

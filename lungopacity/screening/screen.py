@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,7 +31,7 @@ from lungopacity.runtime import done_with_ray, end_if_told, ray_ahead, ray_sessi
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.finish import ScreeningResult, publish_run
 from lungopacity.screening.history import History
-from lungopacity.screening.job import ScreeningJob, screening_job
+from lungopacity.screening.job import ScreeningJob, ScreeningOptions, screening_job
 from lungopacity.screening.landed import Landed
 from lungopacity.screening.parts import write_crashed
 from lungopacity.screening.pipeline import screen_objects
@@ -63,7 +63,7 @@ def screen(
     inventory: str | None = None,
     run_id: str | None = None,
     limit: int | None = None,
-    **options: Any,
+    **options: Unpack[ScreeningOptions],
 ) -> ScreeningResult:
     """Score every image of an archive and publish one run to a results folder.
 
