@@ -9,6 +9,7 @@ Two kinds, kept apart because they end differently:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
@@ -192,3 +193,18 @@ class ImageError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions travel between processes by pickle, which calls __init__ with args alone.
         return ImageError, (self.code, self.stage, self.message, self.facts)
+
+
+def foreseen(error: BaseException) -> str | None:
+    """What to tell the user of an error that has a mend; None of a defect."""
+    for cause in causes(error):
+        if type(cause) is UserError:
+            return str(cause)
+        if isinstance(cause, ImageError) and cause.stage is Stage.FETCH:
+            return f"the storage failed: {cause.message}; try again"
+        if isinstance(cause, ModuleNotFoundError):
+            return (
+                f"the Python at {sys.executable}, or that of a Ray node, has no module "
+                f"'{cause.name}'; install requirements.lock there"
+            )
+    return None

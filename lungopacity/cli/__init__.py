@@ -19,7 +19,7 @@ import click
 
 from lungopacity.cli import evaluation, labelled, machine, results, screening, training
 from lungopacity.cli.options import EPILOG, refuse_empty_texts
-from lungopacity.errors import ImageError, Stage, UserError, causes, first_line, last_line
+from lungopacity.errors import first_line, foreseen, last_line
 from lungopacity.observe import DEBUG_VARIABLE, log_lines, tell_end
 
 _FORMAT_VARIABLE = "LUNGOPACITY_LOG_FORMAT"
@@ -100,16 +100,9 @@ def _tell(line: str) -> None:
 
 def _one_line(error: BaseException) -> str:
     """What to tell the user."""
-    for cause in causes(error):
-        if type(cause) is UserError:
-            return str(cause)
-        if isinstance(cause, ImageError) and cause.stage is Stage.FETCH:
-            return f"the storage failed: {cause.message}; try again"
-        if isinstance(cause, ModuleNotFoundError):
-            return (
-                f"the Python at {sys.executable}, or that of a Ray node, has no module "
-                f"'{cause.name}'; install requirements.lock there"
-            )
+    told = foreseen(error)
+    if told is not None:
+        return told
     raised = error
     while isinstance(inner := getattr(raised, "cause", None), BaseException):
         raised = inner

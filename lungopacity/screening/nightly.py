@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from lungopacity.archive.inventory import Inventory
-from lungopacity.errors import NOTICE, Status, UserError, causes
+from lungopacity.errors import NOTICE, Status, UserError, foreseen
 from lungopacity.evaluation.drift import Shift
 from lungopacity.results.workbench import temporary_folder
 from lungopacity.screening.finish import ScreeningResult
@@ -196,10 +196,10 @@ def _ended(error: BaseException, *, names_may_be_told: bool) -> tuple[int, str]:
         return 130, "ended by Ctrl-C; the next night goes on"
     if isinstance(error, SystemExit):
         return int(error.code or 0), "ended by SIGTERM; the next night goes on"
-    for cause in causes(error):
-        if type(cause) is UserError:
-            # Whoever may read the results is not to see names that are hashed in them.
-            return 2, str(cause) if names_may_be_told else "stopped; the job's log says why"
+    told = foreseen(error)
+    if told is not None:
+        # Whoever may read the results is not to see names that are hashed in them.
+        return 2, told if names_may_be_told else "stopped; the job's log says why"
     return 2, f"unforeseen {type(error).__name__}; the job's log says more"
 
 

@@ -14,7 +14,7 @@ import pytest
 import lungopacity
 from lungopacity import observe, progress
 from lungopacity.archive.inventory import list_archive
-from lungopacity.errors import UserError
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
 from lungopacity.screening import nightly, screen
@@ -73,6 +73,11 @@ def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
     [
         (KeyboardInterrupt(), 130, "ended by Ctrl-C; the next night goes on"),
         (SystemExit(143), 143, "ended by SIGTERM; the next night goes on"),
+        (
+            ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer"),
+            2,
+            "the storage failed: no answer; try again",
+        ),
         (ZeroDivisionError("of Adams"), 2, "unforeseen ZeroDivisionError; the job's log says more"),
     ],
 )
