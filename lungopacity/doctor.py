@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from lungopacity.errors import NOTICE, UserError, first_line
 from lungopacity.runtime import is_submission_address, ray_session
+from lungopacity.words import counted
 
 MIN_TORCH = (2, 11)
 """As in pyproject.toml: what a machine has may have been installed past it."""
@@ -85,7 +86,7 @@ def report(findings: list[Finding]) -> str:
 def _python() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     cpus = len(os.sched_getaffinity(0))
-    yield Finding("ok", "python", f"{version}, {cpus} CPU cores")
+    yield Finding("ok", "python", f"{version}, {counted(cpus, 'CPU core')}")
 
 
 def _torch() -> Iterator[Finding]:
@@ -152,8 +153,8 @@ def _ray() -> Iterator[Finding]:
     yield Finding(
         "ok",
         "ray",
-        f"{ray.__version__}, joins {address} (RAY_ADDRESS) of {has.get('CPU', 0):g} CPUs and "
-        f"{has.get('GPU', 0):g} GPUs",
+        f"{ray.__version__}, joins {address} (RAY_ADDRESS) of {counted(has.get('CPU', 0), 'CPU')} "
+        f"and {counted(has.get('GPU', 0), 'GPU')}",
     )
 
 

@@ -128,7 +128,7 @@ MISTAKES = {
     "no GPU to evaluate on": (
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
          "--labels", "{place}/labels.csv", "--output", "{out}", "--use-gpu"],
-        "evaluation needs 1 GPUs",
+        "evaluation needs 1 GPU, the Ray cluster has 0",
     ),
     "no place to write": (
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model",
