@@ -20,7 +20,7 @@ _SLOW = ("integration", "faults", "benchmark", "training")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: at the end, no core is left idle for minutes."""
+    """Folders of long files first: at the end, no core is left idle for minutes."""
     items.sort(key=lambda item: item.path.parent.name not in _SLOW)
 
 
