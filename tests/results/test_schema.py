@@ -16,7 +16,7 @@ from lungopacity.results.schema import (
     predictions_schema,
 )
 from lungopacity.screening.pseudonyms import _MAP_SCHEMA
-from lungopacity.training.fit import _history_parquet
+from lungopacity.training.fit import HISTORY_SCHEMA
 from lungopacity.training.trials import trials_table
 
 NAMES = ("Normal", "Lung_Opacity")
@@ -35,7 +35,7 @@ def schema_of(file: bytes) -> pa.Schema:
         ("predictions of evaluate", evaluation_schema(NAMES)),
         ("key map", _MAP_SCHEMA),
         ("trials", trials_table([], {}).schema),
-        ("history", schema_of(_history_parquet([]))),
+        ("history", HISTORY_SCHEMA),
         ("validation", schema_of(validation_parquet([], [], np.empty((0, 2), "f4"), NAMES))),
         ("training films", schema_of(training_films_parquet([]))),
     ],
