@@ -21,7 +21,11 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize(("key", "pattern"), WRITTEN)
+NAMES = ("predictions", "metrics", "picture", "picture of a frame", "start", "plan", "part")
+"""Of the tests: keys are drawn anew in each process."""
+
+
+@pytest.mark.parametrize(("key", "pattern"), WRITTEN, ids=NAMES)
 def test_what_is_written_is_known_by_its_name(key, pattern):
     assert re.fullmatch(pattern, key)[1] == RUN
     for above in ("", "a/results/"):
