@@ -90,7 +90,11 @@ def test_one_process_for_all_stages_or_one_for_each_gives_the_same_rows(tmp_path
         rows[model_actors] = lungopacity.query(
             results, "SELECT * FROM predictions ORDER BY image, member_index, frame"
         ).drop_columns(["run_id", "screened_at", "screened_on"])
-    assert rows[None].equals(rows[1])
+    # An actor of its own has another number of threads: some CPUs round the last digit otherwise.
+    scores = [name for name in rows[1].column_names if name.startswith(("p_", "logit_"))]
+    assert rows[None].drop_columns(scores).equals(rows[1].drop_columns(scores))
+    for name in scores:
+        np.testing.assert_allclose(rows[None][name], rows[1][name], rtol=0, atol=1e-5)
     assert rows[None].num_rows == 90 + 3 + 9 + 2
     counted = {
         row["values"]: row["counts"] for row in rows[None]["status"].value_counts().to_pylist()

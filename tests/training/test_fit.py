@@ -165,7 +165,7 @@ def test_leaves_nothing_but_the_model(run: Run) -> None:
 
 
 def test_refuses_to_overwrite_a_model(run: Run) -> None:
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="holds a finished model"):
         fit(FILMS, SMALL_RUN, run.output)
 
 
