@@ -13,7 +13,6 @@ import torch
 
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
-from lungopacity.storage import join_uri
 from lungopacity.training.fit import _rows_of_before, _run_name, fit
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.settings import TrainingSettings
@@ -73,7 +72,7 @@ def test_two_trainings_of_one_output_spare_each_others_epochs(
     with pytest.raises(UserError, match=f"another training was faster.*_training/{runs[0]}: "):
         fit(FEW, SHORT, output)
     assert load_model(output).spec.training["settings"]["learning_rate"] == 2e-3
-    assert len(_rows_of_before(join_uri(output, "_training", runs[0]))) == 1
+    assert len(_rows_of_before(output, runs[0])) == 1
     assert {path.name for path in Path(output).iterdir()} >= {"SHA256SUMS", "_training"}
     assert not Path(output, "_lock").exists()
 
