@@ -9,14 +9,22 @@ history.json                    one row for each epoch so far; the last is this 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import safetensors.torch
 import torch
+from pyarrow.fs import FileSelector
 
+from lungopacity.errors import ImageError, UserError, last_line
 from lungopacity.models import weights_of
+from lungopacity.storage import join_uri, open_store
+
+log = logging.getLogger(__name__)
 
 NETWORK_FILE = "network.safetensors"
 LOGITS_FILE = "validation_logits.safetensors"
@@ -75,3 +83,61 @@ def read_checkpoint(
     )
     history: list[dict[str, Any]] = json.loads((root / HISTORY_FILE).read_text(encoding="utf-8"))
     return history
+
+
+def checkpoints_of(output: str, run: str) -> str:
+    """URI of the folder in which Ray Train keeps those of the run, below the `output` URI."""
+    return join_uri(output, "_training", run)
+
+
+def rows_of_before(output: str, run: str) -> list[dict[str, Any]]:
+    """Of the newest checkpoint, that of the longest history; none where there is none, with a
+    warning where other trainings left some: who meant to go on with one of them must know."""
+    store = open_store(join_uri(output, "_training"))
+    histories: list[list[dict[str, Any]]] = [[]]
+    others = set()
+    for item in store.list():
+        if item.key.endswith(f"/{HISTORY_FILE}"):
+            of, _, _ = item.key.partition("/")
+            if of != run:
+                others.add(of)
+                continue
+            # What was being written when the run crashed may be half there.
+            with contextlib.suppress(ValueError, ImageError):
+                histories.append(json.loads(store.read(item.key)))
+    rows = max(histories, key=len)
+    if others and not rows:
+        log.warning(
+            "%s holds %d unfinished trainings of other settings, films, splits or weights, or of "
+            "another lungopacity; this one begins at its first epoch",
+            store.uri,
+            len(others),
+        )
+    return rows
+
+
+def remove_checkpoints(output: str, run: str) -> None:
+    """Remove a finished run's checkpoints, and none of other commands of the same output."""
+    try:
+        work_uri = join_uri(output, "_training")
+        filesystem, root = open_store(work_uri).arrow_filesystem()
+        filesystem.delete_dir(f"{root}/{run}")
+        if not filesystem.get_file_info(FileSelector(root, allow_not_found=True)):
+            filesystem.delete_dir(root)
+    except (OSError, pa.ArrowException, UserError) as error:
+        log.warning(
+            "the model is finished; its checkpoints in %s could not be removed (%s), remove them",
+            checkpoints_of(output, run),
+            last_line(error, with_type=True),
+        )
+
+
+def read_file_of(checkpoint_uri: str, name: str) -> bytes:
+    """A file of a checkpoint. Raises `UserError` where it cannot be read."""
+    try:
+        return open_store(checkpoint_uri).read(name)
+    except ImageError as error:
+        raise UserError(
+            f"{join_uri(checkpoint_uri, name)}: cannot be read ({error.message}); the training is "
+            "done, run the same command again to finish the model folder"
+        ) from error

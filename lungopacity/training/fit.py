@@ -7,7 +7,6 @@ beside what others left. The same command does not run twice at once.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -22,12 +21,11 @@ import pyarrow as pa
 import ray
 import safetensors.numpy
 import torch
-from pyarrow.fs import FileSelector
 
 from lungopacity import observe
 from lungopacity.dataset.manifest import SPLIT_SEED
 from lungopacity.dataset.pixels import LabelledPixels
-from lungopacity.errors import ImageError, UserError, last_line
+from lungopacity.errors import UserError
 from lungopacity.models import (
     ModelSpec,
     TrainedModel,
@@ -44,7 +42,15 @@ from lungopacity.storage import join_uri, open_store
 from lungopacity.storage.lease import LEASE_S, Lease
 from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.training.calibrate import calibrate, shares_shifted, warn_of_few
-from lungopacity.training.checkpoint import HISTORY_FILE, LOGITS_FILE, NETWORK_FILE
+from lungopacity.training.checkpoint import (
+    HISTORY_FILE,
+    LOGITS_FILE,
+    NETWORK_FILE,
+    checkpoints_of,
+    read_file_of,
+    remove_checkpoints,
+    rows_of_before,
+)
 from lungopacity.training.finish import compiled_of, distribution_of
 from lungopacity.training.loop import Films
 from lungopacity.training.ray_run import run_ray_train
@@ -150,7 +156,7 @@ def fit(
     lease = Lease(open_store(output), run, f"training of {settings.model}", LEASE_S, patient=True)
     with lease:
         refuse_model(output)
-        earlier = _rows_of_before(output, run)
+        earlier = rows_of_before(output, run)
         if on_start is not None:
             on_start(run, earlier)
         kept = _trained(films, start, settings, output, run, on_epoch)
@@ -172,17 +178,12 @@ def fit(
         refuse_model(
             output,
             "another training was faster; the finished epochs of this one are kept in "
-            f"{_checkpoints(output, run)}: remove that model, and the same command makes one of "
+            f"{checkpoints_of(output, run)}: remove that model, and the same command makes one of "
             "them",
         )
         _save(output, model, data, films, kept, start.first)
-        _tidy(output, run)
+        remove_checkpoints(output, run)
     return TrainingResult(model=model, history=kept.history, best_epoch=kept.epoch)
-
-
-def _checkpoints(output: str, run: str) -> str:
-    """Where Ray Train keeps those of the run."""
-    return join_uri(output, "_training", run)
 
 
 def _trained(
@@ -206,14 +207,14 @@ def _trained(
         result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
     )
     kept, latest = (
-        join_uri(_checkpoints(output, run), point.path.rsplit("/", 1)[1])
+        join_uri(checkpoints_of(output, run), point.path.rsplit("/", 1)[1])
         for point in (best, result.checkpoint)
     )
     return _Kept(
         epoch=int(best_metrics["epoch"]),
-        weights=_read(kept, NETWORK_FILE),
-        logits_VK=safetensors.numpy.load(_read(kept, LOGITS_FILE))["logits_VK"],
-        history=json.loads(_read(latest, HISTORY_FILE)),
+        weights=read_file_of(kept, NETWORK_FILE),
+        logits_VK=safetensors.numpy.load(read_file_of(kept, LOGITS_FILE))["logits_VK"],
+        history=json.loads(read_file_of(latest, HISTORY_FILE)),
     )
 
 
@@ -269,22 +270,6 @@ def _save(
         ),
         training_films_parquet([*learnt, *sorted(before - {*learnt, *chosen_by})]),
     )
-
-
-def _tidy(output: str, run: str) -> None:
-    """Remove a finished run's checkpoints, and none of other commands of the same output."""
-    try:
-        work_uri = join_uri(output, "_training")
-        filesystem, root = open_store(work_uri).arrow_filesystem()
-        filesystem.delete_dir(f"{root}/{run}")
-        if not filesystem.get_file_info(FileSelector(root, allow_not_found=True)):
-            filesystem.delete_dir(root)
-    except (OSError, pa.ArrowException, UserError) as error:
-        log.warning(
-            "the model is finished; its checkpoints in %s could not be removed (%s), remove them",
-            _checkpoints(output, run),
-            last_line(error, with_type=True),
-        )
 
 
 def films_of(data: LabelledPixels) -> Films:
@@ -372,32 +357,6 @@ def _run_name(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _rows_of_before(output: str, run: str) -> list[dict[str, Any]]:
-    """Of the newest checkpoint, that of the longest history; none where there is none, with a
-    warning where other trainings left some: who meant to go on with one of them must know."""
-    store = open_store(join_uri(output, "_training"))
-    histories: list[list[dict[str, Any]]] = [[]]
-    others = set()
-    for item in store.list():
-        if item.key.endswith(f"/{HISTORY_FILE}"):
-            of, _, _ = item.key.partition("/")
-            if of != run:
-                others.add(of)
-                continue
-            # What was being written when the run crashed may be half there.
-            with contextlib.suppress(ValueError, ImageError):
-                histories.append(json.loads(store.read(item.key)))
-    rows = max(histories, key=len)
-    if others and not rows:
-        log.warning(
-            "%s holds %d unfinished trainings of other settings, films, splits or weights, or of "
-            "another lungopacity; this one begins at its first epoch",
-            store.uri,
-            len(others),
-        )
-    return rows
-
-
 def _spec(
     data: LabelledPixels,
     settings: TrainingSettings,
@@ -424,13 +383,3 @@ def _spec(
         synthetic=data.synthetic,
         metrics=dict(found.metrics),
     )
-
-
-def _read(checkpoint_uri: str, name: str) -> bytes:
-    try:
-        return open_store(checkpoint_uri).read(name)
-    except ImageError as error:
-        raise UserError(
-            f"{join_uri(checkpoint_uri, name)}: cannot be read ({error.message}); the training is "
-            "done, run the same command again to finish the model folder"
-        ) from error

@@ -26,10 +26,10 @@ from lungopacity.models import films_known_to, load_model, read_history, read_va
 from lungopacity.models.folder import KnownFilms, training_films_parquet
 from lungopacity.models.scorer import Scorer
 from lungopacity.storage import join_uri
+from lungopacity.training.checkpoint import rows_of_before
 from lungopacity.training.fit import (
     HISTORY_SCHEMA,
     TrainingResult,
-    _rows_of_before,
     _run_name,
     check_validation,
     fit,
@@ -322,9 +322,9 @@ def test_a_training_that_begins_anew_beside_unfinished_ones_says_so(
         folder = tmp_path / "_training" / run / "checkpoint_1"
         folder.mkdir(parents=True)
         (folder / "history.json").write_text('[{"epoch": 1}]')
-    assert _rows_of_before(str(tmp_path), "new") == [{"epoch": 1}]
+    assert rows_of_before(str(tmp_path), "new") == [{"epoch": 1}]
     assert caplog.text == ""
-    assert _rows_of_before(str(tmp_path), "third") == []
+    assert rows_of_before(str(tmp_path), "third") == []
     assert "holds 2 unfinished trainings of other settings, films, splits" in caplog.text
 
 

@@ -13,7 +13,8 @@ import torch
 
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
-from lungopacity.training.fit import _rows_of_before, _run_name, fit
+from lungopacity.training.checkpoint import rows_of_before
+from lungopacity.training.fit import _run_name, fit
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.settings import TrainingSettings
 from tests.training.blobs import SMALL_RUN, blob_films
@@ -72,7 +73,7 @@ def test_two_trainings_of_one_output_spare_each_others_epochs(
     with pytest.raises(UserError, match=f"another training was faster.*_training/{runs[0]}: "):
         fit(FEW, SHORT, output)
     assert load_model(output).spec.training["settings"]["learning_rate"] == 2e-3
-    assert len(_rows_of_before(output, runs[0])) == 1
+    assert len(rows_of_before(output, runs[0])) == 1
     assert {path.name for path in Path(output).iterdir()} >= {"SHA256SUMS", "_training"}
     assert not Path(output, "_lock").exists()
 
@@ -104,7 +105,7 @@ def test_a_model_is_finished_even_if_its_checkpoints_cannot_be_removed(
     def broken(*_: object, **__: object) -> None:
         raise OSError("AWS Error SLOW_DOWN during DeleteObjects operation")
 
-    monkeypatch.setattr("lungopacity.training.fit.FileSelector", broken)
+    monkeypatch.setattr("lungopacity.training.checkpoint.FileSelector", broken)
     caplog.set_level("INFO", "lungopacity")
     result = fit(FEW, SHORT, str(tmp_path / "model"))
     # What follows the last epoch takes minutes on many films.
