@@ -99,12 +99,14 @@ def test_workers_of_a_ray_of_our_own_keep_freed_memory_from_their_start(monkeypa
 
 
 def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In an environment without what the sessions of other tests have set for their Ray."""
+    without_ray = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
     return subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, **environment},
+        env={**without_ray, **environment},
     )
 
 
