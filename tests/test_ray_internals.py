@@ -17,7 +17,13 @@ def test_each_name_is_there_in_this_release():
     from ray._private.parameter import RayParams
 
     with ray_internals.without_idle_servers() as found:
-        assert found == ["start_monitor", "start_log_monitor", "start_api_server", "start_raylet"]
+        assert found == [
+            "start_monitor",
+            "start_log_monitor",
+            "start_api_server",
+            "start_raylet",
+            "get_node",
+        ]
     assert "dashboard_agent_listen_port" in inspect.signature(RayParams).parameters
     with ray_internals.without_idle_actors() as found:
         assert found == [
@@ -64,3 +70,18 @@ def test_ray_data_is_as_it_was_after_a_ray_of_our_own(monkeypatch):
     monkeypatch.setattr("ray.shutdown", lambda: None)
     session._end()
     assert as_ray_has_them() == before
+
+
+def test_tasks_wait_at_the_raylet_and_actors_get_the_cpus_there_are(monkeypatch):
+    from ray.data._internal.execution import streaming_executor
+    from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
+
+    actors = object.__new__(ActorPoolMapOperator)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0, "GPU": 1.0})
+    with ray_internals.without_idle_actors():
+        told = [
+            streaming_executor.create_cluster_autoscaler(stages, None, execution_id="x")
+            for stages in ([object()], [object(), actors])
+        ]
+    resources = [one.get_total_resources() for one in told]
+    assert [(one.cpu, one.gpu) for one in resources] == [(6, 1), (3, 1)]

@@ -196,11 +196,9 @@ def _loose(
     in_hand = 0
     with ThreadPoolExecutor(settings.fetch_threads) as threads:
         for group in _groups(sources):
-            # Twice the threads: always work in hand, and never more than fits.
-            while waiting and (
-                len(waiting) > 2 * settings.fetch_threads
-                or in_hand + _size_of(group) > _IN_HAND_BYTES
-            ):
+            # Of small ones a task's all: where storage is on the same cores, they are fetched and
+            # decoded in turns, and each drives the other out of the caches.
+            while waiting and in_hand + _size_of(group) > _IN_HAND_BYTES:
                 size = _size_of(waiting[0][0])
                 yield from _loose_files(*waiting.popleft(), settings, figures)
                 in_hand -= size

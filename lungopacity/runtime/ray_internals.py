@@ -6,11 +6,13 @@ for each name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 _IDLE_SERVERS = ("start_monitor", "start_log_monitor", "start_api_server")
+_LOOK_S, _START_S = 0.05, 30.0
 _STATISTICS = (
     "register_dataset_to_stats_actor",
     "update_execution_metrics",
@@ -24,12 +26,15 @@ def without_idle_servers() -> Iterator[list[str]]:
     server: three Python processes that do nothing for a Ray of one machine, whose dashboard is off
     and whose logs nobody reads. `ray.init` waits for the last of them, and `ray.shutdown` for each.
     And its agent takes any free port for what that dashboard would ask it: for the one that it
-    takes by default, it waits 3 seconds wherever another Ray has it. There is no option for either.
+    takes by default, it waits 3 seconds wherever another Ray has it. `ray.init` learns within a
+    twentieth of a second that the node is up, instead of a second. There is no option for these.
 
     Gives the names that were found.
     """
     try:
+        from ray._private import services
         from ray._private.node import Node
+        from ray._private.state import GlobalState
     except ImportError:
         yield []
         return
@@ -41,8 +46,21 @@ def without_idle_servers() -> Iterator[list[str]]:
         return start_raylet(node, *given, **named)
 
     instead = {**dict.fromkeys(_IDLE_SERVERS, _nothing), "start_raylet": with_any_agent_port}
-    with _replaced(Node, instead) as found:
-        yield found
+    get_node: Any = getattr(services, "get_node", None)
+
+    def once_it_is_up(gcs_address: str, node_id: str) -> Any:
+        # Ray's own look sleeps a second where it comes too early, as it always does.
+        until = time.monotonic() + _START_S
+        state = GlobalState()
+        state._initialize_global_state(services._get_gcs_client_options(gcs_address))
+        while time.monotonic() < until:
+            if any(node["NodeID"] == node_id for node in state.node_table()):
+                break
+            time.sleep(_LOOK_S)
+        return get_node(gcs_address, node_id)
+
+    with _replaced(Node, instead) as found, _replaced(services, {"get_node": once_it_is_up}) as own:
+        yield [*found, *own]
 
 
 @contextmanager
@@ -51,7 +69,9 @@ def without_idle_actors() -> Iterator[list[str]]:
 
     One is for what a dashboard would show: a process that takes a CPU for more than a second as the
     first films are read. The other asks for more nodes, and would take a process that was started
-    for reading: another would have to start.
+    for reading: another would have to start. Without it, a pipeline of tasks alone is told of twice
+    the CPUs: so many more tasks wait at the raylet, which knows at once that a CPU is free. Ray
+    Data's loop hears of it up to 0.2 s later.
 
     Gives the names that were found.
     """
@@ -77,6 +97,9 @@ def _no_growth() -> Iterator[list[str]]:
     try:
         from ray.data._internal.execution import streaming_executor
         from ray.data._internal.execution.interfaces import ExecutionResources
+        from ray.data._internal.execution.operators.actor_pool_map_operator import (
+            ActorPoolMapOperator,
+        )
     except ImportError:
         yield []
         return
@@ -84,15 +107,20 @@ def _no_growth() -> Iterator[list[str]]:
     class FixedCluster:
         """For `ray.data._internal.cluster_autoscaler.ClusterAutoscaler`."""
 
+        def __init__(self, has_actors: bool) -> None:
+            self.times = 1 if has_actors else 2
+
         def try_trigger_scaling(self) -> None: ...
 
         def on_executor_shutdown(self) -> None: ...
 
         def get_total_resources(self) -> Any:
-            return ExecutionResources.from_resource_dict(ray.cluster_resources())
+            resources = ray.cluster_resources()
+            cpus = self.times * resources.get("CPU", 0)
+            return ExecutionResources.from_resource_dict({**resources, "CPU": cpus})
 
-    def fixed(*_: object, **__: object) -> FixedCluster:
-        return FixedCluster()
+    def fixed(topology: Iterable[object], *_: object, **__: object) -> FixedCluster:
+        return FixedCluster(any(isinstance(stage, ActorPoolMapOperator) for stage in topology))
 
     with _replaced(streaming_executor, {"create_cluster_autoscaler": fixed}) as found:
         yield found
