@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import posixpath
+import threading
 import time
 import uuid
 from collections import deque
@@ -189,12 +190,15 @@ def _files(
 def _loose(
     store: Store, sources: list[dict[str, Any]], settings: ReadSettings, figures: ReadFigures
 ) -> Iterator[_File]:
+    given_up = threading.Event()
+
     def fetch(group: list[dict[str, Any]]) -> Fetched:
-        return [_fetched(store, source, settings) for source in group]
+        return [_fetched(store, source, settings) for source in group if not given_up.is_set()]
 
     waiting: deque[tuple[list[dict[str, Any]], Future[Fetched]]] = deque()
     in_hand = 0
-    with ThreadPoolExecutor(settings.fetch_threads) as threads:
+    threads = ThreadPoolExecutor(settings.fetch_threads)
+    try:
         for group in _groups(sources):
             # Of small ones a task's all: where storage is on the same cores, they are fetched and
             # decoded in turns, and each drives the other out of the caches.
@@ -206,6 +210,11 @@ def _loose(
             in_hand += _size_of(group)
         while waiting:
             yield from _loose_files(*waiting.popleft(), settings, figures)
+    finally:
+        # Whoever takes no more is not to wait for what was to come: where the store does not
+        # answer, for minutes.
+        given_up.set()
+        threads.shutdown(cancel_futures=True)
 
 
 def _size_of(group: list[dict[str, Any]]) -> int:

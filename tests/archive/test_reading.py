@@ -290,6 +290,31 @@ def test_the_latency_of_a_store_is_hidden():
     assert came[-1][1] < 0.9  # eight at once would need 1.3
 
 
+def test_who_takes_no_more_does_not_wait_for_what_was_to_come():
+    class Distant:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def read(self, key: str, *, etag: str | None = None) -> bytes:
+            self.asked += 1
+            time.sleep(0 if key == "000.png" else 0.3)
+            return key.encode()
+
+    rows = [
+        {"image": f"{number:03d}.png", "source_etag": "e", "source_size_bytes": 20_000,
+         "source_modified_at": datetime.now(UTC), "is_shard": False}
+        for number in range(500)
+    ]  # fmt: skip
+    store = Distant()
+    files = read_files(store, pa.Table.from_pylist(rows, PLAN_SCHEMA), SETTINGS)
+    next(files)
+    began = time.monotonic()
+    files.close()
+    # The requests that are under way come to their end, and no other begins: all would take 4.7 s.
+    assert time.monotonic() - began < 2
+    assert store.asked < 200
+
+
 def test_a_place_that_holds_nothing_is_refused(store_uri):
     with pytest.raises(UserError, match="nothing lies there"):
         take_inventory(store_uri)
