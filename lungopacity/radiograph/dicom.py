@@ -45,6 +45,8 @@ _MAX_READS = 1_000_000
 _PIXEL_STEP = 4096
 """Less than it takes at once of compressed pixels."""
 _FEWER = "fewer pixels than declared"
+_OTHER_COLOURS = {"YBR_PARTIAL_422", "YBR_PARTIAL_420", "HSV", "ARGB", "CMYK", "XYB"}
+"""Most are retired. pydicom gives them as they are stored: hue, or Y, for red."""
 
 
 def decode_dicom(
@@ -232,6 +234,10 @@ def _complete(dataset: Any) -> None:
             raise ImageError(
                 ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"the header does not say {keyword}"
             )
+    if int(dataset.SamplesPerPixel) == 3 and dataset.PhotometricInterpretation in _OTHER_COLOURS:
+        raise ImageError(
+            ErrorCode.UNSUPPORTED, Stage.DECODE, f"colours in {dataset.PhotometricInterpretation}"
+        )
     if _in_upper_bits(dataset):
         # Of the lowest bits alone a picture would come, and a wrong one.
         raise ImageError(

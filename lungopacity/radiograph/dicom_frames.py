@@ -154,7 +154,8 @@ def _check_frame(
     if header is None:
         return
     if _contradicts(dataset, header):
-        # GDCM ends the process.
+        # GDCM ends the process; it and others take samples of red, green and blue, or the lower
+        # bits of grey, for pixels.
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the frame is not what the header says"
         )
@@ -164,11 +165,12 @@ def _check_frame(
 
 
 def _contradicts(dataset: Any, header: JpegHeader) -> bool:
-    one_sample = str(dataset.get("PhotometricInterpretation") or "") in _OF_ONE_SAMPLE
+    one_sample = int(dataset.get("SamplesPerPixel") or 1) == 1
+    told_one = str(dataset.get("PhotometricInterpretation") or "") in _OF_ONE_SAMPLE
     return (
         (header.rows, header.columns) != (dataset.Rows, dataset.Columns)
-        or int(dataset.BitsAllocated) > 16
-        or one_sample != (int(dataset.get("SamplesPerPixel") or 1) == 1)
+        or not header.bits <= int(dataset.BitsAllocated) <= 16
+        or not one_sample == told_one == (header.components == 1)
     )
 
 

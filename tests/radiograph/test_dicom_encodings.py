@@ -1,7 +1,9 @@
 """One film in every encoding, and frame by frame."""
 
 import io
+from functools import partial
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -163,6 +165,47 @@ def test_compressed_colours_need_not_say_how_they_would_lie_uncompressed():
     elements = COLOUR | {"PhotometricInterpretation": "YBR_FULL_422"}
     data = of_codestreams([codestream], JPEGBaseline8Bit, RAMP.shape, **elements)
     assert np.abs(one_film(data).pixels.astype(int) - rgb[..., 0]).max() <= 4
+
+
+RGB = np.repeat((RAMP // 16).astype(np.uint8)[..., None], 3, axis=-1)
+ENCODERS = {
+    JPEGBaseline8Bit: imagecodecs.jpeg8_encode,
+    JPEGLosslessSV1: partial(imagecodecs.jpeg8_encode, lossless=True, predictor=1),
+    JPEGLSLossless: imagecodecs.jpegls_encode,
+    JPEG2000Lossless: partial(imagecodecs.jpeg2k_encode, level=0, codecformat="j2k"),
+    HTJ2KLossless: partial(imagecodecs.htj2k_encode, reversible=True),
+}
+
+
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda syntax: syntax.name)
+def test_samples_of_a_colour_are_never_taken_for_pixels_of_grey(syntax):
+    """Decoders gave a picture of them, or ended the process."""
+    colour, grey = (ENCODERS[syntax](np.ascontiguousarray(film)) for film in (RGB, RGB[..., 0]))
+    planar = COLOUR | {"PlanarConfiguration": 0}
+    for frame, elements in ((colour, {}), (grey, planar)):
+        data = of_codestreams([frame], syntax, RAMP.shape, **elements)
+        with pytest.raises(ImageError, match="not what the header says") as caught:
+            one_film(data)
+        assert caught.value.code is ErrorCode.CORRUPT_IMAGE
+    for frame, elements in ((grey, {}), (colour, planar)):
+        found = one_film(of_codestreams([frame], syntax, RAMP.shape, **elements)).pixels
+        assert np.abs(found.astype(int) - RGB[..., 0]).max() <= 4
+
+
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless])
+def test_the_lower_8_of_16_bits_are_no_film(syntax):
+    assert code_of(of_codestreams([ENCODERS[syntax](RAMP)], syntax, RAMP.shape)) is (
+        ErrorCode.CORRUPT_IMAGE
+    )
+
+
+@pytest.mark.parametrize("photometric", ["YBR_PARTIAL_422", "HSV", "CMYK"])
+def test_colours_that_no_decoder_turns_into_red_green_and_blue_are_not_taken_for_them(photometric):
+    jpeg = encoded(RGB, "JPEG", quality=98)
+    elements = COLOUR | {"PhotometricInterpretation": photometric}
+    with pytest.raises(ImageError, match=f"colours in {photometric}") as caught:
+        one_film(of_codestreams([jpeg], JPEGBaseline8Bit, RAMP.shape, **elements))
+    assert caught.value.code is ErrorCode.UNSUPPORTED
 
 
 def test_a_palette_is_looked_up():
