@@ -2,14 +2,11 @@
 
 import numpy as np
 import pytest
-from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.tag import Tag
 
-from lungopacity.errors import ErrorCode, ImageError
-from lungopacity.radiograph import DecodeLimits, decode_radiographs
+from lungopacity.errors import ErrorCode
 from tests.films import dicom, one_film
-from tests.radiograph.dicom_files import EIGHT_BITS, RAMP, changed, code_of, without
+from tests.radiograph.dicom_files import EIGHT_BITS, RAMP, changed, code_of
 
 
 def test_monochrome1_is_inverted_to_monochrome2():
@@ -194,123 +191,6 @@ def test_a_voi_lut_behind_a_modality_lut_begins_above_zero(is_signed):
     found = one_film(dicom(RAMP // 2, **tables, PixelRepresentation=int(is_signed))).pixels
     expected = np.clip((RAMP // 2 * 32.0 - 2**15) / (2**14 - 1), 0, 1) * 255
     assert np.abs(found - expected).max() <= 0.51
-
-
-def group(macro: str, **elements) -> Dataset:
-    """A functional group of one macro."""
-    item, found = Dataset(), Dataset()
-    for keyword, value in elements.items():
-        setattr(item, keyword, value)
-    setattr(found, macro, [item])
-    return found
-
-
-WINDOW = {"WindowCenter": 1000, "WindowWidth": 400}
-
-
-def test_what_all_frames_share_is_said_of_each():
-    shared = group("FrameVOILUTSequence", **WINDOW)
-    shared.PixelMeasuresSequence = group(
-        "PixelMeasuresSequence", PixelSpacing=[0.2, 0.1]
-    ).PixelMeasuresSequence
-    found = one_film(dicom(RAMP, SharedFunctionalGroupsSequence=[shared])).pixels
-    at_the_top = one_film(dicom(RAMP, **WINDOW, PixelSpacing=[0.2, 0.1])).pixels
-    np.testing.assert_array_equal(found, at_the_top)
-
-
-def test_each_frame_has_the_window_and_the_rescale_of_its_own_groups():
-    frames = dicom(
-        RAMP,
-        NumberOfFrames=3,
-        PixelData=np.stack([RAMP] * 3).tobytes(),
-        **WINDOW,
-        SharedFunctionalGroupsSequence=[
-            group("PixelValueTransformationSequence", RescaleSlope=1, RescaleIntercept=0)
-        ],
-        PerFrameFunctionalGroupsSequence=[
-            group("FrameVOILUTSequence", WindowCenter=3000, WindowWidth=100),
-            group("PixelValueTransformationSequence", RescaleSlope=2, RescaleIntercept=-100),
-        ],
-    )
-    found = list(decode_radiographs(frames, limits=DecodeLimits()))
-    for film, elements in zip(
-        found,
-        (
-            {"WindowCenter": 3000, "WindowWidth": 100},
-            {**WINDOW, "RescaleSlope": 2, "RescaleIntercept": -100},
-            WINDOW,  # no group of its own
-        ),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(film.pixels, one_film(dicom(RAMP, **elements)).pixels)
-
-
-EMPTY = [
-    {"VOILUTSequence": []},
-    {"VOILUTSequence": [Dataset()]},
-    {"ModalityLUTSequence": []},
-    {"RescaleSlope": None, "RescaleIntercept": None},
-    {"RescaleSlope": "1", "RescaleIntercept": None},
-    {"RescaleIntercept": "0"},
-    {"VOILUTFunction": ""},
-    {"PixelPaddingValue": None},
-    {"SharedFunctionalGroupsSequence": []},
-    {"SharedFunctionalGroupsSequence": [Dataset()]},
-]
-
-
-@pytest.mark.parametrize("window", [{}, {"WindowCenter": 2048, "WindowWidth": 3000}])
-@pytest.mark.parametrize("elements", EMPTY, ids=str)
-def test_an_element_that_was_emptied_says_nothing(elements, window):
-    film = (RAMP // 4).astype(np.uint16)
-    np.testing.assert_array_equal(
-        one_film(dicom(film, **window, **elements)).pixels, one_film(dicom(film, **window)).pixels
-    )
-
-
-def with_texts(**texts: str) -> bytes:
-    """RAMP with these elements as they stand, whatever their type allows."""
-
-    def write(dataset):
-        for keyword, text in texts.items():
-            dataset[keyword] = RawDataElement(
-                Tag(keyword), "DS", len(text), text.encode(), 0, False, True
-            )
-
-    return changed(dicom(RAMP), write)
-
-
-def test_a_decimal_comma_is_read_as_one():
-    comma = {"WindowCenter": "2048,5", "WindowWidth": "1024,0 ", "RescaleSlope": "-1,0"}
-    point = {keyword: text.replace(",", ".") for keyword, text in comma.items()}
-    intercept = {"RescaleIntercept": "4095 "}
-    found = one_film(with_texts(**comma, **intercept)).pixels
-    np.testing.assert_array_equal(found, one_film(with_texts(**point, **intercept)).pixels)
-    assert found[0, 0] == 255 > found[-1, -1] == 0
-
-
-@pytest.mark.parametrize("keyword", ["WindowWidth", "RescaleSlope", "RescaleIntercept"])
-def test_a_number_that_cannot_be_read_is_not_taken_for_none(keyword):
-    texts = {"WindowCenter": "2048", "WindowWidth": "1024"} | {keyword: "1.2.3 "}
-    with pytest.raises(ImageError, match=f"the header's {keyword} is no number"):
-        one_film(with_texts(**texts))
-
-
-@pytest.mark.parametrize("keyword", ["SamplesPerPixel", "PixelRepresentation"])
-def test_what_goes_without_saying_may_be_left_out(keyword):
-    found = one_film(without(dicom(RAMP), keyword)).pixels
-    np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
-
-
-@pytest.mark.parametrize("keyword", ["PhotometricInterpretation", "BitsStored"])
-def test_what_only_the_header_can_say_is_named_where_it_does_not(keyword):
-    with pytest.raises(ImageError, match=f"the header does not say {keyword}") as caught:
-        one_film(without(dicom(RAMP), keyword))
-    assert caught.value.code is ErrorCode.CORRUPT_IMAGE
-
-
-def test_pixel_data_of_no_bytes_end_early():
-    assert code_of(dicom(RAMP, PixelData=b"")) is ErrorCode.TRUNCATED
 
 
 def test_values_in_the_upper_bits_are_refused():
