@@ -284,9 +284,11 @@ def _number(value: Any, keyword: str) -> float | None:
 def pixel_aspect_of(dataset: Any) -> float:
     """Height over width of one pixel: 1 where the header is silent or says nonsense.
 
-    The ratio is there for want of a spacing (PS3.3 C.7.6.3.1.7); many write 1\\1 beside any.
+    The ratio is there for want of a spacing (PS3.3 C.7.6.3.1.7), which of a scanned film is the
+    nominal one; many write 1\\1 beside any.
     """
-    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
+    spacings = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+    for keyword in (*spacings, "PixelAspectRatio"):
         value = dataset.get(keyword)
         try:
             ratio = float(value[0]) / float(value[1])

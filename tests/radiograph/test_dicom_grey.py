@@ -286,6 +286,7 @@ def test_a_padding_range_is_padding():
         ({"PixelAspectRatio": [2, 1]}, (80, 30)),
         ({"PixelAspectRatio": [1, 2]}, (40, 60)),
         ({"PixelSpacing": [0.1, 0.2]}, (40, 60)),
+        ({"NominalScannedPixelSpacing": [0.2, 0.1]}, (80, 30)),
         ({"ImagerPixelSpacing": [0.143, 0.143]}, RAMP.shape),
         ({"PixelAspectRatio": [1, 1]}, RAMP.shape),
         ({"PixelAspectRatio": [0, 7]}, RAMP.shape),
