@@ -18,13 +18,16 @@ Samples = npt.NDArray[np.uint16]
 
 _PNG_DEEP = {b"\x10\x02", b"\x10\x04", b"\x10\x06"}
 """In IHDR: 16 bits; RGB, grey with alpha, RGB with alpha."""
+_PNG_DEEP_GREY = b"\x10\x00"
+"""Of which Pillow does not apply the value that is transparent (tRNS), if there is one."""
 _ROWS_AT_ONCE = 64
 
 
 def is_deep(image: Any, data: bytes, kind: str) -> bool:
     """Whether `image`, that Pillow opened, is stored so."""
     if kind == "png":
-        return data[12:16] == b"IHDR" and data[24:26] in _PNG_DEEP
+        form = data[24:26] if data[12:16] == b"IHDR" else b""
+        return form in _PNG_DEEP or (form == _PNG_DEEP_GREY and "transparency" in image.info)
     if image.mode not in ("RGB", "RGBA", "RGBX", "LA"):
         return False
     if kind == "tiff":

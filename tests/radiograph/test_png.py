@@ -210,10 +210,10 @@ def test_what_is_transparent_in_16_bits_is_black():
     for samples in (GREY_RGB, TWELVE_BITS):
         found = one_film(deep(np.dstack([samples, alpha])))
         np.testing.assert_array_equal(found.pixels, expected)
-    keyed = GREY_RGB.copy()
-    keyed[:, :40] = 9
-    found = one_film(deep(keyed, chunk(b"tRNS", b"\0\x09" * 3)))
-    np.testing.assert_array_equal(found.pixels, expected)
+        keyed = samples.copy()
+        keyed[:, :40] = 65535
+        found = one_film(deep(keyed, chunk(b"tRNS", b"\xff\xff" * samples.shape[2])))
+        np.testing.assert_array_equal(found.pixels, expected)
 
 
 def test_colours_of_16_bits_are_found_and_their_luma_is_that_of_8():
