@@ -173,6 +173,8 @@ def _grey_of(
 ) -> Grey:
     if kind == "jpeg":
         return _grey_of_jpeg(image, data, header, at_least)
+    if kind == "tiff":
+        tiff.check_coded_pixels(data, image.tag_v2)  # type: ignore[attr-defined]
     if is_deep(image, data, kind):
         return _grey_of_deep(image, data, kind)
     if kind == "png":

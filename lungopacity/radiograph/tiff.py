@@ -1,16 +1,18 @@
-"""TIFF: whether all the pages that a file begins are in it, which of them are films, and grey
-layouts that Pillow lacks."""
+"""TIFF: whether all the pages that a file begins are in it, which of them are films, damage that
+libtiff passes over, and grey layouts that Pillow lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.film import DecodeLimits
+from lungopacity.radiograph.jpeg import decode_grey_jpeg, read_header
 
 _SIGNATURES = (b"II*\x00", b"MM\x00*")
 _BIG_SIGNATURES = (b"II+\x00", b"MM\x00+")
@@ -19,6 +21,12 @@ _BYTES_OF_TYPE = {3: 2, 4: 4}
 
 SUBFILE, COLUMNS, ROWS, BITS, PHOTOMETRIC, ORIENTATION = 254, 256, 257, 258, 262, 274
 SAMPLES, PLANES, EXTRA_SAMPLES, SAMPLE_FORMAT = 277, 284, 338, 339
+_COMPRESSION, _JPEG_TABLES = 259, 347
+_STRIPS, _TILES = (273, 279), (324, 325)
+"""Where they begin, and their bytes (TIFF 6.0, sections 8 and 15)."""
+_JPEG, _DEFLATE = 7, (8, 32946)
+"""Of _COMPRESSION (Adobe's TIFF Technical Note 2 and its supplement)."""
+_INFLATED_AT_ONCE = 1 << 20
 _REDUCED, _MASK = 1, 4
 """Bits of SUBFILE (TIFF 6.0, section 8): a smaller copy, or the mask, of another page."""
 WHITE_IS_ZERO = 0
@@ -101,6 +109,48 @@ def tags_of(data: bytes, page: int) -> dict[int, int]:
         for at in range(first, last, form.entry)
         if form.number(at + 2, 2) in _BYTES_OF_TYPE and form.number(at + 4, form.offset) == 1
     }
+
+
+def check_coded_pixels(data: bytes, tags: Mapping[int, Any]) -> None:
+    """Raise `ImageError` (`truncated`, `corrupt_image`) for damage in a page of JPEG or deflate
+    that libtiff passes over: it fills lost pixels of the one with grey, and compares no checksum of
+    the other. `tags`: all of the page's.
+    """
+    compression = tags.get(_COMPRESSION)
+    if compression == _JPEG:
+        tables = tags.get(_JPEG_TABLES, b"")[2:-2]  # without start and end of an image
+        for coded in _parts(data, tags):
+            stream = coded[:2] + tables + coded[2:]
+            header = read_header(stream)
+            if header is not None:
+                decode_grey_jpeg(stream, header, at_least=1)  # for its errors alone
+    elif compression in _DEFLATE:
+        for coded in _parts(data, tags):
+            _check_deflate(coded)
+
+
+def _parts(data: bytes, tags: Mapping[int, Any]) -> Iterator[bytes]:
+    """The coded strips or tiles of a page."""
+    begins, sizes = _TILES if _TILES[0] in tags else _STRIPS
+    for begin, size in zip(tags.get(begins, ()), tags.get(sizes, ()), strict=False):
+        if size:  # 0 is one that is not there, and black
+            yield data[begin : begin + size]
+
+
+def _check_deflate(coded: bytes) -> None:
+    inflater = zlib.decompressobj()
+    try:
+        while not inflater.eof:
+            given = inflater.decompress(coded, _INFLATED_AT_ONCE)
+            coded = inflater.unconsumed_tail
+            if not given and not inflater.eof:
+                raise ImageError(
+                    ErrorCode.TRUNCATED, Stage.DECODE, "the TIFF ends before its pixels do"
+                )
+    except zlib.error as error:
+        raise ImageError(
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the TIFF's coded pixels are damaged"
+        ) from error
 
 
 def grey_values(data: bytes, index: int, tags: dict[int, int]) -> npt.NDArray[np.uint16]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
 
 import imagecodecs
 import numpy as np
@@ -176,3 +177,36 @@ def test_a_big_endian_bigtiff_is_unsupported_and_not_corrupt():
     with pytest.raises(ImageError, match="big-endian") as caught:
         one_film(b"MM\x00+\x00\x08\x00\x00" + bytes(100))
     assert caught.value.code is ErrorCode.UNSUPPORTED
+
+
+@pytest.mark.parametrize("parts", [{"rowsperstrip": 16}, {"tile": (32, 32)}], ids=str)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_damage_in_a_tiff_of_jpeg_is_noticed(mode, parts):
+    """libtiff fills what is lost with grey: a film with a false opacity."""
+    film = np.asarray(Image.fromarray(FILM).convert(mode))
+    data = imagecodecs.tiff_encode(film, compression="jpeg", **parts)
+    assert np.abs(one_film(data).pixels.astype(int) - FILM).max() <= 8
+    for begin, size in places_of_parts(data):
+        middle = begin + size // 2
+        damaged = data[:middle] + b"\xff\xd9" * 8 + data[middle + 16 :]
+        assert code_of(damaged) in (ErrorCode.CORRUPT_IMAGE, ErrorCode.TRUNCATED)
+
+
+@pytest.mark.parametrize("parts", [{}, {"tile": (32, 32)}], ids=str)
+def test_damage_in_a_tiff_of_deflate_is_noticed(parts):
+    """libtiff compares the checksum of some parts, and not of others."""
+    noise = np.random.default_rng(0).integers(-20, 21, (256, 256))
+    film = np.clip(grey_film(height=256, width=256) + noise, 0, 255).astype(np.uint8)
+    data = imagecodecs.tiff_encode(film, compression="deflate", **parts)
+    np.testing.assert_array_equal(one_film(data).pixels, film)
+    for begin, size in list(places_of_parts(data))[::7]:
+        for at in np.linspace(begin + 2, begin + size - 5, 20).astype(int):
+            damaged = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+            assert code_of(damaged) in (ErrorCode.CORRUPT_IMAGE, ErrorCode.TRUNCATED)
+
+
+def places_of_parts(data: bytes) -> Iterator[tuple[int, int]]:
+    """Where strips or tiles begin, and their bytes."""
+    tags = Image.open(io.BytesIO(data)).tag_v2
+    begins, sizes = (324, 325) if 324 in tags else (273, 279)
+    return zip(tags[begins], tags[sizes], strict=True)
