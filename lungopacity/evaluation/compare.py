@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ from lungopacity.evaluation.bootstrap import (
 from lungopacity.evaluation.metrics import Floats, roc_auc, roc_components
 from lungopacity.results.schema import class_column
 from lungopacity.storage import open_store
+
+log = logging.getLogger(__name__)
 
 _Z_95 = NormalDist().inv_cdf(0.975)
 _ROUNDING = 1e-12
@@ -106,7 +109,7 @@ class Comparison:
     """Of the most probable class."""
     sensitivity: ShareDifference | None
     """Of the films of the positive class, those decided positive: each at its report's operating
-    point. None where a report is too old to tell its decisions."""
+    point. None where the reports decide about different classes, or one is too old to tell."""
     specificity: ShareDifference | None
     """Of the other films, those not decided positive."""
     clustered: ClusteredDifference | None
@@ -180,7 +183,16 @@ def compare(first: str, second: str) -> Comparison:
             )
     if (both["label"] != both["label_second"]).any():
         raise UserError(f"{first} and {second} label some images differently; use the same labels")
-    positive = _positive_class(first)
+    positive, other_positive = _positive_class(first), _positive_class(second)
+    if other_positive != positive:
+        log.warning(
+            "%s decides about %s and %s about %s: their decisions are not compared",
+            first,
+            positive,
+            second,
+            other_positive,
+        )
+        both = both.drop(columns=["decision", "decision_second"], errors="ignore")
     positive_N = (both["label"] == positive).to_numpy()
     if positive_N.all() or not positive_N.any():
         raise UserError(f"the shared images are all, or none of them, {positive}")

@@ -184,6 +184,22 @@ def test_decisions_are_compared_among_those_with_and_without_an_opacity(tmp_path
     assert found["specificity"]["second"] < found["specificity"]["first"]
 
 
+def test_decisions_about_different_classes_are_not_compared(tmp_path, capfd):
+    """The second model calls each normal film positive: of its class, and not of the first's."""
+    first, second = (
+        report(str(tmp_path / str(n)), f"m{n}", 1, decision="positive") for n in (1, 2)
+    )
+    about = json.dumps({"positive_class": "Normal"}).encode()
+    open_store(second).write("evaluation.json", about)
+    found = compare(first, second)
+    assert (found.sensitivity, found.specificity) == (None, None)
+    assert (found.positive_class, found.auc.difference) == ("Lung_Opacity", 0)
+    assert main(["compare", "--first", first, "--second", second]) == 0
+    told = capfd.readouterr()
+    assert "sensitivity" not in told.out
+    assert "decides about Lung_Opacity and" in told.err
+
+
 def test_where_each_patient_has_one_film_the_tests_alone_are_told(tmp_path, capfd):
     first = report(str(tmp_path / "1"), "aaa", 1)
     second = report(str(tmp_path / "2"), "bbb", 2, patient_cluster=np.arange(60)[::-1])
