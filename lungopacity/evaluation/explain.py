@@ -23,6 +23,7 @@ from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import read_images
 from lungopacity.dataset.boxes import read_boxes
+from lungopacity.dataset.manifest import label_names
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.evaluate import labels_of_split
@@ -106,15 +107,9 @@ def explain(
         films = islice(_read(images, settings), None if limit is None else min(limit, sys.maxsize))
         return _written(explainer, _explained(explainer, films, limit))
     names, uri = frozenset(chosen["image"]), str(labels)
-    rows = _explained(explainer, _labelled(images, settings, names, uri), len(names))
-    absent = names - explainer.seen
-    if absent and not rows:
-        raise UserError(
-            f"{uri}: none of {len(absent)} labelled images is in {', '.join(images)}, as "
-            f"{min(absent)}; `image` must be the key under --images, the member's name in a "
-            "shard, or the end of one of these, folder by folder"
-        )
-    rows += explainer.absent(absent)
+    films_read = _labelled(images, settings, names, uri)
+    rows = _explained(explainer, iter(films_read), len(films_read))
+    rows += explainer.absent(names - {row["name"] for row in films_read})
     if split == "test":
         _warn_of_known(rows, films_known_to(model))
     return _written(explainer, rows)
@@ -144,42 +139,60 @@ def _read(
     uris: Sequence[str], settings: ReadSettings, wanted: Wanted | None = None
 ) -> Iterator[Row]:
     """The rows of `READ_SCHEMA` that are images, in the order of their keys; loose ones first. With
-    `name`, the file's."""
+    `name`, the file's, and `file`, which no other file has."""
     for uri in uris:
         archive = take_inventory(uri)
         for table in read_images(archive.store, archive.objects, settings, wanted=wanted):
             for row in table.to_pylist():
                 if row["shard_rows"] is None:
-                    yield row | {"name": _file(row)}
+                    file = (uri, row["image"], row["member_index"])
+                    yield row | {"name": _file(row), "file": file}
 
 
 def _labelled(
     uris: Sequence[str], settings: ReadSettings, names: frozenset[str], labels: str
-) -> Iterator[Row]:
-    """The rows that the labels name, whole or by their endings, with `name` as they have it."""
-    absent = set(names)
-    for row in _read(uris, settings, Wanted(names)):
-        absent.discard(row["name"])
-        yield row
-    wanted = Wanted(frozenset(absent), by_ending=True)
-    file_of: dict[str, str] = {}
-    for row in _read(uris, settings, wanted) if absent else ():
-        file = row["name"]
-        meant = set() if file in names else wanted.meant(file)
-        for name in meant:
-            # One file may be several frames.
-            other = file_of.setdefault(name, file)
-            if other != file or len(meant) > 1:
-                raise UserError(
-                    f"{labels}: names do not tell which film of {', '.join(uris)} they mean, as "
-                    + (
-                        f"{name} may be {other} or {file}"
-                        if other != file
-                        else f"{file} may be {' or '.join(sorted(meant))}"
-                    )
-                    + "; write whole keys, or members' whole names in a shard"
-                )
-            yield row | {"name": name}
+) -> list[Row]:
+    """The rows that the labels name, whole or by their endings, with `name` as they have it, and
+    those of shards that cannot be read.
+
+    Raises `UserError` where a name may mean two files, or two names one, and where none is found.
+    All are read before one is shown: what is found last may be what a name means, too.
+    """
+    where = ", ".join(uris)
+    with Progress("Reading images", total=len(names)) as progress:
+
+        def read(wanted: Wanted) -> Iterator[Row]:
+            for row in _read(uris, settings, wanted):
+                end_if_told()
+                progress.advance(1)
+                yield row
+
+        rows = list(read(Wanted(names)))
+        absent = names - {row["name"] for row in rows}
+        if absent:
+            by_ending = read(Wanted(absent, by_ending=True))
+            others = [row for row in by_ending if row["name"] not in names]
+            name_of = label_names([row["name"] for row in others], absent, labels, where)
+            rows += [
+                row | {"name": name_of[row["name"]]} for row in others if row["name"] in name_of
+            ]
+    file_of: dict[str, object] = {}
+    # One file may be several frames.
+    twice = {
+        row["name"] for row in rows if file_of.setdefault(row["name"], row["file"]) != row["file"]
+    }
+    if twice & names:
+        raise UserError(
+            f"{where}: {len(twice & names)} labelled names occur more than once, as "
+            f"{min(twice & names)}; the label could belong to either"
+        )
+    if not rows:
+        raise UserError(
+            f"{labels}: none of {len(names)} labelled images is in {where}, as {min(names)}; "
+            "`image` must be the key under --images, the member's name in a shard, or the end of "
+            "one of these, folder by folder"
+        )
+    return rows
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -213,8 +226,6 @@ class _Explainer:
         self.has_boxes = boxes is not None
         self.scorer = Scorer(model, use_gpu=use_gpu)
         self.reject_unlike = reject_unlike
-        self.seen: set[str] = set()
-        """Names of the rows so far."""
         self.rows = 0
         self.pointings: list[tuple[Pointing, str, str | None]] = []
         """Of the images with boxes, with what was decided of each, and its patient."""
@@ -253,7 +264,6 @@ class _Explainer:
                 continue
             row |= {"p": float(p), "decision": spec.operating_point.decide(float(p))}
             row |= self._shown(row, pixels, activation)
-        self.seen |= {row["name"] for row in batch}
         return [self._row(row) for row in batch]
 
     def _shown(

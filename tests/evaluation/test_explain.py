@@ -248,6 +248,14 @@ def test_what_cannot_be_read_has_a_row_and_the_exit_code(tmp_path, capfd):
     capfd.readouterr()
     assert main([*labelled, "--output", str(tmp_path / "five")]) == 2
     assert "as d.png may be y/d.png or z/d.png; write whole keys" in capfd.readouterr().err
+    # Of two films of one name, nothing tells which one the label and the boxes are of.
+    (tmp_path / "labels.csv").write_text(
+        "image,label,split\nin.png,Normal,test\na.png,Lung_Opacity,test\n"
+    )
+    others = open_store(str(tmp_path / "others"))
+    others.write("x.tar", tar({"in.png": encoded(grey_film(7))}))
+    assert main([*labelled, "--images", others.uri, "--output", str(tmp_path / "six")]) == 2
+    assert "1 labelled names occur more than once, as in.png; the" in capfd.readouterr().err
 
 
 def test_nothing_of_an_older_report_is_left_beside_a_new_one(tmp_path):
