@@ -81,7 +81,8 @@ def shortcuts_of(
             "one patient has all films of a kind: the border alone cannot be tried on others"
         )
         return
-    scores_N = _border_scores(data.pixels_NHW, positive_N, patients)
+    title = f"Reading borders for {class_name}"
+    scores_N = _border_scores(data.pixels_NHW, positive_N, patients, title)
     yield tried("border of the film alone", 0, len(positive_N), scores_N)
 
 
@@ -147,8 +148,10 @@ def _border_scores(
     pixels_NHW: npt.NDArray[np.uint8],
     positive_N: npt.NDArray[np.bool_],
     patients: npt.NDArray[np.str_],
+    title: str,
 ) -> npt.NDArray[np.float64]:
-    """Of a logistic regression that sees the border alone, on patients that it has not seen."""
+    """Of a logistic regression that sees the border alone, on patients that it has not seen.
+    title: of the progress."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -160,7 +163,7 @@ def _border_scores(
     seen_NF = pixels_NHW[:, border_HW].astype(np.float32)
     scores_N = np.zeros(len(positive_N))
     folds = list(_folds(positive_N, patients))
-    with Progress("Reading borders", total=len(folds), unit="folds") as progress:
+    with Progress(title, len(folds), "folds", quick=True) as progress:
         for train, test in folds:
             if len(set(positive_N[train])) < 2:
                 continue  # nothing to be learnt from

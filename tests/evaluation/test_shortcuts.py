@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lungopacity import progress
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.shortcuts import Shortcut, shortcuts_of
@@ -70,3 +71,13 @@ def test_more_films_of_the_same_patients_are_no_more_evidence():
         assert found.ci_method == "bootstrap"
         widths.append(found.ci_high - found.ci_low)
     assert widths[1] > 0.8 * widths[0]
+
+
+def test_of_which_class_a_border_is_read_is_told_where_it_takes_long(monkeypatch, caplog):
+    for least in (60.0, 0.0):
+        monkeypatch.setattr(progress, "_QUICK_S", least)
+        with caplog.at_level("INFO"):
+            found_in(4, 4, 1)
+    assert [line.split(" folds")[0] for line in caplog.messages] == [
+        "Reading borders for b: 4 of 4"
+    ]
