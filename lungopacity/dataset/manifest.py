@@ -78,11 +78,16 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
             lambda word, terms=terms: terms.get(word.strip().upper(), word), na_action="ignore"
         )
     ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
-    impossible = frame["patient_age_years"].notna() & ~ages.between(0, MAX_AGE_YEARS)
-    if impossible.any():
+    no_age = frame["patient_age_years"].notna() & ~ages.between(0, MAX_AGE_YEARS)
+    if no_age.any():
         # Public sets hold a few (RSNA: 155 years). They cost a subgroup a film, and no more.
-        log.warning("%s: %d ages are impossible, and taken as unknown", uri, int(impossible.sum()))
-    frame["patient_age_years"] = ages.mask(impossible)
+        log.warning(
+            "%s: %d of patient_age_years are no number of years from 0 to %d, and taken as unknown",
+            uri,
+            int(no_age.sum()),
+            MAX_AGE_YEARS,
+        )
+    frame["patient_age_years"] = ages.mask(no_age)
     known = ["image", "label", "split", "patient_id", *FACT_COLUMNS]
     further = [] if by is None else [*by, *(name for name in (SITE,) if name in frame)]
     return frame[list(dict.fromkeys([*known, *further]))]

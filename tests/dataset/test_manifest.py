@@ -159,13 +159,14 @@ def test_parquet_that_holds_no_text_is_refused(tmp_path, value, kind):
         read_labels(str(tmp_path / "a.parquet"))
 
 
-def test_an_impossible_age_is_unknown_and_said(tmp_path, caplog):
+def test_what_is_no_age_in_years_is_unknown_and_said(tmp_path, caplog):
     rows = "".join(f"{n},Normal,{age}\n" for n, age in enumerate(["62", "-3", "155", "045Y", ""]))
     (tmp_path / "a.csv").write_text(f"image,label,patient_age_years\n{rows}")
     ages = read_labels(str(tmp_path / "a.csv"))["patient_age_years"]
     assert ages.isna().tolist() == [False, True, True, True, True]
     assert ages[0] == 62
-    assert "3 ages are impossible" in caplog.text
+    # A header's 045Y is an age: to say that it is impossible would send nobody to the mend.
+    assert "3 of patient_age_years are no number of years from 0 to 120" in caplog.text
 
 
 def test_an_absent_file_is_refused(tmp_path):
