@@ -24,7 +24,8 @@ class _Filled(click.types.StringParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "" and param is not None:
-            mend = "say none" if param.callback is words_of else "give it a value, or leave it out"
+            mend = "give it a value" + ("" if param.required else ", or leave it out")
+            mend = "say none" if param.callback is words_of else mend
             raise UserError(f"{param.opts[0]} is empty; {mend}")
         return super().convert(value, param, ctx)
 

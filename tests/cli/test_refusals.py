@@ -14,7 +14,7 @@ from tests.cli.running import run
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["screen", "--output", ""], "--output is empty; give it a value, or leave it out"),
+        (["audit", "--output", ""], "--output is empty; give it a value, or leave it out"),
         (["screen", "--run-id", ""], "--run-id is empty"),
         (["screen", "--reject-quality", ""], "--reject-quality is empty; say none"),
         (["train", "--images", "a", "--images", ""], "--images is empty"),
@@ -33,6 +33,10 @@ def test_a_value_that_is_none_is_refused(capfd, arguments, message):
     assert (code, out) == (2, "")
     (line,) = [line for line in err.splitlines() if line.lower().startswith("error: ")]
     assert message in line
+
+
+def test_what_is_required_is_not_to_be_left_out(capfd):
+    assert run(capfd, "screen", "--output", "")[2] == "error: --output is empty; give it a value\n"
 
 
 def test_the_default_rules_are_those_of_no_word():
