@@ -5,15 +5,25 @@ The format is told by content, never by name: JPEG bytes named .png are common i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph import tiff
-from lungopacity.radiograph.film import DecodeLimits, Radiograph, as_image_error, is_synthetic
+from lungopacity.radiograph.film import (
+    DecodeLimits,
+    Radiograph,
+    as_image_error,
+    is_synthetic,
+    sides,
+)
 from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg, read_header, scans_of
 from lungopacity.radiograph.jpeg2000 import is_cut_jpeg_2000, is_jpeg_2000
 from lungopacity.radiograph.pillow import decode_with_pillow, decoder_error
-from lungopacity.radiograph.png import decode_grey_png, read_plain_header
+from lungopacity.radiograph.png import PngHeader, decode_grey_png, read_plain_header
 
 
 def sniff_format(data: bytes) -> str | None:
@@ -67,6 +77,16 @@ def decode_radiographs(
 
         yield from decode_dicom(data, limits, accept, hmac_key)
         return
+    try:
+        yield from _decoded(data, kind, limits, at_least)
+    except ImageError as error:
+        error.facts = {"format": kind, **error.facts}
+        raise
+
+
+def _decoded(
+    data: bytes, kind: str, limits: DecodeLimits, at_least: int | None
+) -> Iterator[Radiograph | ImageError]:
     film = header = None
     pages = [0]
     if kind == "jpeg":
@@ -104,17 +124,9 @@ def _decode_plain_jpeg(
     """A grey JPEG that nothing need be known of but its pixels: most of an archive's JPEGs."""
     if header is None or header.components != 1 or header.may_be_turned:
         return None
-    limits.check_pixels(header.rows, header.columns)
-    pixels = decode_grey_jpeg(data, header, at_least)
-    if pixels is None:
-        return None
-    return Radiograph(
-        pixels=pixels,
-        format="jpeg",
-        rows=header.rows,
-        columns=header.columns,
-        photometric_interpretation="L",
-        synthetic=any(is_synthetic(comment) for comment in header.comments),
+    synthetic = any(is_synthetic(comment) for comment in header.comments)
+    return _plain_film(
+        lambda: decode_grey_jpeg(data, header, at_least), "jpeg", header, limits, synthetic
     )
 
 
@@ -122,17 +134,28 @@ def _decode_plain_png(data: bytes, limits: DecodeLimits) -> Radiograph | None:
     header = read_plain_header(data)
     if header is None:
         return None
-    limits.check_pixels(header.rows, header.columns)
+    return _plain_film(lambda: decode_grey_png(data, header), "png", header, limits)
+
+
+def _plain_film(
+    decode: Callable[[], npt.NDArray[np.uint8] | None],
+    kind: str,
+    header: JpegHeader | PngHeader,
+    limits: DecodeLimits,
+    synthetic: bool = False,
+) -> Radiograph | None:
+    """None where `decode` gives none."""
+    facts: dict[str, Any] = {
+        "format": kind,
+        **sides(header.rows, header.columns),
+        "photometric_interpretation": "L",
+        "synthetic": synthetic,
+    }
     try:
-        pixels = decode_grey_png(data, header)
-    except ImageError:
-        raise
+        limits.check_pixels(header.rows, header.columns)
+        pixels = decode()
     except Exception as error:
-        raise as_image_error(error, decoder_error) from error
-    return Radiograph(
-        pixels=pixels,
-        format="png",
-        rows=header.rows,
-        columns=header.columns,
-        photometric_interpretation="L",
-    )
+        failed = as_image_error(error, decoder_error)
+        failed.facts = facts
+        raise failed from error
+    return None if pixels is None else Radiograph(pixels=pixels, **facts)

@@ -63,7 +63,7 @@ def decode_dicom(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = _read(data, limits)
-        facts: dict[str, object] = {}
+        facts: dict[str, object] = {"format": "dicom"}
         try:
             is_cut = _ends_inside_a_value(dataset)
             check_kind(dataset)

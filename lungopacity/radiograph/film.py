@@ -110,6 +110,12 @@ def as_image_error(error: Exception, otherwise: Callable[[Exception], ImageError
     return otherwise(error)
 
 
+def sides(rows: int, columns: int) -> dict[str, int]:
+    """What a row may hold of them: a side of more than 31 bits, or of none, it cannot."""
+    told = {"rows": rows, "columns": columns}
+    return {name: side for name, side in told.items() if 0 < side < 2**31}
+
+
 @dataclass(frozen=True)
 class Radiograph:
     """A decoded film. No field can name a patient."""

@@ -19,7 +19,13 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph import tiff
 from lungopacity.radiograph.colour import coloured_fraction
 from lungopacity.radiograph.deep import decode_deep, is_deep
-from lungopacity.radiograph.film import DecodeLimits, Radiograph, as_image_error, is_synthetic
+from lungopacity.radiograph.film import (
+    DecodeLimits,
+    Radiograph,
+    as_image_error,
+    is_synthetic,
+    sides,
+)
 from lungopacity.radiograph.grey import stretch_to_uint8
 from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg
 from lungopacity.radiograph.png import check_rows
@@ -48,10 +54,9 @@ class _Page:
     decode: Callable[[], Grey]
 
     def facts(self) -> dict[str, Any]:
-        """What a row may hold of it: a side of more than 31 bits it cannot."""
-        sides = {"rows": self.rows, "columns": self.columns}
+        """What a row may hold of it."""
         return {
-            **{name: side for name, side in sides.items() if 0 < side < 2**31},
+            **sides(self.rows, self.columns),
             "photometric_interpretation": self.mode,
             "synthetic": self.synthetic,
         }

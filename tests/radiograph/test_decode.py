@@ -192,6 +192,18 @@ def test_a_cut_file_is_truncated(image_format):
     assert code_of(data[: len(data) // 2]) is ErrorCode.TRUNCATED
 
 
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "JPEG2000", "BMP"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_of_a_damaged_file_it_is_told_what_it_was(mode, image_format):
+    data = saved(Image.fromarray(grey_film(height=300, width=200)).convert(mode), image_format)
+    with pytest.raises(ImageError) as caught:
+        one_film(data[: len(data) // 2])
+    assert caught.value.facts["format"] == image_format.lower()
+    if image_format in ("PNG", "JPEG", "BMP"):
+        assert (caught.value.facts["rows"], caught.value.facts["columns"]) == (300, 200)
+        assert caught.value.facts["photometric_interpretation"] == mode
+
+
 def test_damage_in_the_coded_pixels_of_a_jpeg_is_noticed():
     """libjpeg only warns, and fills the rest with grey: a film with a false opacity."""
     data = bytearray(

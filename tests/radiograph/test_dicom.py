@@ -120,7 +120,10 @@ def test_where_the_header_is_silent_or_says_chest_it_is_scored(elements):
     ],
 )
 def test_objects_that_are_no_films_have_codes_of_their_own(name, code):
-    assert code_of(shipped(name)) is code
+    with pytest.raises(ImageError) as caught:
+        one_film(shipped(name))
+    assert caught.value.code is code
+    assert caught.value.facts["format"] == "dicom"
     assert code in REJECTING
 
 
