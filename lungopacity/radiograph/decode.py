@@ -107,11 +107,12 @@ def _decoded(
 
 def _check_jpeg(data: bytes, header: JpegHeader | None, limits: DecodeLimits) -> None:
     """Raises `ImageError` (`unsupported`, `decompression_bomb`)."""
-    if header is not None and header.bits > 8:
+    if header is not None and (header.bits > 8 or header.is_jpeg_ls):
+        kind = "JPEG-LS" if header.is_jpeg_ls else "JPEG"
         raise ImageError(
             ErrorCode.UNSUPPORTED,
             Stage.DECODE,
-            f"a JPEG of {header.bits} bits; write it anew as PNG, or as DICOM",
+            f"a {kind} of {header.bits} bits; write it anew as PNG, or as DICOM",
         )
     # Of a sequential JPEG of one component, libjpeg reads one scan, however many there are.
     if header is None or header.progressive or header.components > 1:

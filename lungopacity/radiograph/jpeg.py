@@ -12,12 +12,13 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.jpeg2000 import is_jpeg_2000, siz_of
 
 _APP1 = 0xE1
+_JPEG_LS = 0xF7
 _COMMENT = 0xFE
 # Start of scan with the length that its number of components gives (T.81 B.2.3). Coded pixels hold
 # none: their FF is always followed by 00.
 _SCAN_HEADER = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 # Start of frame of each process (ITU-T T.81 table B.1) and of JPEG-LS (T.87): not DHT, JPG, DAC.
-_START_OF_FRAME = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+_START_OF_FRAME = {*range(0xC0, 0xD0), _JPEG_LS} - {0xC4, 0xC8, 0xCC}
 _EXTRANEOUS = re.compile("extraneous bytes before marker 0x(..)")
 _BEHIND_PIXELS = {*(f"d{restart}" for restart in range(8)), "d9", "dc"}
 """RST, EOI, DNL (T.81 table B.1)."""
@@ -37,6 +38,7 @@ class JpegHeader:
     """Exif or XMP (APP1) stands before the pixels, and may name an orientation."""
     progressive: bool
     comments: tuple[bytes, ...]
+    is_jpeg_ls: bool = False
 
 
 def read_header(frame: bytes) -> JpegHeader | None:
@@ -62,7 +64,14 @@ def read_header(frame: bytes) -> JpegHeader | None:
             progressive = marker in _PROGRESSIVE
             bits, components = frame[at + 4], frame[at + 9]
             return JpegHeader(
-                rows, columns, components, bits, may_be_turned, progressive, tuple(comments)
+                rows,
+                columns,
+                components,
+                bits,
+                may_be_turned,
+                progressive,
+                tuple(comments),
+                is_jpeg_ls=marker == _JPEG_LS,
             )
         may_be_turned = may_be_turned or marker == _APP1
         if marker == _COMMENT:

@@ -112,9 +112,19 @@ def test_a_jpeg_that_holds_rgb_is_read_at_any_scale(named_by):
     assert shrunk.coloured_fraction == one_film(encoded(tinted, "JPEG")).coloured_fraction
 
 
-def test_a_jpeg_of_12_bits_is_unsupported_and_not_corrupt():
-    data = imagecodecs.jpeg8_encode(SIXTEEN >> 4, level=95, bitspersample=12)
-    assert code_of(data) is ErrorCode.UNSUPPORTED
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (imagecodecs.jpeg8_encode(SIXTEEN >> 4, level=95, bitspersample=12), "a JPEG of 12 bits"),
+        (imagecodecs.jpegls_encode(FILM), "a JPEG-LS of 8 bits"),
+        (imagecodecs.jpegls_encode(SIXTEEN), "a JPEG-LS of 16 bits"),
+    ],
+    ids=["12-bit", "jpeg-ls", "jpeg-ls-16"],
+)
+def test_a_jpeg_that_is_not_read_is_unsupported_and_not_corrupt(data, told):
+    with pytest.raises(ImageError, match=told) as caught:
+        one_film(data)
+    assert caught.value.code is ErrorCode.UNSUPPORTED
 
 
 def test_colour_is_measured_and_grey_in_three_channels_is_none():
