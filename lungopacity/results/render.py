@@ -72,10 +72,11 @@ def _finite(value: Any) -> Any:
 
 def _aligned(table: pa.Table) -> bytes:
     numeric = [pa.types.is_integer(f.type) or pa.types.is_floating(f.type) for f in table.schema]
+    names = [_cell(name) for name in table.column_names]
     cells = [[_cell(value) for value in column.to_pylist()] for column in table.columns]
     widths = [
         max([len(name), *(len(cell) for cell in column)])
-        for name, column in zip(table.column_names, cells, strict=True)
+        for name, column in zip(names, cells, strict=True)
     ]
 
     def line(values: list[str]) -> str:
@@ -87,7 +88,7 @@ def _aligned(table: pa.Table) -> bytes:
 
     rows = [list(row) for row in zip(*cells, strict=True)]
     rule = ["-" * width for width in widths]
-    lines = [line(row) for row in [table.column_names, rule, *rows]]
+    lines = [line(row) for row in [names, rule, *rows]]
     return "".join(f"{line}\n" for line in lines).encode()
 
 
@@ -96,4 +97,8 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
-    return str(value)
+    text = str(value)
+    if text.isprintable():
+        return text
+    # Names come from an archive: a line break tears the table, and a terminal obeys an escape.
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -271,6 +271,15 @@ def test_json_has_null_where_it_has_no_number():
     assert lines == [{"value": None, "list": [None]}, {"value": 1.5, "list": [2.0]}]
 
 
+def test_a_name_neither_tears_the_table_nor_commands_the_terminal():
+    table = pa.table({"image": ["a\nb.png", "\x1b[31mred.png", "é.png"], "n": [1, 2, 3]})
+    assert rendered(table, "table").decode().splitlines()[2:] == [
+        r"a\nb.png         1",
+        r"\x1b[31mred.png  2",
+        r"é.png            3",
+    ]
+
+
 @pytest.mark.parametrize(
     ("sql", "formats"),
     [
