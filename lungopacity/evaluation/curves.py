@@ -84,7 +84,8 @@ def roc_figure(
     for index, name in enumerate(class_names):
         positive = labels == index
         if positive.any() and not positive.all():
-            _mark_points(axes, (points or {}).get(name, {}), positive, probabilities[:, index])
+            its_points = (points or {}).get(name, {})
+            _mark_points(axes, name, its_points, positive, probabilities[:, index])
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="Chance", zorder=1)
     _square(axes)
     _legend_below(figure, axes, below, banded=resampling is not None)
@@ -180,11 +181,13 @@ def _draw_band(axes: Axes, band: Band | None, index: int) -> None:
 
 def _mark_points(
     axes: Axes,
+    class_name: str,
     points: Mapping[str, OperatingPoint],
     positive: npt.NDArray[np.bool_],
     scores: Floats,
 ) -> None:
     """Each point as a shape of its own, hollow, so that two at one place are both seen."""
+    of = short(class_name)
     for place, (name, point) in enumerate(points.items()):
         called = scores >= point.threshold
         sensitivity = float(called[positive].mean())
@@ -199,7 +202,8 @@ def _mark_points(
             markeredgewidth=1.4,
             linestyle="none",
             zorder=4,
-            label=f"{short(name)}: sensitivity {sensitivity:.3f}, specificity {specificity:.3f}",
+            label=f"{short(name)}: sensitivity {sensitivity:.3f} for {of}, "
+            f"specificity {specificity:.3f}",
         )
 
 
