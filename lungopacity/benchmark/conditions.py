@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from contextlib import suppress
@@ -29,6 +30,9 @@ class Conditions:
     gpus: tuple[str, ...]
     """Names of those that torch can use."""
     versions: dict[str, str]
+    compiled: bool = True
+    """Whether installed packages are compiled to bytecode. Else each process compiles what it
+    imports, and starts take three times as long."""
     notice: str = NOTICE
 
     @staticmethod
@@ -46,19 +50,30 @@ class Conditions:
             len(os.sched_getaffinity(0)),
             tuple(torch.cuda.get_device_name(gpu) for gpu in range(gpus_here())),
             installed,
+            _is_compiled("pandas"),
         )
 
     def heading(self) -> str:
         """The lines above a table."""
         machine = [self.cpu, counted(self.cores, "core"), *(self.gpus or ["no GPU"])]
-        return "\n".join(
-            [
-                self.command,
-                f"{self.measured_at}, {', '.join(machine)}",
-                ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-                self.notice,
-            ]
-        )
+        lines = [
+            self.command,
+            f"{self.measured_at}, {', '.join(machine)}",
+            ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+        ]
+        if not self.compiled:
+            lines.append(
+                "packages are not compiled to bytecode here, so that each process starts slowly: "
+                "`python -m compileall` of their folder first"
+            )
+        return "\n".join([*lines, self.notice])
+
+
+def _is_compiled(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return True
+    return Path(importlib.util.cache_from_source(spec.origin)).exists()
 
 
 def _cpu() -> str:
