@@ -21,11 +21,15 @@ log = logging.getLogger(__name__)
 
 _BATCH = 64
 """Films of one forward pass, after which the progress is told."""
+_TURNED_FILMS = 512
+"""So many training films are looked at lying on each side and standing on their heads, too."""
 
 
-def distribution_of(model: TrainedModel, films: ray.ObjectRef, use_gpu: bool, count: int) -> bytes:
-    """Where the training films lie in the kept network's features. `count`: of those and of the
-    validation films, for the progress."""
+def distribution_of(
+    model: TrainedModel, films: Films, shared: ray.ObjectRef, use_gpu: bool
+) -> bytes:
+    """Where the training films lie in the kept network's features. `shared`: the films, for tasks
+    to get."""
 
     def run(kept: TrainedModel, films: Films) -> Iterator[int | bytes]:
         from lungopacity.models.distribution import TrainingDistribution
@@ -33,23 +37,33 @@ def distribution_of(model: TrainedModel, films: ray.ObjectRef, use_gpu: bool, co
 
         scorer = Scorer(kept, use_gpu=use_gpu)
         features: list[npt.NDArray[np.float32]] = []
-        for rows in (films.train, films.validation):
+        for rows, turns in _looks(films):
             parts = []
             for start in range(0, len(rows), _BATCH):
                 pixels_BHW = films.pixels_NHW[rows[start : start + _BATCH]]
-                parts.append(scorer.scores(pixels_BHW, _BATCH).features_NF)
-                yield len(pixels_BHW)
+                for turn in turns:
+                    turned_BHW = np.ascontiguousarray(np.rot90(pixels_BHW, turn, axes=(1, 2)))
+                    parts.append(scorer.scores(turned_BHW, _BATCH).features_NF)
+                    yield len(pixels_BHW)
             features.append(np.concatenate(parts))
         yield TrainingDistribution.of(*features).to_bytes()
 
+    count = sum(len(rows) * len(turns) for rows, turns in _looks(films))
     task = ray.remote(run).options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
     with Progress("Finding where the training films lie", total=count) as progress:
-        for told in map(ray.get, task.remote(model, films)):
+        for told in map(ray.get, task.remote(model, shared)):
             if isinstance(told, int):
                 progress.advance(told)
             else:
                 found: bytes = told
     return found
+
+
+def _looks(films: Films) -> list[tuple[npt.NDArray[np.int64], tuple[int, ...]]]:
+    """Films, and the quarter turns that they are looked at with: all training films, all validation
+    films, and some of the training films turned."""
+    some = films.train[:: -(-len(films.train) // _TURNED_FILMS)]
+    return [(films.train, (0,)), (films.validation, (0,)), (some, (1, 2, 3))]
 
 
 def compiled_of(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None, str]:

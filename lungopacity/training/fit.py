@@ -238,8 +238,7 @@ def _completed(model: TrainedModel, films: Films, use_gpu: bool) -> TrainedModel
     """With what is found out by running it: where its training films lie, and the network compiled
     for CPUs, where that is better."""
     shared = ray.put(films)
-    known = len(films.train) + len(films.validation)
-    model = replace(model, distribution=distribution_of(model, shared, use_gpu, known))
+    model = replace(model, distribution=distribution_of(model, films, shared, use_gpu))
     log.info("its network is compiled for CPUs, and tried")
     compiled, said = compiled_of(model, shared)
     log.info("%s", said)

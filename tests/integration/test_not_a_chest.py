@@ -128,10 +128,7 @@ def test_a_small_model_of_real_films_knows_what_is_no_chest(tmp_path):
     chests = rows[rows["kind"] == "chest"]
     assert (chests["status"] == "ok").all()
     assert chests["unlike"].mean() <= 0.05
-    # How many turned films are flagged hangs on the model, and this one's steps on the CPU's
-    # rounding. That they lie farther out does not.
-    turned = rows.loc[rows["kind"] == "turned", "score"]
-    assert (turned > chests["score"].median()).mean() > 0.65
+    assert rows.loc[rows["kind"] == "turned", "unlike"].mean() > 0.9
 
     strict = lungopacity.screen(
         others.uri, model, str(tmp_path / "results"), reject_quality=["out_of_distribution"]

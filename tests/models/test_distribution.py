@@ -77,6 +77,42 @@ def test_features_without_spread_give_numbers_all_the_same(train):
     assert (scores[len(train) :] > 1).all()
 
 
+def test_turned_films_are_told_apart_where_most_lie_no_farther_out():
+    rng = np.random.default_rng(0)
+
+    def films(count: int, shift: float = 0) -> np.ndarray:
+        return rng.normal(size=(count, 64)) + shift * (np.arange(64) == 3)
+
+    train, validation = films(3000), films(3000)
+    alone = TrainingDistribution.of(train, validation)
+    found = TrainingDistribution.of(train, validation, films(1500, shift=4.5))
+    assert (alone.score(films(1000, shift=4.5)) > 1).mean() < 0.5
+    for one in (found, distribution_of_bytes(found.to_bytes())):
+        turned = one.score(films(1000, shift=4.5))
+        assert (turned > 1).mean() > 0.95
+        assert 1.7 < np.median(turned) < 2.1
+        assert 0.01 < (one.score(films(5000)) > 1).mean() < 0.025
+
+
+def test_where_they_are_well_apart_no_upright_film_is_flagged_for_it():
+    rng = np.random.default_rng(0)
+    train, validation, turned = (rng.normal(size=(count, 8)) for count in (2000, 2000, 900))
+    turned[:, 3] += 12
+    found = TrainingDistribution.of(train, validation, turned)
+    assert found.turned is not None
+    unseen = rng.normal(size=(5000, 8))
+    alone = TrainingDistribution.of(train, validation)
+    np.testing.assert_array_equal(found.score(unseen) > 1, alone.score(unseen) > 1)
+
+
+def test_where_turned_films_look_like_upright_ones_the_distance_alone_is_kept():
+    rng = np.random.default_rng(0)
+    train, validation = correlated(rng, 500), correlated(rng, 500)
+    found = TrainingDistribution.of(train, validation, correlated(rng, 300))
+    assert found.turned is None
+    assert found.threshold == TrainingDistribution.of(train, validation).threshold
+
+
 def test_it_comes_back_from_its_file():
     rng = np.random.default_rng(0)
     saved = TrainingDistribution.of(correlated(rng, 100), correlated(rng, 50))
