@@ -212,6 +212,11 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
             dataset.NumberOfFrames = whole  # or pydicom joins fragments that are a frame each
         return frames, whole
     subsampled = dataset.get("PhotometricInterpretation") == "YBR_FULL_422"
+    if subsampled and int(dataset.Columns) % 2:
+        # Two columns share their blue and red: the last one's would be read across the rows.
+        raise ImageError(
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "YBR_FULL_422 in an odd number of columns"
+        )
     bits = int(dataset.Rows) * int(dataset.Columns) * (2 if subsampled else samples) * allocated
     whole = len(dataset.PixelData) * 8 // bits
     if 0 < whole < frames:

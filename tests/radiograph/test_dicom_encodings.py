@@ -208,6 +208,19 @@ def test_colours_that_no_decoder_turns_into_red_green_and_blue_are_not_taken_for
     assert caught.value.code is ErrorCode.UNSUPPORTED
 
 
+@pytest.mark.parametrize("columns", [59, 60])
+def test_pairs_of_columns_are_not_read_across_the_rows(columns):
+    luma = RGB[:, :columns, 0]
+    pairs = np.pad(luma, ((0, 0), (0, columns % 2))).reshape(len(luma), -1, 2)
+    written = np.dstack([pairs, np.full_like(pairs, 128)])  # Y, Y, blue, red
+    elements = COLOUR | EIGHT_BITS | {"PhotometricInterpretation": "YBR_FULL_422"}
+    data = dicom(luma, **elements, PlanarConfiguration=0, PixelData=written.tobytes())
+    if columns % 2:
+        assert code_of(data) is ErrorCode.CORRUPT_IMAGE
+    else:
+        np.testing.assert_array_equal(one_film(data).pixels, luma)
+
+
 def test_a_palette_is_looked_up():
     found = one_film(shipped("examples_palette.dcm"), accept=ACCEPTABLE)
     assert found.pixels.shape == (350, 800)
