@@ -8,7 +8,6 @@ twice does no harm, and the driver holds no image and no row: a few numbers a pa
 
 from __future__ import annotations
 
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -31,6 +30,7 @@ from lungopacity.archive.stream import (
 from lungopacity.errors import UserError
 from lungopacity.models import TrainedModel
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
+from lungopacity.results.folder import attempt_prefix
 from lungopacity.runtime import capacity, quiet_about_remote_arguments, worker_environment
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.parts import ROWS_PER_PART, WriteParts
@@ -50,7 +50,7 @@ def screen_objects(
     model: TrainedModel,
     settings: ReadSettings,
     results: Store,
-    work: str,
+    run_id: str,
     resources: ScoringResources,
     batch_size: int,
     explainer: Explainer | None,
@@ -68,7 +68,7 @@ def screen_objects(
     """
     import ray
 
-    attempt = f"{work}attempt={uuid.uuid4().hex}/"
+    attempt = attempt_prefix(run_id)
     unlike = OUT_OF_DISTRIBUTION in settings.reject_quality
     scoring = ray.put(model), resources, unlike, explainer, precision
     cpus = int(capacity()["CPU"])
@@ -125,17 +125,19 @@ def _together(
     return screen
 
 
-_scorers: dict[str, ScoreImages] = {}
+_kept: tuple[str, ScoreImages] | None = None
+"""The attempt that this process works for, and its scorer."""
 
 
 def _scorer_of(attempt: str, scoring: tuple[Any, ...]) -> ScoreImages:
     """Of this process, kept for its next task."""
-    if attempt not in _scorers:
-        _scorers.clear()
+    global _kept
+    if _kept is None or _kept[0] != attempt:
+        _kept = None  # two need not fit into memory
         model, resources, *rest = scoring
         # As many tasks run as there are CPUs.
-        _scorers[attempt] = ScoreImages(model, replace(resources, threads=1), *rest)
-    return _scorers[attempt]
+        _kept = attempt, ScoreImages(model, replace(resources, threads=1), *rest)
+    return _kept[1]
 
 
 def _apart(

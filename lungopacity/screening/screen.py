@@ -313,7 +313,7 @@ def _run_pipeline(
             model,
             job.read_settings,
             job.results,
-            plan.work,
+            plan.start.run_id,
             resources,
             job.batch_size,
             Explainer(plan.start.run_id) if job.explain else None,
