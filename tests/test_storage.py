@@ -271,8 +271,9 @@ def test_what_is_forbidden_is_not_taken_for_absent(forbidden, act, message):
 def test_what_lies_where_a_folder_is_to_be_is_named(tmp_path):
     store = LocalStore(tmp_path)
     store.write("a", b"x")
-    with pytest.raises(UserError, match=r"/a: is in the way of .*/a/b; move it"):
-        store.write("a/b", b"x")
+    for key in ("a/b", "a/b/c/d"):
+        with pytest.raises(UserError, match=rf"/a: is in the way of .*/{key}; move it"):
+            store.write(key, b"x")
     with pytest.raises(UserError, match=r"/a: cannot be written \(File exists\)"):
         LocalStore(tmp_path / "a").now()
     store.delete("a/b")  # is not there

@@ -167,10 +167,13 @@ class LocalStore:
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
-        except FileExistsError as error:
+        except (FileExistsError, NotADirectoryError) as error:
             if if_absent and path.exists():
                 raise ConflictError(key) from error
-            raise UserError(f"{error.filename}: is in the way of {path}; move it") from error
+            files = (above for above in path.parents if above.is_file())
+            raise UserError(
+                f"{next(files, error.filename)}: is in the way of {path}; move it"
+            ) from error
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); check permissions and space"
