@@ -264,6 +264,9 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
         except duckdb.Error as error:
             if is_full_disk(error):
                 raise
+            # In a folder, these are the files themselves.
+            if read_run(results, plan.start.run_id) is not None:
+                raise published_meanwhile(plan.start.run_id) from error
             raise _unreadable(plan, first_line(error)) from error
 
 

@@ -255,6 +255,21 @@ def test_whoever_finds_the_parts_gone_is_told_that_the_run_is_published(tmp_path
         pass
 
 
+def test_whoever_loses_the_parts_while_it_reads_them_is_told_so_too(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
+    write_parts(store, plan, [row("a")])
+    store.write("metrics/run.parquet", b"")
+
+    def lose() -> None:
+        with collect(store, plan, CLASSES) as collected:
+            commit_run(store, "run", record_of("run"))
+            remove_work(store, plan)
+            collected.finish(synthetic_model=False)
+
+    with pytest.raises(UserError, match="published by another job meanwhile"):
+        lose()
+
+
 @pytest.mark.parametrize("damaged", ["part", "plan"])
 def test_what_cannot_be_read_is_named_with_the_mend(tmp_path, damaged):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
