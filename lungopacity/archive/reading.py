@@ -106,10 +106,11 @@ def read_images(
     wanted: Wanted | None = None,
     figures: ReadFigures | None = None,
 ) -> Iterator[pa.Table]:
-    """Tables of `READ_SCHEMA`, up to `rows_per_table` rows each, in the order of `objects`.
+    """Tables of `READ_SCHEMA`, up to `rows_per_table` rows each.
 
-    objects: rows of `PLAN_SCHEMA`. `wanted`: only these images are decoded and given, for
-    training on the labelled part of an archive. `figures` are added to.
+    objects: rows of `PLAN_SCHEMA`. The loose ones come first, those larger than a film may be after
+    the others, then the shards; each kind in the order given. `wanted`: only these images are
+    decoded and given, for training on the labelled part of an archive. `figures` are added to.
     """
     rows: list[dict[str, Any]] = []
     figures = figures or ReadFigures()
