@@ -1,4 +1,4 @@
-"""How a scheduler' SIGTERM and Ctrl-C end this process."""
+"""How a scheduler's SIGTERM and Ctrl-C end this process."""
 
 from __future__ import annotations
 
