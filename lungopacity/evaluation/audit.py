@@ -276,8 +276,9 @@ def near_pairs(pixels_NHW: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
             small = Preprocessing(SIDE, crop_borders=crop_borders)
             films_NHW = _squares(pixels_NHW, small)
             for others_NHW in (films_NHW, _squares(pixels_NHW[:, :, ::-1], small)):
-                found |= set(_alike(films_NHW, others_NHW))
-                progress.advance(len(pixels_NHW))
+                for row, copies in _alike(films_NHW, others_NHW):
+                    found |= {(row, other) for other in copies}
+                    progress.advance(1)
     yield from sorted(found)
 
 
@@ -294,18 +295,29 @@ def _squares(
 
 def _alike(
     first_NHW: npt.NDArray[np.uint8], second_NHW: npt.NDArray[np.uint8]
-) -> Iterator[tuple[int, int]]:
-    """Each row of the first whose film is all but that of a later row of the second."""
+) -> Iterator[tuple[int, list[int]]]:
+    """Each row of the first, and the later rows of the second that are all but its film."""
     first_N, second_N = perceptual_hashes(first_NHW), perceptual_hashes(second_NHW)
     for row in range(len(first_N)):
         differ = np.bitwise_count(second_N[row + 1 :] ^ first_N[row])
-        for other in np.flatnonzero(differ <= NEAR_BITS) + row + 1:
-            if _correlation(first_NHW[row], second_NHW[other]) >= NEAR_CORRELATION:
-                yield row, int(other)
+        near_M = np.flatnonzero(differ <= NEAR_BITS) + row + 1
+        alike_M = correlations(first_NHW[row], second_NHW[near_M]) >= NEAR_CORRELATION
+        yield row, near_M[alike_M].tolist()
 
 
-def _correlation(first_HW: npt.NDArray[np.uint8], second_HW: npt.NDArray[np.uint8]) -> float:
-    a, b = (film.astype(np.float64).ravel() for film in (first_HW, second_HW))
-    a, b = a - a.mean(), b - b.mean()
-    length = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / length if length else float((first_HW == second_HW).all())
+def correlations(
+    film_HW: npt.NDArray[np.uint8], others_MHW: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float32]:
+    """(M,) of a film's pixels with those of each other. Of a film of one grey value, which has
+    none, 1 where the other is the same, else 0."""
+    # Together: of 100,000 lung-field films ten million pairs have hashes as near as that.
+    a_F = film_HW.astype(np.float32).ravel()
+    others_MF = others_MHW.reshape(len(others_MHW), film_HW.size).astype(np.float32)
+    a_F -= a_F.mean()
+    others_MF -= others_MF.mean(axis=1, keepdims=True)
+    length_M = np.sqrt((a_F @ a_F) * np.einsum("mf,mf->m", others_MF, others_MF))
+    same_M = (others_MHW == film_HW).all(axis=(1, 2)).astype(np.float32)
+    found_M: npt.NDArray[np.float32] = np.divide(
+        others_MF @ a_F, length_M, out=same_M, where=length_M > 0
+    )
+    return found_M

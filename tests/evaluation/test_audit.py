@@ -12,12 +12,13 @@ from PIL import Image
 
 import lungopacity
 import lungopacity.evaluation.audit as auditing
+from lungopacity import progress
 from lungopacity.archive.phantom_film import draw_body, draw_film
 from lungopacity.cli import main
 from lungopacity.dataset.manifest import assign_splits
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
-from lungopacity.evaluation.audit import READ_SIDE, near_pairs, perceptual_hashes
+from lungopacity.evaluation.audit import READ_SIDE, correlations, near_pairs, perceptual_hashes
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
@@ -222,6 +223,29 @@ def test_other_films_are_no_copies_and_flat_ones_are():
     assert list(near_pairs(np.concatenate([films, noisy]))) == [(0, 200), (1, 201), (2, 202)]
     flat = np.full((2, 64, 64), 7, np.uint8)
     assert list(near_pairs(flat)) == [(0, 1)]
+
+
+def test_pixels_are_correlated_as_numpy_does_and_flat_ones_only_with_the_same():
+    rng = np.random.default_rng(0)
+    films = rng.integers(0, 256, (9, 64, 64), dtype=np.uint8)
+    films[5] = films[0] // 2
+    films[6:] = np.array([7, 7, 8], np.uint8)[:, None, None]
+    expected = [np.corrcoef(films[0].ravel(), other.ravel())[0, 1] for other in films[:6]]
+    found = correlations(films[0], films)
+    np.testing.assert_allclose(found, [*expected, 0, 0, 0], atol=1e-5)
+    assert correlations(films[6], films).tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 0]
+    assert correlations(films[0], films[:0]).tolist() == []
+
+
+def test_each_film_that_was_compared_is_told(monkeypatch, caplog):
+    """Of many films, the first of the four rounds takes minutes."""
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    with caplog.at_level("INFO"):
+        list(near_pairs(np.stack([grey_film(number, 64, 64) for number in range(5)])))
+    told = [line for line in caplog.messages if line.startswith("Comparing images: ")]
+    assert [line.split(" images, ")[0].split(": ")[1] for line in told] == [
+        f"{number} of 20" for number in range(1, 21)
+    ]
 
 
 @pytest.mark.parametrize("change", ["mirrored", "bordered", "mirrored in a border"])
