@@ -13,12 +13,18 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
 
     words: `A` is the class of label A; `A+B=Name` merges the labels A and B into the class Name;
     `A=Name` renames; `-A` leaves A out. Of words that only leave out, the rest of `known`, the
-    labels that there are, are the classes, by name. Raises `UserError` for words that give less
-    than two classes, one label two classes, two classes one column of the results, or a class the
-    name of a label that is not in it.
+    labels that there are, are the classes, by name. Raises `UserError` for words that leave out a
+    label that there is not, or give less than two classes, one label two classes, two classes one
+    column of the results, or a class the name of a label that is not in it.
     """
     found: dict[str, str] = {}
     dropped = {word[1:].strip() for word in words if word.startswith("-")}
+    for label in sorted(dropped - set(known)):
+        # A slip of the pen: what was meant to be left out would be learnt as a class.
+        raise UserError(
+            f"--classes: there is no label '{label}' to leave out; the labels are "
+            f"{', '.join(sorted(known))}"
+        )
     kept = [word for word in words if not word.startswith("-")]
     for word in kept or sorted(set(known) - dropped):
         sources, sign, name = word.partition("=")
@@ -39,6 +45,16 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
                 f"--classes: '{name}' is also a label, which is not in the class of that name; "
                 "name the class otherwise"
             )
+    return _checked(found)
+
+
+def classes_of_all(known: Sequence[str]) -> dict[str, str]:
+    """Each label a class of its own, by name, whatever signs are in it. Raises `UserError` as
+    `classes_of_labels` does."""
+    return _checked({label: label for label in sorted(known)})
+
+
+def _checked(found: dict[str, str]) -> dict[str, str]:
     _check_columns(class_names_of(found))
     if len(set(found.values())) < 2:
         raise UserError(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lungopacity.archive.content import ReadSettings, rules_from
-from lungopacity.dataset.classes import class_names_of, classes_of_labels
+from lungopacity.dataset.classes import class_names_of, classes_of_all, classes_of_labels
 from lungopacity.dataset.manifest import SITE, assign_splits, read_labels, select_classes
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import NOTICE, UserError
@@ -165,7 +165,7 @@ def audit(
     accepted, rejecting = rules_from(accept, reject_quality, scoring=False)
     frame = read_labels(labels, by)
     known = sorted(frame["label"].unique())
-    label_map = classes_of_labels(known if classes is None else classes, known)
+    label_map = classes_of_all(known) if classes is None else classes_of_labels(classes, known)
     names = class_names_of(label_map)
     positive = _positive_class(names, positive_class)
     frame = select_classes(frame, label_map, labels)

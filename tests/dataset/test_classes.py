@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lungopacity.dataset.classes import class_names_of, classes_of_labels
+from lungopacity.dataset.classes import class_names_of, classes_of_all, classes_of_labels
 from lungopacity.errors import UserError
 
 KNOWN = ("Normal", "COVID", "Viral_Pneumonia", "Not_Normal")
@@ -48,6 +48,8 @@ def test_the_names_are_each_there_once():
         (["Normal=a-b", "COVID=a_b"], "'a-b' and 'a_b' would have one column, p_a_b, in results"),
         (["Normal=x", "COVID=X"], "'x' and 'X' would have one column, p_X, in results"),
         (["Normal", "COVID=Not_Normal"], "'Not_Normal' is also a label"),
+        (["-Not_normal"], "no label 'Not_normal' to leave out; the labels are COVID, Normal, Not"),
+        (["Normal", "COVID", "-Flu"], "no label 'Flu' to leave out"),
     ],
 )
 def test_words_that_are_no_classes_are_refused(words, said):
@@ -56,3 +58,10 @@ def test_words_that_are_no_classes_are_refused(words, said):
         return
     with pytest.raises(UserError, match=said):
         classes_of_labels(words, KNOWN)
+
+
+def test_labels_that_look_like_words_are_classes_where_every_label_is_one():
+    found = classes_of_all(["PE=1", "-1", "1", "A+B"])
+    assert found == {label: label for label in ("-1", "1", "A+B", "PE=1")}
+    with pytest.raises(UserError, match="two or more"):
+        classes_of_all(["Normal"])
