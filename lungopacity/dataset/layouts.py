@@ -72,7 +72,8 @@ def _any(findings: tuple[str, ...], value: int) -> str:
 @dataclass(frozen=True)
 class Layout:
     """A public set's tables, and the SQL that makes labels of them: `Normal` is what the set calls
-    so, `Lung_Opacity` whatever finding of it is an opacity of the lung, `Not_Normal` all else.
+    so, `Lung_Opacity` whatever finding of it is an opacity of the lung, `Not_Normal` all else that
+    it says; null, which no labels file may hold, of a film that it says nothing of.
     Where a set does not say which films are of one patient (rsna, vindr), neither do the labels."""
 
     source: str
@@ -87,8 +88,9 @@ LAYOUTS = {
         ("classes",),
         """
         SELECT DISTINCT patientId || '.dcm' AS image,
-               CASE class WHEN 'Normal' THEN 'Normal' WHEN 'Lung Opacity' THEN 'Lung_Opacity'
-                          ELSE 'Not_Normal' END AS label
+               CASE WHEN class = 'Normal' THEN 'Normal'
+                    WHEN class = 'Lung Opacity' THEN 'Lung_Opacity'
+                    WHEN class IS NOT NULL THEN 'Not_Normal' END AS label
         FROM classes""",
     ),
     "nih": Layout(
@@ -104,7 +106,8 @@ LAYOUTS = {
                CASE WHEN "Finding Labels" = 'No Finding' THEN 'Normal'
                     WHEN regexp_matches("Finding Labels",
                          'Infiltration|Consolidation|Pneumonia|Edema|Atelectasis|Mass|Nodule')
-                    THEN 'Lung_Opacity' ELSE 'Not_Normal' END AS label
+                    THEN 'Lung_Opacity'
+                    WHEN "Finding Labels" IS NOT NULL THEN 'Not_Normal' END AS label
         FROM entries""",
     ),
     "chexpert": Layout(
@@ -145,7 +148,8 @@ LAYOUTS = {
         ("readings",),
         f"""
         SELECT image_id || '.dicom' AS image,
-               CASE WHEN 2 * count(*) FILTER ({_any(_VINDR_OPACITIES, 1)}) > count(*)
+               CASE WHEN count("No finding") < count(*) THEN NULL
+                    WHEN 2 * count(*) FILTER ({_any(_VINDR_OPACITIES, 1)}) > count(*)
                     THEN 'Lung_Opacity'
                     WHEN 2 * sum("No finding") > count(*) THEN 'Normal'
                     ELSE 'Not_Normal' END AS label

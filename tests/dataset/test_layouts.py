@@ -162,6 +162,25 @@ def test_readers_who_name_an_opacity_differently_agree_that_there_is_one(tmp_pat
     assert labels["label"].tolist() == ["Lung_Opacity", "Lung_Opacity", "Not_Normal", "Normal"]
 
 
+@pytest.mark.parametrize(
+    ("name", "told", "untold"),
+    [
+        ("rsna", "c,No Lung Opacity / Not Normal", "c,"),
+        ("nih", "c.png,Cardiomegaly,", "c.png,,"),
+        ("vindr", "c,R3,0,0", "c,R3,,"),
+    ],
+)
+def test_a_film_of_which_a_table_says_nothing_is_of_no_class(tmp_path, capsys, name, told, untold):
+    changed = TABLES[name].replace(told, untold)
+    assert changed != TABLES[name]
+    (tmp_path / "t.csv").write_text(changed)
+    table = f"{LAYOUTS[name].tables[0]}={tmp_path / 't.csv'}"
+    output = tmp_path / "labels.csv"
+    assert main(["labels", "--layout", name, "--table", table, "--output", str(output)]) == 2
+    assert "rows without image or label; fill or remove them" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
     store = open_store(str(tmp_path / "archive"))
     for name in (
