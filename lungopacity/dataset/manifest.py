@@ -72,6 +72,9 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
         raise UserError(
             f"{uri}: unknown split {wrong}; the splits are {', '.join(SPLITS)}, spelt exactly so"
         )
+    # The spaces of an export's fixed width: with them, one patient would be two.
+    patients = frame["patient_id"].astype(object)
+    frame["patient_id"] = patients.map(lambda name: name.strip() or None, na_action="ignore")
     for column, terms in _TERMS.items():
         told = frame[column].astype(object)
         frame[column] = told.map(

@@ -72,6 +72,12 @@ def test_numbers_stay_names(tmp_path):
     assert frame.loc[0, ["image", "patient_id"]].tolist() == ["007", "0012"]
 
 
+def test_spaces_around_a_patients_name_make_no_other_patient(tmp_path):
+    (tmp_path / "a.csv").write_text("image,label,patient_id\na,N,P 1\nb,N,P 1 \nc,N, P 1\nd,N,  \n")
+    frame = read_labels(str(tmp_path / "a.csv"))
+    assert frame["patient_id"].fillna("none").tolist() == ["P 1", "P 1", "P 1", "none"]
+
+
 def test_sex_and_view_are_told_as_headers_tell_them_whatever_their_case(tmp_path):
     (tmp_path / "a.csv").write_text(
         "image,label,patient_sex,view_position\n"
