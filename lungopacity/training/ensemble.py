@@ -104,10 +104,15 @@ def _check(uris: Sequence[str], trained: Sequence[TrainedModel]) -> None:
         spec = model.spec
         if spec.architecture == ENSEMBLE:
             raise UserError(f"{uri}: is an ensemble itself; give its members")
-        if (spec.class_names, spec.positive_class) != (first.class_names, first.positive_class):
+        if spec.class_names != first.class_names:
             raise UserError(
                 f"{uri}: tells {', '.join(spec.class_names)} apart, {uris[0]} "
                 f"{', '.join(first.class_names)}; only models of the same classes go together"
+            )
+        if spec.positive_class != first.positive_class:
+            raise UserError(
+                f"{uri}: decides about {spec.positive_class}, {uris[0]} about "
+                f"{first.positive_class}; train both with the same --positive-class"
             )
         if spec.preprocessing.crop_borders != first.preprocessing.crop_borders:
             raise UserError(

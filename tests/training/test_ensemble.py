@@ -161,6 +161,7 @@ def test_what_cannot_go_together_is_refused(members, tmp_path):
     ensemble(uris, str(tmp_path / "both"))
     folder(str(tmp_path / "other-data"), 3, fingerprint="g")
     folder(str(tmp_path / "other-classes"), 3, class_names=("Healthy", "Lung_Opacity"))
+    folder(str(tmp_path / "other-positive"), 3, positive_class="Normal")
     cropping = Preprocessing(image_size=32, crop_borders=True)
     folder(str(tmp_path / "cropping"), 3, preprocessing=cropping)
     save_model(str(tmp_path / "older"), replace_spec(tiny_model(5), training={
@@ -171,6 +172,10 @@ def test_what_cannot_go_together_is_refused(members, tmp_path):
         ([uris[0], str(tmp_path / "both")], "an ensemble itself"),
         ([uris[0], str(tmp_path / "other-data")], "other films, or another split"),
         ([uris[0], str(tmp_path / "other-classes")], "same classes"),
+        (
+            [uris[0], str(tmp_path / "other-positive")],
+            "other-positive: decides about Normal, .*a about Lung_Opacity; .* --positive-class",
+        ),
         ([uris[0], str(tmp_path / "cropping")], "one crops borders"),
         ([uris[0], str(tmp_path / "older")], "no validation.parquet"),
         ([uris[0], str(tmp_path / "nowhere")], "no model folder"),
