@@ -2,8 +2,10 @@
 
 Every draw is seeded by (seed, epoch, rank) and the learning rate is a function of the step, so an
 epoch depends on nothing but the weights and the moments before it: a run resumed from a checkpoint
-goes on as if it had never stopped. On GPUs that is as exact as torch's layers are: the backward
-passes of adaptive pooling (alexnet, torchvision's VGG) and of attention may add up in any order.
+goes on as if it had never stopped. Of three workers or more the last digits may differ: DDP sorts
+the gradients anew after its first step, and with their places the order changes in which they are
+added up. On GPUs all this is as exact as torch's layers are: the backward passes of adaptive
+pooling (alexnet, torchvision's VGG) and of attention may add up in any order.
 
 Tensor names carry their shape: N all films, V validation films, B films of one worker's batch,
 H height, W width, K classes.
