@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lungopacity.errors import UserError
 from lungopacity.results.schema import class_column
@@ -26,7 +26,9 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
             f"{', '.join(sorted(known))}"
         )
     kept = [word for word in words if not word.startswith("-")]
-    for word in kept or sorted(set(known) - dropped):
+    if not kept:
+        return classes_of_all(set(known) - dropped)
+    for word in kept:
         sources, sign, name = word.partition("=")
         labels = [label.strip() for label in sources.split("+")] if sign else [word.strip()]
         name = name.strip() if sign else word.strip()
@@ -48,7 +50,7 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
     return _checked(found)
 
 
-def classes_of_all(known: Sequence[str]) -> dict[str, str]:
+def classes_of_all(known: Collection[str]) -> dict[str, str]:
     """Each label a class of its own, by name, whatever signs are in it. Raises `UserError` as
     `classes_of_labels` does."""
     return _checked({label: label for label in sorted(known)})

@@ -63,5 +63,8 @@ def test_words_that_are_no_classes_are_refused(words, said):
 def test_labels_that_look_like_words_are_classes_where_every_label_is_one():
     found = classes_of_all(["PE=1", "-1", "1", "A+B"])
     assert found == {label: label for label in ("-1", "1", "A+B", "PE=1")}
+    assert classes_of_labels(["-1"], ["PE=1", "-1", "1", "A+B"]) == {
+        label: label for label in ("-1", "A+B", "PE=1")
+    }
     with pytest.raises(UserError, match="two or more"):
         classes_of_all(["Normal"])
