@@ -335,6 +335,10 @@ def test_the_image_is_pinned_small_and_not_root():
         assert any(rule.lstrip("!").split("/*")[0] == source for rule in allowed), source
     stage = lines.index(f"FROM {bases[1]}")
     assert not any("pip" in line for line in lines[stage:])
+    # All that jobs import is compiled, for they cannot write it: the base's library by us.
+    (minor,) = {re.match(r"python:(3\.\d+)", base)[1] for base in bases}
+    assert f"RUN python -m compileall -q /usr/local/lib/python{minor}" in lines[stage:]
+    assert not re.search("--no-compile|PYTHONDONTWRITEBYTECODE", text)
 
 
 def test_the_image_is_locked_to_what_the_package_needs_and_not_to_what_tests_need():
