@@ -1,10 +1,8 @@
-"""The faults: each breaks a run in its own way, once."""
+"""The faults, and those of screening: each breaks a run in its own way, once."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import os
 import random
 import shutil
@@ -20,6 +18,7 @@ from pathlib import Path
 from lungopacity.results.query import query
 from lungopacity.storage import open_store
 from tests.faults.scene import LOOSE, Outcome, Scene, processes_of, wait_for
+from tests.faults.training import elastic_node_lost, training_rank_killed
 from tests.films import encoded, grey_film
 
 Trial = Callable[[Scene], Outcome]
@@ -150,7 +149,8 @@ sys.exit(code)
 
 def node_lost(scene: Scene) -> Outcome:
     """One of three, with all that runs on it."""
-    signal_file = Path(tempfile.mkdtemp()) / "strike"
+    signal_file = scene.folder / "strike"
+    signal_file.unlink(missing_ok=True)
     with scene.trial() as outcome:
         job = subprocess.Popen(
             [sys.executable, "-c", NODES, str(signal_file), *scene.command()[3:]],
@@ -237,108 +237,6 @@ def disk_full(scene: Scene) -> Outcome:
         subprocess.run(["umount", str(folder)], check=True)
         shutil.rmtree(folder)
     return outcome
-
-
-TRAIN = """
-import json, os, signal, sys
-from tests.faults.scene import processes_of
-import subprocess
-from dataclasses import replace
-import ray
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-from lungopacity.training.fit import fit
-from tests.training.blobs import SMALL_RUN, blob_films
-class Me: pid = os.getpid()
-killed = []
-def strike(row):
-    if row["epoch"] == 2 and not killed:
-        # The third epoch is under way in both ranks.
-        killed.append(processes_of(Me, "ray::RayTrainWorker")[0])
-        os.kill(killed[0], signal.SIGKILL)
-seen = []
-result = fit(blob_films(train=97, validation=43), replace(SMALL_RUN, workers=2, epochs=6),
-             sys.argv[1], on_epoch=lambda row: (seen.append(row["epoch"]), strike(row)))
-assert killed
-print(json.dumps({"seen": seen, "kept": [row["epoch"] for row in result.history]}))
-"""
-
-
-def training_rank_killed(scene: Scene) -> Outcome:
-    """In the third epoch: the run goes on after the second, and every epoch counts once."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-c", TRAIN, f"{folder}/model"], capture_output=True, text=True,
-            timeout=200, env={**os.environ, "PYTHONPATH": os.getcwd()},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        told = json.loads(done.stdout.splitlines()[-1])
-    assert told["seen"] == told["kept"], told
-    return Outcome(
-        expected=6,
-        rows=len(told["kept"]),
-        twice=len(told["kept"]) - len(set(told["kept"])),
-        finished=2,
-        refetched=len(told["seen"]) - len(set(told["seen"])),
-    )
-
-
-ELASTIC = """
-import contextlib, json, os, signal, sys, threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from ray.cluster_utils import Cluster
-health = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": health})
-doomed = cluster.add_node(num_cpus=1)
-os.environ["RAY_ADDRESS"] = cluster.address
-from lungopacity.runtime import ray_session
-from lungopacity.training import fit as training, ray_run
-from tests.training.blobs import SMALL_RUN, blob_films
-ray_run.RESIZE_EVERY_S = 5.0
-seen = []
-alone = threading.Event()
-def follow(row):
-    seen.append(row["epoch"])
-    if row["workers"] == 2 and row["epoch"] == 2:
-        for processes in doomed.all_processes.values():
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):  # it fell with its raylet
-                    os.kill(process.process.pid, signal.SIGKILL)
-    elif row["workers"] == 1:
-        alone.set()
-# No number of workers but one divides the batch.
-settings = replace(SMALL_RUN, workers=1, max_workers=2, batch_size=15, epochs=int(sys.argv[2]))
-with ray_session(), ThreadPoolExecutor(1) as pool:
-    run = pool.submit(training.fit, blob_films(train=1201), settings, sys.argv[1], on_epoch=follow)
-    alone.wait(300)
-    cluster.add_node(num_cpus=1)  # Ray starts nodes in the main thread alone
-    result = run.result()
-print(json.dumps({"seen": seen, "kept": [row["epoch"] for row in result.history],
-                  "workers": [row["workers"] for row in result.history]}))
-cluster.shutdown()
-"""
-
-
-def elastic_node_lost(scene: Scene) -> Outcome:
-    """Of two that train, one is lost; the other goes on alone, until a third joins."""
-    epochs = 60
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-c", ELASTIC, f"{folder}/model", str(epochs)], capture_output=True,
-            text=True, timeout=400, env={**os.environ, "PYTHONPATH": os.getcwd()},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        told = json.loads(done.stdout.splitlines()[-1])
-    assert told["seen"] == told["kept"], told
-    changes = [number for number, _ in itertools.groupby(told["workers"])]
-    assert changes[:3] == [2, 1, 2], told
-    return Outcome(
-        expected=epochs,
-        rows=len(told["kept"]),
-        twice=len(told["kept"]) - len(set(told["kept"])),
-        finished=told["workers"].index(1),
-        refetched=len(told["seen"]) - len(set(told["seen"])),
-    )
 
 
 # Loaded by every Python of the job. Nothing of ours reads the clock but by `datetime.now`.
