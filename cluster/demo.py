@@ -18,7 +18,7 @@ from pathlib import Path
 from cluster.local_s3 import LocalS3
 from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
 from lungopacity.cli import main as lungopacity
-from lungopacity.errors import NOTICE
+from lungopacity.errors import NOTICE, UserError
 from lungopacity.progress import Progress, show_on_terminal
 from lungopacity.runtime import ray_session
 from lungopacity.storage import open_store
@@ -27,6 +27,8 @@ FOLDER = Path(".work/demo")
 BUCKET = "demo"
 PHANTOMS = f"s3://{BUCKET}/phantom"
 FILMS = 800
+ROOM_BYTES = 200 << 20
+"""What it leaves on the disk, and some."""
 
 QUERIES = {
     "How many films of each kind were read, and how many were found positive?": """
@@ -53,8 +55,22 @@ def command(*arguments: str) -> None:
         raise SystemExit(code)
 
 
-def main() -> None:
-    """The demo. Leaves the model, the report and the results in `.work/demo`."""
+def main() -> int:
+    """The demo, and its exit code: as of every command."""
+    try:
+        demonstrate()
+    except KeyboardInterrupt:
+        print("stopped; the S3 server and Ray with it", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (UserError, OSError, RuntimeError) as error:
+        # RuntimeError: of the S3 server, whose log it quotes.
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def demonstrate() -> None:
+    """Leaves the model, the report and the results in `.work/demo`."""
     began = time.monotonic()
     # A terminal's Ctrl-C and a supervisor's SIGTERM must both run the `with` blocks' ends.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -62,6 +78,12 @@ def main() -> None:
     os.environ.pop("RAY_ADDRESS", None)
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
+    free_bytes = shutil.disk_usage(FOLDER).free
+    if free_bytes < ROOM_BYTES:
+        raise UserError(
+            f"{FOLDER}: {free_bytes >> 20} MiB are free there, and {ROOM_BYTES >> 20} are needed; "
+            "make room"
+        )
     print(f"lungopacity demo on synthetic films. {NOTICE}")
     print(f"starting an S3 server on loopback, data in {FOLDER}/s3 …", flush=True)
     with LocalS3(FOLDER / "s3") as server, server.as_environment():
@@ -108,8 +130,4 @@ def run_commands() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("stopped; the S3 server and Ray with it", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""`make demo` where it cannot go on: one line with the mend, as of every command."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        # As if that were needed; the free space is the disk's own.
+        ("demo.ROOM_BYTES = 1 << 60", r"error: \.work/demo: \d+ MiB are free .* make room\n"),
+        ("demo.FOLDER = demo.Path('file/demo')", r"error: .* Not a directory: 'file/demo'\n"),
+    ],
+)
+def test_a_place_that_will_not_do_is_told_before_anything_starts(tmp_path: Path, changed, said):
+    (tmp_path / "file").touch()
+    script = f"import sys; from cluster import demo; {changed}; sys.exit(demo.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(said, done.stderr)
