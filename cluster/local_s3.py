@@ -194,12 +194,15 @@ class LocalS3:
             self._keeper.wait()
 
     def create_bucket(self, name: str) -> None:
-        """Create the bucket; no error where it exists."""
+        """Create the bucket; no error where it exists. Raises `RuntimeError` for a name that S3
+        refuses."""
         client = self.client()
-        with contextlib.suppress(
-            client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists
-        ):
+        try:
             client.create_bucket(Bucket=name)
+        except (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+            pass
+        except client.exceptions.ClientError as error:
+            raise RuntimeError(f"bucket '{name}' cannot be made: {error}") from error
 
     def client(self, read_timeout_s: float = 10.0, attempts: int = 2) -> Any:
         """A boto3 S3 client of this server, whatever the caller's own AWS variables say."""
@@ -345,8 +348,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _run(command, server) if command else _serve(server)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
+        except (OSError, RuntimeError) as error:
+            print(f"error: {error}", file=sys.stderr)
             return 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -94,8 +95,22 @@ def test_a_bucket_that_nobody_made_is_refused(server: LocalS3) -> None:
     assert refused.value.response["Error"]["Code"] == "NoSuchBucket"
 
 
-def test_create_bucket_twice_is_no_error(server: LocalS3) -> None:
+def test_create_bucket_twice_is_no_error_and_a_name_that_s3_refuses_is_one(server: LocalS3) -> None:
     server.create_bucket("films")
+    with pytest.raises(RuntimeError, match=r"bucket 'Films_2026' cannot be made: .*not valid"):
+        server.create_bucket("Films_2026")
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--folder", str(tmp_path / "file" / "s3"), "--", "true"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .* Not a directory: '.*/file/s3/data'\n", done.stderr)
 
 
 def test_only_loopback_listens(server: LocalS3) -> None:
