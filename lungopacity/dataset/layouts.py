@@ -23,6 +23,7 @@ from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.progress import Progress
 from lungopacity.results.workbench import quoted, temporary_folder
 from lungopacity.storage import open_store, split_uri
+from lungopacity.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -327,9 +328,11 @@ def summary(labels: pd.DataFrame) -> str:
         images=("image", "size"), patients=("patient_id", "nunique")
     )
     lines = [
-        f"  {name}: {row.images} images, {row.patients} patients" for name, row in counts.iterrows()
+        f"  {name}: {counted(int(row.images), 'image')}, "
+        + (counted(int(row.patients), "patient") if row.patients else "no patient is named")
+        for name, row in counts.iterrows()
     ]
-    return "\n".join([f"{len(labels)} labelled images", *lines])
+    return "\n".join([counted(len(labels), "labelled image"), *lines])
 
 
 def _bytes_of(uri: str) -> bytes:

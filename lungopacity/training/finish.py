@@ -3,7 +3,6 @@ submitted job may have no GPU, and few cores."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,8 +15,6 @@ from lungopacity.models.compiled import compiled_if_better
 from lungopacity.progress import Progress
 from lungopacity.runtime import worker_environment
 from lungopacity.training.loop import Films
-
-log = logging.getLogger(__name__)
 
 _BATCH = 64
 """Films of one forward pass, after which the progress is told."""
@@ -73,7 +70,6 @@ def compiled_of(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None
     def run(kept: TrainedModel, films: Films) -> tuple[bytes | None, str]:
         return compiled_if_better(kept, films.pixels_NHW[films.validation])
 
-    log.info("compiling the network for CPUs, and trying it on validation films")
     try:
         found: tuple[bytes | None, str] = ray.get(
             ray.remote(run)

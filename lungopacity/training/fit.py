@@ -239,7 +239,7 @@ def _completed(model: TrainedModel, films: Films, use_gpu: bool) -> TrainedModel
     for CPUs, where that is better."""
     shared = ray.put(films)
     model = replace(model, distribution=distribution_of(model, films, shared, use_gpu))
-    log.info("its network is compiled for CPUs, and tried")
+    log.info("its network is compiled for CPUs, and tried on validation films")
     compiled, said = compiled_of(model, shared)
     log.info("%s", said)
     spec = replace(model.spec, training={**model.spec.training, "on_cpus": said})

@@ -110,6 +110,6 @@ def test_a_model_is_finished_even_if_its_checkpoints_cannot_be_removed(
     result = fit(FEW, SHORT, str(tmp_path / "model"))
     # What follows the last epoch takes minutes on many films.
     assert "epoch 1 is kept; it looks at all films once more" in caplog.text
-    assert "its network is compiled for CPUs, and tried" in caplog.text
+    assert "its network is compiled for CPUs, and tried on validation films" in caplog.text
     assert load_model(str(tmp_path / "model")).model_id == result.model.model_id
     assert "could not be removed (OSError: AWS Error SLOW_DOWN" in caplog.text
