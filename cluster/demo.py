@@ -38,7 +38,7 @@ QUERIES = {
     "Which films should someone look at first?": """
         SELECT coalesce(member, image) AS film, round(p_Lung_Opacity, 3) AS score, label, synthetic
         FROM predictions WHERE status = 'ok' ORDER BY p_Lung_Opacity DESC LIMIT 5""",
-    "How well does it separate the views? (all splits: also films it was trained on)": """
+    "How well does it tell them apart, by view? (of films that it did not learn from)": """
         SELECT "group", round(value, 3) AS roc_auc, round(ci_low, 3) AS ci_low,
                round(ci_high, 3) AS ci_high, n, synthetic
         FROM metrics WHERE metric = 'roc_auc' AND class = 'Lung_Opacity'
