@@ -212,3 +212,26 @@ def test_a_signal_in_the_middle_of_an_import_waits_for_its_end(tmp_path, number,
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60
     )
     assert done.stdout.split() == ["imported", "told"], done.stderr
+
+
+def test_a_process_alone_runs_no_line_of_the_callers_script(tmp_path: Path):
+    # A plain script, as in docs/results.md: without `if __name__ == "__main__"`.
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import operator, os, sys\n"
+        "from lungopacity.runtime import alone\n"
+        "print(alone(operator.add, 1, 2), flush=True)\n"
+        "try:\n    alone(os._exit, 3)\n"
+        "except ChildProcessError as error:\n    print(error)\n"
+        "try:\n    alone(operator.truediv, 1, 0)\n"
+        "except ZeroDivisionError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    told = ["3", "a process ended with 3", "division by zero"]
+    assert done.stdout.splitlines() == told, done.stderr

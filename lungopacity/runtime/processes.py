@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -37,15 +44,37 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def alone(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns in a new process. Whatever ends the wait for it, ends it."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
+    """What a function returns in a new process. Whatever ends the wait for it, ends it.
 
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(function, *arguments).result()
-        except BaseException:
-            # The pool itself would wait for its end.
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise
+    Not by multiprocessing, which first runs the caller's own script anew in the new process, and
+    fails where that has no `if __name__ == "__main__"`. Raises what the function raises, and
+    `ChildProcessError` where the process ends before the function does.
+    """
+    start = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        "from lungopacity.runtime.processes import _answer; _answer(*sys.argv[1:])"
+    )
+    with TemporaryDirectory(prefix="lungopacity-") as folder:
+        asked, told = Path(folder) / "asked", Path(folder) / "told"
+        asked.write_bytes(pickle.dumps((function, arguments)))
+        done = subprocess.run([sys.executable, "-c", start, asked, told], check=False)
+        if done.returncode:
+            raise ChildProcessError(f"a process ended with {done.returncode}")
+        answer, error = pickle.loads(told.read_bytes())
+    if error is not None:
+        raise error
+    found: T = answer
+    return found
+
+
+def _answer(asked: str, told: str) -> None:
+    # Ctrl-C reaches both; whoever waits ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answer, raised = None, None
+    try:
+        function, arguments = pickle.loads(Path(asked).read_bytes())
+        answer = function(*arguments)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        raised = error
+    Path(told).write_bytes(pickle.dumps((answer, raised)))

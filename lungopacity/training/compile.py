@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import numpy as np
@@ -43,7 +42,7 @@ def compile(model: str, output: str) -> TrainedModel:
     with environment(KEEP_FREED_MEMORY):
         try:
             compiled, said = alone(_compiled, trained)
-        except BrokenProcessPool as error:
+        except ChildProcessError as error:
             raise UserError(f"{model}: compiling ended the process; nothing was written") from error
     if compiled is None:
         raise UserError(f"{model}: {said}; nothing was written")
