@@ -140,7 +140,9 @@ def _parsed(rule: str) -> tuple[str, list[float]]:
             and 0 < numbers[0] <= _HIGHEST_COST
             and ("@" in rest) == (len(numbers) == 2)
             and all(0 < share < 1 for share in numbers[1:]),
-            "band": len(numbers) == 2 and all(0 < share <= 1 for share in numbers),
+            "band": len(numbers) == 2
+            and "@" not in rest
+            and all(0 < share <= 1 for share in numbers),
         }[name]
     except (KeyError, ValueError):
         fits = False

@@ -155,7 +155,7 @@ def test_a_model_that_needs_no_band_has_none() -> None:
     "rule",
     "best sensitivity sensitivity=0 sensitivity=1.1 specificity=x cost cost=-1 cost=1,0.5 cost=1@2 "
     "band=0.9 band=0.9,0.9,0.9 youden=1 =0.5 cost=inf cost=nan cost=1e308 cost=1e7 cost=5@nan "
-    "sensitivity=nan specificity=inf band=nan,0.9".split(),
+    "sensitivity=nan specificity=inf band=nan,0.9 band=0.9@0.9".split(),
 )
 def test_another_rule_is_refused_with_those_there_are(rule) -> None:
     with pytest.raises(
