@@ -67,7 +67,7 @@ refuse_empty_texts(cli)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     from lungopacity.progress import show_on_terminal
-    from lungopacity.runtime import end_on_signals
+    from lungopacity.runtime import end_if_told, end_on_signals
 
     # Until the options are read, which may be refused.
     log_lines(os.environ.get(_FORMAT_VARIABLE, "text"))
@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.exceptions.Abort, KeyboardInterrupt):
         _tell("stopped")
         return 130
+    except SystemExit:
+        end_if_told()  # Ray forgets with which code, where the signal came in the middle of a get
+        raise
     except click.ClickException as error:
         if not tell_end(error.format_message()):
             error.show()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +41,7 @@ def run_ray_train(
     filesystem, root = open_store(work_uri).arrow_filesystem()
     elastic = settings.max_workers > 0
     restarts = MAX_ELASTIC_RESTARTS if elastic else MAX_RESTARTS
-    with relayed_rows(on_epoch) as callbacks, _own_interrupt_handler():
+    with relayed_rows(on_epoch) as callbacks:
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={
@@ -77,7 +75,8 @@ def run_ray_train(
             ),
         )
         try:
-            return trainer.fit()
+            with _own_interrupts(trainer):
+                return trainer.fit()
         except TrainingFailedError as error:
             raise UserError(
                 f"training was given up after {restarts} restarts: {_cause(error)}; its "
@@ -92,18 +91,15 @@ def _cause(error: TrainingFailedError) -> str:
 
 
 @contextlib.contextmanager
-def _own_interrupt_handler() -> Iterator[None]:
-    """Ray Train takes Ctrl-C for itself, ends the process with code 0, and never gives it back. Any
-    other code is that of a SIGTERM."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
+def _own_interrupts(trainer: TorchTrainer) -> Iterator[None]:
+    """Ctrl-C is ours to answer. Ray Train takes it for itself, ends the process with code 1 and
+    without a word, and never gives it back."""
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append
     try:
         yield
-    except SystemExit as error:
-        if error.code:
-            raise
-        raise KeyboardInterrupt from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    except (KeyboardInterrupt, SystemExit):
+        for controller in controllers:
+            # A Ray that outlives this call would train on. It takes its workers along.
+            ray.kill(controller)
+        raise

@@ -1,5 +1,5 @@
-"""Ctrl-C and a scheduler's SIGTERM while Ray is still starting: nothing is left, nothing published,
-and the run goes on from there."""
+"""Ctrl-C and a scheduler's SIGTERM while Ray is still starting, and in the middle of training: the
+exit code tells, nothing is left, nothing published, and the run goes on from there."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 import lungopacity
+from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
 from tests.models.tiny import write_tiny_model
@@ -45,11 +46,38 @@ def test_a_run_that_is_stopped_as_it_starts(tmp_path, number, code) -> None:
     for film in range(_FILMS):
         store.write(f"{film}.png", encoded(grey_film(film, 100, 100)))
     write_tiny_model(model)
-    mark = uuid.uuid4().hex
     arguments = ["screen", "--archive", archive, "--model", model, "--output", results]
-    command = [sys.executable, "-m", "lungopacity.cli", *arguments]
+    # Planned, while Ray comes up beside it; the first film is seconds away.
+    said = _stopped(arguments, f"{_FILMS} objects of", number, code)
+    assert not [item.key for item in open_store(results).list("runs/")]
+
+    if number == signal.SIGTERM:
+        return  # what follows is the same, and tried once
+    (run_id,) = set(re.findall(r"run (\S+):", said))
+    again = [sys.executable, "-c", _GUARDED, *arguments, "--run-id", run_id]
+    done = subprocess.run(again, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = lungopacity.query(results, "SELECT count(*), count(DISTINCT image) FROM predictions")
+    assert [column[0].as_py() for column in rows.columns] == [_FILMS, _FILMS]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_that_is_stopped_in_an_epoch(tmp_path, number, code) -> None:
+    store = open_store(str(tmp_path / "films"))
+    write_phantom_archive(store, PhantomSettings(images=40, image_size=96))
+    model = tmp_path / "model"
+    places = ["--images", store.uri, "--labels", f"{store.uri}/labels.csv", "--output", str(model)]
+    size = ["--epochs", "100000", "--image-size", "32", "--set", "batch_size=8"]
+    said = _stopped(["train", *places, *size], " of 100000 epochs", number, code)
+    assert ("stopped" in said) == (number == signal.SIGINT)
+    assert not list(model.glob("_lock/*")), "the next training would wait for it"
+
+
+def _stopped(arguments: list[str], moment: str, number: int, code: int) -> str:
+    """What a command said that was sent a signal when it had said a line with `moment`."""
+    mark = uuid.uuid4().hex
     started = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "lungopacity.cli", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"MARK": mark},
@@ -60,8 +88,7 @@ def test_a_run_that_is_stopped_as_it_starts(tmp_path, number, code) -> None:
     said = []
     for line in started.stderr:
         said.append(line)
-        # Planned, while Ray comes up beside it; the first film is seconds away.
-        if f"{_FILMS} objects of" in line:
+        if moment in line:
             break
     started.send_signal(number)
     said += started.stderr
@@ -71,16 +98,7 @@ def test_a_run_that_is_stopped_as_it_starts(tmp_path, number, code) -> None:
     while left := _marked(mark):
         assert time.monotonic() < until, left
         time.sleep(0.2)
-    assert not [item.key for item in open_store(results).list("runs/")]
-
-    if number == signal.SIGTERM:
-        return  # what follows is the same, and tried once
-    (run_id,) = set(re.findall(r"run (\S+):", "".join(said)))
-    again = [sys.executable, "-c", _GUARDED, *arguments, "--run-id", run_id]
-    done = subprocess.run(again, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = lungopacity.query(results, "SELECT count(*), count(DISTINCT image) FROM predictions")
-    assert [column[0].as_py() for column in rows.columns] == [_FILMS, _FILMS]
+    return "".join(said)
 
 
 def _marked(mark: str) -> list[str]:

@@ -35,7 +35,6 @@ from lungopacity.training.fit import (
     fit,
     start_of,
 )
-from lungopacity.training.ray_run import _own_interrupt_handler
 from lungopacity.training.tracking import run_logs
 from tests.models.tiny import write_tiny_model
 from tests.parquet_pages import has_page_checksums
@@ -244,21 +243,6 @@ def test_films_in_another_order_are_another_run() -> None:
     turned = chosen(FILMS, np.arange(len(FILMS.labels_N))[::-1])
     assert turned.fingerprint == FILMS.fingerprint
     assert _run_name(turned, SMALL_RUN, None) != _run_name(FILMS, SMALL_RUN, None)
-
-
-@pytest.mark.parametrize(("code", "raised"), [(0, KeyboardInterrupt), (143, SystemExit)])
-def test_what_ray_train_makes_of_ctrl_c_is_one_again_and_a_sigterm_keeps_its_code(
-    code: int, raised: type[BaseException]
-) -> None:
-    def as_ray_train_ends() -> None:
-        with _own_interrupt_handler():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it puts its own there
-            raise SystemExit(code)
-
-    with pytest.raises(raised) as ended:
-        as_ray_train_ends()
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    assert code == getattr(ended.value, "code", 0)
 
 
 def test_refuses_more_workers_than_the_cluster_can_ever_run(
