@@ -83,7 +83,7 @@ def test_results_that_are_the_archive_are_refused(place):
 
 def test_a_key_map_is_tried_before_anything_is_screened(place, hidden, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="file: is in the way of"):
         place.night(**hidden, key_map=str(tmp_path / "file/map"))
     assert not list(place.store.list("_work/"))
     # A run that was begun may go on with another place for the names.
