@@ -32,6 +32,7 @@ from lungopacity.results.workbench import ExportedFile, export, spool, view_of_f
 from lungopacity.screening.history import History, is_of_kind
 from lungopacity.screening.rules import Rules
 from lungopacity.storage import ConflictError, Store, check_name, open_store
+from lungopacity.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +263,9 @@ def choose(
             "(SELECT 1 FROM listed GROUP BY md5_number(image) HAVING count(*) > 1)"
         ).fetchall()
         if twice:
-            raise UserError(f"the inventory names {twice} objects more than once; take it again")
+            raise UserError(
+                f"the inventory names {counted(twice, 'object')} more than once; take it again"
+            )
         chosen = "SELECT *, NULL AS tried FROM listed"
         if history is not None:
             if history.runs:

@@ -115,7 +115,7 @@ def test_an_inventory_that_names_an_object_twice_is_refused(archive, tmp_path):
     listed = list_archive(archive)
     (table,) = listed.tables
     twice = Inventory(listed.uri, iter([table, table.slice(0, 1)]))
-    with pytest.raises(UserError, match="names 1 objects more than once"):
+    with pytest.raises(UserError, match="names 1 object more than once"):
         make_plan(open_store(str(tmp_path / "r")), twice, "model", "one", tmp_path, rules=RULES)
 
 
