@@ -10,7 +10,14 @@ from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import PLANNED_SCHEMA
 from lungopacity.results.workbench import temporary_folder, workbench
-from lungopacity.screening.plan import Plan, choose, make_plan, new_run_id, unfinished_runs
+from lungopacity.screening.plan import (
+    Plan,
+    choose,
+    make_plan,
+    new_run_id,
+    unfinished_runs,
+    unfinished_table,
+)
 from lungopacity.screening.rules import Rules
 from lungopacity.storage import open_store
 from tests.results.records import record_of
@@ -54,6 +61,9 @@ def test_a_killed_runs_plan_is_taken_up_even_when_the_archive_grew(archive, stor
     assert objects(again).equals(objects(first))
     assert again.start == first.start
     assert [start.run_id for start in unfinished_runs(results)] == ["one"]
+    assert unfinished_table(store_uri)["run_id"].to_pylist() == ["one"]
+    with pytest.raises(UserError, match="elsewhere: nothing lies there"):
+        unfinished_table(f"{store_uri}/elsewhere")
 
 
 def test_of_two_that_plan_one_run_the_first_ones_plan_counts(archive, store_uri, tmp_path):
