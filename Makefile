@@ -1,7 +1,7 @@
 # make demo    the main job on a phantom archive, on this machine alone
 # make test    every test
 # make fuzz    20,000 damaged files through fetching and decoding, five minutes
-# make faults  kill -9, lost nodes, bad networks, full disks: writes docs/reliability.md, 16 to 21 minutes
+# make faults  kill -9, lost nodes, bad networks, full disks: writes docs/reliability.md, 11 to 21 minutes
 # make check   format, lint, types, import direction
 # Each does its own set-up: a .venv from requirements.lock.
 
