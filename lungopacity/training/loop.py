@@ -39,6 +39,7 @@ from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import exact_float32
 from lungopacity.training.augment import augment
 from lungopacity.training.checkpoint import read_checkpoint, write_checkpoint
+from lungopacity.training.optimizer import learning_rate_at, optimizer_of
 from lungopacity.training.precision import depthwise_in_float32, use_bfloat16
 from lungopacity.training.settings import TrainingSettings
 
@@ -185,7 +186,7 @@ def learn(
     # What is validated and kept: the network, or the average of its weights over the steps.
     kept = copy.deepcopy(network) if settings.ema_decay else network
     averaged = kept if settings.ema_decay else None
-    optimizer = _optimizer(network, settings)
+    optimizer = optimizer_of(network, settings)
     history: list[dict[str, Any]] = []
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -228,31 +229,6 @@ def learn(
 
         report(row, logits_VK, save)
     return None
-
-
-def _optimizer(network: torch.nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    weights = list(network.parameters())
-    groups: list[dict[str, Any]] = [{"params": weights}]
-    if settings.decay_kernels_only:
-        # Biases and gains are the vectors among the weights.
-        groups = [
-            {"params": [weight for weight in weights if weight.ndim > 1]},
-            {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
-        ]
-    return torch.optim.Adam(
-        groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay, decoupled_weight_decay=True
-    )
-
-
-def learning_rate_at(progress: float, settings: TrainingSettings) -> float:
-    """Linear warm-up to the peak, then half a cosine to zero (Loshchilov & Hutter 2017).
-
-    progress: share of the steps that are done, 0 … 1.
-    """
-    if progress < settings.warmup_fraction:
-        return settings.learning_rate * progress / settings.warmup_fraction
-    fallen = (progress - settings.warmup_fraction) / (1 - settings.warmup_fraction)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
 
 
 def _freeze(network: torch.nn.Module, frozen: bool) -> None:

@@ -1,23 +1,19 @@
 import gzip
 import hashlib
 import os
-import threading
-import time
 import zipfile
 from contextlib import nullcontext
-from datetime import UTC, datetime
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.names import Wanted
-from lungopacity.archive.reading import read_files, read_images
+from lungopacity.archive.reading import read_images
 from lungopacity.errors import UserError
 from lungopacity.radiograph import DecodeLimits, Preprocessing
-from lungopacity.results.schema import PLAN_SCHEMA, READ_SCHEMA
+from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.storage import LocalStore, open_store
 from tests.archive.making import FailingDisk
 from tests.films import dicom, encoded, grey_film, tar
@@ -237,82 +233,6 @@ def test_many_loose_objects_keep_their_order(tmp_path):
     for number, name in enumerate(names):
         store.write(name, encoded(grey_film(number)))
     assert [row["image"] for row in read(str(tmp_path))] == names
-
-
-def test_large_films_are_fetched_ahead_by_their_bytes_and_not_by_their_count():
-    sizes = {f"{number:02d}.dcm": 37_000_000 for number in range(30)} | {"15.dcm": 300_000_000}
-
-    class Counting:
-        def __init__(self) -> None:
-            self.out, self.seen, self.lock = 0, [], threading.Lock()
-
-        def read(self, key: str, *, etag: str | None = None) -> bytes:
-            with self.lock:
-                self.out += sizes[key]
-                self.seen.append(self.out)
-            return key.encode()
-
-    store = Counting()
-    rows = [
-        {"image": key, "source_etag": "e", "source_size_bytes": size,
-         "source_modified_at": datetime.now(UTC), "is_shard": False}
-        for key, size in sizes.items()
-    ]  # fmt: skip
-    came = []
-    for name, _, _ in read_files(store, pa.Table.from_pylist(rows, PLAN_SCHEMA), SETTINGS):
-        time.sleep(0.02)  # what may be fetched meanwhile, is
-        with store.lock:
-            store.out -= sizes[name]
-        came.append(name)
-    assert came == list(sizes)
-    # Several at once; the one that is larger than all of them may be, alone.
-    seen = set(store.seen)
-    assert seen <= {37_000_000, 2 * 37_000_000, 3 * 37_000_000, 300_000_000}
-    assert seen >= {2 * 37_000_000, 300_000_000}
-
-
-def test_the_latency_of_a_store_is_hidden():
-    class Distant:
-        def read(self, key: str, *, etag: str | None = None) -> bytes:
-            time.sleep(0.04)
-            return key.encode()
-
-    rows = [
-        {"image": f"{number:03d}.png", "source_etag": "e", "source_size_bytes": 20_000,
-         "source_modified_at": datetime.now(UTC), "is_shard": False}
-        for number in range(256)
-    ]  # fmt: skip
-    began = time.monotonic()
-    files = read_files(Distant(), pa.Table.from_pylist(rows, PLAN_SCHEMA), SETTINGS)
-    came = [(name, time.monotonic() - began) for name, _, _ in files]
-    assert [name for name, _ in came] == [row["image"] for row in rows]
-    assert came[0][1] < 0.2  # of one request, not of eight
-    assert came[-1][1] < 0.9  # eight at once would need 1.3
-
-
-def test_who_takes_no_more_does_not_wait_for_what_was_to_come():
-    class Distant:
-        def __init__(self) -> None:
-            self.asked = 0
-
-        def read(self, key: str, *, etag: str | None = None) -> bytes:
-            self.asked += 1
-            time.sleep(0 if key == "000.png" else 0.3)
-            return key.encode()
-
-    rows = [
-        {"image": f"{number:03d}.png", "source_etag": "e", "source_size_bytes": 20_000,
-         "source_modified_at": datetime.now(UTC), "is_shard": False}
-        for number in range(500)
-    ]  # fmt: skip
-    store = Distant()
-    files = read_files(store, pa.Table.from_pylist(rows, PLAN_SCHEMA), SETTINGS)
-    next(files)
-    began = time.monotonic()
-    files.close()
-    # The requests that are under way come to their end, and no other begins: all would take 4.7 s.
-    assert time.monotonic() - began < 2
-    assert store.asked < 200
 
 
 def test_a_place_that_holds_nothing_is_refused(store_uri):

@@ -15,14 +15,13 @@ from lungopacity.models import build_network
 from lungopacity.training.loop import (
     Films,
     Worker,
-    _optimizer,
     _patience_spent,
     _set_training,
     _train_epoch,
     learn,
-    learning_rate_at,
     loss_of,
 )
+from lungopacity.training.optimizer import learning_rate_at, optimizer_of
 from lungopacity.training.settings import AugmentationSettings, TrainingSettings
 
 SMOOTHING = 0.1
@@ -223,7 +222,7 @@ def test_gradients_are_scaled_down_to_the_norm_that_is_asked_for() -> None:
 def test_weight_decay_can_leave_biases_and_gains_as_they_are(kernels_only: bool) -> None:
     network = build_network("classical-cnn", 2, SMALL)
     settings = TrainingSettings(weight_decay=0.1, decay_kernels_only=kernels_only)
-    optimizer = _optimizer(network, settings)
+    optimizer = optimizer_of(network, settings)
     for group in optimizer.param_groups:
         group["lr"] = 1.0
     with torch.no_grad():
