@@ -11,7 +11,7 @@ good as absent. One that is there and cannot be read is an error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,9 @@ _BRIGHTEST_OF_ANY = 0.25
 """Share of white that some value of the stored range must reach, for a window to be believed."""
 _LOSSY = {JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000, HTJ2K}
 """The precision in the codestream may be larger than Bits Stored."""
+
+_Counts = tuple[npt.NDArray[np.float64], npt.NDArray[np.integer]]
+"""Values that occur, and how often each."""
 
 
 def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
@@ -167,9 +170,10 @@ class _Transform:
         return self.voi(values) if self.voi else values
 
     def black_and_white(
-        self, used_V: npt.NDArray[np.float64], counts_V: npt.NDArray[np.integer], dataset: Any
+        self, occurring: Callable[[], _Counts], dataset: Any
     ) -> tuple[float, float]:
-        """What becomes black, and what white. used_V: the shown values that occur, and how often.
+        """What becomes black, and what white. `occurring`: counts the shown values, where it
+        matters: of a film with a window, half the time that its grey values take.
 
         A VOI LUT: the range of its entries. A window: all that it maps onto; taking what occurs
         instead would undo a window that clips nothing. Neither: all values of 8 bits, as other
@@ -182,6 +186,7 @@ class _Transform:
         if self.voi is None and self.modality is None and int(dataset.BitsStored) <= 8:
             ends = [end * self.slope + self.intercept for end in _stored_range(dataset)]
             return min(ends), max(ends)
+        used_V, counts_V = occurring()
         order = np.argsort(used_V, kind="stable")
         return own_range(used_V[order], counts_V[order])
 
@@ -192,16 +197,24 @@ def _windowed(
     transform = _Transform.of(dataset)
     low, high = _stored_range(dataset)
     if stored.dtype.kind not in "iu" or high - low >= 2**_MAX_TABLE_BITS:
-        values_V, counts_V = np.unique(used, return_counts=True)
-        ends = transform.black_and_white(transform(values_V), counts_V, dataset)
-        return stretch_to_uint8(transform(stored), *ends)
+
+        def unique() -> _Counts:
+            values_V, counts_V = np.unique(used, return_counts=True)
+            return transform(values_V), counts_V
+
+        return stretch_to_uint8(transform(stored), *transform.black_and_white(unique, dataset))
     table = transform(np.arange(low, high + 1))
-    places = (stored.astype(np.int32) - low) if low else stored
-    used_places = (used.astype(np.int32) - low) if low else used
-    counts = np.bincount(used_places.ravel(), minlength=len(table))
-    present = np.flatnonzero(counts)
-    ends = transform.black_and_white(table[present], counts[present], dataset)
-    grey: npt.NDArray[np.uint8] = stretch_to_uint8(table, *ends)[places]
+
+    def places_of(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return (stored.astype(np.int32) - low) if low else stored
+
+    def counted() -> _Counts:
+        counts = np.bincount(places_of(used).ravel(), minlength=len(table))
+        present = np.flatnonzero(counts)
+        return table[present], counts[present]
+
+    ends = transform.black_and_white(counted, dataset)
+    grey: npt.NDArray[np.uint8] = stretch_to_uint8(table, *ends)[places_of(stored)]
     return grey
 
 
