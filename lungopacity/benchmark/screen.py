@@ -36,6 +36,7 @@ from lungopacity.models.scorer import FLOAT32, check_precision
 from lungopacity.progress import Progress
 from lungopacity.results.schema import class_column
 from lungopacity.runtime import KEEP_FREED_MEMORY
+from lungopacity.screening.resources import batch_size_for
 from lungopacity.storage import open_store
 
 LIMIT = (bare_loop.WHOLE, bare_loop.READ_HALF, bare_loop.SCORE_HALF)
@@ -80,7 +81,7 @@ def screen_speeds(
     *,
     ways: Sequence[str] = WAYS,
     repeats: int = 3,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     limit_s: float = 3600.0,
     use_gpu: bool | None = None,
     precision: str = FLOAT32,
@@ -89,15 +90,16 @@ def screen_speeds(
     """Run every way `repeats` times, in turns.
 
     images, model: URIs. `limit_s`: a run that takes longer is ended: some ways hang where they have
-    too few CPUs. `use_gpu`: None uses what there is. `precision`: of the forward pass, see
-    `Scorer`. `output`: URI of a place for what Ray's ways write, which is removed again; needed
-    where the Ray cluster has several nodes. Raises `UserError` for an unknown way and for nothing
-    to read; of a way that fails, the note says so.
+    too few CPUs. `batch_size`: None: `batch_size_for` the device. `use_gpu`: None uses what there
+    is. `precision`: of the forward pass, see `Scorer`. `output`: URI of a place for what Ray's ways
+    write, which is removed again; needed where the Ray cluster has several nodes. Raises
+    `UserError` for an unknown way and for nothing to read; of a way that fails, the note says
+    so.
     """
     unknown = sorted(set(ways) - set(WAYS))
     if unknown:
         raise UserError(f"--ways: '{unknown[0]}' is none of {', '.join(WAYS)}")
-    if repeats < 1 or batch_size < 1:
+    if repeats < 1 or (batch_size is not None and batch_size < 1):
         raise UserError("--repeats and --batch-size must be at least 1")
     positive = class_column("p", load_model(model).spec.positive_class)
     objects = take_inventory(images).objects
@@ -108,6 +110,7 @@ def screen_speeds(
             f"the Ray cluster has {place.nodes} nodes; say with --output URI where all of them can "
             "write"
         )
+    batch_size = batch_size or batch_size_for(place.gpus > 0 or place.ray_gpus > 0)
     task = _Task(images, model, batch_size, limit_s, positive, place, output, precision)
     shards = sum(objects["is_shard"].to_pylist())
     notes = {way: _why_not(way, shards > 0) for way in ways}

@@ -247,7 +247,10 @@ def score(
     "--limit-s", type=float, default=3600.0, show_default=True, help="Of one run: some ways hang."
 )
 @click.option(
-    "--batch-size", type=int, default=64, show_default=True, help="Images a forward pass."
+    "--batch-size",
+    type=int,
+    default=None,
+    help="Images a forward pass. Default: 64, on a GPU 256.",
 )
 @_gpu_option
 @click.option(

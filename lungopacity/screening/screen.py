@@ -37,7 +37,7 @@ from lungopacity.screening.parts import write_crashed
 from lungopacity.screening.pipeline import screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, read_start
 from lungopacity.screening.publish import collect, remove_work
-from lungopacity.screening.resources import ScoringResources
+from lungopacity.screening.resources import ScoringResources, batch_size_for
 from lungopacity.storage import open_store
 from lungopacity.storage.probe import check_writable
 from lungopacity.words import counted
@@ -315,7 +315,7 @@ def _run_pipeline(
             job.results,
             plan.start.run_id,
             resources,
-            job.batch_size,
+            job.batch_size or batch_size_for(use_gpu),
             Explainer(plan.start.run_id) if job.explain else None,
             job.precision,
             losses=losses,

@@ -11,6 +11,7 @@ import sys
 
 from lungopacity.cli import main
 from lungopacity.runtime import may_grow
+from lungopacity.screening.resources import batch_size_for
 
 SCRIPT = """
 import json, logging, sys
@@ -107,3 +108,7 @@ def test_what_the_cluster_may_grow_to_is_told_as_an_option(capfd):
     assert main([*arguments, "--grows-to", "cpu=80,GPU=4"]) == 2
     assert "no model folder there" in capfd.readouterr().err
     assert not may_grow()
+
+
+def test_a_gpu_takes_larger_batches_unless_the_user_says_how_large():
+    assert batch_size_for(use_gpu=True) > batch_size_for(use_gpu=False) > 1
