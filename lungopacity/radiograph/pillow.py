@@ -185,6 +185,7 @@ def _grey_of(
     if kind == "png":
         image.load()
         check_rows(data)
+        _scale_transparent_grey(image, bits=data[24])
     if image.mode.startswith("I") or image.mode == "F":
         return _grey_of_wide(image, kind)
     pixels, coloured = _grey_of_8_bits(image)
@@ -192,6 +193,14 @@ def _grey_of(
         # -128 … 127, which Pillow passes on as if they had no sign.
         return pixels ^ np.uint8(0x80), coloured
     return pixels, coloured
+
+
+def _scale_transparent_grey(image: Image.Image, bits: int) -> None:
+    """Of a PNG of 2 or 4 bits Pillow spreads grey over 0 … 255, and leaves the value that is
+    transparent as it was stored: it would be found nowhere."""
+    if image.mode == "L" and bits in (2, 4) and "transparency" in image.info:
+        most = (1 << bits) - 1
+        image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
 
 
 def _grey_of_jpeg(

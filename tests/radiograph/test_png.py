@@ -216,6 +216,29 @@ def test_what_is_transparent_in_16_bits_is_black():
         np.testing.assert_array_equal(found.pixels, expected)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_the_grey_that_is_transparent_is_black_at_any_depth(bits):
+    most = (1 << bits) - 1
+    values = np.repeat(np.linspace(0, most, min(16, most + 1)).astype(int), 16)
+    row = "".join(f"{value:0{bits}b}" for value in values)
+    rows = (b"\0" + int(row, 2).to_bytes(len(row) // 8, "big")) * 8
+    header = len(values).to_bytes(4, "big") + (8).to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
+    # Bits of it above the depth count for nothing (PNG, third edition, 11.3.1.1).
+    for key in (most, 0xFFFF):
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(
+            [
+                chunk(b"IHDR", header),
+                chunk(b"tRNS", key.to_bytes(2, "big")),
+                chunk(b"IDAT", zlib.compress(rows)),
+                chunk(b"IEND", b""),
+            ]
+        )
+        shown = one_film(data).pixels
+        assert (shown[:, values == most] == 0).all()
+        if bits > 1:
+            assert shown.max() >= 128
+
+
 def test_colours_of_16_bits_are_found_and_their_luma_is_that_of_8():
     rgb = np.random.default_rng(0).integers(0, 256, (120, 130, 3), np.uint16)
     rgb[0, 0], rgb[0, 1] = 0, 255
