@@ -78,7 +78,12 @@ def tar_entries(file: IO[bytes], meter: Meter, *, forward: bool) -> Iterator[Ent
             end = tar.offset
             place = (member.offset_data, member.size)
             if member.type in _LINKS:
-                yield _link(file, member, places, forward)
+                link = _link(file, member, places, forward)
+                if isinstance(link.content, ImageError):
+                    places.pop(member.name, None)
+                else:
+                    places[member.name] = places[member.linkname]
+                yield link
             elif member.issparse():
                 # Its stored part has an end of its own, whatever its map says.
                 content = partial(_sparse, tar, member, meter)
@@ -116,9 +121,12 @@ def _link(
 ) -> Entry:
     place = places.get(member.linkname)
     if member.type == tarfile.SYMTYPE or place is None:
-        why = "a link, and not a hard one to a file in front of it"
-        if forward and member.type == tarfile.LNKTYPE:
+        if member.type == tarfile.SYMTYPE:
+            why = "a symbolic link, which is not followed; put the film itself in its place"
+        elif forward:
             why = "a hard link, which is not followed in a compressed tar; unpack or copy the film"
+        else:
+            why = "a hard link to no plain file in front of it in the tar; copy the film"
         refusal = ImageError(ErrorCode.UNSUPPORTED, Stage.UNPACK, why)
         return Entry(member.name, None, refusal, alone=True)
     return Entry(member.name, place[1], partial(_stored, file, *place), alone=True)

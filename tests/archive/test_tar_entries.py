@@ -71,10 +71,44 @@ def test_a_link_is_a_second_name_where_it_can_be_followed_and_a_row_where_not():
     assert walk(gzip.compress(data)) == ([("a.png", b"film"), ("hard", refused), *rest], None)
 
 
-def test_a_link_that_is_not_followed_says_why():
-    data = _tar_of((_info("a"), b"film"), (_info("hard", tarfile.LNKTYPE, "a"), b""))
-    (_, link) = members(io.BytesIO(gzip.compress(data)), "x.tar.gz", LIMITS)
-    assert link[2].message.startswith("a hard link, which is not followed in a compressed tar")
+def test_a_hard_link_is_followed_to_a_hard_link():
+    data = _tar_of(
+        (_info("a"), b"film"),
+        (_info("b", tarfile.LNKTYPE, "a"), b""),
+        (_info("c", tarfile.LNKTYPE, "b"), b""),
+        (_info("a"), b"newer"),
+        (_info("d", tarfile.LNKTYPE, "c"), b""),
+        (_info("e", tarfile.LNKTYPE, "a"), b""),
+        (_info("a", tarfile.SYMTYPE, "elsewhere"), b""),
+        (_info("f", tarfile.LNKTYPE, "a"), b""),
+    )
+    refused = ErrorCode.UNSUPPORTED
+    assert walk(data)[0] == [
+        ("a", b"film"),
+        ("b", b"film"),
+        ("c", b"film"),
+        ("a", b"newer"),
+        ("d", b"film"),
+        ("e", b"newer"),
+        ("a", refused),
+        ("f", refused),
+    ]
+
+
+@pytest.mark.parametrize(
+    "link, compress, why",
+    [
+        (_info("b", tarfile.SYMTYPE, "a"), bytes, "a symbolic link, which is not followed"),
+        (_info("b", tarfile.SYMTYPE, "a"), gzip.compress, "a symbolic link, which is not followed"),
+        (_info("b", tarfile.LNKTYPE, "z"), bytes, "a hard link to no plain file in front of it"),
+        (_info("b", tarfile.LNKTYPE, "b"), bytes, "a hard link to no plain file in front of it"),
+        (_info("b", tarfile.LNKTYPE, "a"), gzip.compress, "a hard link, which is not followed in"),
+    ],
+)
+def test_a_link_that_is_not_followed_says_why(link, compress, why):
+    data = _tar_of((_info("a"), b"film"), (link, b""))
+    (_, found) = members(io.BytesIO(compress(data)), "x.tar", LIMITS)
+    assert found[2].message.startswith(why)
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
