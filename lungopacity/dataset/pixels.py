@@ -167,6 +167,13 @@ def _joined(
             "the member's name in a shard, or the end of one of these, folder by folder"
             + ("; write / for \\ in it" if "\\" in absent.iloc[0] else "")
         )
+    within = read.loc[read["frame"] > 0, "name"].unique()
+    if len(within):
+        raise UserError(
+            f"{where}: {len(within)} labelled files hold several images each, as {within[0]}; "
+            "the label could belong to any of them: leave the file out, or write the image that "
+            "is meant to a file of its own"
+        )
     if read["name"].duplicated().any():
         twice = read.loc[read["name"].duplicated(), "name"]
         raise UserError(

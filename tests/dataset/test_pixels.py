@@ -1,4 +1,5 @@
 import gzip
+import io
 import zipfile
 
 import numpy as np
@@ -6,6 +7,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
@@ -135,6 +137,19 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path):
     frame = labels_of(tmp_path, [f"loose/{n}.png" for n in range(2)])
     with pytest.raises(UserError, match="occur more than once"):
         load([str(tmp_path / "a"), str(tmp_path / "b")], frame)
+
+
+def test_a_labelled_file_of_several_images_is_refused_as_one(tmp_path):
+    names = write_archive(str(tmp_path / "a"))
+    pages = [Image.fromarray(grey_film(n)) for n in range(3)]
+    sink = io.BytesIO()
+    pages[0].save(sink, "TIFF", save_all=True, append_images=pages[1:])
+    open_store(str(tmp_path / "a")).write("pages.tif", sink.getvalue())
+    frame = labels_of(tmp_path, [names[0], "pages.tif"])
+    with pytest.raises(
+        UserError, match=r"1 labelled files hold several images each, as pages\.tif"
+    ):
+        load([str(tmp_path / "a")], frame)
 
 
 def test_a_few_unreadable_films_are_left_out_and_many_are_refused(tmp_path, caplog):
