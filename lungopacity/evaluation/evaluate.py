@@ -24,7 +24,7 @@ from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.card import model_card
-from lungopacity.evaluation.measure import ScoredImages, exact, measure_with_gaps
+from lungopacity.evaluation.measure import ScoredImages, measure_with_gaps
 from lungopacity.evaluation.operating_points import deciding_point
 from lungopacity.evaluation.report import (
     EVALUATION,
@@ -165,7 +165,7 @@ def _scored_images(
 ) -> ScoredImages:
     return ScoredImages(
         data.labels_N,
-        exact(said.probabilities_NK),
+        said.probabilities_NK.astype(np.float64),
         spec.class_names,
         spec.positive_class,
         softmax(said.logits_NK),

@@ -67,7 +67,8 @@ class ScoredImages:
     labels_N: Integers
     """Index into `class_names`."""
     probabilities_NK: Floats
-    """As `metrics.check_scores` takes them."""
+    """As `metrics.check_scores` takes them: float64, of the very float32 that is published. Divided
+    by their sums, which are off by a rounding, those that are equal there would be ranked here."""
     class_names: tuple[str, ...]
     positive: str
     """The class that decisions are about."""
@@ -89,13 +90,6 @@ class ScoredImages:
     def positive_index(self) -> int:
         """Of the positive class among the names."""
         return self.class_names.index(self.positive)
-
-
-def exact(shares_NK: Floats) -> npt.NDArray[np.float64]:
-    """Divided by their sums: those of float32 are off by a rounding, which some metrics warn of."""
-    exact_NK = shares_NK.astype(np.float64)
-    exact_NK /= exact_NK.sum(axis=1, keepdims=True)
-    return exact_NK
 
 
 def measure(

@@ -14,7 +14,7 @@ import pyarrow as pa
 from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of
 from lungopacity.errors import Status
 from lungopacity.evaluation.bootstrap import REPLICATES, Resampling
-from lungopacity.evaluation.measure import ScoredImages, exact, measure
+from lungopacity.evaluation.measure import ScoredImages, measure
 from lungopacity.evaluation.metrics import Metric, wilson_interval
 from lungopacity.evaluation.table import fact_groups
 from lungopacity.models import ModelSpec
@@ -123,7 +123,7 @@ def label_metrics(
     )
     scored = ScoredImages(
         labels_N,
-        exact(probabilities_NK),
+        probabilities_NK.astype(np.float64),
         spec.class_names,
         spec.positive_class,
         points={"chosen": spec.operating_point},

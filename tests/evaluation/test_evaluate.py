@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from lungopacity.dataset.manifest import assign_splits, read_labels
 from lungopacity.errors import UserError
-from lungopacity.evaluation.evaluate import _check_sound, labels_of_split
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.evaluate import _check_sound, _scored_images, labels_of_split
+from lungopacity.evaluation.measure import measure
 from lungopacity.evaluation.report import ModelScores
+from lungopacity.evaluation.table import metric_value
 from tests.models.tiny import tiny_model
+from tests.training.blobs import blob_films
 
 
 def labels_of(folder: Path, label: list[str], **columns: list) -> str:
@@ -41,6 +47,23 @@ def test_a_model_that_gives_no_numbers_is_told_with_a_film():
     logits_NK[1, 1] = np.nan
     with pytest.raises(UserError, match=r"1 of 3 films are no numbers, as of b\.png: the GPU or"):
         _check_sound(ModelScores(logits_NK, logits_NK, None, None), images)
+
+
+def test_films_of_one_published_score_are_ranked_alike():
+    """`compare`, and whoever reads predictions.parquet, must find the AUC of the report: of scores
+    so near to 1 that float32 cannot tell them apart, too."""
+    logits_NK = np.array([[0, 20], [0, 24], [0, 18], [0, -3]], np.float32)
+    spec = tiny_model().spec
+    said = ModelScores(logits_NK, spec.probabilities(logits_NK), None, None)
+    p_N = said.probabilities_NK[:, 1]
+    assert p_N[:3].tolist() == [1.0] * 3
+    films = replace(blob_films(train=4, validation=0, test=0), labels_N=np.array([1, 1, 0, 0]))
+    scored = _scored_images(films, said, spec, {"default": spec.operating_point})
+    metrics = measure(scored, {}, Resampling.of([None] * 4, 2))
+    for name, positive_N in (("Lung_Opacity", [1, 1, 0, 0]), ("Normal", [0, 0, 1, 1])):
+        shares_N = said.probabilities_NK[:, spec.class_names.index(name)]
+        assert metric_value(metrics, "roc_auc", name) == roc_auc_score(positive_N, shares_N)
+    assert metric_value(metrics, "roc_auc", "Lung_Opacity") == 0.75
 
 
 def test_what_training_made_the_validation_split_is_in_no_other(tmp_path):

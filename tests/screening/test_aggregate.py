@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from lungopacity.evaluation.bootstrap import Resampling
-from lungopacity.evaluation.measure import ScoredImages, exact, measure
+from lungopacity.evaluation.measure import ScoredImages, measure
 from lungopacity.evaluation.table import metric_value, metrics_table
 from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
 from lungopacity.screening import aggregate
@@ -153,7 +153,7 @@ def test_a_run_is_measured_as_by_evaluate_with_its_patients_drawn_together():
     )
     _, *found = label_metrics(table, SPEC, told)
     images = ScoredImages(
-        truth, exact(np.stack([1 - p, p], axis=1)), SPEC.class_names, "Lung_Opacity",
+        truth, np.stack([1 - p, p], axis=1).astype(np.float64), SPEC.class_names, "Lung_Opacity",
         points={"chosen": SPEC.operating_point},
     )  # fmt: skip
     groups = {"view_position": [None] * 40, "patient_sex": ["F", "M"] * 20, "age": [None] * 40}
@@ -168,6 +168,15 @@ def test_a_run_is_measured_as_by_evaluate_with_its_patients_drawn_together():
                 None if wanted is None else pytest.approx(wanted, nan_ok=True, rel=1e-6)
             )
     assert {one.ci_method for one in found} == {"bootstrap", None}
+
+
+def test_films_of_one_published_score_are_ranked_alike():
+    table = predictions(
+        {"p": 1.0, "p_Normal": 1e-9, "label": "Lung_Opacity"},
+        {"p": 1.0, "p_Normal": 1e-8, "label": "Normal"},
+    )
+    metrics = label_metrics(table, SPEC, labels("0.png", "1.png"))
+    assert metric_value(metrics, "roc_auc", "Lung_Opacity") == 0.5
 
 
 def test_of_very_many_labelled_films_fewer_replicates_are_drawn(monkeypatch, caplog):
