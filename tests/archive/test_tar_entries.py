@@ -96,7 +96,7 @@ def test_a_hard_link_is_followed_to_a_hard_link():
 
 
 @pytest.mark.parametrize(
-    "link, compress, why",
+    ("link", "compress", "why"),
     [
         (_info("b", tarfile.SYMTYPE, "a"), bytes, "a symbolic link, which is not followed"),
         (_info("b", tarfile.SYMTYPE, "a"), gzip.compress, "a symbolic link, which is not followed"),
