@@ -20,6 +20,7 @@ from lungopacity.radiograph.film import (
     is_synthetic,
     sides,
 )
+from lungopacity.radiograph.grey import stretch_to_uint8
 from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg, read_header, scans_of
 from lungopacity.radiograph.jpeg2000 import is_cut_jpeg_2000, is_jpeg_2000
 from lungopacity.radiograph.pillow import decode_with_pillow, decoder_error
@@ -135,7 +136,13 @@ def _decode_plain_png(data: bytes, limits: DecodeLimits) -> Radiograph | None:
     header = read_plain_header(data)
     if header is None:
         return None
-    return _plain_film(lambda: decode_grey_png(data, header), "png", header, limits)
+
+    def decode() -> npt.NDArray[np.uint8]:
+        samples = decode_grey_png(data, header)
+        # 16 bits carry no window: their own range is mapped, as for such DICOM.
+        return samples if header.bits == 8 else stretch_to_uint8(samples)
+
+    return _plain_film(decode, "png", header, limits)
 
 
 def _plain_film(
@@ -149,7 +156,7 @@ def _plain_film(
     facts: dict[str, Any] = {
         "format": kind,
         **sides(header.rows, header.columns),
-        "photometric_interpretation": "L",
+        "photometric_interpretation": "I;16" if header.bits == 16 else "L",  # Pillow's names
         "synthetic": synthetic,
     }
     try:

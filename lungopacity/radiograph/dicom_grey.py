@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pydicom.uid import HTJ2K, JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.radiograph.grey import own_range, stretch_to_uint8
+from lungopacity.radiograph.grey import look_up, own_range, stretch_to_uint8
 
 _MAX_TABLE_BITS = 16
 _BRIGHTEST_OF_ANY = 0.25
@@ -214,8 +214,7 @@ def _windowed(
         return table[present], counts[present]
 
     ends = transform.black_and_white(counted, dataset)
-    grey: npt.NDArray[np.uint8] = stretch_to_uint8(table, *ends)[places_of(stored)]
-    return grey
+    return look_up(stretch_to_uint8(table, *ends), places_of(stored))
 
 
 def _table_of(

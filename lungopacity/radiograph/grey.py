@@ -11,6 +11,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 
 _FEW = 0.02
 """Of the pixels, at either end of their values: what may be text, a marker, or a dead detector."""
+_PLACES_AT_ONCE = 1 << 16
 
 
 def stretch_to_uint8(
@@ -31,11 +32,24 @@ def stretch_to_uint8(
         return np.zeros(values.shape, np.uint8)
     if values.dtype == np.uint16:
         # Each of 65,536 values once, instead of each pixel: the same, several times as fast.
-        table: npt.NDArray[np.uint8] = stretch_to_uint8(np.arange(65536.0), low, high)[values]
-        return table
+        return look_up(stretch_to_uint8(np.arange(65536.0), low, high), values)
     scaled = (values - low) * (255.0 / (high - low))
     grey: npt.NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return grey
+
+
+def look_up(table_V: npt.NDArray[np.uint8], places: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """`table_V[places]` in a third of the time: `take`, on so many places at once that their copy
+    in 64 bits, which it makes, stays in the cache, and small.
+
+    places: any shape, integers, within the table. Returns the same shape.
+    """
+    flat = places.reshape(-1)
+    found = np.empty(flat.shape, table_V.dtype)
+    for first in range(0, len(flat), _PLACES_AT_ONCE):
+        some = slice(first, first + _PLACES_AT_ONCE)
+        found[some] = table_V.take(flat[some])
+    return found.reshape(places.shape)
 
 
 def own_range(
@@ -58,11 +72,11 @@ def own_range(
 
 
 def _own_range_of(values: npt.NDArray[Any]) -> tuple[float, float]:
-    if not np.isfinite(values).all():
-        return np.nan, np.nan
     if values.dtype == np.uint16:
-        counts_V = np.bincount(values.ravel(), minlength=2**16)
+        counts_V = np.bincount(values.ravel())
         values_V = np.flatnonzero(counts_V)
         return own_range(values_V.astype(np.float64), counts_V[values_V])
+    if not np.isfinite(values).all():
+        return np.nan, np.nan
     found_V, counts_V = np.unique(values, return_counts=True)
     return own_range(found_V.astype(np.float64), counts_V)

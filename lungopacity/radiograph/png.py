@@ -16,8 +16,8 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 # file with any other, such as a palette, transparency, text or EXIF, is Pillow's to read.
 _PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs"}
 _PLAIN_CHUNKS |= {b"tIME", b"hIST", b"iCCP"}
-_GREY = b"\x08\x00"
-"""In IHDR: 8 bits, colour type grey."""
+_GREY = {b"\x08\x00": 8, b"\x10\x00": 16}
+"""Bits of a sample by what IHDR says of them and of the colour type, which is grey."""
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """A pixel, by colour type."""
 _ADAM7 = (
@@ -41,6 +41,8 @@ class PngHeader:
 
     rows: int
     columns: int
+    bits: int
+    """8 or 16."""
     is_interlaced: bool
     critical: tuple[slice, ...]
     """Kind and data of the chunks that hold the picture, IHDR first; four bytes after each is its
@@ -48,8 +50,10 @@ class PngHeader:
 
 
 def read_plain_header(data: bytes) -> PngHeader | None:
-    """The header of an 8-bit grey PNG of plain chunks; None where it is another, or cut."""
-    if data[12:16] != b"IHDR" or data[24:26] != _GREY:
+    """The header of a grey PNG of 8 or 16 bits and plain chunks; None where it is another, or
+    cut."""
+    bits = _GREY.get(data[24:26])
+    if data[12:16] != b"IHDR" or bits is None:
         return None
     at, kind, critical = 8, b"", []
     while kind != b"IEND":
@@ -63,11 +67,12 @@ def read_plain_header(data: bytes) -> PngHeader | None:
     if at > len(data):
         return None
     columns, rows = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    return PngHeader(rows, columns, data[28] != 0, tuple(critical))
+    return PngHeader(rows, columns, bits, data[28] != 0, tuple(critical))
 
 
-def decode_grey_png(data: bytes, header: PngHeader) -> npt.NDArray[np.uint8]:
-    """Pixels (height, width) of the file that `header` was read from; checksums are compared.
+def decode_grey_png(data: bytes, header: PngHeader) -> npt.NDArray[Any]:
+    """Samples (height, width), uint8 or uint16, of the file that `header` was read from; checksums
+    are compared.
 
     Raises `ImageError` (`truncated`, `corrupt_image`).
     """
@@ -129,7 +134,7 @@ def _decode_row_by_row(data: bytes, header: PngHeader) -> npt.NDArray[np.uint8] 
     PNG, third edition, 9.2), as OpenCV writes them; None for all else, damage included."""
     import imagecodecs
 
-    if header.is_interlaced:
+    if header.is_interlaced or header.bits > 8:
         return None
     for chunk in header.critical:
         if zlib.crc32(data[chunk]).to_bytes(4, "big") != data[chunk.stop : chunk.stop + 4]:

@@ -122,6 +122,23 @@ def test_every_row_may_have_its_own_filter(data, rows, columns):
     np.testing.assert_array_equal(decoded(filtered(pixels, filters)), pixels)
 
 
+@pytest.mark.parametrize("top", [0, 1, 255, 4095, 65535])
+def test_pixels_of_16_bits_are_those_of_pillow(top):
+    values = np.random.default_rng(top).integers(0, top + 1, (40, 50), np.uint16)
+    data = png(values)
+    np.testing.assert_array_equal(decoded(data), values)
+    film = one_film(data)
+    expected = np.rint((values - values.min()) * (255 / max(1, np.ptp(values))))
+    np.testing.assert_array_equal(film.pixels, expected)
+    assert film.photometric_interpretation == "I;16"
+    # With a text Pillow reads it.
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "a text")
+    with_text = one_film(png(values, pnginfo=text))
+    np.testing.assert_array_equal(with_text.pixels, film.pixels)
+    assert with_text.facts() == film.facts()
+
+
 def test_a_film_whose_rows_stand_alone_needs_no_libpng(monkeypatch):
     data = filtered(FILM, [1] * 120)
     monkeypatch.setattr("imagecodecs.png_decode", None)
@@ -153,10 +170,14 @@ def test_damaged_pixels_are_refused_though_the_chunks_are_sound(change, code):
     assert code_of(with_pixels(change)) is code
 
 
-def test_a_chunk_that_differs_from_its_checksum_is_refused():
-    data = bytearray(png(FILM))
-    data[len(data) // 2] ^= 1
-    assert code_of(bytes(data)) is ErrorCode.CORRUPT_IMAGE
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_chunk_that_differs_from_its_checksum_is_refused(kind):
+    whole = png(FILM.astype(kind))
+    assert whole[-8:-4] == b"IEND"
+    for place in (len(whole) // 2, len(whole) - 16):  # of the pixels, or of their checksum
+        data = bytearray(whole)
+        data[place] ^= 1
+        assert code_of(bytes(data)) is ErrorCode.CORRUPT_IMAGE
 
 
 @pytest.mark.parametrize(
@@ -180,7 +201,7 @@ def test_what_more_than_grey_pixels_is_in_is_left_to_pillow():
     text.add_text("Comment", "synthetic phantom")
     assert read_plain_header(png(FILM, pnginfo=text)) is None
     assert read_plain_header(png(FILM, transparency=3)) is None
-    assert read_plain_header(png(FILM.astype(np.uint16))) is None
+    assert read_plain_header(png(FILM.astype(np.uint16), transparency=3)) is None
     assert read_plain_header(png(np.stack([FILM] * 3, axis=2))) is None
     assert read_plain_header(png(FILM > 99)) is None
     assert read_plain_header(png(FILM, dpi=(72, 72))) is not None
