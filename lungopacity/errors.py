@@ -90,7 +90,7 @@ class ErrorCode(StrEnum):
     UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"
     """A DICOM image in an encoding that no installed decoder reads."""
     UNSUPPORTED = "unsupported"
-    """A valid file that is not decoded (sample layout, nesting too deep), or a key of no file."""
+    """A valid file that is not decoded (its format, layout or nesting), or a key of no file."""
     ENCRYPTED = "encrypted"
     """A member of a zip that needs a password."""
     CORRUPT_ARCHIVE = "corrupt_archive"

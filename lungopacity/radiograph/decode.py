@@ -5,6 +5,7 @@ The format is told by content, never by name: JPEG bytes named .png are common i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Set
 from typing import Any
 
@@ -26,9 +27,19 @@ from lungopacity.radiograph.jpeg2000 import is_cut_jpeg_2000, is_jpeg_2000
 from lungopacity.radiograph.pillow import decode_with_pillow, decoder_error
 from lungopacity.radiograph.png import PngHeader, decode_grey_png, read_plain_header
 
+# Their first bytes, and what they are: pictures that cameras and browsers write, and films are
+# seldom in.
+_NOT_DECODED = (
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "WebP"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), "JPEG XL"),
+    (re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1|avi[fs])", re.DOTALL), "HEIF or AVIF"),
+    (re.compile(rb"II\xbc[\0\1]"), "JPEG XR"),
+    (re.compile(rb"GIF8[79]a"), "GIF"),
+)
+
 
 def sniff_format(data: bytes) -> str | None:
-    """The image format that the first bytes announce, or None."""
+    """The image format that the first bytes announce, of those that are decoded, or None."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if data[:3] == b"\xff\xd8\xff":
@@ -70,9 +81,7 @@ def decode_radiographs(
     limits.check_size(len(data))
     kind = sniff_format(data)
     if kind is None:
-        raise ImageError(
-            ErrorCode.NOT_AN_IMAGE, Stage.DECODE, "no signature of a known image format"
-        )
+        raise _not_decoded(data)
     if kind == "dicom":
         from lungopacity.radiograph.dicom import decode_dicom
 
@@ -83,6 +92,15 @@ def decode_radiographs(
     except ImageError as error:
         error.facts = {"format": kind, **error.facts}
         raise
+
+
+def _not_decoded(data: bytes) -> ImageError:
+    for signature, name in _NOT_DECODED:
+        if signature.match(data):
+            return ImageError(
+                ErrorCode.UNSUPPORTED, Stage.DECODE, f"a picture in {name}; write it anew as PNG"
+            )
+    return ImageError(ErrorCode.NOT_AN_IMAGE, Stage.DECODE, "no signature of a known image format")
 
 
 def _decoded(

@@ -187,13 +187,30 @@ def test_a_large_jpeg_is_decoded_no_larger_than_needed():
     ("data", "code"),
     [
         (b"", ErrorCode.EMPTY),
-        (b"GIF89a" + bytes(100), ErrorCode.NOT_AN_IMAGE),
         (b"image,label\na.png,Normal\n" * 20, ErrorCode.NOT_AN_IMAGE),
         (b"\x89PNG\r\n\x1a\n" + bytes(64), ErrorCode.CORRUPT_IMAGE),
     ],
 )
 def test_bad_bytes_have_their_code(data, code):
     assert code_of(data) is code
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (saved(Image.fromarray(grey_film()), "WEBP"), "WebP"),
+        (saved(Image.fromarray(grey_film()), "GIF"), "GIF"),
+        (saved(Image.fromarray(grey_film()), "AVIF"), "HEIF or AVIF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIF or AVIF"),
+        (imagecodecs.jpegxl_encode(grey_film()), "JPEG XL"),
+        (imagecodecs.jpegxl_encode(grey_film(), usecontainer=True), "JPEG XL"),
+        (imagecodecs.jpegxr_encode(grey_film()), "JPEG XR"),
+    ],
+)
+def test_a_picture_in_a_format_that_is_not_decoded_says_so(data, name):
+    with pytest.raises(ImageError, match=f"a picture in {name}; write it anew as PNG") as caught:
+        one_film(data)
+    assert caught.value.code is ErrorCode.UNSUPPORTED
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
