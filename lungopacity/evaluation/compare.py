@@ -297,12 +297,14 @@ def clustered_difference(
 
 
 def _patients(both: pd.DataFrame) -> Resampling:
-    """As either report numbers them; the number of one means nothing in the other."""
-    for column in ("patient_cluster", "patient_cluster_second"):
-        if column in both:
-            numbers = both[column]
-            return Resampling.of([None if pd.isna(n) else str(n) for n in numbers])
-    return Resampling.of([None] * len(both))
+    """As the report that knows more films to be of one patient numbers them: the other's labels may
+    name none, and the number of one means nothing in the other."""
+    told = [
+        Resampling.of([None if pd.isna(n) else str(n) for n in both[column]])
+        for column in ("patient_cluster", "patient_cluster_second")
+        if column in both
+    ]
+    return min(told, key=lambda one: one.patients, default=Resampling.of([None] * len(both)))
 
 
 def _told_share(name: str, share: ShareDifference) -> str:

@@ -208,8 +208,12 @@ def test_where_each_patient_has_one_film_the_tests_alone_are_told(tmp_path, capf
     assert "over patients" not in told
 
 
-def test_the_second_report_can_tell_the_patients_and_equal_models_have_no_interval(tmp_path, capfd):
-    first = report(str(tmp_path / "1"), "aaa", 1)
+@pytest.mark.parametrize("known", [{}, {"patient_cluster": np.arange(60)}], ids=["old", "none"])
+def test_the_second_report_can_tell_the_patients_and_equal_models_have_no_interval(
+    tmp_path, capfd, known
+):
+    """The first is too old to tell them, or of labels that name none."""
+    first = report(str(tmp_path / "1"), "aaa", 1, **known)
     second = report(str(tmp_path / "2"), "bbb", 1, patient_cluster=np.arange(60) // 2)
     found, told = told_of(first, second, capfd)
     assert found["clustered"]["patients"] == 30
