@@ -10,6 +10,7 @@ import logging
 import warnings
 import zlib
 from collections.abc import Iterator, Set
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ _MAX_READS = 1_000_000
 """pydicom takes two or three for an element, and about two microseconds for each."""
 _PIXEL_STEP = 4096
 """Less than it takes at once of compressed pixels."""
+_PIXEL_DATA = 0x7FE00010
 _FEWER = "fewer pixels than declared"
 _OTHER_COLOURS = {"YBR_PARTIAL_422", "YBR_PARTIAL_420", "HSV", "ARGB", "CMYK", "XYB"}
 """Most are retired. pydicom gives them as they are stored: hue, or Y, for red."""
@@ -93,15 +95,18 @@ def decode_dicom(
 
 def _read(data: bytes, limits: DecodeLimits) -> Any:
     import pydicom
+    from pydicom.filereader import read_partial
 
     try:
         if _has_meta(data) and DeflatedExplicitVRLittleEndian.encode() in data[:_META_BYTES]:
             return _read_deflated(data, limits)
         dataset = pydicom.dcmread(_Bounded(data), force=True)
-        if "PixelData" not in dataset:
-            # Of a file that ends in its pixels pydicom gives nothing; its header is still there.
-            header = pydicom.dcmread(_Bounded(data), force=True, stop_before_pixels=True)
-            dataset = header if len(header) > len(dataset) else dataset
+        # Of a file that ends inside an element pydicom gives nothing. If that is junk behind the
+        # pixels, the film is still there; if it is the pixels, the header is.
+        for last in (_PIXEL_DATA, _PIXEL_DATA - 1):
+            if "PixelData" not in dataset:
+                part = read_partial(_Bounded(data), partial(_is_behind, last), force=True)
+                dataset = part if len(part) > len(dataset) else dataset
         # Values are parsed when they are asked for; this finds a damaged file here, not later.
         known = "SOPClassUID" in dataset or "Rows" in dataset or "PixelData" in dataset
     except ImageError:
@@ -113,6 +118,10 @@ def _read(data: bytes, limits: DecodeLimits) -> Any:
             ErrorCode.NOT_AN_IMAGE, Stage.DECODE, "no signature of a known image format"
         )
     return dataset
+
+
+def _is_behind(last: int, tag: int, vr: str | None, length: int) -> bool:
+    return tag > last
 
 
 class _Bounded(io.BytesIO):
@@ -234,7 +243,8 @@ def _complete(dataset: Any) -> None:
             setattr(dataset, keyword, usual)
     if is_compressed(dataset) and dataset.get("PlanarConfiguration") is None:
         dataset.PlanarConfiguration = 0  # the codestream has its own
-    for keyword in ("BitsStored", "PhotometricInterpretation"):
+    colours = ("PlanarConfiguration",) if int(dataset.SamplesPerPixel) == 3 else ()
+    for keyword in ("BitsStored", "PhotometricInterpretation", *colours):
         if dataset.get(keyword) in (None, ""):
             raise ImageError(
                 ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"the header does not say {keyword}"

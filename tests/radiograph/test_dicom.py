@@ -173,6 +173,13 @@ def test_what_cannot_be_scored_has_its_code(data, code):
     assert code_of(data) is code
 
 
+@pytest.mark.parametrize("junk", [b"\xff" * 50, bytes(50), b"\x1a" * 128, b"\r\n"])
+def test_junk_behind_the_pixels_costs_no_film(junk):
+    for film in (dicom(RAMP), compressed(JPEG2000Lossless)):
+        found = one_film(film + junk)
+        np.testing.assert_array_equal(found.pixels, one_film(film).pixels)
+
+
 def test_a_deflated_bomb_is_not_inflated():
     limits = DecodeLimits(max_size_bytes=1 << 20)
     assert code_of(deflated_bomb(), limits) is ErrorCode.DECOMPRESSION_BOMB

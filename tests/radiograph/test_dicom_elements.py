@@ -119,6 +119,12 @@ def test_what_goes_without_saying_may_be_left_out(keyword):
     np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
 
 
+def test_how_colours_lie_is_no_guess():
+    rgb = dicom(RAMP, SamplesPerPixel=3, PhotometricInterpretation="RGB", PixelData=bytes(99999))
+    with pytest.raises(ImageError, match="the header does not say PlanarConfiguration"):
+        one_film(rgb)
+
+
 @pytest.mark.parametrize("keyword", ["PhotometricInterpretation", "BitsStored"])
 def test_what_only_the_header_can_say_is_named_where_it_does_not(keyword):
     with pytest.raises(ImageError, match=f"the header does not say {keyword}") as caught:
