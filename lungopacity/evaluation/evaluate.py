@@ -41,6 +41,7 @@ from lungopacity.models import (
     ModelSpec,
     OperatingPoint,
     TrainedModel,
+    check_rejects,
     films_known_to,
     load_model,
     points_of_sites,
@@ -86,6 +87,7 @@ def evaluate(
     check_columns(by)
     accepted, rejecting = rules_from(accept, reject_quality)
     own = load_model(model)
+    check_rejects(model, own, rejecting)
     trained = with_operating_point(model, own, operating_point)
     spec = trained.spec
     of_sites = points_of_sites(model, own)
@@ -149,8 +151,7 @@ def _without_unlike(
 ) -> tuple[LabelledPixels, ModelScores]:
     """Without the films that are unlike the training films. Raises `UserError` where none is
     left."""
-    if said.unlike_N is None:
-        return data, said
+    assert said.unlike_N is not None  # see `check_rejects`
     like = np.flatnonzero(~(said.unlike_N > 1))
     if not len(like):
         raise UserError(f"{labels}: every film is {OUT_OF_DISTRIBUTION}; see --reject-quality")

@@ -38,7 +38,13 @@ from lungopacity.evaluation.pointing import (
 )
 from lungopacity.evaluation.report import EVALUATION, EXPLANATION, check_output
 from lungopacity.evaluation.table import metrics_table
-from lungopacity.models import TrainedModel, films_known_to, load_model, with_operating_point
+from lungopacity.models import (
+    TrainedModel,
+    check_rejects,
+    films_known_to,
+    load_model,
+    with_operating_point,
+)
 from lungopacity.models.scorer import no_number
 from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
@@ -86,6 +92,7 @@ def explain(
     accepted, rejecting = rules_from(accept, reject_quality)
     check_output(output, EVALUATION)
     trained = with_operating_point(model, load_model(model), operating_point)
+    check_rejects(model, trained, rejecting)
     chosen = None if labels is None else labels_of_split(labels, trained.spec, split)
     if chosen is not None and limit is not None:
         chosen = chosen.head(limit)
@@ -253,7 +260,8 @@ class _Explainer:
         maps_NHW = self.scorer.activation_maps(pixels_NHW)
         unlike_N = self.scorer.out_of_distribution(scores.features_NF)
         rejected_N = np.zeros(len(films), bool)
-        if self.reject_unlike and unlike_N is not None:
+        if self.reject_unlike:
+            assert unlike_N is not None  # see `check_rejects`
             rejected_N = unlike_N[scores.are_numbers] > 1
         error = ImageError(ErrorCode.POOR_QUALITY, Stage.SCORE, OUT_OF_DISTRIBUTION)
         for row, pixels, p, activation, rejected in zip(

@@ -15,6 +15,7 @@ from lungopacity.errors import UserError
 from lungopacity.evaluation.drift import Sample
 from lungopacity.models import (
     TrainedModel,
+    check_rejects,
     films_known_to,
     load_model,
     with_operating_point,
@@ -154,6 +155,7 @@ def screening_job(
         raise UserError("--key-map is for --hash-keys; give both or none")
     accepted, rejecting = rules_from(accept, reject_quality)
     trained = with_operating_point(model, load_model(model), operating_point)
+    check_rejects(model, trained, rejecting)
     check_class_columns(trained.spec.class_names)
     results = open_store(output)
     pseudonyms = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lungopacity.errors import UserError
+from lungopacity.evaluation.evaluate import evaluate
+from lungopacity.evaluation.explain import explain
 from lungopacity.results.folder import commit_run
 from lungopacity.screening.job import screening_job
 from lungopacity.storage import open_store
@@ -36,3 +38,23 @@ def test_attempts_at_a_run_agree_in_its_precision_and_cpus_have_one(tmp_path):
     assert screening_job(model, results, precision="bfloat16").rules.precision == "bfloat16"
     with pytest.raises(UserError, match="bfloat16 needs a GPU"):
         screening_job(model, results, precision="bfloat16", use_gpu=False)
+
+
+def test_what_an_older_model_cannot_tell_it_cannot_reject(tmp_path):
+    """Its folder does not say where its training films lie: no film would be rejected."""
+    model, output = str(tmp_path / "model"), str(tmp_path / "output")
+    write_tiny_model(model)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("image,label,split\na.png,Normal,test\n")
+    refused = pytest.raises(
+        UserError,
+        match=r"--reject-quality out_of_distribution: .* does not tell where its training",
+    )
+    flags = ["out_of_distribution"]
+    with refused:
+        screening_job(model, output, reject_quality=flags)
+    with refused:
+        evaluate(model, [str(tmp_path)], str(labels), output, reject_quality=flags)
+    with refused:
+        explain(model, [str(tmp_path)], output, reject_quality=flags)
+    assert screening_job(model, output, reject_quality=["blank"]).model.distribution is None
