@@ -60,6 +60,11 @@ def alone_in(name: str) -> str:
     return stem if suffix.lower() in _COMPRESSED_SUFFIXES else name
 
 
+def without_files() -> ImageError:
+    """What is said of a container that was walked to its end, and gave nothing."""
+    return ImageError(ErrorCode.EMPTY, Stage.UNPACK, "a container without a file")
+
+
 def members(
     file: IO[bytes], name: str, limits: DecodeLimits, wanted: Wanted | None = None
 ) -> Iterator[Member]:
@@ -161,12 +166,15 @@ class _Walk:
             # A failed checksum does not say where; a stream that ends early was right so far.
             if failure is not None and alone:
                 raise failure
+            before = self._given
             try:
                 yield from self.walk(spool, posixpath.basename(name), f"{name}/", _MAX_DEPTH)
             except ImageError as error:
                 yield self._member(name, error)
             if failure is not None:
                 raise failure
+            if self._given == before:
+                yield self._member(name, without_files())
 
 
 def _entries(file: IO[bytes], name: str, meter: Meter) -> Iterator[Entry]:

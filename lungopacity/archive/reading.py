@@ -19,12 +19,12 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from lungopacity.archive.containers import alone_in, is_container, members
+from lungopacity.archive.containers import alone_in, is_container, members, without_files
 from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.decoder import borrowed_decoder
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.unpacking import HEAD_SIZE, machine_error
-from lungopacity.errors import ErrorCode, ImageError, Stage, Status
+from lungopacity.errors import ErrorCode, ImageError, Status
 from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.storage import Store
 
@@ -330,7 +330,7 @@ def _unpacked(
             elif data is not None:
                 yield _File(columns, error=_reported(data), of=found)
         if not files:
-            raise ImageError(ErrorCode.EMPTY, Stage.UNPACK, "a container without a file")
+            raise without_files()
     except Exception as error:
         yield _File(source, error=_reported(error), of=found)
     yield _File(source, of=found, ends=True)

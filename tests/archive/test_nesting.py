@@ -43,6 +43,11 @@ def test_a_compressed_film_in_a_container_keeps_its_name(outer):
     assert walk(data, wanted=wanted) == ([(name, b"film"), ("b", None)], None)
 
 
+def test_a_nested_container_without_a_file_has_a_row():
+    data = make_zip([("a", b"1"), ("in.zip", make_zip([])), ("b", b"2")])
+    assert walk(data) == ([("a", b"1"), ("in.zip", ErrorCode.EMPTY), ("b", b"2")], None)
+
+
 def test_a_container_in_a_nested_container_is_refused_alone():
     inner = make_tar([("1", b"1"), ("deep.zip", make_zip(FILMS)), ("2", b"2")])
     rows, ended = walk(make_zip([("in.tar", inner), ("b", b"3")]))
