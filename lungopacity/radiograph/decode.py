@@ -27,14 +27,19 @@ from lungopacity.radiograph.jpeg2000 import is_cut_jpeg_2000, is_jpeg_2000
 from lungopacity.radiograph.pillow import decode_with_pillow, decoder_error
 from lungopacity.radiograph.png import PngHeader, decode_grey_png, read_plain_header
 
-# Their first bytes, and what they are: pictures that cameras and browsers write, and films are
-# seldom in.
+# Their first bytes, and what they are: what cameras and browsers write, and archives.
 _NOT_DECODED = (
-    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "WebP"),
-    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), "JPEG XL"),
-    (re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1|avi[fs])", re.DOTALL), "HEIF or AVIF"),
-    (re.compile(rb"II\xbc[\0\1]"), "JPEG XR"),
-    (re.compile(rb"GIF8[79]a"), "GIF"),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "a picture in WebP"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), "a picture in JPEG XL"),
+    (
+        re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1|avi[fs])", re.DOTALL),
+        "a picture in HEIF or AVIF",
+    ),
+    (re.compile(rb"II\xbc[\0\1]"), "a picture in JPEG XR"),
+    (re.compile(rb"GIF8[79]a"), "a picture in GIF"),
+    (re.compile(rb"7z\xbc\xaf\x27\x1c"), "an archive in 7z"),
+    (re.compile(rb"Rar!\x1a\x07"), "an archive in RAR"),
+    (re.compile(rb"\x04\x22\x4d\x18"), "a file in LZ4"),
 )
 
 
@@ -95,10 +100,11 @@ def decode_radiographs(
 
 
 def _not_decoded(data: bytes) -> ImageError:
-    for signature, name in _NOT_DECODED:
+    for signature, what in _NOT_DECODED:
         if signature.match(data):
+            anew = "PNG" if what.startswith("a picture") else "tar or zip"
             return ImageError(
-                ErrorCode.UNSUPPORTED, Stage.DECODE, f"a picture in {name}; write it anew as PNG"
+                ErrorCode.UNSUPPORTED, Stage.DECODE, f"{what}; write it anew as {anew}"
             )
     return ImageError(ErrorCode.NOT_AN_IMAGE, Stage.DECODE, "no signature of a known image format")
 

@@ -196,19 +196,31 @@ def test_bad_bytes_have_their_code(data, code):
 
 
 @pytest.mark.parametrize(
-    ("data", "name"),
+    ("data", "told"),
     [
-        (saved(Image.fromarray(grey_film()), "WEBP"), "WebP"),
-        (saved(Image.fromarray(grey_film()), "GIF"), "GIF"),
-        (saved(Image.fromarray(grey_film()), "AVIF"), "HEIF or AVIF"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIF or AVIF"),
-        (imagecodecs.jpegxl_encode(grey_film()), "JPEG XL"),
-        (imagecodecs.jpegxl_encode(grey_film(), usecontainer=True), "JPEG XL"),
-        (imagecodecs.jpegxr_encode(grey_film()), "JPEG XR"),
+        (saved(Image.fromarray(grey_film()), "WEBP"), "a picture in WebP; write it anew as PNG"),
+        (saved(Image.fromarray(grey_film()), "GIF"), "a picture in GIF; write it anew as PNG"),
+        (
+            saved(Image.fromarray(grey_film()), "AVIF"),
+            "a picture in HEIF or AVIF; write it anew as PNG",
+        ),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
+            "a picture in HEIF or AVIF; write it anew as PNG",
+        ),
+        (imagecodecs.jpegxl_encode(grey_film()), "a picture in JPEG XL; write it anew as PNG"),
+        (
+            imagecodecs.jpegxl_encode(grey_film(), usecontainer=True),
+            "a picture in JPEG XL; write it anew as PNG",
+        ),
+        (imagecodecs.jpegxr_encode(grey_film()), "a picture in JPEG XR; write it anew as PNG"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(999), "an archive in 7z; write it anew as tar or zip"),
+        (b"Rar!\x1a\x07\1\0" + bytes(999), "an archive in RAR; write it anew as tar or zip"),
+        (imagecodecs.lz4f_encode(bytes(999)), "a file in LZ4; write it anew as tar or zip"),
     ],
 )
-def test_a_picture_in_a_format_that_is_not_decoded_says_so(data, name):
-    with pytest.raises(ImageError, match=f"a picture in {name}; write it anew as PNG") as caught:
+def test_a_file_in_a_format_that_is_not_read_says_so(data, told):
+    with pytest.raises(ImageError, match=told) as caught:
         one_film(data)
     assert caught.value.code is ErrorCode.UNSUPPORTED
 
