@@ -16,6 +16,7 @@ from lungopacity import errors, observe
 from lungopacity.cli import cli
 from lungopacity.dataset.layouts import LAYOUTS
 from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.drift import Sample, drift_metrics, shifts
 from lungopacity.evaluation.measure import ScoredImages, measure
 from lungopacity.evaluation.operating_points import STANDARD
 from lungopacity.models import NETWORK_NAMES, OperatingPoint
@@ -26,11 +27,13 @@ from lungopacity.results.schema import (
     evaluation_schema,
     predictions_schema,
 )
+from lungopacity.screening.aggregate import run_metrics
 from lungopacity.screening.nightly import STATUS, _Status
 from lungopacity.storage import open_store
 from lungopacity.storage.lease import Lease
 from lungopacity.training.fit import HISTORY_SCHEMA
 from lungopacity.training.trials import trials_table
+from tests.screening.test_aggregate import MIXED, SPEC, predictions
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -106,6 +109,15 @@ def test_every_metric_of_a_report_is_told():
     metrics = measure(images, {}, Resampling.of(["a", "b"], 2))
     told = {name for row in rows_of("metric", REPORTS) for name in words_in(row[0])}
     assert {metric.metric for metric in metrics} <= told
+
+
+def test_every_metric_of_a_screened_run_is_told():
+    rows = predictions(*(dict(row) for row in MIXED))
+    sample = Sample.of(rows, "p_Lung_Opacity", failed_again=0)
+    metrics = run_metrics(rows, SPEC, seconds=1.0)
+    metrics += drift_metrics(shifts(sample, sample), sample, sample)
+    told = [name for row in rows_of("metric of a run", REPORTS) for name in words_in(row[0])]
+    assert told == list(dict.fromkeys(metric.metric for metric in metrics))
 
 
 def test_every_command_stands_in_the_table():
