@@ -164,7 +164,10 @@ def retry(**options: Any) -> int:
 
     result = run(**options)
     if result is None:
-        click.echo("nothing to do again: no image of this run failed for a reason that passes")
+        click.echo(
+            "nothing to do again: no image of this run failed for a reason that passes, but for "
+            "what later runs have read"
+        )
         click.echo(NOTICE)
     else:
         click.echo(summary(result))

@@ -10,15 +10,19 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from lungopacity.archive.inventory import Inventory, inventory_of
 from lungopacity.errors import OF_STORAGE, OF_VERSION, Status, UserError
 from lungopacity.models.scorer import FLOAT32
 from lungopacity.results.folder import read_run
 from lungopacity.results.query import files_of_runs, predictions_of
+from lungopacity.results.schema import PLAN_SCHEMA
+from lungopacity.results.workbench import temporary_folder
 from lungopacity.screening.finish import ScreeningResult
-from lungopacity.screening.history import of_other_version
+from lungopacity.screening.history import History, of_other_version
 from lungopacity.screening.job import ScreeningJob, screening_job
+from lungopacity.screening.plan import choose
 from lungopacity.screening.pseudonyms import read_key_map
 from lungopacity.screening.screen import run_job
 from lungopacity.storage import ObjectInfo, Store, open_store
@@ -39,7 +43,8 @@ def retry(
     model_actors: int | None = None,
 ) -> ScreeningResult | None:
     """Publish a run over the objects of `run_id` that failed by the fault of the storage, or of
-    another version of lungopacity; None: none did.
+    another version of lungopacity, and that no later run has read as they are now; None: there are
+    none.
 
     The run that is retried stays as it is; the new one names it as `retry_of`, and the view
     `latest` of `query` shows its rows instead. `model`: where the model of that run lies now, if it
@@ -77,7 +82,9 @@ def retry(
     _check_same(job, record, settings)
     if job.key_map is not None:
         failed = _named(failed, job.key_map, run_id)
-    listed = _as_they_are_now(record["archive"], failed)
+    listed = _not_read_since(job, _as_they_are_now(record["archive"], failed))
+    if listed is None:
+        return None
     return run_job(job, listed, began, go_on="the same command begins anew")
 
 
@@ -163,3 +170,13 @@ def _as_they_are_now(archive: str, keys: list[str]) -> Inventory:
     if len(refusals) == len(keys):
         raise refusals[0]
     return inventory_of(store, objects)
+
+
+def _not_read_since(job: ScreeningJob, listed: Inventory) -> Inventory | None:
+    """Those that no later run has read: its rows must not give way to a failure of today, nor to
+    what an older operating point decides. None where later runs have read them all."""
+    history = History.read(job.results, listed.uri, job.model.model_id, job.rules, job.pseudonyms)
+    with temporary_folder() as folder:
+        files = choose(listed, folder, None, history)
+        tables = [pq.read_table(file.path, columns=PLAN_SCHEMA.names) for file in files]
+    return Inventory(listed.uri, iter(tables)) if tables else None
