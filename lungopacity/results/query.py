@@ -23,6 +23,7 @@ _RUNS_SCHEMA = pa.schema(
     [
         ("run_id", pa.string()),
         ("model_id", pa.string()),
+        ("positive_class", pa.string()),
         ("synthetic", pa.bool_()),
         ("archive", pa.string()),
         ("started_at", pa.timestamp("us", tz="UTC")),
@@ -41,12 +42,12 @@ _RUNS_SCHEMA = pa.schema(
 
 # All rows of one object come from one run: a shard that could not be opened one night has one row
 # then, and the next night a row for each member.
-# Models that decide about different classes may have one id. `places` lies where SHOW TABLES does
-# not look.
+# Models that decide about different classes may have one id: a row tells which class its decision
+# is about. `places` lies where SHOW TABLES does not look.
 _LATEST = """
 CREATE SCHEMA internal;
 CREATE TABLE internal.places AS SELECT * FROM run_places;
-CREATE VIEW latest AS SELECT * EXCLUDE (place, positive_class) FROM (
+CREATE VIEW latest AS SELECT * EXCLUDE (place) FROM (
     SELECT predictions.*, place, positive_class
     FROM predictions JOIN internal.places USING (run_id)
     QUALIFY place = max(place) OVER (PARTITION BY archive, image, model_id, positive_class)
