@@ -21,6 +21,7 @@ from lungopacity.screening.report import summary
 from lungopacity.screening.retry import left_alone
 from lungopacity.storage import LocalStore, open_store
 from tests.models.tiny import write_tiny_model
+from tests.test_readme import RESULTS, rows_of, words_in
 
 
 def test_a_full_disk_of_the_driver_is_told_with_the_mend(place, monkeypatch):
@@ -320,3 +321,14 @@ def test_what_a_later_run_has_read_is_not_retried_and_stays_the_newest(place, mo
         # But for what was replaced since.
         place.archive.write("Adams.png", b"another film")
         assert lungopacity.retry(place.results, run.run_id, **key).failed == 1
+
+
+def test_every_field_of_a_commit_record_is_told(place, monkeypatch):
+    monkeypatch.setattr(screen, "done_with_ray", lambda: None)
+    place.failing["Adams.png"] = "timeout"
+    (run,) = place.night(max_failed_fraction=1.0).runs
+    place.night(baseline=run.run_id)
+    lungopacity.retry(place.results, run.run_id)
+    records = query(place.results, "SELECT record FROM runs")["record"].to_pylist()
+    told = [name for row in rows_of("in the record", RESULTS) for name in words_in(row[0])]
+    assert sorted(told) == sorted({name for record in records for name in json.loads(record)})
