@@ -228,6 +228,11 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
         )
     bits = int(dataset.Rows) * int(dataset.Columns) * (2 if subsampled else samples) * allocated
     whole = len(dataset.PixelData) * 8 // bits
+    if whole >= 2 * frames:
+        # Rows, bits or frames are told wrongly, and a part would pass for the whole film.
+        raise ImageError(
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "at least twice the pixels that are declared"
+        )
     if 0 < whole < frames:
         dataset.NumberOfFrames = whole  # or pydicom decodes none of them
     return frames, whole

@@ -165,6 +165,9 @@ def _inflates(data: bytes) -> bool:
         (dicom(RAMP, Rows=0), ErrorCode.CORRUPT_IMAGE),
         (dicom(RAMP, PixelData=bytes(100)), ErrorCode.TRUNCATED),
         (dicom(RAMP)[:-500], ErrorCode.TRUNCATED),
+        # Of several frames one would be scored, and of a film whose rows or bits are wrong a part.
+        (dicom(np.vstack([RAMP] * 2), Rows=RAMP.shape[0]), ErrorCode.CORRUPT_IMAGE),
+        (dicom(RAMP, BitsAllocated=8, BitsStored=8, HighBit=7), ErrorCode.CORRUPT_IMAGE),
         (compressed(JPEG2000Lossless)[:-300], ErrorCode.TRUNCATED),
         (dicom(RAMP, Rows=60_000, Columns=60_000), ErrorCode.TOO_LARGE),
     ],
