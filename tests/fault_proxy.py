@@ -98,6 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
             for name, value in answer.getheaders()
             if name.lower() not in ("transfer-encoding", "content-length", "connection")
         }
+        length = answer.getheader("Content-Length")
+        if self.command == "HEAD" and length is not None:
+            headers["Content-Length"] = length
         if fault == "flip":
             body = bytes([body[0] ^ 1]) + body[1:]
         self._answer(answer.status, headers, body, cut=fault == "cut")
@@ -107,9 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes, cut: bool = False) -> None:
         self.send_response_only(status)
-        for name, value in headers.items():
+        # Of what HEAD asks for there is the length alone, the server's.
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             with contextlib.suppress(OSError):  # whoever asked may have been killed

@@ -1,5 +1,6 @@
 """What the network does to a fetch, between the real server and our client."""
 
+import itertools
 import pickle
 import resource
 import socket
@@ -14,11 +15,13 @@ from contextlib import contextmanager
 import pytest
 
 from lungopacity.errors import ErrorCode, ImageError, UserError
-from lungopacity.storage import open_store
+from lungopacity.storage import S3Store, open_store
 from lungopacity.storage.quick_get import QuickGet
 from tests.fault_proxy import fault_proxy
 
 CONTENT = bytes(range(256)) * 300
+LARGE = CONTENT * 150
+"""No part but the last may have less than 5 MiB."""
 
 
 @pytest.fixture
@@ -68,6 +71,61 @@ def test_a_lasting_fault_has_its_code_and_gives_no_bytes(proxy, s3_uri, fault, c
     assert caught.value.code is code
     # Once by obstore, the rest by boto3.
     assert sum(proxy.gets.values()) == 1 + 4
+
+
+def uploaded_in_parts(store: S3Store, *sizes: int) -> None:
+    """`LARGE` as the object `a`; the last part is the rest."""
+    of = {"Bucket": store.bucket, "Key": f"{store.prefix}a"}
+    upload = store.client.create_multipart_upload(**of)["UploadId"]
+    bounds = [0, *itertools.accumulate(sizes), len(LARGE)]
+    parts = []
+    for number, (first, end) in enumerate(itertools.pairwise(bounds), 1):
+        part = store.client.upload_part(
+            **of, UploadId=upload, PartNumber=number, Body=LARGE[first:end]
+        )
+        parts.append({"PartNumber": number, "ETag": part["ETag"]})
+    store.client.complete_multipart_upload(**of, UploadId=upload, MultipartUpload={"Parts": parts})
+
+
+@pytest.mark.parametrize("sizes", [(), (5_500_000, 5_500_000), (5_760_000,)])
+def test_an_object_that_was_uploaded_in_parts_is_checked_by_their_md5s(proxy, s3_uri, sizes):
+    store = open_store(s3_uri)
+    uploaded_in_parts(store, *sizes)
+    (listed,) = store.list()
+    assert listed.etag.endswith(f"-{len(sizes) + 1}")
+    for etag in (None, listed.etag):
+        assert store.read("a", etag=etag) == LARGE
+    proxy.fault, proxy.times = "flip", 3
+    proxy.gets.clear()
+    with store.open_local("a", etag=listed.etag) as file:
+        assert file.read() == LARGE
+    assert sum(proxy.gets.values()) == 4
+    proxy.times = 1000
+    assert code_of(lambda: store.read("a", etag=listed.etag)) is ErrorCode.DIGEST_MISMATCH
+    assert store.read_head("a", 100)[1:] == LARGE[1:100]  # of a range nothing is known
+
+
+def test_parts_of_many_sizes_or_unknown_ones_are_checked_by_length_alone(
+    proxy, s3_uri, monkeypatch
+):
+    store = open_store(s3_uri)
+    uploaded_in_parts(store, 5_600_000, 5_300_000)
+    assert store.read("a") == LARGE
+    uploaded_in_parts(store, 6_000_000, 5_300_000)  # two of the first size would be more than all
+    assert store.read("a") == LARGE
+    uploaded_in_parts(store, 5_500_000, 5_500_000)
+    ask = S3Store._ask
+
+    def knowing_no_parts(store, method, **arguments):
+        told = ask(store, method, **arguments)
+        told.pop("PartsCount", None)
+        return told
+
+    monkeypatch.setattr(S3Store, "_ask", knowing_no_parts)
+    proxy.fault, proxy.times = "flip", 1000
+    assert len(store.read("a")) == len(LARGE)
+    proxy.choose_any = lambda method, *_: "403" if method == "HEAD" else None
+    assert len(store.read("a")) == len(LARGE)
 
 
 @contextmanager

@@ -53,8 +53,8 @@ class Store(Protocol):
         ...
 
     def read(self, key: str, *, etag: str | None = None) -> bytes:
-        """The object's bytes, whole, and checked where a digest of it is known: on S3 the MD5 or a
-        checksum that boto3 can compute, as of multipart uploads there often is none.
+        """The object's bytes, whole, and checked where a digest of it is known: on S3 the MD5,
+        of an upload in parts of one size those of its parts, or a checksum that boto3 can compute.
 
         `etag`: refuse (`changed`) where the object is no longer the planned one. Raises
         `ImageError` of stage `fetch`.

@@ -68,7 +68,7 @@ class QuickGet:
         if etag and told != etag:
             return None  # the server takes no notice of If-Match; boto3's way tells it
         data = bytes(answer.bytes())
-        # The ETag is no MD5 of multipart uploads, nor under KMS: boto3 knows checksums of some.
+        # The ETag is no MD5 of multipart uploads, nor under KMS: boto3's way checks most of them.
         digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
         return data if digest == told.lower() else None
 

@@ -23,13 +23,12 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.ahead import ahead
 from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
 from lungopacity.storage.outage import answered, heard, patiently, trust
-from lungopacity.storage.s3_body import BodyError, take_body
+from lungopacity.storage.s3_body import BodyError, etag_of, take_body
 from lungopacity.storage.s3_clients import S3Clients, aws_session, clients_of
 from lungopacity.storage.s3_errors import (
     NO_CREDENTIALS,
     code_of,
-    image_error_of,
-    no_connection,
+    row_errors,
     status_of,
     user_errors,
 )
@@ -41,6 +40,8 @@ _BODY_ATTEMPTS = 4
 """By us: for a body that breaks off or is altered on its way."""
 _BACKOFF_S = 0.2
 _LIST_THREADS = 16
+_NO_PARTS = (400, 403, 405, 416, 501)
+"""Statuses of servers that know no numbers of parts."""
 _ROLES = ("assume-role-with-web-identity", "container-role", "iam-role")
 """What botocore calls credentials that the surroundings give to a pod, a container, a machine."""
 
@@ -237,27 +238,34 @@ class S3Store:
     def _fetch_once(
         self, key: str, etag: str | None, take: Callable[[bytes], object], **more: str
     ) -> None:
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            ConnectTimeoutError,
-            ReadTimeoutError,
-        )
-
-        endpoint = self._ready_to_read.boto3.meta.endpoint_url
-        asked = {"Key": self.prefix + key, **({"IfMatch": f'"{etag}"'} if etag else {}), **more}
-        try:
-            answer = self._ask("get_object", Bucket=self.bucket, **asked)
-        except ClientError as error:
-            raise image_error_of(error) from error
-        except (ConnectTimeoutError, ReadTimeoutError) as error:
-            raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time") from error
-        except (BotoCoreError, OSError) as error:
-            told = no_connection(error, endpoint)
-            raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
-        if etag and answer["ETag"].removeprefix("W/").strip('"') != etag:
+        asked = {"Bucket": self.bucket, "Key": self.prefix + key}
+        condition = {"IfMatch": f'"{etag}"'} if etag else {}
+        with row_errors(self._ready_to_read.boto3.meta.endpoint_url):
+            answer = self._ask("get_object", **asked, **condition, **more)
+        found = etag_of(answer)
+        if etag and found != etag:
             raise changed()  # not every server honours If-Match
-        take_body(answer, take)
+        take_body(answer, take, lambda number: self._part_bytes(key, found, number))
+
+    def _part_bytes(self, key: str, etag: str, number: int) -> int | None:
+        """Size of a part of the object, see `PartBytes`. Raises `ImageError`."""
+        from botocore.exceptions import ClientError
+
+        with row_errors(self.client.meta.endpoint_url):
+            try:
+                told = self._ask(
+                    "head_object",
+                    Bucket=self.bucket,
+                    Key=self.prefix + key,
+                    IfMatch=f'"{etag}"',
+                    PartNumber=number,
+                )
+            except ClientError as error:
+                if status_of(error) in _NO_PARTS:
+                    return None
+                raise
+        # A server that takes no notice of the number answers with the whole object.
+        return int(told["ContentLength"]) if told.get("PartsCount") else None
 
     def write(
         self,

@@ -7,12 +7,14 @@ both as they are.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 
 _CHUNK_BYTES = 1 << 20
+_OF_MD5 = re.compile(r"[0-9a-fA-F]{32}(?:-[1-9]\d{0,4})?")
 
 
 class BodyError(ImageError):
@@ -22,18 +24,26 @@ class BodyError(ImageError):
         super().__init__(code, Stage.FETCH, message)
 
 
-def take_body(answer: dict[str, Any], take: Callable[[bytes], object]) -> None:
-    """Give the body of boto3's answer to `take`, piece by piece. Of a part of an object, and of one
-    with neither MD5 nor a checksum of its whole that botocore has code for (CRC64NVME, the default
-    of multipart uploads, it has by awscrt alone), only the length is checked.
+PartBytes = Callable[[int], int | None]
+"""Of the number of a part, from 1, its size; None where the server does not tell."""
 
-    Raises `BodyError` where it broke off or was altered on its way, after what had come; and what
-    `take` raises.
+
+def take_body(
+    answer: dict[str, Any], take: Callable[[bytes], object], part_bytes: PartBytes
+) -> None:
+    """Give the body of boto3's answer to `take`, piece by piece.
+
+    Its ETag is computed anew where that is known to be made of MD5s. Else, and of a range of an
+    object, only the length is checked, and what checksum of the whole botocore has code for
+    (CRC64NVME, the default of some multipart uploads, it has by awscrt alone).
+
+    part_bytes: is asked of an object that was uploaded in parts. Raises `BodyError` where it broke
+    off or was altered on its way, after what had come; and what `take` and `part_bytes` raise.
     """
-    md5 = hashlib.md5(usedforsecurity=False)
+    md5s = _PartMd5s(_first_part_bytes(answer, part_bytes))
     received = 0
     for piece in _pieces(answer["Body"]):
-        md5.update(piece)
+        md5s.update(piece)
         received += len(piece)
         take(piece)
     if received != answer["ContentLength"]:
@@ -41,12 +51,42 @@ def take_body(answer: dict[str, Any], take: Callable[[bytes], object]) -> None:
             ErrorCode.UNAVAILABLE,
             f"body cut short: {received} of {answer['ContentLength']} bytes",
         )
-    if (
-        "ContentRange" not in answer
-        and _etag_is_md5(answer)
-        and md5.hexdigest() != answer["ETag"].strip('"').lower()
-    ):
+    if md5s.size_bytes is None or md5s.etag(_parts(answer)) == etag_of(answer).lower():
+        return
+    # Some programs upload parts of many sizes; their bounds are not known then.
+    if all(part_bytes(number) == md5s.size_bytes for number in range(2, _parts(answer) or 0)):
         raise BodyError(ErrorCode.DIGEST_MISMATCH, "differs from the stored MD5")
+
+
+class _PartMd5s:
+    """MD5 of each part of a body that comes in pieces."""
+
+    def __init__(self, size_bytes: int | None) -> None:
+        """size_bytes: of each part but the last; None: there is nothing to compare with."""
+        self.size_bytes = size_bytes
+        self._ended: list[bytes] = []
+        self._md5 = hashlib.md5(usedforsecurity=False)
+        self._left = size_bytes or 0
+
+    def update(self, piece: bytes) -> None:
+        if self.size_bytes is None:
+            return
+        rest = memoryview(piece)
+        while len(rest) > self._left:
+            self._md5.update(rest[: self._left])
+            rest = rest[self._left :]
+            self._ended.append(self._md5.digest())
+            self._md5 = hashlib.md5(usedforsecurity=False)
+            self._left = self.size_bytes
+        self._md5.update(rest)
+        self._left -= len(rest)
+
+    def etag(self, parts: int | None) -> str:
+        """As of an upload in so many parts; None: of one that was put whole."""
+        if parts is None:
+            return self._md5.hexdigest()
+        whole = b"".join([*self._ended, self._md5.digest()])
+        return f"{hashlib.md5(whole, usedforsecurity=False).hexdigest()}-{parts}"
 
 
 def _pieces(body: Any) -> Iterator[bytes]:
@@ -68,11 +108,31 @@ def _pieces(body: Any) -> Iterator[bytes]:
         ) from error
 
 
-def _etag_is_md5(answer: dict[str, Any]) -> bool:
-    # The ETag is no MD5 for multipart uploads (it has a dash) and under KMS or customer keys:
-    # https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
-    etag = answer["ETag"].strip('"')
+def etag_of(answer: dict[str, Any]) -> str:
+    """Without quotes, and the mark of those that some servers call weak."""
+    return str(answer["ETag"]).removeprefix("W/").strip('"')
+
+
+def _parts(answer: dict[str, Any]) -> int | None:
+    """In how many parts it was uploaded; None where it was put whole."""
+    _, dash, parts = etag_of(answer).partition("-")
+    return int(parts) if dash else None
+
+
+def _first_part_bytes(answer: dict[str, Any], part_bytes: PartBytes) -> int | None:
+    """The size that all parts but the last can have, of one put whole its own; None where the ETag
+    is not made of MD5s, or the server does not tell.
+
+    It is not under KMS or customer keys:
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
+    """
     encrypted = (
         answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
     )
-    return len(etag) == 32 and "-" not in etag and not encrypted
+    if encrypted or "ContentRange" in answer or not _OF_MD5.fullmatch(etag_of(answer)):
+        return None
+    size_bytes, parts = int(answer["ContentLength"]), _parts(answer) or 1
+    if parts == 1:
+        return max(1, size_bytes)  # of a part of no bytes there would be no end
+    first = part_bytes(1)
+    return first if first and (parts - 1) * first < size_bytes <= parts * first else None

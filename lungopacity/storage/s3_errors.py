@@ -63,6 +63,27 @@ def no_connection(error: Exception, endpoint: str) -> str:
 
 
 @contextmanager
+def row_errors(endpoint: str) -> Iterator[None]:
+    """Turn what S3 says of one object into the `ImageError` of its row."""
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectTimeoutError,
+        ReadTimeoutError,
+    )
+
+    try:
+        yield
+    except ClientError as error:
+        raise image_error_of(error) from error
+    except (ConnectTimeoutError, ReadTimeoutError) as error:
+        raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time") from error
+    except (BotoCoreError, OSError) as error:
+        told = no_connection(error, endpoint)
+        raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
+
+
+@contextmanager
 def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
     """Turn what S3 says of the whole place into one line with its mend.
 
