@@ -77,7 +77,10 @@ def summary(result: ScreeningResult) -> str:
             "read (--max-failed-fraction)"
         )
     lines += [
-        f"  drift     {shift.name}: {_DRIFT[shift.verdict]} (PSI {shift.psi:.3f}, {shift.n} images)"
+        f"  drift     {shift.name}: {_DRIFT[shift.verdict]} ("
+        # As in status.json: of too few it is a figure of chance, or none.
+        + ("" if shift.verdict == "too_few" else f"PSI {shift.psi:.3f}, ")
+        + f"{shift.n} images)"
         for shift in result.drift
     ]
     if result.labelled is not None:

@@ -275,6 +275,7 @@ def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
     assert {shift.name: shift.n for shift in quiet.drift}["status"] == 0
     assert (quiet.images, quiet.failed_again, quiet.broken, quiet.exit_code) == (1, 1, False, 1)
     assert "again     1 of these could not be read before either" in summary(quiet)
+    assert "drift     status: too few images to say (0 images)" in summary(quiet)
     assert (place.status()["failed_again"], place.status()["broken"]) == (1, False)
     place.failing["new.png"] = "forbidden"
     place.archive.write("new.png", b"x")
