@@ -46,10 +46,10 @@ def is_tiff(data: bytes) -> bool:
 def check_pages(data: bytes, limits: DecodeLimits) -> list[int]:
     """Walk the directories (TIFF 6.0, section 2; of BigTIFF with wider numbers), one a page.
 
-    Returns where each begins. Raises `ImageError`: `truncated` where one is cut, which Pillow takes
-    for the last page; `too_large` where there are more than the limit, before Pillow takes a while
-    to count them; `unsupported` for a BigTIFF that begins with MM, which Pillow takes for another
-    TIFF.
+    Returns where each begins: one at least. Raises `ImageError`: `truncated` where there is none,
+    or one is cut, which Pillow takes for the last page; `too_large` where there are more than the
+    limit, before Pillow takes a while to count them; `unsupported` for a BigTIFF that begins with
+    MM, which Pillow takes for another TIFF.
     """
     form = _Form(data)
     if form.big and form.order == "big":
@@ -65,6 +65,9 @@ def check_pages(data: bytes, limits: DecodeLimits) -> list[int]:
         if following + form.offset > len(data):
             raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the TIFF ends before its pages do")
         at = form.number(following, form.offset)
+    if not found:
+        # Writers put the place of the first page in last: these did not finish, or the file is cut.
+        raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "a TIFF without a page")
     return list(found)
 
 

@@ -173,6 +173,12 @@ def test_a_bigtiff_is_read_like_any_tiff(film):
     np.testing.assert_array_equal(found.pixels, one_film(encoded(film, "TIFF")).pixels)
 
 
+@pytest.mark.parametrize("start", [b"II*\0", b"MM\0*", b"II+\0\x08\0\0\0"])
+@pytest.mark.parametrize("rest", [b"", bytes(4), bytes(9000)])
+def test_a_tiff_without_a_page_is_not_lost_in_silence(start, rest):
+    assert code_of(start + rest) is ErrorCode.TRUNCATED
+
+
 def test_a_big_endian_bigtiff_is_unsupported_and_not_corrupt():
     with pytest.raises(ImageError, match="big-endian") as caught:
         one_film(b"MM\x00+\x00\x08\x00\x00" + bytes(100))
