@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
+from lungopacity.words import printable
+
 log = logging.getLogger(__name__)
 
 NAMES = {
@@ -79,6 +81,14 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class TextLines(logging.Formatter):
+    """Time of day and message, in one line whatever names it quotes; a traceback below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - as logging has it
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 _as_json = False
 
 
@@ -87,12 +97,10 @@ def log_lines(output_format: str) -> None:
     of, too."""
     global _as_json
     _as_json = output_format == "json"
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    if _as_json:
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, force=True)
+    (handler,) = logging.getLogger().handlers
+    as_text = TextLines("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(JsonLines() if _as_json else as_text)
     logging.captureWarnings(_as_json)
     debugging = os.environ.get(DEBUG_VARIABLE)
     logging.getLogger("lungopacity").setLevel(logging.DEBUG if debugging else logging.INFO)

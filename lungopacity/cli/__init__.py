@@ -21,6 +21,7 @@ from lungopacity.cli import evaluation, labelled, machine, results, screening, t
 from lungopacity.cli.options import EPILOG, refuse_empty_texts
 from lungopacity.errors import first_line, foreseen, last_line
 from lungopacity.observe import DEBUG_VARIABLE, log_lines, tell_end
+from lungopacity.words import printable
 
 _FORMAT_VARIABLE = "LUNGOPACITY_LOG_FORMAT"
 
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tell(line: str) -> None:
     if not tell_end(line):
-        click.echo(line, err=True)
+        click.echo(printable(line), err=True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.progress import Progress
 from lungopacity.results.workbench import quoted, temporary_folder
 from lungopacity.storage import open_store, split_uri
-from lungopacity.words import counted
+from lungopacity.words import counted, printable
 
 log = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ def summary(labels: pd.DataFrame) -> str:
         images=("image", "size"), patients=("patient_id", "nunique")
     )
     lines = [
-        f"  {name}: {counted(int(row.images), 'image')}, "
+        f"  {printable(str(name))}: {counted(int(row.images), 'image')}, "
         + (counted(int(row.patients), "patient") if row.patients else "no patient is named")
         for name, row in counts.iterrows()
     ]

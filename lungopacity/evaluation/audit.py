@@ -27,6 +27,7 @@ from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import ray_session
 from lungopacity.storage import open_store
 from lungopacity.storage.probe import check_writable
+from lungopacity.words import printable
 
 SIDE = 64
 """Of the films that are compared, in pixels."""
@@ -103,8 +104,10 @@ class Audit:
             f"{len(self.leaking)}; with two labels: {len(self.conflicts)}",
             f"  (not looked for: {NOT_LOOKED_FOR})",
             *(
-                f"  {pair.kind}: {pair.first} ({pair.labels[0]}, {pair.splits[0]}) = "
-                f"{pair.second} ({pair.labels[1]}, {pair.splits[1]})"
+                printable(
+                    f"  {pair.kind}: {pair.first} ({pair.labels[0]}, {pair.splits[0]}) = "
+                    f"{pair.second} ({pair.labels[1]}, {pair.splits[1]})"
+                )
                 for pair in [*self.leaking, *self.conflicts][:10]
             ),
             f"AUC for {self.positive_class or 'the class told best'} of what does not look at the "

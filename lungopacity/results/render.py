@@ -15,6 +15,7 @@ import pyarrow.csv
 from lungopacity.errors import UserError
 from lungopacity.results.schema import METADATA
 from lungopacity.storage.parquet import parquet_bytes
+from lungopacity.words import printable
 
 
 def rendered(table: pa.Table, output_format: str) -> bytes:
@@ -97,8 +98,4 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = str(value)
-    if text.isprintable():
-        return text
-    # Names come from an archive: a line break tears the table, and a terminal obeys an escape.
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return printable(str(value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -255,3 +257,23 @@ def test_sql_that_is_refused_is_one_line(place, capfd, sql, message):
     assert (code, out) == (2, "")
     assert err.startswith("error: SQL: ")
     assert message in err
+
+
+FORGED = "x\nerror: forged\r\x1b[2K\u202e"
+
+
+def test_no_name_of_an_archive_makes_lines_or_moves_the_cursor(tmp_path, capfd):
+    folder = tmp_path / FORGED
+    folder.mkdir()
+    (folder / "Normal.metadata.xlsx").write_bytes(b"no sheet")
+    options = ["labels", "--folders", folder, "--output", tmp_path / "labels.csv"]
+    code, _, err = run(capfd, *options)
+    assert code == 2
+    warning, error = err.splitlines()
+    shown = r"/x\nerror: forged\r\x1b[2K\u202e"
+    assert f"{shown}/Normal.metadata.xlsx: says no sites" in warning
+    assert error.endswith(f"{shown}: no image lies there")
+    code, _, err = run(capfd, "--log-format", "json", *options)
+    warning, error = (json.loads(line)["message"] for line in err.splitlines())
+    assert FORGED in warning
+    assert FORGED in error
