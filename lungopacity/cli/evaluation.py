@@ -58,9 +58,8 @@ def evaluate(as_json: bool, **options: Any) -> int:
 @click.option(
     "--split",
     type=click.Choice(["train", "validation", "test", "all"]),
-    default="test",
-    show_default=True,
-    help="Of --labels.",
+    default=None,
+    help="Of --labels. Default: test.",
 )
 @click.option(
     "--boxes",

@@ -70,7 +70,7 @@ def explain(
     output: str,
     *,
     labels: str | None = None,
-    split: str = "test",
+    split: str | None = None,
     boxes: str | None = None,
     limit: int | None = None,
     operating_point: str | None = None,
@@ -82,13 +82,17 @@ def explain(
     in place of older ones there.
 
     model, output: URIs. images: URIs of archives, shards or single images. `labels`: only the
-    images of one `split` of a labels file. `boxes`: a boxes file (`read_boxes`), for the pointing
-    game. `limit`: only the first so many images. `operating_point`, `accept`, `reject_quality`: as
-    in screening. `use_gpu`: None uses one where this machine has it. Raises `UserError`; an image
-    that cannot be read raises nothing, it is a row.
+    images of one `split` of a labels file, by default of its test split. `boxes`: a boxes file
+    (`read_boxes`), for the pointing game. `limit`: only the first so many images.
+    `operating_point`, `accept`, `reject_quality`: as in screening. `use_gpu`: None uses one where
+    this machine has it. Raises `UserError`; an image that cannot be read raises nothing, it is a
+    row.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
+    if labels is None and split is not None:
+        raise UserError(f"--split {split}: is of --labels; give --labels FILE, or leave it out")
+    split = split or "test"
     accepted, rejecting = rules_from(accept, reject_quality)
     check_output(output, EVALUATION)
     trained = with_operating_point(model, load_model(model), operating_point)

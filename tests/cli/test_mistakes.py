@@ -187,6 +187,11 @@ MISTAKES = {
          "--labels", "{place}/absent.csv", "--output", "{out}"],
         "1 of 3 labelled images are not in",
     ),
+    "split without labels": (
+        ["explain", "--model", "{place}/model", "--images", "{place}/archive", "--output", "{out}",
+         "--split", "test"],
+        "--split test: is of --labels; give --labels FILE",
+    ),
     "no run": (["query", "--results", "{out}", "SELECT 1"], "no finished run lies there"),
     "unknown command": (["screem"], "No such command 'screem'"),
     "missing option": (["screen", "--archive", "x"], "Missing option '--model'"),
