@@ -106,7 +106,10 @@ def _training_options(command: Any) -> Any:
     "--tensorboard", metavar="URI", default=None, help="Folder for TensorBoard's event files."
 )
 @click.option(
-    "--mlflow", metavar="URI", default=None, help="Tracking server of MLflow; needs its extra."
+    "--mlflow",
+    metavar="URI",
+    default=None,
+    help="Tracking server of MLflow; pip install 'lungopacity[mlflow]'.",
 )
 def train(classes: str, **options: Any) -> int:
     """Fit a network to labelled radiographs; write a model folder.
