@@ -20,7 +20,13 @@ import safetensors.torch
 import torch
 
 from lungopacity.errors import ImageError, UserError
-from lungopacity.models.folder import WEIGHTS_FILE, KnownFilms, is_model, known_films
+from lungopacity.models.folder import (
+    WEIGHTS_FILE,
+    KnownFilms,
+    is_model,
+    known_films,
+    load_model,
+)
 from lungopacity.models.networks import NetworkCard
 from lungopacity.storage import open_store, split_uri
 
@@ -29,6 +35,7 @@ log = logging.getLogger(__name__)
 NONE = "none"
 IMAGENET = "imagenet"
 
+_UNKNOWN_LICENCE = "as its source says"
 _LITE_STD = (0.502, 0.502, 0.502)
 """Of red, green and blue: what efficientnet-lite's weights expect colours to be divided by, whoever
 carries them."""
@@ -147,15 +154,24 @@ def _of_file(uri: str, channel_std: tuple[float, ...]) -> FirstWeights:
         ) from error
     tensors = _state_dict(data, uri)
     if name == WEIGHTS_FILE and is_model(parent):
-        known = known_films(parent)
+        known, licence = known_films(parent), _licence_of(parent)
     else:
-        known = KnownFilms()
+        known, licence = KnownFilms(), _UNKNOWN_LICENCE
         log.warning(
             "--weights %s: lies in no model folder, so nothing tells which films it learnt from; "
             "if any of yours are among them, their figures will flatter the model",
             uri,
         )
-    return FirstWeights(tensors, _facts(uri, "as its source says", data), channel_std, known)
+    return FirstWeights(tensors, _facts(uri, licence, data), channel_std, known)
+
+
+def _licence_of(model: str) -> str:
+    """Of a model folder's weights: that of the weights which it began with itself."""
+    training = load_model(model).spec.training
+    if "weights" not in training:
+        return _UNKNOWN_LICENCE
+    first = training["weights"]
+    return first["licence"] if first else "of no one else: that model began with random weights"
 
 
 def _facts(source: str, licence: str, data: bytes) -> dict[str, str]:

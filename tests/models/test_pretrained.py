@@ -112,11 +112,25 @@ def test_weights_of_a_model_folder_tell_which_films_they_know(tmp_path, caplog):
     write_tiny_model(str(tmp_path / "m"), training_films_parquet(["a"]))
     _, _, given = started("classical-cnn", tmp_path / "m" / "model.safetensors")
     assert given.known == KnownFilms(frozenset("a"))
+    assert given.facts["licence"] == "as its source says"  # of an older folder, which does not say
     assert caplog.text == ""
     bare = (tmp_path / "m" / "model.safetensors").rename(tmp_path / "bare.safetensors")
     _, _, given = started("classical-cnn", bare)
     assert given.known == KnownFilms()
     assert "lies in no model folder, so nothing tells which films it learnt from" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("first", "licence"),
+    [
+        ({"source": "ImageNet", "licence": "Apache-2.0", "sha256": "0"}, "Apache-2.0"),
+        (None, "of no one else: that model began with random weights"),
+    ],
+)
+def test_weights_of_a_model_folder_have_the_licence_of_what_it_began_with(tmp_path, first, licence):
+    write_tiny_model(str(tmp_path), training_films_parquet(["a"]), training={"weights": first})
+    _, _, given = started("classical-cnn", tmp_path / "model.safetensors")
+    assert given.facts["licence"] == licence
 
 
 @pytest.mark.parametrize(("classes", "fresh"), [(2, 0), (3, 2)])
