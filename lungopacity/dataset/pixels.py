@@ -27,7 +27,14 @@ log = logging.getLogger(__name__)
 
 MAX_UNREADABLE_FRACTION = 0.05
 """Above it, training on what is left would hide a broken archive."""
-_CONTENT = ["content_sha256", "format", "rows", "columns", "photometric_interpretation"]
+_CONTENT = [
+    "content_sha256",
+    "format",
+    "rows",
+    "columns",
+    "photometric_interpretation",
+    "quality_blank",
+]
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,9 @@ class Audit:
     unreadable: int
     rejected: int
     """Read, and left out by a rule."""
+    blank: int
+    """Films of one grey value, or nearly, where no rule leaves them out. They are no near copies:
+    each looks like any other."""
     torn_patients: int
     """Patients with films in more than one split."""
     unknown_patients: int
@@ -103,6 +106,11 @@ class Audit:
             f"copies: {kinds.count('exact')} exact, {kinds.count('near')} near; across splits: "
             f"{len(self.leaking)}; with two labels: {len(self.conflicts)}",
             f"  (not looked for: {NOT_LOOKED_FOR})",
+            *(
+                [f"blank films: {self.blank}; look at them, or leave them out: --reject-quality"]
+                if self.blank
+                else []
+            ),
             *(
                 printable(
                     f"  {pair.kind}: {pair.first} ({pair.labels[0]}, {pair.splits[0]}) = "
@@ -189,6 +197,7 @@ def audit(
         images=len(data.images),
         unreadable=len(data.unreadable),
         rejected=len(data.rejected),
+        blank=int(data.images["quality_blank"].sum()),
         torn_patients=_torn(data.images),
         unknown_patients=int(data.images["patient_id"].isna().sum()),
         copies=tuple(_copies(data)),
@@ -238,7 +247,11 @@ def _copies(data: LabelledPixels) -> Iterator[Copies]:
     exact: set[tuple[int, int]] = set()
     for rows in frame.groupby("content_sha256").indices.values():
         exact |= {(int(rows[0]), int(row)) for row in rows[1:]}
-    near = set(near_pairs(data.pixels_NHW)) - exact
+    judged = np.flatnonzero(~frame["quality_blank"].to_numpy(bool))
+    # Where there is no blank film, without a copy of them all: of 100,000 films 5 GB.
+    pixels_NHW = data.pixels_NHW[judged] if len(judged) < len(frame) else data.pixels_NHW
+    pairs_near = near_pairs(pixels_NHW)
+    near = {(int(judged[first]), int(judged[second])) for first, second in pairs_near} - exact
     # Of films that are exact copies of each other, one is enough to compare with.
     repeated = {second for _, second in exact}
     near = {pair for pair in near if not repeated & set(pair)}
@@ -274,7 +287,7 @@ def near_pairs(pixels_NHW: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
     correlation of their pixels.
     """
     found: set[tuple[int, int]] = set()
-    with Progress("Comparing images", total=4 * len(pixels_NHW)) as progress:
+    with Progress("Comparing images", 4 * len(pixels_NHW), "comparisons") as progress:
         for crop_borders in (False, True):
             small = Preprocessing(SIDE, crop_borders=crop_borders)
             films_NHW = _squares(pixels_NHW, small)

@@ -106,6 +106,20 @@ def test_planted_copies_conflicts_and_torn_patients_are_found(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_blank_films_are_counted_and_are_no_copies_of_each_other(tmp_path):
+    def spoil(films, labels):
+        for number in (3, 9, 12, 20, 33):
+            films[f"{number:02}.png"] = np.full((128, 120), 40 + number, np.uint8)
+        films["50.png"] = darker_and_smaller(films["42.png"])
+
+    archive, labels = write_films(tmp_path, spoil)
+    found = lungopacity.audit([archive], labels, reject_quality=[])
+    assert [(pair.first, pair.second) for pair in found.copies] == [("42.png", "50.png")]
+    assert (found.images, found.blank) == (FILMS, 5)
+    assert "blank films: 5;" in found.summary()
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_border_that_knows_the_label_is_found(tmp_path):
     def spoil(films, labels):
         for name, label in zip(labels["image"], labels["label"], strict=True):
@@ -130,7 +144,7 @@ def test_each_of_three_classes_is_told_from_the_rest(tmp_path, monkeypatch, posi
     def made_up(_uris, frame, names, _rules, _labels):
         images = frame.assign(
             content_sha256=frame["image"], source="x.tar", format="png", rows=64, columns=64,
-            photometric_interpretation=None,
+            photometric_interpretation=None, quality_blank=False,
         )  # fmt: skip
         pixels = np.random.default_rng(0).integers(0, 256, (len(frame), 64, 64), dtype=np.uint8)
         labels_N = frame["label"].map(list(names).index).to_numpy()
@@ -243,7 +257,7 @@ def test_each_film_that_was_compared_is_told(monkeypatch, caplog):
     with caplog.at_level("INFO"):
         list(near_pairs(np.stack([grey_film(number, 64, 64) for number in range(5)])))
     told = [line for line in caplog.messages if line.startswith("Comparing images: ")]
-    assert [line.split(" images, ")[0].split(": ")[1] for line in told] == [
+    assert [line.split(" comparisons, ")[0].split(": ")[1] for line in told] == [
         f"{number} of 20" for number in range(1, 21)
     ]
 
