@@ -134,15 +134,17 @@ LAYOUTS = {
                    AS patient_sex,
                "StudyDate_DICOM"::BIGINT // 10000 - TRY_CAST("PatientBirth" AS INTEGER)
                    AS patient_age_years,
-               CASE WHEN regexp_matches("Labels", '^\\[''normal''\\]$') THEN 'Normal'
-                    WHEN regexp_matches("Labels", 'infiltrates|consolidation|pneumonia|pattern|'
-                                                  'atelectasis|opacit|edema|'
-                                                  -- of no breast, no pseudonodule
-                                                  '''(pulmonary )?mass''|''(multiple )?nodule')
+               CASE WHEN found = '[''normal'']' THEN 'Normal'
+                    WHEN regexp_matches(found, 'infiltrates|consolidation|pneumonia|pattern|'
+                                               'atelectasis|opacit|edema|'
+                                               -- of no breast, no pseudonodule
+                                               '''(pulmonary )?mass''|''(multiple )?nodule')
                     THEN 'Lung_Opacity' ELSE 'Not_Normal' END AS label
-        FROM entries
-        WHERE "Projection" IN ('PA', 'AP', 'AP_horizontal') AND "Labels" IS NOT NULL
-              AND NOT regexp_matches("Labels", 'unchanged|exclude')""",
+        -- Some findings have blanks about them.
+        FROM (SELECT *, regexp_replace("Labels", '\\s*''\\s*', '''', 'g') AS found FROM entries)
+        -- A list without a finding, and without normal, says nothing of the film.
+        WHERE "Projection" IN ('PA', 'AP', 'AP_horizontal') AND regexp_matches(found, '[a-z]')
+              AND NOT regexp_matches(found, 'unchanged|exclude')""",
     ),
     "vindr": Layout(
         "VinDr-CXR: readings = image_labels_train.csv; the majority of each film's readers",

@@ -117,6 +117,8 @@ def test_a_mass_outside_of_the_lungs_is_no_opacity_and_an_infant_no_adult(tmp_pa
         "['mammary prosthesis', 'breast mass']": "Not_Normal",
         "['pseudonodule']": "Not_Normal",
         "['miliary opacities']": "Lung_Opacity",
+        "['pleural effusion', ' mass ']": "Lung_Opacity",
+        "[' normal']": "Normal",
     }
     rows = [f'{n}.png,{n},20140915,PA,1950.0,M,"{found}"' for n, found in enumerate(findings)]
     text = "\n".join([TABLES["padchest"].splitlines()[0], *rows])
@@ -128,6 +130,15 @@ def test_a_mass_outside_of_the_lungs_is_no_opacity_and_an_infant_no_adult(tmp_pa
     (tmp_path / "n.csv").write_text(nih)
     labels = labels_of_layout("nih", {"entries": str(tmp_path / "n.csv")})
     assert labels["patient_age_years"].tolist()[:2] == [0, 2]
+
+
+@pytest.mark.parametrize("findings", ["[]", "['']", "[' ', '']", "", "['exclude']"])
+def test_a_padchest_film_of_which_no_finding_is_told_has_no_label(findings, tmp_path):
+    (tmp_path / "t.csv").write_text(
+        TABLES["padchest"] + f'f.png,9,20140915,PA,1931.0,F,"{findings}"\n'
+    )
+    labels = labels_of_layout("padchest", {"entries": str(tmp_path / "t.csv")})
+    assert labels["image"].tolist() == ["a.png", "b.png", "c.png"]
 
 
 def test_what_lies_under_lung_opacity_is_one_and_only_doubtful_children_are_left_out(tmp_path):
