@@ -152,11 +152,7 @@ def node_lost(scene: Scene) -> Outcome:
     signal_file = scene.folder / "strike"
     signal_file.unlink(missing_ok=True)
     with scene.trial() as outcome:
-        job = subprocess.Popen(
-            [sys.executable, "-c", NODES, str(signal_file), *scene.command()[3:]],
-            env={**os.environ, **scene.server.environment, "AWS_ENDPOINT_URL": scene.proxy.url},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+        job = scene.started([sys.executable, "-c", NODES, str(signal_file), *scene.command()[3:]])
         wait_for(lambda: len(scene.fetched()) >= 60 or job.poll() is not None, "objects come")
         signal_file.touch()
         told = scene.ended(job)

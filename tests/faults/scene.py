@@ -73,6 +73,8 @@ class Scene:
     prefix: str
     results: str = ""
     env: dict[str, str] = field(default_factory=dict)
+    jobs: list[subprocess.Popen[str]] = field(default_factory=list)
+    """Those of the trial."""
 
     @property
     def archive(self) -> str:
@@ -87,8 +89,12 @@ class Scene:
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         """The job, in processes of its own, with every request through the proxy."""
-        return subprocess.Popen(
-            self.command(*more),
+        return self.started(self.command(*more))
+
+    def started(self, command: list[str]) -> subprocess.Popen[str]:
+        """The same of another command. It is ended with the trial."""
+        job = subprocess.Popen(
+            command,
             env={**os.environ, **self.server.environment, "AWS_ENDPOINT_URL": self.proxy.url,
                  **self.env},
             stdout=subprocess.PIPE,
@@ -96,6 +102,8 @@ class Scene:
             text=True,
             start_new_session=True,
         )  # fmt: skip
+        self.jobs.append(job)
+        return job
 
     def ended(self, job: subprocess.Popen[str]) -> str:
         """Wait for the job's end; what it printed."""
@@ -152,6 +160,7 @@ class Scene:
             outcome.finished = len(before)
             outcome.refetched = sum(again[key] > fetched[key] for key in before)
         finally:
+            self._end_jobs()
             self.proxy.on_request = self.proxy.choose_any = None
             stop.set()
             reader.join()
@@ -171,6 +180,14 @@ class Scene:
         named = {file["key"] for file in record["files"]} | {record["metrics_file"]["key"]}
         keys = {item.key for item in open_store(self.results).list()}
         outcome.left = len(keys - named - {f"runs/{RUN_ID}.json"})
+
+    def _end_jobs(self) -> None:
+        """Those that a trial which failed left at work: they would disturb the next one."""
+        while self.jobs:
+            job = self.jobs.pop()
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+                job.communicate()
 
     def _published(self) -> bool:
         return bool(read_runs(open_store(self.results)))

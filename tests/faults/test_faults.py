@@ -3,6 +3,8 @@ docs/reliability.md."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.faults.faults import FAULTS, NotPossibleHereError
@@ -36,3 +38,16 @@ def test_each_image_is_published_once_whatever_breaks(broken_scene: Scene, fault
     except NotPossibleHereError as reason:
         pytest.skip(str(reason))
     assert outcome.sound, outcome
+
+
+def test_a_trial_that_fails_leaves_no_job_at_work(broken_scene: Scene):
+    jobs = []
+
+    def failing_trial() -> None:
+        with broken_scene.trial():
+            jobs.append(broken_scene.start())
+            raise AssertionError("as planned")
+
+    with pytest.raises(AssertionError, match="as planned"):
+        failing_trial()
+    assert [job.poll() for job in jobs] == [-signal.SIGKILL]
