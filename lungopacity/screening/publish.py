@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lungopacity.archive.names import names_by_ending
 from lungopacity.errors import ImageError, UserError, first_line
@@ -221,8 +222,9 @@ class Collected:
 def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[Collected]:
     """Read every part file of the run.
 
-    Raises `UserError` where another job has published the run meanwhile, and removed them; and
-    where one cannot be read.
+    One that is empty or cut short, as a disk may leave it after a loss of power, counts as never
+    written: its objects are missing. Raises `UserError` where another job has published the run
+    meanwhile, and removed them; and where one cannot be read for another reason.
     """
     with workbench() as (connection, folder):
         keys = [
@@ -242,8 +244,18 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
             ):
                 targets = [parts / f"{number}.parquet" for number in range(len(keys))]
                 local = []
-                for path in threads.map(results.local_file, keys, targets):
-                    local.append(path)
+                for key, path in zip(
+                    keys, threads.map(results.local_file, keys, targets), strict=True
+                ):
+                    if _is_whole(path):
+                        local.append(path)
+                    else:
+                        log.warning(
+                            "%s/%s is damaged, and counts as never written: what it held is "
+                            "screened again",
+                            results.uri,
+                            key,
+                        )
                     progress.advance(1)
         except ImageError as error:
             if read_run(results, plan.start.run_id) is not None:
@@ -268,6 +280,16 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
             if read_run(results, plan.start.run_id) is not None:
                 raise published_meanwhile(plan.start.run_id) from error
             raise _unreadable(plan, first_line(error)) from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a Parquet file has its end, which is written last and names all that is in it."""
+    try:
+        pq.read_metadata(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        # One that the system does not give, as one that is gone, is for the reader to tell.
+        return isinstance(error, OSError) and error.errno is not None
+    return True
 
 
 def _unreadable(plan: Plan, why: str) -> UserError:

@@ -270,12 +270,25 @@ def test_whoever_loses_the_parts_while_it_reads_them_is_told_so_too(tmp_path):
         lose()
 
 
+@pytest.mark.parametrize("kept", [0, 3, 500, -1])
+def test_a_part_file_that_was_cut_short_counts_as_never_written(store_uri, tmp_path, caplog, kept):
+    store = open_store(store_uri)
+    plan = plan_of(tmp_path / "plan", ["a", "b"], ["x.tar"])
+    passed = [row("x.tar", 0), row("x.tar", 1), marker("x.tar", 2)]
+    write_parts(store, plan, [row("a"), passed[0]], [row("b"), *passed[1:]])
+    cut = f"{plan.work}attempt=0/part.parquet"
+    store.write(cut, store.read(cut)[:kept])
+    assert missing(store, plan, tmp_path) == ["a", "x.tar"]
+    assert f"{store.uri}/{cut} is damaged, and counts as never written" in caplog.text
+
+
 @pytest.mark.parametrize("damaged", ["part", "plan"])
 def test_what_cannot_be_read_is_named_with_the_mend(tmp_path, damaged):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
-    store.write(f"{plan.work}attempt=0/x.parquet", b"PAR1 no more")
-    if damaged == "plan":
-        remove_work(store, plan)
+    if damaged == "part":
+        of_another_version = pa.table({"image": ["a"]})
+        store.write(f"{plan.work}attempt=0/x.parquet", parquet_bytes(of_another_version))
+    else:
         plan.files[0].write_bytes(b"PAR1 no more")
     said = r"run 'run' cannot go on: its plan, or a part file below _work/run/, cannot be read \("
     with pytest.raises(UserError, match=said), collect(store, plan, CLASSES):

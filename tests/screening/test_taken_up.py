@@ -99,9 +99,7 @@ def test_a_run_of_before_that_the_storage_does_not_give_at_the_moment_is_kept(pl
     assert place.night().runs[0].run_id == "killed"
 
 
-@pytest.mark.parametrize(
-    "damage", ["no Parquet", "a column too few", "a page", "a plan's page", "a defect"]
-)
+@pytest.mark.parametrize("damage", ["a column too few", "a page", "a plan's page", "a defect"])
 def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(
     place, caplog, monkeypatch, damage
 ):
@@ -113,9 +111,7 @@ def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(
         f"{plan.work}attempt=0/part.parquet",
         f"{plan.work}{plan.start.files[0]}.parquet",
     )
-    if damage == "no Parquet":
-        place.store.write(part, b"PAR1 no more")
-    elif damage == "a page":
+    if damage == "a page":
         place.store.write(part, _with_a_lost_page(place.store.read(part), "decision"))
     elif damage == "a plan's page":
         place.store.write(planned, _with_a_lost_page(place.store.read(planned), "repeated"))
