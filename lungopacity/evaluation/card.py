@@ -30,6 +30,7 @@ def model_card(
     metrics: Sequence[Metric],
     *,
     split: str,
+    flags_unlike: bool,
     unreadable: int,
     rejected: Mapping[str, int],
     unknown_patients: int,
@@ -39,7 +40,8 @@ def model_card(
     """The card of a model that was evaluated on `split`; `metrics` and `gaps` are those of the
     evaluation.
 
-    unreadable, unknown_patients: of its films. rejected: how many, by error code. intervals: how
+    flags_unlike: it tells films unlike its training films, which older folders do not. unreadable,
+    unknown_patients: of its films. rejected: how many, by error code. intervals: how
     theirs were made.
     """
     card = "\n".join(
@@ -52,7 +54,7 @@ def model_card(
             *_model(spec),
             "",
             "## Intended use and limits",
-            *_use(spec, metrics),
+            *_use(spec, metrics, flags_unlike),
             "",
             "## Data",
             *_data(spec),
@@ -153,7 +155,7 @@ def _first_weights(training: Mapping[str, Any]) -> str | None:
     return f"{weights['source']}; licence: {weights['licence']}" if weights else "drawn at random"
 
 
-def _use(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
+def _use(spec: ModelSpec, metrics: Sequence[Metric], flags_unlike: bool) -> Iterator[str]:
     accepted, adults = _accepted(spec), _adults_alone(metrics)
     films = "chest radiographs" if "wrong_body_part" not in accepted else "radiographs"
     frontal = "frontal " if "lateral_view" not in accepted else ""
@@ -165,7 +167,10 @@ def _use(spec: ModelSpec, metrics: Sequence[Metric]) -> Iterator[str]:
     unfit = ["children"] if adults else []
     unfit += ["lateral views"] if frontal else []
     unfit += ["other body parts"] if films == "chest radiographs" else []
-    unfit.append("films unlike the training films, which are flagged `quality_out_of_distribution`")
+    flagged = "which are flagged `quality_out_of_distribution`"
+    if not flags_unlike:
+        flagged = "which this model does not flag: its folder does not tell where those lie"
+    unfit.append(f"films unlike the training films, {flagged}")
     labels = _labels_left_out(spec)
     unfit += [f"films as of the labels {', '.join(labels)}, which it never saw"] if labels else []
     yield f"- Out of its scope [38]: {'; '.join(unfit)}."

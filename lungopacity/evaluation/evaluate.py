@@ -130,7 +130,7 @@ def evaluate(
     store.delete(EVALUATION)
     write_tables(store, result, data, resampling, said, spec.operating_point)
     with_sites = replace(spec, operating_points={**spec.operating_points, **of_sites})
-    store.write("model_card.md", _card(with_sites, result, data).encode())
+    store.write("model_card.md", _card(with_sites, result, data, said).encode())
     write_figures(store, result, scored, resampling, read_history(model))
     store.write(EVALUATION, result.to_json().encode())
     return result
@@ -174,12 +174,15 @@ def _scored_images(
     )
 
 
-def _card(spec: ModelSpec, result: EvaluationResult, data: LabelledPixels) -> str:
+def _card(
+    spec: ModelSpec, result: EvaluationResult, data: LabelledPixels, said: ModelScores
+) -> str:
     return model_card(
         spec,
         result.model_id,
         result.metrics,
         split=result.split,
+        flags_unlike=said.unlike_N is not None,
         unreadable=result.unreadable,
         rejected=Counter(data.rejected["error_code"]),
         unknown_patients=result.unknown_patients,

@@ -83,6 +83,7 @@ def card_of(spec=SPEC, metrics=METRICS, rejected=None, unreadable=0, unknown_pat
         "0123456789abcdef",
         metrics,
         split="test",
+        flags_unlike=True,
         unreadable=unreadable,
         rejected=rejected or {},
         unknown_patients=unknown_patients,
@@ -189,6 +190,7 @@ def test_what_the_model_is_for_follows_from_its_films():
     use, scope, *_ = section(card_of(metrics=of_ages("18-39", "90+")), "Intended use")
     assert "made to sort frontal chest radiographs of adults, like those that it learnt" in use
     assert scope.startswith("- Out of its scope [38]: children; lateral views; other body parts;")
+    assert "training films, which are flagged `quality_out_of_distribution`; films as of" in scope
     assert scope.endswith("films as of the labels Not_Normal, TB, which it never saw.")
     for metrics in ([], of_ages("under-18", "18-39"), of_ages("18-39", "unknown")):
         use, scope, ages, *_ = section(card_of(metrics=metrics), "Intended use")
@@ -209,6 +211,7 @@ def test_a_model_of_which_little_is_known_has_a_card_too():
         "0" * 16,
         [],
         split="all",
+        flags_unlike=False,
         unreadable=0,
         rejected={},
         unknown_patients=0,
@@ -218,6 +221,7 @@ def test_a_model_of_which_little_is_known_has_a_card_too():
     assert "name no patient" not in card
     assert "Trained on synthetic films" in card
     assert "nothing to form subgroups" in card
+    assert "films unlike the training films, which this model does not flag: its folder" in card
     check_items(card)
     assert {10, 24, 25, 26, 30, 33, 34, 35} <= set(left_open(card))
 
@@ -248,6 +252,7 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
         "0" * 16,
         [item for item in METRICS if item.group == "patient_sex=F"],
         split="test",
+        flags_unlike=True,
         unreadable=0,
         rejected={},
         unknown_patients=0,
@@ -268,6 +273,7 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
         "0" * 16,
         [],
         split="test",
+        flags_unlike=True,
         unreadable=0,
         rejected={},
         unknown_patients=0,
