@@ -18,7 +18,7 @@ import pandas as pd
 from lungopacity.archive.inventory import list_archive
 from lungopacity.archive.reading import is_sidecar_name
 from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, TEXTS, checked_labels
-from lungopacity.dataset.tables import table_of
+from lungopacity.dataset.tables import csv_text, table_of
 from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.progress import Progress
 from lungopacity.results.workbench import quoted, temporary_folder
@@ -245,6 +245,8 @@ def labels_of_tables(sql: str, tables: Mapping[str, str], told: str = "--sql") -
             data = _bytes_of(uri)
             path.write_bytes(data)
             is_csv = data[:4] != b"PAR1"
+            if is_csv:
+                csv_text(data, uri)  # DuckDB refuses it without a word of the mend
             reader, options = ("read_csv", _TEXT) if is_csv else ("read_parquet", "")
             try:
                 connection.execute(

@@ -70,7 +70,7 @@ def _text_of(value: Any) -> str | None:
 
 
 def _of_csv(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
-    text = _decoded(data, uri)
+    text = csv_text(data, uri)
     header = _header_of(text, uri)
     try:
         return pd.read_csv(
@@ -84,7 +84,8 @@ def _of_csv(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
         raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
 
 
-def _decoded(data: bytes, uri: str) -> str:
+def csv_text(data: bytes, uri: str) -> str:
+    """What a CSV file says. Raises `UserError` for a file that is none, with the mend."""
     if data.startswith(_GZIP):
         raise UserError(f"{uri}: is packed with gzip; unpack it first")
     if b"\0" in data and not data.startswith(_UTF16):

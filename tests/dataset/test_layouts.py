@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 
@@ -370,3 +371,19 @@ def test_a_file_that_is_no_table_is_named(tmp_path, capsys):
     ]
     assert main(["labels", *arguments]) == 2
     assert "x.png: is neither CSV nor Parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("image,label\na,Normäl\n".encode("latin-1"), "t.csv: line 2 is not UTF-8; save it as"),
+        ("image,label\na,Normal\n".encode("utf-16"), "t.csv: line 1 is not UTF-8; save it as"),
+        (gzip.compress(b"image,label\na,Normal\n"), "t.csv: is packed with gzip; unpack it"),
+        (b"", "t.csv: is empty"),
+    ],
+    ids=["latin-1", "utf-16", "gzip", "empty"],
+)
+def test_a_table_in_another_encoding_is_refused_with_the_mend(tmp_path, data, said):
+    (tmp_path / "t.csv").write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        labels_of_tables("SELECT image, label FROM t", {"t": str(tmp_path / "t.csv")})
