@@ -26,7 +26,7 @@ from pydicom.uid import (
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.film import DecodeLimits
 from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg, read_header, scans_of
-from lungopacity.radiograph.jpeg2000 import is_cut_jpeg_2000
+from lungopacity.radiograph.jpeg2000 import has_endless_box, is_cut_jpeg_2000
 
 _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 # HTJ2K has the same tiles (T.814).
@@ -151,6 +151,10 @@ def _check_frame(
     endless = syntax in _JPEG_LS and _END_OF_IMAGE not in frame
     if endless or (syntax in _JPEG_2000 and is_cut_jpeg_2000(frame)):
         raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the frame ends before its pixels do")
+    if has_endless_box(frame):
+        raise ImageError(
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "a JPEG 2000 with a box of no length"
+        )
     if header is None:
         return
     if _contradicts(dataset, header):

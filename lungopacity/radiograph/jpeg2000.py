@@ -9,6 +9,7 @@ _CODESTREAM = b"\xff\x4f\xff\x51"
 """SOC, and the marker of SIZ, which follows it at once."""
 _BOXED = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
 """At the front of a JP2 file (I.5.1), which some put into DICOM whole."""
+_CODESTREAM_BOX = b"jp2c"
 _START_OF_TILE = b"\xff\x90\x00\x0a"
 _TILE_HEADER_BYTES = 12
 
@@ -77,3 +78,15 @@ def is_cut_jpeg_2000(data: bytes) -> bool:
             return True
         at += length
     return len(found) < size.tiles
+
+
+def has_endless_box(data: bytes) -> bool:
+    """Whether a box of no length stands in front of the codestream of a JP2 (I.4): pydicom takes
+    that many steps ahead, for ever."""
+    at = len(_BOXED)
+    while data.startswith(_BOXED) and at < len(data) and data[at + 4 : at + 8] != _CODESTREAM_BOX:
+        length = int.from_bytes(data[at : at + 4], "big")
+        if not length:
+            return True
+        at += length
+    return False

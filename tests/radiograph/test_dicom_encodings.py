@@ -92,6 +92,15 @@ def test_a_frame_that_is_cut_is_no_film(syntax, code):
         assert code_of(of_codestreams([cut], syntax, RAMP.shape, **TWELVE_BITS)) is code
 
 
+def test_a_box_of_no_length_hangs_no_decoder():
+    data = shipped("GDCMJ2K_TextGBR.dcm")
+    header = data.index(b"jp2h")  # of the box behind the signature and the type of the file
+    assert len(one_film(data, accept=ACCEPTABLE).pixels)
+    changed = data[: header - 4] + bytes(4) + data[header:]
+    with pytest.raises(ImageError, match="a box of no length"):
+        one_film(changed, accept=ACCEPTABLE)
+
+
 LOSSY_12_BIT = ("JPEG-lossy.dcm", "JPGExtended.dcm")
 
 
