@@ -238,8 +238,12 @@ def _labelled(
         "member_index, arg_max(label, screened_at) AS label, "
         "arg_max(content_sha256, screened_at) FILTER (status = 'ok') AS content_sha256, "
         "arg_max(patient_hmac, screened_at) AS patient, "
-        f"arg_max({column}, screened_at) AS p FROM predictions WHERE {chosen} "
-        "GROUP BY archive, image, member_index, frame",
+        f"arg_max({column}, screened_at) AS p FROM ("
+        f"SELECT * FROM predictions WHERE {chosen} "
+        # Of what the object holds now: an older film's score is none of the one that followed.
+        "QUALIFY source_etag = first_value(source_etag) "
+        "OVER (PARTITION BY archive, image ORDER BY screened_at DESC)"
+        ") GROUP BY archive, image, member_index, frame",
     ).to_pandas()
     if frame["p"].isna().all():
         raise UserError(

@@ -174,6 +174,23 @@ def test_labelled_films_that_set_no_threshold_are_told(site, tmp_path, caplog):
     assert point.summary().endswith(f"\nlabelled films not counted: {told}")
 
 
+def test_a_score_of_what_an_object_once_held_sets_no_threshold(site, tmp_path):
+    """The label is of what lies there now, and that could not be read."""
+    archive, model, results = (
+        str(tmp_path / "archive"),
+        str(site / "model"),
+        str(tmp_path / "results"),
+    )
+    shutil.copytree(site / "archive", archive)
+    lungopacity.screen(archive, model, results, run_id="before")
+    open_store(archive).write("x/01.png", b"broken since")
+    lungopacity.screen(archive, model, results, run_id="after")
+    point = lungopacity.threshold(
+        model, results, "youden", "of-now", labels=str(site / "labels.csv")
+    )
+    assert (point.images, point.unscored) == (FILMS - 1, 1)
+
+
 def test_a_name_is_given_once_and_must_be_one(site):
     model, results = str(site / "model"), str(site / "results")
     lungopacity.threshold(model, results, "youden", "taken", run_id="first")
