@@ -83,9 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.exceptions.Abort, KeyboardInterrupt):
         _tell("stopped")
         return 130
-    except SystemExit:
+    except SystemExit as ended:
         end_if_told()  # Ray forgets with which code, where the signal came in the middle of a get
-        raise
+        # With its own 1, a job that Ray ended would pass for one that is done.
+        _tell(f"error: Ray ended this command (exit code {ended.code}); try it again")
+        return 2
     except click.ClickException as error:
         if not tell_end(error.format_message()):
             error.show()

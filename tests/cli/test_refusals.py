@@ -104,6 +104,18 @@ def test_a_defect_of_our_own_names_itself_and_how_to_report_it(monkeypatch, capf
         main(["runs", "--results", "x"])
 
 
+def test_a_command_that_ray_ends_does_not_pass_for_one_that_is_done(monkeypatch, capfd):
+    """1 is the code of a job that is done, with images that could not be read."""
+
+    def ended(uri: str) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr("lungopacity.results.query.open_store", ended)
+    code, _, err = run(capfd, "runs", "--results", "x")
+    assert code == 2
+    assert "error: Ray ended this command (exit code 1); try it again" in err
+
+
 def test_a_defect_in_a_worker_is_told_by_what_was_raised_there(monkeypatch, capfd):
     from ray.exceptions import RayTaskError
 
