@@ -29,7 +29,7 @@ from lungopacity.benchmark import alternatives, bare_loop
 from lungopacity.benchmark.inputs import scratch_place
 from lungopacity.benchmark.place import Place
 from lungopacity.benchmark.screen_table import ScreenSpeed
-from lungopacity.benchmark.watched import FailedError, Taken, run_watched
+from lungopacity.benchmark.watched import FailedError, Taken, last_words, run_watched
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.models.scorer import FLOAT32, check_precision
@@ -179,8 +179,12 @@ def _run(way: str, task: _Task, films: int) -> _Run:
     with _scratch(task, way) as (folder, output):
         told, taken = _started(way, task, folder, output, films)
         rows = _scored_rows(way, output)
+        said = last_words(folder / "stderr")
     if not rows.num_rows:
-        raise FailedError("scored no image; give some that can be read")
+        # Ours may end with 1 and no rows, where Ray ends its process: its own words tell why.
+        raise FailedError(
+            "scored no image; give some that can be read" + (f" (it said: {said})" if said else "")
+        )
     return _Run(
         images=rows.num_rows,
         taken=taken,

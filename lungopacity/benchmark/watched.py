@@ -72,9 +72,13 @@ def run_watched(
             if process.poll() is None:
                 _end(process)
     if process.returncode not in good:
-        last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-        raise FailedError((last or f"ended with {process.returncode}")[:100])
+        raise FailedError(last_words(log) or f"ended with {process.returncode}")
     return printed.decode(errors="replace"), taken
+
+
+def last_words(log: Path) -> str:
+    """The last line of a command's standard error, up to 100 characters; empty if it has none."""
+    return (log.read_text(errors="replace").strip().splitlines() or [""])[-1][:100]
 
 
 def _end(process: psutil.Popen) -> None:
