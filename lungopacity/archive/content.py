@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from lungopacity.radiograph import (
     decode_radiographs,
     judge,
 )
+
+if TYPE_CHECKING:
+    from lungopacity.models import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,37 @@ class ReadSettings:
             raise ValueError("fetch_threads and rows_per_table must be at least 1")
 
 
-def rules_from(
-    accept: Collection[str], reject_quality: Collection[str] | None, *, scoring: bool = True
-) -> tuple[frozenset[ErrorCode], frozenset[str]]:
-    """The fields `accept` and `reject_quality` of `ReadSettings` from the user's words.
+def settings_of_model(
+    uri: str,
+    model: TrainedModel,
+    accept: Collection[str],
+    reject_quality: Collection[str] | None,
+) -> ReadSettings:
+    """How films are read for a model to score, by the user's words.
 
-    `reject_quality`: None is the default. Raises `UserError` for a word that is none; so is
-    `out_of_distribution` where no model scores.
+    `reject_quality`: None is the default. Raises `UserError` for a word that is none, and for
+    `out_of_distribution` where the folder at `uri` does not tell where the model's training films
+    lie: no film would be rejected.
     """
-    flags = {*QUALITY_FLAGS, *((OUT_OF_DISTRIBUTION,) if scoring else ())}
+    accepted, rejecting = rules_from(accept, reject_quality, (*QUALITY_FLAGS, OUT_OF_DISTRIBUTION))
+    if OUT_OF_DISTRIBUTION in rejecting and model.distribution is None:
+        raise UserError(
+            f"--reject-quality {OUT_OF_DISTRIBUTION}: {uri} does not tell where its training films "
+            "lie (an older folder, or an ensemble with one); leave it out, or train again"
+        )
+    return ReadSettings(model.spec.preprocessing, accept=accepted, reject_quality=rejecting)
+
+
+def rules_from(
+    accept: Collection[str],
+    reject_quality: Collection[str] | None,
+    flags: Collection[str] = QUALITY_FLAGS,
+) -> tuple[frozenset[ErrorCode], frozenset[str]]:
+    """The fields `accept` and `reject_quality` of `ReadSettings` from the user's words, where no
+    model scores; where one does, see `settings_of_model`.
+
+    `reject_quality`: None is the default. Raises `UserError` for a word that is none.
+    """
     for option, words, known in (
         ("--accept", accept, {code.value for code in ACCEPTABLE}),
         ("--reject-quality", reject_quality or (), flags),

@@ -173,7 +173,7 @@ def audit(
     `UserError`.
     """
     check_columns(by)
-    accepted, rejecting = rules_from(accept, reject_quality, scoring=False)
+    accepted, rejecting = rules_from(accept, reject_quality)
     frame = read_labels(labels, by)
     known = sorted(frame["label"].unique())
     label_map = classes_of_all(known) if classes is None else classes_of_labels(classes, known)

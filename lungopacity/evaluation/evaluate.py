@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lungopacity.archive.content import ReadSettings, rules_from
+from lungopacity.archive.content import settings_of_model
 from lungopacity.dataset.manifest import (
     FACT_COLUMNS,
     assign_splits,
@@ -41,7 +41,6 @@ from lungopacity.models import (
     ModelSpec,
     OperatingPoint,
     TrainedModel,
-    check_rejects,
     films_known_to,
     load_model,
     points_of_sites,
@@ -85,9 +84,8 @@ def evaluate(
     are known to the model by their bytes.
     """
     check_columns(by)
-    accepted, rejecting = rules_from(accept, reject_quality)
     own = load_model(model)
-    check_rejects(model, own, rejecting)
+    rules = settings_of_model(model, own, accept, reject_quality)
     trained = with_operating_point(model, own, operating_point)
     spec = trained.spec
     of_sites = points_of_sites(model, own)
@@ -96,13 +94,12 @@ def evaluate(
     chosen, further = _chosen_films(labels, spec, split, by)
     check_output(output, EXPLANATION)
     with ray_session():
-        rules = ReadSettings(spec.preprocessing, accept=accepted, reject_quality=rejecting)
         data = load_pixels(images, chosen, spec.class_names, rules, labels)
         check_contents(data.images, labels)
         _check_unseen(data.images, films_known_to(model), split, labels)
         said = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
     _check_sound(said, data.images)
-    if OUT_OF_DISTRIBUTION in rejecting:
+    if OUT_OF_DISTRIBUTION in rules.reject_quality:
         data, said = _without_unlike(data, said, labels)
     scored = _scored_images(data, said, spec, points)
     resampling = Resampling.of(data.images["patient_id"].tolist())
@@ -151,7 +148,7 @@ def _without_unlike(
 ) -> tuple[LabelledPixels, ModelScores]:
     """Without the films that are unlike the training films. Raises `UserError` where none is
     left."""
-    assert said.unlike_N is not None  # see `check_rejects`
+    assert said.unlike_N is not None  # see `settings_of_model`
     like = np.flatnonzero(~(said.unlike_N > 1))
     if not len(like):
         raise UserError(f"{labels}: every film is {OUT_OF_DISTRIBUTION}; see --reject-quality")

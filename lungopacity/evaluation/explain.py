@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from lungopacity.archive.content import ReadSettings, error_columns, rules_from
+from lungopacity.archive.content import ReadSettings, error_columns, settings_of_model
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import read_images
@@ -40,7 +41,6 @@ from lungopacity.evaluation.report import EVALUATION, EXPLANATION, check_output
 from lungopacity.evaluation.table import metrics_table
 from lungopacity.models import (
     TrainedModel,
-    check_rejects,
     films_known_to,
     load_model,
     with_operating_point,
@@ -93,10 +93,11 @@ def explain(
     if labels is None and split is not None:
         raise UserError(f"--split {split}: is of --labels; give --labels FILE, or leave it out")
     split = split or "test"
-    accepted, rejecting = rules_from(accept, reject_quality)
     check_output(output, EVALUATION)
     trained = with_operating_point(model, load_model(model), operating_point)
-    check_rejects(model, trained, rejecting)
+    settings = replace(
+        settings_of_model(model, trained, accept, reject_quality), rows_per_table=_FILMS_AT_ONCE
+    )
     chosen = None if labels is None else labels_of_split(labels, trained.spec, split)
     if chosen is not None and limit is not None:
         chosen = chosen.head(limit)
@@ -106,13 +107,7 @@ def explain(
         chosen,
         None if boxes is None else read_boxes(boxes),
         _gpu(use_gpu),
-        reject_unlike=OUT_OF_DISTRIBUTION in rejecting,
-    )
-    settings = ReadSettings(
-        trained.spec.preprocessing,
-        accept=accepted,
-        reject_quality=rejecting,
-        rows_per_table=_FILMS_AT_ONCE,
+        reject_unlike=OUT_OF_DISTRIBUTION in settings.reject_quality,
     )
     if chosen is None:
         films = islice(_read(images, settings), None if limit is None else min(limit, sys.maxsize))
@@ -265,7 +260,7 @@ class _Explainer:
         unlike_N = self.scorer.out_of_distribution(scores.features_NF)
         rejected_N = np.zeros(len(films), bool)
         if self.reject_unlike:
-            assert unlike_N is not None  # see `check_rejects`
+            assert unlike_N is not None  # see `settings_of_model`
             rejected_N = unlike_N[scores.are_numbers] > 1
         error = ImageError(ErrorCode.POOR_QUALITY, Stage.SCORE, OUT_OF_DISTRIBUTION)
         for row, pixels, p, activation, rejected in zip(

@@ -1,7 +1,6 @@
 """The networks by name, the model folder, and the one place that runs a trained network."""
 
 from lungopacity.models.folder import (
-    check_rejects,
     films_known_to,
     find_training_films,
     find_validation,
@@ -38,7 +37,6 @@ __all__ = [
     "TrainedModel",
     "build_network",
     "check_network",
-    "check_rejects",
     "copy_operating_points",
     "films_known_to",
     "find_training_films",

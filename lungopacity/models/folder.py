@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from lungopacity.errors import NOTICE, ImageError, UserError
 from lungopacity.models.model import ModelSpec, OperatingPoint, TrainedModel, sha256
-from lungopacity.radiograph import OUT_OF_DISTRIBUTION, Preprocessing
+from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.parquet import parquet_bytes
 
@@ -162,16 +162,6 @@ def load_model(uri: str) -> TrainedModel:
             "the folder or train again"
         )
     return model
-
-
-def check_rejects(uri: str, model: TrainedModel, reject_quality: Collection[str]) -> None:
-    """Raises `UserError` where films unlike the training films are to be rejected, and the folder
-    at `uri` does not tell where those lie: none would be."""
-    if OUT_OF_DISTRIBUTION in reject_quality and model.distribution is None:
-        raise UserError(
-            f"--reject-quality {OUT_OF_DISTRIBUTION}: {uri} does not tell where its training films "
-            "lie (an older folder, or an ensemble with one); leave it out, or train again"
-        )
 
 
 def _spec_of(document: dict[str, Any]) -> ModelSpec:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import pandas as pd
 
-from lungopacity.archive.content import ReadSettings, rules_from
+from lungopacity.archive.content import ReadSettings, settings_of_model
 from lungopacity.archive.inventory import below
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.drift import Sample
 from lungopacity.models import (
     TrainedModel,
-    check_rejects,
     films_known_to,
     load_model,
     with_operating_point,
@@ -153,9 +152,8 @@ def screening_job(
         raise UserError("--hash-keys needs --hmac-key FILE")
     if key_map is not None and not hash_keys:
         raise UserError("--key-map is for --hash-keys; give both or none")
-    accepted, rejecting = rules_from(accept, reject_quality)
     trained = with_operating_point(model, load_model(model), operating_point)
-    check_rejects(model, trained, rejecting)
+    read_settings = settings_of_model(model, trained, accept, reject_quality)
     check_class_columns(trained.spec.class_names)
     results = open_store(output)
     pseudonyms = None
@@ -168,11 +166,8 @@ def screening_job(
         model_uri=open_store(model).uri,
         model=trained,
         results=results,
-        read_settings=ReadSettings(
-            trained.spec.preprocessing,
-            accept=accepted,
-            reject_quality=rejecting,
-            hmac_key=None if pseudonyms is None else pseudonyms.key,
+        read_settings=replace(
+            read_settings, hmac_key=None if pseudonyms is None else pseudonyms.key
         ),
         pseudonyms=pseudonyms,
         labels=None if labels is None else read_labels(labels),

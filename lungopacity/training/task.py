@@ -81,7 +81,7 @@ def training_task(
 ) -> TrainingTask:
     """options: settings by name, None for the recipe's. words: more of them, see `with_words`. The
     others as in `train`. Raises `UserError`."""
-    accepted, rejecting = rules_from(accept, reject_quality, scoring=False)
+    accepted, rejecting = rules_from(accept, reject_quality)
     frame = read_labels(labels)
     label_map = classes_of_labels(classes, list(frame["label"].unique()))
     names = class_names_of(label_map)
