@@ -102,7 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD" and length is not None:
             headers["Content-Length"] = length
         if fault == "flip":
-            body = bytes([body[0] ^ 1]) + body[1:]
+            at = server.gets[self.path] % len(body)  # chance strikes no byte twice
+            body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
         self._answer(answer.status, headers, body, cut=fault == "cut")
         upstream.close()
 

@@ -23,7 +23,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.ahead import ahead
 from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
 from lungopacity.storage.outage import answered, heard, patiently, trust
-from lungopacity.storage.s3_body import BodyError, etag_of, take_body
+from lungopacity.storage.s3_body import BodyError, UnlikeEtagError, etag_of, take_body
 from lungopacity.storage.s3_clients import S3Clients, aws_session, clients_of
 from lungopacity.storage.s3_errors import (
     NO_CREDENTIALS,
@@ -225,11 +225,19 @@ class S3Store:
         start_over: Callable[[], object],
         **more: str,
     ) -> None:
+        came: set[str] = set()
         for attempt in range(1, _BODY_ATTEMPTS + 1):
             start_over()
             try:
                 self._fetch_once(key, etag, take, **more)
                 return
+            except UnlikeEtagError as error:
+                if error.digest in came:
+                    return  # what comes twice alike is what is stored
+                if attempt == _BODY_ATTEMPTS:
+                    raise
+                came.add(error.digest)
+                continue  # at once: the server did answer
             except BodyError:
                 if attempt == _BODY_ATTEMPTS:
                     raise

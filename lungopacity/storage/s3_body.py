@@ -24,6 +24,19 @@ class BodyError(ImageError):
         super().__init__(code, Stage.FETCH, message)
 
 
+class UnlikeEtagError(BodyError):
+    """A whole body, of an object whose ETag tells a number of parts, and is not made of its MD5s.
+
+    It was altered on its way; or the server makes such ETags of something else: MinIO under
+    `--no-compat` of chance, Ozone of the names of parts, Alibaba's OSS by a rule of its own.
+    """
+
+    def __init__(self, digest: str) -> None:
+        """digest: of the body that came, as the ETag would have it."""
+        super().__init__(ErrorCode.DIGEST_MISMATCH, "differs from the stored MD5s of its parts")
+        self.digest = digest
+
+
 PartBytes = Callable[[int], int | None]
 """Of the number of a part, from 1, its size; None where the server does not tell."""
 
@@ -38,7 +51,8 @@ def take_body(
     (CRC64NVME, the default of some multipart uploads, it has by awscrt alone).
 
     part_bytes: is asked of an object that was uploaded in parts. Raises `BodyError` where it broke
-    off or was altered on its way, after what had come; and what `take` and `part_bytes` raise.
+    off or was altered on its way, after what had come, `UnlikeEtagError` where that is not certain;
+    and what `take` and `part_bytes` raise.
     """
     md5s = _PartMd5s(_first_part_bytes(answer, part_bytes))
     received = 0
@@ -51,11 +65,14 @@ def take_body(
             ErrorCode.UNAVAILABLE,
             f"body cut short: {received} of {answer['ContentLength']} bytes",
         )
-    if md5s.size_bytes is None or md5s.etag(_parts(answer)) == etag_of(answer).lower():
+    parts = _parts(answer)
+    if md5s.size_bytes is None or md5s.etag(parts) == etag_of(answer).lower():
         return
-    # Some programs upload parts of many sizes; their bounds are not known then.
-    if all(part_bytes(number) == md5s.size_bytes for number in range(2, _parts(answer) or 0)):
+    if parts is None:
         raise BodyError(ErrorCode.DIGEST_MISMATCH, "differs from the stored MD5")
+    # Some programs upload parts of many sizes; their bounds are not known then.
+    if all(part_bytes(number) == md5s.size_bytes for number in range(2, parts)):
+        raise UnlikeEtagError(md5s.etag(parts))
 
 
 class _PartMd5s:
