@@ -148,18 +148,21 @@ class _Transform:
 
     @staticmethod
     def of(dataset: Any) -> _Transform:
-        slope = _first(dataset, "RescaleSlope")
+        # A slope of 0 would leave nothing of the image.
+        slope = _first(dataset, "RescaleSlope") or 1.0
         intercept = _first(dataset, "RescaleIntercept") or 0.0
-        modality = _table_of(dataset, "ModalityLUTSequence", intercept)
+        ends = _stored_range(dataset)
+        modality = _table_of(dataset, "ModalityLUTSequence", ends[0])
+        lowest = min(end * slope + intercept for end in ends)
         found = _Transform(
             modality=modality,
-            slope=slope or 1.0,  # a slope of 0 would leave nothing of the image
+            slope=slope,
             intercept=intercept,
-            voi=_table_of(dataset, "VOILUTSequence", intercept, behind=modality)
+            voi=_table_of(dataset, "VOILUTSequence", lowest, behind=modality)
             or _window_of(dataset),
         )
         is_window = isinstance(found.voi, _Window)
-        if is_window and found(np.array(_stored_range(dataset))).max() < _BRIGHTEST_OF_ANY:
+        if is_window and found(np.array(ends)).max() < _BRIGHTEST_OF_ANY:
             # Left from before a copy of fewer bits was made, which it would show black.
             return replace(found, voi=None)
         return found
@@ -218,10 +221,10 @@ def _windowed(
 
 
 def _table_of(
-    dataset: Any, keyword: str, intercept: float, behind: _Table | None = None
+    dataset: Any, keyword: str, lowest: float, behind: _Table | None = None
 ) -> _Table | None:
-    """None where there is no sequence, or nothing in it that can be looked up. `behind`: the table
-    whose values it is for."""
+    """None where there is no sequence, or nothing in it that can be looked up. `lowest`: of the
+    values it is for. `behind`: the table that gives them."""
     items = dataset.get(keyword)
     if not items:
         return None
@@ -246,7 +249,7 @@ def _table_of(
         return None
     if behind is not None:
         first %= 2**16  # the other gives no value below zero (PS3.3 C.11.1.1.1)
-    elif first >= 2**15 and (_stored_range(dataset)[0] < 0 or intercept < 0):
+    elif first >= 2**15 and lowest < 0:
         first -= 2**16  # written unsigned
     return _Table(first, entries)
 

@@ -172,13 +172,13 @@ def test_a_voi_lut_means_the_same_however_its_entries_are_written(form):
     assert np.abs(found - expected).max() <= 0.51
 
 
-def test_a_lut_may_begin_below_zero_and_be_read_as_if_it_did_not():
+@pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (-1, 3071)])
+def test_a_lut_may_begin_below_zero_and_be_read_as_if_it_did_not(slope, intercept):
     """It is written unsigned where the pixels are, also if a rescale made them negative."""
     item = lut_item(np.arange(4096) * 16, first=2**16 - 1024)
-    shifted = {"RescaleSlope": 1, "RescaleIntercept": -1024, "VOILUTSequence": [item]}
-    np.testing.assert_array_equal(
-        one_film(dicom(RAMP, **shifted)).pixels, one_film(dicom(RAMP)).pixels
-    )
+    rescale = {"RescaleSlope": slope, "RescaleIntercept": intercept}
+    film = one_film(dicom(RAMP, **rescale, VOILUTSequence=[item])).pixels
+    np.testing.assert_array_equal(film, one_film(dicom(RAMP, **rescale)).pixels)
 
 
 @pytest.mark.parametrize("is_signed", [False, True])
