@@ -20,6 +20,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction, deep_luminance, luminance
 from lungopacity.radiograph.dicom_frames import (
+    codestreams_held,
     frames_held,
     header_of_frame,
     is_compressed,
@@ -213,6 +214,11 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
     set_transfer_syntax(dataset)
     _complete(dataset)
     if is_compressed(dataset):
+        if codestreams_held(dataset) > frames:
+            # Of several films those behind the declared ones would be passed over.
+            raise ImageError(
+                ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "more compressed frames than are declared"
+            )
         if frames > 1:
             pixels = frames * int(dataset.Rows) * int(dataset.Columns)
             limits.check_unpacked(pixels, len(dataset.PixelData))

@@ -33,6 +33,9 @@ _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 _JPEG_2000 = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
 _OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
 _END_OF_IMAGE = b"\xff\xd9"
+_SIGNATURE_BYTES = 4
+"""The start of an image and the marker behind it (T.81, T.87, T.800); the number of segments of an
+RLE (PS3.5 G.5)."""
 _OF_MACROS = {
     "PixelMeasuresSequence": ("PixelSpacing",),
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
@@ -99,15 +102,28 @@ def header_of_frame(dataset: Any, index: int) -> Any:
 def frames_held(dataset: Any, declared: int) -> int:
     """How many of them the compressed pixel data can hold: a frame has a fragment at least, and its
     place in the table of offsets, if there is one (PS3.5 A.4)."""
+    offsets, begins = _fragments(dataset)
+    return min(declared, len(begins), offsets or declared)
+
+
+def codestreams_held(dataset: Any) -> int:
+    """How many fragments of the compressed pixel data begin as the first does, with the signature
+    of a codestream: those in which a frame goes on do not."""
+    _, begins = _fragments(dataset)
+    return begins.count(begins[0]) if begins else 0
+
+
+def _fragments(dataset: Any) -> tuple[int, list[bytes]]:
+    """Of the compressed pixel data: entries in the table of offsets, and how each fragment
+    begins."""
     from pydicom.encaps import generate_fragments, parse_basic_offsets
 
     buffer = io.BytesIO(dataset.PixelData)
     offsets = len(parse_basic_offsets(buffer))
-    fragments = 0
+    begins: list[bytes] = []
     with contextlib.suppress(ValueError):  # none is found behind damage
-        for _ in generate_fragments(buffer):
-            fragments += 1
-    return min(declared, fragments, offsets or declared)
+        begins.extend(fragment[:_SIGNATURE_BYTES] for fragment in generate_fragments(buffer))
+    return offsets, begins
 
 
 def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray[Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.encaps import generate_frames, get_frame
+from pydicom.encaps import encapsulate, generate_frames, get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import (
     HTJ2K,
@@ -41,6 +41,7 @@ from tests.radiograph.dicom_files import (
     in_syntax,
     of_codestreams,
     shipped,
+    without,
     without_meta,
     without_preamble,
 )
@@ -298,6 +299,25 @@ def test_compressed_frames_that_are_declared_and_not_there_are_one_error(syntax,
     assert [isinstance(film, ImageError) for film in found] == [False, False, False, True]
     assert found[-1].code is ErrorCode.TRUNCATED
     assert found[-1].facts["frame"] == 3
+
+
+@pytest.mark.parametrize("has_offsets", [True, False])
+@pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGLSLossless, JPEG2000Lossless])
+def test_compressed_frames_that_nobody_declares_are_not_passed_over(syntax, has_offsets):
+    data = cine(syntax, has_offsets=has_offsets)
+    for fewer in (without(data, "NumberOfFrames"), cine(syntax, 2, has_offsets=has_offsets)):
+        assert code_of(fewer) is ErrorCode.CORRUPT_IMAGE
+
+
+def test_a_frame_may_lie_in_several_fragments():
+    whole = cine(JPEGLSLossless, has_offsets=False)
+
+    def in_pieces(dataset):
+        frame = get_frame(dataset.PixelData, 0, number_of_frames=3)
+        dataset.PixelData = encapsulate([frame], fragments_per_frame=3)
+        del dataset.NumberOfFrames
+
+    np.testing.assert_array_equal(one_film(changed(whole, in_pieces)).pixels, FRAMES[0])
 
 
 def test_white_that_a_lossy_codec_made_whiter_stays_white():
