@@ -236,7 +236,11 @@ def _grey_of_wide(image: Image.Image, kind: str) -> Grey:
 
 
 def _grey_of_8_bits(image: Image.Image, luma: npt.NDArray[np.uint8] | None = None) -> Grey:
-    """luma: the grey pixels, where they are known already."""
+    """luma: the grey pixels, where they are known already. Raises `ImageError`."""
+    if image.mode == "LAB":
+        raise ImageError(
+            ErrorCode.UNSUPPORTED, Stage.DECODE, "colours in CIE L*a*b*; write it anew in grey"
+        )
     coloured = 0.0
     if image.mode not in ("1", "L", "LA", "La"):
         image.load()

@@ -26,6 +26,8 @@ _STRIPS, _TILES = (273, 279), (324, 325)
 """Where they begin, and their bytes (TIFF 6.0, sections 8 and 15)."""
 _JPEG, _DEFLATE = 7, (8, 32946)
 """Of _COMPRESSION (Adobe's TIFF Technical Note 2 and its supplement)."""
+_WEBP = 50001
+"""Of _COMPRESSION, by libtiff, which Pillow has without it."""
 _INFLATED_AT_ONCE = 1 << 20
 _REDUCED, _MASK = 1, 4
 """Bits of SUBFILE (TIFF 6.0, section 8): a smaller copy, or the mask, of another page."""
@@ -117,9 +119,13 @@ def tags_of(data: bytes, page: int) -> dict[int, int]:
 def check_coded_pixels(data: bytes, tags: Mapping[int, Any]) -> None:
     """Raise `ImageError` (`truncated`, `corrupt_image`) for damage in a page of JPEG or deflate
     that libtiff passes over: it fills lost pixels of the one with grey, and compares no checksum of
-    the other. `tags`: all of the page's.
+    the other; `unsupported` for a page of WebP. `tags`: all of the page's.
     """
     compression = tags.get(_COMPRESSION)
+    if compression == _WEBP:
+        raise ImageError(
+            ErrorCode.UNSUPPORTED, Stage.DECODE, "a TIFF compressed as WebP; write it anew as PNG"
+        )
     if compression == _JPEG:
         tables = tags.get(_JPEG_TABLES, b"")[2:-2]  # without start and end of an image
         for coded in _parts(data, tags):

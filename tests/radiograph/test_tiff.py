@@ -179,6 +179,20 @@ def test_a_tiff_without_a_page_is_not_lost_in_silence(start, rest):
     assert code_of(start + rest) is ErrorCode.TRUNCATED
 
 
+def test_colours_and_codings_that_pillow_lacks_are_unsupported_and_not_corrupt():
+    lab = io.BytesIO()
+    Image.new("LAB", (64, 64), (128, 128, 128)).save(lab, "TIFF")
+    # Tag 259, SHORT, one value: the compression.
+    entry = b"\x03\x01\x03\x00\x01\x00\x00\x00"
+    deflate = encoded(FILM, "TIFF", compression="tiff_adobe_deflate")
+    assert deflate.count(entry + b"\x08\x00") == 1
+    webp = deflate.replace(entry + b"\x08\x00", entry + (50001).to_bytes(2, "little"))
+    for data, what in ((lab.getvalue(), r"L\*a\*b\*"), (webp, "WebP")):
+        with pytest.raises(ImageError, match=f"{what}.*; write it anew") as caught:
+            one_film(data)
+        assert caught.value.code is ErrorCode.UNSUPPORTED
+
+
 def test_a_big_endian_bigtiff_is_unsupported_and_not_corrupt():
     with pytest.raises(ImageError, match="big-endian") as caught:
         one_film(b"MM\x00+\x00\x08\x00\x00" + bytes(100))
