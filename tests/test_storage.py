@@ -173,6 +173,17 @@ def test_a_relative_root_may_lead_upwards(tmp_path, monkeypatch):
     assert split_uri("../data/a") == (str(tmp_path / "data"), "a")
 
 
+@pytest.mark.parametrize("uri", ["//data/films", "///data//films/", "file:////data/films"])
+def test_a_folder_has_one_uri_however_many_slashes_lead_to_it(uri):
+    assert open_store(uri).uri == "/data/films"
+
+
+def test_nothing_is_written_where_it_would_not_be_found(s3_uri):
+    """Arrow refuses such keys, and some servers list them under others."""
+    with pytest.raises(UserError, match=r"x//y cannot be written: .* leave out the second slash"):
+        open_store(f"{s3_uri}/x//y").write("a", b"x")
+
+
 def test_file_uris_are_paths(tmp_path):
     folder = tmp_path / "with space"
     open_store(str(folder)).write("a", b"x")

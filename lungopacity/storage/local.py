@@ -27,7 +27,9 @@ _FIRST_S, _LAST_S = (
 def absolute(path: Path) -> Path:
     """With `~` and `..` spelt out. Raises `UserError` for the home of nobody."""
     try:
-        return Path(os.path.abspath(path.expanduser()))
+        # POSIX lets two slashes at the beginning mean something else, and Python keeps them. Here
+        # they are one, and a place must not have two names.
+        return Path("/" + os.path.abspath(path.expanduser()).lstrip("/"))
     except RuntimeError as error:
         raise UserError(f"{path}: there is no such user here; spell the path out") from error
 

@@ -286,6 +286,11 @@ class S3Store:
     ) -> None:
         from botocore.exceptions import ClientError
 
+        if "//" in self.prefix:
+            raise UserError(
+                f"{self.uri} cannot be written: it has an empty folder name (//), below which "
+                "Arrow and some servers find nothing again; leave out the second slash"
+            )
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         if if_match is not None:
             condition = {"IfMatch": f'"{if_match}"'}
