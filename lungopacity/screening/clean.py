@@ -64,16 +64,21 @@ def clean(
 
     An unfinished run that is removed can no longer be taken up. What was written within the last
     hour may be of a job that is at work, and stays, as does a lease that may still be held. Raises
-    `UserError`; also where something cannot be removed, after all else was.
+    `UserError`, as where nothing lies at all; also where something cannot be removed, after all
+    else was.
     """
     if not 0 <= older_than_days <= _OLDEST_DAYS:
         raise UserError(
             f"--older-than must be from 0 to {_OLDEST_DAYS} days, not {older_than_days:g}"
         )
     store = open_store(results)
-    files, size_bytes = _temporary_folders(dry_run)
     # The files first, the records after: a run that is published meanwhile keeps its files.
     found = list(store.list())
+    if not found:
+        raise UserError(
+            f"{store.uri}: nothing lies there; give the --output of `lungopacity screen`"
+        )
+    files, size_bytes = _temporary_folders(dry_run)
     records = read_runs(store)
     kept: list[str] = []
     for kind, item in _left_over(found, records, store, timedelta(days=older_than_days)):
@@ -112,8 +117,6 @@ def _left_over(
 ) -> Iterator[tuple[str, ObjectInfo]]:
     """Kind, and object, of what may be removed. found: all objects of the results. records: of the
     published runs."""
-    if not found:
-        return
     now = store.now()
     published = {run["run_id"] for run in records}
     named = {file["key"] for run in records for file in (*run["files"], run["metrics_file"])}

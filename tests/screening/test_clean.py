@@ -194,6 +194,7 @@ def test_a_run_whose_files_were_swept_is_not_published(tmp_path):
 
 
 def test_what_a_killed_job_left_on_this_machine_goes_and_nothing_else_there(tmp_path, temporary):
+    open_store(str(tmp_path / "results")).write("status.json", b"x")
     old = time.time() - 2 * 86400
     for name in ("lungopacity-killed", "lungopacity-just-killed", "lungopacity-results", "other"):
         (temporary / name).mkdir()
@@ -204,8 +205,8 @@ def test_what_a_killed_job_left_on_this_machine_goes_and_nothing_else_there(tmp_
         for mark in temporary.glob("*/.at-work"):
             if mark.parent.name != "lungopacity-just-killed":
                 os.utime(mark, (old, old))
-        assert clean(str(tmp_path / "none"), dry_run=True).size_bytes == len("Doe_John.png")
-        swept = clean(str(tmp_path / "none")).files
+        assert clean(str(tmp_path / "results"), dry_run=True).size_bytes == len("Doe_John.png")
+        swept = clean(str(tmp_path / "results")).files
         assert swept == {"temporary folders of killed jobs": 1}
         assert {path.name for path in temporary.iterdir()} == {
             "lungopacity-just-killed", "lungopacity-results", "other", at_work.name,
@@ -213,6 +214,7 @@ def test_what_a_killed_job_left_on_this_machine_goes_and_nothing_else_there(tmp_
     assert not at_work.exists()
 
 
-def test_a_slip_in_the_place_makes_no_folder(tmp_path):
-    assert not clean(str(tmp_path / "typo"), dry_run=True).files
+def test_a_slip_in_the_place_is_told_and_makes_no_folder(tmp_path):
+    with pytest.raises(UserError, match="typo: nothing lies there; give the --output"):
+        clean(str(tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
