@@ -263,15 +263,12 @@ def _refused(what: str, error: UserError) -> Finding:
 
 
 def _place(uri: str) -> Iterator[Finding]:
-    from lungopacity.storage import open_store
+    from lungopacity.archive.inventory import list_archive
 
     try:
-        first = next(iter(open_store(uri).list()), None)
+        list_archive(uri)  # as screening does: it looks for the first object at once
     except UserError as error:
         yield _refused("storage", error)
-        return
-    if first is None:
-        yield Finding("note", "storage", f"{uri}: nothing lies there", "check the path or prefix")
     else:
         yield Finding("ok", "storage", f"{uri} can be listed")
 
