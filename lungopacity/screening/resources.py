@@ -38,7 +38,8 @@ class ScoringResources:
         return self.actor_gpus > 0
 
     def devices(self) -> list[str]:
-        """What the model runs on, for the run's record: the GPUs' names as Ray tells them."""
+        """What the model runs on, for the run's record: of GPUs every kind that the cluster
+        has, by Ray's names for them, whichever of them Ray chose."""
         import ray
 
         if not self.use_gpu:
