@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,19 @@ def one_film(data: bytes, limits: DecodeLimits | None = None, **options: object)
 
 
 def encoded(pixels: npt.NDArray[np.generic], image_format: str = "PNG", **options: object) -> bytes:
+    return saved(Image.fromarray(pixels), image_format, **options)
+
+
+def saved(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, image_format, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+def tiff_of_pages(pages: Sequence[npt.NDArray[np.uint8]], **options: object) -> bytes:
+    """A TIFF of several pages."""
+    first, *others = map(Image.fromarray, pages)
+    return saved(first, "TIFF", save_all=True, append_images=others, **options)
 
 
 def dicom(stored: npt.NDArray[np.uint16], **elements: object) -> bytes:

@@ -1,9 +1,7 @@
-import io
 import multiprocessing
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from lungopacity.archive.content import ReadSettings, content_rows
 from lungopacity.archive.inventory import take_inventory
@@ -12,7 +10,7 @@ from lungopacity.benchmark.bare_loop import _films, _turns_of
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.storage import open_store
-from tests.films import encoded, grey_film
+from tests.films import encoded, grey_film, tiff_of_pages
 from tests.models.tiny import tiny_model
 
 
@@ -23,9 +21,7 @@ def test_it_shows_the_network_what_screening_shows_it(tmp_path):
     wide[400:800, 420:760] = grey_film(1, 400, 340) // 2 + 100
     store.write("a/IM1.jpg", encoded(wide, "JPEG", quality=92))
     store.write("b/IM1.jpg", encoded(grey_film(2, 300, 200), "JPEG"))
-    pages, buffer = [Image.fromarray(grey_film(n, 200, 180)) for n in (3, 4)], io.BytesIO()
-    pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:])
-    store.write("c.tif", buffer.getvalue())
+    store.write("c.tif", tiff_of_pages([grey_film(n, 200, 180) for n in (3, 4)]))
     model = tiny_model(preprocessing=Preprocessing(64, crop_borders=True))
     archive = take_inventory(str(tmp_path))
     turns = _turns_of(archive.objects, processes=2)

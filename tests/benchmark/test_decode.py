@@ -1,26 +1,21 @@
-import io
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from lungopacity.benchmark.decode import _films, _torchvision_batch, decode_speeds, table
 from lungopacity.cli import main
 from lungopacity.errors import UserError
 from lungopacity.storage import open_store
-from tests.films import encoded, grey_film, tar
+from tests.films import encoded, grey_film, tar, tiff_of_pages
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("films"))
     small = grey_film(0, 200, 180)
-    pages = [Image.fromarray(grey_film(1, *size)) for size in ((200, 150), (900, 700))]
-    buffer = io.BytesIO()
-    pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:])
     store = open_store(uri)
-    store.write("a.tif", buffer.getvalue())
+    store.write("a.tif", tiff_of_pages([grey_film(1, 200, 150), grey_film(1, 900, 700)]))
     store.write("b.png", encoded(small)[:500])
     store.write("labels.csv", b"image,label\n")
     store.write("x.tar", tar({"b.png": encoded(small), "n.txt": b"notes"}))

@@ -1,5 +1,4 @@
 import gzip
-import io
 import zipfile
 
 import numpy as np
@@ -7,7 +6,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
@@ -18,7 +16,7 @@ from lungopacity.dataset.pixels import load_pixels
 from lungopacity.errors import UserError
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
-from tests.films import encoded, grey_film, tar
+from tests.films import encoded, grey_film, tar, tiff_of_pages
 
 PREPROCESSING = Preprocessing(image_size=32)
 CLASSES = ("Normal", "Lung_Opacity")
@@ -141,10 +139,8 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path):
 
 def test_a_labelled_file_of_several_images_is_refused_as_one(tmp_path):
     names = write_archive(str(tmp_path / "a"))
-    pages = [Image.fromarray(grey_film(n)) for n in range(3)]
-    sink = io.BytesIO()
-    pages[0].save(sink, "TIFF", save_all=True, append_images=pages[1:])
-    open_store(str(tmp_path / "a")).write("pages.tif", sink.getvalue())
+    pages = tiff_of_pages([grey_film(n) for n in range(3)])
+    open_store(str(tmp_path / "a")).write("pages.tif", pages)
     frame = labels_of(tmp_path, [names[0], "pages.tif"])
     with pytest.raises(
         UserError, match=r"1 labelled files hold several images each, as pages\.tif"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from lungopacity.models.scorer import Scorer, Scores
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import EXPLANATIONS_SCHEMA
 from lungopacity.storage import open_store
-from tests.films import dicom, encoded, grey_film, one_film, tar
+from tests.films import dicom, encoded, grey_film, one_film, saved, tar
 from tests.models.tiny import write_tiny_model
 
 
@@ -126,14 +125,13 @@ def test_a_film_that_is_turned_or_has_oblong_pixels_keeps_its_frame(tmp_path):
     turned = Image.fromarray(grey_film(height=80, width=120))
     exif = turned.getexif()
     exif[0x0112] = 6
-    buffer = io.BytesIO()
-    turned.save(buffer, "PNG", exif=exif)
+    turned_png = saved(turned, exif=exif)
     oblong = dicom(grey_film(height=60, width=100).astype(np.uint16) * 16, PixelAspectRatio=[2, 1])
-    assert one_film(buffer.getvalue()).pixels.shape == (120, 80)
+    assert one_film(turned_png).pixels.shape == (120, 80)
     assert one_film(oblong).pixels.shape == (60, 50)
     store = open_store(str(tmp_path / "films"))
     store.write("oblong.dcm", oblong)
-    store.write("turned.png", buffer.getvalue())
+    store.write("turned.png", turned_png)
     # The left half of each as it is shown; of oblong pixels, 50 columns of the stored ones.
     (tmp_path / "boxes.csv").write_text(
         "image,x,y,width,height\noblong.dcm,0,0,50,60\nturned.png,0,0,40,120\n"

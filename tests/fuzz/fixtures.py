@@ -17,7 +17,6 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pydicom
 from PIL import Image
 from pydicom.data import get_testdata_file
@@ -38,7 +37,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from tests.films import dicom, encoded, grey_film, tar
+from tests.archive.making import write_parquet
+from tests.films import dicom, encoded, grey_film, saved, tar, tiff_of_pages
 from tests.real_data import DICOM_FOLDER
 
 IMAGE_KINDS = ("png", "jpeg", "tiff", "jpeg2000", "bmp", "dicom")
@@ -66,49 +66,39 @@ def _pictures() -> Iterator[Fixture]:
     deep = grey.astype(np.uint16) * 257
     picture = Image.fromarray(grey)
 
-    def of(image: Any, image_format: str, **options: Any) -> bytes:
-        return encoded(np.asarray(image), image_format, **options)
-
-    def saved(image: Image.Image, image_format: str, **options: Any) -> bytes:
-        buffer = io.BytesIO()
-        image.save(buffer, image_format, **options)
-        return buffer.getvalue()
-
     turned = Image.Exif()
     turned[0x0112] = 6
-    yield Fixture("png", "grey.png", of(grey, "PNG"))
-    yield Fixture("png", "deep.png", of(deep, "PNG"))
-    yield Fixture("png", "rgb.png", of(rgb, "PNG"))
+    yield Fixture("png", "grey.png", encoded(grey, "PNG"))
+    yield Fixture("png", "deep.png", encoded(deep, "PNG"))
+    yield Fixture("png", "rgb.png", encoded(rgb, "PNG"))
     yield Fixture("png", "rgba.png", saved(Image.fromarray(rgb).convert("RGBA"), "PNG"))
     yield Fixture("png", "alpha.png", saved(picture.convert("LA"), "PNG"))
     yield Fixture("png", "palette.png", saved(picture.convert("P"), "PNG"))
     yield Fixture("png", "bits.png", saved(picture.convert("1"), "PNG"))
     yield Fixture("png", "profile.png", saved(picture, "PNG", icc_profile=bytes(range(256)) * 8))
-    yield Fixture("jpeg", "grey.jpg", of(grey, "JPEG"))
-    yield Fixture("jpeg", "grey-progressive.jpg", of(grey, "JPEG", progressive=True))
-    yield Fixture("jpeg", "restarts.jpg", of(grey, "JPEG", restart_marker_rows=1))
-    yield Fixture("jpeg", "rgb.jpg", of(rgb, "JPEG"))
-    yield Fixture("jpeg", "progressive.jpg", of(rgb, "JPEG", progressive=True))
+    yield Fixture("jpeg", "grey.jpg", encoded(grey, "JPEG"))
+    yield Fixture("jpeg", "grey-progressive.jpg", encoded(grey, "JPEG", progressive=True))
+    yield Fixture("jpeg", "restarts.jpg", encoded(grey, "JPEG", restart_marker_rows=1))
+    yield Fixture("jpeg", "rgb.jpg", encoded(rgb, "JPEG"))
+    yield Fixture("jpeg", "progressive.jpg", encoded(rgb, "JPEG", progressive=True))
     yield Fixture("jpeg", "cmyk.jpg", saved(Image.fromarray(rgb).convert("CMYK"), "JPEG"))
-    yield Fixture("jpeg", "turned.jpg", of(grey, "JPEG", exif=turned.tobytes()))
+    yield Fixture("jpeg", "turned.jpg", encoded(grey, "JPEG", exif=turned.tobytes()))
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd"):
-        yield Fixture("tiff", f"{compression}.tif", of(grey, "TIFF", compression=compression))
+        yield Fixture("tiff", f"{compression}.tif", encoded(grey, "TIFF", compression=compression))
     yield Fixture("tiff", "fax.tif", saved(picture.convert("1"), "TIFF", compression="group4"))
-    yield Fixture("tiff", "deep.tif", of(deep, "TIFF", compression="tiff_lzw"))
-    yield Fixture("tiff", "float.tif", of(grey.astype(np.float32), "TIFF"))
-    yield Fixture("tiff", "rgb.tif", of(rgb, "TIFF", compression="tiff_adobe_deflate"))
-    pages = [Image.fromarray(grey_film(seed, 100, 100)) for seed in range(3)]
+    yield Fixture("tiff", "deep.tif", encoded(deep, "TIFF", compression="tiff_lzw"))
+    yield Fixture("tiff", "float.tif", encoded(grey.astype(np.float32), "TIFF"))
+    yield Fixture("tiff", "rgb.tif", encoded(rgb, "TIFF", compression="tiff_adobe_deflate"))
+    pages = [grey_film(seed, 100, 100) for seed in range(3)]
+    yield Fixture("tiff", "pages.tif", tiff_of_pages(pages, compression="tiff_lzw"))
+    yield Fixture("jpeg2000", "grey.jp2", encoded(grey, "JPEG2000"))
+    yield Fixture("jpeg2000", "deep.jp2", encoded(deep, "JPEG2000"))
+    yield Fixture("jpeg2000", "rgb.jp2", encoded(rgb, "JPEG2000", irreversible=True))
     yield Fixture(
-        "tiff",
-        "pages.tif",
-        saved(pages[0], "TIFF", compression="tiff_lzw", save_all=True, append_images=pages[1:]),
+        "jpeg2000", "tiles.j2k", encoded(grey, "JPEG2000", no_jp2=True, tile_size=(64, 64))
     )
-    yield Fixture("jpeg2000", "grey.jp2", of(grey, "JPEG2000"))
-    yield Fixture("jpeg2000", "deep.jp2", of(deep, "JPEG2000"))
-    yield Fixture("jpeg2000", "rgb.jp2", of(rgb, "JPEG2000", irreversible=True))
-    yield Fixture("jpeg2000", "tiles.j2k", of(grey, "JPEG2000", no_jp2=True, tile_size=(64, 64)))
-    yield Fixture("bmp", "grey.bmp", of(grey, "BMP"))
-    yield Fixture("bmp", "rgb.bmp", of(rgb, "BMP"))
+    yield Fixture("bmp", "grey.bmp", encoded(grey, "BMP"))
+    yield Fixture("bmp", "rgb.bmp", encoded(rgb, "BMP"))
     yield Fixture("bmp", "bits.bmp", saved(picture.convert("1"), "BMP"))
 
 
@@ -221,12 +211,6 @@ def zstd_packed(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _parquet(table: pa.Table, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, **options)
-    return buffer.getvalue()
-
-
 def _containers() -> Iterator[Fixture]:
     films = {f"a/{seed}.png": encoded(grey_film(seed, 100, 100)) for seed in range(3)}
     films["a/3.jpg"] = encoded(grey_film(3, 100, 100), "JPEG")
@@ -256,13 +240,13 @@ def _containers() -> Iterator[Fixture]:
     yield Fixture("nested", "zips.tar", tar({"in.zip": zipped(films), "b.png": films["a/0.png"]}))
     yield Fixture("nested", "tars.zip", zipped({"in.tar.gz": gzip.compress(plain, mtime=0)}))
     columns = {"path": list(films), "image": list(films.values())}
-    yield Fixture("parquet", "x.parquet", _parquet(pa.table(columns)))
-    yield Fixture("parquet", "zstd.parquet", _parquet(pa.table(columns), compression="zstd"))
+    yield Fixture("parquet", "x.parquet", write_parquet(pa.table(columns)))
+    yield Fixture("parquet", "zstd.parquet", write_parquet(pa.table(columns), compression="zstd"))
     structs = [{"bytes": data, "path": name} for name, data in films.items()]
     yield Fixture(
         "parquet",
         "struct.parquet",
-        _parquet(pa.table({"image": structs}), row_group_size=2, use_dictionary=False),
+        write_parquet(pa.table({"image": structs}), row_group_size=2, use_dictionary=False),
     )
 
 

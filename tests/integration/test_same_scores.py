@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 import lungopacity
 from lungopacity.models import save_model
@@ -17,7 +16,7 @@ from lungopacity.models.scorer import Scorer
 from lungopacity.results.folder import read_run
 from lungopacity.screening import pipeline
 from lungopacity.storage import open_store
-from tests.films import dicom, encoded, grey_film, tar
+from tests.films import dicom, encoded, grey_film, tar, tiff_of_pages
 from tests.models.tiny import history_parquet, tiny_model, write_tiny_model
 from tests.real_data import LUNG_FIELDS, needs_real_data
 
@@ -77,8 +76,7 @@ def test_one_process_for_all_stages_or_one_for_each_gives_the_same_rows(tmp_path
     store.write("notes.txt", b"of no film")
     store.write("empty.dcm", b"")
     store.write("x.tar", tar({f"{n}.png": encoded(grey_film(n)) for n in range(9)}))
-    pages = [Image.fromarray(grey_film(number)) for number in (1, 2)]
-    pages[0].save(tmp_path / "films" / "two.tif", save_all=True, append_images=pages[1:])
+    store.write("two.tif", tiff_of_pages([grey_film(number) for number in (1, 2)]))
     write_tiny_model(str(tmp_path / "model"), image_size=64)
     rows = {}
     for model_actors in (None, 1):

@@ -1,4 +1,3 @@
-import io
 import zlib
 
 import imagecodecs
@@ -12,16 +11,10 @@ from pydicom.uid import JPEGBaseline8Bit
 
 from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.radiograph import SYNTHETIC_MARK, DecodeLimits, decode_radiographs
-from tests.films import dicom, encoded, grey_film, one_film
-from tests.radiograph.dicom_files import of_codestreams
+from tests.films import dicom, encoded, grey_film, one_film, saved
+from tests.radiograph.dicom_files import code_of, of_codestreams
 
 LIMITS = DecodeLimits()
-
-
-def code_of(data: bytes, limits: DecodeLimits = LIMITS) -> ErrorCode:
-    with pytest.raises(ImageError) as caught:
-        one_film(data, limits)
-    return caught.value.code
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF", "BMP", "JPEG2000"])
@@ -45,12 +38,6 @@ def palette(film: np.ndarray) -> Image.Image:
     image = Image.fromarray(np.argsort(shuffled).astype(np.uint8)[film]).convert("P")
     image.putpalette(np.repeat(shuffled, 3).tobytes())
     return image
-
-
-def saved(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
-    return buffer.getvalue()
 
 
 FILM = grey_film(height=64, width=64)

@@ -15,15 +15,13 @@ from PIL import Image, PngImagePlugin
 from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.radiograph import DecodeLimits, decode_radiographs
 from lungopacity.radiograph.png import decode_grey_png, read_plain_header
-from tests.films import one_film
+from tests.films import encoded, one_film
 
 FILM = np.random.default_rng(0).integers(0, 255, (120, 130), np.uint8)
 
 
 def png(pixels: np.ndarray, **options: object) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG", **options)
-    return sink.getvalue()
+    return encoded(pixels, **options)
 
 
 def decoded(data: bytes) -> np.ndarray:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.radiograph import DecodeLimits, decode_radiographs
-from tests.films import encoded, grey_film, one_film
+from tests.films import encoded, grey_film, one_film, tiff_of_pages
 from tests.radiograph.dicom_files import code_of
 
 FILM = grey_film(height=64, width=64)
@@ -100,17 +100,15 @@ def test_a_size_that_no_row_of_a_table_holds_is_not_told():
 
 @pytest.mark.parametrize("big", [False, True])
 def test_every_page_of_a_tiff_is_a_film(big):
-    pages = [Image.fromarray(grey_film(seed, 64, 64)) for seed in range(3)]
-    buffer = io.BytesIO()
-    pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:], big_tiff=big)
-    data = buffer.getvalue()
+    pages = [grey_film(seed, 64, 64) for seed in range(3)]
+    data = tiff_of_pages(pages, big_tiff=big)
     found = list(decode_radiographs(data, limits=DecodeLimits()))
     assert code_of(data, DecodeLimits(max_frames=2)) is ErrorCode.TOO_LARGE
-    last = data.index(np.asarray(pages[2]).tobytes()[:64])
+    last = data.index(pages[2].tobytes()[:64])
     assert code_of(data[: last - 30]) is ErrorCode.TRUNCATED
     assert [film.frame for film in found] == [0, 1, 2]
     for film, page in zip(found, pages, strict=True):
-        np.testing.assert_array_equal(film.pixels, np.asarray(page))
+        np.testing.assert_array_equal(film.pixels, page)
 
 
 def pages_of(*kinds: int, big: bool = False) -> bytes:
