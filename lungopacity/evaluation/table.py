@@ -129,33 +129,29 @@ class Gap:
         }
 
 
-def largest_gaps(
-    metrics: Sequence[Metric], positive: str, point: str, fewest: int = FEWEST
-) -> list[Gap]:
+def largest_gaps(metrics: Sequence[Metric], positive: str, point: str) -> list[Gap]:
     """The gap of each column of subgroups in AUC, and in the decisions at an operating point, the
     largest first.
 
-    positive: the class that decisions are about. point: the name of the one that decides. `fewest`:
-    figures of fewer patients (of images, where nobody counted them) are left out, and those without
-    an interval.
+    positive: the class that decisions are about. point: the name of the one that decides. Figures
+    of fewer than `FEWEST` patients (of images, where nobody counted them) are left out, and those
+    without an interval.
     """
     gaps = [
         # Of equal ones the first and the last: two groups, and not one twice.
         Gap(min(items, key=lambda item: item.value), max(items[::-1], key=lambda item: item.value))
-        for items in _comparable(metrics, positive, point, fewest)
+        for items in _comparable(metrics, positive, point)
         if len(items) > 1
     ]
     return sorted(gaps, key=lambda gap: -gap.size)
 
 
-def uncompared_groups(
-    metrics: Sequence[Metric], positive: str, point: str, fewest: int = FEWEST
-) -> list[Metric]:
+def uncompared_groups(metrics: Sequence[Metric], positive: str, point: str) -> list[Metric]:
     """The accuracy of each subgroup that no gap tells of, for it has few patients, or films of
     one kind."""
     compared = {
         item.group
-        for items in _comparable(metrics, positive, point, fewest)
+        for items in _comparable(metrics, positive, point)
         for item in items
         # One whose AUC is known lacks nothing but another to compare it with.
         if len(items) > 1 or item.metric == "roc_auc"
@@ -167,15 +163,13 @@ def uncompared_groups(
     ]
 
 
-def _comparable(
-    metrics: Sequence[Metric], positive: str, point: str, fewest: int
-) -> Iterable[list[Metric]]:
+def _comparable(metrics: Sequence[Metric], positive: str, point: str) -> Iterable[list[Metric]]:
     """Of each column of subgroups and figure, the subgroups of which enough is known."""
     found: dict[tuple[str, str], list[Metric]] = {}
     for item in metrics:
         of = positive if item.metric == "roc_auc" else point
         told = item.metric in _COMPARED and item.class_name == of
-        enough = (item.n if item.patients is None else item.patients) >= fewest
+        enough = (item.n if item.patients is None else item.patients) >= FEWEST
         if told and enough and item.group != "all" and item.ci_low is not None:
             found.setdefault((item.group.partition("=")[0], item.metric), []).append(item)
     return found.values()
