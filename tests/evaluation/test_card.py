@@ -95,6 +95,22 @@ def card_of(spec=SPEC, metrics=METRICS, rejected=None, unreadable=0, unknown_pat
     )
 
 
+def plain_card(spec, metrics=(), *, split="test", flags_unlike=True):
+    """Of films of which nothing but these metrics is to be told."""
+    return model_card(
+        spec,
+        "0" * 16,
+        metrics,
+        split=split,
+        flags_unlike=flags_unlike,
+        unreadable=0,
+        rejected={},
+        unknown_patients=0,
+        intervals="none",
+        gaps=[],
+    )
+
+
 def section(card, title):
     """The lines below a heading."""
     _, _, rest = card.partition(f"\n## {title}")
@@ -206,18 +222,7 @@ def test_what_the_model_is_for_follows_from_its_films():
 
 
 def test_a_model_of_which_little_is_known_has_a_card_too():
-    card = model_card(
-        tiny_model(synthetic=True).spec,
-        "0" * 16,
-        [],
-        split="all",
-        flags_unlike=False,
-        unreadable=0,
-        rejected={},
-        unknown_patients=0,
-        intervals="none",
-        gaps=[],
-    )
+    card = plain_card(tiny_model(synthetic=True).spec, split="all", flags_unlike=False)
     assert "name no patient" not in card
     assert "Trained on synthetic films" in card
     assert "nothing to form subgroups" in card
@@ -247,18 +252,7 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
             ]
         },
     )
-    card = model_card(
-        spec,
-        "0" * 16,
-        [item for item in METRICS if item.group == "patient_sex=F"],
-        split="test",
-        flags_unlike=True,
-        unreadable=0,
-        rejected={},
-        unknown_patients=0,
-        intervals="none",
-        gaps=[],
-    )
+    card = plain_card(spec, [item for item in METRICS if item.group == "patient_sex=F"])
     lines = card.splitlines()
     assert (
         f"  - efficientnet-lite0 {'a' * 16}, 224 px; first weights: ImageNet, from a package; "
@@ -268,18 +262,7 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
     check_items(card)
     assert {24, 25, 26} <= set(left_open(card))  # of two members nobody knows
     known = replace(spec, training={"members": [spec.training["members"][0]] * 3})
-    told = model_card(
-        known,
-        "0" * 16,
-        [],
-        split="test",
-        flags_unlike=True,
-        unreadable=0,
-        rejected={},
-        unknown_patients=0,
-        intervals="none",
-        gaps=[],
-    )
+    told = plain_card(known)
     assert "- Members [24, 25, 26, 27]: the mean of their calibrated logits counts" in told
     check_items(told)
     assert f"  - efficientnet-lite0 {'a' * 16}, 96 px" in lines
