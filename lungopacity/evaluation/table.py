@@ -135,7 +135,8 @@ def largest_gaps(metrics: Sequence[Metric], positive: str, point: str) -> list[G
 
     positive: the class that decisions are about. point: the name of the one that decides. Figures
     of fewer than `FEWEST` patients (of images, where nobody counted them) are left out, and those
-    without an interval.
+    without an interval; but for an AUC that no draw moves, as of 1, where as many patients have
+    films of either kind.
     """
     gaps = [
         # Of equal ones the first and the last: two groups, and not one twice.
@@ -165,12 +166,20 @@ def uncompared_groups(metrics: Sequence[Metric], positive: str, point: str) -> l
 
 def _comparable(metrics: Sequence[Metric], positive: str, point: str) -> Iterable[list[Metric]]:
     """Of each column of subgroups and figure, the subgroups of which enough is known."""
+    enough = [
+        item
+        for item in metrics
+        if item.group != "all"
+        and item.class_name == (positive if item.metric == "roc_auc" else point)
+        and item.metric in _COMPARED
+        and (item.n if item.patients is None else item.patients) >= FEWEST
+    ]
+    kinds = [item.group for item in enough if item.metric != "roc_auc"]
     found: dict[tuple[str, str], list[Metric]] = {}
-    for item in metrics:
-        of = positive if item.metric == "roc_auc" else point
-        told = item.metric in _COMPARED and item.class_name == of
-        enough = (item.n if item.patients is None else item.patients) >= FEWEST
-        if told and enough and item.group != "all" and item.ci_low is not None:
+    for item in enough:
+        # Sensitivity and specificity of enough patients: they have films of either kind.
+        of_both = item.metric == "roc_auc" and kinds.count(item.group) == 2
+        if item.ci_low is not None or of_both:
             found.setdefault((item.group.partition("=")[0], item.metric), []).append(item)
     return found.values()
 

@@ -19,6 +19,7 @@ from lungopacity.evaluation.measure import (
     ratio_metrics,
 )
 from lungopacity.evaluation.metrics import wilson_interval
+from lungopacity.evaluation.table import uncompared_groups
 from lungopacity.models import OperatingPoint
 
 POINTS = {"youden": OperatingPoint(0.5), "band": OperatingPoint(0.7, review_from=0.3)}
@@ -145,6 +146,33 @@ def test_the_gap_between_subgroups_has_an_interval_of_the_same_draws():
     twins = images.rows(np.repeat(np.arange(120), 2))
     _, alike = measure_with_gaps(twins, {"view_position": views}, resampling, "youden")
     assert {(gap.size, gap.ci_low, gap.ci_high) for gap in alike} == {(0.0, None, None)}
+
+
+def test_a_subgroup_that_is_ranked_without_a_mistake_is_compared():
+    """No draw moves its AUC of 1; of few opacities that says nothing."""
+    images, views = scored(240, separation=1.0), np.repeat(["PA", "AP"], 120)
+    right_N = images.labels_N[:, None] == np.arange(2)
+    shares_NK = np.where(views[:, None] == "PA", right_N, images.probabilities_NK)
+    images = replace(images, probabilities_NK=shares_NK.astype(np.float64))
+
+    def gaps_of(images, views):
+        resampling = Resampling.of([None] * len(views))
+        metrics, gaps = measure_with_gaps(images, {"view": list(views)}, resampling, "youden")
+        few = uncompared_groups(metrics, images.positive, "youden")
+        return {gap.figure: gap for gap in gaps}, [item.group for item in few]
+
+    gaps, few = gaps_of(images, views)
+    assert (gaps["AUC"].worst.group, gaps["AUC"].best.group) == ("view=AP", "view=PA")
+    assert gaps["AUC"].best.value == 1.0
+    assert gaps["AUC"].ci_low < gaps["AUC"].size < gaps["AUC"].ci_high
+    assert few == []
+    of_pa = np.flatnonzero(views == "PA")
+    assert gaps_of(images.rows(of_pa), views[of_pa]) == ({}, [])  # nothing but another is lacking
+    opacities = of_pa[images.labels_N[of_pa] == images.positive_index]
+    kept = np.setdiff1d(np.arange(240), opacities[29:])
+    gaps, few = gaps_of(images.rows(kept), views[kept])
+    assert "AUC" not in gaps
+    assert few == []  # it is compared by specificity
 
 
 def test_one_kind_of_film_or_one_patient_has_no_interval_and_no_error():
