@@ -3,6 +3,7 @@ submitted job may have no GPU, and few cores."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,10 +17,15 @@ from lungopacity.progress import Progress
 from lungopacity.runtime import worker_environment
 from lungopacity.training.loop import Films
 
+log = logging.getLogger(__name__)
+
 _BATCH = 64
 """Films of one forward pass, after which the progress is told."""
 _TURNED_FILMS = 512
 """So many training films are looked at lying on each side and standing on their heads, too."""
+_FEWEST_VALIDATION = 100
+"""The place of 1 in 100 lies among as many. Of n, fewer, the farthest stands for it, which another
+film like them exceeds with a chance of 1 / (n + 1), or somewhat more."""
 
 
 def distribution_of(
@@ -45,6 +51,7 @@ def distribution_of(
             features.append(np.concatenate(parts))
         yield TrainingDistribution.of(*features).to_bytes()
 
+    warn_of_few_to_compare(len(films.validation))
     count = sum(len(rows) * len(turns) for rows, turns in _looks(films))
     task = ray.remote(run).options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
     with Progress("Finding where the training films lie", total=count) as progress:
@@ -54,6 +61,18 @@ def distribution_of(
             else:
                 found: bytes = told
     return found
+
+
+def warn_of_few_to_compare(validation: int) -> None:
+    """Where so few validation films do not tell what 1 in 100 films like them exceeds."""
+    if validation < _FEWEST_VALIDATION:
+        log.warning(
+            "%d validation films tell what is unlike the training films: with fewer than %d, 1 in "
+            "%d films like them, or more, will be flagged out_of_distribution, and not 1 in 100",
+            validation,
+            _FEWEST_VALIDATION,
+            validation,
+        )
 
 
 def _looks(films: Films) -> list[tuple[npt.NDArray[np.int64], tuple[int, ...]]]:
