@@ -98,6 +98,7 @@ def test_a_view_is_understood_among_other_words(told, view):
         {"PresentationIntentType": "FOR PRESENTATION"},
         {"Modality": "OT", "SOPClassUID": pydicom.uid.SecondaryCaptureImageStorage},
         {"Modality": ""},
+        {"Modality": "", "SOPClassUID": "1.3.6.1.4.1.5962.1"},  # of a vendor's own
         {"PatientOrientation": ["L", "F"]},
         {"PatientOrientation": ["F", "R"]},  # a frontal film that lies on its side
         {"PatientOrientation": "PA"},  # a view, where two directions belong
@@ -107,6 +108,28 @@ def test_a_view_is_understood_among_other_words(told, view):
 def test_where_the_header_is_silent_or_says_chest_it_is_scored(elements):
     with pydicom.config.disable_value_validation():
         assert one_film(dicom(RAMP, **elements)).pixels.shape == RAMP.shape
+
+
+def region(code: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue = code
+    return item
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [
+        ({}, None),
+        ({"BodyPartExamined": "PORT CHEST"}, "CHEST"),
+        ({"BodyPartExamined": "CHEST ABDOMEN"}, "CHEST"),
+        ({"BodyPartExamined": "SOMETHING ELSE"}, None),
+        ({"AnatomicRegionSequence": [region("51185008")]}, "CHEST"),
+        ({"AnatomicRegionSequence": [region("69536005")]}, None),  # the head
+    ],
+)
+def test_the_body_part_is_told_where_the_header_says_it(elements, expected):
+    with pydicom.config.disable_value_validation():
+        assert one_film(dicom(RAMP, **elements)).body_part == expected
 
 
 @pytest.mark.parametrize(

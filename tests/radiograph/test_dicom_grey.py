@@ -92,7 +92,24 @@ def test_the_named_window_function_is_the_standards_formula(function):
     assert np.abs(pixels - expected).max() <= 0.51
 
 
-@pytest.mark.parametrize("window", [(2048, 0), (2048, -5), ("", "")])
+@pytest.mark.parametrize("centre", [2048, 2048.5])
+def test_a_window_of_width_1_is_a_step(centre):
+    """PS3.3 C.11.2.1.2: black up to centre - 0.5, and white above."""
+    found = one_film(dicom(RAMP, WindowCenter=centre, WindowWidth=1)).pixels
+    np.testing.assert_array_equal(found, np.where(centre - 0.5 < RAMP, 255, 0))
+
+
+def test_a_window_that_is_told_exactly_may_be_narrower_than_1():
+    """As of values that a rescale takes to 0 … 1."""
+    shares = {"RescaleSlope": 2.0**-12, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR_EXACT"}
+    found = one_film(dicom(RAMP, **shares, WindowCenter=0.5, WindowWidth=0.25)).pixels
+    assert np.abs(found - 255 * np.clip((RAMP / 4096 - 0.375) / 0.25, 0, 1)).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    "window", [(2048, 0), (2048, -5), (2048, 0.5), ("", ""), ("nan", 400), (2048, "nan")]
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DS")
 def test_a_window_of_no_width_is_none(window):
     centre, width = window
     np.testing.assert_array_equal(
@@ -170,6 +187,22 @@ def test_a_voi_lut_means_the_same_however_its_entries_are_written(form):
     found = one_film(dicom(film, VOILUTSequence=[item])).pixels
     expected = 255 * (entries / entries.max())[film]
     assert np.abs(found - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("told", [0, 40_000])
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_a_lut_may_have_more_entries_than_a_signed_word_counts(told, is_signed):
+    """PS3.3 C.11.2.1.1: 0 stands for 65,536, which its 16 bits cannot tell."""
+    entries = np.arange(told or 2**16) // 2 + 100
+    first = 2**15 if is_signed else 0  # -32768, as the pixels are read
+    item = lut_item(entries[:1])
+    item.LUTDescriptor = [told, first, 16]
+    item.add_new("LUTData", "OW", entries.astype("<u2").tobytes())
+    stored = (RAMP.astype(np.uint16) * 16) ^ first
+    elements = {"BitsStored": 16, "HighBit": 15, "PixelRepresentation": int(is_signed)}
+    found = one_film(dicom(stored, VOILUTSequence=[item], **elements)).pixels
+    expected = 255 * np.clip(RAMP * 16.0 / (len(entries) - 1), 0, 1)
+    assert np.abs(found - expected).max() <= 0.52
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (-1, 3071)])
@@ -257,6 +290,26 @@ def test_padding_is_found_whatever_sign_it_was_written_with(signed, bits, vr, va
     found = one_film(changed(data, padded)).pixels
     np.testing.assert_array_equal(found[6:], one_film(dicom(np.clip(RAMP, 300, 2000))).pixels[6:])
     assert found[:5].max() == 0
+
+
+def test_padding_of_the_highest_signed_value_is_black():
+    stored = np.clip(RAMP.astype(np.int16) - 2048, -1000, 1000)
+    inner = one_film(dicom(stored.view(np.uint16) & 0x0FFF, PixelRepresentation=1)).pixels
+    stored[:5] = 2047
+
+    def padded(dataset):
+        dataset.add_new("PixelPaddingValue", "SS", 2047)
+
+    data = dicom(stored.view(np.uint16) & 0x0FFF, PixelRepresentation=1)
+    found = one_film(changed(data, padded)).pixels
+    assert found[:5].max() == 0
+    np.testing.assert_array_equal(found[6:], inner[6:])
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_film_of_nothing_but_padding_is_black(photometric):
+    elements = {"PixelPaddingValue": 7, "PhotometricInterpretation": photometric}
+    assert not one_film(dicom(np.full_like(RAMP, 7), **elements)).pixels.any()
 
 
 def test_a_padding_value_that_no_pixel_can_have_pads_none():

@@ -58,6 +58,7 @@ def framed(inner: np.ndarray, side: int, level: int) -> np.ndarray:
         (grey_film(1, 700, 300), {"odd_aspect"}),
         (grey_film(1, 300, 300) // 5 + 60, {"low_contrast"}),
         (framed(grey_film(1, 100, 100) // 2 + 100, 500, 0), {"heavy_borders"}),
+        (framed(grey_film(1, 100, 100) // 2 + 100, 500, 0)[::-1, ::-1], {"heavy_borders"}),
         (255 - grey_film(1, 300, 300), {"inverted"}),
         (255 - phantom(0), {"inverted"}),
         (grey_film(1, 300, 300), set()),
