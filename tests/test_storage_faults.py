@@ -16,9 +16,11 @@ from contextlib import contextmanager
 import pytest
 
 from lungopacity.errors import ErrorCode, ImageError, UserError
+from lungopacity.results.folder import commit_run, read_run
 from lungopacity.storage import S3Store, open_store
 from lungopacity.storage.quick_get import QuickGet
 from tests.fault_proxy import fault_proxy
+from tests.results.records import record_of
 
 CONTENT = bytes(range(256)) * 300
 LARGE = CONTENT * 150
@@ -54,6 +56,9 @@ def test_a_write_that_was_refused_or_unheard_is_tried_again(proxy, s3_uri, fault
     for key in "abcdef":
         store.write(key, CONTENT)
     assert [store.read(key) == CONTENT for key in "abcdef"] == [True] * 6
+    store.write("metrics/one.parquet", b"")
+    commit_run(store, "one", record_of("one"))  # tried again, it finds its own record
+    assert read_run(store, "one") is not None
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,8 @@ def test_a_model_that_needs_no_band_has_none() -> None:
     "rule",
     "best sensitivity sensitivity=0 sensitivity=1.1 specificity=x cost cost=-1 cost=1,0.5 cost=1@2 "
     "band=0.9 band=0.9,0.9,0.9 youden=1 =0.5 cost=inf cost=nan cost=1e308 cost=1e7 cost=5@nan "
-    "sensitivity=nan specificity=inf band=nan,0.9 band=0.9@0.9".split(),
+    "sensitivity=nan specificity=inf band=nan,0.9 band=0.9@0.9 band=0.9,2 "
+    "cost=5@0 cost=5@1".split(),
 )
 def test_another_rule_is_refused_with_those_there_are(rule) -> None:
     with pytest.raises(
@@ -202,6 +203,16 @@ def test_decisions_are_counted_at_each_point() -> None:
     assert found["b", "decision_sensitivity"] == (0.0, 3)
     assert found["b", "decision_sensitivity_with_review"] == (pytest.approx(2 / 3), 3)
     assert ("a", "decision_sensitivity_with_review") not in found
+
+
+def test_a_score_that_stands_on_a_threshold_is_counted_as_it_is_decided() -> None:
+    scores_N, point = np.array([0.2, 0.45, 0.95]), OperatingPoint(0.95, review_from=0.45)
+    shares = decision_shares(scores_N, np.full(3, True), point)
+    decided = [point.decide(float(score)) for score in scores_N]
+    assert decided == ["negative", "review", "positive"]
+    found = {name: shares[name][0].tolist() for name in ("decision_sensitivity", "review_rate")}
+    assert found["decision_sensitivity"] == [word == "positive" for word in decided]
+    assert found["review_rate"] == [word == "review" for word in decided]
 
 
 def test_a_band_is_told_by_what_it_finds_with_its_review() -> None:

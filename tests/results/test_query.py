@@ -25,13 +25,17 @@ from tests.results.records import record_of
 NOW = datetime(2026, 3, 4, 23, 59, tzinfo=UTC)
 
 
-def write_run(uri: str, run_id: str, classes: tuple[str, ...], images: int, commit: bool = True):
+def write_run(
+    uri: str, run_id: str, classes: tuple[str, ...], images: int, commit: bool = True, **told: str
+):
+    """told: of the rows and of the record, in place of what they say by default."""
     store = open_store(uri)
     rows = [
         {
             "run_id": run_id, "model_id": "m", "screened_at": NOW, "archive": "a",
             "image": f"{number}.png", "source_etag": "e", "source_size_bytes": 1,
             "source_modified_at": NOW, "status": "ok", class_column("p", classes[-1]): 0.5,
+            **told,
         }
         for number in range(images)
     ]  # fmt: skip
@@ -50,6 +54,7 @@ def write_run(uri: str, run_id: str, classes: tuple[str, ...], images: int, comm
             "images": images, "counts": {"ok": images}, "positive": 0, "images_per_s": 1.0,
             "files": [{"key": key, "rows": images}],
             "metrics_file": {"key": f"metrics/{run_id}.parquet", "rows": 1},
+            **told,
         }  # fmt: skip
         commit_run(store, run_id, record)
 
@@ -61,6 +66,22 @@ def test_committed_runs_alone_are_seen(store_uri):
     assert answer.to_pylist() == [{"run_id": "done", "n": 3}]
     assert query(store_uri, "SELECT sum(value) AS v FROM metrics").to_pylist() == [{"v": 3.0}]
     assert runs(store_uri)["run_id"].to_pylist() == ["done"]
+
+
+@pytest.mark.parametrize("other", [{"archive": "b"}, {"model_id": "n"}, {"positive_class": "x"}])
+def test_a_newer_run_hides_no_row_of_another_archive_model_or_class(tmp_path, other):
+    classes = ("x", "Lung_Opacity")
+    write_run(str(tmp_path), "one", classes, 2)
+    write_run(str(tmp_path), "two", classes, 2, **other)
+    newest = query(str(tmp_path), "SELECT run_id, image FROM latest ORDER BY ALL").to_pylist()
+    assert [row["run_id"] for row in newest] == ["one", "one", "two", "two"]
+
+
+def test_the_row_of_a_shard_that_could_not_be_opened_gives_way_to_those_of_its_members(tmp_path):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    write_run(str(tmp_path), "two", ("Normal", "Lung_Opacity"), 1, member="a.png")
+    newest = query(str(tmp_path), "SELECT run_id, member FROM latest").to_pylist()
+    assert newest == [{"run_id": "two", "member": "a.png"}]
 
 
 def test_runs_of_models_with_other_classes_stand_in_one_table(tmp_path):

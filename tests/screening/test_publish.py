@@ -159,6 +159,36 @@ def test_passes_over_a_shard_that_met_different_content_are_not_mixed(tmp_path):
     assert keys(final(store, plan)) == [("x.tar", None)]
 
 
+def test_of_two_whole_passes_over_a_shard_the_first_one_counts(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", [], ["x.tar"])
+    second = {"reading": "second pass", "screened_at": NOW + timedelta(hours=1)}
+    later = [row("x.tar", index, **second, p_Normal=0.5) for index in range(2)]
+    write_parts(
+        store,
+        plan,
+        [*later, {**marker("x.tar", 2), **second}],
+        [row("x.tar", 0), row("x.tar", 1), marker("x.tar", 2)],
+    )
+    assert final(store, plan)["p_Normal"].to_pylist() == [0.25, 0.25]
+
+
+def test_a_pass_with_more_rows_than_it_counts_is_not_whole(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", [], ["x.tar"])
+    write_parts(store, plan, [row("x.tar", 0), row("x.tar", 1), marker("x.tar", 1)])
+    assert missing(store, plan, tmp_path) == ["x.tar"]
+
+
+def test_an_object_that_one_attempt_could_not_read_and_another_did_is_the_images_of_it(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", [], ["x.tar"])
+    write_parts(
+        store,
+        plan,
+        [row("x.tar", status="failed", reading=None)],
+        [row("x.tar", 0), marker("x.tar", 1)],
+    )
+    assert keys(final(store, plan)) == [("x.tar", 0)]
+
+
 def test_nothing_written_means_everything_is_missing(tmp_path):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", *OBJECTS)
     assert missing(store, plan, tmp_path) == ["a", "b", "c", "x.tar", "y.tar"]
