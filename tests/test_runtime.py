@@ -134,6 +134,30 @@ def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
         assert done.stderr == ""  # where logs are JSON, each line is
 
 
+def test_no_reference_is_left_to_be_dropped_while_ray_ends():
+    """Ray ends the process, with 1, where one is ("The core worker has already been shutdown")."""
+    script = (
+        "import gc\n"
+        "from lungopacity.runtime import done_with_ray, ray_ahead, ray_session\n"
+        "gc.disable()\n"
+        "with ray_ahead():\n"
+        "    with ray_session():\n"
+        "        import ray\n"
+        "        worker = ray._private.worker.global_worker\n"
+        "        def left(): return len(worker.core_worker.get_all_reference_counts())\n"
+        "        circle = [ray.put(1)]\n"
+        "        circle.append(circle)\n"
+        "        del circle\n"
+        "        print(left())\n"
+        "    end = ray.shutdown\n"
+        "    def shutdown(): print(left()); end()\n"
+        "    ray.shutdown = shutdown\n"
+        "    done_with_ray()\n"
+    )
+    done = run_script(script, RAY_ADDRESS="")
+    assert done.stdout.split() == ["1", "0"], done.stderr
+
+
 def test_a_ray_of_our_own_starts_nothing_that_nobody_asks():
     """No actor of Ray Data's that would take a reader's process, and no wait for a port that the
     agent of another Ray has."""

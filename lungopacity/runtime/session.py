@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -131,6 +132,10 @@ class RaySession:
         import ray
 
         self.is_private = False
+        # Ray Data leaves references to objects behind in circles, and Ray ends this process, with 1
+        # and unwritten results, where one of them is dropped while it shuts down: by whichever
+        # thread the collector happens to run in.
+        gc.collect()
         ray.shutdown()
         if self._without_idle_actors is not None:
             self._without_idle_actors.close()
