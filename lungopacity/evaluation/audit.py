@@ -116,7 +116,7 @@ class Audit:
                     f"  {pair.kind}: {pair.first} ({pair.labels[0]}, {pair.splits[0]}) = "
                     f"{pair.second} ({pair.labels[1]}, {pair.splits[1]})"
                 )
-                for pair in [*self.leaking, *self.conflicts][:10]
+                for pair in list(dict.fromkeys([*self.leaking, *self.conflicts]))[:10]
             ),
             f"AUC for {self.positive_class or 'the class told best'} of what does not look at the "
             "lungs",

@@ -84,6 +84,7 @@ def test_planted_copies_conflicts_and_torn_patients_are_found(tmp_path, capsys):
     def spoil(films, labels):
         films["01.png"] = films["00.png"]  # train and train, two labels
         films["06.png"] = films["02.png"]  # train and test, one label
+        films["07.png"] = films["12.png"]  # test and train, two labels
         films["04.png"] = darker_and_smaller(films["08.png"])  # validation and train
         labels.loc["10.png", "patient_id"] = "p14"  # train and test
 
@@ -91,7 +92,12 @@ def test_planted_copies_conflicts_and_torn_patients_are_found(tmp_path, capsys):
     assert main(["audit", "--images", archive, "--labels", labels, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     pairs = {(item["first"], item["second"]): item for item in found["copies"]}
-    assert set(pairs) == {("00.png", "01.png"), ("02.png", "06.png"), ("04.png", "08.png")}
+    assert set(pairs) == {
+        ("00.png", "01.png"),
+        ("02.png", "06.png"),
+        ("04.png", "08.png"),
+        ("07.png", "12.png"),
+    }
     assert pairs["00.png", "01.png"]["labels"] == ["Normal", "Lung_Opacity"]
     assert pairs["02.png", "06.png"]["splits"] == ["train", "test"]
     assert pairs["02.png", "06.png"]["kind"] == "exact"
@@ -100,7 +106,8 @@ def test_planted_copies_conflicts_and_torn_patients_are_found(tmp_path, capsys):
 
     assert main(["audit", "--images", archive, "--labels", labels]) == 1
     text = capsys.readouterr().out
-    assert "across splits: 2; with two labels: 1" in text
+    assert "across splits: 3; with two labels: 2" in text
+    assert text.count("07.png") == 1, "a pair of both kinds is one pair"
     assert "near: 04.png (Normal, validation) = 08.png (Normal, train)" in text
     assert "leakage found" in text
 
