@@ -7,6 +7,7 @@ region, profile and endpoint come from the standard AWS variables and files.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -35,6 +37,8 @@ from lungopacity.storage.s3_errors import (
 
 if TYPE_CHECKING:
     import pyarrow.fs
+
+log = logging.getLogger(__name__)
 
 _BODY_ATTEMPTS = 4
 """By us: for a body that breaks off or is altered on its way."""
@@ -233,6 +237,7 @@ class S3Store:
                 return
             except UnlikeEtagError as error:
                 if error.digest in came:
+                    _tell_fetched_twice(self.bucket, self.client.meta.endpoint_url)
                     return  # what comes twice alike is what is stored
                 if attempt == _BODY_ATTEMPTS:
                     raise
@@ -353,6 +358,18 @@ class S3Store:
     def _user_errors(self, done: str) -> AbstractContextManager[None]:
         where = f"{self.uri} cannot be {done}"
         return user_errors(where, self.bucket, self.client.meta.endpoint_url)
+
+
+@cache
+def _tell_fetched_twice(bucket: str, endpoint: str) -> None:
+    """Once in a process: it may be so of every object."""
+    log.warning(
+        "the ETags of objects in s3://%s at %s are not made of their MD5s: each such object is "
+        "fetched twice, and taken if both are alike; where the server can make ETags of MD5s, have "
+        "it do so",
+        bucket,
+        endpoint,
+    )
 
 
 def _no_room(error: OSError) -> str:

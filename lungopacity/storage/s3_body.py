@@ -25,15 +25,17 @@ class BodyError(ImageError):
 
 
 class UnlikeEtagError(BodyError):
-    """A whole body, of an object whose ETag tells a number of parts, and is not made of its MD5s.
+    """A whole body, whose object has an ETag that may be made of MD5s, and is not of the body's.
 
-    It was altered on its way; or the server makes such ETags of something else: MinIO under
-    `--no-compat` of chance, Ozone of the names of parts, Alibaba's OSS by a rule of its own.
+    It was altered on its way; or the server makes such ETags of something else. With a number of
+    parts: MinIO under `--no-compat` of chance, Ozone of the names of parts, Alibaba's OSS by a rule
+    of its own. Without one: VAST, for what was written by NFS or SMB, of its metadata
+    (https://kb.vastdata.com/documentation/docs/handling-object-etags-1).
     """
 
     def __init__(self, digest: str) -> None:
         """digest: of the body that came, as the ETag would have it."""
-        super().__init__(ErrorCode.DIGEST_MISMATCH, "differs from the stored MD5s of its parts")
+        super().__init__(ErrorCode.DIGEST_MISMATCH, "differs from the MD5s in its ETag")
         self.digest = digest
 
 
@@ -68,10 +70,8 @@ def take_body(
     parts = _parts(answer)
     if md5s.size_bytes is None or md5s.etag(parts) == etag_of(answer).lower():
         return
-    if parts is None:
-        raise BodyError(ErrorCode.DIGEST_MISMATCH, "differs from the stored MD5")
     # Some programs upload parts of many sizes; their bounds are not known then.
-    if all(part_bytes(number) == md5s.size_bytes for number in range(2, parts)):
+    if all(part_bytes(number) == md5s.size_bytes for number in range(2, parts or 1)):
         raise UnlikeEtagError(md5s.etag(parts))
 
 
