@@ -34,7 +34,11 @@ export RAY_USAGE_STATS_ENABLED=0
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
-logs=$(mktemp -d)
+# Nothing runs on any more when the nodes are ended: there is nothing to wait 30 s for.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
+# Ray's own folder, too: a submitted job asks the file in it for its Ray's address, and in the usual
+# one finds that of whatever Ray was started last on this machine.
+folder=$(mktemp -d "${TMPDIR:-/tmp}/ray.XXXXXX")
 started=()
 
 # By pid: other Rays on this machine are left alone. A node ends its own children.
@@ -44,7 +48,7 @@ end() {
         kill -TERM "${started[@]}" 2>/dev/null || true
         wait "${started[@]}" 2>/dev/null || true
     fi
-    rm -rf "$logs"
+    rm -rf "$folder"
 }
 trap end EXIT
 trap 'exit 130' INT
@@ -52,10 +56,10 @@ trap 'exit 143' TERM
 
 gcs=$(free_port)
 dashboard=$(free_port)
-ray start --head --block --num-cpus="${HEAD_CPUS:-1}" --port="$gcs" \
+ray start --head --block --num-cpus="${HEAD_CPUS:-1}" --port="$gcs" --temp-dir="$folder" \
     --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
     --dashboard-agent-listen-port="$(free_port)" --ray-client-server-port="$(free_port)" \
-    >"$logs/head" 2>&1 &
+    >"$folder/head" 2>&1 &
 started+=($!)
 tries=0
 until ray job list --address "http://127.0.0.1:$dashboard" >/dev/null 2>&1; do
@@ -68,11 +72,11 @@ until ray job list --address "http://127.0.0.1:$dashboard" >/dev/null 2>&1; do
         fi
     fi
     echo "the head $why:" >&2
-    tail -n 20 "$logs/head" >&2
+    tail -n 20 "$folder/head" >&2
     exit 2
 done
 ray start --address="127.0.0.1:$gcs" --block --num-cpus="${NODE_CPUS:-1}" \
-    --dashboard-agent-listen-port="$(free_port)" >"$logs/node" 2>&1 &
+    --dashboard-agent-listen-port="$(free_port)" >"$folder/node" 2>&1 &
 started+=($!)
 if ! python - "127.0.0.1:$gcs" <<'END'
 import logging, sys, time, ray
@@ -85,7 +89,7 @@ sys.exit(1)
 END
 then
     echo "the second node did not join:" >&2
-    tail -n 20 "$logs/node" >&2
+    tail -n 20 "$folder/node" >&2
     exit 2
 fi
 echo "a Ray of two nodes at http://127.0.0.1:$dashboard, S3 at $AWS_ENDPOINT_URL" >&2

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sysconfig
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -21,21 +24,41 @@ from tests.models.tiny import write_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def on_cluster(*command: str) -> subprocess.CompletedProcess[str]:
+def on_cluster(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the command with `cluster/local.sh`: a head, a second node, and the tests' S3 server."""
-    scripts = sysconfig.get_path("scripts")
-    return subprocess.run(
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(
         [str(ROOT / "cluster" / "local.sh"), *command],
         cwd=ROOT,
-        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
+        env={**os.environ, "PATH": path, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=280,
-    )
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            # Bash heeds a signal when its command has ended: all of them get it. Then the nodes
+            # are ended, and what was said until then tells what it hung at.
+            os.killpg(process.pid, signal.SIGTERM)
+            stdout, stderr = process.communicate(timeout=50)
+            pytest.fail(f"no end in 240 s:\n{stdout}\n{stderr}")
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@pytest.fixture
+def usual_folder() -> Iterator[Path]:
+    """For TMPDIR, and short: the paths of Ray's sockets are of 107 characters at most."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        (Path(folder) / "ray").mkdir()
+        yield Path(folder)
 
 
 @pytest.mark.timeout(300)
-def test_a_submitted_job_screens_an_s3_archive_once_and_everyone_can_read_it(s3_server, s3_uri):
+def test_a_submitted_job_screens_an_s3_archive_once_and_everyone_can_read_it(
+    s3_server, s3_uri, ray_cluster, usual_folder
+):
     archive, model, results = (f"{s3_uri}/{name}" for name in ("archive", "model", "results"))
     store = open_store(archive)
     for number in range(20):
@@ -48,7 +71,15 @@ def test_a_submitted_job_screens_an_s3_archive_once_and_everyone_can_read_it(s3_
 
     options = f"--archive {archive} --model {model} --output {results} --run-id night-1"
     job = f"ray job submit --working-dir . -- python jobs/screen.py {options}"
-    done = on_cluster("bash", "-c", f"{job}; echo first: $?; {job}; echo second: $?; exit 7")
+    # Beside another Ray (`ray_cluster`), and after one that was started later and is gone by now:
+    # the job joins neither.
+    later = f"echo 127.0.0.1:1 >{usual_folder}/ray/ray_current_cluster"
+    done = on_cluster(
+        "bash",
+        "-c",
+        f"{later}; {job}; echo first: $?; {job}; echo second: $?; exit 7",
+        TMPDIR=str(usual_folder),
+    )
     told = done.stdout + done.stderr
     assert done.returncode == 7, told
     assert "a Ray of two nodes at http://127.0.0.1:" in done.stderr
@@ -66,6 +97,7 @@ def test_a_submitted_job_screens_an_s3_archive_once_and_everyone_can_read_it(s3_
     )
     assert counted.to_pylist() == [{"n": 111, "once": 111}]
     assert not [item.key for item in open_store(results).list("_work/")]
+    assert not list(usual_folder.glob("ray.*"))
 
 
 def test_without_a_command_it_says_how_it_is_used():
