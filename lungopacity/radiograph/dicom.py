@@ -33,6 +33,7 @@ from lungopacity.radiograph.dicom_header import (
     check_wanted,
     facts_of,
     is_image_class,
+    photometric_of,
 )
 from lungopacity.radiograph.film import DecodeLimits, Radiograph, as_image_error
 from lungopacity.radiograph.grey import stretch_to_uint8
@@ -260,10 +261,16 @@ def _complete(dataset: Any) -> None:
             raise ImageError(
                 ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"the header does not say {keyword}"
             )
-    if int(dataset.SamplesPerPixel) == 3 and dataset.PhotometricInterpretation in _OTHER_COLOURS:
+    photometric = photometric_of(dataset)
+    if photometric is None:
         raise ImageError(
-            ErrorCode.UNSUPPORTED, Stage.DECODE, f"colours in {dataset.PhotometricInterpretation}"
+            ErrorCode.CORRUPT_IMAGE,
+            Stage.DECODE,
+            "the header's PhotometricInterpretation is no term of the standard",
         )
+    dataset.PhotometricInterpretation = photometric  # pydicom knows it in no other spelling
+    if int(dataset.SamplesPerPixel) == 3 and photometric in _OTHER_COLOURS:
+        raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, f"colours in {photometric}")
     if _in_upper_bits(dataset):
         # Of the lowest bits alone a picture would come, and a wrong one.
         raise ImageError(

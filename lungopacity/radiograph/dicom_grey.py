@@ -40,7 +40,9 @@ def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
     photometric = str(dataset.get("PhotometricInterpretation") or "")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise ImageError(
-            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the header does not say the polarity"
+            ErrorCode.CORRUPT_IMAGE,
+            Stage.DECODE,
+            "the header's PhotometricInterpretation says no polarity",
         )
     stored = _without_unused_bits(stored, dataset)
     padding = _padding_of(stored, dataset)
@@ -257,7 +259,7 @@ def _table_of(
 def _window_of(dataset: Any) -> _Window | None:
     """Of several the first that is one, as viewers show it: scanners write a width of 0 where they
     mean no window."""
-    function = str(dataset.get("VOILUTFunction") or "LINEAR")
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
     least = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
     told = (_values_of(dataset, keyword) for keyword in ("WindowCenter", "WindowWidth"))
     for pair in zip(*told, strict=False):

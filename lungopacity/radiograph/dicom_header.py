@@ -87,7 +87,7 @@ def facts_of(dataset: Any, hmac_key: bytes | None) -> dict[str, object]:
         "format": "dicom",
         "rows": _positive(dataset, "Rows"),
         "columns": _positive(dataset, "Columns"),
-        "photometric_interpretation": _term(dataset, "PhotometricInterpretation", _PHOTOMETRIC),
+        "photometric_interpretation": photometric_of(dataset),
         "modality": _term(dataset, "Modality", _RADIOGRAPHY | _OTHER_MODALITIES),
         "body_part": _body_part(dataset),
         "view_position": _view_position(dataset),
@@ -97,6 +97,12 @@ def facts_of(dataset: Any, hmac_key: bytes | None) -> dict[str, object]:
         "study_hmac": _hmac(hmac_key, _text(dataset, "StudyInstanceUID")),
         "synthetic": is_synthetic(_text(dataset, "ImageComments")),
     }
+
+
+def photometric_of(dataset: Any) -> str | None:
+    """How its samples are to be taken, by the standard's term. Spaces around one mean nothing
+    (PS3.5 6.2), and some programs write small letters. None where the header names none."""
+    return _term(dataset, "PhotometricInterpretation", _PHOTOMETRIC)
 
 
 def check_kind(dataset: Any) -> None:

@@ -3,6 +3,7 @@ out or misspelt."""
 
 import numpy as np
 import pytest
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
@@ -90,8 +91,9 @@ def with_texts(**texts: str) -> bytes:
 
     def write(dataset):
         for keyword, text in texts.items():
+            vr = dictionary_VR(keyword)
             dataset[keyword] = RawDataElement(
-                Tag(keyword), "DS", len(text), text.encode(), 0, False, True
+                Tag(keyword), vr, len(text), text.encode(), 0, False, True
             )
 
     return changed(dicom(RAMP), write)
@@ -129,6 +131,40 @@ def test_how_colours_lie_is_no_guess():
 def test_what_only_the_header_can_say_is_named_where_it_does_not(keyword):
     with pytest.raises(ImageError, match=f"the header does not say {keyword}") as caught:
         one_film(without(dicom(RAMP), keyword))
+    assert caught.value.code is ErrorCode.CORRUPT_IMAGE
+
+
+@pytest.mark.parametrize(
+    "spelt", [" MONOCHROME1", "MONOCHROME1   ", "monochrome1 ", "Monochrome1 "]
+)
+def test_the_polarity_is_known_in_every_spelling(spelt):
+    window = {"WindowCenter": 2048, "WindowWidth": 2000}
+    curved = dicom(
+        RAMP, **window, VOILUTFunction="SIGMOID", PhotometricInterpretation="MONOCHROME1"
+    )
+    found = one_film(
+        with_texts(
+            PhotometricInterpretation=spelt,
+            VOILUTFunction=" sigmoid",
+            **{keyword: str(value) for keyword, value in window.items()},
+        )
+    )
+    assert found.photometric_interpretation == "MONOCHROME1"
+    np.testing.assert_array_equal(found.pixels, one_film(curved).pixels)
+    assert found.pixels[0, 0] > found.pixels[-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("spelt", "message"),
+    [
+        ("MONOCHROME 1", "the header's PhotometricInterpretation is no term of the standard"),
+        ("MONOCHROME1\\MONOCHROME1", "the header's PhotometricInterpretation is no term"),
+        ("HSV ", "the header's PhotometricInterpretation says no polarity"),
+    ],
+)
+def test_no_polarity_is_guessed(spelt, message):
+    with pytest.raises(ImageError, match=message) as caught:
+        one_film(with_texts(PhotometricInterpretation=spelt))
     assert caught.value.code is ErrorCode.CORRUPT_IMAGE
 
 
