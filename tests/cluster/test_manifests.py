@@ -19,6 +19,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
 from lungopacity.cli import cli
 from lungopacity.observe import NAMES
@@ -180,6 +181,13 @@ class TestManifest:
             memory = int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
             (shared,) = (v for v in pod["volumes"] if v["emptyDir"].get("medium") == "Memory")
             assert int(shared["emptyDir"]["sizeLimit"].removesuffix("Gi")) >= 0.3 * memory
+
+    def test_lets_ray_drain_a_node_before_it_is_killed(self, path: Path):
+        if (cluster := cluster_of(manifest(path.name))) is None:
+            return
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            until_killed = group["template"]["spec"].get("terminationGracePeriodSeconds", 30)
+            assert until_killed >= RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S + 10
 
     def test_asks_for_a_token(self, path: Path):
         cluster = cluster_of(manifest(path.name))
