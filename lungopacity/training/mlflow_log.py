@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,6 +16,7 @@ EXPERIMENT = "lungopacity"
 """MLflow's experiment, unless the variable MLFLOW_EXPERIMENT_NAME says another."""
 
 _EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
+_FOLDER_VARIABLE = "MLFLOW_ALLOW_FILE_STORE"
 _RUN_TAG = "lungopacity.run"
 _OUTPUT_TAG = "model_folder"
 # Read by MLflow when it is imported. It would tell its makers of every use, and try for minutes to
@@ -42,7 +44,7 @@ class MlflowLog(RunLog):
                 "'lungopacity[mlflow]'"
             ) from error
         name = os.environ.get(_EXPERIMENT_VARIABLE, EXPERIMENT)
-        with as_user_error(self.place):
+        with as_user_error(self.place), _with_the_mend(self.place):
             self._client = MlflowClient(uri)
             found = self._client.get_experiment_by_name(name)
             self._experiment = (
@@ -108,6 +110,29 @@ class MlflowLog(RunLog):
             if (name, step) not in self._written
         ]
         self._client.log_batch(self._run, metrics=metrics)
+
+
+@contextlib.contextmanager
+def _with_the_mend(place: str) -> Iterator[None]:
+    """Of a place where this MLflow keeps no runs: what to do, which it does not say, or says of
+    another installation than ours."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
+
+    try:
+        yield
+    except UnsupportedModelRegistryStoreURIException as error:
+        raise UserError(
+            f"{place}: the client of MLflow keeps no runs there; give the http:// address of a "
+            "tracking server, or for a database pip install mlflow"
+        ) from error
+    except MlflowException as error:
+        if _FOLDER_VARIABLE not in str(error):
+            raise
+        raise UserError(
+            f"{place}: MLflow keeps runs in a folder only where {_FOLDER_VARIABLE}=true is set; "
+            "set it, or give the http:// address of a tracking server"
+        ) from error
 
 
 def _without_password(uri: str) -> str:

@@ -251,6 +251,23 @@ def test_a_run_killed_before_its_first_epoch_is_taken_up_by_the_same_command_alo
     assert len(found) == 2
 
 
+@pytest.mark.parametrize(
+    ("uri", "mend"),
+    [
+        ("mlruns", "MLFLOW_ALLOW_FILE_STORE=true is set; set it, or give the http://"),
+        ("file:///tmp/mlruns", "MLFLOW_ALLOW_FILE_STORE=true is set; set it, or give the http://"),
+        ("sqlite:///runs.db", "give the http:// address .*, or for a database pip install mlflow$"),
+        ("s3://films/runs", "keeps no runs there; give the http:// address of a tracking server"),
+    ],
+)
+def test_where_mlflow_keeps_no_runs_the_mend_is_said(
+    monkeypatch: pytest.MonkeyPatch, uri: str, mend: str
+) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    with pytest.raises(UserError, match=f"^--mlflow {uri}: .*{mend}"):
+        MlflowLog(uri)
+
+
 def test_without_mlflow_the_mend_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with (
@@ -269,7 +286,7 @@ def test_places_that_cannot_be_written_to_are_refused_before_any_film_is_read(
         (str(tmp_path / "file"), None, "--tensorboard .*file: cannot be written to"),
         ("gs://logs", None, "storage of kind 'gs' is not supported"),
         (None, "http://me:secret@127.0.0.1:1", "--mlflow http://127.0.0.1:1: cannot be written to"),
-        (None, "ftp://server", "--mlflow ftp://server: cannot be written to"),
+        (None, "ftp://server", "--mlflow ftp://server: the client of MLflow keeps no runs there"),
     ):
         with pytest.raises(UserError, match=said) as refused, run_logs(tensorboard, mlflow):
             raise AssertionError
