@@ -21,6 +21,7 @@ from lungopacity.evaluation.measure import ScoredImages, measure
 from lungopacity.evaluation.operating_points import STANDARD
 from lungopacity.models import NETWORK_NAMES, OperatingPoint
 from lungopacity.radiograph import ACCEPTABLE, DecodeLimits
+from lungopacity.results.folder import STATUS
 from lungopacity.results.schema import (
     EXPLANATIONS_SCHEMA,
     METRICS_SCHEMA,
@@ -28,7 +29,7 @@ from lungopacity.results.schema import (
     predictions_schema,
 )
 from lungopacity.screening.aggregate import run_metrics
-from lungopacity.screening.nightly import STATUS, _Status
+from lungopacity.screening.nightly import _Status
 from lungopacity.storage import open_store
 from lungopacity.storage.lease import Lease
 from lungopacity.training.fit import HISTORY_SCHEMA

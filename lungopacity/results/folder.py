@@ -5,6 +5,7 @@
     explanations/<run_id>/<content_sha256>.png      of positive films, where they were asked for;
                                                     of a frame <content_sha256>-<frame>.png
     runs/<run_id>.json                  the commit record, written last
+    status.json                         how the newest night went
     _work/<run_id>/…                    what is being written; no reader looks here
 
 A file that no commit record names does not exist for a reader. Runs follow each other by the
@@ -31,6 +32,8 @@ PREDICTIONS = "predictions"
 METRICS = "metrics"
 EXPLANATIONS = "explanations"
 WORK = "_work"
+STATUS = "status.json"
+"""What became of the newest night. `ray job submit` tells no exit code."""
 
 # Of keys below the results folder. The first group is the run's id.
 PREDICTIONS_FILE = (
@@ -50,6 +53,16 @@ RESULTS_FILE = (
 such a name by chance; status.json, and records of runs that were named by hand, are not told."""
 
 _READ_THREADS = 16
+
+
+def refuse_other_folder(store: Store) -> None:
+    """Raises `UserError` where nothing lies that a folder of results has: a slip in `--results`,
+    of which nobody is to be told that all is in order there."""
+    prefixes = (*(f"{folder}/" for folder in (RUNS, PREDICTIONS, METRICS, WORK, LOCKS)), STATUS)
+    if all(next(iter(store.list(prefix)), None) is None for prefix in prefixes):
+        raise UserError(
+            f"{store.uri}: no results lie there; give the --output of `lungopacity screen`"
+        )
 
 
 def run_key(run_id: str) -> str:

@@ -23,6 +23,7 @@ from lungopacity.results.folder import (
     WORK,
     WORK_FILE,
     read_runs,
+    refuse_other_folder,
 )
 from lungopacity.storage import ObjectInfo, Store, open_store
 from lungopacity.storage.lease import LEASE_S, LOCKS
@@ -64,20 +65,17 @@ def clean(
 
     An unfinished run that is removed can no longer be taken up. What was written within the last
     hour may be of a job that is at work, and stays, as does a lease that may still be held. Raises
-    `UserError`, as where nothing lies at all; also where something cannot be removed, after all
-    else was.
+    `UserError`, as where no results lie; also where something cannot be removed, after all else
+    was.
     """
     if not 0 <= older_than_days <= _OLDEST_DAYS:
         raise UserError(
             f"--older-than must be from 0 to {_OLDEST_DAYS} days, not {older_than_days:g}"
         )
     store = open_store(results)
+    refuse_other_folder(store)
     # The files first, the records after: a run that is published meanwhile keeps its files.
     found = list(store.list())
-    if not found:
-        raise UserError(
-            f"{store.uri}: nothing lies there; give the --output of `lungopacity screen`"
-        )
     files, size_bytes = _temporary_folders(dry_run)
     records = read_runs(store)
     kept: list[str] = []

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 from lungopacity.archive.inventory import Inventory
 from lungopacity.errors import NOTICE, Status, UserError, foreseen
 from lungopacity.evaluation.drift import Shift
+from lungopacity.results.folder import STATUS
 from lungopacity.results.workbench import temporary_folder
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
@@ -24,9 +25,6 @@ from lungopacity.storage import Store, open_store
 from lungopacity.storage.lease import Lease
 
 log = logging.getLogger(__name__)
-
-STATUS = "status.json"
-"""In the results folder: what became of the newest night. `ray job submit` tells no exit code."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lungopacity.results.folder import (
     published_meanwhile,
     read_run,
     read_runs,
+    refuse_other_folder,
     start_key,
     work_prefix,
 )
@@ -241,13 +242,10 @@ def published_later(results: Store, start: RunStart) -> str | None:
 
 def unfinished_table(results_uri: str) -> pa.Table:
     """`unfinished_runs`, a row each: with what id, archive and model `screen` may go on. Raises
-    `UserError` where nothing lies at all."""
+    `UserError` where no results lie."""
     store = open_store(results_uri)
+    refuse_other_folder(store)
     starts = unfinished_runs(store)
-    if not starts and next(iter(store.list()), None) is None:
-        raise UserError(
-            f"{store.uri}: nothing lies there; give the --output of `lungopacity screen`"
-        )
     columns = ("run_id", "model_id", "archive", "started_at", "objects", "nightly")
     return pa.table({name: [getattr(start, name) for start in starts] for name in columns})
 

@@ -215,6 +215,18 @@ def test_what_a_killed_job_left_on_this_machine_goes_and_nothing_else_there(tmp_
 
 
 def test_a_slip_in_the_place_is_told_and_makes_no_folder(tmp_path):
-    with pytest.raises(UserError, match="typo: nothing lies there; give the --output"):
+    with pytest.raises(UserError, match="typo: no results lie there; give the --output"):
         clean(str(tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
+
+
+def test_of_a_folder_of_something_else_is_not_said_that_all_is_swept(store_uri):
+    store = open_store(store_uri)
+    store.write("film.png", b"x")
+    store.write("runs.csv", b"x")
+    with pytest.raises(UserError, match="no results lie there; give the --output"):
+        clean(store_uri)
+    assert main(["runs", "--results", store_uri, "--unfinished"]) == 2
+    store.write("status.json", b"{}")
+    assert not clean(store_uri).files
+    assert main(["runs", "--results", store_uri, "--unfinished"]) == 0

@@ -62,7 +62,7 @@ def test_a_killed_runs_plan_is_taken_up_even_when_the_archive_grew(archive, stor
     assert again.start == first.start
     assert [start.run_id for start in unfinished_runs(results)] == ["one"]
     assert unfinished_table(store_uri)["run_id"].to_pylist() == ["one"]
-    with pytest.raises(UserError, match="elsewhere: nothing lies there"):
+    with pytest.raises(UserError, match="elsewhere: no results lie there"):
         unfinished_table(f"{store_uri}/elsewhere")
 
 
