@@ -274,12 +274,16 @@ def _place(uri: str) -> Iterator[Finding]:
 
 
 def _results(uri: str) -> Iterator[Finding]:
+    from lungopacity.storage import open_store
     from lungopacity.storage.probe import check_conditions, check_writable
 
     try:
         check_writable(uri)
         check_conditions(uri)
+        new = next(iter(open_store(uri).list()), None) is None
     except UserError as error:
         yield _refused("results", error)
     else:
-        yield Finding("ok", "results", f"{uri} can be written to")
+        # So that a slip in the name is seen.
+        told = f"{uri} can be written to" + (", and nothing lies there yet" if new else "")
+        yield Finding("ok", "results", told)

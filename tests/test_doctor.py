@@ -27,3 +27,13 @@ def test_the_oldest_torch_is_that_of_the_package():
     needs = " ".join(project["project"]["dependencies"])
     (oldest,) = re.findall(r"\btorch>=([\d.]+)", needs)
     assert tuple(map(int, oldest.split("."))) == doctor.MIN_TORCH
+
+
+def test_a_place_for_results_is_not_made_and_a_slip_in_its_name_is_seen(tmp_path):
+    (new,) = doctor.diagnose_places(results=str(tmp_path / "a" / "typo"))
+    assert new.detail.endswith("typo can be written to, and nothing lies there yet")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "film.png").touch()
+    (there,) = doctor.diagnose_places(results=str(tmp_path))
+    assert there == doctor.Finding("ok", "results", f"{tmp_path} can be written to")
+    assert [path.name for path in tmp_path.iterdir()] == ["film.png"]

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from functools import partial
 
 from lungopacity.errors import UserError
-from lungopacity.storage import ConflictError, S3Store, open_store
+from lungopacity.storage import ConflictError, LocalStore, S3Store, open_store
 
 _OF_NOTHING = "0" * 32
 """The etag of no object."""
 
 
 def check_writable(uri: str, *, private: bool = False) -> None:
-    """Raises `UserError` where nothing can be kept in the folder. `private`: see `Store.write`."""
+    """Raises `UserError` where nothing can be kept in the folder. One that is not there yet is not
+    made. `private`: see `Store.write`."""
     store, key = open_store(uri), f".probe-{uuid.uuid4().hex}"
+    new = []
+    if isinstance(store, LocalStore):
+        above = (store.root, *store.root.parents)
+        new = [folder for folder in above if not os.path.exists(folder)]
     store.write(key, b"", private=private)
     # Some may write and not remove; an empty file is left then.
     with contextlib.suppress(UserError, OSError):
         store.delete(key)
+        for folder in new:
+            folder.rmdir()
 
 
 def check_conditions(uri: str) -> None:
