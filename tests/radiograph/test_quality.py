@@ -147,6 +147,25 @@ def test_collimation_hides_no_negative_and_makes_none(seed, bars):
     assert "inverted" in flags(np.pad(255 - phantom(seed), bars))
 
 
+@pytest.mark.parametrize(
+    ("spine", "corners", "is_inverted"),
+    [
+        (95, 80, True),  # much darker than the lungs: whatever lies above the shoulders
+        (105, 155, True),  # darker, and what should be air is bright
+        (105, 140, False),
+        (125, 155, False),
+    ],
+)
+def test_a_spine_that_is_a_little_darker_is_a_negatives_only_below_bright_air(
+    spine, corners, is_inverted
+):
+    film = np.full((160, 160), 140, np.uint8)
+    film[:, 72:88] = spine
+    film[:26, :20] = film[:26, -20:] = corners
+    film[-20:] = 60  # of many greys, as films are
+    assert ("inverted" in flags(film)) is is_inverted
+
+
 def test_the_default_rejections_are_flags_and_leave_the_doubtful_ones_out():
     assert set(REJECTED_BY_DEFAULT) < set(QUALITY_FLAGS)
     assert not {"low_contrast", "heavy_borders", "odd_aspect"} & set(REJECTED_BY_DEFAULT)
