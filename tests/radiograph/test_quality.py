@@ -124,6 +124,14 @@ def test_drawn_chest_films_raise_no_flag_and_their_negatives_are_inverted(seed):
     assert "inverted" in flags(255 - film)
 
 
+def test_a_negative_is_found_at_the_smallest_size_of_a_model_too():
+    film = phantom(0)[:, 10:-10]
+    for pixels, is_inverted in ((film, False), (255 - film, True)):
+        content = Preprocessing(image_size=32).fit(pixels)
+        assert min(content.shape) < 32
+        assert judge(content, *pixels.shape, 0.0).inverted is is_inverted
+
+
 def moved(film: np.ndarray, share: float) -> np.ndarray:
     """The patient lies beside the middle; what comes in on the other side is air."""
     columns = round(share * film.shape[1])
