@@ -19,7 +19,7 @@ from lungopacity.errors import UserError
 from lungopacity.models import ModelSpec, OperatingPoint
 from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
-from lungopacity.results.folder import commit_run
+from lungopacity.results.folder import commit_run, part_key
 from lungopacity.results.schema import part_schema
 from lungopacity.screening.aggregate import run_metrics
 from lungopacity.screening.parts import ROWS_PER_PART
@@ -112,8 +112,8 @@ def _write_some(job: tuple[str, int, int]) -> None:
     results, schema = open_store(f"{folder}/results"), part_schema(CLASSES)
     archive = open_store(f"{folder}/archive").uri
     for number, objects in enumerate(archive_objects(start, stop, ROWS_PER_PART)):
-        key = f"_work/first/attempt={number % 2}/{start:012d}-{number:05d}.parquet"
-        results.write(key, parquet_bytes(scored_rows(objects, archive, schema)))
+        data = parquet_bytes(scored_rows(objects, archive, schema))
+        results.write(part_key(f"_work/first/attempt={number % 2}/", data), data)
 
 
 def _measured(folder: str, rows: int) -> PublishCost:

@@ -14,15 +14,17 @@ A file that no commit record names does not exist for a reader. Runs follow each
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from lungopacity.errors import ImageError, UserError
+from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.results.schema import SCHEMA_VERSION
 from lungopacity.storage import ConflictError, Store
 from lungopacity.storage.lease import LOCKS
@@ -43,7 +45,7 @@ METRICS_FILE = rf"{METRICS}/([^/]+)-[0-9a-f]{{8}}\.parquet"
 PICTURE_FILE = rf"{EXPLANATIONS}/([^/]+)/[0-9a-f]{{64}}(?:-\d+)?\.png"
 WORK_FILE = (
     rf"{WORK}/([^/]+)/"
-    r"(?:run\.json|plan-[0-9a-f]{32}-\d{5}\.parquet|attempt=[0-9a-f]{32}/.+)"
+    r"(?:run\.json|plan-[0-9a-f]{32,64}-\d{5}\.parquet|attempt=[0-9a-f]{32}/.+)"
 )
 RESULTS_FILE = (
     rf"(?:^|/)(?:{PREDICTIONS_FILE}|{METRICS_FILE}|{PICTURE_FILE}|{WORK_FILE}"
@@ -85,9 +87,9 @@ def metrics_key(run_id: str, attempt: str) -> str:
     return f"{METRICS}/{run_id}-{attempt}.parquet"
 
 
-def plan_names(files: int) -> tuple[str, ...]:
-    """New names for so many files of a plan, see `plan_key`."""
-    return tuple(f"plan-{uuid.uuid4().hex}-{number:05d}" for number in range(files))
+def plan_name(number: int, file: Path) -> str:
+    """Name of a file of a plan, see `plan_key`, by its place in the plan and its content."""
+    return f"plan-{_sha256(file)}-{number:05d}"
 
 
 def plan_key(run_id: str, name: str) -> str:
@@ -99,6 +101,31 @@ def attempt_prefix(run_id: str) -> str:
     """Key prefix of what one attempt at the run writes, a new one each time. Matches
     `WORK_FILE`."""
     return f"{work_prefix(run_id)}attempt={uuid.uuid4().hex}/"
+
+
+def part_key(attempt: str, data: bytes) -> str:
+    """Key of a part file, below an `attempt_prefix`, by its content. Matches `WORK_FILE`."""
+    return f"{attempt}{hashlib.sha256(data).hexdigest()}.parquet"
+
+
+def work_file(store: Store, key: str, target: Path) -> Path | None:
+    """A file of a plan, or a part file, on this machine, see `Store.local_file`; None where its
+    content is not the one that it is named by.
+
+    A disk may lose the end of a file with its power, or a bit with its age, and DuckDB compares no
+    checksum: another probability would be read without a word. Raises as `Store.local_file` does.
+    """
+    file = store.local_file(key, target)
+    try:
+        return file if _sha256(file) in key else None
+    except OSError as error:
+        told = error.strerror or type(error).__name__
+        raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def start_key(run_id: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ import pyarrow as pa
 from lungopacity import observe
 from lungopacity.archive.content import error_columns
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
+from lungopacity.results.folder import part_key
 from lungopacity.results.schema import part_schema
 from lungopacity.screening.explanations import write_pictures
 from lungopacity.storage import Store
@@ -32,8 +32,8 @@ class WriteParts:
     def __call__(self, rows: pa.Table) -> pa.Table:
         try:
             rows = write_pictures(self.results, rows)
-            key = f"{self.attempt}{uuid.uuid4().hex}.parquet"
-            self.results.write(key, parquet_bytes(rows))
+            data = parquet_bytes(rows)
+            self.results.write(part_key(self.attempt, data), data)
         except UserError as error:
             # As a row: of what a worker raises, Ray hands on the text of a traceback alone.
             return _part_report({}, error=str(error))
@@ -65,5 +65,5 @@ def write_crashed(
     failed = error_columns(ImageError(ErrorCode.READER_CRASH, Stage.UNPACK, told))
     failed["screened_at"] = datetime.now(UTC)
     rows = [{**row, **failed} for row in objects.to_pylist()]
-    table = pa.Table.from_pylist(rows, schema=part_schema(class_names))
-    results.write(f"{attempt}{uuid.uuid4().hex}.parquet", parquet_bytes(table))
+    data = parquet_bytes(pa.Table.from_pylist(rows, schema=part_schema(class_names)))
+    results.write(part_key(attempt, data), data)

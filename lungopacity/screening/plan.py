@@ -20,12 +20,13 @@ from lungopacity.results.folder import (
     WORK,
     newest_sequence,
     plan_key,
-    plan_names,
+    plan_name,
     published_meanwhile,
     read_run,
     read_runs,
     refuse_other_folder,
     start_key,
+    work_file,
     work_prefix,
 )
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
@@ -38,10 +39,15 @@ from lungopacity.words import counted
 log = logging.getLogger(__name__)
 
 _COLUMNS = hashlib.sha256(
-    repr([(field.name, str(field.type)) for field in (*PLANNED_SCHEMA, *part_schema(()))]).encode()
+    repr(
+        [
+            "named by SHA-256",
+            *((field.name, str(field.type)) for field in (*PLANNED_SCHEMA, *part_schema(()))),
+        ]
+    ).encode()
 ).hexdigest()[:16]
 """What this version writes below `_work/`, but for the model's classes. A version with a column
-more could not put its part files and those of before together."""
+more, or with other names of files, could not put its part files and those of before together."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class RunStart:
     objects: int
     """How many are planned."""
     files: tuple[str, ...]
-    """Names of the files that hold the plan: two jobs that plan one run write different ones."""
+    """Names of the files that hold the plan, each by its content: two jobs that plan one run write
+    none of one name that differ."""
     rules: Rules
     nightly: bool = False
     """Whether a later night may take it up by itself."""
@@ -130,7 +137,7 @@ def make_plan(
             archive=inventory.uri,
             started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
             objects=sum(file.rows for file in files),
-            files=plan_names(len(files)),
+            files=tuple(plan_name(number, file.path) for number, file in enumerate(files)),
             rules=rules,
             nightly=nightly,
             columns=_COLUMNS,
@@ -307,13 +314,14 @@ def _check_same(start: RunStart, archive: str, model_id: str, rules: Rules) -> N
 def _taken_up(results: Store, start: RunStart, folder: Path) -> Iterator[Path]:
     for name in start.files:
         key = plan_key(start.run_id, name)
+        cannot = f"run '{start.run_id}' cannot be taken up again: {results.uri}/{key}:"
         try:
-            yield results.local_file(key, folder / f"{name}.parquet")
+            file = work_file(results, key, folder / f"{name}.parquet")
         except ImageError as error:
             if read_run(results, start.run_id) is not None:
                 raise published_meanwhile(start.run_id) from error
             mend = "try again" if error.may_pass else "choose another --run-id"
-            raise UserError(
-                f"run '{start.run_id}' cannot be taken up again: {results.uri}/{key}: "
-                f"{error.message}; {mend}"
-            ) from error
+            raise UserError(f"{cannot} {error.message}; {mend}") from error
+        if file is None:
+            raise UserError(f"{cannot} is damaged; choose another --run-id")
+        yield file

@@ -9,18 +9,24 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lungopacity.archive.names import names_by_ending
 from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.progress import Progress
-from lungopacity.results.folder import predictions_key, published_meanwhile, read_run, start_key
+from lungopacity.results.folder import (
+    predictions_key,
+    published_meanwhile,
+    read_run,
+    start_key,
+    work_file,
+)
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.results.workbench import export, is_full_disk, quoted, view_of_files, workbench
 from lungopacity.screening.plan import Plan, mark_published
@@ -222,9 +228,9 @@ class Collected:
 def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[Collected]:
     """Read every part file of the run.
 
-    One that is empty or cut short, as a disk may leave it after a loss of power, counts as never
-    written: its objects are missing. Raises `UserError` where another job has published the run
-    meanwhile, and removed them; and where one cannot be read for another reason.
+    One that is damaged counts as never written: its objects are missing. Raises `UserError` where
+    another job has published the run meanwhile, and removed them; and where one cannot be read for
+    another reason.
     """
     with workbench() as (connection, folder):
         keys = [
@@ -243,11 +249,11 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
                 Progress("Collecting", total=len(keys), unit="files", quick=True) as progress,
             ):
                 targets = [parts / f"{number}.parquet" for number in range(len(keys))]
+                found = threads.map(partial(work_file, results), keys, targets)
                 local = []
-                for key, path in zip(
-                    keys, threads.map(results.local_file, keys, targets), strict=True
-                ):
-                    if _is_whole(path):
+                for key in keys:
+                    path = next(found)
+                    if path is not None:
                         local.append(path)
                     else:
                         log.warning(
@@ -260,12 +266,13 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
         except ImageError as error:
             if read_run(results, plan.start.run_id) is not None:
                 raise published_meanwhile(plan.start.run_id) from error
-            if error.may_pass:
-                raise UserError(
-                    f"a part file of run '{plan.start.run_id}' cannot be read ({error.message}); "
-                    "it is kept: take the run up again"
-                ) from error
-            raise _unreadable(plan, error.message) from error
+            mend = "take the run up again" + (
+                "" if error.may_pass else " without it: what it held is screened again"
+            )
+            raise UserError(
+                f"{results.uri}/{key}: this part file of run '{plan.start.run_id}' cannot be read "
+                f"({error.message}); it is kept: {mend}"
+            ) from error
         try:
             view_of_files(connection, "written", local, part_schema(class_names))
             view_of_files(connection, "plan", plan.files, PLANNED_SCHEMA)
@@ -279,24 +286,10 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
             # In a folder, these are the files themselves.
             if read_run(results, plan.start.run_id) is not None:
                 raise published_meanwhile(plan.start.run_id) from error
-            raise _unreadable(plan, first_line(error)) from error
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a Parquet file has its end, which is written last and names all that is in it."""
-    try:
-        pq.read_metadata(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        # One that the system does not give, as one that is gone, is for the reader to tell.
-        return isinstance(error, OSError) and error.errno is not None
-    return True
-
-
-def _unreadable(plan: Plan, why: str) -> UserError:
-    return UserError(
-        f"run '{plan.start.run_id}' cannot go on: its plan, or a part file below {plan.work}, "
-        f"cannot be read ({why}); choose another --run-id"
-    )
+            raise UserError(
+                f"run '{plan.start.run_id}' cannot go on: its plan, or a part file below "
+                f"{plan.work}, cannot be read ({first_line(error)}); choose another --run-id"
+            ) from error
 
 
 def remove_work(results: Store, plan: Plan) -> None:

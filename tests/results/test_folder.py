@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -16,8 +17,8 @@ WRITTEN = [
     (folder.explanation_key(RUN, HEX * 4, None), folder.PICTURE_FILE),
     (folder.explanation_key(RUN, HEX * 4, 2), folder.PICTURE_FILE),
     (folder.start_key(RUN), folder.WORK_FILE),
-    (folder.plan_key(RUN, folder.plan_names(2)[1]), folder.WORK_FILE),
-    (f"{folder.attempt_prefix(RUN)}part.parquet", folder.WORK_FILE),
+    (folder.plan_key(RUN, folder.plan_name(1, Path(__file__))), folder.WORK_FILE),
+    (folder.part_key(folder.attempt_prefix(RUN), b"rows"), folder.WORK_FILE),
 ]
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from lungopacity.archive.inventory import list_archive
 from lungopacity.errors import REJECTING
 from lungopacity.models.folder import training_films_parquet
+from lungopacity.results.folder import part_key
 from lungopacity.results.query import query
 from lungopacity.results.schema import part_schema
 from lungopacity.screening.job import ScreeningJob, screening_job
@@ -65,7 +66,8 @@ class Place:
         ]
         table = pa.Table.from_pylist(rows, schema=part_schema(("Normal", "Lung_Opacity")))
         table = table if change is None else change(table)
-        self.store.write(f"{plan.work}attempt=0/part.parquet", parquet_bytes(table))
+        data = parquet_bytes(table)
+        self.store.write(part_key(f"{plan.work}attempt=0/", data), data)
 
     def _outcome(self, image: str) -> dict:
         if code := self.failing.get(image):

@@ -56,8 +56,9 @@ def test_results_of_before_inside_the_archive_are_no_films(place, caplog):
     caplog.set_level("INFO")
     place.night()
     place.killed()
-    old = {item.key: item.key for item in place.store.list()} | {
-        "_work/killed/attempt=0/part.parquet": f"_work/killed/attempt={'0' * 32}/part.parquet"
+    old = {
+        item.key: item.key.replace("attempt=0/", f"attempt={'0' * 32}/")
+        for item in place.store.list()
     }
     for key, name in old.items():
         place.archive.write(f"2025/old results/{name}", place.store.read(key))

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
-from lungopacity.results.folder import commit_run
+from lungopacity.results.folder import commit_run, part_key
 from lungopacity.results.schema import PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.screening.plan import Plan, RunStart
 from lungopacity.screening.publish import collect, remove_work
@@ -79,7 +80,15 @@ def marker(image: str, rows: int) -> dict:
 def write_parts(store, plan: Plan, *parts: list[dict]) -> None:
     for number, rows in enumerate(parts):
         table = pa.Table.from_pylist(rows, schema=part_schema(CLASSES))
-        store.write(f"{plan.work}attempt={number}/part.parquet", parquet_bytes(table))
+        write_part(store, plan, table, number)
+
+
+def write_part(store, plan: Plan, table: pa.Table, attempt: int = 0) -> str:
+    """Its key."""
+    data = parquet_bytes(table)
+    key = part_key(f"{plan.work}attempt={attempt}/", data)
+    store.write(key, data)
+    return key
 
 
 def keys(table: pa.Table) -> list[tuple]:
@@ -300,24 +309,34 @@ def test_whoever_loses_the_parts_while_it_reads_them_is_told_so_too(tmp_path):
         lose()
 
 
-@pytest.mark.parametrize("kept", [0, 3, 500, -1])
-def test_a_part_file_that_was_cut_short_counts_as_never_written(store_uri, tmp_path, caplog, kept):
+def _with_another_score(data: bytes) -> bytes:
+    """Still a Parquet file, which DuckDB reads without a word."""
+    other = data.replace(np.float32(0.75).tobytes(), np.float32(0.25).tobytes())
+    assert pq.read_table(pa.BufferReader(other))["p_Lung_Opacity"][0].as_py() == 0.25
+    return other
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [lambda data: b"", lambda data: data[:3], lambda data: data[:-1], _with_another_score],
+    ids=["empty", "its beginning", "without its end", "another score"],
+)
+def test_a_part_file_that_is_damaged_counts_as_never_written(store_uri, tmp_path, caplog, damaged):
     store = open_store(store_uri)
     plan = plan_of(tmp_path / "plan", ["a", "b"], ["x.tar"])
     passed = [row("x.tar", 0), row("x.tar", 1), marker("x.tar", 2)]
     write_parts(store, plan, [row("a"), passed[0]], [row("b"), *passed[1:]])
-    cut = f"{plan.work}attempt=0/part.parquet"
-    store.write(cut, store.read(cut)[:kept])
+    (bad,) = [item.key for item in store.list(f"{plan.work}attempt=0/")]
+    store.write(bad, damaged(store.read(bad)))
     assert missing(store, plan, tmp_path) == ["a", "x.tar"]
-    assert f"{store.uri}/{cut} is damaged, and counts as never written" in caplog.text
+    assert f"{store.uri}/{bad} is damaged, and counts as never written" in caplog.text
 
 
 @pytest.mark.parametrize("damaged", ["part", "plan"])
 def test_what_cannot_be_read_is_named_with_the_mend(tmp_path, damaged):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     if damaged == "part":
-        of_another_version = pa.table({"image": ["a"]})
-        store.write(f"{plan.work}attempt=0/x.parquet", parquet_bytes(of_another_version))
+        write_part(store, plan, pa.table({"image": ["of another version"]}))
     else:
         plan.files[0].write_bytes(b"PAR1 no more")
     said = r"run 'run' cannot go on: its plan, or a part file below _work/run/, cannot be read \("
@@ -335,15 +354,25 @@ def test_a_full_disk_costs_no_run(tmp_path, monkeypatch):
         pass
 
 
-def test_work_that_the_storage_does_not_give_at_the_moment_is_kept(tmp_path):
+@pytest.mark.parametrize(
+    ("code", "mend"),
+    [
+        (ErrorCode.TIMEOUT, "take the run up again$"),
+        (ErrorCode.FORBIDDEN, "take the run up again without it: what it held is screened again"),
+    ],
+)
+def test_work_that_the_storage_does_not_give_is_kept_and_named(tmp_path, code, mend):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a")])
 
     def late(*_):
-        raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time")
+        raise ImageError(code, Stage.FETCH, "no answer in time")
 
     store.local_file = late
-    said = r"run 'run' cannot be read \(no answer in time\); it is kept: take the run up again"
+    said = (
+        r"/attempt=0/[0-9a-f]{64}\.parquet: this part file of run 'run' cannot be read "
+        rf"\(no answer in time\); it is kept: {mend}"
+    )
     with pytest.raises(UserError, match=said), collect(store, plan, CLASSES):
         pass
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 import lungopacity
@@ -99,7 +97,7 @@ def test_a_run_of_before_that_the_storage_does_not_give_at_the_moment_is_kept(pl
     assert place.night().runs[0].run_id == "killed"
 
 
-@pytest.mark.parametrize("damage", ["a column too few", "a page", "a plan's page", "a defect"])
+@pytest.mark.parametrize("damage", ["a column too few", "a plan", "a defect"])
 def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(
     place, caplog, monkeypatch, damage
 ):
@@ -107,14 +105,10 @@ def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(
     plan = place.killed(
         change=lambda rows: rows.drop_columns("ensemble_disagreement") if lacking else rows
     )
-    part, planned = (
-        f"{plan.work}attempt=0/part.parquet",
-        f"{plan.work}{plan.start.files[0]}.parquet",
-    )
-    if damage == "a page":
-        place.store.write(part, _with_a_lost_page(place.store.read(part), "decision"))
-    elif damage == "a plan's page":
-        place.store.write(planned, _with_a_lost_page(place.store.read(planned), "repeated"))
+    planned = f"{plan.work}{plan.start.files[0]}.parquet"
+    if damage == "a plan":
+        # DuckDB alone would take it for a plan of another object.
+        place.store.write(planned, place.store.read(planned).replace(b"Adams", b"Bdams"))
     elif damage == "a defect":
         finish_all = publish.Collected.finish
 
@@ -127,10 +121,4 @@ def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(
     (own,) = place.night().runs
     assert own.images == 4
     assert "run killed could not be finished" in caplog.text
-
-
-def _with_a_lost_page(data: bytes, column: str) -> bytes:
-    group = pq.read_metadata(pa.BufferReader(data)).row_group(0)
-    places = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
-    start = places[column].data_page_offset
-    return data[:start] + b"\xff" * 40 + data[start + 40 :]
+    assert (f"/{planned}: is damaged; choose" in caplog.text) == (damage == "a plan")
