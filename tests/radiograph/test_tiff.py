@@ -111,6 +111,27 @@ def test_every_page_of_a_tiff_is_a_film(big):
         np.testing.assert_array_equal(film.pixels, page)
 
 
+def test_a_damaged_page_costs_no_other_page():
+    pages = [grey_film(seed, 64, 64) for seed in range(3)]
+    data = tiff_of_pages(pages, compression="tiff_adobe_deflate")
+    with Image.open(io.BytesIO(data)) as image:
+        image.seek(1)
+        strip = image.tag_v2[273][0]
+    damaged = data[:strip] + bytes(100) + data[strip + 100 :]
+    first, lost, last = decode_radiographs(damaged, limits=DecodeLimits())
+    np.testing.assert_array_equal(first.pixels, pages[0])
+    np.testing.assert_array_equal(last.pixels, pages[2])
+    assert (lost.code, lost.facts["frame"]) == (ErrorCode.CORRUPT_IMAGE, 1)
+
+
+def test_pages_that_are_a_bomb_together_end_the_file():
+    """Each is within the limit: 1.1 megapixels, and 200 pixels more for each of 6,000 bytes."""
+    data = tiff_of_pages([np.zeros((1000, 1000), np.uint8)] * 4, compression="tiff_adobe_deflate")
+    *films, refused = decode_radiographs(data, limits=DecodeLimits(max_megapixels=1.1))
+    assert [film.frame for film in films] == [0, 1]
+    assert (refused.code, refused.facts["frame"]) == (ErrorCode.DECOMPRESSION_BOMB, 2)
+
+
 def pages_of(*kinds: int, big: bool = False) -> bytes:
     """Pages with these bits of NewSubfileType; as bright as their place says."""
     data = None
