@@ -68,7 +68,7 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
             frame[column] = None
     splits = set(frame["split"].dropna())
     if not splits <= set(SPLITS):
-        wrong = ", ".join(_shown(split) for split in sorted(map(str, splits - set(SPLITS))))
+        wrong = ", ".join(shown(split) for split in sorted(map(str, splits - set(SPLITS))))
         raise UserError(
             f"{uri}: unknown split {wrong}; the splits are {', '.join(SPLITS)}, spelt exactly so"
         )
@@ -104,7 +104,7 @@ def _check_spelling(frame: pd.DataFrame, uri: str, by: Sequence[str]) -> None:
                 raise UserError(f"{uri}: has a column '{name}'; spell it '{column}'")
 
 
-def _shown(word: str) -> str:
+def shown(word: str) -> str:
     """In quotes where one would not see its spaces."""
     return word if word == word.strip() else repr(word)
 
@@ -157,7 +157,7 @@ def select_classes(
         missed = absent[0] if learning else " or ".join(absent)
         raise UserError(
             f"{uri}: no image of class {missed}; the labels have "
-            + ", ".join(f"{_shown(str(label))} ({n})" for label, n in counts.items())
+            + ", ".join(f"{shown(str(label))} ({n})" for label, n in counts.items())
             + (" (choose with --classes)" if learning else "; rename them as the model has them")
         )
     if absent:

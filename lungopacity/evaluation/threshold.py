@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lungopacity.dataset.manifest import label_names, read_labels
+from lungopacity.dataset.manifest import label_names, read_labels, shown
 from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.measure import ratio_metrics
@@ -27,6 +27,7 @@ from lungopacity.evaluation.operating_points import (
 )
 from lungopacity.evaluation.table import decision_words
 from lungopacity.models import (
+    ModelSpec,
     OperatingPoint,
     TrainedModel,
     films_known_to,
@@ -60,6 +61,8 @@ class PickedPoint(OperatingPoint):
     """Images by a label that means no class of the model: the figures do not count them."""
     unscored: int = 0
     """Labelled images that were rejected, or could not be read."""
+    absent: int = 0
+    """Images of the labels file that the results do not have: no run of theirs met them."""
 
     def summary(self) -> str:
         """Where it decides, and what that achieved."""
@@ -73,19 +76,9 @@ class PickedPoint(OperatingPoint):
                 f"95 % intervals: {self.intervals}"
                 + (f"; {unknown} films name no patient" if unknown else "")
                 + "; of the films that it was picked on: `evaluate` measures it on others",
-                *self._not_counted(),
+                *_not_counted(self),
             ]
         )
-
-    def _not_counted(self) -> list[str]:
-        """A line, if labelled films are in no figure."""
-        several = sorted(self.of_no_class.items(), key=lambda item: -item[1])
-        words = [f"{count} labelled {label}" for label, count in several[:_MOST_TOLD]]
-        rest = sum(count for _, count in several[_MOST_TOLD:])
-        words += [f"{rest} of other labels"] if rest else []
-        words += [f"{self.left_out} that the model knows"] if self.left_out else []
-        words += [f"{self.unscored} rejected or unreadable"] if self.unscored else []
-        return [f"labelled films not counted: {', '.join(words)}"] if words else []
 
 
 def threshold(
@@ -103,10 +96,10 @@ def threshold(
     those of one `run_id`; None: the validation films that the model folder keeps, as the points of
     training are picked. `labels`: a labels file; None takes the labels that the runs were given.
     Of a results folder, films that the model learnt from or was chosen by are left out, and those
-    whose label is of no class of it; both are counted, with those that have no score. Who a
-    patient is, `patient_id` of the labels tells, or else `patient_hmac`. Raises `UserError` where
-    no scores of this model have labels, or less than `FEWEST_IMAGES` films are of either kind,
-    where the name is taken, or the rule is none.
+    whose label is of no class of it; both are counted, with those that have no score, and images of
+    the labels file that no run has met. Who a patient is, `patient_id` of the labels tells, or else
+    `patient_hmac`. Raises `UserError` where no scores of this model have labels, or less than
+    `FEWEST_IMAGES` films are of either kind, where the name is taken, or the rule is none.
     """
     check_rule(rule)
     trained = load_model(model)
@@ -114,7 +107,7 @@ def threshold(
         raise UserError("--run-id and --labels belong to --results: give it, or leave them out")
     films = _films(model, trained, results, run_id, labels)
     positive_N, positive = films.positive_N, trained.spec.positive_class
-    _check_enough(films, positive)
+    _check_enough(films, trained.spec)
     # In float64, as a decision is made: a threshold may lie between two scores of float32.
     p_N = films.rows["p"].to_numpy(np.float64)
     point = pick(rule, p_N, positive_N, films.where)
@@ -131,6 +124,7 @@ def threshold(
         left_out=films.left_out,
         of_no_class=films.of_no_class,
         unscored=films.unscored,
+        absent=films.absent,
     )
 
 
@@ -149,18 +143,31 @@ class _Films:
     left_out: int
     of_no_class: dict[str, int]
     unscored: int
-    """These three as in `PickedPoint`."""
+    absent: int
+    """These four as in `PickedPoint`."""
+
+
+def _not_counted(films: PickedPoint | _Films) -> list[str]:
+    """A line, if labelled films are in no figure."""
+    several = sorted(films.of_no_class.items(), key=lambda item: -item[1])
+    words = [f"{count} labelled {shown(label)}" for label, count in several[:_MOST_TOLD]]
+    rest = sum(count for _, count in several[_MOST_TOLD:])
+    words += [f"{rest} of other labels"] if rest else []
+    words += [f"{films.left_out} that the model knows"] if films.left_out else []
+    words += [f"{films.unscored} rejected or unreadable"] if films.unscored else []
+    words += [f"{films.absent} that the results do not have"] if films.absent else []
+    return [f"labelled films not counted: {', '.join(words)}"] if words else []
 
 
 def _films(
     model: str, trained: TrainedModel, results: str | None, run_id: str | None, labels: str | None
 ) -> _Films:
     """Those with a score and a class, but for what the model knows; what is left out is told."""
-    spec, unscored = trained.spec, 0
+    spec, unscored, absent = trained.spec, 0, 0
     if results is None:
         films, whose = _validation(model, trained), f"{model}: of its validation films"
     else:
-        films = _labelled(trained, results, run_id, labels)
+        films, absent = _labelled(trained, results, run_id, labels)
         whose = f"{results}: of the films that {trained.model_id} scored"
         films, unscored = _with_scores(films)
     of_class = films["label"].isin(list(spec.class_of_label))
@@ -185,7 +192,7 @@ def _films(
     where = f"{len(rows)} films of {results}" + (f", run {run_id}" if run_id else "")
     if results is None:
         where = "validation"
-    return _Films(rows, positive_N, whose, where, left_out, of_no_class, unscored)
+    return _Films(rows, positive_N, whose, where, left_out, of_no_class, unscored, absent)
 
 
 def _with_scores(films: pd.DataFrame) -> tuple[pd.DataFrame, int]:
@@ -195,15 +202,20 @@ def _with_scores(films: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     return films[scored], int((~by_film.any()).sum())
 
 
-def _check_enough(films: _Films, positive: str) -> None:
+def _check_enough(films: _Films, spec: ModelSpec) -> None:
     """Raises `UserError` for less than `FEWEST_IMAGES` films of either kind."""
     counts = (int(films.positive_N.sum()), int((~films.positive_N).sum()))
     if min(counts) < FEWEST_IMAGES:
         raise UserError(
             films.whose
             + (", but did not learn from," if films.left_out else "")
-            + f" {counts[0]} are labelled {positive} and {counts[1]} otherwise; "
-            f"{FEWEST_IMAGES} of each are needed"
+            + f" {counts[0]} are labelled {spec.positive_class} and {counts[1]} otherwise; "
+            + "; ".join([f"{FEWEST_IMAGES} of each are needed", *_not_counted(films)])
+            + (
+                f"; the model knows the labels {', '.join(spec.class_of_label)}"
+                if films.of_no_class
+                else ""
+            )
         )
 
 
@@ -224,9 +236,10 @@ def _warn_of_few_patients(
 
 def _labelled(
     trained: TrainedModel, results: str, run_id: str | None, labels: str | None
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, int]:
     """`name`, `content_sha256`, `patient`, `label` and `p` of the positive class, null of a film
-    without a score, as a data frame; one row a frame. `_FILM` says which frames are of one film."""
+    without a score, as a data frame; one row a frame. `_FILM` says which frames are of one film.
+    And how many images of the labels file the results do not have."""
     column = class_column("p", trained.spec.positive_class)
     of_runs = f"model_id = {quoted(trained.model_id)}"
     if run_id is not None:
@@ -250,10 +263,11 @@ def _labelled(
             f"{results}: has no scores of model {trained.model_id}"
             + (" with labels" if labels is None else "")
             + (f" in run '{run_id}'" if run_id else "")
-            + "; screen with it first and see `lungopacity runs`, or give --labels"
+            + "; screen with it first and see `lungopacity runs`"
+            + (", or give --labels" if labels is None else "")
         )
     if labels is None:
-        return frame
+        return frame, 0
     told = read_labels(labels)[["image", "label", "patient_id"]]
     name_of = label_names(frame["name"], told["image"], labels, results)
     called = pd.Series([name_of.get(name) for name in frame["name"]], dtype=object)
@@ -280,11 +294,11 @@ def _labelled(
             f"{twice.min()}; give the --run-id of one archive's run, or label by other names"
         )
     patient = both["patient_id"].where(both["patient_id"].notna(), both["patient"])
-    return both.assign(patient=patient)
+    return both.assign(patient=patient), len(told) - both["image"].nunique()
 
 
 def _validation(model: str, trained: TrainedModel) -> pd.DataFrame:
-    """The same of the validation films; the folder does not say whose they are."""
+    """The same frame of the validation films; the folder does not say whose they are."""
     spec = trained.spec
     kept = pd.read_parquet(io.BytesIO(read_validation(model)))
     logits_VK = kept[[f"logit_{name}" for name in spec.class_names]].to_numpy()

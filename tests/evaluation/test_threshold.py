@@ -163,6 +163,7 @@ def test_labelled_films_that_set_no_threshold_are_told(site, tmp_path, caplog):
     labels = pd.read_csv(site / "labels.csv")
     labels.loc[[1, 2, 4], "label"] = ["Not_Normal", "Lung Opacity", "Not_Normal"]
     labels.loc[FILMS] = ["broken.png", "Normal"]
+    labels.loc[FILMS + 1] = ["x/screened-by-nobody.png", "Normal"]
     labels.to_csv(tmp_path / "labels.csv", index=False)
     point = lungopacity.threshold(
         str(site / "model"), str(site / "results"), "youden", "fewer",
@@ -170,7 +171,8 @@ def test_labelled_films_that_set_no_threshold_are_told(site, tmp_path, caplog):
     )  # fmt: skip
     assert point.images == FILMS - 3
     assert "left out: 3 films whose label is of no class of the model, 1 labelled" in caplog.text
-    told = "2 labelled Not_Normal, 1 labelled Lung Opacity, 1 rejected or unreadable"
+    told = "2 labelled Not_Normal, 1 labelled Lung Opacity, 1 rejected or unreadable, "
+    told += "1 that the results do not have"
     assert point.summary().endswith(f"\nlabelled films not counted: {told}")
 
 
@@ -204,6 +206,7 @@ def test_what_gives_no_threshold_is_refused(site, tmp_path):
     few = pd.read_csv(site / "labels.csv").head(40)
     few.to_csv(tmp_path / "few.csv", index=False)
     few.head(1).assign(image="a film").to_csv(tmp_path / "others.csv", index=False)
+    few.assign(label=" " + few["label"]).to_csv(tmp_path / "spaced.csv", index=False)
     write_tiny_model(str(tmp_path / "other"), seed=5)
     for arguments, options, said in (
         ((model, results, "best", "x"), {}, "no rule"),
@@ -215,7 +218,18 @@ def test_what_gives_no_threshold_is_refused(site, tmp_path):
         (
             (model, results, "youden", "x"),
             {"run_id": "first", "labels": str(tmp_path / "few.csv")},
-            "14 are labelled",
+            r"14 are labelled Lung_Opacity and 26 otherwise; 30 of each are needed$",
+        ),
+        (
+            (model, results, "youden", "x"),
+            {"run_id": "first", "labels": str(tmp_path / "spaced.csv")},
+            "; labelled films not counted: 26 labelled ' Normal', 14 labelled ' Lung_Opacity'; the "
+            "model knows the labels Normal, Lung_Opacity$",
+        ),
+        (
+            (model, results, "youden", "x"),
+            {"run_id": "absent", "labels": str(tmp_path / "few.csv")},
+            "in run 'absent'; screen with it first and see `lungopacity runs`$",
         ),
         (
             (model, results, "youden", "x"),
