@@ -245,8 +245,9 @@ def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
     try:
         lines = store.read(SUMS_FILE).decode("ascii").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        names = [WEIGHTS_FILE, SPEC_FILE, *(name for name in _OPTIONAL if name in sums)]
-        files = {name: store.read(name) for name in names if sums[name]}
+        required = {name: sums[name] for name in (WEIGHTS_FILE, SPEC_FILE)}
+        told = required | {name: sums[name] for name in _OPTIONAL if name in sums}
+        files = {name: store.read(name) for name in told}
     except ImageError as error:
         raise UserError(f"{uri}: cannot be read whole ({error.message}); {error.mend}") from error
     except (KeyError, ValueError) as error:
@@ -254,7 +255,7 @@ def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
             f"{uri}: {SUMS_FILE} is damaged; restore the folder or train again"
         ) from error
     for name, data in files.items():
-        if sha256(data) != sums[name]:
+        if sha256(data) != told[name]:
             raise UserError(
                 f"{uri}: {name} was altered after training (SHA-256 differs); "
                 "restore the folder or train again"

@@ -110,6 +110,19 @@ def test_one_changed_byte_anywhere_is_refused(tmp_path, name, place):
         load_model(str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, SPEC_FILE])
+def test_sums_that_leave_a_file_unchecked_are_refused(tmp_path, name):
+    """Without its line, or without its sum."""
+    write_tiny_model(str(tmp_path / "m"))
+    path = tmp_path / "m" / SUMS_FILE
+    lines = path.read_text().splitlines(keepends=True)
+    others = "".join(line for line in lines if not line.endswith(f"  {name}\n"))
+    for text, said in ((others, "SHA256SUMS is damaged"), (f"{others}  {name}\n", "was altered")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            load_model(str(tmp_path / "m"))
+
+
 def test_sha256sum_agrees(tmp_path):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
