@@ -209,7 +209,7 @@ def _with_interval(
     item = replace(item, ci_low=None, ci_high=None, ci_method=None, patients=patients)
     if key not in replicates:
         return item
-    if of_N is not None and patients and item.value in (0.0, 1.0):
+    if of_N is not None and item.value in (0.0, 1.0):
         low, high = wilson_interval(int(item.value) * patients, patients)
         return replace(item, ci_low=low, ci_high=high, ci_method="wilson_patients")
     values_R = replicates[key]

@@ -111,8 +111,9 @@ def check_scores(labels_N: Integers, probabilities_NK: Floats, class_names: Sequ
     _check_classes("labels", labels_N, classes)
     if not np.isfinite(probabilities_NK).all():
         raise ValueError("probabilities hold NaN or infinity")
-    if (probabilities_NK < 0).any() or (probabilities_NK > 1 + _SUM_TOLERANCE).any():
-        raise ValueError("probabilities lie outside 0 … 1")
+    # Those above 1 do not sum to 1.
+    if (probabilities_NK < 0).any():
+        raise ValueError("probabilities lie below 0")
     if (np.abs(probabilities_NK.sum(axis=1, dtype=np.float64) - 1) > _SUM_TOLERANCE).any():
         raise ValueError("probabilities of an image do not sum to 1")
 

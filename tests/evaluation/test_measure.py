@@ -111,6 +111,21 @@ def test_clustered_films_have_wider_intervals():
             assert 1.4 < ratio < 2.2, first.metric
 
 
+def test_the_interval_of_a_calibration_error_is_moved_to_its_value_and_no_others_is():
+    """A replicate's error has the chance of two draws, and is too large on the average."""
+    images, resampling = scored(200), Resampling.of([None] * 200, 400)
+    replicates = Statistics(images).under(np.concatenate(list(resampling.weights())))
+    metrics = [item for item in measure(images, {}, resampling) if item.ci_method == "bootstrap"]
+    moved = {item.metric for item in metrics if "calibration" in item.metric}
+    assert len(moved) == 2
+    for item in metrics:
+        values_R = replicates[item.metric, item.class_name]
+        if item.metric in moved:
+            values_R = np.maximum(values_R + item.value - values_R.mean(), 0)
+        low, high = np.percentile(values_R[np.isfinite(values_R)], [2.5, 97.5])
+        assert (item.ci_low, item.ci_high) == pytest.approx((low, high)), item
+
+
 def test_a_model_without_a_mistake_is_not_certain():
     """Thirty films of ten patients: Wilson's interval of ten; where no formula is, none."""
     labels_N = np.arange(30) % 2
@@ -200,7 +215,9 @@ def test_shares_and_means_have_the_intervals_of_a_report():
             np.ones(120, bool),
         ),
     }
-    for item in ratio_metrics(ratios, resampling):
+    found = ratio_metrics(ratios, resampling)
+    assert [(item.metric, item.class_name) for item in found] == list(ratios)
+    for item in found:
         told = expected[item.metric, item.class_name]
         assert (item.value, item.n, item.patients) == pytest.approx(
             (told.value, told.n, told.patients)

@@ -20,6 +20,7 @@ from lungopacity.evaluation.metrics import (
 from lungopacity.evaluation.table import largest_gaps, uncompared_groups
 
 NAMES = ("Normal", "Lung_Opacity")
+NAMES_OF_THREE = (*NAMES, "Not_Normal")
 
 
 def two_class(positive_N) -> np.ndarray:
@@ -101,6 +102,29 @@ def test_calibration_error_by_hand():
     assert bins.correct_B.sum() == 3
 
 
+@pytest.mark.parametrize("index", [None, 0, 2])
+def test_calibration_bins_are_those_of_guo_and_others(index):
+    """15 of equal width, each with its upper edge; the first and the last are used, too."""
+    rng = np.random.default_rng(4)
+    p_NK = rng.dirichlet(np.full(3, 0.4), 600)
+    p_NK[:3] = [[0, 0.2, 0.8], [1, 0, 0], [0.4, 0.6, 0]]  # on edges
+    labels = rng.integers(0, 3, 600)
+    of_N = p_NK.argmax(axis=1) if index is None else np.full(600, index)
+    p_N, right_N = p_NK[np.arange(600), of_N], of_N == labels
+    error, filled = 0.0, 0
+    for low in range(15):
+        in_bin = (p_N > low / 15) & (p_N <= (low + 1) / 15) | ((low == 0) & (p_N == 0))
+        if in_bin.any():
+            error += in_bin.mean() * abs(right_N[in_bin].mean() - p_N[in_bin].mean())
+            filled += 1
+    bins = calibration_bins(labels, p_NK, index)
+    assert (len(bins.count_B), (bins.count_B > 0).sum()) == (15, filled)
+    assert bins.expected_calibration_error == pytest.approx(error)
+    name = None if index is None else NAMES_OF_THREE[index]
+    metrics = classification_metrics(labels, p_NK, NAMES_OF_THREE, positive=name)
+    assert values(metrics)["expected_calibration_error", name] == pytest.approx(error)
+
+
 def test_errors_of_opposite_sign_do_not_cancel_in_the_class_that_decides():
     """Its 0.1 happens 2 times in 10, and its 0.9 ten times: both are confidences of 0.9, of which 9
     in 10 are right."""
@@ -168,6 +192,15 @@ def test_delongs_variance_is_that_of_the_direct_formula():
     half = 1.959964 * math.sqrt(variance) / (found.value * (1 - found.value))
     assert logits[1] - logits[0] == pytest.approx(half, rel=1e-5)
     assert logits[2] - logits[1] == pytest.approx(half, rel=1e-5)
+
+
+@pytest.mark.parametrize("positives", [1, 2])
+def test_of_one_film_of_a_kind_no_interval_is_told(positives):
+    scores = np.array([0.4, 0.9, 0.1, 0.3, 0.5, 0.2])
+    for positive_N in (np.arange(6) < positives, np.arange(6) >= positives):
+        found = roc_auc(positive_N, scores)
+        assert 0 < found.value < 1
+        assert (found.ci_low is None, found.ci_high is None) == (positives == 1, positives == 1)
 
 
 @pytest.mark.parametrize("negatives", [20, 3])
@@ -240,7 +273,7 @@ def test_subgroups_divide_the_images_and_unknown_is_one_of_them():
 
 @pytest.mark.parametrize(
     ("years", "band"),
-    [(0, "under-18"), (17.9, "under-18"), (18, "18-39"), (40, "40-64"), (89, "65-89"), (90, "90+")],
+    [(0, "under-18"), (17.9, "under-18"), (18, "18-39"), (40, "40-64"), (65, "65-89"), (90, "90+")],
 )
 def test_age_bands_meet_without_a_gap(years, band):
     assert age_band(years) == band
@@ -253,7 +286,8 @@ def test_age_bands_meet_without_a_gap(years, band):
         (np.array([2]), two_class([0.5]), "labels"),
         (np.array([0]), np.array([[np.nan, 1.0]]), "NaN"),
         (np.array([0]), np.array([[0.9, 0.9]]), "sum to 1"),
-        (np.array([0]), np.array([[-0.5, 1.5]]), "outside"),
+        (np.array([0]), np.array([[-0.5, 1.5]]), "below 0"),
+        (np.array([0]), np.array([[0.0, 1.5]]), "sum to 1"),
         (np.array([0]), np.array([[1.0]]), "not \\(n, 2\\)"),
         (np.array([0.0]), two_class([0.5]), "labels are float64, not integers"),
     ],
