@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional
 
 from lungopacity.models import build_network
+from lungopacity.training import loop
+from lungopacity.training.checkpoint import NETWORK_FILE
 from lungopacity.training.loop import (
     Films,
     Worker,
     _patience_spent,
     _set_training,
     _train_epoch,
+    _validation_logits,
     learn,
     loss_of,
 )
@@ -235,3 +242,121 @@ def test_weight_decay_can_leave_biases_and_gains_as_they_are(kernels_only: bool)
     assert any(name.startswith("head") for name in vectors)
     assert any(name.startswith("features") and name.endswith("weight") for name in vectors)
     assert kept == (vectors if kernels_only else set())
+
+
+def test_every_epoch_draws_its_own_order_of_all_films() -> None:
+    own = worker(TrainingSettings(batch_size=20))
+    first, second = (np.concatenate(own.batches(epoch)) for epoch in (1, 2))
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert len({tuple(order) for order in (first, second, range(100))}) == 3
+
+
+def test_where_classes_are_balanced_every_batch_holds_both() -> None:
+    own = worker(TrainingSettings(class_balance="sampling", batch_size=20))
+    assert all(set(own.films.labels_N[batch]) == {0, 1} for batch in own.batches(epoch=1))
+
+
+class Watched(torch.optim.SGD):
+    """Notes the learning rate and the bias's gradient of each step."""
+
+    def __init__(self, network: Recorder) -> None:
+        super().__init__(network.parameters())
+        self.bias = network.head.bias
+        self.rates: list[float] = []
+        self.gradients: list[torch.Tensor] = []
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.bias.grad is not None
+        self.rates.append(self.param_groups[0]["lr"])
+        self.gradients.append(self.bias.grad.clone())
+        return super().step(closure)
+
+
+def test_each_step_goes_by_its_own_batch_at_the_middle_of_its_part_of_the_schedule() -> None:
+    settings = TrainingSettings(
+        batch_size=25, epochs=4, label_smoothing=0.0, learning_rate=0.4, precision="float32"
+    )
+    own, network = worker(settings), Recorder()
+    optimizer = Watched(network)
+    _train_epoch(own, network, optimizer, 2, None)
+    middles = [(1 + part) / 4 for part in (0.125, 0.375, 0.625, 0.875)]
+    assert optimizer.rates == [learning_rate_at(middle, settings) for middle in middles]
+    batches = zip(own.batches(2), network.said, optimizer.gradients, strict=True)
+    for index_B, logits_BK, gradient_K in batches:
+        targets_BK = functional.one_hot(torch.from_numpy(own.films.labels_N[index_B]), 2)
+        expected_K = (logits_BK.softmax(1) - targets_BK).mean(0)
+        torch.testing.assert_close(gradient_K, expected_K)
+
+
+def test_every_epoch_changes_the_films_anew() -> None:
+    brighter = AugmentationSettings(0, 0, 0, gain=0.5, gamma=0, flip_probability=0)
+    own = worker(TrainingSettings(augmentation=brighter, batch_size=100))
+    gains = []
+    for epoch in (1, 2):
+        network = Recorder()
+        _train_epoch(own, network, torch.optim.SGD(network.parameters()), epoch, None)
+        (index_B,), (shown_B,) = own.batches(epoch), network.shown
+        black = index_B == 0
+        greys_B = own.films.pixels_NHW[index_B][:, 0, 0]
+        gains.append(((shown_B.numpy() * 0.25 + 0.5) * 255)[~black] / greys_B[~black])
+        assert gains[-1].min() < 0.9 < 1.1 < gains[-1].max()
+    assert not np.allclose(gains[0][:50], gains[1][:50], atol=0.02)
+
+
+@pytest.mark.parametrize(("decay", "kept"), [(0.995, 3 / 12), (0.2, 0.2)])
+def test_the_average_keeps_its_share_of_what_it_was(decay: float, kept: float) -> None:
+    own = worker(TrainingSettings(batch_size=100, ema_decay=decay, learning_rate=1.0))
+    network, averaged = Recorder(), Recorder()
+    before_K = averaged.head.bias.detach().clone()
+    # The second step of all: the first epoch had one, too.
+    _train_epoch(own, network, torch.optim.SGD(network.parameters()), 2, averaged)
+    now_K = network.head.bias.detach()
+    assert not torch.allclose(before_K, now_K)
+    torch.testing.assert_close(averaged.head.bias.detach(), kept * before_K + (1 - kept) * now_K)
+
+
+def test_validation_looks_at_each_of_its_films_as_screening_will() -> None:
+    network = build_network("classical-cnn", 2, {**SMALL, "dropout": 0.5})
+    own = worker(TrainingSettings())
+    validation = np.random.default_rng(0).permutation(100)[:70]
+    own = replace(own, films=replace(own.films, validation=validation))
+    network.train()
+    logits_VK = _validation_logits(own, network)
+    network.eval()
+    x_V1HW = (torch.from_numpy(own.films.pixels_NHW[validation])[:, None] / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        torch.testing.assert_close(logits_VK, network(x_V1HW))
+
+
+def trained(settings: TrainingSettings, first: dict[str, torch.Tensor] | None, folder: Path) -> Any:
+    """Weights by name after each epoch."""
+    own = worker(replace(settings, batch_size=50, model_settings=SMALL), rare=5)
+    own = replace(own, films=replace(own.films, validation=own.films.train))
+    after = []
+
+    def report(row: dict[str, Any], logits_VK: torch.Tensor, save: Callable[[str], None]) -> None:
+        right_V = logits_VK.argmax(1).numpy() == own.films.labels_N
+        assert row["validation_accuracy"] == pytest.approx(right_V.mean())
+        save(str(folder))
+        after.append(safetensors.torch.load((folder / NETWORK_FILE).read_bytes()))
+
+    assert learn(own, first, None, report) is None
+    return after
+
+
+def test_frozen_epochs_leave_the_first_weights_as_they_are_but_for_the_last_layer(
+    tmp_path: Path,
+) -> None:
+    first = build_network("classical-cnn", 2, SMALL).state_dict()
+    frozen, free = trained(TrainingSettings(epochs=2, frozen_epochs=1), first, tmp_path)
+    for name, weight in first.items():
+        assert torch.equal(frozen[name], weight) is not name.startswith("head."), name
+        assert not torch.equal(free[name], frozen[name]), name
+
+
+def test_training_ends_when_its_patience_is_spent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loop, "_patience_spent", lambda rows, patience: len(rows) == patience)
+    assert len(trained(TrainingSettings(epochs=3, patience=2), None, tmp_path)) == 2
+    assert len(trained(TrainingSettings(epochs=3, patience=9), None, tmp_path)) == 3
