@@ -93,7 +93,14 @@ def _of_list(uri: str, archive_uri: str) -> Iterator[pa.Table]:
         return
     with _local(uri, None) as path:
         for table in _parquet(path, ()):
-            yield _planned(table, uri, "")
+            planned = _planned(table, uri, "")
+            # On disk such a key leads to the film, too, which would have two names then.
+            if pc.any(pc.starts_with(planned["image"], f"{archive_uri}/")).as_py():
+                raise UserError(
+                    f"{uri}: its column image names whole URIs; give keys as they are below "
+                    f"{archive_uri}"
+                )
+            yield planned
 
 
 def _newest_manifest(uri: str) -> str | None:

@@ -233,6 +233,12 @@ def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path, monkeypatch
     pq.write_table(archive.objects.slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="names nothing below"):
         read(str(tmp_path / "empty.parquet"), archive.uri)
+    # A key as a URI leads to the same film on disk: it would be screened again by its other name.
+    listed = archive.objects.drop_columns("is_shard")
+    uris = pa.array([f"{archive.uri}/{key}" for key in listed["image"].to_pylist()])
+    pq.write_table(listed.set_column(0, "image", uris), tmp_path / "uris.parquet")
+    with pytest.raises(UserError, match="its column image names whole URIs; give keys as they are"):
+        read(str(tmp_path / "uris.parquet"), archive.uri)
 
 
 def test_what_is_left_out_is_counted_unless_it_is_nothing(tmp_path, caplog):
