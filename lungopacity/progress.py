@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from threading import Event, Thread
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 10.0
 _QUICK_S = 2.0
+_STILL_S = 60.0
+"""Nothing came for so long: that is told, too, and again after twice, four times ... the time."""
 _live = False
 _shown: Any = None
 """The bar that is the terminal's live line; there can be one."""
@@ -34,11 +37,18 @@ class Progress:
     """Counts up to a total: `with Progress("Screening", total=n) as progress: progress.advance(8)`.
 
     Thread-unsafe. Of two, one inside the other, the terminal shows the one that was advanced last.
-    `quick`: mostly done at once, and no line tells of it then.
+    `quick`: mostly done at once, and no line tells of it then. `waits_for`: what may keep it from
+    going on, for people; asked by another thread where nothing was advanced for a minute.
     """
 
     def __init__(
-        self, title: str, total: int | None = None, unit: str = "images", *, quick: bool = False
+        self,
+        title: str,
+        total: int | None = None,
+        unit: str = "images",
+        *,
+        quick: bool = False,
+        waits_for: Callable[[], str] | None = None,
     ) -> None:
         self.title = title
         self.total = total
@@ -50,6 +60,9 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
+        self._waits_for = waits_for
+        self._ended = Event()
+        self._watch: Thread | None = None
 
     def __enter__(self) -> Self:
         if _live:
@@ -78,6 +91,9 @@ class Progress:
             )
             self._show()
             self._task = self._bar.add_task(self.title, total=self.total, note="", rate="")
+        if self._waits_for is not None:
+            self._watch = Thread(target=self._tell_of_waiting, args=[self._waits_for], daemon=True)
+            self._watch.start()
         return self
 
     def __exit__(
@@ -87,6 +103,10 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         global _shown
+        self._ended.set()
+        if self._watch is not None:
+            # What it asks, Ray, is not to end meanwhile.
+            self._watch.join(timeout=30)
         if self._bar is not None:
             self._bar.stop()
             _shown = None if _shown is self._bar else _shown
@@ -123,6 +143,19 @@ class Progress:
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._line()
 
+    def _tell_of_waiting(self, waits_for: Callable[[], str]) -> None:
+        done, since, pause_s = self.done, time.monotonic(), _STILL_S
+        while not self._ended.wait(pause_s):
+            if self.done != done:
+                done, since, pause_s = self.done, time.monotonic(), _STILL_S
+                continue
+            told = f"nothing more for {time.monotonic() - since:.0f} s; {waits_for()}"
+            if self._bar is not None:
+                self._bar.update(self._task, note=told)
+            else:
+                log.info("%s: %d%s %s, %s", self.title, done, self._of, self.unit, told)
+            pause_s *= 2
+
     def _show(self) -> None:
         global _shown
         if _shown is not self._bar:
@@ -132,12 +165,15 @@ class Progress:
             _shown = self._bar
 
     @property
+    def _of(self) -> str:
+        return f" of {self.total}" if self.total is not None else ""
+
+    @property
     def _rate(self) -> str:
         rate = self.per_second
         return f"{1 / rate:.0f} s each" if 0 < rate < 0.1 else f"{rate:.1f}/s"
 
     def _line(self) -> None:
         self._last_line, self._told = time.monotonic(), self.done
-        of = f" of {self.total}" if self.total is not None else ""
         note = f", {self.note}" if self.note else ""
-        log.info("%s: %d%s %s, %s%s", self.title, self.done, of, self.unit, self._rate, note)
+        log.info("%s: %d%s %s, %s%s", self.title, self.done, self._of, self.unit, self._rate, note)

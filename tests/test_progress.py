@@ -4,6 +4,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 
 from lungopacity import progress
 from lungopacity.progress import Progress
@@ -44,6 +45,19 @@ def test_lines_do_not_flood_a_log(caplog):
         for _ in range(1000):
             shown.advance(1)
     assert len(caplog.messages) == 1
+
+
+def test_what_does_not_go_on_is_told_with_what_it_waits_for(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "_STILL_S", 0.05)
+    shown = Progress("Reading", total=4, unit="films", waits_for=lambda: "no film is there")
+    with caplog.at_level(logging.INFO), shown:
+        while not caplog.messages:
+            time.sleep(0.01)
+        shown.advance(4)
+    first, *_, last = caplog.messages
+    assert first == "Reading: 0 of 4 films, nothing more for 0 s; no film is there"
+    assert last.startswith("Reading: 4 of 4 films, ")
+    assert "nothing more" not in last
 
 
 def test_what_is_done_at_once_is_told_only_where_it_took_long(monkeypatch, caplog):

@@ -10,6 +10,7 @@ from lungopacity.runtime.installed import versions
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, alone, environment
 from lungopacity.runtime.resources import (
     capacity,
+    free_resources,
     grows_to,
     may_grow,
     require_resources,
@@ -34,6 +35,7 @@ __all__ = [
     "end_if_told",
     "end_on_signals",
     "environment",
+    "free_resources",
     "grows_to",
     "is_submission_address",
     "may_grow",

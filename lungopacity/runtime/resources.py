@@ -43,6 +43,17 @@ def capacity() -> dict[str, float]:
     return {name: max(has.get(name, 0.0), _told.get(name, 0.0)) for name in _MENDS}
 
 
+def free_resources() -> str:
+    """What the cluster has left for tasks that wait, for people."""
+    import ray
+
+    has, free = ray.cluster_resources(), ray.available_resources()
+    told = [
+        f"{free.get(name, 0.0):g} of {counted(has[name], name)}" for name in _MENDS if name in has
+    ]
+    return f"free in the Ray cluster: {', '.join(told) or 'nothing'}"
+
+
 def require_resources(cpus: float, gpus: float, what: str) -> None:
     """Refuse what the cluster can never give: Ray itself would wait for it without a word.
 

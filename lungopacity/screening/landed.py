@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from lungopacity import observe
 from lungopacity.errors import Status
 from lungopacity.progress import Progress
+from lungopacity.runtime import free_resources
 from lungopacity.screening.parts import OBJECTS
 
 
@@ -35,7 +36,11 @@ class Landed:
         self.objects = 0
         self.images: Counter[str] = Counter()
         # How many images a shard holds is known only once it has been read.
-        self.progress = Progress("Screening", total=None if self.with_shards else self.to_do)
+        self.progress = Progress(
+            "Screening",
+            total=None if self.with_shards else self.to_do,
+            waits_for=free_resources,
+        )
 
     def __enter__(self) -> Self:
         self.progress.__enter__()

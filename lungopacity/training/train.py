@@ -11,7 +11,7 @@ from lungopacity.dataset.classes import class_names_of
 from lungopacity.errors import UserError
 from lungopacity.models import refuse_model
 from lungopacity.progress import Progress
-from lungopacity.runtime import ray_session, resolve_gpu
+from lungopacity.runtime import free_resources, ray_session, resolve_gpu
 from lungopacity.storage.probe import check_writable
 from lungopacity.training.fit import TrainingResult, fit, start_of
 from lungopacity.training.task import DEFAULT_CLASSES, training_task
@@ -78,7 +78,9 @@ def train(
         # What cannot be is said before the films are read.
         start = start_of(chosen, class_names_of(task.label_map))
         data = task.load()
-        with Progress("Training", total=chosen.epochs, unit="epochs") as progress:
+        with Progress(
+            "Training", total=chosen.epochs, unit="epochs", waits_for=free_resources
+        ) as progress:
 
             def show(row: dict[str, Any]) -> None:
                 progress.advance(

@@ -36,7 +36,14 @@ from lungopacity.errors import NOTICE, UserError
 from lungopacity.models import build_network
 from lungopacity.models.pretrained import FirstWeights
 from lungopacity.progress import Progress
-from lungopacity.runtime import capacity, ray_session, require_resources, resolve_gpu, versions
+from lungopacity.runtime import (
+    capacity,
+    free_resources,
+    ray_session,
+    require_resources,
+    resolve_gpu,
+    versions,
+)
 from lungopacity.storage import ConflictError, Store, open_store
 from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.storage.probe import check_writable
@@ -164,7 +171,7 @@ def _tried(
     known = Trials(store, space, task.settings)
     waiting = [number for number in range(trials) if number not in known.rows]
     if waiting:
-        with Progress("Trials", total=trials, unit="trials") as progress:
+        with Progress("Trials", total=trials, unit="trials", waits_for=free_resources) as progress:
             progress.advance(trials - len(waiting))
             known.on_row = lambda note: progress.advance(1, note=note)
             tensors = None if first is None else dict(first.tensors)

@@ -1,9 +1,11 @@
 """Actors that take every CPU make Ray wait for ever. Ours must leave one to reading.
 
-Of one large shard no two CPUs have their share, and then the model has actors of its own."""
+Of one large shard no two CPUs have their share, and then the model has actors of its own. What
+others take is waited for, and that is told."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,24 @@ import ray
 ray.init(address="local", num_cpus=int(sys.argv[1]), include_dashboard=False,
          log_to_driver=False, logging_level=logging.ERROR)
 import lungopacity
+from lungopacity import progress
+
+@ray.remote(num_cpus=int(sys.argv[1]))
+class Other:
+    def is_there(self):
+        return True
+
+class UntilTold(logging.Handler):
+    def emit(self, record):
+        print(record.getMessage())
+        if "free in the Ray cluster" in record.getMessage():
+            ray.kill(other)
+
+other = Other.remote()
+ray.get(other.is_there.remote())
+progress._STILL_S = 0.5
+progress.log.setLevel(logging.INFO)
+progress.log.addHandler(UntilTold())
 print(lungopacity.screen(*sys.argv[2:5]).ok)
 """
 
@@ -43,4 +63,8 @@ def test_screening_fits_itself_to_the_cluster(tmp_path: Path, cpus: int, in_a_sh
         text=True,
         timeout=180,
     )
-    assert done.stdout.splitlines()[-1:] == [str(_FILMS)], done.stderr
+    told = done.stdout.splitlines()
+    assert told[-1:] == [str(_FILMS)], done.stderr
+    of = "" if in_a_shard else f" of {_FILMS}"
+    free = f"; free in the Ray cluster: 0 of {cpus} CPU"
+    assert re.match(rf"Screening: 0{of} images, nothing more for \d+ s{free}", told[1]), told
