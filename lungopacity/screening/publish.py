@@ -46,18 +46,18 @@ CREATE TABLE whole AS
 SELECT image, arg_min(reading, ended) AS reading FROM (
     SELECT image, reading, any_value(shard_rows) AS expected, min(screened_at) AS ended
     FROM written WHERE shard_rows IS NOT NULL GROUP BY image, reading
-) LEFT JOIN (
+) JOIN (
     SELECT reading, count(*) AS found
     FROM (SELECT DISTINCT reading, member_index, frame FROM written
           WHERE reading IS NOT NULL AND shard_rows IS NULL)
     GROUP BY reading
 ) USING (reading)
-WHERE coalesce(found, 0) = expected
+WHERE found = expected
 GROUP BY image"""
 
 _DONE = """
 CREATE TABLE done AS
-SELECT image FROM written WHERE reading IS NULL AND shard_rows IS NULL
+SELECT image FROM written WHERE reading IS NULL
 UNION SELECT image FROM whole"""
 
 # An object that one attempt could not read, and another read as several images, is the latter. Of
@@ -70,7 +70,7 @@ SELECT {columns} FROM (
       AND (reading IS NULL AND image NOT IN (SELECT image FROM whole)
            OR reading IN (SELECT reading FROM whole))
     QUALIFY row_number() OVER (
-        PARTITION BY image, reading, member_index, frame ORDER BY status <> 'ok', screened_at
+        PARTITION BY image, member_index, frame ORDER BY status <> 'ok', screened_at
     ) = 1
 )"""
 

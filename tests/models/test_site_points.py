@@ -81,11 +81,13 @@ def test_all_that_can_be_chosen_are_found_and_no_other(tmp_path, caplog):
     save_operating_point(uri, model, "ours", ours)
     shutil.copy(f"{uri}/operating_points/ours.json", f"{uri}/operating_points/youden.json")
     save_operating_point(uri, tiny_model(seed=5), "of-another", ours)
-    (tmp_path / "m" / "operating_points" / "damaged.json").write_text("{")
+    for name, text in (("damaged", "{"), ("a-list", "[]"), ("too-little", "{}")):
+        (tmp_path / "m" / "operating_points" / f"{name}.json").write_text(text)
     assert points_of_sites(uri, model) == {"ours": ours}
     assert "left out: " in caplog.text
     assert "'of-another' was chosen for model" in caplog.text
-    assert "'damaged' is damaged" in caplog.text
+    for name in ("damaged", "a-list", "too-little"):
+        assert f"'{name}' is damaged" in caplog.text
 
 
 def test_a_point_of_another_class_is_refused(tmp_path):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import duckdb
@@ -38,8 +39,8 @@ def predictions(*rows: dict) -> duckdb.DuckDBPyRelation:
 
 
 MIXED = (
-    {"p": 0.9},
-    {"p": 0.51},
+    {"p": 0.9, "quality_low_contrast": True, "quality_out_of_distribution": False},
+    {"p": 0.51, "quality_low_contrast": True, "quality_out_of_distribution": True},
     {"p": 0.02},
     {"p": 1.0},
     {"status": "failed", "error_code": "truncated"},
@@ -57,6 +58,12 @@ def test_counts_rates_codes_and_speed():
     assert metric_value(metrics, "error_code", "truncated") == 2
     assert metric_value(metrics, "error_code", "not_an_image") == 1
     assert metric_value(metrics, "decision_rate", "positive") == 0.75
+    assert metric_value(metrics, "quality_flag", "low_contrast") == 2
+    assert metric_value(metrics, "quality_flag", "out_of_distribution") == 1
+    assert metric_value(metrics, "quality_flag", "blank") == 0
+    assert {m.n for m in metrics if m.metric in ("images_ok", "error_code", "quality_flag")} == {7}
+    assert metric_value(metrics, "decision_rate", "review") == 0
+    assert metric_value(metrics, "seconds") == 3.5
     assert metric_value(metrics, "images_per_s") == 2.0
     (rate,) = [m for m in metrics if (m.metric, m.class_name) == ("decision_rate", "positive")]
     assert rate.ci_low < 0.75 < rate.ci_high
@@ -102,6 +109,22 @@ def test_metrics_against_labels_count_what_can_be_judged():
     assert metric_value(metrics, "accuracy") == pytest.approx(2 / 3)
     (accuracy,) = [m for m in metrics if (m.metric, m.group) == ("accuracy", "all")]
     assert accuracy.n == 3
+
+
+def test_labels_of_members_are_those_of_their_own_names_and_of_the_class_that_decides():
+    spec = replace(SPEC, positive_class="Normal")
+    table = predictions(
+        {"p": 0.9, "label": "Lung_Opacity", "image": "x.tar", "member": "a.png"},
+        {"p": 0.1, "label": "Normal", "image": "x.tar", "member": "b.png"},
+    )
+    told = labels("a.png", "b.png", patient_sex=["F", "M"])
+    metrics = label_metrics(table, spec, told)
+    assert {m.group: m.n for m in metrics if m.metric == "accuracy"} == {
+        "all": 2, "patient_sex=F": 1, "patient_sex=M": 1,
+        "view_position=unknown": 2, "age=unknown": 2,
+    }  # fmt: skip
+    assert metric_value(metrics, "films_known_to_model") == 0
+    assert {m.class_name for m in metrics if m.metric == "brier_binary"} == {"Normal"}
 
 
 def test_films_that_the_model_learnt_from_do_not_count():

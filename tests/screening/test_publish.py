@@ -48,10 +48,10 @@ def missing(store, plan: Plan, folder: Path) -> list[str]:
         return [name for file in files for name in pq.read_table(file)["image"].to_pylist()]
 
 
-def final(store, plan: Plan) -> pa.Table:
+def final(store, plan: Plan, *, synthetic_model: bool = False) -> pa.Table:
     """The rows that would be published. Raises where they are not those of the plan."""
     with collect(store, plan, CLASSES) as collected:
-        collected.finish(synthetic_model=False)
+        collected.finish(synthetic_model=synthetic_model)
         return collected.connection.sql(
             "SELECT * FROM final ORDER BY image, member_index, frame"
         ).to_arrow_table()
@@ -242,12 +242,19 @@ def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_p
     store = open_store(str(tmp_path / "results"))
     plan = plan_of(tmp_path / "plan", names, ["a.tar", "b.tar"])
     shards = [
-        [row(shard, index, frame=frame) for index, frame in places] + [marker(shard, len(places))]
+        [
+            *(row(shard, index, frame=frame) for index, frame in places),
+            row(shard, 6, member="x/6.png"),
+            marker(shard, len(places) + 1),
+        ]
         for shard, places in (("a.tar", [(4, 0), (4, 1), (5, None)]), ("b.tar", [(5, None)]))
     ]
     write_parts(store, plan, [*(row(name) for name in names), *shards[0], *shards[1]])
     labels = pd.DataFrame(
-        {"image": ["1.png", "2.png", "3.png", "4.png", "5.png", "gone"], "label": list("abcdef")}
+        {
+            "image": ["1.png", "2.png", "3.png", "4.png", "5.png", "6.png", "gone"],
+            "label": list("abcdefg"),
+        }
     )
     with collect(store, plan, CLASSES) as collected:
         collected.finish(synthetic_model=False)
@@ -375,6 +382,13 @@ def test_work_that_the_storage_does_not_give_is_kept_and_named(tmp_path, code, m
     )
     with pytest.raises(UserError, match=said), collect(store, plan, CLASSES):
         pass
+
+
+def test_what_a_model_of_phantoms_says_is_marked_in_every_row(tmp_path):
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a", "b"], [])
+    write_parts(store, plan, [row("a", synthetic=False), row("b", status="failed")])
+    assert final(store, plan)["synthetic"].to_pylist() == [False, None]
+    assert final(store, plan, synthetic_model=True)["synthetic"].to_pylist() == [True, True]
 
 
 def test_no_column_is_ever_of_type_null(tmp_path):

@@ -67,6 +67,25 @@ def test_a_score_that_is_no_number_is_a_failure_and_no_decision(monkeypatch, bro
         assert {**rows[place], "screened_at": None} == {**sound[place], "screened_at": None}
 
 
+@pytest.mark.parametrize("reject_unlike", [False, True])
+def test_a_film_unlike_those_of_training_is_flagged_or_has_no_score_where_told(reject_unlike):
+    model = with_distribution(tiny_model(), FILMS)
+    stage = ScoreImages(model, ON_CPU, reject_unlike, Explainer("r"), "float32")
+    _, like, unlike = stage(read_rows(np.stack([FILMS[0], np.zeros_like(FILMS[0])]))).to_pylist()
+    flags = [row["quality_out_of_distribution"] for row in (like, unlike)]
+    assert (flags, unlike["out_of_distribution_score"] > 1) == ([False, True], True)
+    assert like["status"] == "ok"
+    assert like["decision"] is not None
+    said = [unlike[name] for name in ("status", "error_code", "error_stage")]
+    names = [f"{kind}_{name}" for kind in ("p", "logit") for name in model.spec.class_names]
+    told = [unlike[name] is None for name in (*names, "predicted_label", "decision")]
+    if reject_unlike:
+        assert (said, set(told)) == (["rejected", "poor_quality", "score"], {True})
+        assert unlike["explanation_png"] is None
+    else:
+        assert (said, set(told)) == (["ok", None, None], {False})
+
+
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
