@@ -82,8 +82,9 @@ class ScreeningResult:
 
     @property
     def nothing_scored(self) -> bool:
-        """There were images, and not one has a score: a device may tag or invert all its films."""
-        return self.images > 0 and self.ok == 0
+        """There were images, and not one has a score: a device may tag or invert all its films.
+        Those that fail again do not count: they would say so of every quiet night."""
+        return self.images > self.failed_again and self.ok == 0
 
     @property
     def exit_code(self) -> int:

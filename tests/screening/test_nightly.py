@@ -282,10 +282,14 @@ def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
     assert "again     1 of these could not be read before either" in summary(quiet)
     assert "drift     status: too few images to say (0 images)" in summary(quiet)
     assert (place.status()["failed_again"], place.status()["broken"]) == (1, False)
+    # Nor that a device has spoilt all films.
+    assert place.status()["nothing_scored"] == []
+    assert "NOTHING" not in summary(quiet)
     place.failing["new.png"] = "forbidden"
     place.archive.write("new.png", b"x")
     (night,) = place.night().runs
     assert (night.failed, night.failed_again, night.exit_code) == (2, 1, 2)
+    assert place.status()["nothing_scored"] == [night.run_id]
 
 
 def test_a_run_is_retried_from_another_folder_than_its_model_was_named_in(place, monkeypatch):
