@@ -217,13 +217,13 @@ def test_who_needs_no_ray_hears_nothing_of_one_that_cannot_be_had():
     ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
 def test_a_signal_in_the_middle_of_an_import_waits_for_its_end(tmp_path, number, raised):
-    (tmp_path / "slow.py").write_text("import time\nfor _ in range(10): time.sleep(0.05)\n")
+    told = f"os.kill(os.getpid(), {int(number)})"
+    (tmp_path / "slow.py").write_text(f"import os, time\n{told}\ntime.sleep(0.1)\n")
     script = (
-        "import signal, sys, threading, time, os\n"
+        "import signal, time\n"
         "from lungopacity.runtime import end_on_signals\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "end_on_signals()\n"
-        f"threading.Timer(0.2, os.kill, (os.getpid(), {int(number)})).start()\n"
         "try:\n"
         "    import slow\n"
         "    print('imported', flush=True)\n"

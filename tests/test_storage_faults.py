@@ -278,7 +278,7 @@ def test_one_that_stays_away_is_waited_for_once_and_not_by_every_object(proxy, s
     began = time.monotonic()
     for _ in range(20):
         assert code_of(lambda: store.read("a")) is ErrorCode.UNAVAILABLE
-    assert 1.5 < time.monotonic() - began < 6
+    assert 1.5 < time.monotonic() - began < 20  # by each: 30
     timer.cancel()
     proxy.choose_any = None
     assert store.read("a") == CONTENT
@@ -317,7 +317,7 @@ def test_a_server_that_never_answered_is_not_waited_for(monkeypatch, s3_server):
         monkeypatch.setattr("lungopacity.storage.s3_clients._REQUEST_ATTEMPTS", 1)
         began = time.monotonic()
         assert code_of(lambda: open_store("s3://films").read("a")) is ErrorCode.UNAVAILABLE
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 40  # it would be waited for for 60
 
 
 def code_of(act) -> ErrorCode:

@@ -206,17 +206,17 @@ class Hanging(RunLog):
 def test_a_place_that_hangs_holds_up_neither_training_nor_other_places(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lungopacity.training.tracking._WAIT_S", 0.3)
+    monkeypatch.setattr("lungopacity.training.tracking._WAIT_S", 2.0)
     hanging = Hanging()
     logs = RunLogs([hanging, TensorBoardLog(str(tmp_path / "tb"))])
     logs.start(RUN, SMALL_RUN, MODEL, [])
     began = time.monotonic()
     for epoch in range(1, 41):
         logs.epoch(row(epoch))
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 20  # an epoch that waits would take 30
     with caplog.at_level(logging.WARNING):
         logs.finish(result(40))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25
     assert "--mlflow http://far: does not answer; not all was written" in caplog.text
     events = tensorboard_events(str(tmp_path / "tb" / RUN), tmp_path / "copy")
     assert len(events.Scalars("train_loss")) == 40
@@ -224,14 +224,14 @@ def test_a_place_that_hangs_holds_up_neither_training_nor_other_places(
 
 
 def test_a_slow_place_is_told_all_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lungopacity.training.tracking._WAIT_S", 0.3)
+    monkeypatch.setattr("lungopacity.training.tracking._WAIT_S", 1.0)
     slow = Hanging()
-    monkeypatch.setattr(slow, "tell", lambda row: time.sleep(0.1))
+    monkeypatch.setattr(slow, "tell", lambda row: time.sleep(0.05))
     logs = RunLogs([slow])
-    for epoch in range(1, 8):
+    for epoch in range(1, 41):
         logs.epoch(row(epoch))
-    logs.finish(result(7))
-    assert slow.told == set(range(1, 8))
+    logs.finish(result(40))
+    assert slow.told == set(range(1, 41))
 
 
 def test_a_run_killed_before_its_first_epoch_is_taken_up_by_the_same_command_alone(
