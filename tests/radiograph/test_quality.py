@@ -132,6 +132,29 @@ def test_a_negative_is_found_at_the_smallest_size_of_a_model_too():
         assert judge(content, *pixels.shape, 0.0).inverted is is_inverted
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_film_that_is_cut_to_the_lungs_is_no_negative_and_its_negative_is(seed):
+    """Its surround is black, and white in the negative; the spine is in the surround."""
+    film = phantom(seed)
+    height, width = film.shape
+    row, column = np.mgrid[:height, :width] / np.array([height, width])[:, None, None]
+    lungs = ((row - 0.5) / 0.35) ** 2 + ((np.abs(column - 0.5) - 0.2) / 0.13) ** 2 < 1
+    cut = np.where(lungs, np.maximum(film, 40), 0).astype(np.uint8)
+    assert "inverted" not in flags(cut)
+    assert "inverted" in flags(255 - cut)
+
+
+def test_a_white_frame_alone_makes_no_negative_and_much_white_alone_does_not():
+    film = phantom(1)
+    assert "inverted" not in flags(np.pad(film, 8, constant_values=255))
+    assert "inverted" not in flags(np.pad(np.full_like(film, 255), 40))
+
+
+@pytest.mark.parametrize(("side", "is_too_small"), [(95, True), (96, False)])
+def test_a_side_of_96_pixels_is_enough(side, is_too_small):
+    assert ("too_small" in flags(grey_film(1, 120, side))) is is_too_small
+
+
 def moved(film: np.ndarray, share: float) -> np.ndarray:
     """The patient lies beside the middle; what comes in on the other side is air."""
     columns = round(share * film.shape[1])
