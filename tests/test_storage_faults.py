@@ -144,6 +144,29 @@ def test_where_an_etag_is_made_of_no_md5s_two_fetches_are_compared(
     assert code_of(lambda: store.read("a", etag=etag)) is ErrorCode.DIGEST_MISMATCH
 
 
+@pytest.mark.parametrize(
+    ("told", "fetches"),
+    [
+        ({"ServerSideEncryption": "aws:kms"}, 1),
+        ({"ServerSideEncryption": "aws:kms:dsse"}, 1),
+        ({"SSECustomerAlgorithm": "AES256"}, 1),
+        ({"ServerSideEncryption": "AES256"}, 2),  # by S3's own keys: the ETag is the MD5
+    ],
+)
+def test_an_object_under_keys_of_ones_own_is_fetched_once(
+    proxy, s3_uri, monkeypatch, told, fetches
+):
+    """Its ETag looks like an MD5, and is none."""
+    store = open_store(s3_uri)
+    store.write("a", CONTENT)
+    ask = S3Store._ask
+    of_chance = {"ETag": f'"{"fab9" * 8}"', **told}
+    monkeypatch.setattr(S3Store, "_ask", lambda *of, **more: ask(*of, **more) | of_chance)
+    monkeypatch.setattr(store._ready.quick, "_store", None)
+    assert store.read("a") == CONTENT
+    assert sum(proxy.gets.values()) == fetches
+
+
 def test_parts_of_many_sizes_or_unknown_ones_are_checked_by_length_alone(
     proxy, s3_uri, monkeypatch
 ):
