@@ -13,7 +13,7 @@ import pytest
 import lungopacity
 from lungopacity.archive.inventory import list_archive, take_inventory
 from lungopacity.errors import UserError
-from lungopacity.models import OperatingPoint
+from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
 from lungopacity.screening import finish, history, screen
 from lungopacity.screening.job import screening_job
@@ -296,11 +296,25 @@ def test_a_run_is_retried_from_another_folder_than_its_model_was_named_in(place,
     monkeypatch.chdir(place.folder)
     place.model, model = "model", place.model
     place.failing["Adams.png"] = "timeout"
-    (run,) = place.night(max_failed_fraction=1.0).runs
-    assert json.loads(place.store.read(f"runs/{run.run_id}.json"))["model"] == model
+    save_operating_point(model, load_model(model), "ours", OperatingPoint(0.3, review_from=0.1))
+    (run,) = place.night(
+        max_failed_fraction=1.0,
+        accept=["lateral_view"],
+        reject_quality=["blank"],
+        operating_point="ours",
+        explain=True,
+    ).runs
+    record = json.loads(place.store.read(f"runs/{run.run_id}.json"))
+    assert record["model"] == model
     monkeypatch.chdir("/")
     monkeypatch.setattr(screen, "done_with_ray", lambda: None)
-    assert lungopacity.retry(place.results, run.run_id).images == 1
+    (place.folder / "labels.csv").write_text("image,label\nAdams.png,Normal\n")
+    again = lungopacity.retry(place.results, run.run_id, labels=str(place.folder / "labels.csv"))
+    # What fails again does not make it a broken run.
+    assert (again.images, again.labelled, again.exit_code) == (1, 1, 1)
+    # Its rows stand beside those of the run: by the same rules.
+    told = json.loads(place.store.read(f"runs/{again.run_id}.json"))
+    assert told["settings"] == record["settings"]
 
 
 def test_a_run_that_does_not_say_its_model_is_retried_with_one_that_is_given(place):

@@ -15,10 +15,17 @@ from lungopacity.screening.nightly import nightly
 from lungopacity.screening.report import night_summary, summary
 from lungopacity.storage import LocalStore
 from tests.films import tar
+from tests.models.tiny import write_tiny_model
 
 
-def test_a_killed_night_is_finished_first(place):
+def test_a_killed_night_is_finished_first(place, tmp_path):
+    place.night()
     place.killed()
+    # What was published since with another model is not of its kind.
+    model, place.model = place.model, str(tmp_path / "other")
+    write_tiny_model(place.model, seed=7)
+    place.night()
+    place.model = model
     finished, own = place.night().runs
     assert (finished.run_id, finished.images, own.images) == ("killed", 4, 0)
     # Its films were screened in seconds that nobody counted.

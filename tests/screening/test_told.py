@@ -18,6 +18,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
 from lungopacity.screening import nightly, screen
+from lungopacity.screening.plan import unfinished_runs
 from lungopacity.screening.report import summary
 from lungopacity.storage import LocalStore
 from lungopacity.storage.lease import Lease
@@ -119,6 +120,7 @@ def test_a_night_that_may_not_remove_its_work_is_published_all_the_same(place, m
     assert place.night().runs[0].images == 0
     # Withdrawn, it does not come back with the rows that it was withdrawn for.
     place.store.delete(f"runs/{run.run_id}.json")
+    assert unfinished_runs(place.store) == []
     monkeypatch.setattr(screen, "ray_ahead", nullcontext)
     with pytest.raises(UserError, match=r"was published before, and .*_work/.* still has its work"):
         lungopacity.screen(place.archive.uri, place.model, place.results, run_id=run.run_id)
