@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
-            raise
+            # Not raised: Python would end with 1, as of a job that is done.
+            traceback.print_exc()
         _tell(f"error: {_one_line(error)}")
         return 2
 
