@@ -86,14 +86,15 @@ class Place:
         run_id: str = "killed",
         archive: str = "",
         change: Callable[[pa.Table], pa.Table] | None = None,
+        nightly: bool = True,
         **options,
     ) -> Plan:
-        """A night that was killed before it published what it had screened."""
+        """A night, or another run, that was killed before it published what it had screened."""
         job = self.job(**options)
         with TemporaryDirectory() as folder:
             plan = make_plan(
                 job.results, list_archive(archive or self.archive.uri), job.model.model_id, run_id,
-                Path(folder), rules=job.rules, nightly=True,
+                Path(folder), rules=job.rules, nightly=nightly,
             )  # fmt: skip
             for file in plan.files:
                 self.write_parts(plan, pq.read_table(file), change)

@@ -62,6 +62,9 @@ def test_a_killed_runs_plan_is_taken_up_even_when_the_archive_grew(archive, stor
     assert again.start == first.start
     assert [start.run_id for start in unfinished_runs(results)] == ["one"]
     assert unfinished_table(store_uri)["run_id"].to_pylist() == ["one"]
+    results.write("metrics/one.parquet", b"")
+    commit_run(results, "one", record_of("one"))  # killed before its work was removed
+    assert unfinished_runs(results) == []
     with pytest.raises(UserError, match="elsewhere: no results lie there"):
         unfinished_table(f"{store_uri}/elsewhere")
 

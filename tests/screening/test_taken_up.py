@@ -12,6 +12,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.results.query import query
 from lungopacity.screening import publish, screen
 from lungopacity.screening.nightly import nightly
+from lungopacity.screening.plan import unfinished_runs
 from lungopacity.screening.report import night_summary, summary
 from lungopacity.storage import LocalStore
 from tests.films import tar
@@ -32,6 +33,14 @@ def test_a_killed_night_is_finished_first(place, tmp_path):
     assert "images/s" not in summary(finished)
     speeds = query(place.results, "SELECT images_per_s FROM runs WHERE run_id = 'killed'")
     assert speeds.to_pylist() == [{"images_per_s": None}]
+
+
+def test_a_run_that_no_night_began_is_left_to_whoever_did(place):
+    """It may be at work at this moment, and has no lease."""
+    place.killed(nightly=False)
+    (own,) = place.night().runs
+    assert own.images == 4
+    assert [start.run_id for start in unfinished_runs(place.store)] == ["killed"]
 
 
 def test_a_killed_night_over_one_shard_is_finished_too(place):
