@@ -102,7 +102,13 @@ class Comparison:
     first_model: str
     second_model: str
     images: int
+    first_images: int
+    second_images: int
+    """Of each report: films that one alone holds are in no figure here."""
     positive_class: str
+    first_decided_at: str | None
+    second_decided_at: str | None
+    """The names of the operating points. None where a report is too old to tell."""
     synthetic: bool
     auc: AucDifference
     accuracy: ShareDifference
@@ -121,15 +127,33 @@ class Comparison:
         return "\n".join(
             [
                 f"first {self.first_model}, second {self.second_model}: {self.images} images"
+                + self._of_how_many()
                 + (" (synthetic)" if self.synthetic else ""),
                 f"  AUC of {self.positive_class}  {auc.first:.4f} and {auc.second:.4f}, difference "
                 f"{auc.difference:+.4f}{_told(auc.ci_low, auc.ci_high)}, DeLong p "
                 + ("cannot be told" if auc.p_value is None else f"= {auc.p_value:.3g}"),
                 *(_told_share(name, share) for name, share in self._shares().items()),
+                *self._points(),
                 *self._clustered(),
                 NOTICE,
             ]
         )
+
+    def _of_how_many(self) -> str:
+        """Where a report holds films that the other does not."""
+        each = (self.first_images, self.second_images)
+        return (
+            ""
+            if each == (self.images, self.images)
+            else " that both hold, of {} and {}".format(*each)
+        )
+
+    def _points(self) -> list[str]:
+        """A line, where decisions are compared and the reports tell where they were made."""
+        first, second = self.first_decided_at, self.second_decided_at
+        if self.sensitivity is None or first is None or second is None:
+            return []
+        return [f"  sensitivity, specificity: the first decided at {first}, the second at {second}"]
 
     def _shares(self) -> dict[str, ShareDifference]:
         """Those that both reports tell, by name."""
@@ -183,7 +207,7 @@ def compare(first: str, second: str) -> Comparison:
             )
     if (both["label"] != both["label_second"]).any():
         raise UserError(f"{first} and {second} label some images differently; use the same labels")
-    positive, other_positive = _positive_class(first), _positive_class(second)
+    (positive, decided_at), (other_positive, other_decided_at) = _facts(first), _facts(second)
     if other_positive != positive:
         log.warning(
             "%s decides about %s and %s about %s: their decisions are not compared",
@@ -206,7 +230,11 @@ def compare(first: str, second: str) -> Comparison:
         first_model=str(one["model_id"].iloc[0]),
         second_model=str(other["model_id"].iloc[0]),
         images=len(both),
+        first_images=len(one),
+        second_images=len(other),
         positive_class=positive,
+        first_decided_at=decided_at,
+        second_decided_at=other_decided_at,
         synthetic=bool(both["synthetic"].any() or both["synthetic_second"].any()),
         auc=auc_difference(positive_N, scores_N2[:, 0], scores_N2[:, 1]),
         accuracy=differences["accuracy"],
@@ -338,8 +366,10 @@ def _read(report: str) -> pd.DataFrame:
     return frame.drop_duplicates("image")
 
 
-def _positive_class(report: str) -> str:
+def _facts(report: str) -> tuple[str, str | None]:
+    """The class that it decides about, and the operating point's name, where it tells."""
     try:
-        return str(json.loads(open_store(report).read("evaluation.json"))["positive_class"])
+        facts = json.loads(open_store(report).read("evaluation.json"))
+        return str(facts["positive_class"]), facts.get("decided_at")
     except (ImageError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{report}/evaluation.json cannot be read; evaluate again") from error

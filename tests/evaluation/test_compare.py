@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
 
 from lungopacity.cli import main
 from lungopacity.errors import UserError
@@ -113,12 +114,29 @@ def test_two_reports_are_compared_image_by_image(store_uri, capfd):
     first, second = report(f"{store_uri}/1", "aaa", 1), report(f"{store_uri}/2", "bbb", 2)
     assert main(["compare", "--first", first, "--second", second]) == 0
     told = capfd.readouterr().out
-    assert "first aaa, second bbb: 60 images" in told
+    assert "first aaa, second bbb: 60 images\n" in told
     assert "DeLong p = " in told
     assert "McNemar p = " in told
     assert "sensitivity" not in told  # reports of before they told decisions
     assert main(["compare", "--first", first, "--second", second, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["auc"]["p_value"] <= 1
+    found = json.loads(capfd.readouterr().out)
+    assert found["auc"]["p_value"] <= 1
+    frames = [
+        pd.read_parquet(io.BytesIO(open_store(uri).read("predictions.parquet")))
+        for uri in (first, second)
+    ]
+    for name, frame in zip(("first", "second"), frames, strict=True):
+        right = frame["predicted_label"] == frame["label"]
+        assert found["accuracy"][name] == pytest.approx(right.mean())
+        ranked = frame["label"] == "Lung_Opacity", frame["p_Lung_Opacity"]
+        assert found["auc"][name] == pytest.approx(roc_auc_score(*ranked))
+    # Of one that holds more films, is older than the digests, and is of phantoms.
+    more = frames[1].head(1).assign(image="60.png")
+    frame = pd.concat([frames[1], more]).drop(columns="content_sha256").assign(synthetic=True)
+    open_store(second).write("predictions.parquet", frame.to_parquet())
+    _, told = told_of(first, second, capfd)
+    assert "second bbb: 60 images that both hold, of 60 and 61 (synthetic)\n" in told
+    assert compare(second, first).synthetic
 
 
 def told_of(first: str, second: str, capfd) -> tuple[dict, str]:
@@ -180,6 +198,12 @@ def test_decisions_are_compared_among_those_with_and_without_an_opacity(tmp_path
         assert low < share["second"] - share["first"] < high
         assert f"  {name}  {share['first']:.4f} and {share['second']:.4f}; right alone" in told
         assert f"over patients: {name} difference {share['second'] - share['first']:+.4f}" in told
+    assert "decided at" not in told  # reports of before they told where
+    for uri, name in ((first, "youden"), (second, "our-site")):
+        facts = {"positive_class": "Lung_Opacity", "decided_at": name}
+        open_store(uri).write("evaluation.json", json.dumps(facts).encode())
+    told = told_of(first, second, capfd)[1]
+    assert "the first decided at youden, the second at our-site\n" in told
     assert found["sensitivity"]["second"] > found["sensitivity"]["first"]
     assert found["specificity"]["second"] < found["specificity"]["first"]
 
@@ -198,6 +222,18 @@ def test_decisions_about_different_classes_are_not_compared(tmp_path, capfd):
     told = capfd.readouterr()
     assert "sensitivity" not in told.out
     assert "decides about Lung_Opacity and" in told.err
+
+
+def test_a_p_value_that_cannot_be_told_is_said_to_be_so(tmp_path, capfd):
+    """The second model ranks all as the first does, and the other way round."""
+    positive = np.arange(60) % 3 == 0
+    uris = [
+        report(str(tmp_path / str(n)), f"m{n}", 1, p_Lung_Opacity=score, p_Normal=1 - score)
+        for n, score in enumerate((1.0 * positive, 1.0 - positive))
+    ]
+    found, told = told_of(*uris, capfd)
+    assert (found["auc"]["difference"], found["auc"]["p_value"]) == (-1, None)
+    assert "difference -1.0000 (no interval), DeLong p cannot be told\n" in told
 
 
 def test_where_each_patient_has_one_film_the_tests_alone_are_told(tmp_path, capfd):
@@ -256,6 +292,7 @@ def test_what_is_no_report_is_told(tmp_path):
     open_store(first).delete("evaluation.json")
     with pytest.raises(UserError, match="evaluate again"):
         compare(first, first)
-    same = report(str(tmp_path / "3"), "ccc", 1, label="Normal")
-    with pytest.raises(UserError, match="all, or none of them, Lung_Opacity"):
-        compare(same, same)
+    for label in ("Normal", "Lung_Opacity"):
+        same = report(str(tmp_path / "3"), "ccc", 1, label=label)
+        with pytest.raises(UserError, match="all, or none of them, Lung_Opacity"):
+            compare(same, same)
