@@ -94,6 +94,17 @@ def test_with_patients_each_curve_lies_in_its_band_and_the_legend_has_the_bootst
     assert box.width == pytest.approx(box.height, abs=1)
 
 
+@pytest.mark.parametrize("kind", [0, 1])
+def test_of_films_of_one_kind_no_operating_point_is_marked(kind):
+    points = {"Lung_Opacity": POINTS}
+    axes = curves.roc_figure(np.full(8, kind), SCORES, NAMES, "model", points=points).axes[0]
+    assert {line.get_marker() for line in axes.lines} == {"None"}
+    (chance,) = [line for line in axes.lines if line.get_label() == "Chance"]
+    assert (*chance.get_xdata(), *chance.get_ydata()) == (0, 1, 0, 1)
+    assert axes.get_xlabel() == "False positive rate (1 - specificity)"
+    assert axes.get_ylabel() == "True positive rate (sensitivity)"
+
+
 def test_operating_points_are_marked_where_they_lie():
     figure = curves.roc_figure(
         MANY_LABELS, MANY_SCORES, NAMES, "model", points={"Lung_Opacity": POINTS}
