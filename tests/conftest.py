@@ -14,6 +14,9 @@ from lungopacity.observe import log_lines, logs_as_json
 
 # Before anything imports ray: see lungopacity.runtime.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# By default Ray's workers have a niceness of 15: whatever else the machine does, as a test beside
+# this one, would get thirty times as much of a core, and the tests with Ray wait for it.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 _BUCKET = "tests"
 _SLOW = ("integration", "faults", "benchmark", "training")
