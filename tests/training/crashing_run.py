@@ -1,5 +1,5 @@
-"""`fit` in a process of its own, for a test to kill. Arguments: Ray's address, the output, and
-where TensorBoard and MLflow look."""
+"""`fit` in a process of its own, for a test to kill after two epochs. Arguments: Ray's address, the
+output, and where TensorBoard and MLflow look."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import sys
 
 import ray
 
+from lungopacity.training import ray_run
 from lungopacity.training.fit import fit
 from lungopacity.training.tracking import run_logs
 from tests.training.blobs import EVERYTHING, blob_films
+from tests.training.resting import resting_loop
 
 if __name__ == "__main__":
     address, output, tensorboard, mlflow = sys.argv[1:]
     ray.init(address=address, log_to_driver=False)
+    ray_run.train_loop = resting_loop
     with run_logs(tensorboard, mlflow) as logs:
         fit(
             blob_films(),

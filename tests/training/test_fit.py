@@ -40,6 +40,7 @@ from tests.models.tiny import write_tiny_model
 from tests.parquet_pages import has_page_checksums
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
 from tests.training.logs_read import mlflow_run, tensorboard_events
+from tests.training.resting import resting_loop
 
 ROOT = Path(__file__).parents[2]
 FILMS = blob_films()
@@ -191,7 +192,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
 
         def start(name: str, earlier: list[dict[str, Any]]) -> None:
             names.append(name)
-            assert [row["epoch"] for row in earlier][:2] == [1, 2]
+            assert [row["epoch"] for row in earlier] == [1, 2]
             logs.start(name, EVERYTHING, output, earlier)
 
         def epoch(row: dict[str, Any]) -> None:
@@ -205,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
     count = train + validation + 3 * train  # turned by each quarter, too
     assert f"where the training films lie: {count} of {count} images" in caplog.text
     assert "its network is compiled for CPUs, and tried" in caplog.text
-    assert seen[0] > 2
+    assert seen == [3, 4, 5, 6]
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert result.model.model_id == run.result.model.model_id
     assert not Path(output, "_training").exists()
@@ -218,8 +219,9 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
 
 
 def test_two_workers_train_one_model_and_bear_the_loss_of_one(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lungopacity.training.ray_run.train_loop", resting_loop)
     # Odd numbers: neither the films nor the batches divide evenly.
     films = blob_films(train=97, validation=43)
     seen: list[int] = []
@@ -231,10 +233,10 @@ def test_two_workers_train_one_model_and_bear_the_loss_of_one(
             killed.append(_own_processes("ray::RayTrainWorker")[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    settings = replace(SMALL_RUN, workers=2, epochs=8, class_balance="weights")
+    settings = replace(SMALL_RUN, workers=2, epochs=6, class_balance="weights")
     result = fit(films, settings, str(tmp_path / "model"), on_epoch=kill_one_worker)
     assert killed
-    assert seen == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert seen == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in result.history] == seen
     assert result.model.spec.metrics["accuracy"] > 0.9
 
