@@ -253,8 +253,11 @@ def test_rows_without_a_patient_are_told_of(caplog):
 
 
 def test_too_few_patients_to_split_are_refused():
-    with pytest.raises(UserError, match="too few to split"):
-        assign_splits(labels(patients=6), URI, seed=0)
+    """Of five in a class each split gets one."""
+    with pytest.raises(UserError, match="4 patients in the smallest class are too few to split"):
+        assign_splits(labels(patients=12), URI, seed=0)
+    films = assign_splits(labels(patients=15), URI, seed=0)
+    assert len(films.groupby(["split", "label"])) == 6
 
 
 def test_a_patient_in_two_splits_is_refused():
