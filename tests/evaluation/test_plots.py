@@ -40,6 +40,19 @@ def test_the_area_under_the_drawn_precision_steps_is_the_average_precision():
     assert area == pytest.approx(average_precision_score(LABELS, POSITIVE))
 
 
+def test_precision_stands_beside_the_share_that_chance_alone_reaches():
+    labels = np.array([1, 0, 1, 0, 0, 0, 0, 1])
+    axes = curves.precision_recall_figure(labels, SCORES, NAMES, "model").axes[0]
+    shares = {
+        line.get_label(): line.get_ydata()[0]
+        for line in axes.lines
+        if "Chance" in str(line.get_label())
+    }
+    assert shares == {"Chance: 0.625": 0.625, "Chance: 0.375": 0.375}
+    assert axes.get_xlabel() == "Recall (sensitivity)"
+    assert axes.get_ylabel() == "Precision (positive predictive value)"
+
+
 @pytest.mark.parametrize("draw", CURVES[:2])
 def test_the_legend_lies_outside_the_curves(draw):
     axes, below = drawn(draw(LABELS, SCORES, NAMES, "model")).axes
