@@ -30,7 +30,7 @@ from lungopacity.models.networks import build_network
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
-from lungopacity.training.fit import fit
+from lungopacity.training.fit import first_tensors, fit
 from lungopacity.training.loop import Films, Worker, _train_epoch, _validation_logits
 from lungopacity.training.settings import TrainingSettings, recipe
 
@@ -119,24 +119,19 @@ def test_each_network_learns_for_an_epoch_and_scores(films, name) -> None:
     np.testing.assert_allclose(logits_VK, expected_VK.numpy(), rtol=1e-3, atol=1e-3)
 
 
-def test_ray_trains_from_imagenets_weights(films, tmp_path) -> None:
-    output = str(tmp_path / "model")
-    result = fit(films, short("efficientnet-lite0"), output)
-    (row,) = result.history
-    assert row["train_loss"] > 0
-    assert load_model(output).model_id == result.model.model_id
-    assert result.model.spec.training["weights"]["licence"] == "Apache-2.0"
-
-
-def test_what_is_frozen_stays_and_the_head_learns_from_a_file_of_weights(films, tmp_path) -> None:
-    before = build_network("cov-net", 3)
+def test_ray_trains_the_head_on_imagenets_weights_from_a_file(films, tmp_path) -> None:
+    name, classes = "efficientnet-lite0", (*CLASSES, "TB")
+    before = build_network(name, len(classes))
+    published = first_tensors(before, short(name))
+    assert published is not None
     spec = ModelSpec(
-        architecture="cov-net",
+        architecture=name,
         architecture_settings=asdict(before.settings),
-        class_names=(*CLASSES, "TB"),
+        class_names=classes,
         positive_class="Lung_Opacity",
         preprocessing=Preprocessing(SIDE),
         operating_point=OperatingPoint(0.5),
+        training={"weights": published.facts},
     )
     digests = films.images["content_sha256"]
     tested = digests[films.split_N == "test"].iloc[0]
@@ -146,15 +141,19 @@ def test_what_is_frozen_stays_and_the_head_learns_from_a_file_of_weights(films, 
         training_films_parquet=training_films_parquet([tested, "of other labels"]),
     )
     weights = str(tmp_path / "first" / "model.safetensors")
-    settings = short("cov-net", weights=weights, frozen_epochs=1)
     output = str(tmp_path / "model")
-    model = fit(films, settings, output).model
+    result = fit(films, short(name, weights=weights, frozen_epochs=1), output)
+    (row,) = result.history
+    assert row["train_loss"] > 0
+    model = result.model
+    assert load_model(output).model_id == model.model_id
     after = safetensors.torch.load(model.weights)
-    for name, tensor in before.state_dict().items():
-        if not name.startswith("head."):
-            assert after[name].equal(tensor), name
-    assert after["head.weight"].shape == (2, 256)
+    for part, tensor in before.state_dict().items():
+        if not part.startswith("head."):
+            assert after[part].equal(tensor), part
+    assert len(after["head.weight"]) == len(CLASSES)
     assert model.spec.training["weights"]["source"].endswith("first/model.safetensors")
+    assert model.spec.training["weights"]["licence"] == "Apache-2.0"
     # What the first model knew is no test of the second.
     own = set(digests[films.split_N != "test"])
     assert films_known_to(output) == own | {tested, "of other labels"}
