@@ -53,7 +53,7 @@ def test_the_model_is_looked_at_before_any_cluster():
     )
     arguments = ["screen", "--archive", "jobs", "--output", "x", "--model", "x"]
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
     )
     # The model is looked at first: no cluster is troubled for a mistake in the options.
     assert done.returncode == 2
@@ -105,7 +105,6 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        timeout=120,
         env={**without_ray, **environment},
     )
 
@@ -233,7 +232,7 @@ def test_a_signal_in_the_middle_of_an_import_waits_for_its_end(tmp_path, number,
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
     assert done.stdout.split() == ["imported", "told"], done.stderr
 
@@ -255,7 +254,6 @@ def test_a_process_alone_runs_no_line_of_the_callers_script(tmp_path: Path):
         env={**os.environ, "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,
-        timeout=100,
     )
     told = ["3", "a process ended with 3", "division by zero"]
     assert done.stdout.splitlines() == told, done.stderr

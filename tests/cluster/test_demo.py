@@ -28,7 +28,6 @@ def test_a_place_that_will_not_do_is_told_before_anything_starts(tmp_path: Path,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,
-        timeout=100,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(said, done.stderr)

@@ -107,7 +107,6 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
         [sys.executable, SCRIPT, "--folder", str(tmp_path / "file" / "s3"), "--", "true"],
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert done.returncode == 2
     assert re.fullmatch(r"error: .* Not a directory: '.*/file/s3/data'\n", done.stderr)
@@ -174,7 +173,6 @@ def test_the_command_gets_the_variables_and_its_exit_code_is_returned(tmp_path: 
         env={**os.environ, "AWS_SESSION_TOKEN": "a stale one"},
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert result.returncode == 7, result.stderr
 

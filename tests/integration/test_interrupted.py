@@ -36,7 +36,7 @@ def guarded(name, *arguments, **more):
 builtins.__import__ = guarded
 sys.exit(main(sys.argv[1:]))
 """
-_PATIENCE_S = 60.0
+_PATIENCE_S = 120.0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

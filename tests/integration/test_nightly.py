@@ -166,14 +166,14 @@ def test_a_night_that_is_told_to_end_gives_its_lease_back(place):
          "--model", place.model, "--results", place.results],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not [item for item in place.store.list("_work/") if "run.json" in item.key]:
         assert night.poll() is None, night.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert list(place.store.list("_lock/"))
     night.terminate()
-    told = night.communicate(timeout=60)[0]
+    told = night.communicate(timeout=120)[0]
     assert night.returncode != 0, told
     assert not list(place.store.list("_lock/")), told
     assert place.status()["state"] == "failed"

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from lungopacity.observe import NAMES
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film, tar
@@ -38,7 +36,6 @@ print(*seen.values(), sep=chr(10))
 """
 
 
-@pytest.mark.timeout(150)
 def test_a_run_exports_its_figures_and_logs_json_with_its_id(tmp_path: Path):
     store = open_store(str(tmp_path / "archive"))
     for number in range(7):
@@ -51,7 +48,6 @@ def test_a_run_exports_its_figures_and_logs_json_with_its_id(tmp_path: Path):
         [sys.executable, "-c", SCRIPT, ",".join(NAMES), *places, "--run-id", "night"],
         capture_output=True,
         text=True,
-        timeout=140,
     )
     figures: dict[str, float] = {}
     for line in done.stdout.splitlines():
