@@ -11,7 +11,7 @@ import pandas as pd
 from lungopacity.archive.names import names_by_ending
 from lungopacity.dataset.tables import read_table
 from lungopacity.errors import UserError
-from lungopacity.radiograph import MAX_AGE_YEARS
+from lungopacity.radiograph import MAX_AGE_YEARS, years_of
 from lungopacity.words import counted
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,11 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
         frame[column] = told.map(
             lambda word, terms=terms: terms.get(word.strip().upper(), word), na_action="ignore"
         )
-    ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
+    told = frame["patient_age_years"].astype(object)
+    told = told.map(
+        lambda age: age if (years := years_of(str(age))) is None else years, na_action="ignore"
+    )
+    ages = pd.to_numeric(told, errors="coerce")
     no_age = frame["patient_age_years"].notna() & ~ages.between(0, MAX_AGE_YEARS)
     if no_age.any():
         # Public sets hold a few (RSNA: 155 years). They cost a subgroup a film, and no more.

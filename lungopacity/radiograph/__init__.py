@@ -2,7 +2,13 @@
 
 from lungopacity.radiograph.decode import decode_radiographs
 from lungopacity.radiograph.dicom_header import ACCEPTABLE
-from lungopacity.radiograph.film import MAX_AGE_YEARS, SYNTHETIC_MARK, DecodeLimits, Radiograph
+from lungopacity.radiograph.film import (
+    MAX_AGE_YEARS,
+    SYNTHETIC_MARK,
+    DecodeLimits,
+    Radiograph,
+    years_of,
+)
 from lungopacity.radiograph.preprocess import Preprocessing
 from lungopacity.radiograph.quality import (
     OUT_OF_DISTRIBUTION,
@@ -25,4 +31,5 @@ __all__ = [
     "Radiograph",
     "decode_radiographs",
     "judge",
+    "years_of",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Set
 from typing import Any
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.radiograph.film import MAX_AGE_YEARS, is_synthetic
+from lungopacity.radiograph.film import MAX_AGE_YEARS, is_synthetic, years_of
 
 ACCEPTABLE = frozenset(
     {
@@ -238,13 +238,8 @@ def _sequence_code(dataset: Any, keyword: str) -> str:
 
 
 def _age_years(dataset: Any) -> int | None:
-    # Age String, PS3.5 6.2: three digits and D, W, M or Y. Public sets (RSNA) write bare years.
-    match = re.fullmatch(r"(\d{1,3})([DWMY]?)", _text(dataset, "PatientAge"))
-    if not match:
-        return None
-    years_per_unit = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0, "": 1.0}[match[2]]
-    years = int(int(match[1]) * years_per_unit)
-    return min(90, years) if years <= MAX_AGE_YEARS else None
+    years = years_of(_text(dataset, "PatientAge"))
+    return min(90, years) if years is not None and years <= MAX_AGE_YEARS else None
 
 
 def _hmac(key: bytes | None, value: str) -> str | None:

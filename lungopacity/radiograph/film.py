@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
@@ -19,6 +20,16 @@ _MAX_PIXELS_PER_BYTE = 200
 
 MAX_AGE_YEARS = 120
 """Above it an age is a mistake in the record, and taken as unknown."""
+
+
+def years_of(age: str) -> int | None:
+    """Whole years of an Age String (PS3.5 6.2: three digits and D, W, M or Y), or of bare years, as
+    public sets (RSNA) write them. None for anything else."""
+    match = re.fullmatch(r"(\d{1,3})([DWMY]?)", age.strip())
+    if not match:
+        return None
+    years_per_unit = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0, "": 1.0}[match[2]]
+    return int(int(match[1]) * years_per_unit)
 
 
 def is_synthetic(comment: object) -> bool:

@@ -166,13 +166,19 @@ def test_parquet_that_holds_no_text_is_refused(tmp_path, value, kind):
 
 
 def test_what_is_no_age_in_years_is_unknown_and_said(tmp_path, caplog):
-    rows = "".join(f"{n},Normal,{age}\n" for n, age in enumerate(["62", "-3", "155", "045Y", ""]))
+    rows = "".join(f"{n},Normal,{age}\n" for n, age in enumerate(["62", "-3", "155", "45 Y", ""]))
     (tmp_path / "a.csv").write_text(f"image,label,patient_age_years\n{rows}")
     ages = read_labels(str(tmp_path / "a.csv"))["patient_age_years"]
     assert ages.isna().tolist() == [False, True, True, True, True]
     assert ages[0] == 62
-    # A header's 045Y is an age: to say that it is impossible would send nobody to the mend.
     assert "3 of patient_age_years are no number of years from 0 to 120" in caplog.text
+
+
+def test_ages_may_be_told_as_headers_do(tmp_path):
+    rows = "".join(f"{n},Normal,{age}\n" for n, age in enumerate(["045Y", "018M", "7.5", " 9 "]))
+    (tmp_path / "a.csv").write_text(f"image,label,patient_age_years\n{rows}")
+    ages = read_labels(str(tmp_path / "a.csv"))["patient_age_years"]
+    assert ages.tolist() == [45, 1, 7.5, 9]
 
 
 def test_an_absent_file_is_refused(tmp_path):
