@@ -113,16 +113,7 @@ def test_an_object_that_was_uploaded_in_parts_is_checked_by_their_md5s(proxy, s3
     assert sum(map(operator.ne, store.read_head("a", 100), LARGE[:100])) <= 1
 
 
-@pytest.mark.parametrize(
-    ("sizes", "etag"),
-    [((), "fab9" * 8), ((), f"{'fab9' * 8}-1"), ((5_500_000, 5_500_000), f"{'fab9' * 8}-3")],
-)
-def test_where_an_etag_is_made_of_no_md5s_two_fetches_are_compared(
-    proxy, s3_uri, monkeypatch, caplog, sizes, etag
-):
-    """As MinIO makes it under `--no-compat`, Ozone, Alibaba's OSS, and VAST of files by NFS."""
-    store = open_store(s3_uri)
-    uploaded_in_parts(store, *sizes)
+def with_etags_of_chance(store, monkeypatch, etag):
     ask = S3Store._ask
 
     def of_chance(store, method, **arguments):
@@ -131,6 +122,17 @@ def test_where_an_etag_is_made_of_no_md5s_two_fetches_are_compared(
 
     monkeypatch.setattr(S3Store, "_ask", of_chance)
     monkeypatch.setattr(store._ready.quick, "_store", None)
+
+
+@pytest.mark.parametrize("sizes", [(), (5_500_000, 5_500_000)])
+def test_where_an_etag_with_parts_is_made_of_no_md5s_two_fetches_are_compared(
+    proxy, s3_uri, monkeypatch, caplog, sizes
+):
+    """As MinIO makes it under `--no-compat`, Ozone, and Alibaba's OSS."""
+    store = open_store(s3_uri)
+    uploaded_in_parts(store, *sizes)
+    etag = f"{'fab9' * 8}-{len(sizes) + 1}"
+    with_etags_of_chance(store, monkeypatch, etag)
     assert store.read("a", etag=etag) == LARGE
     assert sum(proxy.gets.values()) == 2
     proxy.gets.clear()
@@ -144,27 +146,62 @@ def test_where_an_etag_is_made_of_no_md5s_two_fetches_are_compared(
     assert code_of(lambda: store.read("a", etag=etag)) is ErrorCode.DIGEST_MISMATCH
 
 
+@pytest.mark.parametrize("etag", ["fab9" * 8, f"{'fab9' * 8}-1"])
+def test_etags_that_are_no_md5s_are_taken_where_one_says_so(proxy, s3_uri, monkeypatch, etag):
+    """VAST makes such for files that came by NFS."""
+    open_store(s3_uri).write("a", LARGE)
+    monkeypatch.setenv("LUNGOPACITY_ETAGS", "opaque")
+    store = open_store(s3_uri)
+    monkeypatch.delenv("LUNGOPACITY_ETAGS")
+    with_etags_of_chance(store, monkeypatch, etag)
+    elsewhere = pickle.loads(pickle.dumps(store))  # on a node that has no such variable
+    assert elsewhere.read("a", etag=etag) == LARGE
+    assert sum(proxy.gets.values()) == 1
+    if "-" not in etag:
+        with pytest.raises(ImageError, match="set LUNGOPACITY_ETAGS=opaque") as told:
+            open_store(s3_uri).read("a", etag=etag)
+        assert told.value.code is ErrorCode.DIGEST_MISMATCH
+
+
+def test_small_objects_with_opaque_etags_are_fetched_once(proxy, s3_uri, monkeypatch):
+    monkeypatch.setenv("LUNGOPACITY_ETAGS", "opaque")
+    store = open_store(s3_uri)
+    store.write("a", b"film")
+    proxy.fault, proxy.times = "flip", 1
+    assert store.read("a", etag=store.head("a").etag) != b"film"
+    assert sum(proxy.gets.values()) == 1
+
+
+def test_what_etags_are_is_told_in_one_word(monkeypatch):
+    monkeypatch.setenv("LUNGOPACITY_ETAGS", "md4")
+    with pytest.raises(UserError, match="LUNGOPACITY_ETAGS is 'md4'; it may be opaque"):
+        open_store("s3://bucket")
+
+
 @pytest.mark.parametrize(
-    ("told", "fetches"),
+    ("told", "is_md5"),
     [
-        ({"ServerSideEncryption": "aws:kms"}, 1),
-        ({"ServerSideEncryption": "aws:kms:dsse"}, 1),
-        ({"SSECustomerAlgorithm": "AES256"}, 1),
-        ({"ServerSideEncryption": "AES256"}, 2),  # by S3's own keys: the ETag is the MD5
+        ({"ServerSideEncryption": "aws:kms"}, False),
+        ({"ServerSideEncryption": "aws:kms:dsse"}, False),
+        ({"SSECustomerAlgorithm": "AES256"}, False),
+        ({"ServerSideEncryption": "AES256"}, True),  # by S3's own keys
     ],
 )
-def test_an_object_under_keys_of_ones_own_is_fetched_once(
-    proxy, s3_uri, monkeypatch, told, fetches
+def test_the_etag_of_an_object_under_keys_of_ones_own_is_no_md5(
+    proxy, s3_uri, monkeypatch, told, is_md5
 ):
-    """Its ETag looks like an MD5, and is none."""
+    """Though it looks like one."""
     store = open_store(s3_uri)
     store.write("a", CONTENT)
     ask = S3Store._ask
     of_chance = {"ETag": f'"{"fab9" * 8}"', **told}
     monkeypatch.setattr(S3Store, "_ask", lambda *of, **more: ask(*of, **more) | of_chance)
     monkeypatch.setattr(store._ready.quick, "_store", None)
-    assert store.read("a") == CONTENT
-    assert sum(proxy.gets.values()) == fetches
+    if is_md5:
+        assert code_of(lambda: store.read("a")) is ErrorCode.DIGEST_MISMATCH
+    else:
+        assert store.read("a") == CONTENT
+        assert sum(proxy.gets.values()) == 1
 
 
 def test_parts_of_many_sizes_or_unknown_ones_are_checked_by_length_alone(
@@ -235,7 +272,9 @@ def test_where_nothing_comes_through_obstore_boto3_reads_alone(proxy, s3_uri, mo
     tried = []
     checked = QuickGet._checked
     monkeypatch.setattr(
-        QuickGet, "_checked", lambda self, key, etag: tried.append(key) or checked(self, key, etag)
+        QuickGet,
+        "_checked",
+        lambda self, key, *more: tried.append(key) or checked(self, key, *more),
     )
     proxy.fault, proxy.times = "cut", 1
     for name in range(20):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -25,7 +25,14 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.ahead import ahead
 from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
 from lungopacity.storage.outage import answered, heard, patiently, trust
-from lungopacity.storage.s3_body import BodyError, UnlikeEtagError, etag_of, take_body
+from lungopacity.storage.s3_body import (
+    ETAGS_VARIABLE,
+    OPAQUE,
+    BodyError,
+    UnlikeEtagError,
+    etag_of,
+    take_body,
+)
 from lungopacity.storage.s3_clients import S3Clients, aws_session, clients_of
 from lungopacity.storage.s3_errors import (
     NO_CREDENTIALS,
@@ -54,13 +61,18 @@ Pages = Sequence[dict[str, Any]]
 
 
 class S3Store:
-    """A prefix of an S3 bucket. The client is made on first use, so a store may be pickled."""
+    """A prefix of an S3 bucket. The client is made on first use, so a store may be pickled: with
+    what `LUNGOPACITY_ETAGS` says where it was opened."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._clients: S3Clients | None = None
+        etags = os.environ.get(ETAGS_VARIABLE, "")
+        if etags not in ("", OPAQUE):
+            raise UserError(f"{ETAGS_VARIABLE} is '{etags}'; it may be {OPAQUE}, or not set")
+        self._opaque = etags == OPAQUE
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_clients": None, "_answered": answered()}
@@ -173,7 +185,7 @@ class S3Store:
         )
 
     def read(self, key: str, *, etag: str | None = None) -> bytes:
-        data = self._ready_to_read.quick.read(self.prefix + key, etag)
+        data = self._ready_to_read.quick.read(self.prefix + key, etag, self._opaque)
         if data is not None:
             heard(self.client.meta.endpoint_url)
             return data
@@ -258,7 +270,8 @@ class S3Store:
         found = etag_of(answer)
         if etag and found != etag:
             raise changed()  # not every server honours If-Match
-        take_body(answer, take, lambda number: self._part_bytes(key, found, number))
+        part_bytes = None if self._opaque else partial(self._part_bytes, key, found)
+        take_body(answer, take, part_bytes)
 
     def _part_bytes(self, key: str, etag: str, number: int) -> int | None:
         """Size of a part of the object, see `PartBytes`. Raises `ImageError`."""
@@ -364,11 +377,12 @@ class S3Store:
 def _tell_fetched_twice(bucket: str, endpoint: str) -> None:
     """Once in a process: it may be so of every object."""
     log.warning(
-        "the ETags of objects in s3://%s at %s are not made of their MD5s: each such object is "
-        "fetched twice, and taken if both are alike; where the server can make ETags of MD5s, have "
-        "it do so",
+        "the ETags of objects in s3://%s at %s that were uploaded in parts are not made of their "
+        "MD5s: each is fetched twice, and taken if both are alike; %s=%s takes them at once",
         bucket,
         endpoint,
+        ETAGS_VARIABLE,
+        OPAQUE,
     )
 
 

@@ -25,26 +25,29 @@ class BodyError(ImageError):
 
 
 class UnlikeEtagError(BodyError):
-    """A whole body, whose object has an ETag that may be made of MD5s, and is not of the body's.
+    """A whole body, of an object whose ETag tells a number of parts, and is not made of its MD5s.
 
-    It was altered on its way; or the server makes such ETags of something else. With a number of
-    parts: MinIO under `--no-compat` of chance, Ozone of the names of parts, Alibaba's OSS by a rule
-    of its own. Without one: VAST, for what was written by NFS or SMB, of its metadata
-    (https://kb.vastdata.com/documentation/docs/handling-object-etags-1).
+    It was altered on its way; or the server makes such ETags of something else: MinIO under
+    `--no-compat` of chance, Ozone of the names of parts, Alibaba's OSS by a rule of its own.
     """
 
     def __init__(self, digest: str) -> None:
         """digest: of the body that came, as the ETag would have it."""
-        super().__init__(ErrorCode.DIGEST_MISMATCH, "differs from the MD5s in its ETag")
+        super().__init__(ErrorCode.DIGEST_MISMATCH, "differs from the stored MD5s of its parts")
         self.digest = digest
 
 
 PartBytes = Callable[[int], int | None]
 """Of the number of a part, from 1, its size; None where the server does not tell."""
+ETAGS_VARIABLE = "LUNGOPACITY_ETAGS"
+OPAQUE = "opaque"
+"""What the variable says where ETags are no MD5s, though they look so: then none is compared. VAST
+makes such of the metadata of what was written by NFS or SMB, and no header tells
+(https://kb.vastdata.com/documentation/docs/handling-object-etags-1)."""
 
 
 def take_body(
-    answer: dict[str, Any], take: Callable[[bytes], object], part_bytes: PartBytes
+    answer: dict[str, Any], take: Callable[[bytes], object], part_bytes: PartBytes | None
 ) -> None:
     """Give the body of boto3's answer to `take`, piece by piece.
 
@@ -52,11 +55,11 @@ def take_body(
     object, only the length is checked, and what checksum of the whole botocore has code for
     (CRC64NVME, the default of some multipart uploads, it has by awscrt alone).
 
-    part_bytes: is asked of an object that was uploaded in parts. Raises `BodyError` where it broke
-    off or was altered on its way, after what had come, `UnlikeEtagError` where that is not certain;
-    and what `take` and `part_bytes` raise.
+    part_bytes: is asked of an object that was uploaded in parts. None: no ETag is made of MD5s.
+    Raises `BodyError` where the body broke off or was altered on its way, after what had come,
+    `UnlikeEtagError` where that is not certain; and what `take` and `part_bytes` raise.
     """
-    md5s = _PartMd5s(_first_part_bytes(answer, part_bytes))
+    md5s = _PartMd5s(_first_part_bytes(answer, part_bytes) if part_bytes else None)
     received = 0
     for piece in _pieces(answer["Body"]):
         md5s.update(piece)
@@ -70,8 +73,14 @@ def take_body(
     parts = _parts(answer)
     if md5s.size_bytes is None or md5s.etag(parts) == etag_of(answer).lower():
         return
+    if parts is None:
+        raise BodyError(
+            ErrorCode.DIGEST_MISMATCH,
+            "differs from the MD5 that its ETag looks like; if this server makes ETags of "
+            f"something else, set {ETAGS_VARIABLE}={OPAQUE}",
+        )
     # Some programs upload parts of many sizes; their bounds are not known then.
-    if all(part_bytes(number) == md5s.size_bytes for number in range(2, parts or 1)):
+    if part_bytes and all(part_bytes(n) == md5s.size_bytes for n in range(2, parts)):
         raise UnlikeEtagError(md5s.etag(parts))
 
 
