@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import ActorDiedError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
@@ -15,7 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from lungopacity.errors import UserError, last_line
 from lungopacity.runtime import worker_environment
-from lungopacity.storage import open_store
+from lungopacity.storage import join_uri, open_store
 from lungopacity.training.loop import Films, train_loop
 from lungopacity.training.relay import relayed_rows
 from lungopacity.training.settings import TrainingSettings
@@ -81,6 +82,18 @@ def run_ray_train(
             raise UserError(
                 f"training was given up after {restarts} restarts: {_cause(error)}; its "
                 "finished epochs are kept, and the same command goes on from there"
+            ) from error
+        except ActorDiedError as error:
+            # Ray overwrites the file in place: killed at that, or with the machine's power gone,
+            # it leaves half of it. Nor does it read one of another version of its own.
+            _, of_the_note, why = last_line(error).partition(
+                "CheckpointManagerInitializationError: "
+            )
+            if not of_the_note:
+                raise
+            raise UserError(
+                f"Ray's note of the epochs in {join_uri(work_uri, run)} cannot be read ({why}); "
+                "remove that folder, and the same command begins anew"
             ) from error
 
 

@@ -315,6 +315,18 @@ def test_a_training_that_begins_anew_beside_unfinished_ones_says_so(
     assert "holds 2 unfinished trainings of other settings, films, splits" in caplog.text
 
 
+def test_names_what_a_killed_run_left_half_written(ray_cluster: None, tmp_path: Path) -> None:
+    output = str(tmp_path / "model")
+
+    def begin_as_one_that_was_killed(run: str, earlier: list[dict[str, Any]]) -> None:
+        folder = Path(output, "_training", run)
+        folder.mkdir(parents=True)
+        (folder / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.')
+
+    with pytest.raises(UserError, match=r"in .*/_training/\w+ cannot be read .*; remove that"):
+        fit(FILMS, SMALL_RUN, output, on_start=begin_as_one_that_was_killed)
+
+
 def test_refuses_names_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Normal, Lung_Opacity"):
         fit(FILMS, replace(SMALL_RUN, positive_class="Fracture"), str(tmp_path))
