@@ -19,6 +19,7 @@ from lungopacity.runtime.resources import (
 from lungopacity.runtime.session import (
     done_with_ray,
     is_submission_address,
+    lean_training,
     quiet_about_remote_arguments,
     quiet_ray_data,
     ray_ahead,
@@ -38,6 +39,7 @@ __all__ = [
     "free_resources",
     "grows_to",
     "is_submission_address",
+    "lean_training",
     "may_grow",
     "quiet_about_remote_arguments",
     "quiet_ray_data",

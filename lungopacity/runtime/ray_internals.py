@@ -80,6 +80,25 @@ def without_idle_actors() -> Iterator[list[str]]:
 
 
 @contextmanager
+def without_cleaner() -> Iterator[list[str]]:
+    """A training in the block starts no actor that cleans up where its controller dies: in a Ray of
+    one process, there is nobody left then. It asks a dashboard whether the controller lives; where
+    there is none, it asks for 40 s, and a training that ends meanwhile waits 12 s for it.
+
+    Gives the names that were found.
+    """
+    try:
+        from ray.train.v2._internal.execution.callback import ControllerCallback
+        from ray.train.v2.api import data_parallel_trainer
+    except ImportError:
+        yield []
+        return
+    instead = {"PlacementGroupCleanerCallback": ControllerCallback}
+    with _replaced(data_parallel_trainer, instead) as found:
+        yield found
+
+
+@contextmanager
 def _no_statistics() -> Iterator[list[str]]:
     try:
         from ray.data._internal.stats import _StatsManager

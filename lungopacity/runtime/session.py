@@ -8,12 +8,16 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from lungopacity.errors import UserError, first_line
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, environment
-from lungopacity.runtime.ray_internals import without_idle_actors, without_idle_servers
+from lungopacity.runtime.ray_internals import (
+    without_cleaner,
+    without_idle_actors,
+    without_idle_servers,
+)
 from lungopacity.runtime.signals import take_signals_back
 
 # Read by Ray when it is imported or started, in this process and in its workers.
@@ -189,6 +193,11 @@ def worker_environment(use_gpu: bool) -> dict[str, dict[str, str]]:
     """`runtime_env` of a worker in which torch computes. None in a Ray of our own, whose workers
     have it from their start: one with an environment of its own is started anew, for seconds."""
     return {} if use_gpu or RAY.is_private else {"env_vars": KEEP_FREED_MEMORY}
+
+
+def lean_training() -> AbstractContextManager[object]:
+    """For the block in which Ray Train trains: see `without_cleaner`, of a Ray of our own."""
+    return without_cleaner() if RAY.is_private else nullcontext()
 
 
 def quiet_ray_data() -> None:

@@ -15,7 +15,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from lungopacity.errors import UserError, last_line
-from lungopacity.runtime import worker_environment
+from lungopacity.runtime import lean_training, worker_environment
 from lungopacity.storage import join_uri, open_store
 from lungopacity.training.loop import Films, train_loop
 from lungopacity.training.relay import relayed_rows
@@ -76,7 +76,7 @@ def run_ray_train(
             ),
         )
         try:
-            with _own_interrupts(trainer):
+            with lean_training(), _own_interrupts(trainer):
                 return trainer.fit()
         except TrainingFailedError as error:
             raise UserError(
