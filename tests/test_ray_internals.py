@@ -4,12 +4,13 @@ gone in another one."""
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 
 import pytest
 
 from lungopacity.runtime import ray_internals
-from lungopacity.runtime.session import RaySession
+from lungopacity.runtime.session import RAY, RaySession, lean_training
 
 
 def test_each_name_is_there_in_this_release():
@@ -53,6 +54,25 @@ def test_a_release_that_has_them_elsewhere_goes_without(monkeypatch, block, modu
     assert len(found) < 4
     monkeypatch.setitem(sys.modules, "ray._private.internal_api", None)
     assert ray_internals.bytes_moved() is None
+
+
+def test_training_in_a_cluster_keeps_what_watches_over_it(monkeypatch):
+    from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+    from ray.train.v2.api import data_parallel_trainer
+
+    def watched() -> tuple[str | None, type]:
+        cleaner = data_parallel_trainer.PlacementGroupCleanerCallback
+        return os.environ.get(ENABLE_PREEMPTION_WATCHER_ENV_VAR), cleaner
+
+    before = watched()
+    monkeypatch.setattr(RAY, "is_private", False)
+    with lean_training():
+        assert watched() == before
+    monkeypatch.setattr(RAY, "is_private", True)
+    with lean_training():
+        assert watched()[0] == "0"
+        assert watched()[1] is not before[1]
+    assert watched() == before
 
 
 def test_ray_data_is_as_it_was_after_a_ray_of_our_own(monkeypatch):

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lungopacity.errors import UserError, first_line
@@ -195,9 +195,15 @@ def worker_environment(use_gpu: bool) -> dict[str, dict[str, str]]:
     return {} if use_gpu or RAY.is_private else {"env_vars": KEEP_FREED_MEMORY}
 
 
-def lean_training() -> AbstractContextManager[object]:
-    """For the block in which Ray Train trains: see `without_cleaner`, of a Ray of our own."""
-    return without_cleaner() if RAY.is_private else nullcontext()
+@contextmanager
+def lean_training() -> Iterator[None]:
+    """For the block in which Ray Train trains. In a Ray of our own it starts no actors for what can
+    only befall a cluster: each takes a hundredth of a core, though it waits."""
+    if not RAY.is_private:
+        yield
+        return
+    with without_cleaner(), environment({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}):
+        yield
 
 
 def quiet_ray_data() -> None:

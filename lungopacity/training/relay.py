@@ -5,6 +5,7 @@ Apart from `fit` so that the processes between, which import this module, need n
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
@@ -14,20 +15,32 @@ import ray
 from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-_POLL_S = 0.25
-
 
 class _Rows:
-    """An actor that both can reach: the controller calls back in its own process."""
+    """An actor that both can reach: the controller calls back in its own process.
+
+    Who wants rows waits in it: to ask again and again would take from two cores that train.
+    """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.ended = False
+        self.news = asyncio.Event()
 
-    def add(self, row: dict[str, Any]) -> None:
+    async def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        self.news.set()
 
-    def since(self, count: int) -> list[dict[str, Any]]:
-        return self.rows[count:]
+    async def end(self) -> None:
+        self.ended = True
+        self.news.set()
+
+    async def since(self, count: int) -> tuple[list[dict[str, Any]], bool]:
+        """Rows after so many, once there are any or the training has ended; and whether it has."""
+        while len(self.rows) == count and not self.ended:
+            self.news.clear()
+            await self.news.wait()
+        return self.rows[count:], self.ended
 
 
 class _SendRows(UserCallback):  # type: ignore[misc]  # ray ships no types
@@ -52,27 +65,23 @@ def relayed_rows(on_epoch: Callable[[dict[str, Any]], None] | None) -> Iterator[
     # Here, as the controller is: a node that is lost must not take the relay with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     rows = ray.remote(num_cpus=0)(_Rows).options(scheduling_strategy=here).remote()
-    finished = threading.Event()
 
     def pass_on() -> None:
-        count = 0
-        while True:
-            last = finished.wait(_POLL_S)
+        count, ended = 0, False
+        while not ended:
             try:
-                new = ray.get(rows.since.remote(count))
+                new, ended = ray.get(rows.since.remote(count))
             except ray.exceptions.RayError:
                 return
             for row in new:
                 on_epoch(row)
             count += len(new)
-            if last:
-                return
 
     thread = threading.Thread(target=pass_on, name="training-progress", daemon=True)
     thread.start()
     try:
         yield [_SendRows(rows)]
     finally:
-        finished.set()
+        rows.end.remote()
         thread.join()
         ray.kill(rows)
