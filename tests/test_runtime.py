@@ -10,12 +10,21 @@ import pytest
 from lungopacity.errors import UserError
 from lungopacity.runtime import (
     KEEP_FREED_MEMORY,
+    free_resources,
     ray_session,
     require_resources,
     resolve_gpu,
     worker_environment,
 )
 from lungopacity.runtime.session import RAY, RaySession
+
+
+def test_a_cluster_that_is_gone_ends_no_word_of_waiting(monkeypatch):
+    def gone() -> dict[str, float]:
+        raise ConnectionError("GCS is gone\nand more")
+
+    monkeypatch.setattr("ray.cluster_resources", gone)
+    assert free_resources() == "the Ray cluster does not tell what is free (GCS is gone)"
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from lungopacity.errors import UserError
+from lungopacity.errors import UserError, first_line
 from lungopacity.words import counted
 
 _MENDS = {
@@ -47,7 +47,10 @@ def free_resources() -> str:
     """What the cluster has left for tasks that wait, for people."""
     import ray
 
-    has, free = ray.cluster_resources(), ray.available_resources()
+    try:
+        has, free = ray.cluster_resources(), ray.available_resources()
+    except Exception as error:  # a head that is gone: Ray has many for that, and the job tells it
+        return f"the Ray cluster does not tell what is free ({first_line(error)})"
     told = [
         f"{free.get(name, 0.0):g} of {counted(has[name], name)}" for name in _MENDS if name in has
     ]
