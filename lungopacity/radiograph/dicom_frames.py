@@ -25,14 +25,19 @@ from pydicom.uid import (
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.film import DecodeLimits
-from lungopacity.radiograph.jpeg import JpegHeader, decode_grey_jpeg, read_header, scans_of
+from lungopacity.radiograph.jpeg import (
+    END_OF_IMAGE,
+    JpegHeader,
+    decode_grey_jpeg,
+    read_header,
+    scans_of,
+)
 from lungopacity.radiograph.jpeg2000 import has_endless_box, is_cut_jpeg_2000
 
 _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 # HTJ2K has the same tiles (T.814).
 _JPEG_2000 = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
 _OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
-_END_OF_IMAGE = b"\xff\xd9"
 _SIGNATURE_BYTES = 4
 """The start of an image and the marker behind it (T.81, T.87, T.800); the number of segments of an
 RLE (PS3.5 G.5)."""
@@ -164,7 +169,7 @@ def _check_frame(
         limits.check_pixels(header.rows, header.columns)
         limits.check_scans(scans_of(frame))
     # pyjpegls looks for the end of a JPEG-LS for ever.
-    endless = syntax in _JPEG_LS and _END_OF_IMAGE not in frame
+    endless = syntax in _JPEG_LS and END_OF_IMAGE not in frame
     if endless or (syntax in _JPEG_2000 and is_cut_jpeg_2000(frame)):
         raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the frame ends before its pixels do")
     if has_endless_box(frame):

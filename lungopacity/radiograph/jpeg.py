@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.jpeg2000 import is_jpeg_2000, siz_of
+
+END_OF_IMAGE = b"\xff\xd9"
 
 _APP1 = 0xE1
 _JPEG_LS = 0xF7
@@ -23,6 +26,10 @@ _EXTRANEOUS = re.compile("extraneous bytes before marker 0x(..)")
 _BEHIND_PIXELS = {*(f"d{restart}" for restart in range(8)), "d9", "dc"}
 """RST, EOI, DNL (T.81 table B.1)."""
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+_ARITHMETIC = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+_BEHIND_A_WHOLE_SCAN = [bytes(8) + other * 256 for other in (b"\x01", b"\x55", b"\xaa")]
+"""What a decoder of arithmetic coding does not get to. It does get to some of the zeros: a coder
+leaves out those at the end of a scan (T.81 D.1.8), up to 4 of films."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class JpegHeader:
     progressive: bool
     comments: tuple[bytes, ...]
     is_jpeg_ls: bool = False
+    is_arithmetic: bool = False
+    """Coded by it, and not by Huffman's codes."""
 
 
 def read_header(frame: bytes) -> JpegHeader | None:
@@ -72,6 +81,7 @@ def read_header(frame: bytes) -> JpegHeader | None:
                 progressive,
                 tuple(comments),
                 is_jpeg_ls=marker == _JPEG_LS,
+                is_arithmetic=marker in _ARITHMETIC,
             )
         may_be_turned = may_be_turned or marker == _APP1
         if marker == _COMMENT:
@@ -103,6 +113,8 @@ def decode_grey_jpeg(
     """
     import simplejpeg
 
+    if header.is_arithmetic:
+        _check_last_scan(data)
     colours = "CMYK" if header.components == 4 else "GRAY"
     try:
         if at_least is None or max(header.rows, header.columns) <= at_least:
@@ -124,9 +136,29 @@ def decode_grey_jpeg(
             raise ImageError(
                 ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the JPEG's coded pixels are damaged"
             ) from error
-        # Arithmetic coding, 12 bits, or bytes that do no harm: Pillow's own build may know better.
+        # 12 bits, or bytes that do no harm: Pillow's own build may know better.
         return None
     if header.components == 4:
         return None  # of print; whole, at least
     grey: npt.NDArray[np.uint8] = pixels.reshape(pixels.shape[:2])
     return grey
+
+
+def _check_last_scan(data: bytes) -> None:
+    """Raise `ImageError` (`truncated`) where a JPEG of arithmetic coding was cut inside a scan.
+
+    Where its bytes end, a decoder goes on with zeros, and makes pixels of them until the film is
+    full: no library says a word. So it is decoded once more with other bytes behind its own.
+    """
+    import imagecodecs
+
+    end = data.rfind(END_OF_IMAGE)
+    longer = [data[:end] + more + END_OF_IMAGE for more in _BEHIND_A_WHOLE_SCAN]
+    try:
+        pixels = imagecodecs.jpeg8_decode(data)
+    except imagecodecs.Jpeg8Error:
+        return  # told by whoever decodes it next
+    with contextlib.suppress(imagecodecs.Jpeg8Error):
+        if all(np.array_equal(pixels, imagecodecs.jpeg8_decode(other)) for other in longer):
+            return
+    raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the JPEG ends before its pixels do")

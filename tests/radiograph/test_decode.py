@@ -1,3 +1,4 @@
+import base64
 import zlib
 
 import imagecodecs
@@ -228,6 +229,30 @@ def test_of_a_damaged_file_it_is_told_what_it_was(mode, image_format):
     if image_format in ("PNG", "JPEG", "BMP"):
         assert (caught.value.facts["rows"], caught.value.facts["columns"]) == (300, 200)
         assert caught.value.facts["photometric_interpretation"] == mode
+
+
+_ARITHMETIC = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRT"
+    "c4UG1RV19iZ2hnPk1xeXBkeFxlZ2P/yQALCAAwACgBAREA/8wABgAQEAX/2gAIAQEAAD8A/wBo4yl6A50bavVX9W6g"
+    "Kj1yoUV9rvUFqEgXPxw/k385r+RuT7JrG1wFE2cAp8UepKLdkoSMOOptnQcviGI8slgzyB8d39FHDMqkeqeOJYelNh"
+    "U/QR9VUOXaZ9eJZDnhoDh/sc8IAYNESOWSUcZClLh0Tc6zzfU0HhuwRxzVLJbNbj7UJVVT8TgAorZHNP6pjIm4Vkcg"
+    "K5sw2ec3pBoDAzhwLxUZPy1ZhZRoIP/Z"
+)
+"""A phantom of 48 rows and 40 columns by libjpeg's coder, which no library here has."""
+
+
+@pytest.mark.parametrize("as_dicom", [False, True])
+def test_a_jpeg_of_arithmetic_coding_is_whole_or_truncated(as_dicom):
+    """Its decoder makes pixels of zeros where bytes are missing, and nobody says a word."""
+
+    def file_of(coded):
+        return of_codestreams([coded], JPEGBaseline8Bit, (48, 40)) if as_dicom else coded
+
+    film = grey_film(height=48, width=40).astype(int)
+    for more in (b"", b"\0"):
+        assert np.abs(one_film(file_of(_ARITHMETIC + more)).pixels - film).max() <= 24
+    for missing in (20, 50, 100, 150):
+        assert code_of(file_of(_ARITHMETIC[:-missing] + b"\xff\xd9")) is ErrorCode.TRUNCATED
 
 
 def test_damage_in_the_coded_pixels_of_a_jpeg_is_noticed():
