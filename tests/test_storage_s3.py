@@ -1,5 +1,6 @@
 """What is told of S3 where it cannot be reached, or refuses."""
 
+import itertools
 import json
 import os
 import re
@@ -122,6 +123,23 @@ def test_what_s3_answers_to_a_read_is_told_by_its_own_code(status, s3_code, code
 def test_what_s3_answers_of_a_whole_place_has_its_mend(status, s3_code, message):
     with pytest.raises(UserError, match=re.escape(message)), user_errors("x", "b", "http://s3"):
         raise s3_answer(status, s3_code)
+
+
+@pytest.mark.parametrize("lost", ["IsTruncated", "NextContinuationToken", "ContinuationToken"])
+def test_a_listing_that_does_not_say_how_it_goes_on_is_refused(s3_uri, monkeypatch, lost):
+    """The last: a server that takes no notice of it gives the first page for ever."""
+    store, ask = open_store(s3_uri), S3Store._ask
+    for key in "abcde":
+        store.write(key, b"")
+
+    def forgetful(store, method, **arguments):
+        arguments.pop(lost, None)
+        answer = ask(store, method, **arguments, MaxKeys=2)
+        return {name: value for name, value in answer.items() if name != lost}
+
+    monkeypatch.setattr(S3Store, "_ask", forgetful)
+    with pytest.raises(UserError, match="does not say how a page of its listing goes on"):
+        list(itertools.islice(store.list(), 100))
 
 
 def test_no_server_at_the_endpoint_is_said(monkeypatch):

@@ -122,6 +122,14 @@ class S3Store:
         answer: dict[str, Any] = self._ask(
             "list_objects_v2", Bucket=self.bucket, Prefix=prefix, **more
         )
+        token = answer.get("NextContinuationToken")
+        goes_on = token is not None and token != more.get("ContinuationToken")
+        if "IsTruncated" not in answer or (answer["IsTruncated"] and not goes_on):
+            # To go on would be to list for ever; to stop, to lose what is left.
+            raise UserError(
+                f"{self.uri} cannot be listed: {self.client.meta.endpoint_url} does not say how a "
+                "page of its listing goes on; use a server that knows ListObjectsV2"
+            )
         return answer
 
     def _pages(self, prefix: str) -> Iterator[dict[str, Any]]:
