@@ -24,7 +24,15 @@ from lungopacity.evaluation.bootstrap import (
     weighted_auc,
     weighted_average_precision,
 )
-from lungopacity.evaluation.canvas import GREY, WIDTH_INCHES, describe, line, new_figure, short
+from lungopacity.evaluation.canvas import (
+    COLOURS,
+    GREY,
+    WIDTH_INCHES,
+    describe,
+    line,
+    new_figure,
+    short,
+)
 from lungopacity.evaluation.metrics import (
     Floats,
     Integers,
@@ -35,6 +43,8 @@ from lungopacity.evaluation.metrics import (
 from lungopacity.models import OperatingPoint
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_EDGES = ("black", *COLOURS)
+"""Of the markers; after the first eight points, the shapes come again in the next colour."""
 _BAND_ALPHA = 0.18
 _BAND_TITLE = "Pointwise 95 % band over patients"
 _SQUARE_INCHES = 6.9
@@ -186,19 +196,21 @@ def _mark_points(
     positive: npt.NDArray[np.bool_],
     scores: Floats,
 ) -> None:
-    """Each point as a shape of its own, hollow, so that two at one place are both seen."""
+    """Each point in a shape and colour that no other has, hollow, so that two at one place are both
+    seen."""
     of = short(class_name)
     for place, (name, point) in enumerate(points.items()):
         called = scores >= point.threshold
         sensitivity = float(called[positive].mean())
         specificity = float((~called[~positive]).mean())
+        turn, shape = divmod(place, len(_MARKERS))
         axes.plot(
             1 - specificity,
             sensitivity,
-            marker=_MARKERS[place % len(_MARKERS)],
+            marker=_MARKERS[shape],
             markersize=8 + 2 * (place % 3),
             markerfacecolor="none",
-            markeredgecolor="black",
+            markeredgecolor=_EDGES[turn % len(_EDGES)],
             markeredgewidth=1.4,
             linestyle="none",
             zorder=4,

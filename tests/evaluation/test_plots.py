@@ -134,7 +134,7 @@ def test_operating_points_are_marked_where_they_lie():
 
 
 def test_the_words_of_many_points_do_not_overlap():
-    points = {f"point {number}": OperatingPoint(number / 10) for number in range(9)}
+    points = {f"point {number}": OperatingPoint(number / 20) for number in range(20)}
     figure = drawn(
         curves.roc_figure(
             MANY_LABELS, MANY_SCORES, NAMES, "model · " * 20, "synthetic",
@@ -147,6 +147,8 @@ def test_the_words_of_many_points_do_not_overlap():
     boxes = [text.get_window_extent() for text in texts]
     for place, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[place + 1 :]), texts[place]
+    marks = [mark for mark in axes.lines if mark.get_marker() not in ("None", None)]
+    assert len({(mark.get_marker(), mark.get_markeredgecolor()) for mark in marks}) == 20
 
 
 def test_reliability_is_shown_before_and_after_calibration_with_bars_over_patients():
