@@ -15,7 +15,7 @@ from lungopacity.errors import NOTICE
 from lungopacity.evaluation.claim import left_open
 from lungopacity.evaluation.metrics import Metric, age_band
 from lungopacity.evaluation.operating_points import deciding_point
-from lungopacity.evaluation.table import FEWEST, Gap, with_interval
+from lungopacity.evaluation.table import FEWEST, Gap, flatters, with_interval
 from lungopacity.models import ENSEMBLE, ModelSpec
 
 _MOST_LABELS = 10
@@ -36,13 +36,14 @@ def model_card(
     unknown_patients: int,
     intervals: str,
     gaps: Sequence[Gap],
+    picked_on: Mapping[str, int],
 ) -> str:
     """The card of a model that was evaluated on `split`; `metrics` and `gaps` are those of the
     evaluation.
 
     flags_unlike: it tells films unlike its training films, which older folders do not. unreadable,
     unknown_patients: of its films. rejected: how many, by error code. intervals: how
-    theirs were made.
+    theirs were made. picked_on: as in `EvaluationResult`.
     """
     card = "\n".join(
         [
@@ -60,7 +61,7 @@ def model_card(
             *_data(spec),
             "",
             f"## What it earned on the split '{split}'",
-            *_results(spec, metrics, unreadable, rejected, unknown_patients, intervals),
+            *_results(spec, metrics, unreadable, rejected, unknown_patients, intervals, picked_on),
             "",
             "## Subgroups",
             *_subgroups(spec, metrics, gaps),
@@ -249,6 +250,7 @@ def _results(
     rejected: Mapping[str, int],
     unknown_patients: int,
     intervals: str,
+    picked_on: Mapping[str, int],
 ) -> Iterator[str]:
     overall = [item for item in metrics if item.group == "all"]
     yield f"{unreadable} labelled films could not be read and are in no figure [13]."
@@ -292,7 +294,8 @@ def _results(
         yield ""
         for name, point in spec.operating_points.items():
             review = "" if point.review_from is None else f", review from {point.review_from:.4f}"
-            yield f"- {name}: positive from {point.threshold:.4f}{review}; {point.chosen_by}"
+            among = f"; {flatters(picked_on[name])}" if name in picked_on else ""
+            yield f"- {name}: positive from {point.threshold:.4f}{review}; {point.chosen_by}{among}"
     if spec.metrics:
         told = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in spec.metrics.items())
         yield ""

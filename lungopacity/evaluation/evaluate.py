@@ -42,6 +42,7 @@ from lungopacity.models import (
     OperatingPoint,
     TrainedModel,
     films_known_to,
+    films_of_site_point,
     load_model,
     points_of_sites,
     read_history,
@@ -102,6 +103,8 @@ def evaluate(
     if OUT_OF_DISTRIBUTION in rules.reject_quality:
         data, said = _without_unlike(data, said, labels)
     scored = _scored_images(data, said, spec, points)
+    digests = data.images["content_sha256"]
+    among = {name: digests.isin(list(films_of_site_point(model, name))).sum() for name in of_sites}
     resampling = Resampling.of(data.images["patient_id"].tolist())
     decided_at = operating_point or deciding_point(points, spec.operating_point)
     metrics, gaps = measure_with_gaps(scored, _groups(data, further), resampling, decided_at)
@@ -122,6 +125,7 @@ def evaluate(
         decided_at=decided_at,
         metrics=metrics,
         gaps=gaps,
+        picked_on={name: int(count) for name, count in among.items() if count},
     )
     store = open_store(output)
     store.delete(EVALUATION)
@@ -185,6 +189,7 @@ def _card(
         unknown_patients=result.unknown_patients,
         intervals=result.intervals,
         gaps=result.gaps,
+        picked_on=result.picked_on,
     )
 
 

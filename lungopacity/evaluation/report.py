@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from lungopacity.evaluation.paper import format_table1, table1
 from lungopacity.evaluation.table import (
     Gap,
     decision_words,
+    flatters,
     metric_value,
     metrics_table,
     uncompared_groups,
@@ -101,6 +102,8 @@ class EvaluationResult:
     metrics: list[Metric]
     gaps: tuple[Gap, ...] = ()
     """Between subgroups, the largest first."""
+    picked_on: Mapping[str, int] = field(default_factory=dict)
+    """Of each site's operating point that was picked on some of these films: on how many."""
 
     @property
     def exit_code(self) -> int:
@@ -173,6 +176,8 @@ class EvaluationResult:
                 f"{name:32}{words}"
                 for name, words in zip(names, decision_words(of_point), strict=False)
             ]
+            among = self.picked_on.get(str(name))
+            lines += [] if among is None else [f"{'':32}{flatters(among)}"]
         return lines
 
     def to_json(self) -> str:

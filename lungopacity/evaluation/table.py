@@ -74,6 +74,11 @@ def decision_words(metrics: Iterable[Metric]) -> list[str]:
     return told
 
 
+def flatters(films: int) -> str:
+    """Of an operating point that was picked on so many of the evaluated films."""
+    return f"picked on {films} of these films: its figures flatter"
+
+
 FEWEST = 30
 """Patients of a subgroup that is compared with others: between a handful any gap is chance."""
 

@@ -115,7 +115,8 @@ def threshold(
     _warn_of_few_patients(positive_N, resampling, positive)
     shares = decision_shares(p_N, positive_N, point)
     metrics = ratio_metrics({(what, name): share for what, share in shares.items()}, resampling)
-    save_operating_point(model, trained, name, point)
+    picked_on = [] if results is None else films.rows["content_sha256"].tolist()
+    save_operating_point(model, trained, name, point, picked_on)
     return PickedPoint(
         **vars(point),
         metrics=tuple(metrics),

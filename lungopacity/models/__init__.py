@@ -23,6 +23,7 @@ from lungopacity.models.networks import (
 )
 from lungopacity.models.site_points import (
     copy_operating_points,
+    films_of_site_point,
     points_of_sites,
     save_operating_point,
     with_operating_point,
@@ -39,6 +40,7 @@ __all__ = [
     "check_network",
     "copy_operating_points",
     "films_known_to",
+    "films_of_site_point",
     "find_training_films",
     "find_validation",
     "is_model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 
@@ -15,13 +16,18 @@ from lungopacity.storage import ConflictError, Store, check_name, is_name, open_
 log = logging.getLogger(__name__)
 
 _FOLDER = "operating_points"
+_PICKED_ON = "picked_on_sha256"
+"""Of the file: digests of the films that the point was picked on."""
 
 
-def save_operating_point(uri: str, model: TrainedModel, name: str, point: OperatingPoint) -> None:
+def save_operating_point(
+    uri: str, model: TrainedModel, name: str, point: OperatingPoint, films: Iterable[str] = ()
+) -> None:
     """Keep a site's operating point in the model's folder at `uri`.
 
-    Raises `UserError` where the name cannot be one of a file, is one of the model's own points, or
-    is taken.
+    films: `content_sha256` of those that it was picked on; none for the model's validation films,
+    which its folder knows. Raises `UserError` where the name cannot be one of a file, is one of the
+    model's own points, or is taken.
     """
     if name in model.spec.operating_points:
         raise UserError(
@@ -34,6 +40,7 @@ def save_operating_point(uri: str, model: TrainedModel, name: str, point: Operat
         "positive_class": model.spec.positive_class,
         "name": name,
         **asdict(point),
+        _PICKED_ON: sorted(set(films)),
     }
     data = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
     store, key = open_store(uri), _key_of(name)
@@ -124,6 +131,12 @@ def points_of_sites(uri: str, model: TrainedModel) -> dict[str, OperatingPoint]:
             except UserError as error:
                 log.warning("left out: %s", error)
     return points
+
+
+def films_of_site_point(uri: str, name: str) -> frozenset[str]:
+    """`content_sha256` of the films that a site's point in the folder at `uri` was picked on: none
+    where it was picked on validation films, or by a version that did not keep them."""
+    return frozenset(json.loads(open_store(uri).read(_key_of(name))).get(_PICKED_ON, []))
 
 
 def _added(store: Store) -> list[str]:

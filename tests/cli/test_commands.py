@@ -169,7 +169,9 @@ def test_evaluate_writes_its_report(place, capfd):
     save_model(str(place / "model"), model)
     # Of the decisions only its own are for review.
     ours = OperatingPoint(1.0, review_from=0.0, chosen_by="cost=5 here")
-    save_operating_point(str(place / "model"), model, "ours", ours)
+    picked_on = [hashlib.sha256(encoded(grey_film(number))).hexdigest() for number in range(9)]
+    save_operating_point(str(place / "model"), model, "ours", ours, picked_on)
+    save_operating_point(str(place / "model"), model, "others", ours, ["0" * 64])
     open_store(str(place / "report")).write("history.png", b"of another model")
     code, out, err = run(
         capfd, "evaluate", "--model", place / "model", "--images", place / "archive",
@@ -196,14 +198,20 @@ def test_evaluate_writes_its_report(place, capfd):
     points = {
         row["class_name"] for row in report["metrics"] if row["metric"].startswith("decision")
     }
-    assert (points, report["operating_point"]) == ({"default", "ours"}, "ours")
+    assert (points, report["operating_point"]) == ({"default", "ours", "others"}, "ours")
     lines = (place / "report" / "table1.txt").read_text().splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("at ours "))
     assert re.match(
         r"  with those under review +sensitivity 1\.0.*, under review 1\.0", lines[at + 1]
     )
     card = (place / "report" / "model_card.md").read_text()
-    assert "- ours: positive from 1.0000, review from 0.0000; cost=5 here" in card
+    # On these very films one was picked, and the other not.
+    flatters = "picked on 2 of these films: its figures flatter"
+    assert report["picked_on"] == {"ours": 2}
+    assert [number for number, line in enumerate(lines) if "flatter" in line] == [at + 2]
+    assert lines[at + 2].endswith(f"   {flatters}")
+    assert f"- ours: positive from 1.0000, review from 0.0000; cost=5 here; {flatters}\n" in card
+    assert card.count("flatter") == 1
 
 
 @pytest.mark.usefixtures("ray_cluster")

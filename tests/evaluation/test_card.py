@@ -92,6 +92,7 @@ def card_of(spec=SPEC, metrics=METRICS, rejected=None, unreadable=0, unknown_pat
             replace(gap, ci_low=0.001, ci_high=0.09)
             for gap in largest_gaps(metrics, "Lung_Opacity", "youden")
         ],
+        picked_on={},
     )
 
 
@@ -108,6 +109,7 @@ def plain_card(spec, metrics=(), *, split="test", flags_unlike=True):
         unknown_patients=0,
         intervals="none",
         gaps=[],
+        picked_on={},
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 import lungopacity
 from lungopacity.cli import main
 from lungopacity.errors import UserError
-from lungopacity.models import load_model, save_model
+from lungopacity.models import films_of_site_point, load_model, save_model
 from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
@@ -63,6 +63,9 @@ def test_a_sites_threshold_is_picked_kept_and_decides(site):
     document = json.loads((site / "model" / "operating_points" / "ours.json").read_text())
     assert document["model_id"] == load_model(model).model_id
     assert "Research use only" in document["notice"]
+    assert films_of_site_point(model, "ours") == {
+        hashlib.sha256(encoded(grey_film(number))).hexdigest() for number in range(FILMS)
+    }
 
     # Another archive with the same names.
     shutil.copytree(site / "archive", site / "copy")
@@ -147,6 +150,7 @@ def test_without_results_another_rule_is_applied_to_the_validation_films(tmp_pat
     assert "on 80 films" in capfd.readouterr().out
     kept = json.loads((tmp_path / "model" / "operating_points" / "dear.json").read_text())
     assert (kept["chosen_by"], kept["images"]) == ("cost=3 on validation", 80)
+    assert films_of_site_point(str(tmp_path / "model"), "dear") == set()
     opacity_V = np.array(labels) == "Lung_Opacity"
     decided_V = model.spec.probabilities(logits_VK)[:, 1].astype(float) >= kept["threshold"]
     assert decided_V[opacity_V].mean() == pytest.approx(kept["sensitivity"])
