@@ -49,8 +49,10 @@ def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
     used = stored if padding is None or padding.all() else stored[~padding]
     grey = _windowed(stored, used, dataset)
     if photometric == "MONOCHROME1":
-        # It shows its smallest value as white (PS3.3 C.7.6.3.1.2). A DX object says so once more,
-        # as Presentation LUT Shape INVERSE (C.8.11.3): that is the same inversion, not a second.
+        # It shows its smallest value as white (PS3.3 C.7.6.3.1.2). Presentation LUT Shape INVERSE
+        # says so once more (C.7.6.1, C.8.11.3): that is the same inversion, not a second. They bind
+        # it to this one, and IDENTITY to the other. Where a header breaks that, what every image
+        # must have is believed: of presentation states alone the shape decides (C.11.6).
         grey = 255 - grey
     if padding is not None:
         grey[padding] = 0

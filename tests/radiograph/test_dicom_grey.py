@@ -16,10 +16,13 @@ def test_monochrome1_is_inverted_to_monochrome2():
     assert inverted.photometric_interpretation == "MONOCHROME1"
 
 
-def test_presentation_lut_shape_inverse_of_a_dx_object_is_no_second_inversion():
-    told_once = one_film(dicom(RAMP, PhotometricInterpretation="MONOCHROME1"))
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("shape", ["IDENTITY", "INVERSE"])
+def test_presentation_lut_shape_is_no_second_inversion(photometric, shape):
+    """Nor one against Photometric Interpretation, to which the standard binds it in an image."""
+    told_once = one_film(dicom(RAMP, PhotometricInterpretation=photometric))
     told_twice = one_film(
-        dicom(RAMP, PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE")
+        dicom(RAMP, PhotometricInterpretation=photometric, PresentationLUTShape=shape)
     )
     np.testing.assert_array_equal(told_once.pixels, told_twice.pixels)
 
