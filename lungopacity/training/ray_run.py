@@ -12,13 +12,13 @@ from ray.exceptions import ActorDiedError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from lungopacity.errors import UserError, last_line
 from lungopacity.runtime import lean_training, worker_environment
 from lungopacity.storage import join_uri, open_store
 from lungopacity.training.loop import Films, train_loop
-from lungopacity.training.relay import relayed_rows
+from lungopacity.training.relay import EndAtOnce, relayed_rows
 from lungopacity.training.settings import TrainingSettings
 
 MAX_RESTARTS = 3
@@ -49,6 +49,7 @@ def run_ray_train(
                 "settings": settings,
                 "films": ray.put(films),
                 "first": None if first is None else ray.put(first),
+                "place": join_uri(work_uri, run),
             },
             scaling_config=ScalingConfig(
                 num_workers=(settings.workers, settings.max_workers)
@@ -69,7 +70,7 @@ def run_ray_train(
                     checkpoint_score_attribute="validation_loss",
                     checkpoint_score_order="min",
                 ),
-                callbacks=callbacks,
+                callbacks=[*callbacks, EndAtOnce()],
                 # Training runs in a thread: what it allocates with was chosen before it began.
                 worker_runtime_env=worker_environment(settings.use_gpu),
                 logging_config=LoggingConfig(log_level="ERROR"),
@@ -78,6 +79,13 @@ def run_ray_train(
         try:
             with lean_training(), _own_interrupts(trainer):
                 return trainer.fit()
+        except ControllerError as error:
+            if isinstance(error.controller_failure, UserError):
+                raise error.controller_failure from error
+            raise UserError(
+                f"training was given up: {last_line(error.controller_failure, with_type=True)}; "
+                "its finished epochs are kept, and the same command goes on from there"
+            ) from error
         except TrainingFailedError as error:
             raise UserError(
                 f"training was given up after {restarts} restarts: {_cause(error)}; its "

@@ -1,4 +1,5 @@
-"""Epochs as they finish, from Ray Train's controller process to the driver.
+"""What runs in Ray Train's controller process: it relays epochs as they finish to the driver, and
+ends a training that no restart can mend.
 
 Apart from `fit` so that the processes between, which import this module, need not import torch.
 """
@@ -14,6 +15,8 @@ from typing import Any
 import ray
 from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lungopacity.errors import UserError
 
 
 class _Rows:
@@ -41,6 +44,15 @@ class _Rows:
             self.news.clear()
             await self.news.wait()
         return self.rows[count:], self.ended
+
+
+class EndAtOnce(UserCallback):  # type: ignore[misc]  # ray ships no types
+    """A worker's `UserError` ends the training: what the user has to mend, restarts do not."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, UserError):
+                raise error
 
 
 class _SendRows(UserCallback):  # type: ignore[misc]  # ray ships no types

@@ -39,6 +39,7 @@ from lungopacity.training.tracking import run_logs
 from tests.models.tiny import write_tiny_model
 from tests.parquet_pages import has_page_checksums
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
+from tests.training.full_disk import full_disk_loop
 from tests.training.logs_read import mlflow_run, tensorboard_events
 from tests.training.resting import resting_loop
 
@@ -239,6 +240,17 @@ def test_two_workers_train_one_model_and_bear_the_loss_of_one(
     assert seen == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in result.history] == seen
     assert result.model.spec.metrics["accuracy"] > 0.9
+
+
+def test_a_full_disk_ends_the_training_at_once(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lungopacity.training.ray_run.train_loop", full_disk_loop)
+    said = r"^/\S+ on \S+: a checkpoint cannot be written \(No space left on device\); free space"
+    # One waits for the report of the other.
+    with pytest.raises(UserError, match=said):
+        fit(FILMS, replace(SMALL_RUN, workers=2), str(tmp_path / "model"))
+    assert (tmp_path / "model.starts").read_text() == "xx"
 
 
 def test_films_in_another_order_are_another_run() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lungopacity.errors import UserError
 from lungopacity.models import build_network
 from lungopacity.training import loop
 from lungopacity.training.checkpoint import NETWORK_FILE
@@ -23,6 +26,7 @@ from lungopacity.training.loop import (
     Worker,
     _patience_spent,
     _set_training,
+    _told_of_no_room,
     _train_epoch,
     _validation_logits,
     learn,
@@ -360,3 +364,15 @@ def test_training_ends_when_its_patience_is_spent(
     monkeypatch.setattr(loop, "_patience_spent", lambda rows, patience: len(rows) == patience)
     assert len(trained(TrainingSettings(epochs=3, patience=2), None, tmp_path)) == 2
     assert len(trained(TrainingSettings(epochs=3, patience=9), None, tmp_path)) == 3
+
+
+def test_a_place_that_may_not_be_written_to_is_told_and_other_errors_may_pass() -> None:
+    for number, told in ((errno.EROFS, "Read-only file system"), (errno.EDQUOT, "quota exceeded")):
+        with (
+            pytest.raises(UserError, match=rf"^/out/m: a checkpoint cannot be .*{told}\); free"),
+            _told_of_no_room("/out/m"),
+        ):
+            raise OSError(number, "Error writing bytes to file. Detail: [errno 30]")
+    for error in (OSError(errno.EIO, "Input/output error"), OSError("AWS Error SLOW_DOWN")):
+        with pytest.raises(OSError, match=re.escape(str(error))), _told_of_no_room("/out/m"):
+            raise error
