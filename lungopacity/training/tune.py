@@ -15,12 +15,13 @@ again. The test split is not even loaded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +46,7 @@ from lungopacity.runtime import (
     versions,
 )
 from lungopacity.storage import ConflictError, Store, open_store
+from lungopacity.storage.lease import LEASE_S, Lease
 from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.storage.probe import check_writable
 from lungopacity.training.calibrate import calibrate, shares_shifted
@@ -103,7 +105,8 @@ def tune(
     `search`: see `search_space`; None searches the network's default space. `time_budget_s`: of the
     trials of this call; what it cuts short runs anew in the next. The others as in `train`. The
     same call goes on where a crashed one stopped, and one of more trials adds them. A trial that
-    diverges or crashes is a row with its error. Raises `UserError`, also where no trial succeeds.
+    diverges or crashes is a row with its error. Raises `UserError`, also where no trial succeeds,
+    or another search is at work in that output.
     """
     _check_arguments(trials, time_budget_s, settings or {})
     task = training_task(
@@ -123,10 +126,12 @@ def tune(
     names = class_names_of(task.label_map)
     network = build_network(model, len(names), task.settings.model_settings)
     first = first_tensors(network, task.settings)
-    with ray_session():
+    # Twice at once, each would write its own rows over the other's.
+    lease = Lease(open_store(output), "tune", f"tuning of {model}", LEASE_S, patient=True)
+    with ray_session(), lease:
         task = replace(task, settings=replace(task.settings, use_gpu=resolve_gpu(use_gpu)))
         known = _tried(task, first, space, output, trials, time_budget_s)
-    return _written(task, known, output, trials)
+        return _written(task, known, output, trials)
 
 
 def _check_arguments(trials: int, time_budget_s: float | None, settings: Mapping[str, str]) -> None:
@@ -262,7 +267,7 @@ def _run(
     # Ours are the handler of Ctrl-C and the output.
     os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _told_as_it_is():
         ray_tune.Tuner(
             ray_tune.with_resources(run, resources),
             param_space={"trial": ray_tune.grid_search(list(waiting))},
@@ -289,6 +294,17 @@ def _run(
             ),
         ).fit()
     known.out_of_time()
+
+
+@contextlib.contextmanager
+def _told_as_it_is() -> Iterator[None]:
+    """What a callback raises, Tune makes a text of: for the block it is raised again."""
+    try:
+        yield
+    except ray_tune.TuneError as error:
+        if isinstance(error.__context__, UserError):
+            raise error.__context__ from None
+        raise
 
 
 def _threads(trials: int) -> int:

@@ -196,3 +196,21 @@ def test_what_the_time_budget_cuts_short_is_a_row_and_runs_anew(known, tmp_path)
     assert best_of(known.rows.values())["trial"] == 1
     again = Trials(open_store(str(tmp_path)), known.space, TrainingSettings(epochs=4))
     assert set(again.rows) == {0}
+
+
+def test_two_searches_do_not_share_an_output_at_once(
+    search: Callable[..., TuneResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "LEASE_S", 1.0)
+    run, said = tuning._run, []
+
+    def another_begins(*given: Any) -> None:
+        with pytest.raises(UserError) as refused:
+            search()
+        said.append(str(refused.value))
+        run(*given)
+
+    monkeypatch.setattr(tuning, "_run", another_begins)
+    assert len(search().trials) == 5
+    assert "another job is at work there: tuning of classical-cnn" in said[0]
+    assert not (tmp_path / "out" / "_lock").exists()

@@ -154,6 +154,14 @@ def test_a_search_in_which_nothing_succeeds_says_why(searched: Search, tmp_path)
     assert not (output / "best.json").exists()
 
 
+def test_a_row_that_cannot_be_written_is_told_as_that(searched: Search, tmp_path) -> None:
+    (tmp_path / "trials" / "00000.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"trials/00000\.json: cannot be written .*; check permiss"):
+        lungopacity.tune(
+            **{**searched.arguments, "output": str(tmp_path), "trials": 1, "epochs": 1}
+        )
+
+
 def test_the_command_says_which_option_was_wrong(films, tmp_path, capsys) -> None:
     common = ["tune", "--images", f"{films}/archive", "--labels", f"{films}/labels.csv",
               "--output", str(tmp_path)]  # fmt: skip
