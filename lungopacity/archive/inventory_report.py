@@ -91,7 +91,7 @@ def _of_list(uri: str, archive_uri: str) -> Iterator[pa.Table]:
     if manifest is not None:
         yield from _of_report(manifest, archive_uri)
         return
-    with _local(uri, None) as path:
+    with _local(uri, None, "take it again; of an S3 Inventory report give manifest.json") as path:
         for table in _parquet(path, ()):
             planned = _planned(table, uri, "")
             # On disk such a key leads to the film, too, which would have two names then.
@@ -105,14 +105,19 @@ def _of_list(uri: str, archive_uri: str) -> Iterator[pa.Table]:
 
 def _newest_manifest(uri: str) -> str | None:
     """In the folder of a report's configuration, where S3 gives each report a folder of its own;
-    None where it is no such folder."""
+    None where a file lies there. Raises `UserError` where neither does."""
     parent, name = split_uri(uri)
     # Not by listing: whoever may read a list may not always do that.
     if open_store(parent).head(name) is not None:
         return None
     store = open_store(uri)
     found = [item.key for item in store.list() if _MANIFEST_OF_A_DAY.fullmatch(item.key)]
-    return f"{store.uri}/{max(found)}" if found else None
+    if not found:
+        raise UserError(
+            f"{uri}: no list lies there, and no report in folders such as 2026-03-04T01-00Z; give "
+            "a Parquet list, a report's manifest.json, or the folder of its configuration"
+        )
+    return f"{store.uri}/{max(found)}"
 
 
 def _of_report(manifest_uri: str, archive_uri: str) -> Iterator[pa.Table]:
@@ -162,8 +167,9 @@ def _warn_of_age(manifest_uri: str, manifest: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _local(uri: str, md5: str | None) -> Iterator[Path]:
-    """The file at `uri` on this machine; what goes wrong inside is told as this file's fault."""
+def _local(uri: str, md5: str | None, mend: str = "take it again") -> Iterator[Path]:
+    """The file at `uri` on this machine; what goes wrong inside is told as this file's fault.
+    `mend`: of what cannot be parsed."""
     parent, name = split_uri(uri)
     try:
         with temporary_folder() as folder:
@@ -181,9 +187,7 @@ def _local(uri: str, md5: str | None) -> Iterator[Path]:
     except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{uri}: the inventory cannot be read: {error.strerror}") from error
-        raise UserError(
-            f"{uri}: the inventory is damaged ({first_line(error)}); take it again"
-        ) from error
+        raise UserError(f"{uri}: the inventory is damaged ({first_line(error)}); {mend}") from error
 
 
 def _parquet(path: Path, _columns: Sequence[str]) -> Iterator[pa.Table]:

@@ -69,7 +69,7 @@ def nightly(
     if dry_run:
         return _rehearsed(store, archive, model, results, inventory, max_images, options)
     with Lease(store, "nightly", f"nightly screening of {archive}") as lease:
-        status = _Status(store, archive, lease)
+        status = _Status(store, open_store(archive).uri, lease)
         runs: list[ScreeningResult] = []
         check = partial(_check, lease, runs)
         try:

@@ -215,6 +215,10 @@ def test_the_newest_report_of_a_configuration_counts_and_an_old_one_is_warned_of
     store.write("hive/dt=2026-03-12-01-00/symlink.txt", b"")
     assert len(read(store.uri, s3_uri)) == 3
     assert not caplog.text
+    with pytest.raises(UserError, match="no list lies there, and no report in folders such as"):
+        read(f"{s3_uri}-inventory", s3_uri)  # the folder above
+    with pytest.raises(UserError, match=r"is damaged .*; of an S3 Inventory report give manifest"):
+        read(f"{s3_uri}-inventory/data/part", s3_uri)  # its CSV
     with pytest.raises(UserError, match="differs from the MD5"):  # the data are the newest one's
         read(f"{store.uri}/2026-03-10T01-00Z/manifest.json", s3_uri)
     assert "the report was made on 2026-03-04, and names nothing that came later" in caplog.text
@@ -228,7 +232,7 @@ def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path, monkeypatch
         assert len(read(str(tmp_path / "list.parquet"), archive.uri)) == 3
     found = read(str(tmp_path / "list.parquet"), archive.uri)
     assert pa.Table.from_pylist(found, schema=PLAN_SCHEMA).equals(archive.objects)
-    with pytest.raises(UserError, match="the inventory cannot be read: no such file"):
+    with pytest.raises(UserError, match=r"none\.parquet: no list lies there, .*; give a Parquet"):
         read(str(tmp_path / "none.parquet"), archive.uri)
     pq.write_table(archive.objects.slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="names nothing below"):

@@ -1,5 +1,5 @@
 import json
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import duckdb
@@ -101,8 +101,13 @@ def test_runs_of_models_with_other_classes_stand_in_one_table(tmp_path):
 
 def test_times_are_utc_and_columns_are_typed(tmp_path):
     write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
-    answer = query(str(tmp_path), "SELECT hour(screened_at) AS h, error_code FROM predictions")
-    assert answer.to_pylist() == [{"h": 23, "error_code": None}]
+    answer = query(
+        str(tmp_path),
+        "SELECT hour(screened_at) AS h, error_code, current_setting('TimeZone') AS zone "
+        "FROM predictions",
+    )
+    # By the zone's name, for where tests run the hours may be those of UTC anyway.
+    assert answer.to_pylist() == [{"h": 23, "error_code": None, "zone": "UTC"}]
     assert answer.schema.field("error_code").type == pa.string()
 
 
@@ -118,6 +123,13 @@ def test_no_file_outside_the_results_can_be_read(tmp_path):
         with pytest.raises(UserError, match=r"^SQL: "):
             query(str(tmp_path / "r"), sql)
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_folders_above_the_results_give_no_column_its_value(tmp_path):
+    results = tmp_path / "screened_on=1999-01-01" / "run_id=x"
+    write_run(str(results), "one", ("Normal", "Lung_Opacity"), 1)
+    (row,) = query(str(results), "SELECT run_id, screened_on FROM predictions").to_pylist()
+    assert row == {"run_id": "one", "screened_on": date(2026, 3, 4)}
 
 
 def test_a_newer_schema_is_refused_with_the_reason(tmp_path):

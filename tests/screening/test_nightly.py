@@ -215,6 +215,15 @@ def test_a_night_may_go_by_an_inventory(place, tmp_path):
     assert place.night().runs[0].images == 1
 
 
+def test_an_archive_is_one_however_its_uri_is_written(place):
+    place.night()
+    archive = f"file://{place.archive.uri}/"
+    (run,) = lungopacity.nightly(archive, place.model, place.results).runs
+    assert run.images == 0
+    # As in the run's record: by it a scheduler finds what the night was of.
+    assert place.status()["archive"] == place.archive.uri
+
+
 def test_what_fails_every_night_keeps_nothing_else_waiting(place):
     place.failing = dict.fromkeys(("Adams.png", "Baker.png"), "forbidden")
     nights = [place.night(max_images=2).runs[0].run_id for _ in range(3)]
@@ -290,6 +299,7 @@ def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
     (night,) = place.night().runs
     assert (night.failed, night.failed_again, night.exit_code) == (2, 1, 2)
     assert place.status()["nothing_scored"] == [night.run_id]
+    assert (place.status()["counts"]["failed"], place.status()["failed_again"]) == (2, 1)
 
 
 def test_a_run_is_retried_from_another_folder_than_its_model_was_named_in(place, monkeypatch):
