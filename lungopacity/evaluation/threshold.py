@@ -249,14 +249,16 @@ def _labelled(
     frame: pd.DataFrame = query(
         results,
         "SELECT coalesce(any_value(member), image) AS name, archive, image AS object, "
-        "member_index, arg_max(label, screened_at) AS label, "
-        "arg_max(content_sha256, screened_at) FILTER (status = 'ok') AS content_sha256, "
-        "arg_max(patient_hmac, screened_at) AS patient, "
-        f"arg_max({column}, screened_at) AS p FROM ("
-        f"SELECT * FROM predictions WHERE {chosen} "
+        "member_index, arg_max(label, place) AS label, "
+        "arg_max(content_sha256, place) FILTER (status = 'ok') AS content_sha256, "
+        "arg_max(patient_hmac, place) AS patient, "
+        f"arg_max({column}, place) AS p FROM ("
+        # The order of publishing: clocks are set back, and differ between machines.
+        "SELECT predictions.*, place FROM predictions JOIN internal.places USING (run_id) "
+        f"WHERE {chosen} "
         # Of what the object holds now: an older film's score is none of the one that followed.
         "QUALIFY source_etag = first_value(source_etag) "
-        "OVER (PARTITION BY archive, image ORDER BY screened_at DESC)"
+        "OVER (PARTITION BY archive, image ORDER BY place DESC)"
         ") GROUP BY archive, image, member_index, frame",
     ).to_pandas()
     if frame["p"].isna().all():

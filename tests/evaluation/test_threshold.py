@@ -6,9 +6,14 @@ import hashlib
 import json
 import re
 import shutil
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 import lungopacity
@@ -189,12 +194,22 @@ def test_a_score_of_what_an_object_once_held_sets_no_threshold(site, tmp_path):
     )
     shutil.copytree(site / "archive", archive)
     lungopacity.screen(archive, model, results, run_id="before")
+    _an_hour_ahead(results)  # the clock of then: it was set back since
     open_store(archive).write("x/01.png", b"broken since")
     lungopacity.screen(archive, model, results, run_id="after")
     point = lungopacity.threshold(
         model, results, "youden", "of-now", labels=str(site / "labels.csv")
     )
     assert (point.images, point.unscored) == (FILMS - 1, 1)
+
+
+def _an_hour_ahead(results: str) -> None:
+    """Of all rows."""
+    (path,) = Path(results, "predictions").rglob("*.parquet")
+    rows = pq.ParquetFile(path).read()
+    times = pc.add(rows["screened_at"], pa.scalar(timedelta(hours=1), pa.duration("us")))
+    place = rows.schema.get_field_index("screened_at")
+    pq.write_table(rows.set_column(place, rows.field("screened_at"), times), path)
 
 
 def test_a_name_is_given_once_and_must_be_one(site):
