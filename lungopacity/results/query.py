@@ -43,8 +43,7 @@ _RUNS_SCHEMA = pa.schema(
 # All rows of one object come from one run: a shard that could not be opened one night has one row
 # then, and the next night a row for each member.
 # Models that decide about different classes may have one id: a row tells which class its decision
-# is about. `places` (see `run_places`), which `threshold` asks, too, lies where SHOW TABLES does not
-# look.
+# is about. `places` lies where SHOW TABLES does not look. `threshold` asks it, too.
 _LATEST = """
 CREATE SCHEMA internal;
 CREATE TABLE internal.places AS SELECT * FROM run_places;
