@@ -53,8 +53,7 @@ def column_groups(labels: pd.DataFrame, by: Sequence[str], uri: str) -> pd.DataF
 
 
 def _groups(values: pd.Series, name: str, uri: str) -> list[str | None]:
-    numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-    if numeric and name != SITE and values.nunique() > MOST_NUMBERS:
+    if pd.api.types.is_numeric_dtype(values) and values.nunique() > MOST_NUMBERS:
         return _quartiles(values)
     if values.nunique() > MOST_VALUES:
         raise UserError(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from lungopacity.evaluation.bootstrap import (
     Resampling,
@@ -144,6 +144,26 @@ def test_bands_hold_the_true_curve_at_most_of_its_points():
     inside_G = (band.low_G[20:-1] <= true_G) & (true_G <= band.high_G[20:-1])
     assert inside_G.mean() > 0.8
     assert band.high_G[-1] < 0.62  # at full recall hardly better than the share of positives
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_precision_band_is_of_the_replicates_own_steps(first):
+    """Where the best score is a negative's, what is held down to the first recall is not its 0."""
+    positive_N = np.array([first, True, True, first, True, False, False, True])
+    scores_N = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    resampling = Resampling.of([None] * 8, 60)
+    band, curves = precision_recall_band(positive_N, scores_N, resampling), []
+    for weights_N in np.concatenate(list(resampling.weights())):
+        if weights_N[positive_N].any():
+            precision, recall, _ = precision_recall_curve(
+                positive_N, scores_N, sample_weight=weights_N
+            )
+            # At each recall that of the highest threshold that reaches it.
+            least_G = np.maximum(band.grid_G, 1e-9) - 1e-12
+            curves.append([precision[np.flatnonzero(recall >= least)[-1]] for least in least_G])
+    low_G, high_G = np.percentile(curves, [2.5, 97.5], axis=0)
+    np.testing.assert_allclose(band.low_G, low_G)
+    np.testing.assert_allclose(band.high_G, high_G)
 
 
 def test_without_a_kind_there_is_no_band():

@@ -11,7 +11,13 @@ from sklearn.metrics import roc_auc_score
 
 from lungopacity.cli import main
 from lungopacity.errors import UserError
-from lungopacity.evaluation.compare import auc_difference, compare, share_difference
+from lungopacity.evaluation.bootstrap import Resampling
+from lungopacity.evaluation.compare import (
+    auc_difference,
+    clustered_difference,
+    compare,
+    share_difference,
+)
 from lungopacity.storage import open_store
 
 
@@ -76,8 +82,43 @@ def test_of_a_difference_without_spread_or_of_one_film_no_p_value_is_told():
         np.arange(6) < 3, np.array([1, 3, 5, 2, 4, 6.0]), np.array([2, 4, 6, 1, 3, 5.0])
     )
     assert thirds.difference == pytest.approx(1 / 3)
-    for found in (perfect, thirds, alone):
+    # Films of the other kind may differ as they will.
+    ranks, of_20 = np.arange(40.0), np.arange(40) == 20
+    alone_too = [auc_difference(one, ranks, np.where(of_20, -1, ranks)) for one in (of_20, ~of_20)]
+    for found in (perfect, thirds, alone, *alone_too):
         assert (found.ci_low, found.ci_high, found.p_value) == (None, None, None)
+
+
+def test_a_spread_among_films_of_one_kind_is_enough():
+    """Each positive gains as much, the negatives do not: DeLong's variance is that of these."""
+    positive = np.arange(7) < 3
+    first = np.array([5.0, 6, 7, 1, 2, 8, 9])
+    second = np.array([5.0, 6, 7, 1, 2, 3, 9])
+    found = auc_difference(positive, first, second)
+    assert found.difference == pytest.approx(1 / 4)
+    assert found.p_value == pytest.approx(kernel_delong(positive, first, second)[2])
+
+
+def test_differences_over_patients_are_the_second_less_the_first():
+    rng = np.random.default_rng(3)
+    positive_N, resampling = rng.random(80) < 0.5, Resampling.of([str(n // 2) for n in range(80)])
+    scores_N2 = positive_N[:, None] * [0.5, 1.5] + rng.normal(size=(80, 2))
+    right_N2 = (scores_N2 > 0.5) == positive_N[:, None]
+    shares = {"accuracy": (right_N2, np.ones(80, bool)), "sensitivity": (right_N2, positive_N)}
+    found = clustered_difference(positive_N, scores_N2, shares, resampling)
+    drawn = {"auc": [], "accuracy": [], "sensitivity": []}
+    for weights_N in np.concatenate(list(resampling.weights())):
+        first, second = (
+            roc_auc_score(positive_N, scores_N, sample_weight=weights_N) for scores_N in scores_N2.T
+        )
+        drawn["auc"].append(second - first)
+        for name, (_, of_N) in shares.items():
+            first, second = np.average(right_N2, axis=0, weights=weights_N * of_N)
+            drawn[name].append(second - first)
+    for name, values in drawn.items():
+        bounds = (getattr(found, f"{name}_ci_low"), getattr(found, f"{name}_ci_high"))
+        assert bounds == pytest.approx(tuple(np.percentile(values, [2.5, 97.5]))), name
+    assert found.auc_ci_low > 0
 
 
 def test_mcnemar_counts_the_films_that_one_alone_gets_right():

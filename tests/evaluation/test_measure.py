@@ -126,6 +126,17 @@ def test_the_interval_of_a_calibration_error_is_moved_to_its_value_and_no_others
         assert (item.ci_low, item.ci_high) == pytest.approx((low, high)), item
 
 
+def test_the_interval_of_a_calibration_error_does_not_reach_below_0():
+    """Half of the films that have 0.5 are of the class: what replicates show is chance alone."""
+    images = ScoredImages(np.arange(60) % 2, np.full((60, 2), 0.5), ("a", "b"), "b")
+    metrics = measure(images, {}, Resampling.of([None] * 60, 300))
+    errors = [item for item in metrics if item.metric == "expected_calibration_error"]
+    assert [item.class_name for item in errors] == [None, "b"]
+    for item in errors:
+        assert (item.value, item.ci_low) == (0.0, 0.0)
+        assert item.ci_high > 0
+
+
 def test_a_model_without_a_mistake_is_not_certain():
     """Thirty films of ten patients: Wilson's interval of ten; where no formula is, none."""
     labels_N = np.arange(30) % 2

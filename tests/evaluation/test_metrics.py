@@ -18,6 +18,7 @@ from lungopacity.evaluation.metrics import (
     wilson_interval,
 )
 from lungopacity.evaluation.table import largest_gaps, uncompared_groups
+from lungopacity.models import OperatingPoint
 
 NAMES = ("Normal", "Lung_Opacity")
 NAMES_OF_THREE = (*NAMES, "Not_Normal")
@@ -28,9 +29,13 @@ def two_class(positive_N) -> np.ndarray:
     return np.stack([1 - positive_N, positive_N], axis=1)
 
 
-def classification_metrics(labels_N, probabilities_NK, names, positive=None, groups=None):
+def classification_metrics(
+    labels_N, probabilities_NK, names, positive=None, groups=None, points=None
+):
     """Of `measure`, with intervals of hardly any draws."""
-    images = ScoredImages(labels_N, probabilities_NK, tuple(names), positive or names[0])
+    images = ScoredImages(
+        labels_N, probabilities_NK, tuple(names), positive or names[0], points=points or {}
+    )
     return measure(images, groups or {}, Resampling.of([None] * len(labels_N), 2))
 
 
@@ -74,8 +79,13 @@ def test_figures_are_those_of_scikit_learn(classes):
     rng = np.random.default_rng(classes)
     labels, names = rng.integers(0, classes, 90), [f"class {n}" for n in range(classes)]
     p_NK = np.round(rng.dirichlet(np.ones(classes), 90), 2) + 0.01  # with ties
+    p_NK[0] = 1e-9  # so sure, and wrong
+    p_NK[0, labels[0] - 1] = 1
     p_NK /= p_NK.sum(axis=1, keepdims=True)
-    found, predicted = values(classification_metrics(labels, p_NK, names)), p_NK.argmax(axis=1)
+    predicted = p_NK.argmax(axis=1)
+    # Decisions are about a class that is not the last.
+    decides, point = classes - 2, OperatingPoint(0.3)
+    found = values(classification_metrics(labels, p_NK, names, names[decides], points={"x": point}))
     assert found["accuracy", None] == pytest.approx(
         sklearn_metrics.accuracy_score(labels, predicted)
     )
@@ -85,6 +95,17 @@ def test_figures_are_those_of_scikit_learn(classes):
     columns = sklearn_metrics.precision_recall_fscore_support(labels, predicted)
     for metric, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
         assert [found[metric, name] for name in names] == pytest.approx(column)
+    is_true, p_N = labels == decides, p_NK[:, decides]
+    brier = sklearn_metrics.brier_score_loss(is_true, p_N)
+    assert found["brier_binary", names[decides]] == pytest.approx(brier)
+    decided = is_true, p_N >= point.threshold
+    for metric, score, kind in (
+        ("decision_sensitivity", sklearn_metrics.recall_score, 1),
+        ("decision_specificity", sklearn_metrics.recall_score, 0),
+        ("positive_predictive_value", sklearn_metrics.precision_score, 1),
+        ("negative_predictive_value", sklearn_metrics.precision_score, 0),
+    ):
+        assert found[metric, "x"] == pytest.approx(score(*decided, pos_label=kind)), metric
     for index, name in enumerate(names):
         ranked = labels == index, p_NK[:, index]
         assert found["roc_auc", name] == pytest.approx(sklearn_metrics.roc_auc_score(*ranked))
@@ -273,7 +294,15 @@ def test_subgroups_divide_the_images_and_unknown_is_one_of_them():
 
 @pytest.mark.parametrize(
     ("years", "band"),
-    [(0, "under-18"), (17.9, "under-18"), (18, "18-39"), (40, "40-64"), (65, "65-89"), (90, "90+")],
+    [
+        (0, "under-18"),
+        (17.9, "under-18"),
+        (18, "18-39"),
+        (40, "40-64"),
+        (65, "65-89"),
+        (89.9, "65-89"),
+        (90, "90+"),
+    ],
 )
 def test_age_bands_meet_without_a_gap(years, band):
     assert age_band(years) == band
@@ -321,7 +350,7 @@ def test_the_largest_gap_between_subgroups_comes_first():
     metrics = [
         auc("all", 0.97),
         auc("patient_sex=M", 0.96),
-        auc("patient_sex=F", 0.97),
+        auc("patient_sex=F", 0.97, n=30),
         auc("view_position=PA", 0.91),
         auc("view_position=AP", 0.98),
         auc("view_position=unknown", 0.2, n=29),

@@ -12,7 +12,13 @@ from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.measure import ratio_metrics
 from lungopacity.evaluation.metrics import Metric
-from lungopacity.evaluation.operating_points import RULES, STANDARD, decision_shares, pick
+from lungopacity.evaluation.operating_points import (
+    RULES,
+    STANDARD,
+    deciding_point,
+    decision_shares,
+    pick,
+)
 from lungopacity.evaluation.table import decision_words
 from lungopacity.models import OperatingPoint
 
@@ -112,6 +118,40 @@ def test_of_all_that_reach_a_bound_none_does_better_in_either(kind, least, separ
     # First the figure that the rule leaves free, then the one that it bounds.
     best = max(others.tolist(), key=lambda pair: (pair[1 - bounded], pair[bounded]))
     assert ours.tolist() == best
+
+
+@pytest.mark.parametrize("positives", [10, 12, 20])
+def test_of_equally_good_thresholds_the_most_sensitive_is_chosen(positives) -> None:
+    rng = np.random.default_rng(6)
+    for _ in range(300):
+        positive_V = np.arange(30) < positives
+        scores_V = rng.integers(0, 20, 30) / 20
+        found = scores_V >= pick("youden", scores_V, positive_V).threshold
+        ours = (np.sum(positive_V & found), np.sum(~positive_V & ~found))
+        others = every_threshold(scores_V, positive_V).tolist()
+        # Both shares over one denominator: whole numbers.
+        best = max(others, key=lambda p: (p[0] * (30 - positives) + p[1] * positives, p[0]))
+        assert best == list(ours)
+
+
+def test_a_bound_that_is_met_to_the_film_is_met() -> None:
+    """In float64, 1 - 7 / 100 is less than 0.93."""
+    scores_V, positive_V = np.arange(101) / 101, np.arange(101) == 93
+    point = pick("specificity=0.93", scores_V, positive_V)
+    assert (point.sensitivity, point.specificity) == (1.0, pytest.approx(0.93))
+
+
+def test_where_negatives_of_score_1_prevent_a_specificity_the_most_specific_is_chosen() -> None:
+    scores_V = np.array([0.2, 0.4, 0.6, 1.0, 1.0])
+    point = pick("specificity=0.9", scores_V, np.array([False, True, False, True, False]))
+    assert (point.sensitivity, point.specificity) == (0.5, pytest.approx(2 / 3))
+
+
+def test_the_point_that_decides_is_named() -> None:
+    points = {"youden": OperatingPoint(0.4), "cost=5": OperatingPoint(0.2)}
+    assert deciding_point(points, OperatingPoint(0.2)) == "cost=5"
+    # As of an older folder, whose one point has no name.
+    assert deciding_point({}, OperatingPoint(0.2)) == "default"
 
 
 @pytest.mark.parametrize("cost", [2, 4, 7])
@@ -221,6 +261,10 @@ def test_a_band_is_told_by_what_it_finds_with_its_review() -> None:
         told = decision_words(decision_metrics(scores_N, positive_N, {"x": point}))
         assert len(told) == lines
         assert told[0].startswith("sensitivity 0.")
-    assert re.fullmatch(
-        r"sensitivity 0.*, negative predictive value 0.*, under review 0.*", told[1]
-    )
+    # By hand: which share stands under which name.
+    found_N = scores_N >= 0.2
+    review_N = found_N & (scores_N < 0.6)
+    shares = (found_N[positive_N].mean(), (~positive_N)[~found_N].mean(), review_N.mean())
+    names = ("sensitivity", "negative predictive value", "under review")
+    expected = [f"{name} {share:.4f}" for name, share in zip(names, shares, strict=True)]
+    assert re.sub(r" \(.*?\)", "", told[1]).split(", ") == expected

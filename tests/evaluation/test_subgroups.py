@@ -6,7 +6,7 @@ import pytest
 
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
-from lungopacity.evaluation.subgroups import MOST_VALUES, check_columns, column_groups
+from lungopacity.evaluation.subgroups import MOST_NUMBERS, MOST_VALUES, check_columns, column_groups
 
 URI = "labels.csv"
 
@@ -25,6 +25,16 @@ def test_words_and_a_few_numbers_are_taken_one_by_one(tmp_path):
     assert found["manufacturer"].tolist() == ["Fuji", "GE", None, "GE"]
     assert found["detector"].tolist() == ["1", "2", None, "2"]
     assert found.index.tolist() == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_as_many_values_as_are_allowed_form_subgroups(tmp_path):
+    words = [f"name {n % MOST_VALUES}" for n in range(100)]
+    numbers = [n % MOST_NUMBERS for n in range(100)]
+    found = groups_of(tmp_path, ("note", "kvp"), note=words, kvp=numbers, site=words)
+    assert found.nunique().to_dict() == {
+        "note": MOST_VALUES, "kvp": MOST_NUMBERS, "site": MOST_VALUES,
+    }  # fmt: skip
+    assert found["kvp"].iloc[0] == "0"
 
 
 def test_many_numbers_are_divided_at_their_quartiles_and_extremes_are_not_told(tmp_path):
