@@ -15,7 +15,7 @@ from lungopacity.errors import NOTICE
 from lungopacity.evaluation.claim import left_open
 from lungopacity.evaluation.metrics import Metric, age_band
 from lungopacity.evaluation.operating_points import deciding_point
-from lungopacity.evaluation.table import FEWEST, Gap, flatters, with_interval
+from lungopacity.evaluation.table import FEWEST, Gap, flatters, uncompared_figures, with_interval
 from lungopacity.models import ENSEMBLE, ModelSpec
 
 _MOST_LABELS = 10
@@ -87,9 +87,12 @@ def _model(spec: ModelSpec) -> Iterator[str]:
     pixels = spec.preprocessing
     size = pixels.image_size
     cut = "black borders cut away, " if pixels.crop_borders else ""
+    scaled = f"(value / 255 - {pixels.mean:g}) / {pixels.std:g}"
+    if spec.architecture == ENSEMBLE:
+        scaled = "each member makes of it what its line tells"
     yield (
         f"- Input [9]: one grey channel, {size} x {size} pixels, {cut}the aspect ratio kept and "
-        f"padded black; (value / 255 - {pixels.mean:g}) / {pixels.std:g}"
+        f"padded black; {scaled}"
     )
     names = ", ".join(spec.class_names)
     yield f"- Classes [11]: {names}; decisions are about {spec.positive_class}"
@@ -131,7 +134,10 @@ def _members(spec: ModelSpec) -> Iterator[str]:
         "each has kept its epoch of the lowest loss on validation; every setting is in model.json"
     )
     for member, training in zip(members, trainings, strict=True):
-        told = [f"  - {member['architecture']} {member['model_id']}, {member['image_size']} px"]
+        told = [
+            f"  - {member['architecture']} {member['model_id']}, {member['image_size']} px, "
+            f"(value / 255 - {member['mean']:g}) / {member['std']:g}"
+        ]
         weights, learnt = _first_weights(training), _learnt(training)
         told += [f"first weights: {weights}"] if weights else []
         told += [f"{learnt}, epoch {training['best_epoch']} kept"] if learnt else []
@@ -143,8 +149,10 @@ def _learnt(training: Mapping[str, Any]) -> str | None:
     settings = training.get("settings", {})
     if "epochs" not in settings:
         return None
+    epochs = settings["epochs"]
     return (
-        f"{settings['epochs']} epochs, batches of {settings['batch_size']}, seed {settings['seed']}"
+        f"{epochs} epoch{'' if epochs == 1 else 's'}, batches of {settings['batch_size']}, "
+        f"seed {settings['seed']}"
     )
 
 
@@ -260,6 +268,13 @@ def _results(
     yield ""
     yield f"95 % intervals [29]: {intervals}." + _of_unknown(unknown_patients)
     yield ""
+    yield (
+        "Accuracy, recall, specificity, precision and f1 are of the most probable class; what is "
+        "decided at an operating point stands below. Of all classes, roc auc is the mean, brier "
+        "the sum (0 to 2), and the expected calibration error that of the predicted class; log "
+        "loss is in nats."
+    )
+    yield ""
     yield "| metric [28, 36] | of | value | 95 % interval | films |"
     yield "|---|---|---:|---|---:|"
     shown = (
@@ -271,6 +286,7 @@ def _results(
         "specificity",
         "precision",
         "f1",
+        "brier_binary",
         "brier",
         "brier_before_temperature",
         "log_loss",
@@ -326,8 +342,12 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric], gaps: Sequence[Gap]) 
             f"- The largest gap in {gap.figure} is by {gap.column}: {worst}; {best}; between them "
             f"{gap.size_words}."
         )
-    if not gaps:
-        yield f"No column has two subgroups of {FEWEST} patients, and an interval, to compare."
+    uncompared = uncompared_figures(metrics, gaps)
+    if uncompared:
+        yield (
+            f"- Not compared, for fewer than two subgroups have {FEWEST} patients of the kind that "
+            f"counts, and an interval: {'; '.join(uncompared)}."
+        )
     yield ""
     yield (
         f"| subgroup [30] | AUC for {spec.positive_class} | sensitivity at {point} | "

@@ -27,6 +27,7 @@ from lungopacity.evaluation.table import (
     flatters,
     metric_value,
     metrics_table,
+    uncompared_figures,
     uncompared_groups,
     with_interval,
 )
@@ -133,32 +134,37 @@ class EvaluationResult:
             ("balanced_accuracy", None): "balanced accuracy",
             ("roc_auc", self.positive_class): f"AUC {self.positive_class}",
             ("average_precision", self.positive_class): f"av. precision {self.positive_class}",
-            ("brier", None): "Brier score",
-            ("brier_before_temperature", None): "Brier score before temperature",
+            ("brier_binary", self.positive_class): f"Brier {self.positive_class}, 0 to 1",
+            ("brier", None): "Brier of all classes, 0 to 2",
+            ("brier_before_temperature", None): "  before temperature",
             ("log_loss", None): "log loss (nats)",
-            ("expected_calibration_error", None): "ECE",
-            ("expected_calibration_error_before_temperature", None): "ECE before temperature",
+            ("expected_calibration_error", None): "ECE of the predicted class",
+            ("expected_calibration_error_before_temperature", None): "  before temperature",
             ("expected_calibration_error", self.positive_class): f"ECE {self.positive_class}",
         }
         overall = {(item.metric, item.class_name): item for item in self.metrics if _whole(item)}
+        support = [f"{i.value:.0f} {i.class_name}" for i in self.metrics if _is_support(i)]
+        lines += [_row("films", ", ".join(support))] if support else []
         lines += [
-            f"{name:32}{with_interval(overall[key])}"
-            for key, name in told.items()
-            if key in overall
+            _row(name, with_interval(overall[key])) for key, name in told.items() if key in overall
         ]
         lines += self._decisions()
         if self.operating_point is not None:
-            lines.append(f"{'decided at':32}{self.operating_point}, in predictions.parquet")
+            lines.append(_row("decided at", f"{self.operating_point}, in predictions.parquet"))
         lines += [
-            f"{f'{gap.figure} by {gap.column}':32}{_of_group(gap.worst)}; {_of_group(gap.best)}; "
-            f"between them {gap.size_words}"
+            _row(
+                f"{gap.figure} by {gap.column}",
+                f"{_of_group(gap.worst)}; {_of_group(gap.best)}; between them {gap.size_words}",
+            )
             for gap in self.gaps
         ]
+        uncompared = uncompared_figures(self.metrics, self.gaps)
+        lines += [_row("too few patients to compare", "; ".join(uncompared))] if uncompared else []
         few = uncompared_groups(self.metrics, self.positive_class, self.decided_at)
         if few:
             words = [f"{item.group} ({_films(item)})" for item in few[:_MOST_TOLD]]
             words += [f"and {len(few) - _MOST_TOLD} more"] if len(few) > _MOST_TOLD else []
-            lines.append(f"{'few patients, or of one kind':32}{', '.join(words)}")
+            lines.append(_row("few patients, or of one kind", ", ".join(words)))
         return "\n".join([*lines, f"report in {self.output}", NOTICE])
 
     def _decisions(self) -> list[str]:
@@ -173,11 +179,11 @@ class EvaluationResult:
             of_point = (i for i in self.metrics if _whole(i) and i.class_name == name)
             names = (f"at {name}", "  with those under review")
             lines += [
-                f"{name:32}{words}"
+                _row(name, words)
                 for name, words in zip(names, decision_words(of_point), strict=False)
             ]
             among = self.picked_on.get(str(name))
-            lines += [] if among is None else [f"{'':32}{flatters(among)}"]
+            lines += [] if among is None else [_row("", flatters(among))]
         return lines
 
     def to_json(self) -> str:
@@ -282,6 +288,15 @@ def write_figures(
 
 def _whole(item: Metric) -> bool:
     return item.group == "all"
+
+
+def _is_support(item: Metric) -> bool:
+    return _whole(item) and item.metric == "support"
+
+
+def _row(name: str, words: str) -> str:
+    """A line of the summary; a name may be longer than its place."""
+    return f"{name:31} {words}"
 
 
 def _of_group(item: Metric) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,19 @@ def largest_gaps(metrics: Sequence[Metric], positive: str, point: str) -> list[G
         if len(items) > 1
     ]
     return sorted(gaps, key=lambda gap: -gap.size)
+
+
+def uncompared_figures(metrics: Sequence[Metric], gaps: Sequence[Gap]) -> list[str]:
+    """`sensitivity by view_position, age`: of each figure the columns of two subgroups or more of
+    which no gap tells: fewer than two have `FEWEST` patients that count, and an interval."""
+    groups = dict.fromkeys(item.group for item in metrics if item.group != "all")
+    columns = Counter(group.partition("=")[0] for group in groups)
+    told = {(gap.figure, gap.column) for gap in gaps}
+    left = {
+        figure: [name for name in columns if columns[name] > 1 and (figure, name) not in told]
+        for figure in _COMPARED.values()
+    }
+    return [f"{figure} by {', '.join(names)}" for figure, names in left.items() if names]
 
 
 def uncompared_groups(metrics: Sequence[Metric], positive: str, point: str) -> list[Metric]:

@@ -19,6 +19,7 @@ from tests.models.tiny import tiny_model
 
 METRICS = [
     Metric("all", "accuracy", None, 0.9123, 0.9, 0.92, 798),
+    Metric("all", "brier_binary", "Lung_Opacity", 0.08, 0.05, 0.1, 798),
     Metric("all", "brier_before_temperature", None, 0.2, 0.1, 0.3, 798),
     Metric("all", "roc_auc", "Lung_Opacity", 0.9765, 0.97, 0.98, 798),
     Metric("all", "recall", "Normal", float("nan"), None, None, 0),
@@ -158,6 +159,7 @@ def test_the_card_tells_which_films_are_in_no_figure():
 def test_the_card_has_each_figure_with_its_interval():
     lines = section(card_of(), "What it earned")
     assert "| accuracy | all | 0.9123 | 0.9000 to 0.9200 | 798 |" in lines
+    assert "| brier binary | Lung_Opacity | 0.0800 | 0.0500 to 0.1000 | 798 |" in lines
     assert "| brier before temperature | all | 0.2000 | 0.1000 to 0.3000 | 798 |" in lines
     assert "| recall | Normal | not defined |  | 0 |" in lines
     told = "chosen and calibrated: auc 0.9800, expected calibration error 0.0200."
@@ -183,12 +185,17 @@ def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
         "- The largest gap in sensitivity is by view_position: PA 0.9000 (0.8000 to 0.9500), "
         "70 films; AP 0.9100 (0.8000 to 0.9500), 80 films; between them"
     )
-    assert "| sensitivity at youden | specificity at youden | films | patients |" in lines[3]
+    assert lines[2] == (
+        "- Not compared, for fewer than two subgroups have 30 patients of the kind that counts, "
+        "and an interval: sensitivity by patient_sex; specificity by patient_sex, view_position."
+    )
+    assert "| sensitivity at youden | specificity at youden | films | patients |" in lines[4]
     assert (
         "| view_position=PA | 0.9412 (0.9200 to 0.9600) | 0.9000 (0.8000 to 0.9500) | not defined "
         "| 440 | 368 |"
     ) in lines
     assert "| patient_sex=F | 0.9800 (0.9700 to 0.9900) |  |  | 300 |  |" in lines
+    assert sum(line.startswith("| view_position=PA |") for line in lines) == 1
 
 
 def test_items_that_the_card_does_not_answer_whole_are_left_open():
@@ -223,6 +230,27 @@ def test_what_the_model_is_for_follows_from_its_films():
         assert scope.startswith("- Out of its scope [38]: children; films unlike the training")
 
 
+def test_a_card_of_many_labels_names_the_commonest_and_counts_the_rest():
+    labels = {f"Finding {number}": 100 - number for number in range(12)}
+    left_out = {"labels": {"train": labels}, "unreadable": {}}
+    data = {"fingerprint": "abc", "left_out": left_out}
+    card = plain_card(replace(SPEC, training={"data": data}))
+    assert ", 91 Finding 9, 179 of other labels\n" in card
+    assert "films as of the labels Finding 0, Finding 1, " in card
+    assert "Finding 9, 2 more, which it never saw." in card
+
+
+def test_a_card_tells_the_biases_of_several_classes():
+    spec = replace(
+        tiny_model().spec,
+        class_names=("Normal", "Lung_Opacity", "TB"),
+        class_biases=(0.1, -0.25, 0.15),
+    )
+    told = "plus biases of +0.100 for Normal, -0.250 for Lung_Opacity, +0.150 for TB; fitted to "
+    assert f"{told}the validation split and its shares of the classes\n" in plain_card(spec)
+    assert "fitted to the validation split\n" in plain_card(SPEC)
+
+
 def test_a_model_of_which_little_is_known_has_a_card_too():
     card = plain_card(tiny_model(synthetic=True).spec, split="all", flags_unlike=False)
     assert "name no patient" not in card
@@ -235,6 +263,7 @@ def test_a_model_of_which_little_is_known_has_a_card_too():
 
 def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
     member = {"architecture": "efficientnet-lite0", "model_id": "a" * 16, "image_size": 224}
+    member |= {"mean": 0.449, "std": 0.226}
     spec = replace(
         tiny_model().spec,
         architecture="ensemble",
@@ -246,33 +275,34 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
             "members": [
                 {
                     "weights": {"source": "ImageNet, from a package", "licence": "Apache-2.0"},
-                    "settings": {"epochs": 8, "batch_size": 32, "seed": 1},
-                    "best_epoch": 6,
+                    "settings": {"epochs": 1, "batch_size": 32, "seed": 1},
+                    "best_epoch": 1,
                 },
                 {"weights": None},
                 {},
             ]
         },
     )
+    scaled = "(value / 255 - 0.449) / 0.226"
     card = plain_card(spec, [item for item in METRICS if item.group == "patient_sex=F"])
     lines = card.splitlines()
     assert (
-        f"  - efficientnet-lite0 {'a' * 16}, 224 px; first weights: ImageNet, from a package; "
-        "licence: Apache-2.0; 8 epochs, batches of 32, seed 1, epoch 6 kept"
+        f"  - efficientnet-lite0 {'a' * 16}, 224 px, (value / 255 - 0.449) / 0.226; first weights: "
+        "ImageNet, from a package; licence: Apache-2.0; 1 epoch, batches of 32, seed 1, epoch 1 "
+        "kept"
     ) in lines
-    assert f"  - cov-net {'a' * 16}, 224 px; first weights: drawn at random" in lines
+    assert f"  - cov-net {'a' * 16}, 224 px, {scaled}; first weights: drawn at random" in lines
     check_items(card)
     assert {24, 25, 26} <= set(left_open(card))  # of two members nobody knows
     known = replace(spec, training={"members": [spec.training["members"][0]] * 3})
     told = plain_card(known)
     assert "- Members [24, 25, 26, 27]: the mean of their calibrated logits counts" in told
     check_items(told)
-    assert f"  - efficientnet-lite0 {'a' * 16}, 96 px" in lines
+    assert f"  - efficientnet-lite0 {'a' * 16}, 96 px, {scaled}" in lines
     assert (
-        "- Input [9]: one grey channel, 224 x 224 pixels, black borders cut away, the aspect"
-        in card
-    )
-    assert "No column has two subgroups" in card
+        "- Input [9]: one grey channel, 224 x 224 pixels, black borders cut away, the aspect ratio "
+        "kept and padded black; each member makes of it what its line tells\n"
+    ) in card
 
 
 def test_films_that_a_rule_leaves_out_are_no_failure():
@@ -286,13 +316,30 @@ def test_films_that_a_rule_leaves_out_are_no_failure():
 
 def test_a_report_tells_the_gap_between_subgroups_and_those_of_too_few_patients():
     views = [item for item in METRICS if item.group.startswith("view_position")]
+    views = [item for item in views if item.metric == "roc_auc"]
     (gap, *_) = largest_gaps(views, "Lung_Opacity", "youden")
     few = Metric("site=B", "accuracy", None, 0.5, 0.1, 0.9, 40, "bootstrap", 2)
+    named = [
+        *(
+            Metric("all", "support", name, count, None, None, 90)
+            for name, count in (("Normal", 70.0), ("Lung_Opacity_or_a_long_name", 20.0))
+        ),
+        *(
+            Metric("all", f"decision_{what}", "the-hospital-by-the-river-2026", 0.9, 0.8, 1.0, 45)
+            for what in ("sensitivity", "specificity")
+        ),
+    ]
     result = EvaluationResult(
         "m", "out", "test", 90, 0, 0, 90, 0, "by counting", False, (), "Lung_Opacity", None,
-        "youden", [*views, few], (replace(gap, ci_low=0.01, ci_high=0.07),),
+        "youden", [*views, few, *named], (replace(gap, ci_low=0.01, ci_high=0.07),),
     )  # fmt: skip
     told = result.summary()
+    assert "\nfilms                           70 Normal, 20 Lung_Opacity_or_a_long_name\n" in told
+    # A gap of decisions that 19 patients do not tell is not passed over.
+    not_told = "sensitivity by view_position; specificity by view_position\n"
+    assert f"\ntoo few patients to compare     {not_told}" in told
+    # The name is longer than its place.
+    assert "\nat the-hospital-by-the-river-2026 sensitivity 0.9" in told
     assert "n = 440; AP 0.9812 (0.9700 to 0.9900), n = 358; between them 0.0400 (0.0100 to" in told
     assert "few patients, or of one kind" in told
     assert "site=B (n = 40 of 2 patients)" in told
