@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -93,17 +94,31 @@ _as_json = False
 
 
 def log_lines(output_format: str) -> None:
-    """Log to standard error: `text`, for people, or `json`, for collectors; then what Python warns
-    of, too."""
+    """Log to standard error, with what Python warns of: `text`, for people, or `json`, for
+    collectors."""
     global _as_json
     _as_json = output_format == "json"
     logging.basicConfig(level=logging.WARNING, force=True)
     (handler,) = logging.getLogger().handlers
     as_text = TextLines("%(asctime)s %(message)s", datefmt="%H:%M:%S")
     handler.setFormatter(JsonLines() if _as_json else as_text)
-    logging.captureWarnings(_as_json)
+    warnings.showwarning = _log_warning
     debugging = os.environ.get(DEBUG_VARIABLE)
     logging.getLogger("lungopacity").setLevel(logging.DEBUG if debugging else logging.INFO)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
+) -> None:
+    """For `warnings.showwarning`, which prints what is quoted in a warning as it is."""
+    logging.getLogger("py.warnings").warning(
+        "%s:%d: %s: %s", filename, lineno, category.__name__, message
+    )
 
 
 def tell_end(why: str) -> bool:

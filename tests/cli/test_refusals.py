@@ -91,6 +91,17 @@ def test_for_collectors_the_last_line_and_warnings_are_objects_too(monkeypatch, 
         assert all(part in line["message"] for part, line in zip(said, lines, strict=True))
 
 
+def test_for_people_a_warning_is_a_line_without_escapes(monkeypatch, capfd):
+    def broken(uri: str) -> None:
+        warnings.warn("odd\x1b[2J\nfile", stacklevel=1)
+        raise UserError("nothing there")
+
+    monkeypatch.setattr("lungopacity.results.query.open_store", broken)
+    _, _, err = run(capfd, "runs", "--results", "x")
+    assert err.splitlines()[0].endswith(r": UserWarning: odd\x1b[2J\nfile")
+    assert err.splitlines()[1:] == ["error: nothing there"]
+
+
 def test_a_defect_of_our_own_names_itself_and_how_to_report_it(monkeypatch, capfd):
     def broken(uri: str) -> None:
         raise ZeroDivisionError("division by zero")
