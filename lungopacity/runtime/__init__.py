@@ -26,12 +26,13 @@ from lungopacity.runtime.session import (
     ray_session,
     worker_environment,
 )
-from lungopacity.runtime.signals import end_if_told, end_on_signals
+from lungopacity.runtime.signals import code_of_signal, end_if_told, end_on_signals
 
 __all__ = [
     "KEEP_FREED_MEMORY",
     "alone",
     "capacity",
+    "code_of_signal",
     "done_with_ray",
     "end_if_told",
     "end_on_signals",

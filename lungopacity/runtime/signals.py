@@ -56,7 +56,12 @@ def end_if_told() -> None:
         _here.told_by = None  # once: Python may go on to something else
         raise KeyboardInterrupt
     if _here.told_by is not None:
-        raise SystemExit(128 + _here.told_by)
+        raise SystemExit(code_of_signal())
+
+
+def code_of_signal() -> int | None:
+    """The exit code of a process that a signal told to end; None: none did."""
+    return None if _here.told_by is None else 128 + _here.told_by
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from lungopacity.errors import NOTICE, Status, UserError, foreseen
 from lungopacity.evaluation.drift import Shift
 from lungopacity.results.folder import STATUS
 from lungopacity.results.workbench import temporary_folder
+from lungopacity.runtime import code_of_signal
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, ScreeningOptions, screening_job
@@ -193,7 +194,10 @@ def _ended(error: BaseException, *, names_may_be_told: bool) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "ended by Ctrl-C; the next night goes on"
     if isinstance(error, SystemExit):
-        return int(error.code or 0), "ended by SIGTERM; the next night goes on"
+        # Ray ends it with 1: by itself, or where a SIGTERM comes while Ray is asked for an object.
+        if 143 in (error.code, code_of_signal()):
+            return 143, "ended by SIGTERM; the next night goes on"
+        return 2, f"Ray ended this command (exit code {error.code}); the next night goes on"
     told = foreseen(error)
     if told is not None:
         # Whoever may read the results is not to see names that are hashed in them.

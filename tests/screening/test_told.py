@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from lungopacity.archive.inventory import list_archive
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
+from lungopacity.runtime import signals
 from lungopacity.screening import nightly, screen
 from lungopacity.screening.plan import unfinished_runs
 from lungopacity.screening.report import summary
@@ -61,11 +63,11 @@ def test_a_night_that_rejects_everything_is_told(place):
 
 def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
     place.killed()
-    with pytest.raises(UserError, match="the inventory cannot be read"):
+    with pytest.raises(UserError, match="no list lies there"):
         place.night(inventory=str(tmp_path / "none.parquet"))
     told = place.status()
     assert (told["state"], told["exit_code"]) == ("failed", 2)
-    assert "the inventory cannot be read" in told["message"]
+    assert "no list lies there" in told["message"]
     assert (told["runs"], told["images"]) == (["killed"], 4)
 
 
@@ -74,6 +76,9 @@ def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
     [
         (KeyboardInterrupt(), 130, "ended by Ctrl-C; the next night goes on"),
         (SystemExit(143), 143, "ended by SIGTERM; the next night goes on"),
+        # Its own 1, or none, would pass for a night that is done.
+        (SystemExit(1), 2, "Ray ended this command (exit code 1); the next night goes on"),
+        (SystemExit(None), 2, "Ray ended this command (exit code None); the next night goes on"),
         (
             ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer"),
             2,
@@ -91,6 +96,18 @@ def test_a_night_that_is_ended_tells_by_what(place, monkeypatch, error, code, me
         place.night()
     told = place.status()
     assert (told["state"], told["exit_code"], told["message"]) == ("failed", code, message)
+
+
+def test_a_night_that_ray_ends_because_of_a_sigterm_tells_of_that(place, monkeypatch):
+    def ended(*_, **__):
+        signals._here.told_by = signal.SIGTERM
+        raise SystemExit(1)
+
+    monkeypatch.setattr(signals._here, "told_by", None)
+    monkeypatch.setattr(screen, "_run_pipeline", ended)
+    with pytest.raises(SystemExit):
+        place.night()
+    assert place.status()["exit_code"] == 143
 
 
 def test_the_status_names_nobody_where_names_are_hashed(place, hidden, tmp_path):
