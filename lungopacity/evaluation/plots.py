@@ -59,7 +59,12 @@ def confusion_matrix_figure(
         raise ValueError(f"the matrix has the shape {matrix.shape}, not ({classes}, {classes})")
     figure = new_figure(title, note, height_inches=7.0)
     axes = figure.add_subplot()
-    describe(axes, "Images, and share of the true class", "Predicted class", "True class")
+    describe(
+        axes,
+        "Images, and share of the true class",
+        "Predicted class, the most probable",
+        "True class",
+    )
     totals = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)

@@ -31,7 +31,7 @@ from lungopacity.storage import open_store
 from lungopacity.storage.parquet import parquet_bytes
 from tests.cli.running import run
 from tests.films import dicom, encoded, grey_film, tar
-from tests.models.tiny import tiny_model, with_distribution
+from tests.models.tiny import tiny_model, with_distribution, write_tiny_model
 from tests.parquet_pages import has_page_checksums
 from tests.results.records import record_of
 
@@ -205,6 +205,8 @@ def test_evaluate_writes_its_report(place, capfd):
         r"  with those under review +sensitivity 1\.0.*, under review 1\.0", lines[at + 1]
     )
     card = (place / "report" / "model_card.md").read_text()
+    assert (report["decided_at"], report["unknown_patients"]) == ("ours", 2)
+    assert lines[1].endswith("; 2 films name no patient")
     # On these very films one was picked, and the other not.
     flatters = "picked on 2 of these films: its figures flatter"
     assert report["picked_on"] == {"ours": 2}
@@ -257,15 +259,16 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
         site=["North"] * 6 + ["South"] * 2,
         manufacturer=["Fuji", "GE"] * 4,
         age=[50, 60] * 4,
-        patient_age_years=20,
+        patient_age_years=[20, 93.5] * 4,
         note="ZZNOTE",
         status="ZZSTATUS",
     )
     labels.to_csv(place / "wide.csv", index=False)
+    write_tiny_model(str(place / "of-normal"), positive_class="Normal")
     code, out, _ = run(
-        capfd, "evaluate", "--model", place / "model", "--images", place / "archive", "--labels",
-        place / "wide.csv", "--output", place / "wide", "--split", "all", "--by", "manufacturer",
-        "--by", "age",
+        capfd, "evaluate", "--model", place / "of-normal", "--images", place / "archive",
+        "--labels", place / "wide.csv", "--output", place / "wide", "--split", "all",
+        "--by", "manufacturer", "--by", "age",
     )  # fmt: skip
     assert code == 0
     assert "percentile bootstrap over 4 patients of 8 films" in out
@@ -273,7 +276,7 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
     metrics = pq.read_table(place / "wide" / "metrics.parquet").to_pandas()
     assert set(metrics["group"]) >= {
         "all", "site=North", "site=South", "manufacturer=Fuji", "manufacturer=GE",
-        "view_position=PA", "age=18-39", "age of the labels=50",
+        "view_position=PA", "age=18-39", "age=90+", "age of the labels=50",
     }  # fmt: skip
     assert set(metrics["ci_method"].dropna()) <= {"bootstrap", "wilson_patients"}
     accuracy = metrics[metrics["metric"] == "accuracy"].set_index("group")
@@ -281,6 +284,10 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
     assert json.loads((place / "wide" / "evaluation.json").read_text())["patients"] == 4
     scores = pq.read_table(place / "wide" / "predictions.parquet").to_pandas()
     assert scores["patient_cluster"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    # An age of 93 identifies.
+    assert scores["patient_age_years"].tolist() == [20, 90] * 4
+    expected = np.where(scores["p_Normal"] >= 0.5, "positive", "negative")
+    assert scores["decision"].tolist() == expected.tolist()
     told = [out, repr(metrics.to_dict()), repr(scores.to_dict())]
     told += [path.read_bytes().decode("latin1") for path in (place / "wide").iterdir()]
     assert not any(secret in text for text in told for secret in ("ZZPLANTED", "ZZNOTE", "ZZST"))

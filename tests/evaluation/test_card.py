@@ -36,6 +36,7 @@ METRICS = [
     Metric("view_position=PA", "decision_specificity", "youden", float("nan"), None, None, 0),
     Metric("view_position=PA", "decision_sensitivity", "sensitivity=0.95", 0.96, 0.9, 0.99, 70),
     Metric("view_position=PA", "roc_auc", "Normal", 0.1, None, None, 440),
+    Metric("site=A|B", "roc_auc", "Lung_Opacity", 0.97, 0.96, 0.98, 798),
 ]
 
 
@@ -195,6 +196,7 @@ def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
         "| 440 | 368 |"
     ) in lines
     assert "| patient_sex=F | 0.9800 (0.9700 to 0.9900) |  |  | 300 |  |" in lines
+    assert any(line.startswith(r"| site=A\|B | 0.9700") for line in lines)
     assert sum(line.startswith("| view_position=PA |") for line in lines) == 1
 
 

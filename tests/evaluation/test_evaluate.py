@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
 from lungopacity.dataset.manifest import assign_splits, read_labels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.evaluate import _check_sound, _scored_images, labels_of_split
-from lungopacity.evaluation.measure import measure
-from lungopacity.evaluation.report import ModelScores
+from lungopacity.evaluation.measure import ScoredImages, measure
+from lungopacity.evaluation.report import EvaluationResult, ModelScores, write_figures
 from lungopacity.evaluation.table import metric_value
+from lungopacity.storage import open_store
 from tests.models.tiny import tiny_model
 from tests.training.blobs import blob_films
 
@@ -64,6 +67,32 @@ def test_films_of_one_published_score_are_ranked_alike():
         shares_N = said.probabilities_NK[:, spec.class_names.index(name)]
         assert metric_value(metrics, "roc_auc", name) == roc_auc_score(positive_N, shares_N)
     assert metric_value(metrics, "roc_auc", "Lung_Opacity") == 0.75
+
+
+def test_what_is_told_of_before_the_temperature_is_of_the_raw_logits():
+    logits_NK = np.array([[2, -1], [0.5, 3]], np.float32)
+    spec = tiny_model(temperature=3.0, class_biases=(0.5, -0.5)).spec
+    said = ModelScores(logits_NK, spec.probabilities(logits_NK), None, None)
+    films = replace(blob_films(train=2, validation=0, test=0), labels_N=np.array([0, 1]))
+    scored = _scored_images(films, said, spec, {})
+    np.testing.assert_allclose(scored.uncalibrated_NK, softmax(logits_NK, axis=1), rtol=1e-6)
+    calibrated_NK = softmax(logits_NK / 3 + [0.5, -0.5], axis=1)
+    np.testing.assert_allclose(scored.probabilities_NK, calibrated_NK, rtol=1e-6)
+
+
+def test_the_confusion_matrix_of_a_report_has_the_true_classes_in_its_rows(tmp_path):
+    """Of 2 normal films one is taken for an opacity, of 8 opacities two for normal."""
+    labels_N = np.array([0] * 2 + [1] * 8)
+    p_N = np.array([0.1, 0.9] + [0.2] * 2 + [0.8] * 6)
+    names = ("Normal", "Lung_Opacity")
+    scored = ScoredImages(labels_N, np.stack([1 - p_N, p_N], axis=1), names, names[1])
+    resampling = Resampling.of([None] * 10, 20)
+    result = EvaluationResult(
+        "m", "out", "test", 10, 0, 0, 10, 0, "", False, names, names[1], None, "youden", []
+    )
+    write_figures(open_store(str(tmp_path)), result, scored, resampling, None)
+    svg = (tmp_path / "confusion_matrix.svg").read_text()
+    assert re.findall(r">([\d.]+%)<", svg) == ["50.0%", "50.0%", "25.0%", "75.0%"]
 
 
 def test_what_training_made_the_validation_split_is_in_no_other(tmp_path):

@@ -60,10 +60,28 @@ def test_the_confusion_matrix_shows_counts_and_shares():
     shown = texts(FIGURES["confusion"](""))
     for text in ("90\n90.0%", "5\n5.0%", "Predicted class", "True class", *NAMES):
         assert text in shown
+    matrix = np.array([[9, 1, 0], [5, 15, 20], [0, 0, 0]])
+    axes = plots.confusion_matrix_figure(matrix, ("a", "b", "c"), "model").axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (
+        "Predicted class, the most probable",
+        "True class",
+    )
+    # Columns lie along x, and are what was predicted.
+    at = {text.get_position(): text.get_text() for text in axes.texts}
+    assert (at[1, 0], at[0, 1], at[2, 1]) == ("1\n10.0%", "5\n12.5%", "20\n50.0%")
+    assert [at[column, 2] for column in range(3)] == ["0\nno image"] * 3
 
 
 def test_the_history_marks_the_epoch_of_the_lowest_validation_loss():
-    assert "Best epoch 2" in texts(FIGURES["history"](""))
+    figure = FIGURES["history"]("")
+    assert "Best epoch 2" in texts(figure)
+    for axes, quantity in zip(figure.axes, ("loss", "accuracy"), strict=True):
+        lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+        assert list(lines["Training"]) == HISTORY[f"train_{quantity}"].tolist()
+        assert list(lines["Validation"]) == HISTORY[f"validation_{quantity}"].tolist()
+        (star,) = [line for line in axes.lines if line.get_marker() == "*"]
+        told = {"loss": (0.4, "0.4000"), "accuracy": (0.9, "90.0%")}[quantity]
+        assert (list(star.get_ydata()), star.get_label()) == ([told[0]], f"Best epoch 2: {told[1]}")
 
 
 def metrics_of(names):

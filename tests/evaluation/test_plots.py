@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_curve
 
 from lungopacity.evaluation import canvas, curves, plots
 from lungopacity.evaluation.bootstrap import (
@@ -14,7 +14,7 @@ from lungopacity.evaluation.bootstrap import (
     weighted_auc,
     weighted_average_precision,
 )
-from lungopacity.evaluation.metrics import calibration_bins
+from lungopacity.evaluation.metrics import calibration_bins, roc_auc
 from lungopacity.models import OperatingPoint
 
 NAMES = ("Normal", "Lung_Opacity")
@@ -38,6 +38,19 @@ def test_the_area_under_the_drawn_precision_steps_is_the_average_precision():
     # Steps-post hold each point's level until the next point.
     area = np.sum(precision[:-1] * -np.diff(recall))
     assert area == pytest.approx(average_precision_score(LABELS, POSITIVE))
+
+
+def test_the_drawn_roc_curve_is_that_of_scikit_learn_with_its_counts_and_delongs_interval():
+    labels = np.array([1, 0, 1, 0, 0, 0, 0, 1])
+    axes = curves.roc_figure(labels, SCORES, NAMES, "model").axes[0]
+    (line,) = [line for line in axes.lines if str(line.get_label()).startswith("Lung_Opacity")]
+    false_rates, true_rates, _ = roc_curve(labels, POSITIVE)
+    np.testing.assert_allclose(line.get_data(), (false_rates, true_rates))
+    auc = roc_auc(labels == 1, POSITIVE)
+    assert line.get_label() == (
+        f"Lung_Opacity (n = 3): AUC {auc.value:.3f} "
+        f"(95 % interval {auc.ci_low:.3f}–{auc.ci_high:.3f})"
+    )
 
 
 def test_precision_stands_beside_the_share_that_chance_alone_reaches():
@@ -87,7 +100,10 @@ MANY_LABELS = MANY.integers(0, 2, 120)
 MANY_POSITIVE = np.clip(0.3 + 0.4 * MANY_LABELS + MANY.normal(0, 0.2, 120), 0.01, 0.99)
 MANY_SCORES = np.stack([1 - MANY_POSITIVE, MANY_POSITIVE], axis=1)
 PATIENTS = Resampling.of([str(row // 2) for row in range(120)], 200)
-POINTS = {"youden": OperatingPoint(0.5), "band=0.99,0.95": OperatingPoint(0.7, review_from=0.2)}
+POINTS = {
+    "youden": OperatingPoint(float(MANY_POSITIVE[MANY_LABELS == 1][0])),
+    "band=0.99,0.95": OperatingPoint(0.7, review_from=0.2),
+}
 
 
 @pytest.mark.parametrize("draw", CURVES[:2])
@@ -124,6 +140,11 @@ def test_operating_points_are_marked_where_they_lie():
     )
     marks = [line for line in figure.axes[0].lines if line.get_marker() not in ("None", None)]
     assert len({line.get_marker() for line in marks}) == 2
+    # A film that stands on the threshold is called.
+    (x,), (y,) = marks[0].get_data()
+    assert y == pytest.approx(
+        (POINTS["youden"].threshold <= MANY_POSITIVE)[MANY_LABELS == 1].mean()
+    )
     called = MANY_POSITIVE >= 0.7
     (x,), (y,) = marks[1].get_data()
     assert x == pytest.approx(called[MANY_LABELS == 0].mean())
@@ -190,10 +211,27 @@ def test_reliability_is_shown_of_the_probability_that_decides_too():
     filled = bins.count_B > 0
     np.testing.assert_allclose(shares.get_xdata(), bins.confidence_B[filled])
     np.testing.assert_allclose(shares.get_ydata(), (bins.correct_B / bins.count_B)[filled])
+    below = figure.axes[figure.axes.index(decides) + 1]
+    assert [bar.get_height() for bar in below.patches] == bins.count_B.tolist()
     width, height = figure.canvas.get_width_height()
     box = figure.get_tightbbox()
     assert 0 <= box.x0 <= box.x1 <= width / figure.dpi
     assert 0 <= box.y0 <= box.y1 <= height / figure.dpi
+
+
+def test_each_panel_of_reliability_has_its_own_line_of_before():
+    labels, rng = np.arange(90) % 3, np.random.default_rng(2)
+    raw, shares = (rng.dirichlet(np.ones(3), 90) for _ in range(2))
+    figure = plots.reliability_figure(
+        labels, shares, ("a", "b", "c"), "model", positive="b", uncalibrated=raw
+    )
+    panels = [axes for axes in figure.axes if "error" in axes.get_title()]
+    for axes, index, leftmost in zip(panels, (None, 1), (1 / 3, 0), strict=True):
+        (line,) = [line for line in axes.lines if "Before" in str(line.get_label())]
+        bins = calibration_bins(labels, raw, index)
+        np.testing.assert_allclose(line.get_xdata(), bins.confidence_B[bins.count_B > 0])
+        # No predicted class of three is less probable than a third.
+        assert axes.get_xlim()[0] == pytest.approx(leftmost - 0.01)
 
 
 @pytest.mark.parametrize("draw", CURVES)
