@@ -25,6 +25,7 @@ from lungopacity.results.query import files_of_runs, predictions_of
 from lungopacity.results.schema import check_class_columns, class_column
 from lungopacity.results.workbench import workbench
 from lungopacity.screening.pseudonyms import Pseudonyms, read_pseudonyms
+from lungopacity.screening.resources import check_actors
 from lungopacity.screening.rules import Rules
 from lungopacity.storage import Store, open_store
 
@@ -148,6 +149,7 @@ def screening_job(
     if not 0 <= max_failed_fraction <= 1:
         raise UserError(f"--max-failed-fraction must be from 0 to 1, not {max_failed_fraction}")
     check_precision(precision, use_gpu is not False)
+    check_actors(gpus_per_actor, model_actors)
     if hash_keys and hmac_key is None:
         raise UserError("--hash-keys needs --hmac-key FILE")
     if key_map is not None and not hash_keys:

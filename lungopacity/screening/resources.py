@@ -19,6 +19,14 @@ def batch_size_for(use_gpu: bool) -> int:
     return _GPU_BATCH if use_gpu else _BATCH
 
 
+def check_actors(gpus_per_actor: float, model_actors: int | None) -> None:
+    """Raises `UserError` for what no cluster could give."""
+    if not 0 < gpus_per_actor <= 1:
+        raise UserError(f"--gpus-per-actor must be above 0 and at most 1, not {gpus_per_actor:g}")
+    if model_actors is not None and model_actors < 1:
+        raise UserError(f"--model-actors must be at least 1, not {model_actors}")
+
+
 @dataclass(frozen=True)
 class ScoringResources:
     """What the model takes of the cluster."""
@@ -56,17 +64,11 @@ class ScoringResources:
         `model_actors`: so many; None is one for each `gpus_per_actor` of the GPUs. Without GPUs and
         without `model_actors` every CPU reads and scores, but where single shards are too large to
         be shared: then there are as many actors as leave one CPU to reading. `gpus_per_actor`: 0.5
-        puts two actors on one GPU.
+        puts two actors on one GPU. Both as `check_actors` has them.
         Raises `UserError` where the cluster has too little: Ray would wait without a word.
         """
         import ray
 
-        if not 0 < gpus_per_actor <= 1:
-            raise UserError(
-                f"--gpus-per-actor must be above 0 and at most 1, not {gpus_per_actor:g}"
-            )
-        if model_actors is not None and model_actors < 1:
-            raise UserError(f"--model-actors must be at least 1, not {model_actors}")
         most = capacity()
         if use_gpu:
             # An actor lies on one GPU whole: two of 0.6 do not share one.

@@ -40,6 +40,19 @@ def test_attempts_at_a_run_agree_in_its_precision_and_cpus_have_one(tmp_path):
         screening_job(model, results, precision="bfloat16", use_gpu=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus_per_actor": 0.0}, "--gpus-per-actor must be above 0 and at most 1, not 0"),
+        ({"gpus_per_actor": 1.5}, "--gpus-per-actor must be above 0 and at most 1, not 1.5"),
+        ({"model_actors": 0}, "--model-actors must be at least 1, not 0"),
+    ],
+)
+def test_what_no_cluster_could_give_is_refused_before_anything_is_listed(options, message):
+    with pytest.raises(UserError, match=message):
+        screening_job("no model", "no results", **options)
+
+
 def test_what_an_older_model_cannot_tell_it_cannot_reject(tmp_path):
     """Its folder does not say where its training films lie: no film would be rejected."""
     model, output = str(tmp_path / "model"), str(tmp_path / "output")
