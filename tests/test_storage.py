@@ -59,6 +59,15 @@ def test_every_object_of_a_long_listing_comes_once(s3_uri):
     assert set(listed) == keys
 
 
+def test_an_object_named_like_a_folder_is_listed_where_it_holds_something(s3_uri):
+    """Consoles make empty ones. The server of the tests keeps no other: this is its page."""
+    store = open_store(s3_uri)
+    facts = {"ETag": '"0"', "LastModified": datetime(2026, 1, 1, tzinfo=UTC)}
+    page = [{"Key": f"{store.prefix}{key}", "Size": size, **facts}
+            for key, size in (("marker/", 0), ("film/", 9), ("empty", 0))]  # fmt: skip
+    assert [item.key for item in store._objects({"Contents": page})] == ["film/", "empty"]
+
+
 def test_an_empty_place_lists_nothing(store_uri):
     assert list(open_store(store_uri).list()) == []
 

@@ -142,7 +142,7 @@ def _parts(data: bytes, tags: Mapping[int, Any]) -> Iterator[bytes]:
     """The coded strips or tiles of a page."""
     begins, sizes = _TILES if _TILES[0] in tags else _STRIPS
     for begin, size in zip(tags.get(begins, ()), tags.get(sizes, ()), strict=False):
-        if size:  # 0 is one that is not there, and black
+        if size:  # 0 is one that was left out, which libtiff refuses by itself
             yield data[begin : begin + size]
 
 

@@ -14,6 +14,8 @@ from tests.archive.making import FILMS, KINDS, ZIPS, make_zip, noise, walk
 
 def test_directories_of_a_zip_have_no_row():
     assert walk(make_zip([("folder/", b""), ("folder/a", b"1")])) == ([("folder/a", b"1")], None)
+    # One that holds something is none.
+    assert walk(make_zip([("film/", b"1")])) == ([("film/", b"1")], None)
 
 
 def test_members_of_a_zip_come_in_stored_order():

@@ -1,4 +1,6 @@
 import base64
+import itertools
+import re
 import zlib
 
 import imagecodecs
@@ -239,6 +241,15 @@ _ARITHMETIC = base64.b64decode(
     "K5sw2ec3pBoDAzhwLxUZPy1ZhZRoIP/Z"
 )
 """A phantom of 48 rows and 40 columns by libjpeg's coder, which no library here has."""
+
+
+def test_a_jpeg_2000_without_one_of_its_tiles_is_truncated():
+    """OpenJPEG gives black for it."""
+    data = encoded(grey_film(height=128, width=128), "JPEG2000", no_jp2=True, tile_size=(64, 64))
+    tiles = [place.start() for place in re.finditer(rb"\xff\x90\0\x0a", data)]
+    assert len(tiles) == 4
+    for first, end in itertools.pairwise([*tiles, len(data) - 2]):
+        assert code_of(data[:first] + data[end:]) is ErrorCode.TRUNCATED
 
 
 @pytest.mark.parametrize("as_dicom", [False, True])

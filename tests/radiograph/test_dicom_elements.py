@@ -74,6 +74,11 @@ EMPTY = [
     {"PixelPaddingValue": None},
     {"SharedFunctionalGroupsSequence": []},
     {"SharedFunctionalGroupsSequence": [Dataset()]},
+    {
+        "SharedFunctionalGroupsSequence": [
+            group("FrameVOILUTSequence", WindowCenter=None, WindowWidth=None)
+        ]
+    },
 ]
 
 

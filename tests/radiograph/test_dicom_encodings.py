@@ -169,6 +169,14 @@ def test_a_film_of_12_bits_in_colour_is_stretched_as_a_grey_one():
     assert found.coloured_fraction == 0
 
 
+def test_colours_of_8_bits_in_words_of_16_are_those_of_8():
+    film = (RAMP // 64 + 100).astype(np.uint16)
+    words = np.stack([film] * 3, axis=-1)
+    elements = {"BitsStored": 8, "HighBit": 7, "PlanarConfiguration": 0}
+    found = one_film(dicom(film, **COLOUR, **elements, PixelData=words.tobytes()))
+    np.testing.assert_array_equal(found.pixels, film)
+
+
 def test_compressed_colours_need_not_say_how_they_would_lie_uncompressed():
     rgb = np.stack([RAMP // 16] * 3, axis=-1).astype(np.uint8)
     codestream = encoded(rgb, "JPEG", quality=98)

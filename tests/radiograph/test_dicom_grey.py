@@ -62,6 +62,18 @@ def test_text_above_the_range_of_the_film_does_not_blacken_it(falls):
     assert found[:4, :17].min() == 255
 
 
+def test_dead_pixels_below_the_range_of_the_film_do_not_brighten_it():
+    film = RAMP // 8 + 3500
+    found = one_film(dicom(with_text(film, 0))).pixels
+    assert np.abs(found.astype(int) - one_film(dicom(film)).pixels)[4:].max() <= 0.03 * 255
+    assert found[:4, :17].max() == 0
+
+
+def test_a_film_of_nearly_one_value_keeps_the_rest():
+    film = np.where(RAMP > 4050, RAMP, 100)
+    assert one_film(dicom(film.astype(np.uint16))).pixels[RAMP > 4050].min() > 240
+
+
 def test_what_is_a_little_above_the_rest_is_not_clipped():
     film = np.clip(RAMP, 0, 3000)
     film[-2:, -20:] = 4095
@@ -155,6 +167,21 @@ def test_a_voi_lut_goes_before_a_window_and_its_entries_are_black_to_white():
     ).pixels
     scaled = (entries.astype(int) - int(entries[0])) / (int(entries[-1]) - int(entries[0]))
     assert np.abs(pixels - 255 * scaled[RAMP]).max() <= 0.51
+
+
+def test_a_voi_lut_may_begin_above_32767_where_no_value_is_below_zero():
+    bright = (RAMP + 40_000).astype(np.uint16)
+    elements = {"BitsStored": 16, "HighBit": 15, "VOILUTSequence": [lut_item(range(4096), 40_000)]}
+    np.testing.assert_array_equal(
+        one_film(dicom(bright, **elements)).pixels, one_film(dicom(RAMP)).pixels
+    )
+
+
+def test_what_a_modality_lut_makes_of_8_bits_has_more_of_them():
+    film = (RAMP // 16).astype(np.uint8)
+    wider = {"ModalityLUTSequence": [lut_item(np.arange(256) * 16)]}
+    found = one_film(dicom(film, **EIGHT_BITS, **wider, PixelData=film.tobytes())).pixels
+    np.testing.assert_array_equal(found, film)
 
 
 def test_of_a_falling_rescale_low_values_stay_black_under_a_window():
