@@ -279,6 +279,16 @@ def test_streams_one_after_another_are_one_content(suffix):
     )
 
 
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("size", [1, 40_000])
+def test_zeros_behind_a_stream_are_padding(suffix, size):
+    """As tapes have them, whose blocks are of one size."""
+    tar = make_tar(FILMS)
+    compress = COMPRESSIONS[suffix]
+    assert walk(compress(tar) + bytes(size)) == (FILMS, None)
+    assert walk(compress(tar[:3000]) + bytes(size) + compress(tar[3000:])) == (FILMS, None)
+
+
 def test_a_skippable_zstd_frame_may_come_first():
     assert walk(b"\x50\x2a\x4d\x18\4\0\0\0abcd" + zstd(make_tar(FILMS))) == (FILMS, None)
 
