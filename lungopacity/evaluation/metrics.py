@@ -166,8 +166,8 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     share, z2 = successes / n, _Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
-    # At 0 and n the bound is exactly 0 or 1; rounding can leave it a hair outside.
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and n a bound is exactly 0 or 1; rounding can leave it a hair outside, or within.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def roc_auc(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> RocAuc:

@@ -172,6 +172,12 @@ def test_wilson_intervals_are_the_published_ones(successes, n, low, high):
     assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
+def test_at_none_and_at_all_a_bound_is_the_share_itself():
+    for n in range(1, 200):
+        assert wilson_interval(0, n)[0] == 0.0
+        assert wilson_interval(n, n)[1] == 1.0
+
+
 @pytest.mark.parametrize(("successes", "n"), [(1, 0), (-1, 5), (6, 5)])
 def test_an_impossible_proportion_is_refused(successes, n):
     with pytest.raises(ValueError, match="no proportion"):
