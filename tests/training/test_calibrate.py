@@ -3,6 +3,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+from sklearn.metrics import roc_auc_score, roc_curve
 
 import lungopacity.training.calibrate as calibrating
 from lungopacity.models.probabilities import calibrated_logits, softmax
@@ -63,6 +66,37 @@ def test_finds_the_class_that_was_rarer_in_training() -> None:
     calibrated_VK = calibrated_logits(logits_VK, temperature, biases)
     shares = softmax(calibrated_VK).mean(axis=0)
     np.testing.assert_allclose(shares, np.bincount(labels_V) / len(labels_V), atol=1e-3)
+
+
+def test_temperature_and_biases_are_those_of_a_search_that_knows_no_gradient() -> None:
+    """Of few films, where the prior counts."""
+    logits_VK, labels_V = shifted_films(40)
+
+    def loss(point: npt.NDArray[np.float64]) -> float:
+        log_p_VK = log_softmax(logits_VK / np.exp(point[0]) + point[1:], axis=1)
+        return float(-log_p_VK[np.arange(40), labels_V].mean() + (point[1:] ** 2).sum() / 80)
+
+    found = minimize(loss, np.zeros(4), method="Nelder-Mead", options={"xatol": 1e-6})
+    temperature, biases = fit_biases(logits_VK, labels_V, 1.0)
+    assert temperature == pytest.approx(np.exp(found.x[0]), rel=2e-3)
+    np.testing.assert_allclose(biases, found.x[1:], atol=2e-3)
+
+
+@pytest.mark.parametrize("positive", [0, 1, 2])
+def test_decisions_are_about_the_positive_class_wherever_it_stands(positive: int) -> None:
+    """By default they are Youden's."""
+    logits_VK, labels_V = shifted_films(600)
+    found = calibrate(logits_VK, labels_V, positive)
+    p_V = softmax(calibrated_logits(logits_VK, found.temperature, found.class_biases))[:, positive]
+    is_positive_V = labels_V == positive
+    assert found.metrics["auc"] == pytest.approx(roc_auc_score(is_positive_V, p_V))
+    false_rates, true_rates, _ = roc_curve(is_positive_V, p_V)
+    point = found.operating_point
+    assert point == found.operating_points["youden"]
+    youden = point.sensitivity + point.specificity - 1
+    assert youden == pytest.approx((true_rates - false_rates).max())
+    called_V = p_V >= point.threshold
+    assert called_V[is_positive_V].mean() == pytest.approx(point.sensitivity)
 
 
 def test_a_class_without_a_film_gets_no_endless_bias() -> None:
