@@ -109,6 +109,9 @@ class Comparison:
     first_decided_at: str | None
     second_decided_at: str | None
     """The names of the operating points. None where a report is too old to tell."""
+    first_picked_on: int
+    second_picked_on: int
+    """Of each report, on how many of its films its point was picked: they flatter its decisions."""
     synthetic: bool
     auc: AucDifference
     accuracy: ShareDifference
@@ -149,11 +152,18 @@ class Comparison:
         )
 
     def _points(self) -> list[str]:
-        """A line, where decisions are compared and the reports tell where they were made."""
+        """Where decisions are compared, and the reports tell where they were made."""
         first, second = self.first_decided_at, self.second_decided_at
         if self.sensitivity is None or first is None or second is None:
             return []
-        return [f"  sensitivity, specificity: the first decided at {first}, the second at {second}"]
+        told = [f"  sensitivity, specificity: the first decided at {first}, the second at {second}"]
+        for which, films in (("first", self.first_picked_on), ("second", self.second_picked_on)):
+            if films:
+                told.append(
+                    f"  the {which}'s was picked on {films} films of its report: its decisions "
+                    "flatter"
+                )
+        return told
 
     def _shares(self) -> dict[str, ShareDifference]:
         """Those that both reports tell, by name."""
@@ -207,7 +217,8 @@ def compare(first: str, second: str) -> Comparison:
             )
     if (both["label"] != both["label_second"]).any():
         raise UserError(f"{first} and {second} label some images differently; use the same labels")
-    (positive, decided_at), (other_positive, other_decided_at) = _facts(first), _facts(second)
+    positive, decided_at, picked_on = _facts(first)
+    other_positive, other_decided_at, other_picked_on = _facts(second)
     if other_positive != positive:
         log.warning(
             "%s decides about %s and %s about %s: their decisions are not compared",
@@ -235,6 +246,8 @@ def compare(first: str, second: str) -> Comparison:
         positive_class=positive,
         first_decided_at=decided_at,
         second_decided_at=other_decided_at,
+        first_picked_on=picked_on,
+        second_picked_on=other_picked_on,
         synthetic=bool(both["synthetic"].any() or both["synthetic_second"].any()),
         auc=auc_difference(positive_N, scores_N2[:, 0], scores_N2[:, 1]),
         accuracy=differences["accuracy"],
@@ -366,10 +379,12 @@ def _read(report: str) -> pd.DataFrame:
     return frame.drop_duplicates("image")
 
 
-def _facts(report: str) -> tuple[str, str | None]:
-    """The class that it decides about, and the operating point's name, where it tells."""
+def _facts(report: str) -> tuple[str, str | None, int]:
+    """The class that it decides about, the operating point's name, where it tells, and on how many
+    of its films that was picked."""
     try:
         facts = json.loads(open_store(report).read("evaluation.json"))
-        return str(facts["positive_class"]), facts.get("decided_at")
+        positive, decided_at = str(facts["positive_class"]), facts.get("decided_at")
+        return positive, decided_at, facts.get("picked_on", {}).get(decided_at, 0)
     except (ImageError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{report}/evaluation.json cannot be read; evaluate again") from error

@@ -241,10 +241,15 @@ def test_decisions_are_compared_among_those_with_and_without_an_opacity(tmp_path
         assert f"over patients: {name} difference {share['second'] - share['first']:+.4f}" in told
     assert "decided at" not in told  # reports of before they told where
     for uri, name in ((first, "youden"), (second, "our-site")):
-        facts = {"positive_class": "Lung_Opacity", "decided_at": name}
+        # A point that did not decide says nothing here.
+        picked_on = {"our-site": 55, "other-site": 60}
+        facts = {"positive_class": "Lung_Opacity", "decided_at": name, "picked_on": picked_on}
         open_store(uri).write("evaluation.json", json.dumps(facts).encode())
-    told = told_of(first, second, capfd)[1]
+    facts, told = told_of(first, second, capfd)
     assert "the first decided at youden, the second at our-site\n" in told
+    assert (facts["first_picked_on"], facts["second_picked_on"]) == (0, 55)
+    assert "\n  the second's was picked on 55 films of its report: its decisions flatter\n" in told
+    assert told.count("flatter") == 1
     assert found["sensitivity"]["second"] > found["sensitivity"]["first"]
     assert found["specificity"]["second"] < found["specificity"]["first"]
 
