@@ -164,6 +164,22 @@ def test_what_lies_under_lung_opacity_is_one_and_only_doubtful_children_are_left
     assert labels.set_index("image")["label"].to_dict() == expected
 
 
+def test_half_of_the_readers_are_no_majority(tmp_path):
+    """Of two who see an opacity and two who see nothing, neither is right."""
+    rows = {"a": "1100", "b": "1110", "c": "00", "d": "0001"}  # who sees an opacity
+    normal = {"a": "0011", "b": "0001", "c": "10", "d": "1110"}
+    (tmp_path / "t.csv").write_text(
+        "image_id,rad_id,Lung Opacity,No finding\n"
+        + "".join(
+            f"{film},R{reader},{seen},{normal[film][reader]}\n"
+            for film, readers in rows.items()
+            for reader, seen in enumerate(readers)
+        )
+    )
+    labels = labels_of_layout("vindr", {"readings": str(tmp_path / "t.csv")})
+    assert labels["label"].tolist() == ["Not_Normal", "Lung_Opacity", "Not_Normal", "Normal"]
+
+
 def test_readers_who_name_an_opacity_differently_agree_that_there_is_one(tmp_path):
     (tmp_path / "t.csv").write_text(
         "image_id,rad_id,Consolidation,Infiltration,Nodule/Mass,Cardiomegaly,Lung Opacity,"

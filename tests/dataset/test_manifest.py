@@ -232,6 +232,19 @@ def test_splits_never_part_a_patient_and_hold_every_class():
     check_patients(frame, URI)
 
 
+def test_the_draw_stays_what_it_was():
+    """Else films that older models learnt from become test films."""
+    frame = labels(patients=15, films=1)
+    for given, cut in (
+        (None, {"test": "p1 p11 p12", "validation": "p3 p10 p13"}),
+        ("train", {"validation": "p1 p11 p12"}),
+    ):
+        drawn = assign_splits(frame.assign(split=given), URI)
+        patients = drawn.groupby("split")["patient_id"].agg(" ".join).to_dict()
+        assert set(patients) == {"train", *cut}
+        assert {name: patients[name] for name in cut} == cut
+
+
 def test_the_seed_decides_the_split():
     first, again, other = (assign_splits(labels(), URI, seed=s)["split"] for s in (1, 1, 2))
     assert first.equals(again)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -50,6 +52,13 @@ def test_the_same_seed_draws_the_same_and_each_film_its_own() -> None:
 def test_mirrors_every_film_at_flip_probability_one() -> None:
     flip = AugmentationSettings(0, 0, 0, 0, 0, flip_probability=1)
     assert torch.equal(augment(films(), flip, generator()), films().flip(2))
+
+
+def test_gamma_is_the_logarithm_of_an_exponent() -> None:
+    only_gamma = AugmentationSettings(0, 0, 0, gain=0, gamma=1.0)
+    changed_BHW = augment(torch.full((200, 4, 4), 100, dtype=torch.uint8), only_gamma, generator())
+    exponent_B = (changed_BHW[:, 0, 0] / 255).log() / math.log(100 / 255)
+    assert -1.05 < exponent_B.log().min() < -0.9 < 0.9 < exponent_B.log().max() < 1.05
 
 
 def test_brightness_and_contrast_leave_black_black() -> None:

@@ -39,6 +39,8 @@ SMOOTHING = 0.1
 SMALL = {"channels": (2,), "convolutions": (1,)}
 """A network for films of 4 x 4 pixels."""
 
+GREY_NHW = np.full((100, 4, 4), 100, np.uint8)
+
 
 def worker(settings: TrainingSettings, rank: int = 0, workers: int = 1, rare: int = 5) -> Worker:
     """Of 95 films of class 0 and `rare` of class 1; each is told from others by its grey."""
@@ -305,6 +307,38 @@ def test_every_epoch_changes_the_films_anew() -> None:
         gains.append(((shown_B.numpy() * 0.25 + 0.5) * 255)[~black] / greys_B[~black])
         assert gains[-1].min() < 0.9 < 1.1 < gains[-1].max()
     assert not np.allclose(gains[0][:50], gains[1][:50], atol=0.02)
+
+
+class Drawing(Recorder):
+    """And what torch draws, as dropout does."""
+
+    def forward(self, x_B1HW: torch.Tensor) -> torch.Tensor:
+        self.drawn = torch.rand(1).item()
+        return super().forward(x_B1HW)
+
+
+def test_each_seed_epoch_and_rank_draws_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers that drew alike would train on half of the changes."""
+    monkeypatch.setattr(Worker, "add_up", lambda *_: None)  # there is no other one
+    brighter = AugmentationSettings(0, 0, 0, gain=0.5, gamma=0, flip_probability=0)
+    settings = TrainingSettings(augmentation=brighter, batch_size=200)
+    gains, drawn, shares, orders = set(), set(), set(), set()
+    for seed, epoch, rank in ((0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        own = worker(replace(settings, seed=seed), rank, workers=2)
+        orders.add(tuple(np.concatenate(own.batches(epoch))))
+        own = replace(own, films=replace(own.films, pixels_NHW=GREY_NHW))
+        shown = {}
+        for alpha in (0.0, 1.0):
+            # All films alike: what they become tells what was drawn, and not their order.
+            own = replace(own, settings=replace(own.settings, mixup_alpha=alpha))
+            network = Drawing()
+            _train_epoch(own, network, torch.optim.SGD(network.parameters()), epoch, None)
+            drawn.add(network.drawn)
+            shown[alpha] = network.shown[0]
+        gains.add(tuple(shown[0.0].tolist()))
+        first, last = shown[0.0][0], shown[0.0][-1]
+        shares.add(round(((shown[1.0][0] - last) / (first - last)).item(), 3))
+    assert [len(found) for found in (gains, drawn, shares, orders)] == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize(("decay", "kept"), [(0.995, 3 / 12), (0.2, 0.2)])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,7 +175,13 @@ def test_the_recipe_of_an_unknown_network_is_refused() -> None:
         recipe_table("lenet")
 
 
-def task(tmp_path: Path, model: str, image_size: int | None = None, **words: str) -> TrainingTask:
+def task(
+    tmp_path: Path,
+    model: str,
+    image_size: int | None = None,
+    classes: Sequence[str] = ("Normal", "Lung_Opacity"),
+    **words: str,
+) -> TrainingTask:
     """Of films that are not there: none is read."""
     labels = tmp_path / "labels.csv"
     rows = [f"{n}.png,{('Normal', 'Lung_Opacity')[n % 2]}" for n in range(40)]
@@ -183,7 +190,7 @@ def task(tmp_path: Path, model: str, image_size: int | None = None, **words: str
         [str(tmp_path / "films")],
         str(labels),
         model=model,
-        classes=("Normal", "Lung_Opacity"),
+        classes=classes,
         positive_class=None,
         image_size=image_size,
         options={"workers": 1},
@@ -224,6 +231,18 @@ def test_networks_are_checked_whatever_they_are_made_of(tmp_path) -> None:
     assert task(tmp_path, "torchvision:regnet_x_400mf").settings.model.endswith("400mf")
     vit = task(tmp_path, "torchvision:vit_b_32", 64, model_settings__dropout="0.5")
     assert vit.settings.model_settings == {"image_size": 64, "dropout": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("classes", "positive"),
+    [
+        (("Lung_Opacity", "Normal"), "Lung_Opacity"),
+        (("Normal=Healthy", "Lung_Opacity=Ill"), "Ill"),
+        (("Lung_Opacity=Ill", "Normal=Healthy"), "Healthy"),
+    ],
+)
+def test_decisions_are_about_lung_opacity_or_the_last_class(tmp_path, classes, positive) -> None:
+    assert task(tmp_path, "classical-cnn", classes=classes).settings.positive_class == positive
 
 
 def test_the_seed_draws_the_training_and_not_the_split(tmp_path) -> None:
