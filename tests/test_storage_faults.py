@@ -80,6 +80,20 @@ def test_a_lasting_fault_has_its_code_and_gives_no_bytes(proxy, s3_uri, fault, c
     assert sum(proxy.gets.values()) == 1 + 4
 
 
+def test_of_what_came_at_first_nothing_is_left_behind_what_came_in_the_end(proxy, s3_uri, tmp_path):
+    store = open_store(s3_uri)
+    store.write("a", CONTENT)
+    proxy.fault, proxy.times = "flip", 1
+
+    def replace(method, path):
+        if method == "GET" and proxy.gets[path] == 1:
+            store.write("a", b"shorter")
+
+    proxy.on_request = replace
+    assert store.local_file("a", tmp_path / "a").read_bytes() == b"shorter"
+    assert sum(proxy.gets.values()) == 2
+
+
 def uploaded_in_parts(store: S3Store, *sizes: int) -> None:
     """`LARGE` as the object `a`; the last part is the rest."""
     of = {"Bucket": store.bucket, "Key": f"{store.prefix}a"}
