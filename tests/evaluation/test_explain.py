@@ -15,6 +15,7 @@ import lungopacity
 from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
 from lungopacity.cli import main
 from lungopacity.errors import NOTICE, UserError
+from lungopacity.models import OperatingPoint
 from lungopacity.models.scorer import Scorer, Scores
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import EXPLANATIONS_SCHEMA
@@ -86,7 +87,10 @@ def test_p_is_that_of_the_scorer_and_the_boxes_are_in_the_films_own_pixels(tmp_p
     film = grey_film(height=200, width=320)
     (tmp_path / "films").mkdir()
     (tmp_path / "films" / "a.png").write_bytes(encoded(film))
-    model = write_tiny_model(str(tmp_path / "model"), image_size=64, seed=2)
+    for_review = OperatingPoint(1.0, review_from=0.0)
+    model = write_tiny_model(
+        str(tmp_path / "model"), image_size=64, seed=2, operating_point=for_review
+    )
     explain = {"model": str(tmp_path / "model"), "images": [str(tmp_path / "films")]}
     (tmp_path / "none.csv").write_text("image,x,y,width,height\nb.png,1,1,1,1\n")
     result = lungopacity.explain(
@@ -104,16 +108,28 @@ def test_p_is_that_of_the_scorer_and_the_boxes_are_in_the_films_own_pixels(tmp_p
     (tmp_path / "a.csv").write_text(
         f"image,x,y,width,height\na.png,{x - 3},{y - 3},6,6\na.png,0,0,1,1\n"
     )
-    (tmp_path / "b.csv").write_text(f"image,x,y,width,height\na.png,{x + 4},{y - 3},6,6\n")
-    for name, hit in (("a", True), ("b", False)):
+    # The tolerance is 13.4 pixels of the film, of its shorter side.
+    for name, right in (("b", 4), ("c", 17)):
+        box = f"{x + right},{y - 3},6,6"
+        (tmp_path / f"{name}.csv").write_text(f"image,x,y,width,height\na.png,{box}\n")
+    for name, hit, near in (("a", True, True), ("b", False, True), ("c", False, False)):
         again = lungopacity.explain(
             **explain, output=str(tmp_path / name), boxes=str(tmp_path / f"{name}.csv")
         )
         (found,) = again.table.to_pylist()
-        assert (found["hit"], found["hit_with_tolerance"]) == (hit, True)
+        assert (found["hit"], found["hit_with_tolerance"]) == (hit, near)
         assert found["chance"] < 0.01
         assert again.value("pointing_game") == float(hit)
-        assert "highest place in a box" in again.summary()
+        _, title, exact, tolerant, *_ = again.summary().splitlines()
+        assert title == "  1 film with boxes"
+        for line, start, of in (
+            (exact, "highest place in a box", "pointing_game_chance"),
+            (tolerant, "  within 15 pixels of 224", "pointing_game_with_tolerance_chance"),
+        ):
+            assert line.startswith(f"    {start} ")
+            assert f"; chance {again.value(of):.3f}" in line
+        # It is under review, and not decided positive.
+        assert {item.group for item in again.metrics} == {"all"}
         assert "over 1 patients of 1 films, 1,000 replicates, seed 0; 1 films name no patient" in (
             again.summary()
         )
@@ -169,6 +185,14 @@ def test_what_was_cut_away_is_counted_when_places_are_told(tmp_path):
         assert 100 < row["peak_x"] < 260
         assert 40 < row["peak_y"] < 240
         assert row["hit"] == (chance == 1 or row["peak_y"] < 140)
+    for right, hit in ((-4, True), (8, False)):
+        box = f"{row['peak_x'] + right},{row['peak_y'] - 4},8,8"
+        (tmp_path / "peak.csv").write_text(f"image,x,y,width,height\na.png,{box}\n")
+        found = lungopacity.explain(
+            str(tmp_path / "model"), [str(tmp_path / "films")], str(tmp_path / "out"),
+            boxes=str(tmp_path / "peak.csv"),
+        )  # fmt: skip
+        assert found.value("pointing_game") == float(hit)
 
 
 def test_one_loose_image_is_an_archive_of_one(store_uri, tmp_path):
