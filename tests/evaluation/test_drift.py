@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungopacity.evaluation.drift import MIXES, Sample, drift_metrics, psi, shifts
+from lungopacity.evaluation.drift import MIXES, Sample, Shift, drift_metrics, psi, shifts
 from lungopacity.evaluation.table import metric_value
 
 
@@ -128,3 +128,18 @@ def test_a_sample_is_taken_from_predictions():
     assert found.mixes["modality"] == {None: 3}
     again = Sample.of(rows, "p_Lung_Opacity", failed_again=2)
     assert again.mixes["status"] == {"ok": 2, "rejected": 1}
+
+
+@pytest.mark.parametrize(
+    ("index", "by_chance", "ks", "p_value", "verdict"),
+    [
+        (0.19, 0.1, None, None, "stable"),
+        (0.21, 0.1, None, None, "drifted"),
+        (0.50, 0.21, 0.9, 1e-9, "too_few"),
+        (0.05, 0.1, 0.3, 1e-4, "drifted"),
+        (0.05, 0.1, 0.3, 0.01, "stable"),  # so far apart by chance
+        (0.05, 0.1, 0.1, 1e-9, "stable"),  # surely apart, and by little
+    ],
+)
+def test_a_shift_must_be_large_and_no_chance(index, by_chance, ks, p_value, verdict):
+    assert Shift("score", index, by_chance, 500, ks, p_value).verdict == verdict

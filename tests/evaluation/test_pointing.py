@@ -47,7 +47,8 @@ def test_the_highest_place_hits_or_misses(x, y, hit, near):
 
 def test_energy_and_chance_are_shares():
     film = FILM.copy()
-    film[:, 112:] = 0
+    film[:, 112:] = 7
+    film[:, :112] = 8  # the darkest that is not black
     activation = map_at((10, 10, 1.0), (50, 50, 0.5), (200, 100, 0.5))
     # The boxes overlap, and reach beyond the film: each pixel counts once.
     found = point(activation, film, boxes((-20, -20, 76, 132), (28, 0, 28, 112)), 7.5)
