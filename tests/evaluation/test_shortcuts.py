@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from lungopacity import progress
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.evaluation.bootstrap import Resampling
-from lungopacity.evaluation.shortcuts import Shortcut, shortcuts_of
+from lungopacity.evaluation.shortcuts import Shortcut, _border_scores, shortcuts_of
 
 
 def found_in(positives: int, negatives: int, films: int, **told: object) -> dict[str, Shortcut]:
@@ -81,3 +82,14 @@ def test_of_which_class_a_border_is_read_is_told_where_it_takes_long(monkeypatch
     assert [line.split(" folds")[0] for line in caplog.messages] == [
         "Reading borders for b: 4 of 4"
     ]
+
+
+@pytest.mark.parametrize(("rows", "seen"), [(slice(2, 14), False), (slice(0, 2), True)])
+def test_the_border_alone_is_seen_of_a_film(rows, seen):
+    """A bright patch that tells the class, on a film of 16 pixels whose border has 2."""
+    positive_N = np.arange(80) % 2 == 1
+    pixels_NHW = np.random.default_rng(1).integers(0, 100, (80, 16, 16), dtype=np.uint8)
+    pixels_NHW[positive_N, rows, 2:14] = 255
+    patients = np.arange(80).astype(str)
+    auc = roc_auc_score(positive_N, _border_scores(pixels_NHW, positive_N, patients, "Borders"))
+    assert auc > 0.95 if seen else 0.25 < auc < 0.75
