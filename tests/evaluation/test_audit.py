@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,14 @@ from lungopacity.cli import main
 from lungopacity.dataset.manifest import assign_splits
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
-from lungopacity.evaluation.audit import READ_SIDE, correlations, near_pairs, perceptual_hashes
+from lungopacity.evaluation.audit import (
+    READ_SIDE,
+    Audit,
+    _positive_class,
+    correlations,
+    near_pairs,
+    perceptual_hashes,
+)
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
@@ -296,3 +304,22 @@ def test_a_hash_is_of_64_bits_and_bears_brightness():
     assert hashes.dtype == np.uint64
     assert np.bitwise_count(hashes[0] ^ hashes[1]) <= 2
     assert np.bitwise_count(hashes[0] ^ hashes[2]) > 50
+
+
+def test_a_torn_patient_alone_is_leakage():
+    found = Audit(
+        images=10, unreadable=0, rejected=0, blank=0, torn_patients=0, unknown_patients=0,
+        copies=(), shortcuts=(), positive_class="Lung_Opacity", intervals="", split_given=True,
+    )  # fmt: skip
+    assert not found.leaks
+    assert "\nno leakage found\n" in found.summary()
+    torn = replace(found, torn_patients=1)
+    assert torn.leaks
+    assert "\nleakage found; give all films of a patient one split\n" in torn.summary()
+
+
+@pytest.mark.parametrize("names", [("Lung_Opacity", "Normal"), ("Normal", "Lung_Opacity")])
+def test_of_two_classes_the_opacity_is_the_one_that_facts_are_tried_for(names):
+    assert _positive_class(names, None) == "Lung_Opacity"
+    assert _positive_class(("Healthy", "Ill"), None) == "Ill"
+    assert _positive_class((*names, "TB"), None) is None
