@@ -172,7 +172,10 @@ def network_card(name: str) -> NetworkCard:
 
     backbone = name.removeprefix(TORCHVISION)
     if backbone not in models.list_models(module=models):
-        raise UserError(f"unknown model '{name}': torchvision has no classifier of that name")
+        raise UserError(
+            f"unknown model '{name}': torchvision has no classifier of that name; its "
+            "documentation lists them"
+        )
     (side,) = models.get_model_weights(backbone).DEFAULT.transforms().crop_size
     return NetworkCard(
         name,

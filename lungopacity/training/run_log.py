@@ -55,7 +55,10 @@ def as_user_error(place: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{place}: cannot be written to ({_said(error)})") from error
+        raise UserError(
+            f"{place}: cannot be written to ({_said(error)}); check the address and its "
+            "permissions, or leave the option out"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def parse_domain(text: str) -> Domain:
             whole = kind != "int" or (low.is_integer() and high.is_integer())
             if low < high and whole and (kind != "log" or low > 0):
                 return Domain(kind, low, high)
-    raise ValueError(f"'{text}' is none of {_FORMS}")
+    raise ValueError(f"'{text}' is none of {_FORMS}; LOW is below HIGH, and of log above 0")
 
 
 def default_space(model: str) -> dict[str, str]:

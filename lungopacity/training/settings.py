@@ -10,6 +10,7 @@ from typing import Any
 
 from lungopacity.models import network_card
 from lungopacity.radiograph import Preprocessing
+from lungopacity.words import counted
 
 TRAINING_PRECISIONS = ("auto", "float32", "bfloat16")
 BALANCES = ("none", "weights", "sampling")
@@ -145,7 +146,7 @@ class TrainingSettings:
         if self.batch_size < 2 * most:
             raise ValueError(
                 f"batch_size {self.batch_size} must be two films or more for each of "
-                f"{'up to ' if self.max_workers else ''}{most} workers"
+                f"{'up to ' if self.max_workers else ''}{counted(most, 'worker')}"
             )
         if not self.max_workers and self.batch_size % self.workers:
             raise ValueError(

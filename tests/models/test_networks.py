@@ -83,7 +83,11 @@ def test_a_network_of_torchvisions_is_trained_at_the_size_that_it_was_made_for(b
 
 @pytest.mark.parametrize("name", ["resnet", "torchvision:resnet", "torchvision:fcn_resnet50", ""])
 def test_an_unknown_network_is_named_with_what_there_is(name):
-    there_is = "torchvision has no classifier of that name" if ":" in name else "; known: classical"
+    there_is = (
+        "torchvision has no classifier of that name; its doc"
+        if ":" in name
+        else "; known: classical"
+    )
     with pytest.raises(UserError, match=f"unknown model '{name}'.*{there_is}"):
         network_card(name)
 

@@ -33,6 +33,7 @@ def test_draws_stay_within_their_ends_and_reach_far(text, kind, low, high) -> No
     [
         ({"rate": "log:1:2"}, "no setting 'rate'"),
         ({"learning_rate": "log:0:2"}, "'log:0:2' is none of log:LOW:HIGH"),
+        ({"learning_rate": "log:1:0.1"}, "LOW is below HIGH, and of log above 0"),
         ({"learning_rate": "log:2:1"}, "is none of"),
         ({"learning_rate": "about 1"}, "is none of"),
         ({"epochs": "int:1.5:2"}, "is none of"),

@@ -214,6 +214,7 @@ def task(
         ("cov-net", None, {"model_settings__channels": "8"}, "'int' object is not iterable"),
         ("torchvision:vit_b_32", 100, {}, "--image-size 100: Input shape indivisible"),
         ("classical-cnn", None, {"use_gpu": "true"}, "--set: use_gpu is chosen by --use-gpu and"),
+        ("classical-cnn", None, {"batch_size": "1"}, "two films or more for each of 1 worker"),
         ("classical-cnn", None, {"seed": "4294967296"}, "--seed must be from 0 to 4294967295"),
     ],
 )

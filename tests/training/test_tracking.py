@@ -122,7 +122,7 @@ def test_an_epoch_is_readable_as_soon_as_it_is_told(store_uri: str, tmp_path: Pa
 
 
 def test_of_what_mlflow_says_the_first_sentence_is_told() -> None:
-    said = r"^--mlflow x: cannot be written to \(No such store\)$"
+    said = r"^--mlflow x: cannot be written to \(No such store\); check the address and "
     with pytest.raises(UserError, match=said), as_user_error("--mlflow x"):
         raise ValueError("No such store. Please migrate. See https://…\nand more")
 
