@@ -7,6 +7,7 @@ All run in one process, one after the other, again and again: a busy neighbour s
 from __future__ import annotations
 
 import io
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from lungopacity.errors import ImageError, UserError
 from lungopacity.models import load_model
 from lungopacity.progress import Progress
 from lungopacity.radiograph import DecodeLimits, Preprocessing, decode_radiographs
+
+log = logging.getLogger(__name__)
 
 Grey = npt.NDArray[np.uint8]
 Decode = Callable[[bytes], Grey]
@@ -72,7 +75,11 @@ def decode_speeds(
     with Progress("Decoding", total=len(formats), unit="formats") as progress:
         for name, (encode, ways) in formats.items():
             files = [encode(film) for film in films]
-            speeds += _measured(name, files, ways, repeats)
+            found = list(_measured(name, files, ways, repeats))
+            speeds += found
+            rates = ", ".join(f"{speed.way} {speed.images_per_s:.1f}" for speed in found)
+            # At once, for what is cut short has no table.
+            log.info("%s: %s images/s", name, rates)
             progress.advance(1)
     return speeds
 

@@ -5,6 +5,7 @@ The films lie in the device's memory already: what reading and copying would add
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from lungopacity.models import TrainedModel, check_network, load_model
 from lungopacity.models.scorer import PRECISIONS, Scorer
 from lungopacity.progress import Progress
 from lungopacity.runtime import KEEP_FREED_MEMORY, alone, environment
+
+log = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)
 _LEAST_SECONDS = 0.2
@@ -57,9 +60,13 @@ def forward_speeds(
     with Progress("Forward passes", total=len(networks), unit="networks") as progress:
         for name in networks:
             with environment({} if use_gpu else KEEP_FREED_MEMORY):
-                speeds += alone(
+                found = alone(
                     _measured, fresh_model, name, use_gpu, precisions, sorted(batch_sizes), repeats
                 )
+            speeds += found
+            best = max(speed.images_per_s or 0.0 for speed in found)
+            # At once, for what is cut short has no table.
+            log.info("%s: %.1f images/s at best", name, best)
             progress.advance(1)
     return speeds
 

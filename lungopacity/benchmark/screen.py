@@ -7,6 +7,7 @@ images with the same model: a busy neighbour slows them all alike, and ratios of
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from lungopacity.results.schema import class_column
 from lungopacity.runtime import KEEP_FREED_MEMORY
 from lungopacity.screening.resources import batch_size_for
 from lungopacity.storage import open_store
+
+log = logging.getLogger(__name__)
 
 LIMIT = (bare_loop.WHOLE, bare_loop.READ_HALF, bare_loop.SCORE_HALF)
 OURS = "lungopacity"
@@ -73,6 +76,10 @@ class _Run:
     bytes_moved: float | None
     p: Mapping[bare_loop.Name, float]
     """Of the positive class."""
+
+    def told(self) -> str:
+        whole = f"{self.images / self.taken.seconds:.1f} images/s in {self.taken.seconds:.1f} s"
+        return whole if self.steady is None else f"{whole}, steady {self.steady:.1f} images/s"
 
 
 def screen_speeds(
@@ -150,7 +157,10 @@ def _runs(
                     if way == bare_loop.SCORE_HALF and not films:
                         films = _films_of(task, runs)
                     if way not in failed:
-                        runs[way].append(_run(way, task, films))
+                        run = _run(way, task, films)
+                        runs[way].append(run)
+                        # At once, for what is cut short has no table.
+                        log.info("%s: %s", way, run.told())
                 except FailedError as error:
                     failed.add(way)
                     notes[way] = f"failed{f' in repeat {number + 1}' if number else ''}: {error}"

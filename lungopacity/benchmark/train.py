@@ -6,6 +6,7 @@ The films are decoded once, for all. Each way trains a few epochs in processes o
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import statistics
@@ -29,6 +30,8 @@ from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.settings import TRAINING_PRECISIONS, TrainingSettings
 from lungopacity.training.task import DEFAULT_CLASSES, training_task
 from lungopacity.words import counted
+
+log = logging.getLogger(__name__)
 
 BARE = "bare loop"
 
@@ -117,8 +120,11 @@ def train_speeds(
                 for way in able:
                     if not notes[way.name]:
                         try:
-                            history = _history(way, data, films, output)
-                            rows.setdefault(way.name, []).extend(history[1:])
+                            history = _history(way, data, films, output)[1:]
+                            rows.setdefault(way.name, []).extend(history)
+                            told = _speed(way, history, len(films.train), "")
+                            # At once, for what is cut short has no table.
+                            log.info("%s: %.1f images/s", way.name, told.images_per_s)
                         except UserError as error:
                             notes[way.name] = f"failed: {error}"
                     progress.advance(1)

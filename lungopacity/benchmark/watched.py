@@ -67,7 +67,10 @@ def run_watched(
             with _watched(process) as taken:
                 printed, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired as error:
-            raise FailedError(f"did not end in {limit_s:g} s") from error
+            said = last_words(log)
+            raise FailedError(
+                f"did not end in {limit_s:g} s" + (f" (it said: {said})" if said else "")
+            ) from error
         finally:
             if process.poll() is None:
                 _end(process)

@@ -41,8 +41,10 @@ def test_the_command_prints_json(archive, capfd):
     code = main(
         ["benchmark", "decode", "--images", archive, "--count", "1", "--repeats", "1", "--json"]
     )
-    out, _ = capfd.readouterr()
+    out, err = capfd.readouterr()
     assert code == 0
+    # Each format as it was measured, too.
+    assert " TIFF: lungopacity " in err
     assert {row["format"] for row in json.loads(out)["figures"]} >= {"PNG", "JPEG"}
 
 

@@ -28,7 +28,8 @@ def test_a_network_is_timed_both_ways_and_says_the_same(capfd):
     command = ["benchmark", "score", "--networks", "classical-cnn", "--count", "4"]
     command += ["--repeats", "2", "--no-gpu", "--batch-sizes", "4,1"]
     assert main([*command, "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
+    out, err = capfd.readouterr()
+    found = json.loads(out)
     (speed,) = found["one_core"]
     assert (speed["network"], speed["image_size"]) == ("classical-cnn", 160)
     assert 0.1 < speed["torch_ms"] < 1000
@@ -37,6 +38,8 @@ def test_a_network_is_timed_both_ways_and_says_the_same(capfd):
     by_batch = [(row["precision"], row["batch_size"]) for row in found["forward"]]
     assert by_batch == [("float32", 1), ("float32", 4), ("bfloat16", 1), ("bfloat16", 4)]
     assert all(row["images_per_s"] > 1 for row in found["forward"])
+    best = max(row["images_per_s"] for row in found["forward"])
+    assert f" classical-cnn: {best:.1f} images/s at best\n" in err
     assert found["notes"] == ["on a GPU: skipped: --no-gpu"]
 
 

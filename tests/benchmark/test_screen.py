@@ -134,7 +134,7 @@ def test_what_fails_or_hangs_is_said_so(tmp_path, model):
     assert "did not end" in table(found)
 
 
-def test_a_way_that_fails_costs_no_other_its_figures(tmp_path, model, monkeypatch):
+def test_a_way_that_fails_costs_no_other_its_figures(tmp_path, model, monkeypatch, caplog):
     open_store(str(tmp_path)).write("a.png", encoded(grey_film(1)))
     ran = []
 
@@ -142,7 +142,7 @@ def test_a_way_that_fails_costs_no_other_its_figures(tmp_path, model, monkeypatc
         ran.append(way)
         if (way, ran.count(way)) == ("bare", 2):
             raise FailedError("no room")
-        return screen._Run(20, Taken(seconds=2.0), None, None, {})
+        return screen._Run(20, Taken(seconds=2.0), 12.5 if way == OURS else None, None, {})
 
     def started(way, *_):
         raise FailedError("Ray is gone")
@@ -151,12 +151,14 @@ def test_a_way_that_fails_costs_no_other_its_figures(tmp_path, model, monkeypatc
     monkeypatch.setattr(screen, "_started", started)
     bare, ours = screen_speeds(str(tmp_path), model, ways=["bare", OURS], repeats=3)
     assert ran == ["bare", OURS, "bare", OURS, OURS]
+    # Each run as it ends: whoever is cut short keeps those.
+    assert caplog.messages.count("bare: 10.0 images/s in 2.0 s") == 1
+    assert caplog.messages.count("lungopacity: 10.0 images/s in 2.0 s, steady 12.5 images/s") == 3
     assert (bare.images_per_s, bare.note) == (10.0, "failed in repeat 2: no room")
     assert (ours.images_per_s, ours.bytes_moved) == (10.0, None)
     assert ours.note == "bytes moved: failed: Ray is gone"
-    # All in one batch: there is no rate once it runs.
     assert table([bare, ours]).splitlines()[2].split() == [
-        OURS, "20", "10.0", "0%", "1.00", "0%", "0", "0", *ours.on.split(),
+        OURS, "20", "10.0", "0%", "1.00", "12.5", "0%", "0%", "0", "0", *ours.on.split(),
     ]  # fmt: skip
 
 

@@ -30,13 +30,16 @@ def test_the_loop_is_timed_without_ray_and_with_workers(tmp_path, capfd):
     command += ["--labels", str(tmp_path / "labels.csv"), "--epochs", "3", "--repeats", "1"]
     command += ["--workers", "2,3", "--no-gpu", "--precision", "float32"]
     assert main(command) == 0
-    *speeds, more = json.loads(capfd.readouterr().out)["figures"]
+    out, err = capfd.readouterr()
+    *speeds, more = json.loads(out)["figures"]
     assert [speed["way"] for speed in speeds] == ["bare loop", "Ray Train, 2"]
     assert (more["way"], more["note"]) == ("Ray Train, 3", "needs 3 CPUs, there are 2")
     for speed in speeds:
         assert speed["epochs"] == 2
         # An epoch is its steps, validation and checkpoint.
         assert 0 < speed["images_per_s"] < speed["step_images_per_s"]
+        # Told as it ended, too.
+        assert f" {speed['way']}: {speed['images_per_s']:.1f} images/s\n" in err
 
 
 @pytest.fixture

@@ -75,3 +75,12 @@ def test_what_a_process_took_is_told_and_why_it_failed(tmp_path, monkeypatch):
     assert taken.seconds > 0.5
     assert taken.memory_mib > 1
     assert set(taken.gpu) == {0.5}
+
+
+def test_what_does_not_end_in_time_is_told_with_its_last_words(tmp_path):
+    command = [
+        "-c",
+        "import sys, time; print('5 of 9', file=sys.stderr, flush=True); time.sleep(9)",
+    ]
+    with pytest.raises(FailedError, match=r"^did not end in 0\.5 s \(it said: 5 of 9\)$"):
+        run_watched(command, os.environ, 0.5, tmp_path / "stderr")
