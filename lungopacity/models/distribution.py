@@ -15,12 +15,16 @@ Array names carry their shape: N films, F features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from lungopacity.models.ensemble_settings import member_prefix
+
+Product = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+"""Of two matrices."""
 
 _QUANTILE = 0.99
 """Of the validation films: 1 in 100 of them is called unlike the rest."""
@@ -78,12 +82,15 @@ class TrainingDistribution:
     def _centred(self, features_NF: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         return features_NF.astype(np.float32) - self.mean_F
 
-    def score(self, features_NF: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    def score(
+        self, features_NF: npt.NDArray[np.floating], product: Product = np.matmul
+    ) -> npt.NDArray[np.float32]:
         """Distance over the threshold, or how turned a film looks where that is more, (n,) float32:
-        above 1 it is out of distribution."""
+        above 1 it is out of distribution. `product`: what multiplies by the whitening."""
         centred_NF = self._centred(features_NF)
         # Summed in float64: a film may lie so far out that squares overflow.
-        distance_N = np.linalg.norm((centred_NF @ self.whitening_FF).astype(np.float64), axis=1)
+        whitened_NF = product(centred_NF, self.whitening_FF).astype(np.float64)
+        distance_N = np.linalg.norm(whitened_NF, axis=1)
         out_N = distance_N / self.threshold
         if self.turned is not None:
             turned_N = centred_NF.astype(np.float64) @ self.turned.direction_F
@@ -116,12 +123,16 @@ class JointDistribution:
 
     parts: tuple[TrainingDistribution, ...]
 
-    def score(self, features_NF: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    def score(
+        self, features_NF: npt.NDArray[np.floating], product: Product = np.matmul
+    ) -> npt.NDArray[np.float32]:
         """The root mean square of the members' scores, (n,) float32. Unless they agree, another
         share of films than 1 in 100 is above 1: as a rule fewer, for the highest is above it."""
         ends = np.cumsum([len(part.mean_F) for part in self.parts])
         each = np.split(features_NF, ends[:-1], axis=1)
-        scores = [part.score(own_NF) for part, own_NF in zip(self.parts, each, strict=True)]
+        scores = [
+            part.score(own_NF, product) for part, own_NF in zip(self.parts, each, strict=True)
+        ]
         squares_MN = np.square(np.stack(scores).astype(np.float64))
         score_N: npt.NDArray[np.float32] = np.sqrt(squares_MN.mean(axis=0)).astype(np.float32)
         return score_N

@@ -161,6 +161,21 @@ def test_a_scorer_tells_noise_from_what_its_model_was_trained_on():
     assert (scorer.out_of_distribution(scorer.scores(films).features_NF) > 1).mean() <= 0.02
 
 
+def test_on_a_gpu_the_device_multiplies_and_the_score_is_the_same(monkeypatch):
+    films = np.random.default_rng(0).integers(0, 60, (200, 32, 32), dtype=np.uint8)
+    scorer = Scorer(with_distribution(tiny_model(), films))
+    features_NF = scorer.scores(films).features_NF
+    expected_N = scorer.out_of_distribution(features_NF)
+    monkeypatch.setattr(Scorer, "_device", torch.device("cpu"))  # any that torch has
+    monkeypatch.setattr(np, "matmul", None)
+    scorer.use_gpu = True
+    for _ in range(2):
+        found_N = scorer.out_of_distribution(features_NF)
+        np.testing.assert_allclose(found_N, expected_N, rtol=1e-5)
+    (stays,) = scorer._on_gpu.values()
+    assert stays.shape == (features_NF.shape[1],) * 2
+
+
 def test_a_model_without_a_distribution_says_nothing():
     scorer = Scorer(tiny_model())
     films = np.zeros((2, 32, 32), np.uint8)

@@ -15,7 +15,7 @@ from lungopacity.models.scorer import Scorer, Scores
 from lungopacity.results.schema import READ_SCHEMA, score_fields
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.resources import ScoringResources
-from lungopacity.screening.scoring import ScoreImages
+from lungopacity.screening.scoring import ScoreImages, _pixels
 from tests.models.tiny import tiny_model, with_distribution
 
 FILMS = np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8)
@@ -41,6 +41,19 @@ def read_rows(films_NHW: np.ndarray) -> pa.Table:
     rows = [row | {"status": "failed", "error_code": "empty", "error_stage": "fetch"}]
     rows += [row | {"status": "ok", "pixels": film.tobytes()} for film in films_NHW]
     return pa.Table.from_pylist(rows, schema=READ_SCHEMA)
+
+
+def test_films_have_their_own_scores_however_their_rows_lie_in_memory():
+    stage = ScoreImages(with_distribution(tiny_model(), FILMS), ON_CPU, False, None, "float32")
+    whole = read_rows(FILMS)
+    expected = stage(whole).drop_columns("screened_at")
+    parts = [whole.slice(0, 1), whole.slice(1, 5), whole.slice(6, 0), whole.slice(6)]
+    assert stage(pa.concat_tables(parts)).drop_columns("screened_at").equals(expected)
+    assert stage(whole.slice(7)).drop_columns("screened_at").equals(expected.slice(7))
+    # In one piece they are seen where they lie, and in several put together once.
+    assert not _pixels(whole["pixels"].slice(1)).flags.owndata
+    np.testing.assert_array_equal(_pixels(pa.concat_tables(parts)["pixels"]), FILMS.ravel())
+    assert not len(_pixels(whole["pixels"].slice(0, 1)))
 
 
 @pytest.mark.parametrize(("broken", "reject_unlike"), [("logits_NK", False), ("features_NF", True)])
