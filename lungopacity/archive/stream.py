@@ -27,7 +27,7 @@ _FEWEST_OBJECTS = 32
 _EVEN_SHARDS = 4
 """If a reader has so many shards of the largest one's size, a fifth of the readers' time is lost at
 most: all but one wait for a last one."""
-_BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 8 << 20
 """Blocks between stages. Ray's 128 MiB would hold thousands of images back from the model."""
 RETRIES = 3
 """Of a task or actor whose process dies. Ray Data's own default is for ever."""
@@ -71,7 +71,7 @@ def divide_evenly(objects: pa.Table, readers: int) -> bool:
 def stream(
     tasks: Iterable[pa.Table],
     function: Callable[[pa.Table], Iterator[pa.Table]],
-    block_bytes: int = _BLOCK_BYTES,
+    block_bytes: int = BLOCK_BYTES,
     losses: int = 0,
     **options: Any,
 ) -> ray.data.Dataset:
@@ -123,10 +123,11 @@ def stream_images(
     settings: ReadSettings,
     *,
     wanted: Wanted | None = None,
+    block_bytes: int = BLOCK_BYTES,
     losses: int = 0,
 ) -> ray.data.Dataset:
     """A lazy dataset of `READ_SCHEMA` rows. Each of `tasks` becomes one Ray task of one CPU.
-    `losses`: see `stream`."""
+    `block_bytes`, `losses`: see `stream`."""
     import ray
 
     shared, store = ray.put(wanted), open_store(uri)
@@ -134,7 +135,7 @@ def stream_images(
     def read(objects: pa.Table) -> Iterator[pa.Table]:
         yield from counted_images(store, objects, settings, wanted=ray.get(shared))
 
-    return stream(tasks, read, losses=losses)
+    return stream(tasks, read, block_bytes, losses)
 
 
 def counted_images(

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.stream import (
+    BLOCK_BYTES,
     OBJECTS_PER_TASK,
     RETRIES,
     counted_images,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     import ray.data
 
 _MODELS_A_WRITER = 8
+_LARGEST_BATCH_BYTES = 64 << 20
+"""Of pixels. Each reading task holds two such, and Ray's store several of each task."""
 
 
 def screen_objects(
@@ -74,7 +77,9 @@ def screen_objects(
     cpus = int(capacity()["CPU"])
     if resources.apart or not divide_evenly(objects, cpus):
         tasks = read_tasks(objects, cpus, most)
-        images = stream_images(archive_uri, tasks, settings, losses=losses)
+        size = settings.preprocessing.image_size
+        settings, block_bytes = _whole_batches(settings, batch_size * size**2, batch_size)
+        images = stream_images(archive_uri, tasks, settings, block_bytes=block_bytes, losses=losses)
         parts = _apart(images, scoring, results, attempt, resources, batch_size)
     else:
         parts = stream(
@@ -91,6 +96,19 @@ def screen_objects(
             if error is not None:
                 raise UserError(error)
             yield Counter(row)
+
+
+def _whole_batches(
+    settings: ReadSettings, batch_bytes: int, batch_size: int
+) -> tuple[ReadSettings, int]:
+    """How to read so that a block holds whole batches, and its `block_bytes`. Else Ray would give
+    the model two blocks of 192 films as batches of 256 and 128, for it shares no block between two
+    tasks: a fifth more forward passes."""
+    if batch_bytes > _LARGEST_BATCH_BYTES:
+        return settings, BLOCK_BYTES
+    batches = -(-BLOCK_BYTES // batch_bytes)
+    # Ray gives a block on once it has more bytes than this; of half as many more, it cuts it.
+    return replace(settings, rows_per_table=batch_size), int((batches - 0.2) * batch_bytes)
 
 
 def _together(

@@ -7,12 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 import torch
 
 import lungopacity
+from lungopacity.archive.content import ReadSettings
+from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.stream import stream_images
 from lungopacity.models import save_model
 from lungopacity.models.compiled import CompiledNetwork, to_bytes
 from lungopacity.models.scorer import Scorer
+from lungopacity.radiograph import Preprocessing
 from lungopacity.results.folder import read_run
 from lungopacity.screening import pipeline
 from lungopacity.storage import open_store
@@ -98,6 +103,20 @@ def test_one_process_for_all_stages_or_one_for_each_gives_the_same_rows(tmp_path
         row["values"]: row["counts"] for row in rows[None]["status"].value_counts().to_pylist()
     }
     assert counted == {"ok": 101, "failed": 2, "rejected": 1}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_with_an_actor_of_its_own_is_given_whole_batches(tmp_path):
+    store = open_store(str(tmp_path))
+    for number in range(45):
+        store.write(f"{number:02d}.png", encoded(grey_film(number)))
+    tasks = [take_inventory(store.uri).objects]
+    read = ReadSettings(Preprocessing(image_size=1024))
+    # Of 1 MiB a film. Batches of more than 64 MiB come in blocks of Ray's own choice.
+    for batch_size, expected in ((20, [20, 20, 5]), (3, [9] * 5), (65, [8] * 5 + [5])):
+        settings, block_bytes = pipeline._whole_batches(read, batch_size << 20, batch_size)
+        blocks = stream_images(store.uri, tasks, settings, block_bytes=block_bytes).materialize()
+        assert [ray.get(ref).num_rows for ref in blocks.to_arrow_refs()] == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
