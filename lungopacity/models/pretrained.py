@@ -190,11 +190,14 @@ def _state_dict(data: bytes, source: str) -> dict[str, torch.Tensor]:
         except Exception as error:
             raise UserError(
                 f"--weights {source}: is neither a safetensors file nor a torch state dict "
-                f"({type(error).__name__})"
+                f"({type(error).__name__}); give one, or --weights none"
             ) from error
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"--weights {source}: holds something else than a network's weights")
+        raise UserError(
+            f"--weights {source}: holds something else than a network's weights; give a file of "
+            "them, or --weights none"
+        )
     return dict(tensors)
 
 

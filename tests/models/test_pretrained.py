@@ -164,8 +164,8 @@ def test_weights_of_another_image_size_are_refused_for_their_size():
     ("content", "said"),
     [
         (b"nothing of the kind", "neither a safetensors file nor a torch state dict"),
-        (b"", "neither"),
-        ({"a": 1}, "something else than a network's weights"),
+        (b"", "neither .*; give one, or --weights none"),
+        ({"a": 1}, "something else than a network's weights; give a file of them, or --weights"),
         ([1, 2], "something else"),
     ],
 )
