@@ -243,7 +243,8 @@ def test_a_signal_in_the_middle_of_an_import_waits_for_its_end(tmp_path, number,
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
-    assert done.stdout.split() == ["imported", "told"], done.stderr
+    # It may come between a word and the end of its line.
+    assert "".join(done.stdout.split()) == "importedtold", done.stderr
 
 
 def test_a_process_alone_runs_no_line_of_the_callers_script(tmp_path: Path):
