@@ -119,12 +119,11 @@ class S3Store:
                 yield from self._objects(page)
 
     def _page(self, prefix: str, **more: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self._ask(
-            "list_objects_v2", Bucket=self.bucket, Prefix=prefix, **more
-        )
+        asked = {"Bucket": self.bucket, "Prefix": prefix, **more}
+        answer: dict[str, Any] = self._ask("list_objects_v2", **asked)
         token = answer.get("NextContinuationToken")
-        goes_on = token is not None and token != more.get("ContinuationToken")
-        if "IsTruncated" not in answer or (answer["IsTruncated"] and not goes_on):
+        ends = token in (None, more.get("ContinuationToken"))
+        if "IsTruncated" not in answer or (answer["IsTruncated"] and ends):
             # To go on would be to list for ever; to stop, to lose what is left.
             raise UserError(
                 f"{self.uri} cannot be listed: {self.client.meta.endpoint_url} does not say how a "

@@ -10,8 +10,11 @@ history.json                    one row for each epoch so far; the last is this 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from pyarrow.fs import FileSelector
 from lungopacity.errors import ImageError, UserError, last_line
 from lungopacity.models import weights_of
 from lungopacity.storage import join_uri, open_store
+from lungopacity.storage.scratch import NO_ROOM
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +35,8 @@ LOGITS_FILE = "validation_logits.safetensors"
 HISTORY_FILE = "history.json"
 _LEARNING_FILE = "learning.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
+_DOES_NOT_PASS = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a disk that stay until someone mends them."""
 
 
 def write_checkpoint(
@@ -54,6 +60,21 @@ def write_checkpoint(
     (root / _OPTIMIZER_FILE).write_bytes(safetensors.torch.save(moments))
     (root / LOGITS_FILE).write_bytes(safetensors.torch.save({"logits_VK": logits_VK}))
     (root / HISTORY_FILE).write_text(json.dumps(history), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def told_of_no_room(place: str) -> Iterator[None]:
+    """Raises `UserError` where a disk is full or may not be written to, which a restart meets
+    again."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DOES_NOT_PASS:
+            raise
+        raise UserError(
+            f"{place}: a checkpoint cannot be written ({os.strerror(error.errno)}); free space or "
+            "give permission, and the same command goes on after its last finished epoch"
+        ) from error
 
 
 def read_checkpoint(

@@ -13,16 +13,14 @@ H height, W width, K classes.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import errno
 import math
 import os
 import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,19 +35,16 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
-from lungopacity.errors import UserError
 from lungopacity.models import build_network
 from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import exact_float32
 from lungopacity.training.augment import augment
-from lungopacity.training.checkpoint import read_checkpoint, write_checkpoint
+from lungopacity.training.checkpoint import read_checkpoint, told_of_no_room, write_checkpoint
 from lungopacity.training.optimizer import learning_rate_at, optimizer_of
 from lungopacity.training.precision import depthwise_in_float32, use_bfloat16
 from lungopacity.training.settings import TrainingSettings
 
 _EVALUATION_BATCH = 64
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Of errors of a disk, those that do not pass by themselves."""
 _DDP_OPTIONS = {
     # No step reads the running statistics of batch normalisation, and validation sends rank 0's
     # round. By default each step would: on two cores, a fifteenth of its time.
@@ -151,30 +146,15 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             saved = None
             if worker.rank == 0:
-                with _told_of_no_room(f"{folder} on {socket.gethostname()}"):
+                with told_of_no_room(f"{folder} on {socket.gethostname()}"):
                     save(folder)
                 saved = Checkpoint.from_directory(folder)
             # SYNC: uploaded in the background, a checkpoint is lost with the worker that made it.
-            with _told_of_no_room(config["place"]):
+            with told_of_no_room(config["place"]):
                 ray.train.report(row, saved, checkpoint_upload_mode=CheckpointUploadMode.SYNC)
 
     first = None if config["first"] is None else ray.get(config["first"])
     return {"diverged_in_epoch": learn(worker, first, ray.train.get_checkpoint(), report)}
-
-
-@contextlib.contextmanager
-def _told_of_no_room(place: str) -> Iterator[None]:
-    """Raises `UserError` where a disk is full or may not be written to, which a restart meets
-    again."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise UserError(
-            f"{place}: a checkpoint cannot be written ({os.strerror(error.errno)}); free space or "
-            "give permission, and the same command goes on after its last finished epoch"
-        ) from error
 
 
 Report = Callable[[dict[str, Any], torch.Tensor, Callable[[str], None]], None]

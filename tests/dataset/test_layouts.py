@@ -166,16 +166,12 @@ def test_what_lies_under_lung_opacity_is_one_and_only_doubtful_children_are_left
 
 def test_half_of_the_readers_are_no_majority(tmp_path):
     """Of two who see an opacity and two who see nothing, neither is right."""
-    rows = {"a": "1100", "b": "1110", "c": "00", "d": "0001"}  # who sees an opacity
-    normal = {"a": "0011", "b": "0001", "c": "10", "d": "1110"}
-    (tmp_path / "t.csv").write_text(
-        "image_id,rad_id,Lung Opacity,No finding\n"
-        + "".join(
-            f"{film},R{reader},{seen},{normal[film][reader]}\n"
-            for film, readers in rows.items()
-            for reader, seen in enumerate(readers)
-        )
-    )
+    read = {"a": ("1100", "0011"), "b": ("1110", "0001"), "c": ("00", "10"), "d": ("0001", "1110")}
+    lines = ["image_id,rad_id,Lung Opacity,No finding"]
+    for film, readings in read.items():
+        for reader, (seen, normal) in enumerate(zip(*readings, strict=True)):
+            lines.append(f"{film},R{reader},{seen},{normal}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
     labels = labels_of_layout("vindr", {"readings": str(tmp_path / "t.csv")})
     assert labels["label"].tolist() == ["Not_Normal", "Lung_Opacity", "Not_Normal", "Normal"]
 

@@ -301,15 +301,10 @@ def test_subgroups_divide_the_images_and_unknown_is_one_of_them():
 @pytest.mark.parametrize(
     ("years", "band"),
     [
-        (0, "under-18"),
-        (17.9, "under-18"),
-        (18, "18-39"),
-        (40, "40-64"),
-        (65, "65-89"),
-        (89.9, "65-89"),
-        (90, "90+"),
+        (0, "under-18"), (17.9, "under-18"), (18, "18-39"), (40, "40-64"), (65, "65-89"),
+        (89.9, "65-89"), (90, "90+"),
     ],
-)
+)  # fmt: skip
 def test_age_bands_meet_without_a_gap(years, band):
     assert age_band(years) == band
 

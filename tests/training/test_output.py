@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
-from lungopacity.training.checkpoint import rows_of_before
+from lungopacity.training.checkpoint import rows_of_before, told_of_no_room
 from lungopacity.training.fit import _run_name, fit
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.settings import TrainingSettings
@@ -113,3 +115,15 @@ def test_a_model_is_finished_even_if_its_checkpoints_cannot_be_removed(
     assert "its network is compiled for CPUs, and tried on validation films" in caplog.text
     assert load_model(str(tmp_path / "model")).model_id == result.model.model_id
     assert "could not be removed (OSError: AWS Error SLOW_DOWN" in caplog.text
+
+
+def test_a_place_that_may_not_be_written_to_is_told_and_other_errors_may_pass() -> None:
+    for number, told in ((errno.EROFS, "Read-only file system"), (errno.EDQUOT, "quota exceeded")):
+        with (
+            pytest.raises(UserError, match=rf"^/out/m: a checkpoint cannot be .*{told}\); free"),
+            told_of_no_room("/out/m"),
+        ):
+            raise OSError(number, "Error writing bytes to file. Detail: [errno 30]")
+    for error in (OSError(errno.EIO, "Input/output error"), OSError("AWS Error SLOW_DOWN")):
+        with pytest.raises(OSError, match=re.escape(str(error))), told_of_no_room("/out/m"):
+            raise error
