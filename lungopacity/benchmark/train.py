@@ -13,10 +13,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lungopacity.benchmark.inputs import DEFAULT_NETWORK, scratch_place
 from lungopacity.benchmark.place import NO_GPU, gpus_here
@@ -26,7 +29,7 @@ from lungopacity.models.networks import ENSEMBLE
 from lungopacity.progress import Progress
 from lungopacity.runtime import KEEP_FREED_MEMORY, capacity, ray_session, resolve_gpu
 from lungopacity.training.fit import films_of, first_tensors, fit
-from lungopacity.training.loop import Films, Worker, learn
+from lungopacity.training.loop import Films, Worker, ddp_options, learn
 from lungopacity.training.settings import TRAINING_PRECISIONS, TrainingSettings
 from lungopacity.training.task import DEFAULT_CLASSES, training_task
 from lungopacity.words import counted
@@ -34,6 +37,7 @@ from lungopacity.words import counted
 log = logging.getLogger(__name__)
 
 BARE = "bare loop"
+_LOOK_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,14 @@ def _ways(
                 ways.append(_Way(name, note=f"needs {number} {kind}s, there are {there}"))
                 continue
             try:
-                ways.append(_Way(name, on, replace(chosen, workers=number, max_workers=0)))
+                shared = replace(chosen, workers=number, max_workers=0)
             except ValueError as error:
                 ways.append(_Way(name, note=str(error)))
+                continue
+            if number > 1 and nodes == 1 and not missing:
+                # What of the price of several is torch's, and not Ray's.
+                ways.append(_Way(f"{BARE}, {number}{of}", on, shared, is_bare=True))
+            ways.append(_Way(name, on, shared))
     return ways
 
 
@@ -246,40 +255,71 @@ def _speed(way: _Way, rows: list[dict[str, Any]], images: int, note: str) -> Tra
 
 
 def _bare(films: Films, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """The history of the loop in a process of its own."""
+    """The history of the loop in processes of its own, one a worker."""
     network = build_network(settings.model, films.classes, settings.model_settings)
     given_first = first_tensors(network, settings)
     first = None if given_first is None else dict(given_first.tensors)
-    with tempfile.TemporaryDirectory(prefix="lungopacity-") as name:
-        given, told = Path(name) / "given", Path(name) / "told"
-        given.write_bytes(pickle.dumps((films, settings, first)))
-        done = subprocess.run(
-            [sys.executable, "-m", "lungopacity.benchmark.train", str(given), str(told)],
-            env=os.environ | ({} if settings.use_gpu else KEEP_FREED_MEMORY),
-            check=False,
-        )
-        if done.returncode:
-            raise UserError(f"the loop without Ray ended with {done.returncode}; see above")
-        history: list[dict[str, Any]] = pickle.loads(told.read_bytes())
+    with tempfile.TemporaryDirectory(prefix="lungopacity-") as folder:
+        (Path(folder) / "given").write_bytes(pickle.dumps((films, settings, first)))
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-m", "lungopacity.benchmark.train", folder, str(rank)],
+                env=os.environ | ({} if settings.use_gpu else KEEP_FREED_MEMORY),
+            )
+            for rank in range(settings.workers)
+        ]
+        try:
+            codes: list[int | None] = [None]
+            while None in codes:
+                time.sleep(_LOOK_S)
+                codes = [worker.poll() for worker in workers]
+                # The others would wait for one that is gone.
+                if failed := [code for code in codes if code]:
+                    raise UserError(f"the loop without Ray ended with {failed[0]}; see above")
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        history: list[dict[str, Any]] = pickle.loads((Path(folder) / "told").read_bytes())
     return history
 
 
-def _learn_alone(given: str, told: str) -> None:
-    import torch
+class _WithoutRay(Worker):
+    def together(self, network: torch.nn.Module) -> torch.nn.Module:
+        if self.workers == 1:
+            return network
+        on = None if self.device.type == "cpu" else [self.device]
+        return torch.nn.parallel.DistributedDataParallel(network, device_ids=on, **ddp_options())
 
-    films, settings, first = pickle.loads(Path(given).read_bytes())
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    device = torch.device("cuda" if settings.use_gpu else "cpu")
+
+def _learn_without_ray(folder: Path, rank: int) -> None:
+    films, settings, first = pickle.loads((folder / "given").read_bytes())
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.workers))
+    device = torch.device("cpu")
+    if settings.use_gpu:
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    if settings.workers > 1:
+        torch.distributed.init_process_group(
+            "nccl" if settings.use_gpu else "gloo",
+            init_method=f"file://{folder}/met",
+            rank=rank,
+            world_size=settings.workers,
+        )
     history: list[dict[str, Any]] = []
 
     def report(row: dict[str, Any], _: torch.Tensor, save: Any) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            save(folder)
+        if rank == 0:
+            with tempfile.TemporaryDirectory() as checkpoint:
+                save(checkpoint)
         history.append(row)
 
-    learn(Worker(settings, films, 0, 1, device), first, None, report)
-    Path(told).write_bytes(pickle.dumps(history))
+    learn(_WithoutRay(settings, films, rank, settings.workers, device), first, None, report)
+    if rank == 0:
+        (folder / "told").write_bytes(pickle.dumps(history))
+    if settings.workers > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _learn_alone(*sys.argv[1:])
+    _learn_without_ray(Path(sys.argv[1]), int(sys.argv[2]))

@@ -14,6 +14,7 @@ H height, W width, K classes.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 import socket
@@ -34,6 +35,7 @@ import torch.distributed
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
 from lungopacity.models import build_network
 from lungopacity.models.normalise import normalise
@@ -45,12 +47,16 @@ from lungopacity.training.precision import depthwise_in_float32, use_bfloat16
 from lungopacity.training.settings import TrainingSettings
 
 _EVALUATION_BATCH = 64
-_DDP_OPTIONS = {
+
+
+def ddp_options() -> dict[str, Any]:
+    """How torch's DDP averages gradients here."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    # torch 2.15 has renamed it.
+    buffers = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)
     # No step reads the running statistics of batch normalisation, and validation sends rank 0's
     # round. By default each step would: on two cores, a fifteenth of its time.
-    "broadcast_buffers": False,
-    "gradient_as_bucket_view": True,
-}
+    return {buffers: False, "gradient_as_bucket_view": True}
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,15 @@ class Worker:
         """Replace it by its sum over the workers."""
         if self.workers > 1:
             torch.distributed.all_reduce(tensor)
+
+    def together(self, network: torch.nn.Module) -> torch.nn.Module:
+        """The network, its gradients averaged over the workers."""
+        if self.workers == 1:
+            return network
+        prepared: torch.nn.Module = ray.train.torch.prepare_model(
+            network, parallel_strategy_kwargs=ddp_options()
+        )
+        return prepared
 
     def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """This rank's part of the epoch's order; batches are as many and as large in every rank.
@@ -206,12 +221,7 @@ def learn(
         if distributed is None or epoch == settings.frozen_epochs + 1:
             # DDP asks once, when it is made, which weights learn.
             _freeze(network, epoch <= settings.frozen_epochs)
-            alone = worker.workers == 1
-            distributed = (
-                network
-                if alone
-                else ray.train.torch.prepare_model(network, parallel_strategy_kwargs=_DDP_OPTIONS)
-            )
+            distributed = worker.together(network)
         trained = _train_epoch(worker, distributed, optimizer, epoch, averaged)
         logits_VK = _validation_logits(worker, kept)
         validation_loss = functional.cross_entropy(logits_VK, labels_V).item()

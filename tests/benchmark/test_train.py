@@ -1,5 +1,6 @@
 import json
-import subprocess
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -10,7 +11,6 @@ from lungopacity.benchmark import train
 from lungopacity.benchmark.train import _bare, train_speeds
 from lungopacity.cli import main
 from lungopacity.errors import UserError
-from lungopacity.models import build_network
 from lungopacity.training.settings import TrainingSettings
 from tests.films import encoded, grey_film
 from tests.models.tiny import write_tiny_model
@@ -32,7 +32,7 @@ def test_the_loop_is_timed_without_ray_and_with_workers(tmp_path, capfd):
     assert main(command) == 0
     out, err = capfd.readouterr()
     *speeds, more = json.loads(out)["figures"]
-    assert [speed["way"] for speed in speeds] == ["bare loop", "Ray Train, 2"]
+    assert [speed["way"] for speed in speeds] == ["bare loop", "bare loop, 2", "Ray Train, 2"]
     assert (more["way"], more["note"]) == ("Ray Train, 3", "needs 3 CPUs, there are 2")
     for speed in speeds:
         assert speed["epochs"] == 2
@@ -55,11 +55,15 @@ def cpus(monkeypatch):
 
 def test_workers_are_as_many_as_fit(cpus):
     settings = TrainingSettings()
-    for number, expected in ((1, [1]), (8, [1, 2])):
+    for number, expected in (
+        (1, ["Ray Train, 1"]),
+        (8, ["Ray Train, 1", "bare loop, 2", "Ray Train, 2"]),
+    ):
         cpus(number)
         _, *ways = train._ways(settings, None, ["auto"], None)
-        assert [way.settings.workers for way in ways] == expected
-    _, *ways = train._ways(settings, [2, 3], ["auto"], None)
+        assert [way.name for way in ways] == expected
+        assert [way.settings.workers for way in ways] == [int(name[-1]) for name in expected]
+    _, _, *ways = train._ways(settings, [2, 3], ["auto"], None)
     notes = [way.note for way in ways]
     assert notes == ["", "batch_size 32 must be a multiple of workers (3)"]
 
@@ -98,13 +102,12 @@ def test_one_epoch_is_too_few(tmp_path):
             train_speeds([str(tmp_path)], "labels.csv", **wrong)
 
 
-def test_a_loop_that_ends_early_is_told(monkeypatch):
-    ended = subprocess.CompletedProcess([], 3)
-    monkeypatch.setattr("lungopacity.benchmark.train.subprocess.run", lambda *_, **__: ended)
-    network = build_network("classical-cnn", 2, {})
-    monkeypatch.setattr("lungopacity.benchmark.train.first_tensors", lambda *_: None)
-    monkeypatch.setattr("lungopacity.benchmark.train.build_network", lambda *_: network)
+def test_a_loop_that_ends_early_is_told(tmp_path, monkeypatch):
+    # The first of two waits for the other.
+    waiting = tmp_path / "waiting"
+    waiting.write_text('#!/bin/sh\n[ "$4" = 1 ] && exit 3\nexec sleep 60\n')
+    waiting.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(waiting))
     films = SimpleNamespace(classes=2)
-    settings = SimpleNamespace(model="", model_settings={}, use_gpu=False)
     with pytest.raises(UserError, match="the loop without Ray ended with 3"):
-        _bare(films, settings)
+        _bare(films, replace(TrainingSettings(), workers=2))
