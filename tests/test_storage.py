@@ -1,5 +1,8 @@
+import ctypes
 import os
+import shutil
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -47,6 +50,7 @@ def test_a_prefix_narrows_the_listing(store_uri):
     for key in ("runs/a.json", "runs/b.json", "runs-old/c.json", "_work/d"):
         store.write(key, b"x")
     assert sorted(item.key for item in store.list("runs/")) == ["runs/a.json", "runs/b.json"]
+    assert [item.key for item in store.list("runs/b")] == ["runs/b.json"]
 
 
 def test_every_object_of_a_long_listing_comes_once(s3_uri):
@@ -90,6 +94,18 @@ def test_a_replaced_object_is_not_taken_for_the_planned_one(store_uri):
             pass
 
     assert code_of(open_it) is ErrorCode.CHANGED
+
+
+@pytest.mark.parametrize("what", ["time", "size"])
+def test_of_a_replaced_file_time_or_size_alone_tells(tmp_path, what):
+    """Exports write films of one size in a second, and copies keep the time of what was there."""
+    film, store = tmp_path / "a", LocalStore(tmp_path)
+    film.write_bytes(b"first")
+    os.utime(film, ns=(0, 10**18))
+    planned = store.head("a").etag
+    film.write_bytes(b"again" if what == "time" else b"larger")
+    os.utime(film, ns=(0, 10**18 + (10**6 if what == "time" else 0)))
+    assert code_of(lambda: store.read("a", etag=planned)) is ErrorCode.CHANGED
 
 
 def test_if_absent_lets_one_of_many_writers_win(store_uri):
@@ -149,13 +165,38 @@ def test_a_key_cannot_lead_out_of_a_folder(tmp_path):
 
 
 def test_a_write_leaves_no_temporary_file_and_honours_the_umask(tmp_path):
-    old = os.umask(0o022)
+    store, old = LocalStore(tmp_path), os.umask(0o022)
     try:
-        open_store(str(tmp_path)).write("a", b"x")
+        store.write("a", b"x")
     finally:
         os.umask(old)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+    store.write("b", b"x", if_absent=True)
+    for key in ("a", "b"):
+        with pytest.raises(ConflictError):
+            store.write(key, b"y", if_absent=True)
+    with pytest.raises(ConflictError):
+        store.write("a", b"y", if_match="another")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    real, synced = os.fsync, []
+
+    def fsync(file: int) -> None:
+        synced.append((os.fstat(file).st_size, (tmp_path / "a").exists()))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    LocalStore(tmp_path).write("a", b"0123456789")
+    assert synced == [(10, False)]
+
+
+def test_what_is_private_is_seen_by_nobody_else(tmp_path):
+    LocalStore(tmp_path).write("keys/a", b"x", private=True)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("keys", "keys/a")] == [
+        0o700, 0o600,
+    ]  # fmt: skip
 
 
 def test_a_folder_that_is_swept_away_under_a_write_is_made_again(tmp_path, monkeypatch):
@@ -255,19 +296,22 @@ def test_a_uri_splits_into_folder_and_name(uri, parts):
 
 
 @pytest.fixture
-def forbidden(tmp_path: Path) -> Iterator[Path]:
+def forbidden() -> Iterator[Path]:
     """A folder that may not be entered, also where the tests are run by root."""
-    folder = tmp_path / "forbidden"
-    folder.mkdir()
-    (folder / "a").write_bytes(b"x")
-    folder.chmod(0)
-    is_root = os.geteuid() == 0
-    if is_root:
-        os.seteuid(65534)
-    yield folder
-    if is_root:
-        os.seteuid(0)
-    folder.chmod(0o700)
+    # Not in `tmp_path`: nobody but its owner may enter that.
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        folder = Path(place, "archive", "forbidden")
+        folder.mkdir(parents=True)
+        (folder / "a").write_bytes(b"x")
+        folder.chmod(0)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        yield folder
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o700)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +332,49 @@ def test_what_is_forbidden_is_not_taken_for_absent(forbidden, act, message):
     assert code_of(lambda: store.read("a")) is ErrorCode.FORBIDDEN
 
 
+def test_an_archive_is_not_listed_without_what_is_forbidden_in_it(forbidden):
+    with pytest.raises(UserError, match=r"/forbidden: cannot be listed \(Permission denied\)"):
+        list(LocalStore(forbidden.parent).list())
+
+
+@pytest.fixture
+def dead_mount(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose file server does not answer: FUSE, as that of s3fs or sshfs that has died."""
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("needs /dev/fuse")
+    folder, server = tmp_path / "mount", os.open("/dev/fuse", os.O_RDWR)
+    folder.mkdir()
+    options = f"fd={server},rootmode=40000,user_id=0,group_id=0".encode()
+    refused = libc.mount(b"fuse", os.fsencode(folder), b"fuse", 0, options)
+    os.close(server)
+    if refused:
+        pytest.skip("may not mount")
+    yield folder
+    libc.umount2(os.fsencode(folder), 2)  # MNT_DETACH
+
+
+def test_what_a_dead_file_server_holds_is_not_taken_for_absent(dead_mount):
+    store = LocalStore(dead_mount)
+    for act in (lambda: store.head("a"), lambda: list(store.list()), lambda: store.write("a", b"")):
+        with pytest.raises(UserError, match="Transport endpoint is not connected"):
+            act()
+    assert code_of(lambda: store.read("a")) is ErrorCode.UNAVAILABLE
+    with pytest.raises(UserError, match="mount: cannot be listed"):
+        list(LocalStore(dead_mount.parent).list())
+
+
+def test_what_goes_while_a_folder_is_listed_is_passed_over(tmp_path):
+    for name in ("a/1", "a/2", "b/1", "c/1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    listing = LocalStore(tmp_path).list()
+    assert next(listing).key == "a/1"
+    (tmp_path / "a" / "2").unlink()
+    shutil.rmtree(tmp_path / "b")
+    assert [item.key for item in listing] == ["c/1"]
+
+
 def test_what_lies_where_a_folder_is_to_be_is_named(tmp_path):
     store = LocalStore(tmp_path)
     store.write("a", b"x")
@@ -300,7 +387,13 @@ def test_what_lies_where_a_folder_is_to_be_is_named(tmp_path):
     assert list(LocalStore(tmp_path / "a").list()) == []
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="other systems have no such file")
+def test_a_disk_error_while_a_file_is_read_has_its_code():
+    assert code_of(lambda: LocalStore(Path("/proc/self")).read("mem")) is ErrorCode.UNAVAILABLE
+
+
 def test_a_path_that_is_too_long_is_said(tmp_path):
+    assert LocalStore(tmp_path).head("x" * 300) is None
     with pytest.raises(UserError, match=r"cannot be listed \(File name too long\)"):
         list(LocalStore(tmp_path / ("x/" * 3000)).list())
 
@@ -340,6 +433,7 @@ def test_a_link_that_leads_nowhere_is_listed_and_found_missing(tmp_path):
     store = open_store(str(tmp_path))
     listed = {item.key: item for item in store.list()}
     assert sorted(listed) == ["a/1.dcm", "a/2.dcm", "a/3.dcm", "a/caf\\xe9.dcm"]
+    assert (store.head("a/2.dcm"), store.head("a/3.dcm")) == (None, None)
     assert store.read("a/1.dcm", etag=listed.pop("a/1.dcm").etag) == b"x"
     for key, item in listed.items():
         assert code_of(lambda key=key, item=item: store.read(key, etag=item.etag)) is (
@@ -376,3 +470,4 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
                 store.read(name)
             assert caught.value.code is ErrorCode.UNSUPPORTED
     assert code_of(lambda: store.read("folder.dcm")) is ErrorCode.MISSING
+    assert store.head("folder.dcm") is None

@@ -24,6 +24,10 @@ _FIRST_S, _LAST_S = (
 )
 
 
+_NO_SUCH_FILE = (errno.ELOOP, errno.ENAMETOOLONG)
+"""Besides what Python has an exception for."""
+
+
 def absolute(path: Path) -> Path:
     """With `~` and `..` spelt out. Raises `UserError` for the home of nobody."""
     try:
@@ -79,7 +83,9 @@ class LocalStore:
             if not _is_folder(start):
                 return
             # followlinks: archives are often mounted by a symbolic link.
-            for folder, subfolders, names in os.walk(start, followlinks=True, onerror=_raise_error):
+            for folder, subfolders, names in os.walk(
+                start, followlinks=True, onerror=_raise_unless_gone
+            ):
                 subfolders[:] = sorted(
                     name for name in subfolders if not _leads_back(Path(folder) / name)
                 )
@@ -96,13 +102,15 @@ class LocalStore:
         path = self._path(key)
         try:
             facts = path.stat()
-        except PermissionError as error:
-            # Nobody is to take what may not be seen for what is not there, and make it anew.
-            raise UserError(
-                f"{path}: cannot be read ({error.strerror}); check its permissions"
-            ) from error
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
+        except OSError as error:
+            if error.errno in _NO_SUCH_FILE:
+                return None
+            # Nobody is to take what cannot be seen for what is not there, and make it anew.
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); check the disk and its permissions"
+            ) from error
         return self._info(path, facts) if stat.S_ISREG(facts.st_mode) else None
 
     @contextmanager
@@ -233,8 +241,11 @@ def _time_of(facts: os.stat_result) -> datetime:
     return datetime.fromtimestamp(min(max(facts.st_mtime, _FIRST_S), _LAST_S), UTC)
 
 
-def _raise_error(error: OSError) -> None:
-    raise error
+def _raise_unless_gone(error: OSError) -> None:
+    # Of a folder that others removed since the one above it was read. One that still has its name
+    # there is not gone, as where a file server does not answer for what is mounted on it.
+    if not isinstance(error, FileNotFoundError) or os.path.lexists(error.filename):
+        raise error
 
 
 def _is_folder(path: Path) -> bool:
