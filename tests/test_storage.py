@@ -1,10 +1,13 @@
 import ctypes
+import fcntl
+import io
 import os
 import shutil
 import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -108,6 +111,48 @@ def test_of_a_replaced_file_time_or_size_alone_tells(tmp_path, what):
     assert code_of(lambda: store.read("a", etag=planned)) is ErrorCode.CHANGED
 
 
+def test_a_file_that_is_written_to_while_it_is_read_is_not_taken_for_the_planned_one(
+    tmp_path, monkeypatch
+):
+    film, store = tmp_path / "a", LocalStore(tmp_path)
+    film.write_bytes(b"first")
+    os.utime(film, ns=(0, 10**18))
+    planned = store.head("a").etag
+
+    class Overtaken(io.FileIO):
+        def read(self, size=-1):
+            with open(film, "r+b") as file:
+                file.write(b"s")
+            return super().read(size)
+
+    monkeypatch.setattr("lungopacity.storage.local._open_at_once", Overtaken)
+    assert code_of(lambda: store.read("a", etag=planned)) is ErrorCode.CHANGED
+    assert store.read("a") == b"sirst"
+
+
+def test_whoever_replaces_on_a_condition_waits_for_another_who_does(tmp_path):
+    store, met = LocalStore(tmp_path), []
+    store.write("lock", b"mine")
+    etag = store.head("lock").etag
+
+    def write() -> None:
+        try:
+            store.write("lock", b"yours", if_match=etag)
+        except ConflictError as error:
+            met.append(error)
+
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    thread = threading.Thread(target=write)
+    thread.start()
+    time.sleep(0.3)
+    store.write("lock", b"another's")
+    os.close(other)
+    thread.join()
+    assert met
+    assert store.read("lock") == b"another's"
+
+
 def test_if_absent_lets_one_of_many_writers_win(store_uri):
     store = open_store(store_uri)
     won = []
@@ -147,6 +192,12 @@ def test_delete_is_quiet_about_what_is_gone(store_uri):
     store.delete("x/y")
     store.delete("x/y")
     assert list(store.list()) == []
+    with pytest.raises(ConflictError):
+        store.write("y", b"1", if_match="0" * 32)
+    store.write("x", b"1")
+    store.delete("x")
+    # The folder itself stays: something may be mounted on it.
+    assert not isinstance(store, LocalStore) or store.root.is_dir()
 
 
 def test_arrow_sees_the_same_objects(store_uri):
@@ -379,8 +430,9 @@ def test_what_lies_where_a_folder_is_to_be_is_named(tmp_path):
     store = LocalStore(tmp_path)
     store.write("a", b"x")
     for key in ("a/b", "a/b/c/d"):
-        with pytest.raises(UserError, match=rf"/a: is in the way of .*/{key}; move it"):
-            store.write(key, b"x")
+        for if_absent in (False, True):
+            with pytest.raises(UserError, match=rf"/a: is in the way of .*/{key}; move it"):
+                store.write(key, b"x", if_absent=if_absent)
     with pytest.raises(UserError, match=r"/a: cannot be written \(File exists\)"):
         LocalStore(tmp_path / "a").now()
     store.delete("a/b")  # is not there

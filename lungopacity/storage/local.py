@@ -61,7 +61,7 @@ class LocalStore:
         return ObjectInfo(
             key=self._key(path),
             size_bytes=facts.st_size,
-            etag=f"{facts.st_mtime_ns:x}-{facts.st_size:x}",
+            etag=_etag_of(facts),
             modified_at=_time_of(facts),
         )
 
@@ -129,7 +129,7 @@ class LocalStore:
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode):
                 raise _no_regular_file()
-            if etag is not None and self._info(path, facts).etag != etag:
+            if etag is not None and _etag_of(facts) != etag:
                 raise changed()
             yield file
 
@@ -139,9 +139,14 @@ class LocalStore:
     def read_head(self, key: str, size_bytes: int, *, etag: str | None = None) -> bytes:
         with self.open_local(key, etag=etag) as file:
             try:
-                return file.read(size_bytes)
+                data = file.read(size_bytes)
+                facts = os.fstat(file.fileno())
             except OSError as error:
                 raise _fetch_error_of(error) from error
+        # Written over in its place, it may be half of one film and half of another.
+        if etag is not None and _etag_of(facts) != etag:
+            raise changed()
+        return data
 
     def local_file(self, key: str, target: Path) -> Path:
         with self.open_local(key):
@@ -194,7 +199,7 @@ class LocalStore:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            if not path.is_file() or self._info(path, path.stat()).etag != etag:
+            if not path.is_file() or _etag_of(path.stat()) != etag:
                 raise ConflictError(path.name)
             os.replace(name, path)
         finally:
@@ -233,6 +238,10 @@ class LocalStore:
         import pyarrow.fs
 
         return pyarrow.fs.LocalFileSystem(), str(self.root)
+
+
+def _etag_of(facts: os.stat_result) -> str:
+    return f"{facts.st_mtime_ns:x}-{facts.st_size:x}"
 
 
 def _time_of(facts: os.stat_result) -> datetime:

@@ -119,6 +119,8 @@ def test_the_message_names_the_signal(crashing):
 def test_a_process_that_is_ended_from_outside_costs_no_file(crashing, tmp_path):
     files = [FILM, b"ONCE" + str(tmp_path / "mark").encode(), FILM]
     assert codes(crashing, files) == [None, "not_an_image", None]
+    os.kill(crashing._process.pid, signal.SIGKILL)
+    assert codes(crashing, files) == [None, "not_an_image", None]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +209,8 @@ def test_large_files_go_one_at_a_time_and_arrive_whole():
     patient = ReadSettings(Preprocessing(image_size=32))  # 25 megapixels may need a second
     with borrowed_decoder(patient) as decoder:
         found = [rows[0] for _, rows in decoder.rows(enumerate(files))]
+        kept = sum(os.fstat(file).st_size for file in decoder._files)
+    assert kept < 1_000_000  # of memory, which would stay with the process for a night
     assert [row["rows"] for row in found] == [5000, 120, 5000, 5000]
     assert found[0]["content_sha256"] == next(content_rows(files[0], patient))["content_sha256"]
 
