@@ -86,13 +86,16 @@ def label_metrics(
     spec: ModelSpec,
     labels: pd.DataFrame,
     known_films: Collection[str] = (),
+    point_films: Collection[str] = (),
 ) -> list[Metric]:
     """Metrics against the labels, over all and by view position, sex and age, as `evaluate` makes
     them, with intervals over patients.
 
     Of the readable images whose label is one of the model's classes; empty where there is none.
     Those in `known_films`, content_sha256 of what the model learnt from or was chosen by, would
-    flatter it: they are left out, and counted as `films_known_to_model`.
+    flatter it: they are left out, and counted as `films_known_to_model`. Those in `point_films`,
+    which the operating point was picked on, flatter its decisions alone: they stay, and are counted
+    as `films_operating_point_picked_on`.
     predictions: as for `run_metrics`. labels: as `read_labels` gives them; what they say of
     view, sex and age goes before the header, as in `evaluate`.
     """
@@ -131,7 +134,11 @@ def label_metrics(
     replicates = min(REPLICATES, max(_FEWEST_REPLICATES, _MOST_DRAWN // len(labels_N)))
     resampling = Resampling.of(told["patient_id"].tolist(), replicates)
     log.info("95 %% intervals against the labels: %s", resampling.described())
-    return left_out + measure(scored, groups, resampling)
+    among = pa.compute.is_in(rows["content_sha256"], pa.array(point_films, pa.string()))
+    picked_on = _count(
+        "films_operating_point_picked_on", pa.compute.sum(among).as_py(), rows.num_rows
+    )
+    return [*left_out, picked_on, *measure(scored, groups, resampling)]
 
 
 def warn_of_useless_labels(

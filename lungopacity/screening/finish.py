@@ -67,6 +67,8 @@ class ScreeningResult:
     known_to_model: int = 0
     """Scored images of those, which the model learnt from or was chosen by: in no figure against
     the labels."""
+    picked_on: int = 0
+    """Films in the figures against the labels that the operating point was picked on."""
 
     @property
     def images_per_s(self) -> float | None:
@@ -113,6 +115,13 @@ def publish_run(
             "figures against the labels",
             result.known_to_model,
         )
+    if result.picked_on:
+        log.warning(
+            "operating point %s was picked on %d of the films in the figures against the labels: "
+            "those of its decisions flatter",
+            result.operating_point,
+            result.picked_on,
+        )
     table = metrics_table(result.metrics, start.run_id, start.model_id, synthetic=result.synthetic)
     key = metrics_key(start.run_id, uuid.uuid4().hex[:8])
     job.results.write(key, parquet_bytes(table))
@@ -135,7 +144,7 @@ def _result(
     predictions = collected.connection.table("final")
     metrics = run_metrics(predictions, spec, seconds, resumed=plan.resumed)
     if job.labels is not None and labels is not None:
-        metrics += label_metrics(predictions, spec, labels, job.known_films)
+        metrics += label_metrics(predictions, spec, labels, job.known_films, job.point_films)
         warn_of_useless_labels(
             predictions, spec, job.labels, names_may_be_told=not job.rules.hash_keys
         )
@@ -179,6 +188,7 @@ def _result(
         of_classes=of_classes,
         operating_point=job.operating_point,
         known_to_model=int(metric_value(metrics, "films_known_to_model") or 0),
+        picked_on=int(metric_value(metrics, "films_operating_point_picked_on") or 0),
     )
 
 

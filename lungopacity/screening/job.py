@@ -16,6 +16,7 @@ from lungopacity.evaluation.drift import Sample
 from lungopacity.models import (
     TrainedModel,
     films_known_to,
+    films_of_site_point,
     load_model,
     with_operating_point,
 )
@@ -69,6 +70,8 @@ class ScreeningJob:
     model_actors: int | None = None
     known_films: frozenset[str] = frozenset()
     """Of a job with labels, see `films_known_to`: no figure against the labels counts them."""
+    point_films: frozenset[str] = frozenset()
+    """Of a job with labels, see `films_of_site_point`: its decisions on them are flattered."""
     operating_point: str | None = None
     """Its name, where it is not the model's own choice."""
     baseline: Sample | None = None
@@ -140,9 +143,9 @@ def screening_job(
     `batch_size`: images a forward pass; None: `batch_size_for` the device.
     `precision`: float32, or on GPUs bfloat16, whose scores are a little different.
     `labels`: a labels file, for metrics, which leave out the films that the model learnt from or
-    was chosen by. `baseline`: id of a published run of the same model, to
-    measure drift against. `use_gpu`: None uses what the cluster has. `gpus_per_actor`,
-    `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
+    was chosen by, and count those that a site's operating point was picked on. `baseline`: id of a
+    published run of the same model, to measure drift against. `use_gpu`: None uses what the cluster
+    has. `gpus_per_actor`, `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
     """
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
@@ -174,6 +177,9 @@ def screening_job(
         pseudonyms=pseudonyms,
         labels=None if labels is None else read_labels(labels),
         known_films=frozenset() if labels is None else films_known_to(model),
+        point_films=frozenset()
+        if labels is None
+        else _point_films(model, trained, operating_point),
         batch_size=batch_size,
         max_failed_fraction=max_failed_fraction,
         use_gpu=use_gpu,
@@ -185,6 +191,13 @@ def screening_job(
         baseline=None if baseline is None else _baseline(results, baseline, trained),
         noted={**(noted or {}), **({} if baseline is None else {"baseline": baseline})},
     )
+
+
+def _point_films(uri: str, model: TrainedModel, name: str | None) -> frozenset[str]:
+    """See `films_of_site_point`; none of the model's own points."""
+    if name is None or name in model.spec.operating_points:
+        return frozenset()
+    return films_of_site_point(uri, name)
 
 
 def _key_map(results: str, given: str | None) -> str:

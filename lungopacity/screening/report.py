@@ -93,6 +93,11 @@ def summary(result: ScreeningResult) -> str:
                 else ""
             )
         )
+    if result.picked_on:
+        lines.append(
+            f"  FLATTERED {_point(result)} was picked on {result.picked_on} of these films: judge "
+            "its decisions by others"
+        )
     accuracy = metric_value(result.metrics, "accuracy")
     if accuracy is not None:
         lines.append(f"  accuracy  {accuracy:.4f} against the labels")

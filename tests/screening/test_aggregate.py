@@ -140,6 +140,19 @@ def test_films_that_the_model_learnt_from_do_not_count():
     assert (left_out.metric, left_out.value) == ("films_known_to_model", 2)
 
 
+def test_films_that_the_point_was_picked_on_count_and_are_told():
+    table = predictions(
+        {"p": 0.9, "label": "Lung_Opacity", "content_sha256": "learnt"},
+        {"p": 0.9, "label": "Lung_Opacity", "content_sha256": "picked on"},
+        {"p": 0.9, "label": "Normal", "content_sha256": "new"},
+    )
+    told = labels("0.png", "1.png", "2.png")
+    metrics = label_metrics(table, SPEC, told, {"learnt"}, {"picked on", "learnt", "another"})
+    (among,) = [m for m in metrics if m.metric == "films_operating_point_picked_on"]
+    assert (among.value, among.n) == (1, 2)
+    assert metric_value(metrics, "accuracy") == 0.5
+
+
 def test_what_the_labels_say_of_a_film_goes_before_its_header():
     """As in `evaluate`: the same films are in the same subgroups."""
     table = predictions(
@@ -174,7 +187,7 @@ def test_a_run_is_measured_as_by_evaluate_with_its_patients_drawn_together():
     told = labels(
         *(f"{n}.png" for n in range(40)), patient_id=patients, patient_sex=["F", "M"] * 20
     )
-    _, *found = label_metrics(table, SPEC, told)
+    _, _, *found = label_metrics(table, SPEC, told)
     images = ScoredImages(
         truth, np.stack([1 - p, p], axis=1).astype(np.float64), SPEC.class_names, "Lung_Opacity",
         points={"chosen": SPEC.operating_point},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import time
 from collections import Counter
@@ -225,6 +226,20 @@ def test_labels_that_match_nothing_or_measure_nothing_are_told(
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == bool(warning)
     assert all(warning in line for line in warned)
+
+
+@pytest.mark.parametrize("point", ["our-site", None])
+def test_films_that_the_point_in_use_was_picked_on_are_told(place, tmp_path, caplog, point):
+    digest = hashlib.sha256(b"Adams.png").hexdigest()
+    model = load_model(place.model)
+    save_operating_point(place.model, model, "our-site", OperatingPoint(0.5), [digest])
+    (tmp_path / "labels.csv").write_text("image,label\nAdams.png,Normal\nBaker.png,Normal\n")
+    (run,) = place.night(labels=str(tmp_path / "labels.csv"), operating_point=point).runs
+    assert run.picked_on == (point is not None)
+    told = "operating point our-site was picked on 1 of these films: judge its decisions by others"
+    assert (told in summary(run)) == (point is not None)
+    warning = "operating point our-site was picked on 1 of the films in the figures against"
+    assert (warning in caplog.text) == (point is not None)
 
 
 def test_the_warning_of_labels_names_nobody_where_names_are_hashed(place, hidden, tmp_path, caplog):
