@@ -1,8 +1,8 @@
 """What tells the label of a film without a look at the lungs: the view, the scanner, the border.
 
 Each fact is tried on films of other patients than it was counted on, and its AUC has an interval
-over patients (`bootstrap`). Array names carry their shape: N images, R replicates, H height, W
-width, F pixels.
+over patients (`bootstrap`). Array names carry their shape: N images, R replicates, S different
+scores in rising order, H height, W width, F pixels.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from lungopacity.dataset.pixels import LabelledPixels
-from lungopacity.evaluation.bootstrap import Resampling, percentile_interval, weighted_auc
-from lungopacity.evaluation.metrics import age_band, roc_auc
+from lungopacity.evaluation.bootstrap import (
+    Resampling,
+    auc_of,
+    by_score,
+    percentile_interval,
+    ratio,
+)
+from lungopacity.evaluation.metrics import age_band
 from lungopacity.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -58,32 +64,53 @@ def shortcuts_of(
     if not positive_N.any() or positive_N.all():
         return
     frame = data.images
+    patients = frame["patient_id"].fillna("image " + frame["image"]).to_numpy(str)
+    of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
+    if min(of_kind) < 2:
+        log.warning("one patient has all films of a kind: nothing can be tried on others")
+        return
+    fold_N = _folds(positive_N, patients)
 
     def tried(fact: str, values: int, known: int, scores_N: npt.NDArray[np.float64]) -> Shortcut:
-        drawn = [weighted_auc(positive_N, scores_N, weights) for weights in resampling.weights()]
-        low, high = percentile_interval(np.concatenate(drawn))
-        auc, method = roc_auc(positive_N, scores_N).value, None if low is None else "bootstrap"
-        return Shortcut(fact, class_name, values, auc, low, high, known, method)
+        def auc(weights_RN: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            return auc_within_folds(positive_N, scores_N, fold_N, weights_RN)
 
-    patients = frame["patient_id"].fillna("image " + frame["image"]).to_numpy(str)
-    if len(set(patients)) < 2 or len(frame) < 3:
-        log.warning("too few patients or films: nothing can be tried on others")
-        return
+        low, high = percentile_interval(np.concatenate([*map(auc, resampling.weights())]))
+        (value,) = auc(np.ones((1, len(scores_N))))
+        method = None if low is None else "bootstrap"
+        return Shortcut(fact, class_name, values, float(value), low, high, known, method)
+
     for fact, values in _facts(frame, told).items():
         known_N = np.array([value is not None for value in values])
         if len({value for value in values if value is not None}) < 2:
             continue
-        scores_N, seen = _rates(values, positive_N, patients)
+        scores_N, seen = _rates(values, positive_N, fold_N)
         yield tried(fact, seen, int(known_N.sum()), scores_N)
-    of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
-    if min(of_kind) < 2:
-        log.warning(
-            "one patient has all films of a kind: the border alone cannot be tried on others"
-        )
-        return
     title = f"Reading borders for {class_name}"
-    scores_N = _border_scores(data.pixels_NHW, positive_N, patients, title)
+    scores_N = _border_scores(data.pixels_NHW, positive_N, fold_N, title)
     yield tried("border of the film alone", 0, len(positive_N), scores_N)
+
+
+def auc_within_folds(
+    positive_N: npt.NDArray[np.bool_],
+    scores_N: npt.NDArray[np.float64],
+    fold_N: npt.NDArray[np.int64],
+    weights_RN: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """(R,) AUC over the pairs of films of one fold, under each row of weights; NaN without a pair.
+
+    Where a fold has more positives than another, its films were scored from fewer. Counted, pairs
+    of films of two folds would push the AUC of a fact that tells nothing below 0.5 (Airola et al.
+    2011, Computational Statistics & Data Analysis 55:1828).
+    """
+    right_R, pairs_R = np.zeros((2, len(weights_RN)))
+    for fold in np.unique(fold_N):
+        rows = fold_N == fold
+        positives_RS, negatives_RS = by_score(positive_N[rows], scores_N[rows], weights_RN[:, rows])
+        in_fold_R = positives_RS.sum(axis=1) * negatives_RS.sum(axis=1)
+        right_R += in_fold_R * np.nan_to_num(auc_of(positives_RS, negatives_RS))
+        pairs_R += in_fold_R
+    return ratio(right_R, pairs_R)
 
 
 def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None]]:
@@ -115,39 +142,43 @@ def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None
 
 def _folds(
     positive_N: npt.NDArray[np.bool_], patients: npt.NDArray[np.str_]
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Training and test rows. Each fold has a patient of either kind to be tried on, if there are
-    as many."""
+) -> npt.NDArray[np.int64]:
+    """Of each film the fold in which it is tried, with all films of its patient. Each fold has a
+    patient of either kind, if there are as many."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
-    count = max(2, min(_FOLDS, *of_kind))
-    folds = StratifiedGroupKFold(n_splits=count, shuffle=True, random_state=0)
+    splits = StratifiedGroupKFold(n_splits=min(_FOLDS, *of_kind), shuffle=True, random_state=0)
+    fold_N = np.zeros(len(positive_N), np.int64)
     with warnings.catch_warnings():
         # A single film of a kind is in one fold alone.
         warnings.filterwarnings("ignore", "The least populated class")
-        yield from list(folds.split(positive_N, positive_N, patients))
+        for fold, (_, test) in enumerate(splits.split(positive_N, positive_N, patients)):
+            fold_N[test] = fold
+    return fold_N
 
 
 def _rates(
     values: Sequence[str | None],
     positive_N: npt.NDArray[np.bool_],
-    patients: npt.NDArray[np.str_],
+    fold_N: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.float64], int]:
-    """For each film the share of positives among other patients' films of the same value."""
+    """For each film the share of positives among other folds' films of the same value; and how many
+    values there are."""
     named = pd.Series(["unknown" if value is None else value for value in values])
     scores_N = np.zeros(len(named))
-    for train, test in _folds(positive_N, patients):
-        share = pd.Series(positive_N[train]).groupby(named.iloc[train].to_numpy()).mean()
-        mean = float(positive_N[train].mean())
-        scores_N[test] = named.iloc[test].map(share).fillna(mean)
+    for fold in np.unique(fold_N):
+        test = fold_N == fold
+        share = pd.Series(positive_N[~test]).groupby(named[~test].to_numpy()).mean()
+        mean = float(positive_N[~test].mean())
+        scores_N[test] = named[test].map(share).fillna(mean)
     return scores_N, int(named.nunique())
 
 
 def _border_scores(
     pixels_NHW: npt.NDArray[np.uint8],
     positive_N: npt.NDArray[np.bool_],
-    patients: npt.NDArray[np.str_],
+    fold_N: npt.NDArray[np.int64],
     title: str,
 ) -> npt.NDArray[np.float64]:
     """Of a logistic regression that sees the border alone, on patients that it has not seen.
@@ -162,13 +193,14 @@ def _border_scores(
     border_HW[width:-width, width:-width] = False
     seen_NF = pixels_NHW[:, border_HW].astype(np.float32)
     scores_N = np.zeros(len(positive_N))
-    folds = list(_folds(positive_N, patients))
+    folds = np.unique(fold_N)
     with Progress(title, len(folds), "folds", quick=True) as progress:
-        for train, test in folds:
-            if len(set(positive_N[train])) < 2:
+        for fold in folds:
+            test = fold_N == fold
+            if len(set(positive_N[~test])) < 2:
                 continue  # nothing to be learnt from
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
-            probe.fit(seen_NF[train], positive_N[train])
+            probe.fit(seen_NF[~test], positive_N[~test])
             scores_N[test] = probe.decision_function(seen_NF[test])
             progress.advance(1)
     return scores_N

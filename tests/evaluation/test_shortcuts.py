@@ -10,7 +10,13 @@ from sklearn.metrics import roc_auc_score
 from lungopacity import progress
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.evaluation.bootstrap import Resampling
-from lungopacity.evaluation.shortcuts import Shortcut, _border_scores, shortcuts_of
+from lungopacity.evaluation.shortcuts import (
+    Shortcut,
+    _border_scores,
+    _folds,
+    auc_within_folds,
+    shortcuts_of,
+)
 
 
 def found_in(positives: int, negatives: int, films: int, **told: object) -> dict[str, Shortcut]:
@@ -50,10 +56,34 @@ def found_in(positives: int, negatives: int, films: int, **told: object) -> dict
 )
 def test_few_films_are_tried_as_far_as_they_go(positives, negatives, films):
     found = found_in(positives, negatives, films)
-    assert ("view_position" in found) == ((positives + negatives) * films > 2)
-    if min(positives, negatives) > 2:
+    assert set(found) == (
+        {"view_position", "border of the film alone"} if min(positives, negatives) > 1 else set()
+    )
+    if found:
         assert found["view_position"].auc == 1.0
-    assert ("border of the film alone" in found) == (min(positives, negatives) > 1)
+
+
+def test_a_fact_that_tells_nothing_is_told_as_chance():
+    rng = np.random.default_rng(0)
+    told = {f"fact {number}": rng.choice(["a", "b"], 30) for number in range(100)}
+    found = found_in(10, 20, 1, **told)
+    assert np.mean([found[name].auc for name in told]) == pytest.approx(0.5, abs=0.04)
+
+
+def test_pairs_of_films_are_counted_within_folds_alone():
+    rng = np.random.default_rng(0)
+    positive_N, scores_N = rng.random(40) < 0.4, rng.integers(0, 5, 40) / 4
+    fold_N, weights_RN = rng.integers(0, 3, 40), rng.integers(0, 3, (4, 40)).astype(float)
+    higher_NN = (scores_N[:, None] > scores_N) + 0.5 * (scores_N[:, None] == scores_N)
+    counted_NN = positive_N[:, None] & ~positive_N & (fold_N[:, None] == fold_N)
+    expected = [
+        np.average(higher_NN, weights=counted_NN * weights_N[:, None] * weights_N)
+        for weights_N in weights_RN
+    ]
+    found_R = auc_within_folds(positive_N, scores_N, fold_N, weights_RN)
+    assert found_R == pytest.approx(expected)
+    apart_N = positive_N.astype(int)
+    assert np.isnan(auc_within_folds(positive_N, scores_N, apart_N, weights_RN)).all()
 
 
 def test_what_the_labels_tell_is_tried_beside_what_the_files_do():
@@ -90,6 +120,6 @@ def test_the_border_alone_is_seen_of_a_film(rows, seen):
     positive_N = np.arange(80) % 2 == 1
     pixels_NHW = np.random.default_rng(1).integers(0, 100, (80, 16, 16), dtype=np.uint8)
     pixels_NHW[positive_N, rows, 2:14] = 255
-    patients = np.arange(80).astype(str)
-    auc = roc_auc_score(positive_N, _border_scores(pixels_NHW, positive_N, patients, "Borders"))
+    fold_N = _folds(positive_N, np.arange(80).astype(str))
+    auc = roc_auc_score(positive_N, _border_scores(pixels_NHW, positive_N, fold_N, "Borders"))
     assert auc > 0.95 if seen else 0.25 < auc < 0.75
