@@ -150,6 +150,44 @@ def test_of_two_that_take_over_one_is_refused(tmp_path, monkeypatch, caplog):
     assert "is taken over" in caplog.text
 
 
+def test_a_holder_that_renews_at_the_last_moment_keeps_its_lease(tmp_path):
+    """Whoever waited for a sign of life looked a moment too early."""
+    held, patient = lease(str(tmp_path)), lease(str(tmp_path))
+    held._take()
+    patient.patient = True
+    write, delete = patient.store.write, patient.store.delete
+
+    def late(key: str, data: bytes, **condition) -> None:
+        if data == b"{}":
+            held._renew()
+        write(key, data, **condition)
+
+    def later(key: str) -> None:
+        held._renew()
+        delete(key)
+
+    patient.store.write, patient.store.delete = late, later
+    with pytest.raises(UserError, match="another job is at work"):
+        patient._take()
+    held.check()
+
+
+def test_a_lease_lasts_from_the_begin_of_its_renewal(tmp_path):
+    """The storage may have dated it then, however late it answers."""
+    held = lease(str(tmp_path), 60.0)
+    held._take()
+    write = held.store.write
+
+    def slow(*content: object, **condition) -> None:
+        write(*content, **condition)
+        time.sleep(0.3)
+
+    held.store.write = slow
+    began = time.monotonic()
+    held.check()
+    assert 0 <= held._renewed - began < 0.2
+
+
 def failing(*_: object, **__: object) -> None:
     raise UserError("no server answers")
 

@@ -119,7 +119,11 @@ def test_the_message_names_the_signal(crashing):
 def test_a_process_that_is_ended_from_outside_costs_no_file(crashing, tmp_path):
     files = [FILM, b"ONCE" + str(tmp_path / "mark").encode(), FILM]
     assert codes(crashing, files) == [None, "not_an_image", None]
-    os.kill(crashing._process.pid, signal.SIGKILL)
+    before = crashing._process.pid
+    os.kill(before, signal.SIGINT)  # Ctrl-C is for the one who started it
+    assert codes(crashing, [FILM]) == [None]
+    assert crashing._process.pid == before
+    os.kill(before, signal.SIGKILL)
     assert codes(crashing, files) == [None, "not_an_image", None]
 
 

@@ -107,6 +107,28 @@ def test_images_that_are_not_one_a_row_are_no_sheet(column):
     assert walk(_table(masks=column, image=[b"1"])) == ([("0", b"1")], None)
 
 
+def test_a_flipped_byte_is_found_where_pages_have_checksums():
+    films = [noise(seed, 3000) for seed in range(2)]
+    table = pa.table({"image": films})
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    data = bytearray(write_parquet(table, row_group_size=1, write_page_checksum=True, **options))
+    assert walk(bytes(data)) == ([("0", films[0]), ("1", films[1])], None)
+    data[data.index(films[1]) + 1000] ^= 1
+    assert walk(bytes(data)) == ([("0", films[0])], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_a_name_in_another_encoding_is_told_with_its_bytes():
+    names = pa.array([b"caf\xe9.png", b"a\nb.png"]).view(pa.string())
+    data = _table(image=[b"1", b"2"], path=names)
+    assert walk(data) == ([("caf\\xe9.png", b"1"), ("a\nb.png", b"2")], None)
+
+
+def test_a_dot_in_a_columns_name_is_no_struct():
+    assert walk(_table(**{"film.bytes": [b"1"], "label": [7]})) == ([("0", b"1")], None)
+    struct = pa.array([{"bytes": b"1", "path": "a"}])
+    assert walk(_table(**{"my.film": struct, "film": [7]})) == ([("a", b"1")], None)
+
+
 def test_digests_in_a_sheet_are_no_images():
     digests = pa.array([bytes(32)], pa.binary(32))
     assert walk(_table(sha256=digests, label=[1])) == ([], ErrorCode.NOT_AN_IMAGE)
