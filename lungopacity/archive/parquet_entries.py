@@ -117,6 +117,13 @@ def _columns(schema: Any) -> list[_Column]:
         raise ImageError(
             ErrorCode.NOT_AN_IMAGE, Stage.UNPACK, "a sheet: no column of it holds images"
         )
+    if any(schema.names.count(name) > 1 for name in found):
+        # Parquet allows it, as a join of tables writes it, and nothing can be asked for by name.
+        raise ImageError(
+            ErrorCode.UNSUPPORTED,
+            Stage.UNPACK,
+            "another column has the name of that with the images; rename one",
+        )
     known = [name for name in _IMAGE_COLUMNS if name in found] if len(found) > 1 else list(found)
     if not known:
         raise ImageError(

@@ -88,6 +88,18 @@ def test_a_dictionary_of_images_is_unpacked_once_and_not_for_every_row(monkeypat
     assert walk(data) == ([], ErrorCode.UNSUPPORTED)
 
 
+def test_one_stored_image_of_many_rows_is_no_bomb_and_takes_the_memory_of_one():
+    stored = noise(0, 300_000)
+    data = _table(image=[stored] * 100)
+    assert len(data) < 1_000_000
+    before, taken = pa.total_allocated_bytes(), []
+    for _, _, film in members(io.BytesIO(data), "x", LIMITS):
+        assert film == stored
+        taken.append(pa.total_allocated_bytes() - before)
+    assert len(taken) == 100
+    assert max(taken) < 5_000_000
+
+
 @pytest.mark.parametrize(
     "column",
     [
@@ -121,6 +133,14 @@ def test_a_name_in_another_encoding_is_told_with_its_bytes():
     names = pa.array([b"caf\xe9.png", b"a\nb.png"]).view(pa.string())
     data = _table(image=[b"1", b"2"], path=names)
     assert walk(data) == ([("caf\\xe9.png", b"1"), ("a\nb.png", b"2")], None)
+
+
+@pytest.mark.parametrize("other", [[b"2"], [7]])
+def test_images_under_a_name_that_two_columns_have_are_not_called_damaged(other):
+    table = pa.Table.from_arrays([pa.array([b"1"]), pa.array(other)], names=["image", "image"])
+    with pytest.raises(ImageError, match="another column has the name") as caught:
+        list(members(io.BytesIO(write_parquet(table)), "x", LIMITS))
+    assert caught.value.code is ErrorCode.UNSUPPORTED
 
 
 def test_a_dot_in_a_columns_name_is_no_struct():

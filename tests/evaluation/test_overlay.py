@@ -28,6 +28,16 @@ def test_without_a_map_the_film_stays_grey_and_fills_the_picture():
     assert np.abs(shown.astype(int) - grey_film(height=60, width=40)).mean() < 3
 
 
+def test_at_sharp_edges_white_stays_white_and_black_black():
+    """Enlarged smoothly, the film swings past both there."""
+    film = np.zeros((60, 40), np.uint8)
+    film[:, 20:] = 255
+    pixels = picture(film=film)
+    left = (pixels.shape[1] - 160) // 2
+    assert pixels[:240, left + 84 : left + 160].min() == 255
+    assert pixels[:240, left : left + 76].max() == 0
+
+
 def test_colour_lies_where_the_map_is_high_and_boxes_are_outlined():
     activation = np.zeros((60, 40), np.float32)
     activation[10:20, 5:15] = 1
@@ -38,10 +48,13 @@ def test_colour_lies_where_the_map_is_high_and_boxes_are_outlined():
     assert (rows.min() // 4, rows.max() // 4) == (10, 19)
     assert ((columns.min() - left) // 4, (columns.max() - left) // 4) == (5, 14)
     outlined = picture(boxes=np.array([[10.0, 20.0, 20.0, 30.0]]))
-    assert outlined[80, left + 80].tolist() == [86, 180, 233]
+    for x, y in ((40, 140), (120, 140), (80, 80), (80, 200)):
+        assert outlined[y, left + x].tolist() == [86, 180, 233]
     assert outlined[140, left + 80].tolist() == plain[140, left + 80].tolist()
     ringed = picture(peak=(20.0, 30.0))
-    assert np.abs(ringed - plain)[110:130, left + 70 : left + 90].max() > 50
+    near = ringed[110:130, left + 70 : left + 90]
+    assert (near == 255).all(axis=2).any()  # white, seen on a dark lung
+    assert (near == 0).all(axis=2).any()  # and its dark edge, on a white one
 
 
 def test_the_strip_says_what_was_decided_and_what_it_is_not_for():
@@ -50,6 +63,11 @@ def test_the_strip_says_what_was_decided_and_what_it_is_not_for():
     strip = picture()[240:]
     assert len(strip) > 15
     assert (strip > 200).any()
+    # One line below the other.
+    decided, notice = strip[: len(strip) // 2], strip[len(strip) // 2 :]
+    assert (decided > 200).any()
+    assert ((notice > 150) & (notice < 180)).any()
+    assert not (notice > 200).any()
     other = picture(caption=Caption("Lung_Opacity", 0.1, "negative"))[240:]
     assert (strip != other).any()
 
