@@ -1,4 +1,5 @@
 import ctypes
+import errno
 import fcntl
 import io
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from lungopacity.errors import OF_STORAGE, ErrorCode, ImageError, UserError
 from lungopacity.storage import ConflictError, LocalStore, open_store, split_uri
+from lungopacity.storage.probe import check_conditions
 
 ODD_KEYS = [
     "a.png",
@@ -229,6 +231,27 @@ def test_a_write_leaves_no_temporary_file_and_honours_the_umask(tmp_path):
     with pytest.raises(ConflictError):
         store.write("a", b"y", if_match="another")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_is_told_before_a_run_needs_them(
+    tmp_path, monkeypatch, code
+):
+    check_conditions(str(tmp_path / "new" / "results"))
+
+    def link(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+    for act in (
+        lambda: LocalStore(tmp_path).write("a", b"x", if_absent=True),
+        lambda: check_conditions(str(tmp_path)),
+    ):
+        with pytest.raises(
+            UserError, match=r"its file system has no hard links, .*; take a folder"
+        ):
+            act()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -27,6 +27,9 @@ _FIRST_S, _LAST_S = (
 _NO_SUCH_FILE = (errno.ELOOP, errno.ENAMETOOLONG)
 """Besides what Python has an exception for."""
 
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What FAT, some SMB shares, and buckets that are mounted as folders answer."""
+
 
 def absolute(path: Path) -> Path:
     """With `~` and `..` spelt out. Raises `UserError` for the home of nobody."""
@@ -173,7 +176,7 @@ class LocalStore:
                 if not private:
                     os.chmod(name, 0o666 & ~_umask())
                 if if_absent:
-                    os.link(name, path)
+                    _link(name, path)
                     os.unlink(name)
                 elif if_match is not None:
                     self._replace_if(path, name, if_match)
@@ -288,6 +291,19 @@ def _temporary_in(folder: Path, mode: int) -> tuple[int, str]:
     except FileNotFoundError:
         # Whoever deleted the last file in it has removed the folder, too, just now.
         return made()
+
+
+def _link(name: str, path: Path) -> None:
+    """A rename would replace what is there; a link has one winner."""
+    try:
+        os.link(name, path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        raise UserError(
+            f"{path.parent}: its file system has no hard links, by which jobs keep out of each "
+            "other's way; take a folder on another one, or S3"
+        ) from error
 
 
 def _umask() -> int:

@@ -8,7 +8,7 @@ import uuid
 from functools import partial
 
 from lungopacity.errors import UserError
-from lungopacity.storage import ConflictError, LocalStore, S3Store, open_store
+from lungopacity.storage import ConflictError, LocalStore, S3Store, Store, open_store
 
 _OF_NOTHING = "0" * 32
 """The etag of no object."""
@@ -17,12 +17,16 @@ _OF_NOTHING = "0" * 32
 def check_writable(uri: str, *, private: bool = False) -> None:
     """Raises `UserError` where nothing can be kept in the folder. One that is not there yet is not
     made. `private`: see `Store.write`."""
-    store, key = open_store(uri), f".probe-{uuid.uuid4().hex}"
-    new = []
+    _probe(open_store(uri), private=private)
+
+
+def _probe(store: Store, *, private: bool = False, if_absent: bool = False) -> None:
+    """Write an empty object as `Store.write` does, and remove it."""
+    key, new = f".probe-{uuid.uuid4().hex}", []
     if isinstance(store, LocalStore):
         above = (store.root, *store.root.parents)
         new = [folder for folder in above if not os.path.exists(folder)]
-    store.write(key, b"", private=private)
+    store.write(key, b"", private=private, if_absent=if_absent)
     # Some may write and not remove; an empty file is left then.
     with contextlib.suppress(UserError, OSError):
         store.delete(key)
@@ -32,11 +36,13 @@ def check_writable(uri: str, *, private: bool = False) -> None:
 
 def check_conditions(uri: str) -> None:
     """Raises `UserError` where a server takes no notice of If-None-Match or If-Match: two nights
-    would both hold the lease, and write over each other's runs. Or where the place cannot be
+    would both hold the lease, and write over each other's runs. Or where a folder's file system
+    has no hard links, which stand for the first of them there. Or where the place cannot be
     written to, which results must.
     """
     store, key = open_store(uri), f".probe-{uuid.uuid4().hex}"
     if not isinstance(store, S3Store):
+        _probe(store, if_absent=True)
         return
     store.write(key, b"")
     try:
