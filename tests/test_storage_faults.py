@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from lungopacity.errors import ErrorCode, ImageError, UserError
 from lungopacity.results.folder import commit_run, read_run
-from lungopacity.storage import S3Store, open_store
+from lungopacity.storage import S3Store, open_store, outage
 from lungopacity.storage.quick_get import QuickGet
 from tests.fault_proxy import fault_proxy
 from tests.results.records import record_of
@@ -362,10 +363,27 @@ def test_one_that_stays_away_is_waited_for_once_and_not_by_every_object(proxy, s
     assert store.read("a") == CONTENT
 
 
+def test_a_request_that_never_gets_through_is_given_up_though_others_do(monkeypatch):
+    monkeypatch.setattr(outage, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(outage, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(outage, "_silent_since", {})
+    asked = []
+
+    def request() -> None:
+        outage.heard("http://films")  # by another thread
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] < 10:
+            raise EndpointConnectionError(endpoint_url="http://films")
+
+    with pytest.raises(EndpointConnectionError):
+        outage.patiently("http://films", request)
+    assert asked[-1] - asked[0] > 0.9
+
+
 IN_ANOTHER_PROCESS = """
 import pickle, sys
-from lungopacity.storage import s3
-s3._REQUEST_ATTEMPTS = 1
+from lungopacity.storage import s3_clients
+s3_clients._REQUEST_ATTEMPTS = 1
 print(pickle.load(sys.stdin.buffer).read("a").decode())
 """
 

@@ -86,6 +86,11 @@ def test_a_dictionary_of_images_is_unpacked_once_and_not_for_every_row(monkeypat
     assert time.process_time() - began < 4
     monkeypatch.setattr("lungopacity.archive.parquet_entries._DICTIONARY_BYTES", 1_000_000)
     assert walk(data) == ([], ErrorCode.UNSUPPORTED)
+    # Of a row group, that is: they are read one after another.
+    monkeypatch.setattr("lungopacity.archive.parquet_entries._DICTIONARY_BYTES", 2_000_000)
+    images = pa.array(films[:6]).dictionary_encode()
+    apart = write_parquet(pa.table({"image": images}), row_group_size=2)
+    assert walk(apart) == ([(str(row), film) for row, film in enumerate(films[:6])], None)
 
 
 def test_one_stored_image_of_many_rows_is_no_bomb_and_takes_the_memory_of_one():
