@@ -33,7 +33,8 @@ IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = 0.449, 0.226
 class Network(Protocol):
     """What every network offers: `forward` is `classify` of `describe`.
 
-    Its last layer, and nothing else, is named `head`: a model of other classes leaves that out.
+    Its last layer, with the hidden one of the classical CNN, and nothing else is named `head`: a
+    model of other classes leaves out what of it has another shape.
     `settings`: the dataclass that builds it again.
     """
 

@@ -206,9 +206,10 @@ def take_weights(
 ) -> list[str]:
     """Put them into the network; returns the names of the tensors that stay fresh.
 
-    Those are the last layer's where the classes are others, and no other. A first layer of three
-    channels becomes one of one: for a grey film the sum over the channels is the same function, but
-    for the constant shift between red, green and blue. grey_std: what pixels will be divided by.
+    Those are the head's that have another shape, as where the classes are others. A first layer of
+    three channels becomes one of one: for a grey film the sum over the channels is the same
+    function, but for the constant shift between red, green and blue. grey_std: what pixels will be
+    divided by.
     Raises `UserError` where the weights belong to another network, or to it at another size.
     """
     own = network.state_dict()

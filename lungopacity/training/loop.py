@@ -246,7 +246,7 @@ def learn(
 
 
 def _freeze(network: torch.nn.Module, frozen: bool) -> None:
-    """Whether all but the last layer is left as it is."""
+    """Whether all but the head is left as it is."""
     for name, weight in network.named_parameters():
         weight.requires_grad_(not frozen or name.startswith("head."))
 

@@ -112,8 +112,8 @@ class TrainingSettings:
     """The model that is kept is the exponential moving average of the weights, with this decay a
     step (Polyak & Juditsky 1992); 0: the weights themselves."""
     frozen_epochs: int = 0
-    """First epochs in which the last layer alone learns, so that its fresh weights do not spoil
-    those that were learnt elsewhere."""
+    """First epochs in which the last layer alone learns, and of the classical CNN its hidden layer
+    with it, so that fresh weights do not spoil those that were learnt elsewhere."""
     precision: str = "auto"
     """Of the forward and backward pass: float32, bfloat16, or auto: bfloat16 where it is fast."""
     patience: int = 0
