@@ -69,8 +69,11 @@ def nightly(
     inside(archive, [store.uri])
     if dry_run:
         return _rehearsed(store, archive, model, results, inventory, max_images, options)
-    with Lease(store, "nightly", f"nightly screening of {archive}") as lease:
-        status = _Status(store, open_store(archive).uri, lease)
+    # Of an archive of one object the URI is its name, which whoever may read the results is not to
+    # see where names are hashed.
+    told = None if options.get("hash_keys") else open_store(archive).uri
+    with Lease(store, "nightly", f"nightly screening of {told or 'an archive'}") as lease:
+        status = _Status(store, told, lease)
         runs: list[ScreeningResult] = []
         check = partial(_check, lease, runs)
         try:
@@ -102,6 +105,7 @@ def nightly(
                     )
             began = time.monotonic()
             listed = inventory_at(archive, inventory, job.written)
+            status.archive = listed.uri
             history = _history(job, listed.uri)
             publish(listed, began, limit=max_images, history=history, nightly=True)
         except BaseException as error:
@@ -211,10 +215,12 @@ class _Status:
     Not by one that has lost its lease: the file is of the night that took it over.
     """
 
-    def __init__(self, store: Store, archive: str, lease: Lease) -> None:
+    def __init__(self, store: Store, archive: str | None, lease: Lease) -> None:
         self.store = store
         self.lease = lease
-        self.begun = {"notice": NOTICE, "archive": archive, "started_at": _now()}
+        self.archive = archive
+        """Its URI, and None while it may not be told."""
+        self.started_at = _now()
         self.write("running", None, [])
 
     def write(
@@ -227,7 +233,10 @@ class _Status:
         counts = {
             status.value: sum(getattr(run, status.value) for run in runs) for status in Status
         }
-        document = self.begun | {
+        document = {
+            "notice": NOTICE,
+            "archive": self.archive,
+            "started_at": self.started_at,
             "state": state,
             "exit_code": exit_code,
             "finished_at": None if state == "running" else _now(),

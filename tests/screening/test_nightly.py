@@ -130,6 +130,22 @@ def test_hashed_names_lie_in_the_order_of_their_hashes(place, hidden):
     ]  # fmt: skip
 
 
+def test_a_night_over_one_object_tells_no_name_that_is_hashed(place, hidden, monkeypatch):
+    """Neither when it ends nor while it works, when its lock and its status can be read."""
+    work, seen = place.write_parts, []
+
+    def write_parts(*arguments):
+        seen.extend(place.store.read(key) for key in ("_lock/nightly.json", "status.json"))
+        work(*arguments)
+
+    monkeypatch.setattr(place, "write_parts", write_parts)
+    one = f"{place.archive.uri}/Adams.png"
+    (run,) = lungopacity.nightly(one, place.model, place.results, **hidden).runs
+    assert (run.images, place.status()["archive"]) == (1, place.archive.uri)
+    assert len(seen) == 2
+    assert not any(b"Adams" in told for told in [*seen, place.store.read("status.json")])
+
+
 def test_an_object_that_is_as_it_once_was_is_screened_again(place):
     """Restored from a backup: what was screened long ago is not what `latest` shows."""
     place.night()
