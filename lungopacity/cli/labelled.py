@@ -28,7 +28,7 @@ from lungopacity.errors import NOTICE, UserError
     "tables",
     metavar="NAME=FILE",
     multiple=True,
-    callback=lambda _context, _option, words: pairs_of(words),
+    callback=lambda _context, _option, words: pairs_of(words, "NAME=FILE"),
     help="A CSV or Parquet file for --layout or --sql, and its name there.",
 )
 @click.option("--output", metavar="FILE", required=True, help="The labels file, CSV.")

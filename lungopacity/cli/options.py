@@ -150,12 +150,12 @@ def workers_of(text: str) -> int | tuple[int, int]:
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def pairs_of(words: Sequence[str]) -> dict[str, str]:
-    """`NAME=VALUE` words as a mapping."""
+def pairs_of(words: Sequence[str], form: str = "NAME=VALUE") -> dict[str, str]:
+    """Words of a form such as `NAME=VALUE` as a mapping."""
     pairs = [word.partition("=") for word in words]
     for name, sign, _ in pairs:
         if not name or not sign:
-            raise click.BadParameter(f"'{name}' is not of the form NAME=VALUE")
+            raise click.BadParameter(f"'{name}' is not of the form {form}")
     for name, times in Counter(name.strip() for name, _, _ in pairs).items():
         if times > 1:
             raise click.BadParameter(f"'{name}' is given {times} times")

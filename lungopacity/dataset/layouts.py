@@ -74,7 +74,8 @@ def _any(findings: tuple[str, ...], value: int) -> str:
 class Layout:
     """A public set's tables, and the SQL that makes labels of them: `Normal` is what the set calls
     so, `Lung_Opacity` whatever finding of it is an opacity of the lung, `Not_Normal` all else that
-    it says; null, which no labels file may hold, of a film that it says nothing of.
+    it says; null, which no labels file may hold, of a film that it says nothing of. Where a column
+    `left_out` says why a row makes no label, it is left out, and counted.
     Where a set does not say which films are of one patient (rsna, vindr), neither do the labels."""
 
     source: str
@@ -119,10 +120,12 @@ LAYOUTS = {
                "AP/PA" AS view_position, "Age" AS patient_age_years,
                CASE left("Sex", 1) WHEN 'M' THEN 'M' WHEN 'F' THEN 'F' END AS patient_sex,
                CASE WHEN opacity THEN 'Lung_Opacity'
-                    WHEN "No Finding" = 1 THEN 'Normal' ELSE 'Not_Normal' END AS label
+                    WHEN "No Finding" = 1 THEN 'Normal' ELSE 'Not_Normal' END AS label,
+               CASE WHEN "Frontal/Lateral" IS DISTINCT FROM 'Frontal' THEN 'not frontal'
+                    WHEN uncertain AND opacity IS NOT TRUE THEN 'an opacity is uncertain'
+                    END AS left_out
         FROM (SELECT *, {_any(_CHEXPERT_OPACITIES, 1)} AS opacity,
-                     {_any(_CHEXPERT_OPACITIES, -1)} AS uncertain FROM entries)
-        WHERE "Frontal/Lateral" = 'Frontal' AND (opacity IS TRUE OR uncertain IS NOT TRUE)""",
+                     {_any(_CHEXPERT_OPACITIES, -1)} AS uncertain FROM entries)""",
     ),
     "padchest": Layout(
         "PadChest: entries = PADCHEST_chest_x_ray_images_labels_160K.csv; frontal films",
@@ -132,19 +135,22 @@ LAYOUTS = {
                CASE WHEN "Projection" = 'PA' THEN 'PA' ELSE 'AP' END AS view_position,
                CASE WHEN "PatientSex_DICOM" IN ('M', 'F', 'O') THEN "PatientSex_DICOM" END
                    AS patient_sex,
-               "StudyDate_DICOM"::BIGINT // 10000 - TRY_CAST("PatientBirth" AS INTEGER)
+               TRY_CAST("StudyDate_DICOM" AS BIGINT) // 10000 - TRY_CAST("PatientBirth" AS INTEGER)
                    AS patient_age_years,
                CASE WHEN found = '[''normal'']' THEN 'Normal'
                     WHEN regexp_matches(found, 'infiltrates|consolidation|pneumonia|pattern|'
                                                'atelectasis|opacit|edema|'
                                                -- of no breast, no pseudonodule
                                                '''(pulmonary )?mass''|''(multiple )?nodule')
-                    THEN 'Lung_Opacity' ELSE 'Not_Normal' END AS label
+                    THEN 'Lung_Opacity' ELSE 'Not_Normal' END AS label,
+               CASE WHEN ("Projection" IN ('PA', 'AP', 'AP_horizontal')) IS NOT TRUE
+                    THEN 'not frontal'
+                    -- Without a finding, and without normal, a list says nothing of the film.
+                    WHEN regexp_matches(found, '[a-z]') IS NOT TRUE THEN 'no finding is listed'
+                    WHEN regexp_matches(found, 'unchanged|exclude')
+                    THEN 'unchanged or exclude is listed' END AS left_out
         -- Some findings have blanks about them.
-        FROM (SELECT *, regexp_replace("Labels", '\\s*''\\s*', '''', 'g') AS found FROM entries)
-        -- A list without a finding, and without normal, says nothing of the film.
-        WHERE "Projection" IN ('PA', 'AP', 'AP_horizontal') AND regexp_matches(found, '[a-z]')
-              AND NOT regexp_matches(found, 'unchanged|exclude')""",
+        FROM (SELECT *, regexp_replace("Labels", '\\s*''\\s*', '''', 'g') AS found FROM entries)""",
     ),
     "vindr": Layout(
         "VinDr-CXR: readings = image_labels_train.csv; the majority of each film's readers",
@@ -231,13 +237,25 @@ def _sites_of(uri: str) -> dict[str, str]:
     return dict(zip(names[known], sites[known], strict=True))
 
 
-def labels_of_tables(sql: str, tables: Mapping[str, str], told: str = "--sql") -> pd.DataFrame:
+def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:
     """What DuckDB answers to `sql` over the tables, by name: URIs of CSV or Parquet files.
 
-    It must give `image` and `label`, and may give the other columns of a labels file. told: what
-    messages call the SQL. Raises `UserError` for SQL that is refused, and for other columns or
-    names that SQL does not tell apart.
+    It must give `image` and `label`, and may give the other columns of a labels file. Raises
+    `UserError` for SQL that is refused, and for other columns or names that SQL does not tell
+    apart.
     """
+    frame = _answer(sql, tables, "--sql")
+    wrong = [name for name in frame.columns if name not in _COLUMNS]
+    if wrong or not {"image", "label"} <= set(frame.columns):
+        raise UserError(
+            f"--sql: gives {_listed(frame)}; image and label are needed, and "
+            f"known are {', '.join(_COLUMNS)}"
+        )
+    return frame.sort_values("image")
+
+
+def _answer(sql: str, tables: Mapping[str, str], told: str) -> pd.DataFrame:
+    """told: what messages call the SQL."""
     _check_names(tables)
     with temporary_folder() as folder, duckdb.connect() as connection:
         for name, uri in tables.items():
@@ -261,16 +279,9 @@ def labels_of_tables(sql: str, tables: Mapping[str, str], told: str = "--sql") -
         connection.execute("SET enable_external_access = false")
         try:
             answer = connection.sql(sql)
-            frame = pd.DataFrame() if answer is None else answer.df()
+            return pd.DataFrame() if answer is None else answer.df()
         except duckdb.Error as error:
             raise UserError(f"{told}: {first_line(error)}") from error
-    wrong = [name for name in frame.columns if name not in _COLUMNS]
-    if wrong or not {"image", "label"} <= set(frame.columns):
-        raise UserError(
-            f"{told}: gives {_listed(frame)}; image and label are needed, and "
-            f"known are {', '.join(_COLUMNS)}"
-        )
-    return frame.sort_values("image")
 
 
 def _make_numbers(connection: duckdb.DuckDBPyConnection, table: str) -> None:
@@ -313,7 +324,10 @@ def write_labels(frame: pd.DataFrame, output: str) -> pd.DataFrame:
 
 
 def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
-    """The labels of a public set of `LAYOUTS`. Raises `UserError` for another name or tables."""
+    """The labels of a public set of `LAYOUTS`; what they leave out is logged, with its number.
+
+    Raises `UserError` for another name or tables.
+    """
     if name not in LAYOUTS:
         raise UserError(f"--layout {name}: is none of {', '.join(LAYOUTS)}")
     chosen = LAYOUTS[name]
@@ -321,9 +335,15 @@ def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
         wanted = " ".join(f"--table {table}=FILE" for table in chosen.tables)
         raise UserError(f"--layout {name} takes {wanted}: {chosen.source}")
     files = ", ".join(tables.values())
-    return labels_of_tables(
-        chosen.sql, tables, f"--layout {name}, which takes {chosen.source}: {files}"
-    )
+    frame = _answer(chosen.sql, tables, f"--layout {name}, which takes {chosen.source}: {files}")
+    if "left_out" in frame:
+        why = frame.pop("left_out")
+        if why.notna().any():
+            numbers = why.value_counts().sort_index()
+            counts = ", ".join(f"{reason} ({n})" for reason, n in numbers.items())
+            log.info("%s: rows that are left out: %s", files, counts)
+        frame = frame[why.isna()]
+    return frame.sort_values("image")
 
 
 def summary(labels: pd.DataFrame) -> str:

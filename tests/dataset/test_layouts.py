@@ -133,6 +133,27 @@ def test_a_mass_outside_of_the_lungs_is_no_opacity_and_an_infant_no_adult(tmp_pa
     assert labels["patient_age_years"].tolist()[:2] == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("chexpert", "", "an opacity is uncertain (1), not frontal (1)"),
+        (
+            "padchest",
+            "f.png,4,,,1931.0,F,['normal']\ng.png,4,20140915,PA,1931.0,F,[]\n",
+            "no finding is listed (1), not frontal (2), unchanged or exclude is listed (1)",
+        ),
+        ("nih", "", None),
+    ],
+)
+def test_what_a_public_set_has_no_label_for_is_counted(name, row, told, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "t.csv").write_text(TABLES[name] + row)
+    (table,) = LAYOUTS[name].tables
+    assert len(labels_of_layout(name, {table: str(tmp_path / "t.csv")})) == 3
+    assert (told is None) == ("left out" not in caplog.text)
+    assert told is None or f"t.csv: rows that are left out: {told}" in caplog.text
+
+
 @pytest.mark.parametrize("findings", ["[]", "['']", "[' ', '']", "", "['exclude']"])
 def test_a_padchest_film_of_which_no_finding_is_told_has_no_label(findings, tmp_path):
     (tmp_path / "t.csv").write_text(
@@ -351,7 +372,7 @@ def test_labels_that_would_be_refused_are_not_written(tmp_path, capsys, sql, sai
         (["--layout", "mimic"], "is none of rsna, nih"),
         (["--layout", "nih"], "takes --table entries=FILE: NIH ChestX-ray14"),
         (["--layout", "nih", "--table", "entries=/nowhere/x.csv"], "x.csv: cannot be read"),
-        (["--sql", "SELECT 1", "--table", "nothing"], "NAME=VALUE"),
+        (["--sql", "SELECT 1", "--table", "nothing"], "'nothing' is not of the form NAME=FILE"),
         (["--sql", "SELECT 1", "--table", "a=x", "--table", "a=y"], "'a' is given 2 times"),
         (["--sql", "SELECT 1", "--table", "a=x", "--table", "A=y"], "SQL does not tell capitals"),
         (["--sql", "SELECT 1", "--table", "a/b=x"], "--table a/b=…: a name is up to 64 letters"),
