@@ -25,6 +25,8 @@ from lungopacity.observe import DEBUG_VARIABLE, log_lines, tell_end
 from lungopacity.words import printable
 
 _FORMAT_VARIABLE = "LUNGOPACITY_LOG_FORMAT"
+_NAMED_ELSEWHERE = {"--images": "--archive", "--archive": "--images", "--output": "--results"}
+"""What other commands take the same by."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
@@ -90,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(f"error: Ray ended this command (exit code {ended.code}); try it again")
         return 2
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption):
+            error = _that_means_the_same(error)
         if not tell_end(error.format_message()):
             error.show()
         return 2
@@ -99,6 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _tell(f"error: {_one_line(error)}")
         return 2
+
+
+def _that_means_the_same(error: click.NoSuchOption) -> click.NoSuchOption:
+    """Where the command has the option by another command's name of it, that is the one to name,
+    and not what is spelt like it."""
+    options = [] if error.ctx is None else error.ctx.command.params
+    here = _NAMED_ELSEWHERE.get(error.option_name)
+    if not any(here in option.opts for option in options):
+        return error
+    told = f"No such option '{error.option_name}'. Did you mean '{here}'?"
+    return click.NoSuchOption(error.option_name, told, ctx=error.ctx)
 
 
 def _tell(line: str) -> None:

@@ -35,6 +35,23 @@ def test_a_value_that_is_none_is_refused(capfd, arguments, message):
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["screen", "--images", "films"], "--archive"),
+        (["nightly", "--images", "films"], "--archive"),
+        (["train", "--archive", "films"], "--images"),
+        (["evaluate", "--archive", "films"], "--images"),
+        (["runs", "--output", "results"], "--results"),
+        (["screen", "--labl", "films"], "--labels"),
+    ],
+)
+def test_an_option_that_another_command_names_otherwise_is_named(capfd, arguments, meant):
+    code, _, err = run(capfd, *arguments)
+    assert code == 2
+    assert err.endswith(f"No such option '{arguments[1]}'. Did you mean '{meant}'?\n")
+
+
 def test_what_is_required_is_not_to_be_left_out(capfd):
     assert run(capfd, "screen", "--output", "")[2] == "error: --output is empty; give it a value\n"
 
