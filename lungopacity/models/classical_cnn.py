@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lungopacity.models.kinds import check_kinds
+
 
 @dataclass(frozen=True)
 class ClassicalCNNSettings:
@@ -33,6 +35,7 @@ class ClassicalCNNSettings:
     """Share of the features that the head does not see, in training."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         # JSON has no tuples: settings read from a model folder bring lists.
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "convolutions", tuple(self.convolutions))

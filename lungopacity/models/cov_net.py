@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lungopacity.models.kinds import check_kinds
+
 
 @dataclass(frozen=True)
 class CovNetSettings:
@@ -38,6 +40,7 @@ class CovNetSettings:
     """Share of the features that the last layer does not see, in training."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         # JSON has no tuples: settings read from a model folder bring lists.
         for name in ("channels", "blocks", "dilations"):
             object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lungopacity.models.kinds import check_kinds
+
 
 @dataclass(frozen=True)
 class PublishedSettings:
@@ -24,6 +26,7 @@ class PublishedSettings:
     """Side of the input in pixels, for networks that take one size alone."""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("dropout", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be from 0 to below 1, not {getattr(self, name)}")

@@ -211,13 +211,26 @@ def task(
             "has no setting 'dropot'; see `lung",
         ),
         ("resnet-50", None, {"model_settings__drop_path": "1"}, "drop_path must be from 0"),
-        ("cov-net", None, {"model_settings__channels": "8"}, "'int' object is not iterable"),
+        ("cov-net", None, {"model_settings__channels": "8"},
+         "channels must be a list of whole numbers, as [32, 64, 128, 256], not 8; see `lung"),
+        ("cov-net", None, {"model_settings__dilations": "[1, 2.5]"},
+         "dilations must be a list of whole numbers, as [1, 2, 4], not [1, 2.5]"),
+        ("cov-net", None, {"model_settings__squeeze": "null"}, "whole number, as 8, not null"),
+        # It would be on: what is not empty is true.
+        ("classical-cnn", None, {"model_settings__batch_norm": '"false"'},
+         'batch_norm must be true or false, as true, not "false"'),
+        ("classical-cnn", None, {"model_settings__hidden_units": "64.0"},
+         "hidden_units must be a whole number, as 0, not 64.0"),
+        ("alexnet", None, {"model_settings__dropout": "[0.5]"},
+         "dropout must be a number, as 0.2, not [0.5]"),
+        ("torchvision:vit_b_32", None, {"model_settings__image_size": "[64, 64]"},
+         "image_size must be a whole number, not [64, 64]"),
         ("torchvision:vit_b_32", 100, {}, "--image-size 100: Input shape indivisible"),
         ("classical-cnn", None, {"use_gpu": "true"}, "--set: use_gpu is chosen by --use-gpu and"),
         ("classical-cnn", None, {"batch_size": "1"}, "two films or more for each of 1 worker"),
         ("classical-cnn", None, {"seed": "4294967296"}, "--seed must be from 0 to 4294967295"),
     ],
-)
+)  # fmt: skip
 def test_what_no_network_can_be_is_said_before_a_film_is_read(
     tmp_path, model, size, words, said
 ) -> None:
