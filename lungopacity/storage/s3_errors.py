@@ -13,6 +13,8 @@ from lungopacity.storage.interface import changed
 NO_CREDENTIALS = (
     "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 )
+_FULL = 507
+"""The status of a server that has no room left."""
 _OF_CREDENTIALS = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
 
 
@@ -45,6 +47,18 @@ def image_error_of(error: Any) -> ImageError:
     if status in (401, 403):
         return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, f"access denied{told}")
     return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"storage answered {status}{told}")
+
+
+def may_pass(error: UserError) -> bool:
+    """Whether what `user_errors` raised tells of a server that is busy or away, and not of what a
+    person has to mend."""
+    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+
+    cause = error.__cause__
+    if isinstance(cause, ClientError):
+        status = status_of(cause)
+        return status in (408, 429) or (status >= 500 and status != _FULL)
+    return cause is not None and not isinstance(cause, NoCredentialsError | PartialCredentialsError)
 
 
 def no_connection(error: Exception, endpoint: str) -> str:

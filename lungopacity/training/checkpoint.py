@@ -14,18 +14,24 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterator
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import ray.train
 import safetensors.torch
 import torch
-from pyarrow.fs import FileSelector
+from pyarrow.fs import FileSelector, FileSystem
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from lungopacity.errors import ImageError, UserError, last_line
 from lungopacity.models import weights_of
-from lungopacity.storage import join_uri, open_store
+from lungopacity.storage import S3Store, join_uri, open_store
+from lungopacity.storage.s3_errors import may_pass
 from lungopacity.storage.scratch import NO_ROOM
 
 log = logging.getLogger(__name__)
@@ -75,6 +81,50 @@ def told_of_no_room(place: str) -> Iterator[None]:
             f"{place}: a checkpoint cannot be written ({os.strerror(error.errno)}); free space or "
             "give permission, and the same command goes on after its last finished epoch"
         ) from error
+
+
+def report_epoch(
+    row: dict[str, Any], save: Callable[[str], None] | None, place: str, filesystem: FileSystem
+) -> None:
+    """Report a history row to Ray Train, with the checkpoint that `save` writes into a folder.
+
+    place: URI of the folder that keeps checkpoints; filesystem: Arrow's, as Ray has it. Raises
+    `UserError` where no checkpoint can be kept until someone mends it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if save is not None:
+            with told_of_no_room(f"{folder} on {socket.gethostname()}"):
+                save(folder)
+        # On disk Ray copies, which first looks whether all nodes share that disk.
+        in_s3 = isinstance(open_store(place), S3Store)
+        with told_of_no_room(place):
+            ray.train.report(
+                row,
+                None if save is None else Checkpoint.from_directory(folder),
+                # Uploaded in the background, it is lost with the worker that made it.
+                checkpoint_upload_mode=CheckpointUploadMode.SYNC,
+                checkpoint_upload_fn=partial(uploaded, place, filesystem) if in_s3 else None,
+            )
+
+
+def uploaded(place: str, filesystem: FileSystem, local: Checkpoint, name: str) -> Checkpoint:
+    """Its copy in the folder `name` of `place`, which is in S3. Ray would have Arrow make it: of a
+    part that S3 refuses, Arrow 26.0 tells nobody, and the file is not there.
+
+    Raises `UserError` where a restart meets the same, `ConnectionError` where it may not.
+    """
+    store = open_store(join_uri(place, name))
+    try:
+        for file in sorted(Path(local.path).iterdir()):
+            store.write(file.name, file.read_bytes())
+    except UserError as error:
+        told = f"a checkpoint cannot be kept: {error}"
+        if may_pass(error):
+            raise ConnectionError(told) from error
+        raise UserError(
+            f"{told}; mend it, and the same command goes on after its last finished epoch"
+        ) from error
+    return Checkpoint(store.uri.removeprefix("s3://"), filesystem)
 
 
 def read_checkpoint(

@@ -17,8 +17,6 @@ import copy
 import inspect
 import math
 import os
-import socket
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -32,7 +30,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import Checkpoint
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -41,7 +39,7 @@ from lungopacity.models import build_network
 from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import exact_float32
 from lungopacity.training.augment import augment
-from lungopacity.training.checkpoint import read_checkpoint, told_of_no_room, write_checkpoint
+from lungopacity.training.checkpoint import read_checkpoint, report_epoch, write_checkpoint
 from lungopacity.training.optimizer import learning_rate_at, optimizer_of
 from lungopacity.training.precision import depthwise_in_float32, use_bfloat16
 from lungopacity.training.settings import TrainingSettings
@@ -136,8 +134,8 @@ class Worker:
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """One worker. config: `settings` (`TrainingSettings`), `films`, a reference to `Films`, and
-    `first`, one to the tensors by name that training starts from, or None; and `place`, what
-    messages call the folder of the checkpoints.
+    `first`, one to the tensors by name that training starts from, or None; `place` and
+    `filesystem`, as for `report_epoch`.
 
     Reports a history row and a checkpoint after each epoch. Returns `diverged_in_epoch`: the epoch
     whose loss was not a number, or None. Raises `UserError` where no checkpoint can be kept.
@@ -158,15 +156,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, cpus // context.get_local_world_size()))
 
     def report(row: dict[str, Any], _: torch.Tensor, save: Callable[[str], None]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            saved = None
-            if worker.rank == 0:
-                with told_of_no_room(f"{folder} on {socket.gethostname()}"):
-                    save(folder)
-                saved = Checkpoint.from_directory(folder)
-            # SYNC: uploaded in the background, a checkpoint is lost with the worker that made it.
-            with told_of_no_room(config["place"]):
-                ray.train.report(row, saved, checkpoint_upload_mode=CheckpointUploadMode.SYNC)
+        mine = save if worker.rank == 0 else None
+        report_epoch(row, mine, config["place"], config["filesystem"])
 
     first = None if config["first"] is None else ray.get(config["first"])
     return {"diverged_in_epoch": learn(worker, first, ray.train.get_checkpoint(), report)}

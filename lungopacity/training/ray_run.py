@@ -50,6 +50,7 @@ def run_ray_train(
                 "films": ray.put(films),
                 "first": None if first is None else ray.put(first),
                 "place": join_uri(work_uri, run),
+                "filesystem": filesystem,
             },
             scaling_config=ScalingConfig(
                 num_workers=(settings.workers, settings.max_workers)

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from ray.train import Checkpoint
 
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
-from lungopacity.training.checkpoint import rows_of_before, told_of_no_room
+from lungopacity.storage import open_store
+from lungopacity.training.checkpoint import rows_of_before, told_of_no_room, uploaded
 from lungopacity.training.fit import _run_name, fit
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.settings import TrainingSettings
+from tests.fault_proxy import fault_proxy
 from tests.training.blobs import SMALL_RUN, blob_films
 
 FEW = blob_films(train=16, validation=8, test=0)
@@ -127,3 +130,35 @@ def test_a_place_that_may_not_be_written_to_is_told_and_other_errors_may_pass() 
     for error in (OSError(errno.EIO, "Input/output error"), OSError("AWS Error SLOW_DOWN")):
         with pytest.raises(OSError, match=re.escape(str(error))), told_of_no_room("/out/m"):
             raise error
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised", "told"),
+    [
+        (
+            "403",
+            UserError,
+            r"access denied \(AccessDenied\).*; mend it, and the same command goes on",
+        ),
+        # A restart may find the server well again.
+        ("503", ConnectionError, "answered SlowDown"),
+    ],
+)
+def test_a_checkpoint_that_s3_does_not_take_is_told(
+    s3_server: Any, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    fault: Any, raised: type[Exception], told: str,
+) -> None:  # fmt: skip
+    """Of which Arrow's own copy says nothing: the parts of an upload are refused, not its begin."""
+    (tmp_path / "network.safetensors").write_bytes(b"weights")
+    place, local = f"{s3_uri}/_training/run", Checkpoint.from_directory(str(tmp_path))
+    filesystem, root = open_store(place).arrow_filesystem()
+    with fault_proxy(s3_server.endpoint_url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        proxy.choose_any = lambda method, *_: fault if method == "PUT" else None
+        with pytest.raises(raised, match=rf"cannot be kept: {place}/checkpoint_1 .*{told}"):
+            uploaded(place, filesystem, local, "checkpoint_1")
+        proxy.choose_any = None
+        kept = uploaded(place, filesystem, local, "checkpoint_1")
+    assert kept.path == f"{root}/checkpoint_1"
+    with kept.as_directory() as folder:
+        assert Path(folder, "network.safetensors").read_bytes() == b"weights"
