@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from lungopacity.words import counted
 
 TRAINING_PRECISIONS = ("auto", "float32", "bfloat16")
 BALANCES = ("none", "weights", "sampling")
+_KINDS = {int: "a whole number, as 3", float: "a number, as 0.5 or 1e-3", bool: "true or false"}
+"""What a word must be, in place of a value of that type. JSON has no .5 and no True."""
 
 
 def _check_finite(settings: Any) -> None:
@@ -227,13 +230,9 @@ def _gather(changes: dict[str, Any], settings: Any, path: str, word: str) -> Non
         _gather(changes.setdefault(name, {}), old, rest, word)
         return
     if hasattr(old, "__dataclass_fields__"):
-        raise ValueError(f"set: {name} wants the name of one of its parts, as {name}.image_size")
-    value = word if isinstance(old, str) else _json(path, word)
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not type(old):
-        raise ValueError(f"set: {path} must be a {type(old).__name__}, not '{word}'")
-    changes[name] = value
+        part = fields(old)[0].name
+        raise ValueError(f"set: {name} wants the name of one of its parts, as {name}.{part}")
+    changes[name] = word if isinstance(old, str) else _typed(path, word, type(old))
 
 
 def _changed(settings: Any, changes: Mapping[str, Any]) -> Any:
@@ -247,8 +246,21 @@ def _changed(settings: Any, changes: Mapping[str, Any]) -> Any:
     return replace(settings, **new)
 
 
+def _typed(path: str, word: str, kind: type) -> Any:
+    """The value of that type, int, float or bool, that the word stands for."""
+    with contextlib.suppress(ValueError, OverflowError):
+        value = json.loads(word)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is kind:
+            return value
+    raise ValueError(f"set: {path} must be {_KINDS[kind]}, not '{word}'")
+
+
 def _json(path: str, word: str) -> Any:
     try:
         return json.loads(word)
     except ValueError:
-        raise ValueError(f"set: {path} cannot be '{word}'") from None
+        raise ValueError(
+            f"set: {path} must be JSON, as 3, 0.5, true, [8, 16] or \"word\", not '{word}'"
+        ) from None
