@@ -32,8 +32,11 @@ def test_what_the_cluster_can_never_give_is_refused_at_once():
     require_resources(cpus=1, gpus=0, what="screening")
     with pytest.raises(UserError, match=r"training needs 999 CPUs, the Ray cluster has \d"):
         require_resources(cpus=999, gpus=0, what="training")
-    with pytest.raises(UserError, match="training needs 999 GPUs"):
-        require_resources(cpus=1, gpus=999, what="training")
+    mend = r"use --no-gpu, or fewer --workers, or a larger cluster \(of one that grows, tell"
+    with pytest.raises(UserError, match=rf"training needs 999 GPUs, .*; {mend} --grows-to\)"):
+        require_resources(cpus=1, gpus=999, what="training", option="--workers")
+    with pytest.raises(UserError, match="0; use --no-gpu, or a larger cluster"):
+        require_resources(cpus=1, gpus=999, what="evaluation")
 
 
 @pytest.mark.usefixtures("ray_cluster")

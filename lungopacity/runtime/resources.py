@@ -8,12 +8,7 @@ from contextlib import contextmanager
 from lungopacity.errors import UserError, first_line
 from lungopacity.words import counted
 
-_MENDS = {
-    "CPU": "use fewer --workers or --model-actors, or a larger cluster (of one that grows, tell "
-    "--grows-to)",
-    "GPU": "use --no-gpu, fewer --workers or --model-actors, or a larger cluster (of one that "
-    "grows, tell --grows-to)",
-}
+_RESOURCES = ("CPU", "GPU")
 _told: dict[str, float] = {}
 """By `grows_to`. Threads that a block starts read it, too."""
 
@@ -40,7 +35,7 @@ def capacity() -> dict[str, float]:
     import ray
 
     has = ray.cluster_resources()
-    return {name: max(has.get(name, 0.0), _told.get(name, 0.0)) for name in _MENDS}
+    return {name: max(has.get(name, 0.0), _told.get(name, 0.0)) for name in _RESOURCES}
 
 
 def free_resources() -> str:
@@ -52,15 +47,17 @@ def free_resources() -> str:
     except Exception as error:  # a head that is gone: Ray has many for that, and the job tells it
         return f"the Ray cluster does not tell what is free ({first_line(error)})"
     told = [
-        f"{free.get(name, 0.0):g} of {counted(has[name], name)}" for name in _MENDS if name in has
+        f"{free.get(name, 0.0):g} of {counted(has[name], name)}"
+        for name in _RESOURCES
+        if name in has
     ]
     return f"free in the Ray cluster: {', '.join(told) or 'nothing'}"
 
 
-def require_resources(cpus: float, gpus: float, what: str) -> None:
+def require_resources(cpus: float, gpus: float, what: str, option: str | None = None) -> None:
     """Refuse what the cluster can never give: Ray itself would wait for it without a word.
 
-    Raises `UserError`.
+    what: the job, and option: by which it asks for so much, for messages. Raises `UserError`.
     """
     import ray
 
@@ -68,10 +65,12 @@ def require_resources(cpus: float, gpus: float, what: str) -> None:
     for name, wanted in (("CPU", cpus), ("GPU", gpus)):
         if wanted > most[name]:
             now = has.get(name, 0.0)
+            less = ["--no-gpu"] * (name == "GPU") + [f"fewer {option}"] * (option is not None)
             grown = f" and may grow to {most[name]:g}" if most[name] > now else ""
             raise UserError(
                 f"{what} needs {counted(wanted, name)}, the Ray cluster has {now:g}{grown}; "
-                f"{_MENDS[name]}"
+                f"use {''.join(f'{way}, or ' for way in less)}a larger cluster (of one that "
+                "grows, tell --grows-to)"
             )
 
 

@@ -70,18 +70,19 @@ class ScoringResources:
         import ray
 
         most = capacity()
+        option = None if model_actors is None else "--model-actors"
         if use_gpu:
             # An actor lies on one GPU whole: two of 0.6 do not share one.
             a_gpu = int(1 / gpus_per_actor + 1e-9)
             wanted_gpus = 1 if model_actors is None else -(-model_actors // a_gpu)
-            require_resources(cpus=1, gpus=wanted_gpus, what="screening")
+            require_resources(cpus=1, gpus=wanted_gpus, what="screening", option=option)
             actors = model_actors or int(most["GPU"]) * a_gpu
             gpus_now = int(ray.cluster_resources().get("GPU", 0))
             first = min(actors, max(1, gpus_now * a_gpu))
             return ScoringResources(first, actors, 0.0, gpus_per_actor, None, True)
         # One CPU reads; on a cluster of one CPU the actor must take none.
         wanted_cpus = 1 if model_actors in (None, 1) else model_actors + 1
-        require_resources(cpus=wanted_cpus, gpus=0, what="screening")
+        require_resources(cpus=wanted_cpus, gpus=0, what="screening", option=option)
         cpus = int(most["CPU"])
         largest_node = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
         # A small machine gives its one actor every core: while it computes, reading waits for it.

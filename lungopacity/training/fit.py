@@ -116,7 +116,8 @@ def start_of(settings: TrainingSettings, class_names: Sequence[str]) -> Start:
     """Needs a running Ray. Raises `UserError` where no class is the positive one, the cluster is
     too small or the first weights cannot be had; `ValueError` for settings the network refuses."""
     _check_positive(settings, class_names)
-    require_resources(settings.workers, settings.workers * settings.use_gpu, "training")
+    workers = settings.workers
+    require_resources(workers, workers * settings.use_gpu, "training", "--workers")
     network = build_network(settings.model, len(class_names), settings.model_settings)
     return Start(asdict(network.settings), first_tensors(network, settings))  # type: ignore[call-overload]
 
@@ -336,7 +337,7 @@ def count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, d
 def _check_positive(settings: TrainingSettings, names: Sequence[str]) -> None:
     if settings.positive_class not in names:
         raise UserError(
-            f"positive class '{settings.positive_class}' is none of the labels "
+            f"positive class '{settings.positive_class}' is none of the classes "
             f"({', '.join(names)}); give one of them as --positive-class"
         )
 

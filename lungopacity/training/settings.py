@@ -70,7 +70,7 @@ class TrainingSettings:
     model_settings: Mapping[str, Any] = field(default_factory=dict)
     """What differs from that network's own defaults."""
     weights: str = "none"
-    """First weights: none (fresh), imagenet, or the URI of a file; see `first_weights`."""
+    """First weights: none (fresh), imagenet, or the URI of a file."""
     positive_class: str = "Lung_Opacity"
     """The class whose probability the operating point judges."""
     preprocessing: Preprocessing = Preprocessing()

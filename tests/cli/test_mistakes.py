@@ -115,7 +115,7 @@ MISTAKES = {
     "no positive class": (
         ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
          "--output", "{out}", "--positive-class", "Fracture"],
-        "positive class 'Fracture' is none of the labels",
+        "positive class 'Fracture' is none of the classes",
     ),
     "no first weights": (
         ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
