@@ -26,6 +26,8 @@ SITE = "site"
 """Where a film was taken: a column that evaluation forms subgroups of, where there is one."""
 TEXTS = ("image", "label", "patient_id", SITE, "split", "view_position", "patient_sex")
 """Columns whose values are names or terms."""
+_MOST_TOLD = 20
+"""Labels in one message."""
 _TERMS = {
     "view_position": {"PA": "PA", "AP": "AP"},
     "patient_sex": {
@@ -160,17 +162,24 @@ def select_classes(
     if absent and (learning or len(absent) == len(classes)):
         missed = absent[0] if learning else " or ".join(absent)
         raise UserError(
-            f"{uri}: no image of class {missed}; the labels have "
-            + ", ".join(f"{shown(str(label))} ({n})" for label, n in counts.items())
+            f"{uri}: no image of class {missed}; the labels have {_counts_shown(counts)}"
             + (" (choose with --classes)" if learning else "; rename them as the model has them")
         )
     if absent:
         log.warning("%s: no image of class %s", uri, ", ".join(absent))
     chosen = labels[labels["label"].isin(list(label_map))].reset_index(drop=True)
     if len(chosen) < len(labels):
-        others = ", ".join(f"{k} ({v})" for k, v in counts.items() if k not in label_map)
-        log.info("left out, of no class: %s", others)
+        others = counts[~counts.index.isin(list(label_map))]
+        log.info("left out, of no class: %s", _counts_shown(others))
     return chosen.assign(label=chosen["label"].map(dict(label_map)))
+
+
+def _counts_shown(counts: pd.Series) -> str:
+    """Labels with their number of images, the commonest: a column of free text has thousands."""
+    told = [f"{shown(str(label))} ({n})" for label, n in counts.head(_MOST_TOLD).items()]
+    return ", ".join(told) + (
+        f" and {len(counts) - _MOST_TOLD} more" if len(counts) > _MOST_TOLD else ""
+    )
 
 
 def left_out(labels: pd.DataFrame, label_map: Mapping[str, str]) -> dict[str, dict[str, int]]:

@@ -205,6 +205,17 @@ def test_other_classes_are_left_out_and_a_missing_one_refused():
         select_classes(frame, {"Normal": "Normal", "COVID": "COVID"}, URI)
 
 
+def test_of_many_labels_the_commonest_are_told(caplog):
+    """As of a column of free text that was taken for labels."""
+    caplog.set_level("INFO")
+    frame = labels(40, 1).assign(label=["Normal"] * 8 + [f"text {n:02}" for n in range(32)])
+    with pytest.raises(UserError, match=r"have Normal \(8\), text \d\d \(1\).* and 13 more \(cho"):
+        select_classes(frame, {"TB": "TB"}, URI)
+    select_classes(frame, {"Normal": "Normal"}, URI)
+    assert caplog.text.count("(1)") == 20
+    assert caplog.text.endswith(" and 12 more\n")
+
+
 def test_what_is_of_no_class_is_counted_by_split_and_label():
     frame = labels(4, 1).assign(label=["Normal", "TB", "TB", "Lung_Opacity"])
     classes = {"Normal": "Normal", "Healthy": "Normal"}
