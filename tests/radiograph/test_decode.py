@@ -378,3 +378,22 @@ def test_a_png_cut_anywhere_is_never_a_film_with_missing_rows(seed, share):
     except ImageError:
         return
     np.testing.assert_array_equal(found.pixels, film)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "BMP"])
+def test_of_images_one_behind_the_other_the_first_is_the_film(image_format):
+    """Phones and editors append thumbnails, depth maps and notes: no film may be lost by them."""
+    film, other = (encoded(grey_film(seed, 64, 64), image_format) for seed in (0, 1))
+    alone = one_film(film)
+    for behind in (other, b"\0" * 4096, b"notes of an editor"):
+        np.testing.assert_array_equal(one_film(film + behind).pixels, alone.pixels)
+
+
+@pytest.mark.parametrize("image_format", ["TIFF", "BMP", "DICOM"])
+def test_an_end_of_zeros_cannot_be_told_from_black(image_format):
+    """As docs/inputs.md has it: most films that are blacked out end so, too."""
+    film = grey_film(height=64, width=64)
+    whole = dicom(film) if image_format == "DICOM" else encoded(film, image_format)
+    copied = whole[: len(whole) * 3 // 4]
+    found = one_film(copied.ljust(len(whole), b"\0"))
+    assert (found.rows, found.columns) == film.shape
