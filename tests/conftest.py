@@ -11,6 +11,7 @@ import pytest
 
 from cluster.local_s3 import LocalS3
 from lungopacity.observe import log_lines, logs_as_json
+from tests.fault_proxy import FaultProxy, fault_proxy
 
 # Before anything imports ray: see lungopacity.runtime.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -47,6 +48,16 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
 def s3_uri(s3_server: LocalS3) -> str:
     """A prefix of this test's own."""
     return f"s3://{_BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def proxy(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """One in front of the server, for this process alone, whose waits are short."""
+    monkeypatch.setattr("lungopacity.storage.s3._BACKOFF_S", 0.005)
+    monkeypatch.setattr("lungopacity.storage.outage._PAUSE_S", 0.2)
+    with fault_proxy(s3_server.endpoint_url) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running
 
 
 @pytest.fixture(params=["disk", "s3"])

@@ -14,6 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
+import pytest
+
+from lungopacity.errors import ErrorCode, ImageError
+
 Fault = Literal["503", "404", "403", "reset", "cut", "flip", "delay", "lost answer"]
 _DELAY_S = 1.0
 
@@ -136,3 +140,10 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
         thread.start()
         yield proxy
         proxy.shutdown()
+
+
+def code_of(act: Callable[[], object]) -> ErrorCode:
+    """Of the `ImageError` that it raises."""
+    with pytest.raises(ImageError) as caught:
+        act()
+    return caught.value.code

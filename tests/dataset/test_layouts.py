@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import re
 
 import pandas as pd
@@ -12,15 +11,12 @@ import pytest
 from lungopacity.cli import main
 from lungopacity.dataset.layouts import (
     LAYOUTS,
-    labels_of_folders,
     labels_of_layout,
     labels_of_tables,
     write_labels,
 )
 from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
-from lungopacity.storage import open_store
-from tests.films import encoded, grey_film
 
 TABLES = {
     "rsna": """patientId,class
@@ -227,79 +223,6 @@ def test_a_film_of_which_a_table_says_nothing_is_of_no_class(tmp_path, capsys, n
     assert main(["labels", "--layout", name, "--table", table, "--output", str(output)]) == 2
     assert "rows without image or label; fill or remove them" in capsys.readouterr().err
     assert not output.exists()
-
-
-def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
-    store = open_store(str(tmp_path / "archive"))
-    for name in (
-        "COVID/images/COVID-1.png",
-        "COVID/masks/COVID-1.png",
-        "COVID/Masks/COVID-2.png",
-        "COVID/images/.thumbs/COVID-1.png",
-        ".ipynb_checkpoints/COVID-1-checkpoint.png",
-        "COVID.metadata.xlsx",
-        "Viral Pneumonia/images/V-1.png",
-        "Normal/N-1.png",
-        "Normal/Thumbs.db",
-        "COVID/.DS_Store",
-        "COVID/images/._COVID-1.png",
-        "README.md.txt",
-    ):
-        store.write(name, encoded(grey_film()) if name.endswith("png") else b"text")
-    output = str(tmp_path / "labels.csv")
-    assert main(["labels", "--folders", str(tmp_path / "archive"), "--output", output]) == 0
-    assert "Viral_Pneumonia: 1 image, no patient is named" in capsys.readouterr().out
-    frame = read_labels(output).set_index("image")["label"].to_dict()
-    assert frame == {
-        "COVID/images/COVID-1.png": "COVID",
-        "Normal/N-1.png": "Normal",
-        "Viral Pneumonia/images/V-1.png": "Viral_Pneumonia",
-    }
-
-
-def test_sheets_beside_the_folders_name_the_site_of_each_image(tmp_path, caplog):
-    store = open_store(str(tmp_path))
-    for name in ("COVID/images/COVID-1.png", "COVID/images/COVID-2.png", "Normal/Normal-1.png"):
-        store.write(name, encoded(grey_film()))
-    for name, rows in {
-        "COVID": [("COVID-1", "https://sirm.org/covid-19/"), ("COVID-9", "https://gone.org")],
-        "Normal": [("NORMAL-1", "https://www.kaggle.com/c/rsna/data"), ("NORMAL-2", None)],
-    }.items():
-        sheet = pd.DataFrame(rows, columns=["FILE NAME", "URL"]).assign(FORMAT="PNG")
-        sheet.to_excel(tmp_path / f"{name}.metadata.xlsx", index=False)
-    frame = labels_of_folders(str(tmp_path)).set_index("image")["site"]
-    assert frame["COVID/images/COVID-1.png"] == "sirm.org/covid-19"
-    assert frame["Normal/Normal-1.png"] == "kaggle.com/c/rsna/data"
-    assert frame.isna()["COVID/images/COVID-2.png"]
-    assert not caplog.records
-
-    pd.DataFrame({"a": [1]}).to_excel(tmp_path / "Other.metadata.xlsx", index=False)
-    store.write("Normal.metadata.xlsx", b"no sheet")
-    assert labels_of_folders(str(tmp_path))["site"].count() == 1
-    assert [record.message.split(":")[0].rsplit("/", 1)[-1] for record in caplog.records] == [
-        "Normal.metadata.xlsx",
-        "Other.metadata.xlsx",
-    ]
-    assert all(
-        "says no sites: it is no sheet with the columns FILE NAME and URL" in record.message
-        for record in caplog.records
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("loose.png", "no folder that could name"),
-        ("a/films.tar", "is a shard"),
-        ("a/x.csv", "no image"),
-        ("a/.DS_Store", "no image"),
-        (os.fsdecode(b"a/caf\xe9.png"), r"a/caf\\xe9.png has a name that is not UTF-8; rename it"),
-    ],
-)
-def test_what_lies_in_no_class_is_refused(tmp_path, name, said):
-    open_store(str(tmp_path)).write(name, b"x")
-    with pytest.raises(UserError, match=said):
-        labels_of_folders(str(tmp_path))
 
 
 def test_any_tables_become_labels_by_sql(tmp_path, capsys):
