@@ -53,8 +53,13 @@ def line(index: int) -> dict[str, Any]:
 
 
 def short(name: str) -> str:
-    """At most 28 letters of a name, for a legend."""
-    return plain(textwrap.shorten(name, 28, placeholder="…") if " " in name else name[:28])
+    """At most 28 letters of a name, for a legend: its ends, as names differ at either."""
+    return plain(name if len(name) <= 28 else f"{name[:15]}…{name[-12:]}")
+
+
+def wrapped(name: str) -> str:
+    """A name in lines of about 18 letters, which end at a blank, a hyphen or an underscore."""
+    return plain(textwrap.fill(name.replace("_", "_ "), 18).replace("_ ", "_"))
 
 
 def plain(text: str) -> str:

@@ -7,7 +7,6 @@ Arguments `labels` and `probabilities` are as `metrics.check_scores` takes them,
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,8 +22,8 @@ from lungopacity.evaluation.canvas import (
     describe,
     line,
     new_figure,
-    plain,
     short,
+    wrapped,
 )
 from lungopacity.evaluation.measure import ratio_metrics
 from lungopacity.evaluation.metrics import (
@@ -79,7 +78,7 @@ def confusion_matrix_figure(
             fontsize=max(8, 24 - 3 * classes),
             color="white" if share[row, column] > 0.5 else "black",
         )
-    names = [plain(textwrap.fill(name, 18)) for name in class_names]
+    names = [wrapped(name) for name in class_names]
     axes.set_xticks(range(classes), names, rotation=0 if classes <= 4 else 60)
     axes.set_yticks(range(classes), names)
     axes.spines[:].set_visible(False)

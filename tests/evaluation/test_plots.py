@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
+from matplotlib.text import Text
 from sklearn.metrics import average_precision_score, roc_curve
 
 from lungopacity.evaluation import canvas, curves, plots
@@ -244,6 +245,17 @@ def test_dollar_signs_in_a_class_name_are_no_mathematics():
     names = ("$\\frac$", "b")
     assert canvas.figure_png(curves.roc_figure(LABELS, SCORES, names, "$\\frac$"))
     assert canvas.figure_png(plots.confusion_matrix_figure(np.eye(2, dtype=int), names, "m"))
+
+
+def test_names_that_differ_at_their_end_stay_two_in_a_legend():
+    names = [f"Bacterial_pneumonia_acquired_{where}" for where in ("at_home", "in_hospital")]
+    figure = curves.roc_figure(LABELS, SCORES, names, "model")
+    words = " ".join(text.get_text() for text in figure.findobj(Text))
+    assert "Bacterial_pneum…ired_at_home (n" in words
+    assert "Bacterial_pneum…_in_hospital (n" in words
+    figure = plots.confusion_matrix_figure(np.eye(2, dtype=int), names, "model")
+    ticks = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert ticks[0] == "Bacterial_\npneumonia_\nacquired_at_home"
 
 
 def test_epochs_are_whole_numbers_even_after_one():
