@@ -85,11 +85,14 @@ def table1(metrics: Sequence[Metric], class_names: Sequence[str]) -> list[Table1
 
 
 def format_table1(rows: Sequence[Table1Row]) -> str:
-    """Plain text, lines of at most 100 columns: measured, paper and difference of each figure, and
-    below them the 95 % interval of what was measured."""
+    """Plain text, lines of at most 100 columns: measured, paper and difference of each figure (the
+    latter two where the classes are the paper's), and below them the 95 % interval of what was
+    measured."""
+    comparable = any(row.paper for row in rows)
     heading = " " * _NAME_WIDTH + "".join(f"  {column:^22}" for column in _COLUMNS)
-    units = f"{'class':{_NAME_WIDTH}}" + f"  {'model':>6} {'paper':>6} {'diff':>8}" * len(_COLUMNS)
-    lines = [heading.rstrip(), units]
+    paper, difference = ("paper", "diff") if comparable else ("", "")
+    unit = f"  {'model':>6} {paper:>6} {difference:>8}"
+    lines = [heading.rstrip(), (f"{'class':{_NAME_WIDTH}}" + unit * len(_COLUMNS)).rstrip()]
     for row in rows:
         cells = []
         for column in _COLUMNS:
@@ -106,7 +109,7 @@ def format_table1(rows: Sequence[Table1Row]) -> str:
                     f"{'  95 % interval':{_NAME_WIDTH}}" + "".join(f"  {cell:22}" for cell in told)
                 ).rstrip()
             )
-    if any(row.paper for row in rows):
+    if comparable:
         lines.append(
             f"paper: its classical CNN on its own {PAPER_TEST_IMAGES:,} test images, "
             f"accuracy {PAPER_ACCURACY}"
