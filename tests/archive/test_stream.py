@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
+from ray.exceptions import RaySystemError
 
-from lungopacity.archive.stream import divide_evenly, read_tasks
+from lungopacity.archive import decoder
+from lungopacity.archive.content import ReadSettings
+from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.stream import counted_images, divide_evenly, read_tasks
+from lungopacity.radiograph import Preprocessing
 from lungopacity.results.schema import PLAN_SCHEMA
 
 
@@ -66,3 +74,16 @@ def test_shards_that_cannot_be_shared_evenly_are_told():
     assert not divide_evenly(plan(300, shards=(50,)), 2)
     assert divide_evenly(plan(400, shards=(50,)), 2)
     assert divide_evenly(plan(0, shards=(0, 0)), 2)  # sizes that nobody told
+
+
+def test_a_node_where_no_decoder_starts_leaves_its_task_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ray tries a task again for an error of its own alone."""
+    (tmp_path / "a.png").write_bytes(b"x")
+    archive = take_inventory(str(tmp_path))
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(decoder, "_idle", {})
+    settings = ReadSettings(Preprocessing(image_size=32))
+    with pytest.raises(RaySystemError, match=r"process does not start \(No such file"):
+        list(counted_images(archive.store, archive.objects, settings))
