@@ -126,7 +126,10 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
 
     def _row(self, number: int, status: str, error: str | None) -> dict[str, Any]:
         epochs = [row for row in self._epochs.get(number, []) if not row.get("diverged")]
-        best: dict[str, Any] = min(epochs, key=lambda row: row["validation_loss"], default={})
+        # Of equal ones the last, which Ray Train keeps.
+        best: dict[str, Any] = min(
+            reversed(epochs), key=lambda row: row["validation_loss"], default={}
+        )
         return {
             "trial": number,
             "status": status,

@@ -79,6 +79,11 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Tun
     return lambda **more: tuning.tune(**{**common, **more})
 
 
+def test_of_epochs_of_one_loss_the_last_counts_as_in_training(known: Trials) -> None:
+    tell(known, 0, 0.3, 0.2, 0.2, 0.4)
+    assert known.rows[0]["best_epoch"] == 3
+
+
 def test_the_best_is_said_with_the_words_that_it_was_trained_with(search, tmp_path) -> None:
     for given in (SEARCH, dict(reversed(SEARCH.items()))):
         best = search(search=given).best
