@@ -280,7 +280,8 @@ def choose(
         chosen = "SELECT *, NULL AS tried FROM listed"
         if history is not None:
             if history.runs:
-                log.info("leaving out what %d published runs have screened", len(history.runs))
+                runs = counted(len(history.runs), "published run")
+                log.info("leaving out what was screened by %s", runs)
             history.load(connection)
             chosen = history.to_screen("listed")
         if limit is not None:

@@ -33,7 +33,7 @@ def test_every_long_stage_of_a_night_is_told(place, monkeypatch, caplog):
     place.night()
     place.night()
     stages = [
-        "Listing the archive: 4 objects", "leaving out what 1 published runs have screened",
+        "Listing the archive: 4 objects", "leaving out what was screened by 1 published run\n",
         "is put together and published", "Collecting: 1 of 1 files",
         "Publishing: 4 of 4 images", "Removing its work: 3 of 3 files",
     ]  # fmt: skip
