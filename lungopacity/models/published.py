@@ -47,9 +47,11 @@ class PublishedNetwork(nn.Module):
         cls, name: str, classes: int, settings: PublishedSettings
     ) -> PublishedNetwork:
         """A classifier of torchvision by its own name. Raises `ValueError` for one of another
-        kind than all that torchvision 0.26 has."""
+        kind than all that torchvision 0.26 has, and for settings that would change nothing."""
         from torchvision import models
 
+        if settings.drop_path:
+            raise ValueError("drop_path is a setting of efficientnet-lite alone; leave it out")
         options: dict[str, object] = {}
         if name in ("googlenet", "inception_v3"):
             options = {"aux_logits": False, "init_weights": True}
@@ -63,9 +65,12 @@ class PublishedNetwork(nn.Module):
 
     @classmethod
     def of_timm(cls, name: str, classes: int, settings: PublishedSettings) -> PublishedNetwork:
-        """A classifier of timm by its own name."""
+        """A classifier of timm by its own name. Raises `ValueError` for settings that would change
+        nothing."""
         import timm
 
+        if settings.image_size is not None:
+            raise ValueError(f"{name} takes any size: give it as --image-size, not as a setting")
         body = timm.create_model(name, in_chans=1, num_classes=0, drop_path_rate=settings.drop_path)
         return cls(body, body.num_features, classes, settings)
 

@@ -98,6 +98,9 @@ def test_an_unknown_network_is_named_with_what_there_is(name):
         ("resnet-50", {"dropout": 1.0}, "dropout"),
         ("resnet-50", {"depth": 3}, "depth"),
         ("efficientnet-lite0", {"drop_path": -0.1}, "drop_path"),
+        # Nothing of theirs: without a word they would change nothing.
+        ("resnet-50", {"drop_path": 0.1}, "drop_path is a setting of efficientnet-lite alone"),
+        ("efficientnet-lite0", {"image_size": 64}, "takes any size: give it as --image-size"),
         ("cov-net", {"dilations": ()}, "dilations"),
         ("cov-net", {"channels": (8, 0)}, "channels"),
         ("cov-net", {"dropout": 1.0}, "dropout"),
