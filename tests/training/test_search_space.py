@@ -41,7 +41,7 @@ def test_draws_stay_within_their_ends_and_reach_far(text, kind, low, high) -> No
         ({"epochs": "uniform:1.5:2"}, "epochs: 'uniform:1.5:2' draws fractions; give int:1:2"),
         ({"batch_size": "log:8:64"}, "give int:8:64"),
         ({"model_settings.hidden_units": "uniform:0:128"}, "give int:0:128"),
-        ({"model_settings.hidden_units": "choice:0,0.5"}, "hidden_units: settings of classical"),
+        ({"model_settings.hidden_units": "choice:0,0.5"}, "hidden_units must be a whole number"),
         ({"model_settings.droput": "uniform:0:0.5"}, "classical-cnn has no setting 'droput'"),
         ({"model_settings.dropout": "choice:0.1,2"}, "dropout must be from 0 to below 1, not 2"),
         ({"label_smoothing": "uniform:0:1"}, "label_smoothing must be from 0 to below 1"),
