@@ -33,6 +33,7 @@ from lungopacity.evaluation.bootstrap import (
 from lungopacity.evaluation.metrics import Floats, roc_auc, roc_components
 from lungopacity.results.schema import class_column
 from lungopacity.storage import open_store
+from lungopacity.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -351,8 +352,8 @@ def _patients(both: pd.DataFrame) -> Resampling:
 def _told_share(name: str, share: ShareDifference) -> str:
     return (
         f"  {name}  {share.first:.4f} and {share.second:.4f}; right alone: the first "
-        f"{share.only_first_right} times, the second {share.only_second_right}, McNemar p = "
-        f"{share.p_value:.3g}"
+        f"on {counted(share.only_first_right, 'film')}, the second on {share.only_second_right}, "
+        f"McNemar p = {share.p_value:.3g}"
     )
 
 

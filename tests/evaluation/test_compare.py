@@ -19,6 +19,7 @@ from lungopacity.evaluation.compare import (
     share_difference,
 )
 from lungopacity.storage import open_store
+from lungopacity.words import counted
 
 
 def kernel_delong(positive_N, first_N, second_N):
@@ -237,7 +238,8 @@ def test_decisions_are_compared_among_those_with_and_without_an_opacity(tmp_path
         assert share["only_second_right"] == (films & right[1] & ~right[0]).sum()
         low, high = (found["clustered"][f"{name}_ci_{end}"] for end in ("low", "high"))
         assert low < share["second"] - share["first"] < high
-        assert f"  {name}  {share['first']:.4f} and {share['second']:.4f}; right alone" in told
+        alone = "; right alone: the first on " + counted(share["only_first_right"], "film")
+        assert f"  {name}  {share['first']:.4f} and {share['second']:.4f}{alone}, the" in told
         assert f"over patients: {name} difference {share['second'] - share['first']:+.4f}" in told
     assert "decided at" not in told  # reports of before they told where
     for uri, name in ((first, "youden"), (second, "our-site")):
