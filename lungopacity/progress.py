@@ -36,9 +36,10 @@ def show_on_terminal() -> None:
 class Progress:
     """Counts up to a total: `with Progress("Screening", total=n) as progress: progress.advance(8)`.
 
-    Thread-unsafe. Of two, one inside the other, the terminal shows the one that was advanced last.
-    `quick`: mostly done at once, and no line tells of it then. `waits_for`: what may keep it from
-    going on, for people; asked by another thread where nothing was advanced for a minute.
+    Thread-unsafe. Its time runs from the start of the block. Of two, one inside the other, the
+    terminal shows the one that was advanced last. `quick`: mostly done at once, and no line tells
+    of it then. `waits_for`: what may keep it from going on, for people; asked by another thread
+    where nothing was advanced for a minute.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Progress:
         self._watch: Thread | None = None
 
     def __enter__(self) -> Self:
+        self._started = self._last_line = time.monotonic()
         if _live:
             from rich.console import Console
             from rich.progress import (

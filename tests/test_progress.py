@@ -40,6 +40,14 @@ def test_without_a_terminal_there_are_plain_lines(monkeypatch, caplog):
     assert caplog.messages[-1].endswith("1 failed")
 
 
+def test_its_time_runs_from_the_start_of_its_block():
+    progress = Progress("Training", total=2)
+    time.sleep(0.5)
+    with progress:
+        progress.advance(1)
+        assert progress.per_second > 2.5
+
+
 def test_lines_do_not_flood_a_log(caplog):
     with caplog.at_level(logging.INFO), Progress("Reading", total=1000) as shown:
         for _ in range(1000):

@@ -285,6 +285,8 @@ def _bare(films: Films, settings: TrainingSettings) -> list[dict[str, Any]]:
 
 
 class _WithoutRay(Worker):
+    """One of as many processes, which found one another through a file."""
+
     def together(self, network: torch.nn.Module) -> torch.nn.Module:
         if self.workers == 1:
             return network

@@ -4,6 +4,7 @@ here."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -78,18 +79,25 @@ def train(
         # What cannot be is said before the films are read.
         start = start_of(chosen, class_names_of(task.label_map))
         data = task.load()
-        with Progress(
+        progress = Progress(
             "Training", total=chosen.epochs, unit="epochs", waits_for=free_resources
-        ) as progress:
+        )
 
-            def show(row: dict[str, Any]) -> None:
-                progress.advance(
-                    row["epoch"] - progress.done,
-                    note=f"validation loss {row['validation_loss']:.4f}, "
-                    f"accuracy {row['validation_accuracy']:.4f}, "
-                    f"{row['images_per_s']:.0f} images/s",
-                )
-                logs.epoch(row)
+        def show(row: dict[str, Any]) -> None:
+            progress.advance(
+                row["epoch"] - progress.done,
+                note=f"validation loss {row['validation_loss']:.4f}, "
+                f"accuracy {row['validation_accuracy']:.4f}, "
+                f"{row['images_per_s']:.0f} images/s",
+            )
+            logs.epoch(row)
+
+        with ExitStack() as shown:
+
+            def begin(run: str, earlier: list[dict[str, Any]]) -> None:
+                logs.start(run, chosen, output, earlier)
+                # Not sooner: until it has the lease, it waits for another training, not for CPUs.
+                shown.enter_context(progress)
 
             result = fit(
                 data,
@@ -99,7 +107,7 @@ def train(
                 label_map=task.label_map,
                 left_out=task.left_out,
                 provenance=task.provenance(),
-                on_start=lambda run, earlier: logs.start(run, chosen, output, earlier),
+                on_start=begin,
                 on_epoch=show,
             )
         logs.finish(result)
