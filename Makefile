@@ -1,15 +1,15 @@
 # make demo    the main job on a phantom archive, on this machine alone
 # make test    every test
-# make fuzz    20,000 damaged files through fetching and decoding, five minutes
+# make fuzz    20,000 damaged files through fetching and decoding, about 21 minutes
 # make faults  kill -9, lost nodes, bad networks, full disks: writes docs/reliability.md, 11 to 21 minutes
 # make check   format, lint, types, import direction
-# Each does its own set-up: a .venv from requirements.lock.
+# Each command sets itself up: it makes a .venv from requirements.lock.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What Python compiles is kept, also where the machine says otherwise: tests start some hundred
-# processes. So nothing need be compiled at installing, of seven gigabytes.
+# Keep compiled bytecode even where the machine turns it off: the tests start some hundred
+# processes. That is also why the installation need not compile its 7 GB (--no-compile).
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test fuzz faults check format lock clean
@@ -38,15 +38,15 @@ format: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || \
-		{ echo "error: Python 3.11 to 3.14 is needed; give it as make PYTHON=python3.12"; exit 2; }
+		{ echo "error: Python 3.11 to 3.14 is needed; run make PYTHON=python3.12"; exit 2; }
 	@echo "Setting up $(VENV): about 7 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Needs uv. Pins every package for all platforms, with hashes and no index address; for the image
-# of the cluster without what only tests need.
+# Needs uv. Pins every package for all platforms, with hashes and no index address. The lock for
+# the cluster's image leaves out what only the tests need.
 LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-header --quiet
 lock:

@@ -1,7 +1,7 @@
 """Distributed batch screening of chest radiographs for lung opacity. Research use only.
 
-The commands that train, measure, screen and ask for results are functions, too: they return
-results and print nothing.
+The commands that train, evaluate, screen and query are also functions: they return results and
+print nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
     "tune",
 ]
 
-# Imported when first used: `lungopacity --help` must not wait for torch and ray.
+# Imported on first use: `lungopacity --help` must not wait for torch and ray.
 _HOME = {
     "EvaluationResult": "evaluation.report",
     "ExplanationResult": "evaluation.explanation",

@@ -1,4 +1,4 @@
-"""What this machine has for the job, what is missing, and the mend."""
+"""What this machine has for the job, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lungopacity.runtime import is_submission_address, ray_session
 from lungopacity.words import counted
 
 MIN_TORCH = (2, 11)
-"""As in pyproject.toml: what a machine has may have been installed past it."""
+"""As in pyproject.toml. Checked again because torch may have been installed separately."""
 _MIN_FREE_BYTES = 5 << 30
 _CONNECT_S = 5.0
 _NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0")
 _LIBRARIES = ("duckdb", "imagecodecs", "matplotlib", "obstore", "simplejpeg", "timm")
-"""What no other check imports."""
+"""Those that no other check imports."""
 
 
 @dataclass(frozen=True)
@@ -31,39 +31,34 @@ class Finding:
     """One line of the report."""
 
     state: str
-    """ok, note (works, with a limit) or missing."""
+    """`ok`, `note` (works, with a limit) or `missing`."""
     what: str
     detail: str
-    mend: str = ""
+    fix: str = ""
+    """What to do about it."""
 
 
 def diagnose(storage: str | None = None, results: str | None = None) -> list[Finding]:
-    """Look at everything that the job needs. `storage`: a URI to list as well; `results`: one to
-    write to as well, files that are removed at once."""
+    """Check everything that the job needs. `storage`: a URI that is also listed. `results`: a URI
+    that is also written to; the test files are removed at once."""
     findings: list[Finding] = []
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python, _torch, _ncnn, _libraries, _ray, _decoders, _disk, _s3,
     ]  # fmt: skip
     for check in checks:
+        name = check.__name__.strip("_")
         try:
             findings += check()
         except UserError as error:
-            findings.append(_refused(check.__name__.strip("_"), error))
+            findings.append(_refused(name, error))
         except Exception as error:
-            name = check.__name__.strip("_")
-            findings.append(
-                Finding(
-                    "missing",
-                    name,
-                    f"cannot be used: {first_line(error, with_type=True)}",
-                    "install from requirements.lock again",
-                )
-            )
+            why = f"cannot be used: {first_line(error, with_type=True)}"
+            findings.append(Finding("missing", name, why, "install requirements.lock again"))
     return [*findings, *diagnose_places(storage, results)]
 
 
 def diagnose_places(storage: str | None = None, results: str | None = None) -> list[Finding]:
-    """Of `diagnose`, what concerns the places alone."""
+    """Only those checks of `diagnose` that concern the two URIs."""
     findings: list[Finding] = []
     if storage is not None:
         findings += _place(storage)
@@ -73,13 +68,13 @@ def diagnose_places(storage: str | None = None, results: str | None = None) -> l
 
 
 def report(findings: list[Finding]) -> str:
-    """The findings as aligned text; what is missing carries its mend on the next line."""
+    """The findings as aligned text; the line below a finding says how to fix it."""
     width = max(len(finding.what) for finding in findings)
     lines = []
     for finding in findings:
         lines.append(f"{finding.state:8}{finding.what:{width}}  {finding.detail}")
-        if finding.mend:
-            lines.append(f"{'':8}{'':{width}}  → {finding.mend}")
+        if finding.fix:
+            lines.append(f"{'':8}{'':{width}}  → {finding.fix}")
     return "\n".join([*lines, NOTICE])
 
 
@@ -106,7 +101,7 @@ def _torch() -> Iterator[Finding]:
             "note",
             "gpu",
             "none that torch can use: everything runs on the CPU",
-            "there is one by NVIDIA: install a driver of 580 or newer" if there else "",
+            "there is an NVIDIA GPU: install driver 580 or newer" if there else "",
         )
         return
     for index in range(torch.cuda.device_count()):
@@ -123,7 +118,7 @@ def _ncnn() -> Iterator[Finding]:
         "ok" if runs else "note",
         "ncnn",
         f"{ncnn.__version__}, runs networks on CPUs"
-        + ("" if runs else "; pnnx cannot be run, so newly trained ones stay with torch"),
+        + ("" if runs else "; pnnx cannot be run, so newly trained networks run in torch"),
         "" if runs else "install pnnx from requirements.lock",
     )
 
@@ -141,8 +136,9 @@ def _ray() -> Iterator[Finding]:
 
     address = os.environ.get("RAY_ADDRESS")
     if address and is_submission_address(address):
-        mend = "unset it; give it to `ray job submit --address`"
-        yield Finding("missing", "ray", f"RAY_ADDRESS is {address}, where jobs are submitted", mend)
+        detail = f"RAY_ADDRESS is {address}, an address for submitting jobs"
+        fix = "unset it, and give it to `ray job submit --address`"
+        yield Finding("missing", "ray", detail, fix)
         return
     if not address or address == "local":
         yield Finding("ok", "ray", f"{ray.__version__}, will run on this machine alone")
@@ -159,7 +155,7 @@ def _ray() -> Iterator[Finding]:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself would wait for minutes. Raises `UserError`."""
+    """Raises `UserError` at once where Ray itself would wait for minutes."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         if parts.port is not None:
@@ -221,13 +217,14 @@ def _has_decoder(get_decoder: Callable[[object], object], uid: object) -> bool:
 
 
 def _disk() -> Iterator[Finding]:
-    for what, folder, mend in (
+    for what, folder, fix in (
         (
             "temporary files",
             tempfile.gettempdir(),
-            "shards are read and Ray spills here; give it 5 GiB or more, or name another by TMPDIR",
+            "shards are read and Ray spills here; give it 5 GiB or more, or set TMPDIR to another "
+            "folder",
         ),
-        ("object store", "/dev/shm", "Ray keeps films at work here; give it 5 GiB or more"),
+        ("object store", "/dev/shm", "Ray keeps films in progress here; give it 5 GiB or more"),
     ):
         if not os.path.isdir(folder):
             continue
@@ -237,7 +234,7 @@ def _disk() -> Iterator[Finding]:
             "ok" if enough else "note",
             what,
             f"{free / 2**30:.0f} GiB free in {folder}",
-            "" if enough else mend,
+            "" if enough else fix,
         )
 
 
@@ -258,15 +255,15 @@ def _s3() -> Iterator[Finding]:
 
 
 def _refused(what: str, error: UserError) -> Finding:
-    detail, _, mend = str(error).rpartition("; ")
-    return Finding("missing", what, detail or str(error), mend if detail else "")
+    detail, _, fix = str(error).rpartition("; ")
+    return Finding("missing", what, detail or str(error), fix if detail else "")
 
 
 def _place(uri: str) -> Iterator[Finding]:
     from lungopacity.archive.inventory import list_archive
 
     try:
-        list_archive(uri)  # as screening does: it looks for the first object at once
+        list_archive(uri)  # as screening does; it looks for the first object at once
     except UserError as error:
         yield _refused("storage", error)
     else:
@@ -284,6 +281,6 @@ def _results(uri: str) -> Iterator[Finding]:
     except UserError as error:
         yield _refused("results", error)
     else:
-        # So that a slip in the name is seen.
-        told = f"{uri} can be written to" + (", and nothing lies there yet" if new else "")
-        yield Finding("ok", "results", told)
+        # An empty place may be a typo in the URI.
+        detail = f"{uri} can be written to" + (", and is empty" if new else "")
+        yield Finding("ok", "results", detail)

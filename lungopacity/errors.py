@@ -2,7 +2,7 @@
 
 Two kinds, kept apart because they end differently:
 
-* `UserError` stops the command: one line that names the thing and the mend, exit code 2.
+* `UserError` stops the command: one line that names the thing and says what to do, exit code 2.
 * `ImageError` stops nothing: it becomes the `status`, `error_code`, `error_stage` and
   `error_message` columns of that image's own row.
 """
@@ -15,16 +15,16 @@ from enum import StrEnum
 from typing import Any
 
 NOTICE = "Research use only. Not a medical device."
-"""Stands on every output of the project."""
+"""Part of every output of the project."""
 
 
 class UserError(Exception):
-    """The user's input or surroundings cannot be worked with; the message carries the mend."""
+    """The user's input or environment cannot be used. The message says what to do."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what lies behind it: Ray wraps what a worker raised, sometimes more than
-    once."""
+    """The error and its causes, outermost first: Ray wraps what a worker raised, sometimes more
+    than once."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -32,13 +32,13 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException, *, with_type: bool = False) -> str:
-    """The first line of an error's text, or the name of its type where it has no text. `with_type`:
-    the name before the line, too."""
+    """The first line of an error's text, or the name of its type if it has no text. `with_type`:
+    put the name of the type before the line."""
     return _line(error, 0, with_type)
 
 
 def last_line(error: BaseException, *, with_type: bool = False) -> str:
-    """As `first_line`, of a text that quotes a traceback: it ends with what counts."""
+    """The same with the last line, for a text that quotes a traceback: the cause comes last."""
     return _line(error, -1, with_type)
 
 
@@ -53,11 +53,11 @@ class Status(StrEnum):
     """What became of one image of the plan."""
 
     OK = "ok"
-    """Read, judged and scored."""
+    """Read, checked and scored."""
     REJECTED = "rejected"
-    """Read, and found to be something that this model must not score."""
+    """Read, but it must not be scored."""
     FAILED = "failed"
-    """Could not be read. Makes the job end with exit code 1."""
+    """Could not be read. The job then ends with exit code 1."""
 
 
 class ErrorCode(StrEnum):
@@ -84,13 +84,13 @@ class ErrorCode(StrEnum):
     CORRUPT_IMAGE = "corrupt_image"
     """The format was recognised, but its decoder refused the content."""
     TOO_LARGE = "too_large"
-    """More pixels, frames or bytes than the limit allows; refused before memory was taken."""
+    """More pixels, frames or bytes than the limit allows; refused before memory was allocated."""
     DECOMPRESSION_BOMB = "decompression_bomb"
-    """Unpacks to so many times its size that it is taken for an attack; unpacking was stopped."""
+    """It would unpack to so many times its size that it looks like an attack; it was stopped."""
     UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"
     """A DICOM image in an encoding that no installed decoder reads."""
     UNSUPPORTED = "unsupported"
-    """A valid file that is not decoded (its format, layout or nesting), or a key of no file."""
+    """A valid file whose format, layout or nesting is not supported, or a key that is no file."""
     ENCRYPTED = "encrypted"
     """A member of a zip that needs a password."""
     CORRUPT_ARCHIVE = "corrupt_archive"
@@ -110,7 +110,7 @@ class ErrorCode(StrEnum):
     WRONG_BODY_PART = "wrong_body_part"
     """The header names a body part that is not the chest."""
     FOR_PROCESSING = "for_processing"
-    """The header calls it raw values of a detector (FOR PROCESSING), which are not for display."""
+    """The header says that these are raw detector values (FOR PROCESSING), not for display."""
     LATERAL_VIEW = "lateral_view"
     """The header names a view that is not frontal (lateral, oblique, decubitus)."""
     POOR_QUALITY = "poor_quality"
@@ -118,7 +118,7 @@ class ErrorCode(StrEnum):
     DECODER_CRASH = "decoder_crash"
     """The decoder's process died on this file, twice; no other file was lost by it."""
     DECODER_TIMEOUT = "decoder_timeout"
-    """The decoder took more CPU time for this file than allowed, and was ended."""
+    """The decoder used more CPU time on this file than the limit allows, and was killed."""
     READER_CRASH = "reader_crash"
     """Each process that fetched and unpacked this object died; no other image was lost by it."""
     INTERNAL = "internal"
@@ -128,13 +128,13 @@ class ErrorCode(StrEnum):
 TRANSIENT = frozenset(
     {ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE, ErrorCode.DIGEST_MISMATCH, ErrorCode.CHANGED}
 )
-"""Codes that another attempt may well mend."""
+"""Codes that another attempt may well clear."""
 
 OF_STORAGE = TRANSIENT | {ErrorCode.MISSING, ErrorCode.FORBIDDEN, ErrorCode.READER_CRASH}
-"""Codes that tell of the storage or the node, not of the content: every night tries again."""
+"""Codes caused by the storage or the node, not by the content: every night tries again."""
 
 OF_VERSION = frozenset({ErrorCode.DECODER_CRASH, ErrorCode.DECODER_TIMEOUT, ErrorCode.INTERNAL})
-"""Codes that another version of lungopacity may not give: once it is there, it tries again."""
+"""Codes that another version of lungopacity may not give: a night with a new one tries again."""
 
 REJECTING = frozenset(
     {
@@ -154,7 +154,7 @@ REJECTING = frozenset(
 
 
 class Stage(StrEnum):
-    """Where on its way an image stopped."""
+    """The stage at which an image failed or was rejected."""
 
     FETCH = "fetch"
     UNPACK = "unpack"
@@ -163,7 +163,7 @@ class Stage(StrEnum):
 
 
 class ImageError(Exception):
-    """One image cannot be scored. Messages quote no header value: it could name a patient."""
+    """One image cannot be scored. Messages quote no header value, which could name a patient."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class ImageError(Exception):
         message: str,
         facts: Mapping[str, object] | None = None,
     ) -> None:
-        """`facts`: columns of the image's row that were known before it stopped."""
+        """`facts`: columns of the image's row that were known by then."""
         super().__init__(message)
         self.code = code
         self.stage = stage
@@ -181,22 +181,22 @@ class ImageError(Exception):
 
     @property
     def may_pass(self) -> bool:
-        """Whether the storage, and nothing of the object itself, is the reason."""
+        """Whether the storage is the reason, and nothing in the object itself."""
         return self.code in (ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE)
 
     @property
     def mend(self) -> str:
-        """Of a file of ours, that nothing can stand in for."""
+        """What to do where the object is a file of ours that nothing can replace."""
         is_damaged = self.code in (ErrorCode.MISSING, ErrorCode.DIGEST_MISMATCH)
         return "restore it" if is_damaged else "try again; check the network and its permissions"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions travel between processes by pickle, which calls __init__ with args alone.
+        # Pickle carries exceptions between processes, and calls __init__ with `args` alone.
         return ImageError, (self.code, self.stage, self.message, self.facts)
 
 
 def foreseen(error: BaseException) -> str | None:
-    """What to tell the user of an error that has a mend; None of a defect."""
+    """The message for an error that the user can do something about; None for a defect."""
     for cause in causes(error):
         if type(cause) is UserError:
             return str(cause)

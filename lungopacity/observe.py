@@ -1,6 +1,6 @@
-"""What a running job tells its operators: Prometheus figures by Ray, and log lines with the run id.
+"""What a running job tells its operators: Prometheus metrics, and log lines with the run id.
 
-Ray exports the figures on each node with the prefix `ray_`; `cluster/grafana-dashboard.json`
+Ray exports the metrics on each node with the prefix `ray_`; `cluster/grafana-dashboard.json`
 draws them. Their tags are few and fixed: no key, no patient, no run id.
 """
 
@@ -29,14 +29,14 @@ NAMES = {
     "objects_waiting": "objects that the newest run has not finished",
     "images_done": "images that the newest run has finished",
 }
-"""Each figure and what it is; exported as `ray_lungopacity_<name>`, counters with `_total`."""
+"""Each metric and its meaning. Exported as `ray_lungopacity_<name>`, counters with `_total`."""
 DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"
 _TAGS = {"images": ("status", "error_code")}
 _run_id = "-"
 
 
 def count(name: str, value: float, tags: Mapping[str, str] | None = None) -> None:
-    """Add to a counter. Outside Ray nothing happens."""
+    """Add to a counter. Does nothing outside Ray."""
     if value > 0:
         _counter(name).inc(value, dict(tags or {}))
 
@@ -61,7 +61,7 @@ def _gauge(name: str) -> Any:
 
 
 def set_run(run_id: str) -> None:
-    """The run that this process's log lines are about from now on."""
+    """Set the run id that this process's log lines carry from now on."""
     global _run_id
     _run_id = run_id
 
@@ -83,7 +83,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """Time of day and message, in one line whatever names it quotes; a traceback below it."""
+    """Time of day and message, on one line whatever names it quotes; any traceback below it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - as logging has it
         record.message = printable(record.message)
@@ -94,8 +94,8 @@ _as_json = False
 
 
 def log_lines(output_format: str) -> None:
-    """Log to standard error, with what Python warns of: `text`, for people, or `json`, for
-    collectors."""
+    """Log to standard error, Python's warnings included, as `text` for people or as `json` for
+    log collectors."""
     global _as_json
     _as_json = output_format == "json"
     logging.basicConfig(level=logging.WARNING, force=True)
@@ -115,20 +115,20 @@ def _log_warning(
     file: object = None,
     line: object = None,
 ) -> None:
-    """For `warnings.showwarning`, which prints what is quoted in a warning as it is."""
+    """Replaces `warnings.showwarning`, which would print quoted names unescaped."""
     logging.getLogger("py.warnings").warning(
         "%s:%d: %s: %s", filename, lineno, category.__name__, message
     )
 
 
 def tell_end(why: str) -> bool:
-    """Log why a command ends without success; False where lines are for people, who are told
-    without the time of day."""
+    """Log why a command ends without success, if log lines are JSON. False: they are for people,
+    to whom the caller prints the reason without the time of day."""
     if _as_json:
         log.error("%s", why)
     return _as_json
 
 
 def logs_as_json() -> bool:
-    """Whether `log_lines` was told `json` last."""
+    """Whether the last call of `log_lines` asked for `json`."""
     return _as_json

@@ -1,7 +1,7 @@
 """Progress of anything that takes longer than about two seconds.
 
-A live line on a terminal, plain log lines elsewhere. Silent unless the command line asked for it:
-from Python, functions return results and print nothing.
+A live line on a terminal, log lines elsewhere. Only the command line turns them on: called from
+Python, functions print nothing.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ log = logging.getLogger(__name__)
 _LINE_EVERY_S = 10.0
 _QUICK_S = 2.0
 _STILL_S = 60.0
-"""Nothing came for so long: that is told, too, and again after twice, four times ... the time."""
+"""A stall is logged after this time without progress, then after pauses of twice, four times ...
+this time."""
 _live = False
 _shown: Any = None
-"""The bar that is the terminal's live line; there can be one."""
+"""The bar that holds the terminal's live line; there is only one such line."""
 
 T = TypeVar("T")
 
 
 def show_on_terminal() -> None:
-    """Let `Progress` draw its live line, where standard error is a terminal."""
+    """Let `Progress` draw its live line, if standard error is a terminal."""
     global _live
     _live = sys.stderr.isatty()
 
@@ -36,10 +37,10 @@ def show_on_terminal() -> None:
 class Progress:
     """Counts up to a total: `with Progress("Screening", total=n) as progress: progress.advance(8)`.
 
-    Thread-unsafe. Its time runs from the start of the block. Of two, one inside the other, the
-    terminal shows the one that was advanced last. `quick`: mostly done at once, and no line tells
-    of it then. `waits_for`: what may keep it from going on, for people; asked by another thread
-    where nothing was advanced for a minute.
+    Not thread-safe. Its time runs from the start of the block. Of two nested ones, the terminal
+    shows the one that advanced last. `quick`: it is usually done at once, and then not logged.
+    `waits_for`: says, for people, what may be holding it up; another thread calls it after a minute
+    without progress.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Progress:
         self.quick = quick
         self.done = 0
         self.note = ""
-        self._told: int | None = None
+        self._logged: int | None = None
         self._started = self._last_line = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -94,7 +95,7 @@ class Progress:
             self._show()
             self._task = self._bar.add_task(self.title, total=self.total, note="", rate="")
         if self._waits_for is not None:
-            self._watch = Thread(target=self._tell_of_waiting, args=[self._waits_for], daemon=True)
+            self._watch = Thread(target=self._watch_for_stalls, args=[self._waits_for], daemon=True)
             self._watch.start()
         return self
 
@@ -107,16 +108,16 @@ class Progress:
         global _shown
         self._ended.set()
         if self._watch is not None:
-            # What it asks, Ray, is not to end meanwhile.
+            # It may be asking Ray, which the caller must not shut down meanwhile.
             self._watch.join(timeout=30)
         if self._bar is not None:
             self._bar.stop()
             _shown = None if _shown is self._bar else _shown
-        elif kind is None and self._told != self.done and not self._was_quick:
+        elif kind is None and self._logged != self.done and not self._was_quick:
             self._line()
 
     def around(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, while the progress is shown."""
+        """Yield the items while the progress is shown."""
         with self:
             yield from items
 
@@ -145,17 +146,17 @@ class Progress:
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._line()
 
-    def _tell_of_waiting(self, waits_for: Callable[[], str]) -> None:
+    def _watch_for_stalls(self, waits_for: Callable[[], str]) -> None:
         done, since, pause_s = self.done, time.monotonic(), _STILL_S
         while not self._ended.wait(pause_s):
             if self.done != done:
                 done, since, pause_s = self.done, time.monotonic(), _STILL_S
                 continue
-            told = f"nothing more for {time.monotonic() - since:.0f} s; {waits_for()}"
+            note = f"no progress for {time.monotonic() - since:.0f} s; {waits_for()}"
             if self._bar is not None:
-                self._bar.update(self._task, note=told)
+                self._bar.update(self._task, note=note)
             else:
-                log.info("%s: %d%s %s, %s", self.title, done, self._of, self.unit, told)
+                log.info("%s: %d%s %s, %s", self.title, done, self._of, self.unit, note)
             pause_s *= 2
 
     def _show(self) -> None:
@@ -176,6 +177,6 @@ class Progress:
         return f"{1 / rate:.0f} s each" if 0 < rate < 0.1 else f"{rate:.1f}/s"
 
     def _line(self) -> None:
-        self._last_line, self._told = time.monotonic(), self.done
+        self._last_line, self._logged = time.monotonic(), self.done
         note = f", {self.note}" if self.note else ""
         log.info("%s: %d%s %s, %s%s", self.title, self.done, self._of, self.unit, self._rate, note)

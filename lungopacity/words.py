@@ -1,4 +1,4 @@
-"""Figures and names in sentences."""
+"""Numbers and names in sentences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def counted(number: float, of: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey or not show (line breaks, escapes, marks that turn
-    the direction of writing) written out, as `\\n`: names come from an archive."""
+    """The text with everything escaped that a terminal would obey or hide: line breaks as `\\n`,
+    escape sequences, marks that turn the writing direction. An archive chooses its own names."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -31,7 +31,7 @@ def test_the_oldest_torch_is_that_of_the_package():
 
 def test_a_place_for_results_is_not_made_and_a_slip_in_its_name_is_seen(tmp_path):
     (new,) = doctor.diagnose_places(results=str(tmp_path / "a" / "typo"))
-    assert new.detail.endswith("typo can be written to, and nothing lies there yet")
+    assert new.detail.endswith("typo can be written to, and is empty")
     assert not list(tmp_path.iterdir())
     (tmp_path / "film.png").touch()
     (there,) = doctor.diagnose_places(results=str(tmp_path))

@@ -63,9 +63,9 @@ def test_what_does_not_go_on_is_told_with_what_it_waits_for(monkeypatch, caplog)
             time.sleep(0.01)
         shown.advance(4)
     first, *_, last = caplog.messages
-    assert first == "Reading: 0 of 4 films, nothing more for 0 s; no film is there"
+    assert first == "Reading: 0 of 4 films, no progress for 0 s; no film is there"
     assert last.startswith("Reading: 4 of 4 films, ")
-    assert "nothing more" not in last
+    assert "no progress" not in last
 
 
 def test_what_is_done_at_once_is_told_only_where_it_took_long(monkeypatch, caplog):

@@ -64,7 +64,7 @@ def test_a_server_that_ignores_conditions_is_told(s3_uri, monkeypatch, name):
     (told,) = doctor.diagnose_places(results=s3_uri)
     assert (told.state, told.what) == ("missing", "results")
     assert f"the server writes whatever {name} says" in told.detail
-    assert told.mend == "keep results on one that honours it"
+    assert told.fix == "keep results on one that honours it"
     store = open_store(s3_uri)
     assert not list(store.list())
     (told,) = doctor.diagnose_places(storage=s3_uri)

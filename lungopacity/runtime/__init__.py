@@ -1,7 +1,7 @@
-"""The Ray that a command runs on: the cluster it was submitted to, or one of its own; what that
-cluster has; and how this process ends and starts others.
+"""The Ray that a command runs on, and this process and those that it starts.
 
-Nothing here imports Ray before it is needed: `--help` does without.
+The Ray is the cluster that the command was submitted to, or a private one. Nothing here imports Ray
+before it is needed: `--help` must not wait for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is installed here."""
+"""Which versions are installed here."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import platform
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a result; for the model folder and a run's record."""
+    """Versions of everything that can change a result, for the model folder and a run's record."""
     found = {"python": platform.python_version()}
     for name in ("lungopacity", "ray", "torch", "ncnn", "numpy", "pillow", "pydicom", "pyarrow"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            # A submitted job may run from its uploaded working directory, not installed.
+            # A submitted job may run from its uploaded working directory without being installed.
             found[name] = "source"
     return found

@@ -1,4 +1,4 @@
-"""Processes that this one starts, and their environment."""
+"""Processes that this process starts, and their environment."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": str(64 * 2**20),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-"""Environment of a process in which torch computes on a CPU, in a loop. glibc keeps what is freed
-for the next step, where by default large tensors are fetched from the kernel, page by page, and
-given back; and torch asks for huge pages. Other platforms ignore it."""
+"""Environment of a process in which torch computes on a CPU in a loop. With it, glibc keeps freed
+memory for the next step, instead of returning large tensors to the kernel and fetching them again
+page by page; and torch asks for huge pages. Other platforms ignore it."""
 
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables that are set for the block: for the processes that it starts."""
+    """Set environment variables for the block, for the processes that it starts."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -44,11 +44,12 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def alone(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns in a new process. Whatever ends the wait for it, ends it.
+    """Run a function in a new process, and return what it returns.
 
-    Not by multiprocessing, which first runs the caller's own script anew in the new process, and
-    fails where that has no `if __name__ == "__main__"`. Raises what the function raises, and
-    `ChildProcessError` where the process ends before the function does.
+    If the wait is interrupted, the process is killed. This does not use multiprocessing, which
+    first runs the caller's own script again in the new process, and fails if the script has no
+    `if __name__ == "__main__"`. Raises what the function raises, and `ChildProcessError` if the
+    process ends before the function does.
     """
     start = (
         f"import sys; sys.path[:] = {sys.path!r}; "
@@ -59,7 +60,7 @@ def alone(function: Callable[..., T], *arguments: Any) -> T:
         asked.write_bytes(pickle.dumps((function, arguments)))
         done = subprocess.run([sys.executable, "-c", start, asked, told], check=False)
         if done.returncode:
-            raise ChildProcessError(f"a process ended with {done.returncode}")
+            raise ChildProcessError(f"a process ended with exit code {done.returncode}")
         answer, error = pickle.loads(told.read_bytes())
     if error is not None:
         raise error
@@ -68,7 +69,7 @@ def alone(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _answer(asked: str, told: str) -> None:
-    # Ctrl-C reaches both; whoever waits ends this one.
+    # Ctrl-C reaches both processes; the one that waits kills this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answer, raised = None, None
     try:

@@ -1,7 +1,7 @@
-"""What is reached for inside Ray 2.60, beside what it documents: to save seconds, and to count.
+"""Uses of undocumented parts of Ray 2.60, to save seconds and to measure.
 
-In another release a name may be gone: then that one thing is as Ray has it, and slower. A test asks
-for each name.
+If another release lacks a name, Ray does that one thing its own, slower way. A test checks that
+each name is there.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ _STATISTICS = (
 
 @contextmanager
 def without_idle_servers() -> Iterator[list[str]]:
-    """A Ray that starts in the block has no autoscaler, no reader of its logs, and no dashboard's
-    server: three Python processes that do nothing for a Ray of one machine, whose dashboard is off
-    and whose logs nobody reads. `ray.init` waits for the last of them, and `ray.shutdown` for each.
-    And its agent takes any free port for what that dashboard would ask it: for the one that it
-    takes by default, it waits 3 seconds wherever another Ray has it. `ray.init` learns within a
-    twentieth of a second that the node is up, instead of a second. There is no option for these.
+    """In the block, Ray starts faster, for which it has no options.
 
-    Gives the names that were found.
+    It starts without its autoscaler, its log reader and its dashboard server. These three Python
+    processes do nothing for a Ray of one machine whose dashboard is off and whose logs nobody
+    reads; `ray.init` waits for the last of them, and `ray.shutdown` for each. Its agent takes any
+    free port for the dashboard's requests; for its default port it would wait 3 seconds if another
+    Ray has that port. `ray.init` learns within 0.05 seconds, instead of 1, that the node is up.
+
+    Yields the names that were found.
     """
     try:
         from ray._private import services
@@ -49,7 +50,7 @@ def without_idle_servers() -> Iterator[list[str]]:
     get_node: Any = getattr(services, "get_node", None)
 
     def once_it_is_up(gcs_address: str, node_id: str) -> Any:
-        # Ray's own look sleeps a second where it comes too early, as it always does.
+        # Ray's own check sleeps a second if it comes too early, as it always does.
         until = time.monotonic() + _START_S
         state = GlobalState()
         state._initialize_global_state(services._get_gcs_client_options(gcs_address))
@@ -65,15 +66,15 @@ def without_idle_servers() -> Iterator[list[str]]:
 
 @contextmanager
 def without_idle_actors() -> Iterator[list[str]]:
-    """In the block Ray Data starts none of two actors that are of no use to a Ray of one machine.
+    """In the block, Ray Data starts without two actors that are of no use to a Ray of one machine.
 
-    One is for what a dashboard would show: a process that takes a CPU for more than a second as the
-    first films are read. The other asks for more nodes, and would take a process that was started
-    for reading: another would have to start. Without it, a pipeline of tasks alone is told of twice
-    the CPUs: so many more tasks wait at the raylet, which knows at once that a CPU is free. Ray
-    Data's loop hears of it up to 0.2 s later.
+    One collects statistics for the dashboard, and takes a CPU for more than a second while the
+    first films are read. The other asks for more nodes; it would take a process that was started
+    for reading, and another one would have to start. Without the second, a pipeline that has only
+    tasks is told of twice the CPUs. The additional tasks wait at the raylet, which knows at once
+    when a CPU is free; Ray Data's loop hears of it up to 0.2 s later.
 
-    Gives the names that were found.
+    Yields the names that were found.
     """
     with ExitStack() as both:
         yield [*both.enter_context(_no_statistics()), *both.enter_context(_no_growth())]
@@ -81,11 +82,13 @@ def without_idle_actors() -> Iterator[list[str]]:
 
 @contextmanager
 def without_cleaner() -> Iterator[list[str]]:
-    """A training in the block starts no actor that cleans up where its controller dies: in a Ray of
-    one process, there is nobody left then. It asks a dashboard whether the controller lives; where
-    there is none, it asks for 40 s, and a training that ends meanwhile waits 12 s for it.
+    """In the block, a training starts no actor that cleans up after a dead controller.
 
-    Gives the names that were found.
+    A private Ray ends with the controller's process, so nothing is left to clean up. The actor asks
+    a dashboard whether the controller is alive; without a dashboard it keeps asking for 40 s, and a
+    training that ends meanwhile waits 12 s for it.
+
+    Yields the names that were found.
     """
     try:
         from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -124,7 +127,7 @@ def _no_growth() -> Iterator[list[str]]:
         return
 
     class FixedCluster:
-        """For `ray.data._internal.cluster_autoscaler.ClusterAutoscaler`."""
+        """Stands in for `ray.data._internal.cluster_autoscaler.ClusterAutoscaler`."""
 
         def __init__(self, has_actors: bool) -> None:
             self.times = 1 if has_actors else 2
@@ -146,8 +149,8 @@ def _no_growth() -> Iterator[list[str]]:
 
 
 def bytes_moved() -> int | None:
-    """Through the object stores of all nodes, since the Ray cluster was started. None where this
-    release does not tell."""
+    """Bytes that went through the object stores of all nodes since the Ray cluster was started.
+    None if this release does not tell."""
     import ray
 
     try:
@@ -161,8 +164,8 @@ def bytes_moved() -> int | None:
 
 @contextmanager
 def _replaced(owner: Any, instead: Mapping[str, Any]) -> Iterator[list[str]]:
-    """In the block a class or a module has others in place of these, of those that it has at all:
-    whose names it gives."""
+    """Replace attributes of a class or module for the block. Those that it does not have are left
+    out; yields the names of the others."""
     before = {name: vars(owner)[name] for name in instead if name in vars(owner)}
     for name in before:
         setattr(owner, name, instead[name])

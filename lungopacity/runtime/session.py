@@ -1,4 +1,4 @@
-"""The one Ray that this process is joined to: from its start, or from joining it, to its end."""
+"""The one Ray that this process uses, from starting or joining it to its end."""
 
 from __future__ import annotations
 
@@ -27,29 +27,30 @@ _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray Train looks for what its workers report this often; by default every 2 s, and each epoch,
-    # however short, waits for it.
+    # How often Ray Train looks for reports of its workers. Each epoch, however short, waits for
+    # that, and the default is 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
 }
-_OF_ACTORS = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
-"""Ray warns of each actor that, once restarted, it may not find its arguments. Ours are the
-driver's, and an actor does not outlive it. That Ray has read this, it tells by a line of its own,
-whatever the format of the log: so not where CPUs of one machine do all, without actors."""
+_WITH_ACTORS = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
+"""Silences Ray's warning that an actor, once restarted, may not find its arguments: our arguments
+belong to the driver, which no actor outlives. Ray prints a line of its own that it has read this
+variable, whatever the log format; so it is not set where the CPUs of one machine do all the work,
+which takes no actors."""
 
 
 class RaySession:
-    """What `ray_session` and its like do, and what they keep between them: `RAY` is the one."""
+    """What `ray_session` and its like do, and the state they share. `RAY` is the only instance."""
 
     def __init__(self) -> None:
         self.is_private = False
-        """Whether it is a Ray of our own, on this machine alone."""
+        """Whether this is a private Ray, on this machine alone."""
         self._ahead: tuple[ThreadPoolExecutor, Future[bool]] | None = None
         self._ending: Future[None] | None = None
         self._without_idle_actors: ExitStack | None = None
 
     @property
     def is_starting(self) -> bool:
-        """Whether a `ray_ahead` is at it, in its thread."""
+        """Whether the thread of a `ray_ahead` is starting Ray."""
         return self._ahead is not None and not self._ahead[1].done()
 
     @contextmanager
@@ -58,7 +59,7 @@ class RaySession:
         is_ours = False
         if self._ahead is None:
             if self._ending is not None:
-                self._ending.result()  # half ended, it would still look as if it ran
+                self._ending.result()  # a Ray that is half ended still looks as if it ran
             is_ours = self._start()
         else:
             _, started = self._ahead
@@ -87,18 +88,18 @@ class RaySession:
             self._ending = thread.submit(self._end_if_ours, started)
 
     def start_no_idle_actors(self) -> None:
-        """Of Ray Data in a Ray of our own, until its end."""
+        """If Ray is private, let Ray Data start no idle actors until Ray ends."""
         if self.is_private and self._without_idle_actors is None:
             self._without_idle_actors = ExitStack()
             self._without_idle_actors.enter_context(without_idle_actors())
 
     def _start(self) -> bool:
-        """False: it was running already, and is not ours to end."""
+        """Start or join Ray. False: Ray was running already, and is not ours to end."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         address = os.environ.get("RAY_ADDRESS") or "local"
         if address != "local" or _has_gpu():
-            for name, value in _OF_ACTORS.items():
+            for name, value in _WITH_ACTORS.items():
                 os.environ.setdefault(name, value)
         import ray
 
@@ -106,7 +107,7 @@ class RaySession:
             return False
         if is_submission_address(address):
             raise UserError(
-                f"RAY_ADDRESS is {address}, where jobs are submitted: run this with `ray job "
+                f"RAY_ADDRESS is {address}, an address for submitting jobs; run this with `ray job "
                 "submit`, or unset it to run on this machine alone"
             )
         try:
@@ -120,7 +121,12 @@ class RaySession:
                     )
             else:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # Ray itself raises that, of a node that is not up in 30 s
+        except Exception as error:  # Ray raises this very type for a node that is not up in 30 s
+            if address == "local":
+                raise UserError(
+                    f"Ray cannot be started on this machine: {first_line(error)}; try again, or "
+                    "check its free space with `lungopacity doctor`"
+                ) from error
             raise UserError(
                 f"Ray at '{address}' cannot be joined: {first_line(error)}; "
                 "check RAY_ADDRESS, or unset it to run on this machine alone"
@@ -136,9 +142,9 @@ class RaySession:
         import ray
 
         self.is_private = False
-        # Ray Data leaves references to objects behind in circles, and Ray ends this process, with 1
-        # and unwritten results, where one of them is dropped while it shuts down: by whichever
-        # thread the collector happens to run in.
+        # Ray Data leaves object references behind in reference cycles. If the garbage collector, in
+        # whichever thread it runs, drops one while Ray shuts down, Ray ends this process with exit
+        # code 1 and unwritten results.
         gc.collect()
         ray.shutdown()
         if self._without_idle_actors is not None:
@@ -147,17 +153,17 @@ class RaySession:
 
 
 RAY = RaySession()
-"""Ray itself allows a process one."""
+"""Ray itself allows only one in a process."""
 
 
 @contextmanager
 def ray_session() -> Iterator[None]:
     """A running Ray for the block.
 
-    In this order: one that this process has joined already, or that `ray_ahead` starts; the
-    cluster that `RAY_ADDRESS` names (set by `ray job submit`); a private one on this machine, ended
-    with the block. A cluster that merely happens to run here is never joined. Raises `UserError`
-    where none can be had.
+    It is the first of these: one that this process has already joined, or that `ray_ahead` starts;
+    the cluster that `RAY_ADDRESS` names (set by `ray job submit`); a private one on this machine,
+    which ends with the block. A cluster that merely happens to run here is never joined. Raises
+    `UserError` if Ray cannot be started or joined.
     """
     with RAY.joined():
         yield
@@ -165,18 +171,18 @@ def ray_session() -> Iterator[None]:
 
 @contextmanager
 def ray_ahead() -> Iterator[None]:
-    """Ray starts while the block goes on, until a `ray_session` in it waits for it, and ends with
-    the block: it takes four seconds, most of them spent waiting. Until then the block must not
-    import Ray: two threads that do so at once see half of it.
+    """Start Ray in a thread while the block runs; Ray ends with the block.
 
-    That Ray cannot be had is raised by the `ray_session`, not here.
+    Starting takes four seconds, most of them spent waiting. A `ray_session` in the block waits for
+    it, and raises the error if Ray cannot be started or joined. Until then the block must not
+    import Ray: two threads that import it at once see half of it.
     """
     with RAY.ahead():
         yield
 
 
 def done_with_ray() -> None:
-    """A block of `ray_ahead` has no more use for it: it ends while the block goes on."""
+    """Say that a block of `ray_ahead` needs Ray no longer: Ray ends while the block goes on."""
     RAY.done()
 
 
@@ -185,20 +191,21 @@ def _has_gpu() -> bool:
 
 
 def is_submission_address(address: str) -> bool:
-    """Whether it is that of a dashboard, which takes jobs and joins nobody."""
+    """Whether it is the address of a dashboard, which accepts jobs but cannot be joined."""
     return address.startswith(("http://", "https://"))
 
 
 def worker_environment(use_gpu: bool) -> dict[str, dict[str, str]]:
-    """`runtime_env` of a worker in which torch computes. None in a Ray of our own, whose workers
-    have it from their start: one with an environment of its own is started anew, for seconds."""
+    """`runtime_env` of a worker in which torch computes. Empty on a GPU, and in a private Ray,
+    whose workers have these variables from their start: a worker with an environment of its own
+    would take seconds to start."""
     return {} if use_gpu or RAY.is_private else {"env_vars": KEEP_FREED_MEMORY}
 
 
 @contextmanager
 def lean_training() -> Iterator[None]:
-    """For the block in which Ray Train trains. In a Ray of our own it starts no actors for what can
-    only befall a cluster: each takes a hundredth of a core, though it waits."""
+    """For the block in which Ray Train trains. In a private Ray, it starts no actors against
+    failures that only a cluster has: each takes a hundredth of a core while it waits."""
     if not RAY.is_private:
         yield
         return
@@ -207,7 +214,7 @@ def lean_training() -> Iterator[None]:
 
 
 def quiet_ray_data() -> None:
-    """Our own progress and errors stand in for Ray Data's bars and per-operator chatter."""
+    """Turn off Ray Data's bars and messages, for which we have our own, and its idle actors."""
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -220,8 +227,8 @@ def quiet_ray_data() -> None:
 
 @contextmanager
 def quiet_about_remote_arguments() -> Iterator[None]:
-    """Ray 2.60 deprecates max_retries, max_restarts and max_task_retries of its data stages,
-    without a successor."""
+    """Silence a warning in the block: Ray 2.60 deprecates max_retries, max_restarts and
+    max_task_retries of its data stages, and names no successor."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
         yield

@@ -1,4 +1,4 @@
-"""How a scheduler's SIGTERM and Ctrl-C end this process."""
+"""How SIGTERM, as schedulers send it, and Ctrl-C end this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ASK_AGAIN_S = 0.05
 
 @dataclass
 class _Signals:
-    """Of this process: there is one."""
+    """State of this process. `_here` is the only instance."""
 
     handled: bool = False
     """Whether our handlers are in place."""
@@ -25,32 +25,33 @@ _here = _Signals()
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM, by which schedulers end a job, unwind as Ctrl-C does: leases are given back.
+    """Let SIGTERM, with which schedulers end a job, unwind the stack as Ctrl-C does, so that leases
+    are given back.
 
-    And let neither raise in the middle of an import: Python drops such an exception, or worse,
-    leaves the lock of all imports taken, and the thread that starts Ray waits for it for ever.
+    Neither signal raises in the middle of an import: Python would drop such an exception or, worse,
+    keep the global import lock, for which the thread that starts Ray would then wait forever.
     """
     if threading.current_thread() is not threading.main_thread():
         return
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, _end)
-    # A shell has what it runs in the background ignore Ctrl-C.
+    # A shell makes its background processes ignore Ctrl-C.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
     if not _here.handled:
-        # What Python no longer handles at its very end would kill it.
+        # At its very end Python handles no signals any more, and an alarm would kill it.
         atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
     _here.handled = True
 
 
 def take_signals_back() -> None:
-    """Ray has put its own handlers there; where ours were, they are again."""
+    """Put our handlers back, if they were in place: Ray replaces them with its own."""
     if _here.handled:
         end_on_signals()
 
 
 def end_if_told() -> None:
-    """For long loops: Python drops what a signal handler raises in a destructor. Raises
+    """For long loops, because Python drops what a signal handler raises inside a destructor. Raises
     `SystemExit` after a SIGTERM, `KeyboardInterrupt` after Ctrl-C."""
     if _here.told_by == signal.SIGINT:
         _here.told_by = None  # once: Python may go on to something else
@@ -60,7 +61,7 @@ def end_if_told() -> None:
 
 
 def code_of_signal() -> int | None:
-    """The exit code of a process that a signal told to end; None: none did."""
+    """The exit code if a signal told this process to end; None if none did."""
     return None if _here.told_by is None else 128 + _here.told_by
 
 

@@ -339,7 +339,7 @@ def test_doctor_tells_an_address_for_jobs_from_one_of_a_cluster(monkeypatch, cap
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     code, out, _ = run(capfd, "doctor")
     assert code == 2
-    assert "RAY_ADDRESS is http://127.0.0.1:8265, where jobs are submitted" in out
+    assert "RAY_ADDRESS is http://127.0.0.1:8265, an address for submitting jobs" in out
     assert "→ unset it" in out
 
 
@@ -358,7 +358,7 @@ def test_doctor_tries_what_the_job_would_find_missing(tmp_path, monkeypatch, cap
     for what in ("libraries", "ray", "results"):
         assert ["missing", what] in [words[:2] for words in told]
     assert f"nothing answers at {closed} (" in out
-    assert "there is one by NVIDIA: install a driver of 580 or newer" in out
+    assert "there is an NVIDIA GPU: install driver 580 or newer" in out
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     _, out, _ = run(capfd, "doctor")
     assert f"joins {ray.get_runtime_context().gcs_address} (RAY_ADDRESS) of 2 CPUs" in out

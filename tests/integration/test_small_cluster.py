@@ -65,4 +65,4 @@ def test_screening_fits_itself_to_the_cluster(tmp_path: Path, cpus: int, in_a_sh
     assert told[-1:] == [str(_FILMS)], done.stderr
     of = "" if in_a_shard else f" of {_FILMS}"
     free = f"; free in the Ray cluster: 0 of {cpus} CPU"
-    assert re.match(rf"Screening: 0{of} images, nothing more for \d+ s{free}", told[1]), told
+    assert re.match(rf"Screening: 0{of} images, no progress for \d+ s{free}", told[1]), told
