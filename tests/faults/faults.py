@@ -1,4 +1,4 @@
-"""The faults, and those of screening: each breaks a run in its own way, once."""
+"""The faults of screening, and the list of all faults. Each function breaks one run, once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _kill(job: subprocess.Popen[str]) -> None:
 
 
 def driver_killed_while_reading(scene: Scene, seed: int = 0) -> Outcome:
-    """At a moment drawn at random: when so many objects have been asked for."""
+    """When a random number of objects has been requested."""
     moment = random.Random(seed).randrange(10, LOOSE)
     with scene.trial() as outcome:
         job = scene.start()
@@ -51,7 +51,7 @@ def _killed_at_put(scene: Scene, part: str, *, after: bool) -> Outcome:
         def strike(method: str, path: str) -> None:
             if method == "PUT" and f"/{part}/" in path and "/_work/" not in path:
                 if after:
-                    # The request goes on to the server; its answer finds nobody.
+                    # The request still reaches the server; nobody receives its answer.
                     threading.Timer(0.05, _kill, [job]).start()
                 else:
                     _kill(job)
@@ -78,7 +78,7 @@ def driver_killed_before_the_commit(scene: Scene) -> Outcome:
 
 
 def driver_killed_after_the_commit(scene: Scene) -> Outcome:
-    """Published, and its work not yet removed."""
+    """When the run is published and its work is not removed yet."""
     struck = threading.Event()
     with scene.trial() as outcome:
         job = scene.start()
@@ -97,7 +97,7 @@ def driver_killed_after_the_commit(scene: Scene) -> Outcome:
 
 
 def _process_killed(scene: Scene, title: str, *options: str) -> Outcome:
-    """A process of Ray's, in the middle of the run: the run itself goes on."""
+    """Kill one of Ray's processes in the middle of the run; the run itself must go on."""
     with scene.trial() as outcome:
         job = scene.start(*options)
         wait_for(lambda: len(scene.fetched()) >= 60 or job.poll() is not None, "objects come")
@@ -148,7 +148,7 @@ sys.exit(code)
 
 
 def node_lost(scene: Scene) -> Outcome:
-    """One of three, with all that runs on it."""
+    """Kill every process of one node of three."""
     signal_file = scene.folder / "strike"
     signal_file.unlink(missing_ok=True)
     with scene.trial() as outcome:
@@ -161,7 +161,7 @@ def node_lost(scene: Scene) -> Outcome:
 
 
 def storage_restarted(scene: Scene) -> Outcome:
-    """The S3 server is killed, and comes back three seconds later."""
+    """Kill the S3 server, and start it again three seconds later."""
     with scene.trial() as outcome:
         job = scene.start()
         wait_for(lambda: len(scene.fetched()) >= 60 or job.poll() is not None, "objects come")
@@ -178,7 +178,7 @@ def storage_restarted(scene: Scene) -> Outcome:
 
 
 def bad_network(scene: Scene, seed: int = 0) -> Outcome:
-    """One request in twenty is refused, broken off, cut, altered, delayed, or done unheard."""
+    """One request in twenty is refused, reset, cut, altered or delayed, or its answer is lost."""
     faults = {
         "GET": ("503", "reset", "cut", "flip", "delay"),
         "LIST": ("503", "reset", "cut", "delay"),
@@ -201,7 +201,7 @@ def bad_network(scene: Scene, seed: int = 0) -> Outcome:
 
 
 def two_drivers(scene: Scene) -> Outcome:
-    """Under one run id, at once: one publishes, the other says so."""
+    """At once, under one run id: one driver publishes, the other reports that it did."""
     with scene.trial() as outcome:
         jobs = [scene.start() for _ in range(2)]
         told = [scene.ended(job) for job in jobs]
@@ -213,7 +213,7 @@ def two_drivers(scene: Scene) -> Outcome:
 
 
 def disk_full(scene: Scene) -> Outcome:
-    """The results lie on a small disk; when there is room again, the run goes on."""
+    """The results are on a disk that fills up; the run must go on when there is room again."""
     folder = Path(tempfile.mkdtemp(prefix="lungopacity-small-"))
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
@@ -235,7 +235,7 @@ def disk_full(scene: Scene) -> Outcome:
     return outcome
 
 
-# Loaded by every Python of the job. Nothing of ours reads the clock but by `datetime.now`.
+# Loaded by every Python of the job. Our code reads the date only by `datetime.now`.
 CLOCK = """
 import datetime
 import pandas  # makes classes of the real datetime in C, and would crash on another
@@ -249,7 +249,7 @@ datetime.datetime = datetime_set_back
 
 
 def clock_set_back(scene: Scene) -> Outcome:
-    """By two days, between two nights: what is newest is still known."""
+    """By two days, for one night: the newest rows must still be found."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         archive = open_store(f"{name}/archive")
@@ -290,7 +290,7 @@ def clock_set_back(scene: Scene) -> Outcome:
 
 
 class NotPossibleHereError(Exception):
-    """This machine lacks what the fault needs."""
+    """The fault needs something that this machine does not have."""
 
 
 FAULTS: dict[str, tuple[Trial, int]] = {

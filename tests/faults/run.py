@@ -1,4 +1,4 @@
-"""Every fault, several times; the table of docs/reliability.md."""
+"""Strike every fault, most of them several times, and write the table of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from tests.faults.scene import IMAGES, LOOSE, MEMBERS, SHARDS, Outcome, Scene, s
 
 HEAD = """# Reliability
 
-Each line is a fault that was struck for real: real processes killed with signal 9, a real S3 server
-on loopback behind a proxy that breaks answers, a real Ray. After the fault the same command was
-started again until the run was published; then its table was compared with its plan. A reader asked
-for all published rows the whole time. Research use only. Not a medical device.
+What was killed or broken on purpose, and what was lost by it. Real processes were killed with
+signal 9, a real S3 server on loopback stood behind a proxy that breaks answers, and Ray was real.
+After each fault the same command was started again until the run was published. Then the published
+table was compared with the plan. A reader queried all published rows the whole time. Research use
+only. Not a medical device.
 
 ```
 make faults
@@ -32,17 +33,18 @@ make faults
 {machine}; {images} images a run: {loose} loose objects and {shards} tars of {members};
 {date}; {minutes:.0f} minutes.
 
-| fault | tried | images expected | lost | twice | finished when it struck | of these fetched \
-again | readers saw a part | left after `clean` | starts |
+| fault | trials | images expected | lost | twice | finished at the fault | of these fetched \
+again | times a reader saw part of a run | files left after `clean` | starts |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 """
 TAIL = """
-- *Finished* counts objects whose rows had landed in part files when the first attempt ended, over
-  all trials. Of a training run, epochs stand for images. *Starts* is the most that any trial took.
-- The random moments are drawn from a fixed seed, as counts of objects asked for.
-- Broken requests: refused (503), connection reset, body cut short, a byte flipped, delayed, and for
-  writes and deletions also done with the answer lost. A listing is not flipped: S3 gives it no
-  checksum.
+- *Finished* counts objects whose rows were in part files when the first attempt ended, over all
+  trials. *Starts* is the most that any trial needed. In the rows about training, images are epochs.
+- At a random moment: when a number of objects, drawn with a fixed seed, has been requested.
+- The clock is set back in the Python of one night, between two others.
+- A broken request is refused (503), reset, cut short, delayed, or has one byte flipped. Writes and
+  deletions may also be done while their answer is lost. Bytes of a listing are not flipped, because
+  S3 gives a listing no checksum.
 """
 FAILED = "**failed**"
 
@@ -59,7 +61,7 @@ def line(name: str, outcomes: list[Outcome] | str) -> str:
 
 
 def tried(place: Scene, name: str) -> list[Outcome] | str:
-    """What came of each trial, or why there is none; what a trial fails by ends that fault alone:
+    """The outcome of each trial, or why there is none. A trial that fails ends its own fault only:
     the others take twenty minutes."""
     strike, times = FAULTS[name]
     outcomes = []
@@ -82,7 +84,9 @@ def tried(place: Scene, name: str) -> list[Outcome] | str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=Path, help="write the document here")
-    parser.add_argument("--only", default="", help="faults with this in their name")
+    parser.add_argument(
+        "--only", default="", help="strike only the faults whose names contain this"
+    )
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lungopacity-faults-") as name:

@@ -1,4 +1,4 @@
-"""A real job over a real S3 server, broken on purpose, and what must be true of it afterwards."""
+"""A real job over a real S3 server that a fault breaks, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ RUN_ID = "night"
 
 @dataclass
 class Outcome:
-    """One trial of a fault, after the run was taken up again and published."""
+    """One trial of a fault, after the run was resumed and published."""
 
     expected: int = IMAGES
     rows: int = 0
     twice: int = 0
     finished: int = 0
-    """Objects whose rows had landed when the first attempt ended."""
+    """Objects whose rows were in part files when the first attempt ended."""
     refetched: int = 0
     """How many of those were fetched again."""
     parts_seen: int = 0
-    """How often a reader saw something else than whole runs."""
+    """How often a reader saw part of a run."""
     left: int = 0
-    """Files of no published run after `lungopacity clean`."""
+    """Files that belong to no published run after `lungopacity clean`."""
     attempts: int = 1
     """Times the command was started until the run was published."""
 
@@ -88,11 +88,11 @@ class Scene:
         ]
 
     def start(self, *more: str) -> subprocess.Popen[str]:
-        """The job, in processes of its own, with every request through the proxy."""
+        """Start the job in processes of its own, with every request through the proxy."""
         return self.started(self.command(*more))
 
     def started(self, command: list[str]) -> subprocess.Popen[str]:
-        """The same of another command. It is ended with the trial."""
+        """Start another command in the same way. It ends with the trial."""
         job = subprocess.Popen(
             command,
             env={**os.environ, **self.server.environment, "AWS_ENDPOINT_URL": self.proxy.url,
@@ -106,7 +106,7 @@ class Scene:
         return job
 
     def ended(self, job: subprocess.Popen[str]) -> str:
-        """Wait for the job's end; what it printed."""
+        """Wait for the job's end, and return what it printed."""
         try:
             return job.communicate(timeout=_TIMEOUT_S)[0]
         except subprocess.TimeoutExpired:
@@ -114,7 +114,7 @@ class Scene:
             raise AssertionError(f"the job hangs: {job.communicate()[0][-3000:]}") from None
 
     def fetched(self) -> Counter[str]:
-        """How often each object of the archive was asked for."""
+        """How often each object of the archive was requested."""
         start = f"/{self.archive.removeprefix('s3://')}/"
         with self.proxy.lock:
             gets = dict(self.proxy.gets)
@@ -127,7 +127,7 @@ class Scene:
         )
 
     def finished(self) -> set[str]:
-        """Objects whose rows lie in part files of the unpublished run."""
+        """Objects whose rows are in part files of the unpublished run."""
         store, done = open_store(self.results), set()
         for item in list(store.list(f"_work/{RUN_ID}/attempt=")):
             rows = pq.read_table(
@@ -142,7 +142,7 @@ class Scene:
 
     @contextmanager
     def trial(self) -> Iterator[Outcome]:
-        """Readers look on while the block breaks the run; then it is finished, and judged."""
+        """A reader watches while the block breaks the run. Then the run is finished and judged."""
         self.results = f"{self.prefix}/results-{uuid.uuid4().hex[:8]}"
         self.proxy.gets.clear()
         outcome = Outcome()
@@ -154,7 +154,7 @@ class Scene:
             before, fetched = self.finished(), self.fetched()
             while not self._published():
                 outcome.attempts += 1
-                assert outcome.attempts <= 4, "taken up again and again, and never published"
+                assert outcome.attempts <= 4, "resumed again and again, and never published"
                 self.ended(self.start())
             again = self.fetched()
             outcome.finished = len(before)
@@ -173,7 +173,7 @@ class Scene:
             ).to_pylist()
         )
         outcome.twice = outcome.rows - distinct
-        # As if an hour had passed, within which whatever lies there may be of a job at work.
+        # As if an hour had passed: until then `clean` takes files for those of a running job.
         with patch("lungopacity.screening.clean._AT_WORK", timedelta(0)):
             clean(self.results, older_than_days=0)
         (record,) = read_runs(open_store(self.results))
@@ -182,7 +182,7 @@ class Scene:
         outcome.left = len(keys - named - {f"runs/{RUN_ID}.json"})
 
     def _end_jobs(self) -> None:
-        """Those that a trial which failed left at work: they would disturb the next one."""
+        """End what a failed trial left running: it would disturb the next one."""
         while self.jobs:
             job = self.jobs.pop()
             if job.poll() is None:
@@ -201,7 +201,7 @@ class Scene:
                     "FROM runs JOIN predictions USING (run_id) GROUP BY run_id",
                 ).to_pylist()
             except UserError as error:
-                # The S3 server itself may be down, and nothing may be published yet.
+                # The S3 server may be down, or nothing published yet: neither is a fault.
                 broken = "cannot be read" in str(error) and "commit record names" in str(error)
                 outcome.parts_seen += broken and self.server.process_group is not None
                 continue
@@ -210,7 +210,7 @@ class Scene:
 
 @contextmanager
 def scene(server: LocalS3, prefix: str, folder: Path) -> Iterator[Scene]:
-    """Make the archive and the model once; `server`'s AWS variables must be set."""
+    """Make the archive and the model, once. The AWS variables of `server` must be set."""
     archive = open_store(f"{prefix}/archive")
     films = [encoded(grey_film(seed, 120, 110)) for seed in range(20)]
     for number in range(LOOSE):
@@ -224,7 +224,7 @@ def scene(server: LocalS3, prefix: str, folder: Path) -> Iterator[Scene]:
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
-    """Return when it is so. Fails when it never is."""
+    """Return when the condition holds. Fails when it does not within the time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"never happened: {what}"
@@ -232,7 +232,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> N
 
 
 def processes_of(job: subprocess.Popen[str], title: str) -> list[int]:
-    """Ids of the job's processes whose title begins so: Ray gives its workers telling ones."""
+    """Ids of the job's processes whose title begins with `title`; Ray sets its workers' titles."""
     parents: dict[int, int] = {}
     found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):

@@ -1,4 +1,4 @@
-"""Some faults once, for time's sake; `make faults` strikes them all, and more often, and writes
+"""Two faults, once each, to save time. `make faults` strikes all of them, more often, and writes
 docs/reliability.md."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def broken_scene(tmp_path_factory: pytest.TempPathFactory):
     from cluster.local_s3 import LocalS3
 
     folder = tmp_path_factory.mktemp("faults")
-    # Its own: one fault kills it.
+    # An S3 server of its own, because one fault kills it.
     with LocalS3(folder / "s3") as server, server.as_environment():
         server.create_bucket("faults")
         with scene(server, "s3://faults/scene", folder) as made:

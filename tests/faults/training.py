@@ -1,4 +1,4 @@
-"""The faults of training: what a lost process or node costs is counted in epochs."""
+"""The faults of training, where epochs are counted instead of images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(json.dumps({"seen": seen, "kept": [row["epoch"] for row in result.history]
 
 
 def training_rank_killed(scene: Scene) -> Outcome:
-    """In the third epoch: the run goes on after the second, and every epoch counts once."""
+    """In the third epoch: training must resume after the second, and have each epoch once."""
     told = _trained(TRAIN, epochs=6, timeout_s=200)
     return _judged(told, expected=6, finished=2)
 
@@ -82,7 +82,7 @@ cluster.shutdown()
 
 
 def elastic_node_lost(scene: Scene) -> Outcome:
-    """Of two that train, one is lost; the other goes on alone, until a third joins."""
+    """One of two nodes is lost; the other trains alone until a third joins."""
     epochs = 60
     told = _trained(ELASTIC, epochs, timeout_s=400)
     changes = [number for number, _ in itertools.groupby(told["workers"])]
@@ -91,7 +91,7 @@ def elastic_node_lost(scene: Scene) -> Outcome:
 
 
 def _trained(script: str, epochs: int, timeout_s: float) -> dict[str, list[int]]:
-    """What the script told of its training: the epochs that were seen, and those that were kept."""
+    """What the script printed: the epochs that its caller saw, and those in the history."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-c", script, f"{folder}/model", str(epochs)], capture_output=True,
@@ -104,7 +104,7 @@ def _trained(script: str, epochs: int, timeout_s: float) -> dict[str, list[int]]
 
 
 def _judged(told: dict[str, list[int]], expected: int, finished: int) -> Outcome:
-    """Epochs stand for images. `finished`: those before the fault."""
+    """Count epochs as images. `finished`: epochs before the fault."""
     seen, kept = told["seen"], told["kept"]
     return Outcome(
         expected=expected,
