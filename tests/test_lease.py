@@ -12,7 +12,7 @@ from lungopacity.storage.lease import Lease
 
 
 def short_s(store_uri: str) -> float:
-    """A lease to wait out. S3 tells the time of an object in whole seconds."""
+    """Seconds of a lease that a test waits out. S3 gives times of objects in whole seconds."""
     return 2.0 if store_uri.startswith("s3:") else 0.8
 
 
@@ -20,18 +20,18 @@ def lease(store_uri: str, seconds: float | None = None) -> Lease:
     return Lease(open_store(store_uri), "nightly", "a night", seconds or short_s(store_uri))
 
 
-def test_of_two_the_second_is_told_who_holds_it(store_uri):
+def test_a_second_job_is_told_who_holds_the_lease(store_uri):
     with lease(store_uri) as held:
         with pytest.raises(UserError, match=rf"a night, process {os.getpid()} on "):
             lease(store_uri).__enter__()
         held.check()
-    # Given back: nothing is left, and the next one need not wait.
+    # Released: nothing is left, and the next job need not wait.
     assert list(open_store(store_uri).list()) == []
     with lease(store_uri):
         pass
 
 
-def test_it_is_renewed_for_longer_than_it_lasts(store_uri):
+def test_a_lease_is_renewed_while_its_holder_lives(store_uri):
     with lease(store_uri) as held:
         time.sleep(2 * short_s(store_uri))
         held.check()
@@ -39,9 +39,9 @@ def test_it_is_renewed_for_longer_than_it_lasts(store_uri):
             lease(store_uri).__enter__()
 
 
-def test_a_killed_holders_lease_is_taken_over_when_it_is_over_and_not_before(store_uri):
+def test_a_killed_holders_lease_is_taken_over_once_it_expires_and_not_before(store_uri):
     dead = lease(store_uri)
-    dead._take()  # and never renewed: its process was killed
+    dead._take()  # and never renewed, as after a kill
     began = time.monotonic()
     with pytest.raises(UserError, match="last sign of life"):
         lease(store_uri)._take()
@@ -58,7 +58,7 @@ def test_a_killed_holders_lease_is_taken_over_when_it_is_over_and_not_before(sto
         dead.check()
 
 
-def test_a_patient_one_waits_out_a_killed_holder_and_refuses_beside_a_living_one(
+def test_a_patient_job_waits_for_a_killed_holders_lease_and_stops_for_a_living_holder(
     store_uri, monkeypatch
 ):
     def patient(seconds: float) -> Lease:
@@ -72,7 +72,7 @@ def test_a_patient_one_waits_out_a_killed_holder_and_refuses_beside_a_living_one
         began = time.monotonic()
         with pytest.raises(UserError, match="another job is at work"):
             patient(60.0).__enter__()
-        assert time.monotonic() - began < 40  # a renewal was seen, and the end not waited for
+        assert time.monotonic() - began < 40  # it saw a renewal, and did not wait for the end
         held.check()
 
 
@@ -100,19 +100,19 @@ def test_a_race_for_an_expired_lease_has_one_winner(store_uri):
     got[0].check()
 
 
-def test_whoever_lost_it_may_not_publish(store_uri):
+def test_a_job_that_lost_its_lease_may_not_publish(store_uri):
     with lease(store_uri) as held:
         open_store(store_uri).write("_lock/nightly.json", json.dumps({"token": "x"}).encode())
         with pytest.raises(UserError, match="another job has taken it over"):
             held.check()
-        held._thread.join(20)  # it has noticed, too
+        held._thread.join(20)  # the renewing thread notices, too
         assert held.taken_over
-    # And it does not remove what is another's.
+    # And the job does not remove the other's lease.
     assert open_store(store_uri).head("_lock/nightly.json") is not None
 
 
 def test_a_clock_that_was_set_back_does_not_lock_for_ever(tmp_path):
-    """A killed holder's lease is dated hours from now; a living one's is renewed."""
+    """The lease of a killed holder is dated hours ahead; a living holder renews its lease."""
     store = open_store(str(tmp_path))
     with lease(str(tmp_path)):
         path = tmp_path / "_lock" / "nightly.json"
@@ -128,14 +128,14 @@ def test_a_clock_that_was_set_back_does_not_lock_for_ever(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"[]", b'"x"', b"5", b"null", b"{"])
-def test_a_lease_that_says_nothing_is_still_held(tmp_path, content):
+def test_a_damaged_lease_is_still_held(tmp_path, content):
     open_store(str(tmp_path)).write("_lock/nightly.json", content)
     with pytest.raises(UserError, match=r"another job is at work there: unknown, process \? on"):
         lease(str(tmp_path))._take()
 
 
-def test_of_two_that_take_over_one_is_refused(tmp_path, monkeypatch, caplog):
-    """Both have found it expired; the other one was quicker."""
+def test_a_takeover_that_another_job_wins_is_refused(tmp_path, monkeypatch, caplog):
+    """Both found the lease expired, and the other job was quicker."""
     store = open_store(str(tmp_path))
     store.write("_lock/nightly.json", b"{}")
     os.utime(tmp_path / "_lock" / "nightly.json", (0, 0))
@@ -151,7 +151,7 @@ def test_of_two_that_take_over_one_is_refused(tmp_path, monkeypatch, caplog):
 
 
 def test_a_holder_that_renews_at_the_last_moment_keeps_its_lease(tmp_path):
-    """Whoever waited for a sign of life looked a moment too early."""
+    """The waiting job looked for a sign of life a moment too early."""
     held, patient = lease(str(tmp_path)), lease(str(tmp_path))
     held._take()
     patient.patient = True
@@ -172,8 +172,8 @@ def test_a_holder_that_renews_at_the_last_moment_keeps_its_lease(tmp_path):
     held.check()
 
 
-def test_a_lease_lasts_from_the_begin_of_its_renewal(tmp_path):
-    """The storage may have dated it then, however late it answers."""
+def test_a_lease_lasts_from_the_start_of_its_renewal(tmp_path):
+    """The storage may date it then, however late it answers."""
     held = lease(str(tmp_path), 60.0)
     held._take()
     write = held.store.write
@@ -192,8 +192,8 @@ def failing(*_: object, **__: object) -> None:
     raise UserError("no server answers")
 
 
-def test_storage_that_fails_for_longer_than_the_lease_lasts_does_not_lose_it(tmp_path, caplog):
-    """Hours of work are not thrown away while nobody else has begun."""
+def test_a_storage_failure_longer_than_the_lease_does_not_lose_it(tmp_path, caplog):
+    """Hours of work are not thrown away as long as no other job has started."""
     with lease(str(tmp_path), 0.3) as held:
         write, held.store.write = held.store.write, failing
         deadline = time.monotonic() + 10
@@ -205,11 +205,11 @@ def test_storage_that_fails_for_longer_than_the_lease_lasts_does_not_lose_it(tmp
         time.sleep(0.3)
         before = held.store.head(held.key)
         held.check()
-        # It is renewed again, by itself and by being asked.
+        # It is renewed again, by its thread and by `check`.
         assert held.store.head(held.key) != before
         with pytest.raises(UserError, match="another job is at work"):
             lease(str(tmp_path), 60.0).__enter__()
-        # But whoever began meanwhile keeps it.
+        # But a job that started meanwhile keeps it.
         held.store.write = failing
         while held.held():
             time.sleep(0.05)
@@ -220,17 +220,17 @@ def test_storage_that_fails_for_longer_than_the_lease_lasts_does_not_lose_it(tmp
     assert "the lease could not be renewed: no server answers" in caplog.text
 
 
-def test_a_lease_that_cannot_be_given_back_stops_nothing(tmp_path, caplog):
+def test_a_lease_that_cannot_be_released_stops_nothing(tmp_path, caplog):
     with lease(str(tmp_path)) as held:
         held.store.delete = failing
-    assert "the lease could not be given back: no server answers" in caplog.text
+    assert "the lease could not be released: no server answers" in caplog.text
 
 
 def unreadable(*_: object, **__: object) -> None:
     raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, "storage answered 503")
 
 
-def test_a_lease_that_cannot_be_read_is_held_for_as_long_as_it_lasts(tmp_path):
+def test_a_lease_that_cannot_be_read_is_held_until_it_expires(tmp_path):
     with lease(str(tmp_path), 60.0) as held:
         read, held.store.read = held.store.read, unreadable
         held.store.write = failing
@@ -244,7 +244,7 @@ def test_a_lease_that_cannot_be_read_is_held_for_as_long_as_it_lasts(tmp_path):
     assert list(open_store(str(tmp_path)).list()) == []
 
 
-def test_a_renewal_whose_answer_was_lost_is_tried_again_where_nothing_can_be_read(tmp_path, caplog):
+def test_a_renewal_without_answer_is_tried_again_if_the_lease_cannot_be_read(tmp_path, caplog):
     with lease(str(tmp_path), 0.5) as held:
         write, read, conflicts = held.store.write, held.store.read, []
 
@@ -264,8 +264,8 @@ def test_a_renewal_whose_answer_was_lost_is_tried_again_where_nothing_can_be_rea
     assert "_lock/nightly.json cannot be read (storage answered 503)" in caplog.text
 
 
-def test_what_was_written_and_not_heard_of_counts_for_no_later_renewal(tmp_path):
-    """Its etag was not told, so that the next renewal meets what the last one wrote."""
+def test_a_renewal_after_one_whose_etag_is_unknown_is_written(tmp_path):
+    """The etag could not be read, so the next renewal meets what the last one wrote."""
     with lease(str(tmp_path), 60.0) as held:
         head, held.store.head = held.store.head, failing
         assert held.held()

@@ -35,7 +35,7 @@ def test_what_is_written_is_listed_and_read_back(store_uri, key):
     assert store.read(key, etag=found.etag) == b"content"
     head = store.head(key)
     assert head.etag == found.etag
-    # S3 tells whole seconds of one object, and parts of them in a list.
+    # S3 gives whole seconds for one object, and fractions in a listing.
     assert abs(head.modified_at - found.modified_at) < timedelta(seconds=1)
 
 
@@ -47,9 +47,9 @@ def test_a_prefix_narrows_the_listing(store_uri):
     assert [item.key for item in store.list("runs/b")] == ["runs/b.json"]
 
 
-def test_every_object_of_a_long_listing_comes_once(s3_uri):
+def test_every_object_of_a_long_listing_is_listed_once(s3_uri):
     store = open_store(s3_uri)
-    keys = {f"{number:05d}" for number in range(1100)}  # over one page of 1,000
+    keys = {f"{number:05d}" for number in range(1100)}  # more than one page of 1,000
     for key in keys:
         store.write(key, b"x")
     listed = [item.key for item in store.list()]
@@ -57,8 +57,8 @@ def test_every_object_of_a_long_listing_comes_once(s3_uri):
     assert set(listed) == keys
 
 
-def test_an_object_named_like_a_folder_is_listed_where_it_holds_something(s3_uri):
-    """Consoles make empty ones. The server of the tests keeps no other: this is its page."""
+def test_an_object_named_like_a_folder_is_listed_unless_it_is_empty(s3_uri):
+    """Consoles make empty ones. The test server cannot store others, so the page is made up."""
     store = open_store(s3_uri)
     facts = {"ETag": '"0"', "LastModified": datetime(2026, 1, 1, tzinfo=UTC)}
     page = [{"Key": f"{store.prefix}{key}", "Size": size, **facts}
@@ -70,7 +70,7 @@ def test_an_empty_place_lists_nothing(store_uri):
     assert list(open_store(store_uri).list()) == []
 
 
-def test_a_missing_object_has_its_code(store_uri):
+def test_a_missing_object_has_the_code_missing(store_uri):
     store = open_store(store_uri)
     assert store.head("none") is None
     assert code_of(lambda: store.read("none")) is ErrorCode.MISSING
@@ -91,8 +91,8 @@ def test_a_replaced_object_is_not_taken_for_the_planned_one(store_uri):
 
 
 @pytest.mark.parametrize("what", ["time", "size"])
-def test_of_a_replaced_file_time_or_size_alone_tells(tmp_path, what):
-    """Exports write films of one size in a second, and copies keep the time of what was there."""
+def test_a_replaced_file_is_noticed_by_its_time_or_its_size_alone(tmp_path, what):
+    """Exports may write several films of one size in a second, and copies may keep an old time."""
     film, store = tmp_path / "a", LocalStore(tmp_path)
     film.write_bytes(b"first")
     os.utime(film, ns=(0, 10**18))
@@ -102,7 +102,7 @@ def test_of_a_replaced_file_time_or_size_alone_tells(tmp_path, what):
     assert code_of(lambda: store.read("a", etag=planned)) is ErrorCode.CHANGED
 
 
-def test_a_file_that_is_written_to_while_it_is_read_is_not_taken_for_the_planned_one(
+def test_a_file_that_changes_while_it_is_read_is_not_taken_for_the_planned_one(
     tmp_path, monkeypatch
 ):
     film, store = tmp_path / "a", LocalStore(tmp_path)
@@ -121,7 +121,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_not_taken_for_the_planned
     assert store.read("a") == b"sirst"
 
 
-def test_whoever_replaces_on_a_condition_waits_for_another_who_does(tmp_path):
+def test_conditional_writers_to_a_folder_wait_for_each_other(tmp_path):
     store, met = LocalStore(tmp_path), []
     store.write("lock", b"mine")
     etag = store.head("lock").etag
@@ -177,7 +177,7 @@ def test_open_local_gives_a_seekable_file(store_uri):
     assert code_of(lambda: store.read_head("a", 3, etag="0" * 32)) is ErrorCode.CHANGED
 
 
-def test_delete_is_quiet_about_what_is_gone(store_uri):
+def test_deleting_what_is_already_gone_is_no_error(store_uri):
     store = open_store(store_uri)
     store.write("x/y", b"1")
     store.delete("x/y")
@@ -223,7 +223,7 @@ def test_a_write_leaves_no_temporary_file_and_honours_the_umask(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_hard_links_is_told_before_a_run_needs_them(
+def test_a_file_system_without_hard_links_is_reported_before_a_run_needs_them(
     tmp_path, monkeypatch, code
 ):
     check_conditions(str(tmp_path / "new" / "results"))
@@ -236,9 +236,7 @@ def test_a_file_system_without_hard_links_is_told_before_a_run_needs_them(
         lambda: LocalStore(tmp_path).write("a", b"x", if_absent=True),
         lambda: check_conditions(str(tmp_path)),
     ):
-        with pytest.raises(
-            UserError, match=r"its file system has no hard links, .*; take a folder"
-        ):
+        with pytest.raises(UserError, match=r"its file system has no hard links, .*; use a folder"):
             act()
     assert list(tmp_path.iterdir()) == []
 
@@ -255,14 +253,14 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert synced == [(10, False)]
 
 
-def test_what_is_private_is_seen_by_nobody_else(tmp_path):
+def test_only_the_owner_can_read_a_private_object(tmp_path):
     LocalStore(tmp_path).write("keys/a", b"x", private=True)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("keys", "keys/a")] == [
         0o700, 0o600,
     ]  # fmt: skip
 
 
-def test_a_folder_that_is_swept_away_under_a_write_is_made_again(tmp_path, monkeypatch):
+def test_a_folder_that_is_removed_during_a_write_is_made_again(tmp_path, monkeypatch):
     make = tempfile.mkstemp
     swept = []
 
@@ -291,8 +289,8 @@ def test_a_folder_has_one_uri_however_many_slashes_lead_to_it(uri):
     assert open_store(uri).uri == "/data/films"
 
 
-def test_nothing_is_written_where_it_would_not_be_found(s3_uri):
-    """Arrow refuses such keys, and some servers list them under others."""
+def test_nothing_is_written_below_an_empty_folder_name(s3_uri):
+    """Arrow refuses such keys, and some servers list them under other names."""
     with pytest.raises(UserError, match=r"x//y cannot be written: .* leave out the second slash"):
         open_store(f"{s3_uri}/x//y").write("a", b"x")
 
@@ -309,7 +307,7 @@ def test_a_file_uri_may_name_one_object_with_escaped_letters(tmp_path):
     parent, name = split_uri(film.as_uri())
     assert name == film.name
     assert open_store(parent).read(name) == b"x"
-    # Keys of S3 are what they are.
+    # Keys of S3 are not escaped.
     assert split_uri("s3://b/my%20film.png")[1] == "my%20film.png"
 
 
@@ -319,14 +317,14 @@ def test_a_file_uri_may_name_one_object_with_escaped_letters(tmp_path):
         ("gs://bucket/x", "not supported"),
         ("s3://", "no bucket"),
         ("file://host/x", "three slashes"),
-        ("s3://bad bucket/x", "'bad bucket' is no bucket's name, which has letters"),
+        ("s3://bad bucket/x", "'bad bucket' is not a bucket name, which has letters"),
         ("s3:/bucket/x", "write s3://bucket/prefix"),
-        ("", "'' is no path and no URI; give one"),
-        ("a\0b", "is no path"),
+        ("", "'' is neither a path nor a URI; give"),
+        ("a\0b", "is neither a path nor a URI"),
         ("~nosuchuser/x", "~nosuchuser/x: there is no such user here"),
     ],
 )
-def test_an_unusable_uri_is_refused_with_the_mend(uri, message):
+def test_an_unusable_uri_is_refused_with_what_to_do(uri, message):
     with pytest.raises(UserError, match=message):
         open_store(uri)
     with pytest.raises(UserError, match=message):
@@ -334,8 +332,8 @@ def test_an_unusable_uri_is_refused_with_the_mend(uri, message):
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket", "s3://bucket/", "S3://bucket"])
-def test_a_bucket_is_no_file(uri):
-    with pytest.raises(UserError, match="name a file in it, as s3://bucket/key"):
+def test_a_bucket_has_no_parent_folder(uri):
+    with pytest.raises(UserError, match="name a file in it, as in s3://bucket/key"):
         split_uri(uri)
 
 

@@ -1,4 +1,4 @@
-"""What a disk does that storage does not expect: forbidden, dead, odd, or gone meanwhile."""
+"""Disks that misbehave: files that are forbidden, on a dead server, odd, or gone meanwhile."""
 
 import ctypes
 import os
@@ -18,8 +18,8 @@ from tests.fault_proxy import code_of
 
 @pytest.fixture
 def forbidden() -> Iterator[Path]:
-    """A folder that may not be entered, also where the tests are run by root."""
-    # Not in `tmp_path`: nobody but its owner may enter that.
+    """A folder that may not be entered, even if root runs the tests."""
+    # Not in `tmp_path`: only its owner may enter that.
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         folder = Path(place, "archive", "forbidden")
@@ -46,21 +46,21 @@ def forbidden() -> Iterator[Path]:
         (lambda store: store.now(), "cannot be written"),
     ],
 )
-def test_what_is_forbidden_is_not_taken_for_absent(forbidden, act, message):
+def test_a_forbidden_folder_is_not_taken_for_absent(forbidden, act, message):
     store = LocalStore(forbidden)
     with pytest.raises(UserError, match=rf"{message} \(Permission denied\); check .*permissions"):
         act(store)
     assert code_of(lambda: store.read("a")) is ErrorCode.FORBIDDEN
 
 
-def test_an_archive_is_not_listed_without_what_is_forbidden_in_it(forbidden):
+def test_an_archive_with_a_forbidden_folder_cannot_be_listed(forbidden):
     with pytest.raises(UserError, match=r"/forbidden: cannot be listed \(Permission denied\)"):
         list(LocalStore(forbidden.parent).list())
 
 
 @pytest.fixture
 def dead_mount(tmp_path: Path) -> Iterator[Path]:
-    """A folder whose file server does not answer: FUSE, as that of s3fs or sshfs that has died."""
+    """A folder whose file server does not answer: a FUSE mount, as of a dead s3fs or sshfs."""
     libc = ctypes.CDLL(None)
     if sys.platform != "linux" or not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("needs /dev/fuse")
@@ -75,7 +75,7 @@ def dead_mount(tmp_path: Path) -> Iterator[Path]:
     libc.umount2(os.fsencode(folder), 2)  # MNT_DETACH
 
 
-def test_what_a_dead_file_server_holds_is_not_taken_for_absent(dead_mount):
+def test_files_on_a_dead_file_server_are_not_taken_for_absent(dead_mount):
     store = LocalStore(dead_mount)
     for act in (lambda: store.head("a"), lambda: list(store.list()), lambda: store.write("a", b"")):
         with pytest.raises(UserError, match="Transport endpoint is not connected"):
@@ -85,7 +85,7 @@ def test_what_a_dead_file_server_holds_is_not_taken_for_absent(dead_mount):
         list(LocalStore(dead_mount.parent).list())
 
 
-def test_what_goes_while_a_folder_is_listed_is_passed_over(tmp_path):
+def test_files_that_are_deleted_during_a_listing_are_left_out(tmp_path):
     for name in ("a/1", "a/2", "b/1", "c/1"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -96,7 +96,7 @@ def test_what_goes_while_a_folder_is_listed_is_passed_over(tmp_path):
     assert [item.key for item in listing] == ["c/1"]
 
 
-def test_what_lies_where_a_folder_is_to_be_is_named(tmp_path):
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path):
     store = LocalStore(tmp_path)
     store.write("a", b"x")
     for key in ("a/b", "a/b/c/d"):
@@ -114,19 +114,19 @@ def test_a_disk_error_while_a_file_is_read_has_its_code():
     assert code_of(lambda: LocalStore(Path("/proc/self")).read("mem")) is ErrorCode.UNAVAILABLE
 
 
-def test_a_path_that_is_too_long_is_said(tmp_path):
+def test_a_path_that_is_too_long_is_reported(tmp_path):
     assert LocalStore(tmp_path).head("x" * 300) is None
     with pytest.raises(UserError, match=r"cannot be listed \(File name too long\)"):
         list(LocalStore(tmp_path / ("x/" * 3000)).list())
 
 
 @pytest.mark.parametrize("key", ["../x", "/etc/hostname", "x" * 300, "a\0b"])
-def test_a_key_of_no_file_is_not_tried_again_and_no_defect(tmp_path, key):
+def test_a_key_that_cannot_name_a_file_is_neither_retried_nor_a_defect(tmp_path, key):
     assert code_of(lambda: LocalStore(tmp_path).read(key)) is ErrorCode.UNSUPPORTED
     assert ErrorCode.UNSUPPORTED not in OF_STORAGE
 
 
-def test_a_file_name_in_no_encoding_is_listed_and_not_lost(tmp_path: Path):
+def test_a_file_name_that_is_not_utf8_is_listed_and_not_lost(tmp_path: Path):
     (Path(os.fsencode(tmp_path).decode()) / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
     (found,) = open_store(str(tmp_path)).list()
     found.key.encode("utf-8")
@@ -134,7 +134,7 @@ def test_a_file_name_in_no_encoding_is_listed_and_not_lost(tmp_path: Path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="other file systems keep no such dates")
-def test_a_date_that_is_none_is_listed_as_the_nearest_one():
+def test_an_impossible_date_is_listed_as_the_nearest_possible_one():
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         for name, seconds in (("a", 9 * 10**11), ("b", -(9 * 10**11)), ("c", 0)):
             Path(folder, name).write_bytes(b"x")
@@ -145,7 +145,7 @@ def test_a_date_that_is_none_is_listed_as_the_nearest_one():
 
 
 def test_a_link_that_leads_nowhere_is_listed_and_found_missing(tmp_path):
-    """git-annex and DVC leave such links where a film was not fetched."""
+    """git-annex and DVC leave such links in place of films that were not fetched."""
     folder = tmp_path / "a"
     folder.mkdir()
     (folder / "1.dcm").write_bytes(b"x")
@@ -180,7 +180,7 @@ def test_a_folder_is_listed_once_whatever_links_lead_back_to_it(tmp_path):
 
 
 @pytest.mark.timeout(20)
-def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
+def test_a_file_that_is_not_regular_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.dcm")
     (tmp_path / "device.dcm").symlink_to("/dev/zero")
     (tmp_path / "folder.dcm").mkdir()
@@ -188,7 +188,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket.dcm"))
         for name in ("pipe.dcm", "device.dcm", "socket.dcm"):
-            with pytest.raises(ImageError, match="no regular file") as caught:
+            with pytest.raises(ImageError, match="not a regular file") as caught:
                 store.read(name)
             assert caught.value.code is ErrorCode.UNSUPPORTED
     assert code_of(lambda: store.read("folder.dcm")) is ErrorCode.MISSING

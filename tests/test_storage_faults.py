@@ -1,4 +1,4 @@
-"""What the network does to a fetch, between the real server and our client."""
+"""Faults of the network between the real server and our client."""
 
 import itertools
 import operator
@@ -19,11 +19,11 @@ from tests.results.records import record_of
 
 CONTENT = bytes(range(256)) * 300
 LARGE = CONTENT * 150
-"""No part but the last may have less than 5 MiB."""
+"""Every part of an upload but the last must have at least 5 MiB."""
 
 
 @pytest.mark.parametrize("fault", ["503", "reset", "cut", "flip"])
-def test_a_passing_fault_is_mended_by_fetching_again(proxy, s3_uri, fault):
+def test_after_a_passing_fault_the_object_is_fetched_again(proxy, s3_uri, fault):
     store = open_store(s3_uri)
     store.write("a", CONTENT)
     proxy.fault, proxy.times = fault, 2
@@ -36,14 +36,14 @@ def test_a_passing_fault_is_mended_by_fetching_again(proxy, s3_uri, fault):
 
 
 @pytest.mark.parametrize("fault", ["503", "reset", "lost answer"])
-def test_a_write_that_was_refused_or_unheard_is_tried_again(proxy, s3_uri, fault):
+def test_a_write_that_was_refused_or_got_no_answer_is_tried_again(proxy, s3_uri, fault):
     proxy.choose_any = lambda method, _path, times: fault if (method, times) == ("PUT", 1) else None
     store = open_store(s3_uri)
     for key in "abcdef":
         store.write(key, CONTENT)
     assert [store.read(key) == CONTENT for key in "abcdef"] == [True] * 6
     store.write("metrics/one.parquet", b"")
-    commit_run(store, "one", record_of("one"))  # tried again, it finds its own record
+    commit_run(store, "one", record_of("one"))  # the second try finds the record of the first
     assert read_run(store, "one") is not None
 
 
@@ -65,7 +65,7 @@ def test_a_lasting_fault_has_its_code_and_gives_no_bytes(proxy, s3_uri, fault, c
     assert sum(proxy.gets.values()) == 1 + 4
 
 
-def test_of_what_came_at_first_nothing_is_left_behind_what_came_in_the_end(proxy, s3_uri, tmp_path):
+def test_no_bytes_of_a_failed_attempt_stay_behind_those_of_the_last(proxy, s3_uri, tmp_path):
     store = open_store(s3_uri)
     store.write("a", CONTENT)
     proxy.fault, proxy.times = "flip", 1
@@ -80,7 +80,7 @@ def test_of_what_came_at_first_nothing_is_left_behind_what_came_in_the_end(proxy
 
 
 def uploaded_in_parts(store: S3Store, *sizes: int) -> None:
-    """`LARGE` as the object `a`; the last part is the rest."""
+    """Upload `LARGE` as the object `a`, in parts of these sizes and one with the rest."""
     of = {"Bucket": store.bucket, "Key": f"{store.prefix}a"}
     upload = store.client.create_multipart_upload(**of)["UploadId"]
     bounds = [0, *itertools.accumulate(sizes), len(LARGE)]
@@ -108,30 +108,48 @@ def test_an_object_that_was_uploaded_in_parts_is_checked_by_their_md5s(proxy, s3
     assert sum(proxy.gets.values()) == 4
     proxy.times = 1000
     assert code_of(lambda: store.read("a", etag=listed.etag)) is ErrorCode.DIGEST_MISMATCH
-    # Of a range nothing is known.
+    # No digest of a range is known.
     assert sum(map(operator.ne, store.read_head("a", 100), LARGE[:100])) <= 1
 
 
-def with_etags_of_chance(store, monkeypatch, etag):
+def answering_with_etag(store, monkeypatch, etag):
+    """Every answer has this ETag, which is not made of MD5s."""
     ask = S3Store._ask
 
-    def of_chance(store, method, **arguments):
+    def with_etag(store, method, **arguments):
         arguments.pop("IfMatch", None)
         return ask(store, method, **arguments) | {"ETag": f'"{etag}"'}
 
-    monkeypatch.setattr(S3Store, "_ask", of_chance)
+    monkeypatch.setattr(S3Store, "_ask", with_etag)
     monkeypatch.setattr(store._ready.quick, "_store", None)
 
 
+def test_an_etag_that_a_proxy_marked_as_weak_names_the_same_object(s3_uri, monkeypatch):
+    store = open_store(s3_uri)
+    store.write("a", CONTENT)
+    ask = S3Store._ask
+
+    def weak(store, method, **arguments):
+        answer = ask(store, method, **arguments)
+        return answer | ({"ETag": f"W/{answer['ETag']}"} if "ETag" in answer else {})
+
+    monkeypatch.setattr(S3Store, "_ask", weak)
+    (listed,) = store.list()
+    assert store.head("a").etag == listed.etag
+    assert store.read("a", etag=store.head("a").etag) == CONTENT
+    store.write("a", b"another", if_match=store.head("a").etag)
+    assert store.read("a") == b"another"
+
+
 @pytest.mark.parametrize("sizes", [(), (5_500_000, 5_500_000)])
-def test_where_an_etag_with_parts_is_made_of_no_md5s_two_fetches_are_compared(
+def test_two_fetches_are_compared_if_a_multipart_etag_is_not_made_of_md5s(
     proxy, s3_uri, monkeypatch, caplog, sizes
 ):
-    """As MinIO makes it under `--no-compat`, Ozone, and Alibaba's OSS."""
+    """MinIO under `--no-compat`, Ozone and Alibaba's OSS make such ETags."""
     store = open_store(s3_uri)
     uploaded_in_parts(store, *sizes)
     etag = f"{'fab9' * 8}-{len(sizes) + 1}"
-    with_etags_of_chance(store, monkeypatch, etag)
+    answering_with_etag(store, monkeypatch, etag)
     assert store.read("a", etag=etag) == LARGE
     assert sum(proxy.gets.values()) == 2
     proxy.gets.clear()
@@ -140,20 +158,20 @@ def test_where_an_etag_with_parts_is_made_of_no_md5s_two_fetches_are_compared(
         assert file.read() == LARGE
     assert sum(proxy.gets.values()) == 4
     (told,) = caplog.messages
-    assert re.match(rf"the ETags of objects in s3://{store.bucket} at http.* fetched twice", told)
+    assert re.match(rf"the ETags of .* in s3://{store.bucket} at http.* fetched twice", told)
     proxy.times = 1000
     assert code_of(lambda: store.read("a", etag=etag)) is ErrorCode.DIGEST_MISMATCH
 
 
 @pytest.mark.parametrize("etag", ["fab9" * 8, f"{'fab9' * 8}-1"])
-def test_etags_that_are_no_md5s_are_taken_where_one_says_so(proxy, s3_uri, monkeypatch, etag):
-    """VAST makes such for files that came by NFS."""
+def test_opaque_etags_are_not_compared_with_md5s(proxy, s3_uri, monkeypatch, etag):
+    """VAST makes such ETags for files that were written by NFS."""
     open_store(s3_uri).write("a", LARGE)
     monkeypatch.setenv("LUNGOPACITY_ETAGS", "opaque")
     store = open_store(s3_uri)
     monkeypatch.delenv("LUNGOPACITY_ETAGS")
-    with_etags_of_chance(store, monkeypatch, etag)
-    elsewhere = pickle.loads(pickle.dumps(store))  # on a node that has no such variable
+    answering_with_etag(store, monkeypatch, etag)
+    elsewhere = pickle.loads(pickle.dumps(store))  # on a node where the variable is not set
     assert elsewhere.read("a", etag=etag) == LARGE
     assert sum(proxy.gets.values()) == 1
     if "-" not in etag:
@@ -171,9 +189,9 @@ def test_small_objects_with_opaque_etags_are_fetched_once(proxy, s3_uri, monkeyp
     assert sum(proxy.gets.values()) == 1
 
 
-def test_what_etags_are_is_told_in_one_word(monkeypatch):
+def test_an_unknown_value_of_the_etags_variable_is_refused(monkeypatch):
     monkeypatch.setenv("LUNGOPACITY_ETAGS", "md4")
-    with pytest.raises(UserError, match="LUNGOPACITY_ETAGS is 'md4'; it may be opaque"):
+    with pytest.raises(UserError, match="LUNGOPACITY_ETAGS is 'md4'; set it to opaque, or unset"):
         open_store("s3://bucket")
 
 
@@ -183,18 +201,18 @@ def test_what_etags_are_is_told_in_one_word(monkeypatch):
         ({"ServerSideEncryption": "aws:kms"}, False),
         ({"ServerSideEncryption": "aws:kms:dsse"}, False),
         ({"SSECustomerAlgorithm": "AES256"}, False),
-        ({"ServerSideEncryption": "AES256"}, True),  # by S3's own keys
+        ({"ServerSideEncryption": "AES256"}, True),  # S3's own keys
     ],
 )
-def test_the_etag_of_an_object_under_keys_of_ones_own_is_no_md5(
+def test_the_etag_of_an_object_under_kms_or_customer_keys_is_not_taken_for_an_md5(
     proxy, s3_uri, monkeypatch, told, is_md5
 ):
-    """Though it looks like one."""
+    """Although it looks like one."""
     store = open_store(s3_uri)
     store.write("a", CONTENT)
     ask = S3Store._ask
-    of_chance = {"ETag": f'"{"fab9" * 8}"', **told}
-    monkeypatch.setattr(S3Store, "_ask", lambda *of, **more: ask(*of, **more) | of_chance)
+    no_md5 = {"ETag": f'"{"fab9" * 8}"', **told}
+    monkeypatch.setattr(S3Store, "_ask", lambda *of, **more: ask(*of, **more) | no_md5)
     monkeypatch.setattr(store._ready.quick, "_store", None)
     if is_md5:
         assert code_of(lambda: store.read("a")) is ErrorCode.DIGEST_MISMATCH
@@ -203,23 +221,21 @@ def test_the_etag_of_an_object_under_keys_of_ones_own_is_no_md5(
         assert sum(proxy.gets.values()) == 1
 
 
-def test_parts_of_many_sizes_or_unknown_ones_are_checked_by_length_alone(
-    proxy, s3_uri, monkeypatch
-):
+def test_parts_of_different_or_unknown_sizes_are_checked_by_length_only(proxy, s3_uri, monkeypatch):
     store = open_store(s3_uri)
     uploaded_in_parts(store, 5_600_000, 5_300_000)
     assert store.read("a") == LARGE
-    uploaded_in_parts(store, 6_000_000, 5_300_000)  # two of the first size would be more than all
+    uploaded_in_parts(store, 6_000_000, 5_300_000)  # two of the first size exceed the object
     assert store.read("a") == LARGE
     uploaded_in_parts(store, 5_500_000, 5_500_000)
     ask = S3Store._ask
 
-    def knowing_no_parts(store, method, **arguments):
-        told = ask(store, method, **arguments)
-        told.pop("PartsCount", None)
-        return told
+    def without_part_numbers(store, method, **arguments):
+        answer = ask(store, method, **arguments)
+        answer.pop("PartsCount", None)
+        return answer
 
-    monkeypatch.setattr(S3Store, "_ask", knowing_no_parts)
+    monkeypatch.setattr(S3Store, "_ask", without_part_numbers)
     proxy.fault, proxy.times = "flip", 1000
     assert len(store.read("a")) == len(LARGE)
     proxy.choose_any = lambda method, *_: "403" if method == "HEAD" else None
@@ -228,7 +244,7 @@ def test_parts_of_many_sizes_or_unknown_ones_are_checked_by_length_alone(
 
 @contextmanager
 def room_of(size_bytes: int) -> Iterator[None]:
-    """No file of this process may grow larger."""
+    """No file that this process writes may grow larger."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
     try:
@@ -237,8 +253,8 @@ def room_of(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [5_000, len(CONTENT)])  # all in the file's buffer, or not
-def test_a_disk_without_room_is_no_broken_network(proxy, s3_uri, tmp_path, size):
+@pytest.mark.parametrize("size", [5_000, len(CONTENT)])  # fits in the file's buffer, or does not
+def test_a_full_disk_is_not_taken_for_a_broken_network(proxy, s3_uri, tmp_path, size):
     store = open_store(s3_uri)
     store.write("a", CONTENT[:size])
     with room_of(4096):
@@ -264,7 +280,7 @@ def test_a_server_that_only_fails_is_unavailable(proxy, s3_uri, monkeypatch):
     assert sum(proxy.gets.values()) == 1 + 2
 
 
-def test_where_nothing_comes_through_obstore_boto3_reads_alone(proxy, s3_uri, monkeypatch):
+def test_obstore_pauses_while_all_its_reads_fail(proxy, s3_uri, monkeypatch):
     store = open_store(s3_uri)
     for name in range(20):
         store.write(str(name), CONTENT)
@@ -287,7 +303,7 @@ def test_where_nothing_comes_through_obstore_boto3_reads_alone(proxy, s3_uri, mo
     assert len(tried) == 8 + 20
 
 
-def test_a_whole_small_object_needs_no_boto3(s3_uri, monkeypatch):
+def test_a_small_object_is_read_without_boto3(s3_uri, monkeypatch):
     store = open_store(s3_uri)
     store.write("2026/a=b/c.png", CONTENT)
     store.write("2026//c.png", b"another")
@@ -300,7 +316,7 @@ def test_a_whole_small_object_needs_no_boto3(s3_uri, monkeypatch):
     etag = store.head("2026/a=b/c.png").etag
     assert store.read("2026/a=b/c.png", etag=etag) == store.read("2026/a=b/c.png") == CONTENT
     assert asked == []
-    # Names that obstore would tidy, and so ask for another object.
+    # obstore would normalise these names, and ask for another object.
     assert store.read("2026//c.png") == b"another"
     assert store.read("2026/c d.png") == b"of boto3"
     assert asked == ["2026//c.png", "2026/c d.png"]

@@ -1,4 +1,4 @@
-"""A server that stays away for a while, or for good."""
+"""A server that does not answer for a while, or for good."""
 
 import pickle
 import socket
@@ -19,7 +19,7 @@ CONTENT = bytes(range(256)) * 300
 
 
 def server_down(proxy, seconds: float) -> threading.Timer:
-    """Nothing listens at the proxy's address for so long."""
+    """The proxy resets every connection for so long."""
     proxy.choose_any = lambda method, path, asked: "reset"
     back = threading.Timer(seconds, setattr, (proxy, "choose_any", None))
     back.start()
@@ -38,7 +38,9 @@ def test_a_server_that_comes_back_within_a_minute_is_waited_for(proxy, s3_uri, m
     assert [item.key for item in store.list("b")] == ["b"]
 
 
-def test_one_that_stays_away_is_waited_for_once_and_not_by_every_object(proxy, s3_uri, monkeypatch):
+def test_a_server_that_stays_away_is_waited_for_once_and_not_by_every_object(
+    proxy, s3_uri, monkeypatch
+):
     monkeypatch.setattr("lungopacity.storage.s3_clients._REQUEST_ATTEMPTS", 1)
     monkeypatch.setattr("lungopacity.storage.outage.PATIENCE_S", 1.5)
     store = open_store(s3_uri)
@@ -47,7 +49,7 @@ def test_one_that_stays_away_is_waited_for_once_and_not_by_every_object(proxy, s
     began = time.monotonic()
     for _ in range(20):
         assert code_of(lambda: store.read("a")) is ErrorCode.UNAVAILABLE
-    assert 1.5 < time.monotonic() - began < 20  # by each: 30
+    assert 1.5 < time.monotonic() - began < 20  # every object waiting would take 30
     timer.cancel()
     proxy.choose_any = None
     assert store.read("a") == CONTENT
@@ -55,7 +57,7 @@ def test_one_that_stays_away_is_waited_for_once_and_not_by_every_object(proxy, s
     assert store.read("a") == CONTENT
 
 
-def test_a_request_that_never_gets_through_is_given_up_though_others_do(monkeypatch):
+def test_a_request_that_never_gets_through_is_given_up_even_if_others_do(monkeypatch):
     monkeypatch.setattr(outage, "PATIENCE_S", 1.0)
     monkeypatch.setattr(outage, "_PAUSE_S", 0.05)
     monkeypatch.setattr(outage, "_silent_since", {})
@@ -80,7 +82,7 @@ print(pickle.load(sys.stdin.buffer).read("a").decode())
 """
 
 
-def test_a_process_that_begins_in_an_outage_waits_as_the_one_that_sent_it_would(
+def test_a_process_that_starts_in_an_outage_waits_as_the_sender_of_its_store_would(
     proxy, s3_uri, monkeypatch
 ):
     monkeypatch.setattr("lungopacity.storage.s3_clients._REQUEST_ATTEMPTS", 1)
@@ -103,4 +105,4 @@ def test_a_server_that_never_answered_is_not_waited_for(monkeypatch, s3_server):
         monkeypatch.setattr("lungopacity.storage.s3_clients._REQUEST_ATTEMPTS", 1)
         began = time.monotonic()
         assert code_of(lambda: open_store("s3://films").read("a")) is ErrorCode.UNAVAILABLE
-        assert time.monotonic() - began < 40  # it would be waited for for 60
+        assert time.monotonic() - began < 40  # waiting takes 60

@@ -1,4 +1,4 @@
-"""What is told of S3 where it cannot be reached, or refuses."""
+"""The errors that are reported when S3 cannot be reached, or refuses."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ def failing_list(uri: str) -> str:
     return message
 
 
-def test_a_missing_bucket_is_named_with_the_mend(s3_server):
+def test_a_missing_bucket_is_named(s3_server):
     assert "no bucket 'nowhere'" in failing_list("s3://nowhere/x")
 
 
@@ -37,7 +37,7 @@ def test_a_missing_bucket_is_no_conflict(s3_server):
         open_store("s3://nowhere/x").write("a", b"x", if_absent=True)
 
 
-def test_a_wrong_secret_is_named_with_the_mend(s3_server, monkeypatch):
+def test_a_wrong_secret_is_reported_with_what_to_check(s3_server, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     message = failing_list("s3://tests/x")
     assert "does not accept these credentials" in message
@@ -50,7 +50,7 @@ def test_a_server_that_honours_conditions_passes_the_probe(s3_uri):
 
 
 @pytest.mark.parametrize("name", ["If-None-Match", "If-Match"])
-def test_a_server_that_ignores_conditions_is_told(s3_uri, monkeypatch, name):
+def test_a_server_that_ignores_conditions_is_reported(s3_uri, monkeypatch, name):
     ask = S3Store._ask
 
     def ignoring(store, method, **arguments):
@@ -58,13 +58,13 @@ def test_a_server_that_ignores_conditions_is_told(s3_uri, monkeypatch, name):
         return ask(store, method, **arguments)
 
     monkeypatch.setattr(S3Store, "_ask", ignoring)
-    with pytest.raises(UserError, match=f"the server writes whatever {name} says, so two jobs"):
+    with pytest.raises(UserError, match=f"the server ignores {name}, so two jobs"):
         check_conditions(s3_uri)
-    # It is the results that hold the lease and the records; an archive is not written to.
+    # Only results hold the lease and the records; nothing is written to an archive.
     (told,) = doctor.diagnose_places(results=s3_uri)
     assert (told.state, told.what) == ("missing", "results")
-    assert f"the server writes whatever {name} says" in told.detail
-    assert told.fix == "keep results on one that honours it"
+    assert f"the server ignores {name}" in told.detail
+    assert told.fix == "keep results on a server that honours it"
     store = open_store(s3_uri)
     assert not list(store.list())
     (told,) = doctor.diagnose_places(storage=s3_uri)
@@ -106,7 +106,7 @@ def s3_answer(status: int, code: str) -> ClientError:
         ),
     ],
 )
-def test_what_s3_answers_to_a_read_is_told_by_its_own_code(status, s3_code, code, message):
+def test_each_s3_answer_to_a_read_has_its_code_and_message(status, s3_code, code, message):
     told = image_error_of(s3_answer(status, s3_code))
     assert (told.code, told.message) == (code, message)
 
@@ -115,19 +115,19 @@ def test_what_s3_answers_to_a_read_is_told_by_its_own_code(status, s3_code, code
     ("status", "s3_code", "message"),
     [
         (400, "ExpiredToken", "does not accept these credentials (ExpiredToken)"),
-        (403, "RequestTimeTooSkewed", "the clock of this machine"),
+        (403, "RequestTimeTooSkewed", "the clocks of this machine"),
         (403, "403", "access denied (403)"),
         (503, "a <b>", "answered 503"),
     ],
 )
-def test_what_s3_answers_of_a_whole_place_has_its_mend(status, s3_code, message):
+def test_each_s3_answer_about_a_place_has_its_user_error(status, s3_code, message):
     with pytest.raises(UserError, match=re.escape(message)), user_errors("x", "b", "http://s3"):
         raise s3_answer(status, s3_code)
 
 
 @pytest.mark.parametrize("lost", ["IsTruncated", "NextContinuationToken", "ContinuationToken"])
-def test_a_listing_that_does_not_say_how_it_goes_on_is_refused(s3_uri, monkeypatch, lost):
-    """The last: a server that takes no notice of it gives the first page for ever."""
+def test_a_listing_that_does_not_say_how_it_continues_is_refused(s3_uri, monkeypatch, lost):
+    """A server that ignores ContinuationToken returns the first page for ever."""
     store, ask = open_store(s3_uri), S3Store._ask
     for key in "abcde":
         store.write(key, b"")
@@ -138,11 +138,11 @@ def test_a_listing_that_does_not_say_how_it_goes_on_is_refused(s3_uri, monkeypat
         return {name: value for name, value in answer.items() if name != lost}
 
     monkeypatch.setattr(S3Store, "_ask", forgetful)
-    with pytest.raises(UserError, match="does not say how a page of its listing goes on"):
+    with pytest.raises(UserError, match="does not say how its listing continues"):
         list(itertools.islice(store.list(), 100))
 
 
-def test_no_server_at_the_endpoint_is_said(monkeypatch):
+def test_a_wrong_endpoint_is_reported(monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -154,7 +154,7 @@ def test_no_server_at_the_endpoint_is_said(monkeypatch):
         open_store("s3://tests").read("x")
 
 
-def test_no_credentials_is_said(monkeypatch, tmp_path):
+def test_missing_credentials_are_reported(monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
@@ -170,7 +170,7 @@ def test_no_credentials_is_said(monkeypatch, tmp_path):
     [("https://s3.hospital.example", "https://s3.hospital.example"),
      (None, "https://s3.eu-central-1.amazonaws.com")],
 )  # fmt: skip
-def test_no_client_asks_another_server_than_the_profile_names(
+def test_every_client_asks_the_server_that_the_profile_names(
     monkeypatch, tmp_path, endpoint, asked
 ):
     for name in ("ENDPOINT_URL", "ENDPOINT_URL_S3", "REGION", "DEFAULT_REGION", "CA_BUNDLE"):
@@ -195,7 +195,7 @@ def test_no_client_asks_another_server_than_the_profile_names(
 
 
 class _Role(BaseHTTPRequestHandler):
-    """Hands out the server's keys as those of a container's role."""
+    """Serves the S3 server's keys as the credentials of a container's role."""
 
     keys: dict[str, str]
     asked: list[str]
@@ -246,13 +246,13 @@ def test_arrow_renews_the_credentials_of_a_role_by_itself(s3_uri, monkeypatch, t
         ("AWS_PROFILE", "nosuch", r"The config profile \(nosuch\) could not be found"),
     ],
 )
-def test_a_wrong_variable_of_aws_is_said(monkeypatch, variable, value, message):
+def test_a_wrong_aws_variable_is_reported(monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=f"S3 cannot be used: {message}; check the AWS variables"):
         open_store("s3://tests/x").head("a")
 
 
-def test_a_node_without_the_profile_costs_rows_that_are_tried_again(monkeypatch):
+def test_a_node_without_the_profile_gives_errors_that_are_retried(monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "nosuch")
     store = open_store("s3://tests/x")
     for fetch in (store.read, lambda key: store.open_local(key).__enter__()):
@@ -261,7 +261,7 @@ def test_a_node_without_the_profile_costs_rows_that_are_tried_again(monkeypatch)
         assert caught.value.code in TRANSIENT
 
 
-def test_what_botocore_says_is_one_line():
+def test_a_message_of_botocore_becomes_one_line():
     said = r"^x: Parameter validation failed: a b$"
     with pytest.raises(UserError, match=said), user_errors("x", "b", "http://s3"):
         raise ParamValidationError(report="a\nb")

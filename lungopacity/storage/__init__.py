@@ -1,6 +1,6 @@
-"""The only place that talks to storage: local folders and S3, behind one small interface.
+"""The only package that accesses storage: local folders and S3, behind one small interface.
 
-A `Store` is rooted at a URI: a path, `file://…` or `s3://bucket/prefix`.
+The root of a `Store` is a URI: a path, `file://…` or `s3://bucket/prefix`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:[^\s/]+")
 def open_store(uri: str) -> Store:
     """The store at `uri`: a local path, `file://…` or `s3://bucket/prefix`.
 
-    Raises `UserError` where it is none of these, or is empty.
+    Raises `UserError` if it is none of these, or is empty.
     """
     uri = _tidied(uri)
     if not uri.startswith("s3://"):
@@ -45,11 +45,16 @@ def open_store(uri: str) -> Store:
 
 def _tidied(uri: str) -> str:
     if not uri or "\0" in uri:
-        raise UserError(f"{uri!r} is no path and no URI; give one")
+        raise UserError(
+            f"{uri!r} is neither a path nor a URI; give a path, file:///folder or "
+            "s3://bucket/prefix"
+        )
     scheme, sign, rest = uri.partition("://")
     if not sign and re.match("(s3|file):", uri, re.IGNORECASE):
-        # Most likely a slash was lost, and no folder of that name is meant.
-        raise UserError(f"{uri}: write s3://bucket/prefix, file:///folder or, of a path, ./{uri}")
+        # More likely a missing slash than a folder of that name.
+        raise UserError(
+            f"{uri}: write s3://bucket/prefix, file:///folder or, for a local path, ./{uri}"
+        )
     return f"{scheme.lower()}://{rest}" if sign else uri
 
 
@@ -68,13 +73,13 @@ def _path_of(uri: str) -> Path:
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:
-    # Everything after the bucket is the key, question marks included: S3 URIs are not URLs.
+    # Everything after the bucket is the key, even question marks: S3 URIs are not URLs.
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
         raise UserError(f"{uri}: no bucket; write s3://bucket/prefix")
     if not _BUCKET.fullmatch(bucket):
         raise UserError(
-            f"{uri}: '{bucket}' is no bucket's name, which has letters, digits, '.', '_' and '-'"
+            f"{uri}: '{bucket}' is not a bucket name, which has letters, digits, '.', '_' and '-'"
         )
     return bucket, key
 
@@ -83,12 +88,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def is_name(text: str) -> bool:
-    """Whether it can stand in the name of a file, on disk and on S3."""
+    """Whether `text` can be part of a file name, on disk and on S3."""
     return _NAME.fullmatch(text) is not None
 
 
 def check_name(text: str, what: str) -> None:
-    """Raises `UserError` where it is no `is_name`. `what`: what the user calls it."""
+    """Raises `UserError` unless `is_name(text)`. `what`: the user's word for it."""
     if not is_name(text):
         raise UserError(
             f"{what} {text!r}: use up to 100 letters, digits, '.', '_' and '-', beginning with a "
@@ -97,17 +102,18 @@ def check_name(text: str, what: str) -> None:
 
 
 def join_uri(uri: str, *parts: str) -> str:
-    """`uri` with `parts` appended as further path segments."""
+    """`uri` with `parts` appended as path segments."""
     return "/".join([uri.rstrip("/"), *parts])
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """The URI of the parent folder, and the last segment. Raises `UserError` for what has none."""
+    """The URI of the parent folder, and the last segment. Raises `UserError` for a bare bucket, and
+    as `open_store` does."""
     uri = _tidied(uri)
     if not uri.startswith("s3://"):
         path = absolute(_path_of(uri))
         return str(path.parent), path.name
     if not _bucket_and_key(uri)[1].strip("/"):
-        raise UserError(f"{uri}: is a bucket; name a file in it, as s3://bucket/key")
+        raise UserError(f"{uri} is a bucket; name a file in it, as in s3://bucket/key")
     parent, _, name = uri.rstrip("/").rpartition("/")
     return parent, name

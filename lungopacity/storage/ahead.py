@@ -1,4 +1,4 @@
-"""Several iterators at once, each in a thread, and no further ahead than a few items."""
+"""Run several iterators at once, each in a thread, with a bound on how far they run ahead."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _WAIT_S = 0.2
 
 
 def ahead(inputs: Iterable[In], make: Callable[[In], Iterable[Out]], threads: int) -> Iterator[Out]:
-    """The items of `make(input)` for every input, in no order. What a thread raises is raised here.
+    """The items of `make(input)` for every input, in any order. An exception in a thread is raised
+    here.
 
-    At most two items a thread wait to be taken, so that memory stays small whoever is slower.
+    At most two items per thread wait to be taken, so memory stays small if the caller is slow.
     """
     items: queue.Queue[Out] = queue.Queue(maxsize=2 * threads)
     stop = threading.Event()

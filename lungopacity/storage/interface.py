@@ -1,4 +1,5 @@
-"""What every store can do. Keys are relative to its root, and are data: never normalised."""
+"""What every store can do. Keys are relative to the store's root. They are data, and are never
+normalised."""
 
 from __future__ import annotations
 
@@ -22,18 +23,18 @@ class ObjectInfo:
     """Relative to the store's root."""
     size_bytes: int
     etag: str
-    """Changes when the content does. S3's ETag without quotes; on disk, mtime and size."""
+    """Changes when the content changes. On S3 the ETag without quotes; on disk, mtime and size."""
     modified_at: datetime
     """UTC."""
 
     @staticmethod
     def gone(key: str) -> ObjectInfo:
-        """Stands for an object that is no longer there: reading it will say so."""
+        """A placeholder for an object that no longer exists: reading it fails as `missing`."""
         return ObjectInfo(key, size_bytes=1, etag="", modified_at=datetime.fromtimestamp(0, UTC))
 
 
 class ConflictError(Exception):
-    """A conditional `write` found another object under its key than the condition allows."""
+    """The object under the key does not meet the condition of a `write`."""
 
 
 class Store(Protocol):
@@ -42,43 +43,45 @@ class Store(Protocol):
     uri: str
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object whose key starts with `prefix`, in no promised order.
+        """Every object whose key starts with `prefix`, in no guaranteed order.
 
-        Raises `UserError` where the root itself cannot be listed.
+        Raises `UserError` if the objects cannot be listed.
         """
         ...
 
     def head(self, key: str) -> ObjectInfo | None:
-        """The object's facts, or None where there is no such object."""
+        """The object's metadata, or None if there is no such object. Raises `UserError` if the
+        storage does not say."""
         ...
 
     def read(self, key: str, *, etag: str | None = None) -> bytes:
-        """The object's bytes, whole, and checked where a digest of it is known: on S3 the MD5,
-        of an upload in parts of one size those of its parts, or a checksum that boto3 can compute.
+        """All bytes of the object. On S3 they are checked against a digest if one is known: the
+        MD5, the MD5s of the parts of an upload in parts of one size, or a checksum that boto3 can
+        compute.
 
-        `etag`: refuse (`changed`) where the object is no longer the planned one. Raises
+        `etag`: of the planned object; raises `changed` if the object is another one. Raises
         `ImageError` of stage `fetch`.
         """
         ...
 
     def read_head(self, key: str, size_bytes: int, *, etag: str | None = None) -> bytes:
-        """The object's first bytes, or all of a smaller one, without a check of its digest. Raises
-        as `read` does."""
+        """The first `size_bytes` bytes of the object, or all of a smaller one. No digest is
+        checked. Raises as `read` does."""
         ...
 
     def open_local(self, key: str, *, etag: str | None = None) -> Any:
-        """Context manager of a seekable binary file on this machine that holds the checked object.
+        """Context manager that gives a seekable binary file with the object, checked as in `read`.
 
-        From S3 it is spooled to a temporary file first: shards never lie whole in memory, and a
-        transfer that breaks is fetched again instead of being taken for a broken shard. Raises as
-        `read` does; reading the file raises `OSError`.
+        An object on S3 is first spooled to a temporary file. So shards are never whole in memory,
+        and a broken transfer is fetched again instead of being mistaken for a broken shard. Raises
+        as `read` does; reading the file raises `OSError`.
         """
         ...
 
     def local_file(self, key: str, target: Path) -> Path:
-        """A file on this machine that holds the checked object: the file itself where the store is
-        a folder, else a copy at `target`. Raises as `read` does, and `UserError` where the copy
-        cannot be written."""
+        """The path of a file on this machine that holds the object, checked as in `read`: the file
+        itself if the store is a folder, else a copy at `target`. Raises as `read` does, and
+        `UserError` if the copy cannot be written."""
         ...
 
     def write(
@@ -90,29 +93,31 @@ class Store(Protocol):
         if_match: str | None = None,
         private: bool = False,
     ) -> None:
-        """Put the object whole: no reader ever sees a part of it.
+        """Write the object atomically: no reader ever sees a part of it.
 
-        private: on disk, for this user alone. On S3 the bucket's policies decide.
-        Raises `ConflictError` where `if_absent` and it exists, or where it is no longer the one of
-        the etag `if_match`; `UserError` where it cannot be written.
+        private: on disk, only this user may read it. On S3 the bucket's policies decide.
+        Raises `ConflictError` if `if_absent` and the object exists, or if `if_match` is not the
+        etag of the object there; `UserError` if the object cannot be written.
         """
         ...
 
     def delete(self, key: str) -> None:
-        """Remove the object; no error where it is already gone."""
+        """Remove the object; no error if it is already gone. Raises `UserError` if it cannot be
+        deleted."""
         ...
 
     def now(self) -> datetime:
-        """The clock that `modified_at` is told by, UTC: on S3 the server's, not this machine's."""
+        """The time, in UTC, by the clock that sets `modified_at`: on S3 the server's, not this
+        machine's."""
         ...
 
     def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        """The same place for libraries that speak Arrow: filesystem, and root path in it."""
+        """The same place for libraries that use Arrow: a filesystem, and the root's path in it."""
         ...
 
 
 def changed() -> ImageError:
-    """The object is no longer the one that was planned."""
+    """The error for an object that is no longer the planned one."""
     return ImageError(
         ErrorCode.CHANGED, Stage.FETCH, "replaced since the plan was made; screen it again"
     )

@@ -1,8 +1,9 @@
 """One job at a time: a lease on a folder of results, kept in the folder itself.
 
-Held by whoever put `_lock/<name>.json` on the condition that no other had. It is renewed while its
-holder lives, and may be taken over when it was not renewed for as long as it lasts. Ages are told
-by the storage's clock alone; the clocks of the machines may differ, or be set back.
+The holder is the job that wrote `_lock/<name>.json`, by a conditional write that only one job can
+win. It renews the lease while it lives. A lease that has not been renewed for as long as it lasts
+may be taken over. Only the storage's clock measures its age: the clocks of the machines may differ,
+or be set back.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ log = logging.getLogger(__name__)
 
 LOCKS = "_lock"
 LEASE_S = 90.0
-"""How long a lease outlives its last renewal: what a killed job makes the next one wait."""
+"""How long a lease is valid after its last renewal: after a kill, the next job waits this long."""
 _RENEWALS = 5
-"""Within that time: some may fail."""
+"""Renewals within that time, so that some may fail."""
 
 
 @dataclass
 class Lease:
-    """`with Lease(store, "nightly", "night 7"): …`. Raises `UserError` where another holds it."""
+    """`with Lease(store, "nightly", "night 7"): …`. Raises `UserError` if another job holds it."""
 
     store: Store
     name: str
     purpose: str
-    """What the next one in line is told, besides host and process."""
+    """What another job's error message says of this one, besides host and process."""
     seconds: float = LEASE_S
     patient: bool = False
-    """Wait until another's lease is renewed, or is over: a killed job may be started again at once.
-    Otherwise whoever held it within its time is taken to live."""
+    """Wait until another job's lease is renewed or expires: so a killed job can be started again at
+    once. Otherwise the holder of a lease that has not expired is assumed to live."""
     _token: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
     _etag: str | None = field(default=None, init=False)
-    """Of what was written last; None where it is not known."""
+    """The etag of what was written last; None if it is unknown."""
     _renewing: threading.Lock = field(default_factory=threading.Lock, init=False)
     _stop: threading.Event = field(default_factory=threading.Event, init=False)
     _taken_over: bool = field(default=False, init=False)
     _renewed: float = field(default=0.0, init=False)
-    """`time.monotonic()` before the last renewal that landed."""
+    """`time.monotonic()` at the start of the last renewal that succeeded."""
 
     @property
     def key(self) -> str:
@@ -75,11 +76,11 @@ class Lease:
                 self.store.delete(self.key)
         except (UserError, ImageError) as failure:
             # It expires by itself.
-            log.warning("the lease could not be given back: %s", failure)
+            log.warning("the lease could not be released: %s", failure)
 
     def held(self) -> bool:
-        """Whether the lease is still ours, and then it is renewed. Where the storage does not
-        answer: whether it was renewed so lately that nobody may have taken it over."""
+        """Whether the lease is still ours. Renews it. If the storage does not answer: whether the
+        last renewal is so recent that nobody can have taken the lease over."""
         try:
             self._renew()
         except UserError as error:
@@ -88,7 +89,7 @@ class Lease:
         return not self._taken_over
 
     def check(self) -> None:
-        """Raises `UserError` where the lease was lost; then nothing may be published."""
+        """Raises `UserError` if the lease was lost; then nothing may be published."""
         if not self.held():
             why = (
                 "another job has taken it over"
@@ -99,7 +100,7 @@ class Lease:
 
     @property
     def taken_over(self) -> bool:
-        """Whether another job is known to hold it; asks nobody."""
+        """Whether another job is known to hold the lease; does not ask the storage."""
         return self._taken_over
 
     def _take(self) -> None:
@@ -114,23 +115,24 @@ class Lease:
                 age = self.store.now() - found.modified_at
                 if age <= timedelta(seconds=self.seconds):
                     raise UserError(self._held(age)) from None
-                log.warning("a lease that was not renewed for %s is taken over", _told(age))
+                log.warning("a lease that was not renewed for %s is taken over", _in_s(age))
             try:
                 self._put(if_absent=found is None, if_match=None if found is None else found.etag)
             except ConflictError:
                 raise UserError(self._held(timedelta(0))) from None
 
     def _wait_for_renewal(self, etag: str, modified_at: datetime) -> None:
-        """Where its age does not tell whether the holder lives: one that lives renews it, one that
-        does not within the time of a lease does not live. Of a date to come, after a clock was set
-        back, no age can be told."""
+        """Find out whether the holder lives, if the lease's age does not say: a holder that does
+        not renew it in time is taken for dead, and its lease is removed. After a clock was set
+        back, a lease is dated in the future and has no age."""
         age_s = (self.store.now() - modified_at).total_seconds()
         is_ahead = age_s <= -self.seconds
         if not is_ahead and not (self.patient and age_s <= self.seconds):
             return
         wait_s = self.seconds if is_ahead else self.seconds - age_s
         log.warning(
-            "%s is at work there, or was killed; waiting up to %.0f s for a sign of life",
+            "%s: %s is at work there, or was killed; waiting up to %.0f s for a sign of life",
+            self.store.uri,
             self._holder(),
             wait_s,
         )
@@ -140,7 +142,7 @@ class Lease:
             found = self.store.head(self.key)
             if found is None or found.etag != etag:
                 return
-        # Not the holder's any more, whatever its date.
+        # This write makes any later renewal fail, so the delete cannot remove a live lease.
         try:
             self.store.write(self.key, b"{}", if_match=etag)
             self.store.delete(self.key)
@@ -150,8 +152,8 @@ class Lease:
     def _held(self, age: timedelta) -> str:
         return (
             f"{self.store.uri}: another job is at work there: {self._holder()}, last sign of life "
-            f"{_told(age)} ago; wait for its end (a killed one's lease ends {self.seconds:.0f} s "
-            "after its last sign of life)"
+            f"{_in_s(age)} ago; wait until it ends (if it was killed, its lease expires "
+            f"{self.seconds:.0f} s after its last sign of life)"
         )
 
     def _holder(self) -> str:
@@ -162,8 +164,8 @@ class Lease:
         )
 
     def _put(self, *, if_absent: bool = False, if_match: str | None = None) -> None:
-        """Raises `ConflictError` where another holds it, `UserError` where the storage does not
-        answer."""
+        """Write the lease. Raises `ConflictError` if another job holds it, `UserError` if the
+        storage does not answer."""
         renewal = uuid.uuid4().hex
         content = {
             "token": self._token,
@@ -173,7 +175,7 @@ class Lease:
             "process": os.getpid(),
         }
         began = time.monotonic()
-        # Also of what lands and is not answered.
+        # The write may succeed and its answer be lost.
         self._etag = None
         try:
             self.store.write(
@@ -183,23 +185,23 @@ class Lease:
                 if_match=if_match,
             )
         except ConflictError:
-            # A lost answer makes the client ask again, and meet what it wrote itself.
+            # After a lost answer the client asks again, and meets what it wrote itself.
             if self._content().get("renewal") != renewal:
                 raise
         self._renewed = began
         self._etag = self._own_etag()
 
     def _own_etag(self) -> str | None:
-        """The etag of the lease where it is ours. Raises `UserError` where the storage does not
-        tell."""
+        """The etag of the lease if it is ours, else None. Raises `UserError` if the storage does
+        not say."""
         found = self.store.head(self.key)
         if found is None or self._content(found.etag).get("token") != self._token:
             return None
         return found.etag
 
     def _content(self, etag: str | None = None) -> dict[str, Any]:
-        """What the lease says; nothing where it is gone or damaged. Raises `UserError` where the
-        storage does not tell, and where it is no longer the one of the etag."""
+        """The content of the lease; empty if it is gone or damaged. Raises `UserError` if the
+        storage does not say, or if the lease no longer has this etag."""
         try:
             found = json.loads(self.store.read(self.key, etag=etag))
         except ImageError as error:
@@ -213,14 +215,12 @@ class Lease:
         return found if isinstance(found, dict) else {}
 
     def _renew(self) -> None:
-        """Raises `UserError` where the storage does not answer.
-
-        However late: while what lies there is what we wrote last, nobody has taken it over.
-        """
+        """Renew the lease, however late: while what we wrote last is still there, nobody has taken
+        it over. Raises `UserError` if the storage does not answer."""
         with self._renewing:
             if self._taken_over:
                 return
-            # Twice: the etag may be another one, and what we wrote the same, as after a copy.
+            # Twice: the etag may have changed and not the content, as after a copy.
             for _ in range(2):
                 etag = self._etag or self._own_etag()
                 if etag is None:
@@ -240,5 +240,5 @@ class Lease:
                 log.warning("the lease could not be renewed: %s", error)
 
 
-def _told(age: timedelta) -> str:
+def _in_s(age: timedelta) -> str:
     return f"{max(0.0, age.total_seconds()):.0f} s"

@@ -25,24 +25,25 @@ _FIRST_S, _LAST_S = (
 
 
 _NO_SUCH_FILE = (errno.ELOOP, errno.ENAMETOOLONG)
-"""Besides what Python has an exception for."""
+"""In addition to the errors that have an exception class of their own."""
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What FAT, some SMB shares, and buckets that are mounted as folders answer."""
+"""Errors of FAT, some SMB shares, and buckets that are mounted as folders."""
 
 
 def absolute(path: Path) -> Path:
-    """With `~` and `..` spelt out. Raises `UserError` for the home of nobody."""
+    """The path with `~` and `..` resolved. Raises `UserError` for the home of an unknown user."""
     try:
-        # POSIX lets two slashes at the beginning mean something else, and Python keeps them. Here
-        # they are one, and a place must not have two names.
+        # POSIX lets two leading slashes mean something else, so Python keeps them. Here they mean
+        # one, and a place must not have two names.
         return Path("/" + os.path.abspath(path.expanduser()).lstrip("/"))
     except RuntimeError as error:
         raise UserError(f"{path}: there is no such user here; spell the path out") from error
 
 
 class LocalStore:
-    """A folder on disk. The etag is mtime and size: reading every file to list it is too dear."""
+    """A folder on disk. The etag is mtime and size: hashing every file in a listing costs too
+    much."""
 
     def __init__(self, root: Path) -> None:
         self.root = absolute(root)
@@ -55,8 +56,8 @@ class LocalStore:
         return path
 
     def _key(self, path: Path) -> str:
-        # A file name in no known encoding would break every column it enters. Escaped, it is
-        # listed, then found missing: a row that can be seen, and nothing stops.
+        # A name that is not valid UTF-8 cannot be stored in any column. Escaped, it is listed and
+        # then found missing: the file gets a row, and nothing stops.
         key = path.relative_to(self.root).as_posix()
         return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -72,20 +73,21 @@ class LocalStore:
         try:
             yield self._info(path, path.stat())
         except OSError as error:
-            # A link to what is not there, or to itself: one film that cannot be read, and no
-            # reason to pass over it or to refuse all others.
+            # A dangling link, or a link to itself, is one unreadable film: no reason to skip it
+            # silently, nor to refuse the others.
             if path.is_symlink():
                 yield ObjectInfo.gone(self._key(path))
-            elif not isinstance(error, FileNotFoundError):  # gone since the folder was read
+            # A file that is not found was deleted since the folder was read.
+            elif not isinstance(error, FileNotFoundError):
                 raise
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        # Only the folder that the prefix ends in: results grow, and are listed at every commit.
+        # Only the folder that the prefix ends in: results grow, and every commit lists them.
         start = self._path(prefix.rpartition("/")[0])
         try:
             if not _is_folder(start):
                 return
-            # followlinks: archives are often mounted by a symbolic link.
+            # followlinks: archives are often reached by a symbolic link.
             for folder, subfolders, names in os.walk(
                 start, followlinks=True, onerror=_raise_unless_gone
             ):
@@ -98,7 +100,8 @@ class LocalStore:
                         yield from self._listed(path)
         except OSError as error:
             raise UserError(
-                f"{error.filename}: cannot be listed ({error.strerror}); check name and permissions"
+                f"{error.filename}: cannot be listed ({error.strerror}); check its name and "
+                "permissions"
             ) from error
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -110,7 +113,7 @@ class LocalStore:
         except OSError as error:
             if error.errno in _NO_SUCH_FILE:
                 return None
-            # Nobody is to take what cannot be seen for what is not there, and make it anew.
+            # "Cannot be seen" is not "does not exist": a caller might create the object again.
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}); check the disk and its permissions"
             ) from error
@@ -124,14 +127,14 @@ class LocalStore:
         except OSError as error:
             raise _fetch_error_of(error) from error
         except (UserError, ValueError) as error:
-            # Of a list that somebody else wrote.
+            # Keys may come from a list that somebody else wrote.
             raise ImageError(
-                ErrorCode.UNSUPPORTED, Stage.FETCH, "the key is that of no file in the folder"
+                ErrorCode.UNSUPPORTED, Stage.FETCH, "the key cannot name a file in the folder"
             ) from error
         with file:
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode):
-                raise _no_regular_file()
+                raise _not_regular()
             if etag is not None and _etag_of(facts) != etag:
                 raise changed()
             yield file
@@ -146,7 +149,7 @@ class LocalStore:
                 facts = os.fstat(file.fileno())
             except OSError as error:
                 raise _fetch_error_of(error) from error
-        # Written over in its place, it may be half of one film and half of another.
+        # If the file was overwritten in place, the data may be half of one film, half of another.
         if etag is not None and _etag_of(facts) != etag:
             raise changed()
         return data
@@ -172,7 +175,7 @@ class LocalStore:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                # mkstemp makes files that the owner alone can read; results are meant for others.
+                # Only the owner can read what mkstemp makes, but results are meant for others.
                 if not private:
                     os.chmod(name, 0o666 & ~_umask())
                 if if_absent:
@@ -198,7 +201,7 @@ class LocalStore:
             ) from error
 
     def _replace_if(self, path: Path, name: str, etag: str) -> None:
-        # A file system has no conditional rename; whoever replaces on a condition waits here.
+        # A file system has no conditional rename, so conditional writers take turns by this lock.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -209,7 +212,7 @@ class LocalStore:
             os.close(folder)
 
     def now(self) -> datetime:
-        # The file server's clock, where the folder is mounted from one.
+        # If the folder is mounted from a file server, that server's clock sets the time.
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root) as probe:
@@ -248,20 +251,21 @@ def _etag_of(facts: os.stat_result) -> str:
 
 
 def _time_of(facts: os.stat_result) -> datetime:
-    """When the file was changed last."""
-    # Damage leaves years that are no dates, and some file systems keep them.
+    """When the file was last modified, UTC."""
+    # Damaged metadata holds years that `datetime` has not, and some file systems keep them.
     return datetime.fromtimestamp(min(max(facts.st_mtime, _FIRST_S), _LAST_S), UTC)
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    # Of a folder that others removed since the one above it was read. One that still has its name
-    # there is not gone, as where a file server does not answer for what is mounted on it.
+    # "Not found" of a folder that others have removed since its parent was read is no error. But a
+    # folder whose name is still there is not gone: its file server does not answer.
     if not isinstance(error, FileNotFoundError) or os.path.lexists(error.filename):
         raise error
 
 
 def _is_folder(path: Path) -> bool:
-    """As `Path.is_dir`, which takes for absent, or raises, what may not be seen, by version."""
+    """Like `Path.is_dir`, but always raises `OSError` for what cannot be seen. `is_dir` raises or
+    returns False, depending on Python's version."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -269,7 +273,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _leads_back(folder: Path) -> bool:
-    """Whether it is a link to a folder that it lies in, by whatever links one came to it."""
+    """Whether `folder` is a link to a folder that contains it, on the path that the walk took."""
     if not folder.is_symlink():
         return False
     target = os.path.realpath(folder)
@@ -277,7 +281,7 @@ def _leads_back(folder: Path) -> bool:
 
 
 def _open_at_once(path: Path) -> IO[bytes]:
-    # To open a pipe without O_NONBLOCK waits for its writer, for ever where there is none.
+    # Without O_NONBLOCK, opening a pipe waits for a writer, maybe for ever.
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
@@ -289,20 +293,21 @@ def _temporary_in(folder: Path, mode: int) -> tuple[int, str]:
     try:
         return made()
     except FileNotFoundError:
-        # Whoever deleted the last file in it has removed the folder, too, just now.
+        # Another process has just deleted the last file of the folder, and the folder with it.
         return made()
 
 
 def _link(name: str, path: Path) -> None:
-    """A rename would replace what is there; a link has one winner."""
+    """Give the file its name if that is free. A rename would replace what is there; of several
+    links to one name, exactly one succeeds."""
     try:
         os.link(name, path)
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
         raise UserError(
-            f"{path.parent}: its file system has no hard links, by which jobs keep out of each "
-            "other's way; take a folder on another one, or S3"
+            f"{path.parent}: its file system has no hard links, which jobs need to keep out of "
+            "each other's way; use a folder on another file system, or S3"
         ) from error
 
 
@@ -312,17 +317,15 @@ def _umask() -> int:
     return mask
 
 
-def _no_regular_file() -> ImageError:
-    return ImageError(ErrorCode.UNSUPPORTED, Stage.FETCH, "no regular file")
+def _not_regular() -> ImageError:
+    return ImageError(ErrorCode.UNSUPPORTED, Stage.FETCH, "not a regular file")
 
 
 def _fetch_error_of(error: OSError) -> ImageError:
     if error.errno == errno.ENAMETOOLONG:
-        return ImageError(
-            ErrorCode.UNSUPPORTED, Stage.FETCH, "the key is too long for a file's name"
-        )
+        return ImageError(ErrorCode.UNSUPPORTED, Stage.FETCH, "the key is too long for a file name")
     if error.errno == errno.ENXIO:  # a socket
-        return _no_regular_file()
+        return _not_regular()
     if error.errno == errno.ELOOP or isinstance(
         error, FileNotFoundError | IsADirectoryError | NotADirectoryError
     ):

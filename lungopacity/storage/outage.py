@@ -1,10 +1,10 @@
-"""Patience with a server that is restarted: a minute of it, once for all requests of a process.
+"""Waits up to a minute for a server that restarts: once, for all requests of a process together.
 
-botocore's own attempts are over in seconds, and a thousand images would fail for the half minute
-that a server takes to come back. A server that has never answered gets no patience: most likely its
-address is wrong. One that stays away gets it once, or every object would wait anew. A store that
-travels to another process takes along which servers have answered, for that process may begin in
-the middle of an outage.
+botocore's own attempts are over in seconds, so a thousand images would fail in the half minute that
+a server takes to come back. A server that has never answered is not waited for: most likely its
+address is wrong. One that stays away is waited for once, or every object would wait again. A store
+that is pickled to another process takes along which servers have answered, because that process may
+start in the middle of an outage.
 """
 
 from __future__ import annotations
@@ -23,29 +23,31 @@ _PAUSE_S = 2.0
 T = TypeVar("T")
 
 _silent_since: dict[str, float | None] = {}
-"""By endpoint, once it has answered: since when it does not; None while it does."""
+"""For each endpoint that has ever answered, the time since when it does not; None while it does."""
 
 
 def answered() -> tuple[str, ...]:
-    """The endpoints that have answered this process, or the one that a store came from."""
+    """The endpoints that have answered this process, or a process that sent it a store."""
     return tuple(_silent_since)
 
 
 def trust(endpoints: Iterable[str]) -> None:
-    """These have answered elsewhere: they get patience from the first request on."""
+    """Record that these have answered another process: they are waited for from the first request
+    on."""
     for endpoint in endpoints:
         _silent_since.setdefault(endpoint, None)
 
 
 def heard(endpoint: str) -> None:
-    """It has answered, whoever asked."""
+    """Record that the endpoint has answered, whichever client asked."""
     _silent_since[endpoint] = None
 
 
 def patiently(endpoint: str, request: Callable[[], T]) -> T:
-    """The answer to `request`, asked again while the server at `endpoint` cannot be reached.
+    """The result of `request`, which is repeated while the server at `endpoint` cannot be reached.
 
-    Raises what `request` raises: at once where the server answered, else after `PATIENCE_S`.
+    Raises what `request` raises: at once if the server answered or never has, else after
+    `PATIENCE_S`.
     """
     from botocore.exceptions import (
         ClientError,
@@ -66,7 +68,7 @@ def patiently(endpoint: str, request: Callable[[], T]) -> T:
             if since is None:
                 log.warning("the storage at %s cannot be reached; waiting for it", endpoint)
                 since = _silent_since[endpoint] = now
-            # By its own begin, too: others may get through while this one never does.
+            # Also since this request began: others may get through while this one never does.
             if now - min(since, began) > PATIENCE_S:
                 raise
             time.sleep(random.uniform(0.5, 1.0) * _PAUSE_S)

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 PARQUET_OPTIONS = {"compression": "zstd", "write_page_checksum": True}
-"""Of every Parquet file that is kept. Arrow's S3 reader hands a flipped byte on without a word;
-with a checksum on each page, a reader that compares them has an error instead."""
+"""For every Parquet file that is kept. Arrow's S3 reader passes on a flipped byte unnoticed. With a
+checksum for each page, a reader that compares them raises an error instead."""
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

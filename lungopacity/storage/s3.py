@@ -1,8 +1,8 @@
 """A prefix of an S3 bucket as a store.
 
-What S3 does on the wire decides much here: boto3 does not retry a body that ends early, and nobody
-notices a flipped byte. So every read compares length and digest, and fetches again. Credentials,
-region, profile and endpoint come from the standard AWS variables and files.
+boto3 neither retries a body that ends early nor notices a flipped byte. So every read checks length
+and digest, and fetches again if they differ. Credentials, region, profile and endpoint come from
+the standard AWS variables and files.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BODY_ATTEMPTS = 4
-"""By us: for a body that breaks off or is altered on its way."""
+"""Attempts of this module for a body that breaks off or is altered in transit."""
 _BACKOFF_S = 0.2
 _LIST_THREADS = 16
 _NO_PARTS = (400, 403, 405, 416, 501)
-"""Statuses of servers that know no numbers of parts."""
+"""HTTP statuses of servers that do not support part numbers."""
 _ROLES = ("assume-role-with-web-identity", "container-role", "iam-role")
-"""What botocore calls credentials that the surroundings give to a pod, a container, a machine."""
+"""botocore's names for credentials that the platform gives to a pod, a container or a machine."""
 
 Pages = Sequence[dict[str, Any]]
-"""Answers to LIST requests."""
+"""Answers to ListObjectsV2 requests."""
 
 
 class S3Store:
-    """A prefix of an S3 bucket. The client is made on first use, so a store may be pickled: with
-    what `LUNGOPACITY_ETAGS` says where it was opened."""
+    """A prefix of an S3 bucket. The client is made on first use, so a store can be pickled. Its
+    copy keeps what `LUNGOPACITY_ETAGS` said where the store was opened."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket = bucket
@@ -71,7 +71,7 @@ class S3Store:
         self._clients: S3Clients | None = None
         etags = os.environ.get(ETAGS_VARIABLE, "")
         if etags not in ("", OPAQUE):
-            raise UserError(f"{ETAGS_VARIABLE} is '{etags}'; it may be {OPAQUE}, or not set")
+            raise UserError(f"{ETAGS_VARIABLE} is '{etags}'; set it to {OPAQUE}, or unset it")
         self._opaque = etags == OPAQUE
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class S3Store:
 
     @property
     def client(self) -> Any:
-        """boto3's."""
+        """boto3's S3 client."""
         return self._ready.boto3
 
     @property
@@ -94,8 +94,8 @@ class S3Store:
 
     @property
     def _ready_to_read(self) -> S3Clients:
-        """One node of a cluster may lack a profile: an object is not read there, and may be
-        elsewhere. Raises `ImageError`."""
+        """As `_ready`, but raises `ImageError`: where one node of a cluster lacks the AWS profile,
+        another may still read the object."""
         try:
             return self._ready
         except UserError as error:
@@ -114,7 +114,7 @@ class S3Store:
             whole, parts = self._parts(self.prefix + prefix)
             for page in whole:
                 yield from self._objects(page)
-            # A page takes a server 50 to 100 ms: one after another, a million keys take minutes.
+            # A server takes 50 to 100 ms for a page: one by one, a million keys take minutes.
             for page in ahead(parts, self._pages, _LIST_THREADS):
                 yield from self._objects(page)
 
@@ -124,15 +124,15 @@ class S3Store:
         token = answer.get("NextContinuationToken")
         ends = token in (None, more.get("ContinuationToken"))
         if "IsTruncated" not in answer or (answer["IsTruncated"] and ends):
-            # To go on would be to list for ever; to stop, to lose what is left.
+            # Going on would list for ever; stopping would lose the remaining keys.
             raise UserError(
-                f"{self.uri} cannot be listed: {self.client.meta.endpoint_url} does not say how a "
-                "page of its listing goes on; use a server that knows ListObjectsV2"
+                f"{self.uri} cannot be listed: {self.client.meta.endpoint_url} does not say how "
+                "its listing continues; use a server that supports ListObjectsV2"
             )
         return answer
 
     def _pages(self, prefix: str) -> Iterator[dict[str, Any]]:
-        # Continuation tokens, never "start after": not every server lists in byte order.
+        # Continuation tokens, never StartAfter: not every server lists in byte order.
         more: dict[str, Any] = {}
         while True:
             page = self._page(prefix, **more)
@@ -142,10 +142,11 @@ class S3Store:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _parts(self, prefix: str) -> tuple[Pages, Sequence[str]]:
-        """Pages of what lies on the way, and prefixes that together hold all the rest.
+        """Split a listing into pages that are already complete, and prefixes that hold the rest.
 
-        Down the folders until there are enough to list side by side. A folder of more than a page
-        of subfolders is left whole: one listing for each study of an archive would be far dearer.
+        Descends the folders until there are enough prefixes to list in parallel. A folder with more
+        than one page of entries is not split: a listing for each study of an archive would cost far
+        more.
         """
         whole: Any = []
         leaves: Any = []
@@ -165,11 +166,11 @@ class S3Store:
     def _objects(self, page: dict[str, Any]) -> Iterator[ObjectInfo]:
         for item in page.get("Contents", ()):
             if item["Key"].endswith("/") and item["Size"] == 0:
-                continue  # a folder marker that consoles create
+                continue  # consoles create these to mark folders
             yield ObjectInfo(
                 key=item["Key"].removeprefix(self.prefix),
                 size_bytes=item["Size"],
-                etag=item["ETag"].strip('"'),
+                etag=etag_of(item),
                 modified_at=item["LastModified"].astimezone(UTC),
             )
 
@@ -180,14 +181,14 @@ class S3Store:
             try:
                 found = self._ask("head_object", Bucket=self.bucket, Key=self.prefix + key)
             except ClientError as error:
-                # HEAD has no body, so a missing bucket and a missing key look alike here.
+                # An answer to HEAD has no body, so a missing bucket looks like a missing key.
                 if status_of(error) == 404:
                     return None
                 raise
         return ObjectInfo(
             key=key,
             size_bytes=found["ContentLength"],
-            etag=found["ETag"].strip('"'),
+            etag=etag_of(found),
             modified_at=found["LastModified"].astimezone(UTC),
         )
 
@@ -217,7 +218,7 @@ class S3Store:
                 self._fetch_into(file, key, etag)
                 on_failure.pop_all()
         except OSError as error:
-            # Of the object nothing is known, and another task, or night, may have the room.
+            # The object may be sound, and another task or night may have the disk space.
             raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, _no_room(error)) from error
         return file
 
@@ -230,8 +231,8 @@ class S3Store:
         return target
 
     def _fetch_into(self, file: IO[bytes], key: str, etag: str | None) -> None:
-        """The object, whole; the file is at its beginning then. Raises `OSError` of the file alone,
-        and as `read` does."""
+        """Fetch the whole object into the file, and seek to its beginning. Raises `OSError` only
+        for the file; otherwise raises as `read` does."""
 
         def start_over() -> None:
             file.seek(0)
@@ -248,20 +249,20 @@ class S3Store:
         start_over: Callable[[], object],
         **more: str,
     ) -> None:
-        came: set[str] = set()
+        seen: set[str] = set()
         for attempt in range(1, _BODY_ATTEMPTS + 1):
             start_over()
             try:
                 self._fetch_once(key, etag, take, **more)
                 return
             except UnlikeEtagError as error:
-                if error.digest in came:
-                    _tell_fetched_twice(self.bucket, self.client.meta.endpoint_url)
-                    return  # what comes twice alike is what is stored
+                if error.digest in seen:
+                    _warn_fetched_twice(self.bucket, self.client.meta.endpoint_url)
+                    return  # two equal bodies are what is stored
                 if attempt == _BODY_ATTEMPTS:
                     raise
-                came.add(error.digest)
-                continue  # at once: the server did answer
+                seen.add(error.digest)
+                continue  # without a pause: the server did answer
             except BodyError:
                 if attempt == _BODY_ATTEMPTS:
                     raise
@@ -281,12 +282,12 @@ class S3Store:
         take_body(answer, take, part_bytes)
 
     def _part_bytes(self, key: str, etag: str, number: int) -> int | None:
-        """Size of a part of the object, see `PartBytes`. Raises `ImageError`."""
+        """Size of one part of the object, as in `PartBytes`. Raises `ImageError`."""
         from botocore.exceptions import ClientError
 
         with row_errors(self.client.meta.endpoint_url):
             try:
-                told = self._ask(
+                answer = self._ask(
                     "head_object",
                     Bucket=self.bucket,
                     Key=self.prefix + key,
@@ -297,8 +298,8 @@ class S3Store:
                 if status_of(error) in _NO_PARTS:
                     return None
                 raise
-        # A server that takes no notice of the number answers with the whole object.
-        return int(told["ContentLength"]) if told.get("PartsCount") else None
+        # A server that ignores the part number answers for the whole object.
+        return int(answer["ContentLength"]) if answer.get("PartsCount") else None
 
     def write(
         self,
@@ -313,8 +314,8 @@ class S3Store:
 
         if "//" in self.prefix:
             raise UserError(
-                f"{self.uri} cannot be written: it has an empty folder name (//), below which "
-                "Arrow and some servers find nothing again; leave out the second slash"
+                f"{self.uri} cannot be written: Arrow and some servers find nothing below an empty "
+                "folder name (//); leave out the second slash"
             )
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         if if_match is not None:
@@ -325,7 +326,7 @@ class S3Store:
                     "put_object", Bucket=self.bucket, Key=self.prefix + key, Body=data, **condition
                 )
             except ClientError as error:
-                # 404: what was to be replaced is gone; or its bucket is, which is no conflict.
+                # 404: the object to replace is gone. If its bucket is gone, that is no conflict.
                 is_conflict = status_of(error) in (404, 409, 412)
                 if condition and is_conflict and code_of(error) != "NoSuchBucket":
                     raise ConflictError(key) from error
@@ -338,8 +339,8 @@ class S3Store:
     def now(self) -> datetime:
         with self._user_errors("read"):
             answer = self._ask("list_objects_v2", Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
-        told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-        return parsedate_to_datetime(told) if told else datetime.now(UTC)
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(date) if date else datetime.now(UTC)
 
     def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         import pyarrow.fs
@@ -349,8 +350,8 @@ class S3Store:
         if credentials is None:
             raise UserError(NO_CREDENTIALS)
         options: dict[str, str | None] = {}
-        # Those of a role end after hours, and the filesystem of a training may not: Arrow finds
-        # and renews them by itself. Other kinds it would not find, or take other ones before them.
+        # A role's credentials expire after hours, and a training may take longer. Arrow finds and
+        # renews these by itself. It would miss other kinds, or prefer other credentials to them.
         if credentials.method not in _ROLES or os.environ.get("AWS_ACCESS_KEY_ID"):
             frozen = credentials.get_frozen_credentials()
             options = {
@@ -358,7 +359,7 @@ class S3Store:
                 "secret_key": frozen.secret_key,
                 "session_token": frozen.token,
             }
-        # Of AWS_CA_BUNDLE and of ca_bundle in a profile Arrow knows nothing.
+        # Arrow reads neither AWS_CA_BUNDLE nor ca_bundle in a profile.
         authorities = session._session.get_config_variable("ca_bundle")
         if authorities:
             options["tls_ca_file_path"] = authorities
@@ -370,8 +371,7 @@ class S3Store:
             scheme=endpoint.scheme,
             request_timeout=60,
             connect_timeout=10,
-            # The bucket's own policies decide who may create buckets; a typo must not make one.
-            allow_bucket_creation=False,
+            allow_bucket_creation=False,  # a typo must not create a bucket
         )
         return filesystem, f"{self.bucket}/{self.prefix}".rstrip("/")
 
@@ -381,11 +381,11 @@ class S3Store:
 
 
 @cache
-def _tell_fetched_twice(bucket: str, endpoint: str) -> None:
-    """Once in a process: it may be so of every object."""
+def _warn_fetched_twice(bucket: str, endpoint: str) -> None:
+    """Once per process: it may concern every object."""
     log.warning(
-        "the ETags of objects in s3://%s at %s that were uploaded in parts are not made of their "
-        "MD5s: each is fetched twice, and taken if both are alike; %s=%s takes them at once",
+        "the ETags of multipart objects in s3://%s at %s are not made of MD5s: each object is "
+        "fetched twice, and accepted if both copies are equal; with %s=%s it is fetched once",
         bucket,
         endpoint,
         ETAGS_VARIABLE,
@@ -396,5 +396,5 @@ def _tell_fetched_twice(bucket: str, endpoint: str) -> None:
 def _no_room(error: OSError) -> str:
     return (
         f"temporary files cannot be written ({error.strerror or type(error).__name__}); "
-        "free space, or name a larger folder by TMPDIR"
+        "free space, or set TMPDIR to a larger folder"
     )

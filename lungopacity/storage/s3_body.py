@@ -1,7 +1,6 @@
-"""The body of what S3 answers, whole and checked.
+"""Reads the body of an answer of S3, and checks its length and digest.
 
-boto3 does not retry a body that ends early, and nobody notices a flipped byte: botocore hands on
-both as they are.
+boto3 does not: it passes on a body that ends early, or that has a flipped byte, as it is.
 """
 
 from __future__ import annotations
@@ -14,50 +13,51 @@ from typing import Any
 from lungopacity.errors import ErrorCode, ImageError, Stage
 
 _CHUNK_BYTES = 1 << 20
-_OF_MD5 = re.compile(r"[0-9a-fA-F]{32}(?:-[1-9]\d{0,4})?")
+_MD5_ETAG = re.compile(r"[0-9a-fA-F]{32}(?:-[1-9]\d{0,4})?")
 
 
 class BodyError(ImageError):
-    """Worth fetching again."""
+    """A body that is worth fetching again."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(code, Stage.FETCH, message)
 
 
 class UnlikeEtagError(BodyError):
-    """A whole body, of an object whose ETag tells a number of parts, and is not made of its MD5s.
+    """A complete body whose MD5s do not give the object's multipart ETag.
 
-    It was altered on its way; or the server makes such ETags of something else: MinIO under
-    `--no-compat` of chance, Ozone of the names of parts, Alibaba's OSS by a rule of its own.
+    Either it was altered in transit, or the server makes such ETags of something else: MinIO under
+    `--no-compat` at random, Ozone from the names of parts, Alibaba's OSS by a rule of its own.
     """
 
     def __init__(self, digest: str) -> None:
-        """digest: of the body that came, as the ETag would have it."""
+        """digest: the ETag computed from the body that was received."""
         super().__init__(ErrorCode.DIGEST_MISMATCH, "differs from the stored MD5s of its parts")
         self.digest = digest
 
 
 PartBytes = Callable[[int], int | None]
-"""Of the number of a part, from 1, its size; None where the server does not tell."""
+"""From the number of a part, counted from 1, to its size; None if the server does not say."""
 ETAGS_VARIABLE = "LUNGOPACITY_ETAGS"
 OPAQUE = "opaque"
-"""What the variable says where ETags are no MD5s, though they look so: then none is compared. VAST
-makes such of the metadata of what was written by NFS or SMB, and no header tells
+"""The value of the variable for servers whose ETags look like MD5s and are not: none is compared
+then. VAST makes such ETags from the metadata of files written by NFS or SMB, and no header says so
 (https://kb.vastdata.com/documentation/docs/handling-object-etags-1)."""
 
 
 def take_body(
     answer: dict[str, Any], take: Callable[[bytes], object], part_bytes: PartBytes | None
 ) -> None:
-    """Give the body of boto3's answer to `take`, piece by piece.
+    """Give the body of boto3's answer to `take`, piece by piece, and check it.
 
-    Its ETag is computed anew where that is known to be made of MD5s. Else, and of a range of an
-    object, only the length is checked, and what checksum of the whole botocore has code for
-    (CRC64NVME, the default of some multipart uploads, it has by awscrt alone).
+    The ETag is recomputed if it is known to be made of MD5s. Otherwise, and for a range of an
+    object, only the length is checked, and a checksum of the whole object that botocore can compute
+    (CRC64NVME, the default of some multipart uploads, needs awscrt).
 
-    part_bytes: is asked of an object that was uploaded in parts. None: no ETag is made of MD5s.
-    Raises `BodyError` where the body broke off or was altered on its way, after what had come,
-    `UnlikeEtagError` where that is not certain; and what `take` and `part_bytes` raise.
+    part_bytes: called for an object that was uploaded in parts. None: no ETag is made of MD5s.
+    Raises `BodyError`, after the pieces that were received, if the body broke off or was altered
+    in transit; `UnlikeEtagError` if it may have been altered; and what `take` and `part_bytes`
+    raise.
     """
     md5s = _PartMd5s(_first_part_bytes(answer, part_bytes) if part_bytes else None)
     received = 0
@@ -76,21 +76,21 @@ def take_body(
     if parts is None:
         raise BodyError(
             ErrorCode.DIGEST_MISMATCH,
-            "differs from the MD5 that its ETag looks like; if this server makes ETags of "
-            f"something else, set {ETAGS_VARIABLE}={OPAQUE}",
+            "differs from the MD5 in its ETag; if this server's ETags are not MD5s, set "
+            f"{ETAGS_VARIABLE}={OPAQUE}",
         )
-    # Some programs upload parts of many sizes; their bounds are not known then.
+    # If a program uploaded parts of different sizes, their bounds are unknown.
     if part_bytes and all(part_bytes(n) == md5s.size_bytes for n in range(2, parts)):
         raise UnlikeEtagError(md5s.etag(parts))
 
 
 class _PartMd5s:
-    """MD5 of each part of a body that comes in pieces."""
+    """The MD5 of each part of a body that arrives in pieces."""
 
     def __init__(self, size_bytes: int | None) -> None:
-        """size_bytes: of each part but the last; None: there is nothing to compare with."""
+        """size_bytes: of each part but the last; None: no MD5 is computed."""
         self.size_bytes = size_bytes
-        self._ended: list[bytes] = []
+        self._complete: list[bytes] = []
         self._md5 = hashlib.md5(usedforsecurity=False)
         self._left = size_bytes or 0
 
@@ -101,23 +101,23 @@ class _PartMd5s:
         while len(rest) > self._left:
             self._md5.update(rest[: self._left])
             rest = rest[self._left :]
-            self._ended.append(self._md5.digest())
+            self._complete.append(self._md5.digest())
             self._md5 = hashlib.md5(usedforsecurity=False)
             self._left = self.size_bytes
         self._md5.update(rest)
         self._left -= len(rest)
 
     def etag(self, parts: int | None) -> str:
-        """As of an upload in so many parts; None: of one that was put whole."""
+        """The ETag of an upload in so many parts; None: in a single PUT."""
         if parts is None:
             return self._md5.hexdigest()
-        whole = b"".join([*self._ended, self._md5.digest()])
-        return f"{hashlib.md5(whole, usedforsecurity=False).hexdigest()}-{parts}"
+        digests = b"".join([*self._complete, self._md5.digest()])
+        return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{parts}"
 
 
 def _pieces(body: Any) -> Iterator[bytes]:
-    """Of botocore's streaming body. Raises `BodyError` where it breaks off, and does not take for
-    that what is raised by those who take the pieces."""
+    """The pieces of botocore's streaming body. Raises `BodyError` if it breaks off. A generator, so
+    that errors of the code that consumes the pieces are not mistaken for that."""
     from botocore.exceptions import BotoCoreError, FlexibleChecksumError, ReadTimeoutError
 
     try:
@@ -126,39 +126,40 @@ def _pieces(body: Any) -> Iterator[bytes]:
     except FlexibleChecksumError as error:
         raise BodyError(ErrorCode.DIGEST_MISMATCH, "differs from its checksum") from error
     except ReadTimeoutError as error:
-        raise BodyError(ErrorCode.TIMEOUT, "the body stopped coming") from error
+        raise BodyError(ErrorCode.TIMEOUT, "the body stopped arriving") from error
     except (BotoCoreError, OSError) as error:
-        # urllib3's own exceptions are wrapped by botocore, or derive from OSError.
+        # botocore wraps urllib3's exceptions, or they derive from OSError.
         raise BodyError(
             ErrorCode.UNAVAILABLE, f"connection broke ({type(error).__name__})"
         ) from error
 
 
 def etag_of(answer: dict[str, Any]) -> str:
-    """Without quotes, and the mark of those that some servers call weak."""
+    """The ETag of an answer or a listed object, without its quotes and without the mark of a weak
+    one: proxies that compress add it to what S3 sent."""
     return str(answer["ETag"]).removeprefix("W/").strip('"')
 
 
 def _parts(answer: dict[str, Any]) -> int | None:
-    """In how many parts it was uploaded; None where it was put whole."""
+    """In how many parts the object was uploaded; None if in a single PUT."""
     _, dash, parts = etag_of(answer).partition("-")
     return int(parts) if dash else None
 
 
 def _first_part_bytes(answer: dict[str, Any], part_bytes: PartBytes) -> int | None:
-    """The size that all parts but the last can have, of one put whole its own; None where the ETag
-    is not made of MD5s, or the server does not tell.
+    """The size of every part but the last, if they all have the same; for an object of a single
+    part, its own size. None if the ETag is not made of MD5s, or the server does not say.
 
-    It is not under KMS or customer keys:
+    Under KMS or customer keys, ETags are not made of MD5s:
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
     """
     encrypted = (
         answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
     )
-    if encrypted or "ContentRange" in answer or not _OF_MD5.fullmatch(etag_of(answer)):
+    if encrypted or "ContentRange" in answer or not _MD5_ETAG.fullmatch(etag_of(answer)):
         return None
     size_bytes, parts = int(answer["ContentLength"]), _parts(answer) or 1
     if parts == 1:
-        return max(1, size_bytes)  # of a part of no bytes there would be no end
+        return max(1, size_bytes)  # `_PartMd5s` would loop for ever on parts of no bytes
     first = part_bytes(1)
     return first if first and (parts - 1) * first < size_bytes <= parts * first else None

@@ -1,4 +1,4 @@
-"""What speaks to S3: one boto3 client and one quick reader for each bucket, shared by a process."""
+"""The clients of S3: one boto3 client and one `QuickGet` per bucket, shared within a process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lungopacity.errors import UserError
 from lungopacity.storage.quick_get import QuickGet
 
 _REQUEST_ATTEMPTS = 5
-"""By botocore, with its own backoff: for refused connections and server errors."""
+"""Attempts of botocore, with its own backoff, for refused connections and server errors."""
 
 
 def aws_session() -> Any:
-    """boto3's, with the credentials and the region of the standard variables and files."""
+    """A boto3 session with the credentials and region of the standard AWS variables and files."""
     import boto3
     import botocore.session
 
@@ -27,8 +27,8 @@ def aws_session() -> Any:
 
 
 def _parse_timestamp(value: Any) -> datetime:
-    """As botocore does, but ISO 8601 by Python itself: botocore's own way takes three fifths of
-    the CPU time of a listing."""
+    """As botocore does, but Python parses ISO 8601: botocore's parser takes three fifths of the CPU
+    time of a listing."""
     import botocore.utils
 
     try:
@@ -37,13 +37,13 @@ def _parse_timestamp(value: Any) -> datetime:
             return parsed
     except (TypeError, ValueError):
         pass
-    told: datetime = botocore.utils.parse_timestamp(value)
-    return told
+    by_botocore: datetime = botocore.utils.parse_timestamp(value)
+    return by_botocore
 
 
 @dataclass(frozen=True)
 class S3Clients:
-    """What speaks to one bucket."""
+    """The clients of one bucket."""
 
     boto3: Any
     quick: QuickGet
@@ -54,8 +54,8 @@ _making_clients = threading.Lock()
 
 
 def clients_of(bucket: str) -> S3Clients:
-    """Of this process, made once for each bucket and setting of the AWS variables: boto3 takes a
-    tenth of a second of CPU time for a client, and every task of Ray brings a store of its own."""
+    """This process's clients, made once per bucket and values of the AWS variables: boto3 takes a
+    tenth of a second of CPU time to make one, and every Ray task brings its own store."""
     variables = (f"{name}={value}" for name, value in os.environ.items() if name[:4] == "AWS_")
     key = (bucket, *sorted(variables))
     with _making_clients:
@@ -66,8 +66,8 @@ def clients_of(bucket: str) -> S3Clients:
 
 
 def s3_client() -> Any:
-    """boto3's. An endpoint of one's own, of whatever variable or file, it asks by path: that needs
-    no DNS name for each bucket. Raises `UserError`."""
+    """A new boto3 client. It addresses buckets of a custom endpoint by path, whichever variable or
+    file names the endpoint: that needs no DNS name per bucket. Raises `UserError`."""
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
@@ -81,7 +81,7 @@ def s3_client() -> Any:
         session = aws_session()
         return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
     except (BotoCoreError, ValueError) as error:
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"S3 cannot be used: {told}; check the AWS variables and profiles"
+            f"S3 cannot be used: {reason}; check the AWS variables and profiles"
         ) from error

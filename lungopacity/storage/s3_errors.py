@@ -1,4 +1,4 @@
-"""What S3 answers, in the words of a row or of a user."""
+"""Turns the errors of S3 into `ImageError` for a row, or `UserError` for the command."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ NO_CREDENTIALS = (
     "no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 )
 _FULL = 507
-"""The status of a server that has no room left."""
+"""The HTTP status of a server that has no space left."""
 _OF_CREDENTIALS = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
 
 
 def status_of(error: Any) -> int:
-    """The HTTP status of a botocore `ClientError`; 0 where it has none."""
+    """The HTTP status of a botocore `ClientError`; 0 if it has none."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def code_of(error: Any) -> str:
-    """S3's own word for it, of a botocore `ClientError`; "" where it has none, as of HEAD."""
+    """S3's error code of a botocore `ClientError`; "" if it has none, as after HEAD."""
     code = str(error.response.get("Error", {}).get("Code", ""))
-    # Whatever else a server puts there could quote what it was asked for.
+    # Anything else that a server puts there could quote the request.
     return code if re.fullmatch("[A-Za-z.]+", code) else ""
 
 
 def image_error_of(error: Any) -> ImageError:
-    """Why an object has no bytes, of a botocore `ClientError`."""
+    """Why an object cannot be read, from a botocore `ClientError`."""
     status, code = status_of(error), code_of(error)
-    told = f" ({code})" if code else ""
+    quoted = f" ({code})" if code else ""
     if status == 404:
-        return ImageError(ErrorCode.MISSING, Stage.FETCH, f"no such object{told}")
+        return ImageError(ErrorCode.MISSING, Stage.FETCH, f"no such object{quoted}")
     if status == 412:
         return changed()
     if code == "InvalidObjectState":
@@ -45,13 +45,13 @@ def image_error_of(error: Any) -> ImageError:
             "archived in a cold storage class; restore it, then screen again",
         )
     if status in (401, 403):
-        return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, f"access denied{told}")
-    return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"storage answered {status}{told}")
+        return ImageError(ErrorCode.FORBIDDEN, Stage.FETCH, f"access denied{quoted}")
+    return ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, f"storage answered {status}{quoted}")
 
 
 def may_pass(error: UserError) -> bool:
-    """Whether what `user_errors` raised tells of a server that is busy or away, and not of what a
-    person has to mend."""
+    """Whether an error of `user_errors` means a server that is busy or away, rather than something
+    that a person has to fix."""
     from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
     cause = error.__cause__
@@ -62,7 +62,7 @@ def may_pass(error: UserError) -> bool:
 
 
 def no_connection(error: Exception, endpoint: str) -> str:
-    """Why nothing was asked, of a botocore or operating system's error."""
+    """Why no request got through, from an error of botocore or the operating system."""
     from botocore.exceptions import (
         EndpointConnectionError,
         NoCredentialsError,
@@ -78,7 +78,7 @@ def no_connection(error: Exception, endpoint: str) -> str:
 
 @contextmanager
 def row_errors(endpoint: str) -> Iterator[None]:
-    """Turn what S3 says of one object into the `ImageError` of its row."""
+    """Turn errors of botocore about one object into the `ImageError` of its row."""
     from botocore.exceptions import (
         BotoCoreError,
         ClientError,
@@ -93,15 +93,15 @@ def row_errors(endpoint: str) -> Iterator[None]:
     except (ConnectTimeoutError, ReadTimeoutError) as error:
         raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time") from error
     except (BotoCoreError, OSError) as error:
-        told = no_connection(error, endpoint)
-        raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
+        reason = no_connection(error, endpoint)
+        raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, reason) from error
 
 
 @contextmanager
 def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
-    """Turn what S3 says of the whole place into one line with its mend.
+    """Turn errors of botocore about the bucket or server into a `UserError` of one line.
 
-    where: what cannot be done, the beginning of that line.
+    where: the beginning of that line; it says what cannot be done.
     """
     from botocore.exceptions import (
         BotoCoreError,
@@ -129,7 +129,7 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
             ) from error
         if code == "RequestTimeTooSkewed":
             raise UserError(
-                f"{where}: the clock of this machine and that of {endpoint} differ; set this one"
+                f"{where}: the clocks of this machine and of {endpoint} differ; correct this one"
             ) from error
         if status_of(error) == 403:
             raise UserError(

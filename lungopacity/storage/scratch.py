@@ -1,7 +1,8 @@
-"""Folders on this machine for what is at work: lists of objects, tables too large for memory.
+"""Temporary folders on this machine: for lists of objects, and tables too large for memory.
 
-A job that is killed leaves its own behind, names of objects and all. Each holds a file that its job
-has locked: one that nobody holds any more may go, and no folder of another's is taken for one.
+A killed job leaves its folder behind, with the names of objects in it. Each folder holds a file
+that its job keeps locked. A folder whose file is no longer locked may be removed, and a folder
+without such a file is not one of ours.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ _PREFIX = "lungopacity-"
 _MARK = ".at-work"
 _LEFT_S = 86400.0
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of the system where a disk is full, or a user's share of it."""
+"""`errno` of a full disk, or a full quota."""
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder of the block's own, empty but for a hidden file, and gone after it."""
+    """A new folder, empty but for a hidden file, that is removed when the block ends."""
     with (
         tempfile.TemporaryDirectory(prefix=_PREFIX) as name,
         Path(name, _MARK).open("wb") as mark,
     ):
-        # Where a file system knows no locks, none is found free either.
+        # On a file system without locks, `left_behind` gets no lock either, and finds nothing.
         with suppress(OSError):
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield Path(name)
 
 
 def left_behind() -> list[Path]:
-    """This user's folders, begun more than a day ago, whose jobs are gone."""
+    """This user's scratch folders that were made more than a day ago and whose jobs are gone."""
     found = []
     for mark in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_MARK}"):
-        with suppress(OSError):  # of another user, held, or gone meanwhile
+        with suppress(OSError):  # not readable, still locked, or gone meanwhile
             facts = mark.lstat()
             if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > _LEFT_S:
                 with mark.open("rb") as file:

@@ -327,7 +327,7 @@ def test_what_is_no_report_is_told(tmp_path):
         compare(first, str(tmp_path / "none"))
     (tmp_path / "odd").mkdir()
     os.mkfifo(tmp_path / "odd" / "predictions.parquet")
-    with pytest.raises(UserError, match=r"cannot be read \(no regular file\)"):
+    with pytest.raises(UserError, match=r"cannot be read \(not a regular file\)"):
         compare(first, str(tmp_path / "odd"))
     foreign = io.BytesIO()
     pd.DataFrame({"image": ["a.png"], "score": [0.5]}).to_parquet(foreign)

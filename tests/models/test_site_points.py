@@ -69,7 +69,7 @@ def test_a_point_that_cannot_be_read_is_not_told_as_absent(tmp_path):
     model = write_tiny_model(str(tmp_path / "m"))
     (tmp_path / "m" / "operating_points").mkdir()
     os.mkfifo(tmp_path / "m" / "operating_points" / "ours.json")
-    with pytest.raises(UserError, match=r"'ours' cannot be read \(no regular file\)"):
+    with pytest.raises(UserError, match=r"'ours' cannot be read \(not a regular file\)"):
         with_operating_point(str(tmp_path / "m"), model, "ours")
 
 
