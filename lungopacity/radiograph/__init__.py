@@ -1,4 +1,4 @@
-"""Bytes to pixels. Training, evaluation and screening all read radiographs here, and only here."""
+"""Bytes to pixels. Training, evaluation and screening decode radiographs here, and only here."""
 
 from lungopacity.radiograph.decode import decode_radiographs
 from lungopacity.radiograph.dicom_header import ACCEPTABLE

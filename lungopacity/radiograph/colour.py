@@ -1,4 +1,4 @@
-"""Colour to grey, and how much colour there is."""
+"""Converts colour to grey, and measures how much colour there is."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 _CLEARLY = 32
-"""Of 255: spread of red, green and blue above which an eye sees a colour; noise of JPEG is less."""
+"""Spread of red, green and blue, of 255, above which an eye sees colour. JPEG noise has less."""
 _CLEARLY_WITHOUT_TINT = 24
-"""What must be left of it without the tint, which some of a colour is taken for."""
+"""Spread that must remain once the tint is subtracted, which takes some of a real colour along."""
 _MOST_OF_A_TINT = 0.5
-"""Of the brightest channel: spread of the mean colour. Blue bases of films, or the yellow of
-their age, have 0.2."""
+"""Largest spread of the mean colour, as a share of its brightest channel, that is a tint. A film's
+blue base, or the yellow of its age, has 0.2."""
 
 
 _LUMA = (19595, 38470, 7471)
@@ -21,7 +21,7 @@ _LUMA = (19595, 38470, 7471)
 
 
 def luminance(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """ITU-R BT.601 luma, as Pillow's own conversion and JPEG's Y have it.
+    """ITU-R BT.601 luma, the same as Pillow's own conversion and JPEG's Y.
 
     rgb: (height, width, 3). Returns (height, width).
     """
@@ -31,7 +31,7 @@ def luminance(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def deep_luminance(rgb: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
-    """`luminance` of 16 bits, for which Pillow has no colours.
+    """`luminance` for 16 bits, which Pillow cannot hold in colour.
 
     rgb: (height, width, 3). Returns (height, width).
     """
@@ -42,10 +42,11 @@ def deep_luminance(rgb: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
 
 
 def coloured_fraction(rgb: npt.NDArray[Any]) -> float:
-    """Share of pixels whose red, green and blue differ clearly, 0 … 1; judged on a coarse grid.
+    """Share of pixels whose red, green and blue differ clearly, 0 … 1, judged on a coarse grid.
 
-    One tint of the whole picture, as of a scanned film with a blue base, is no colour: red, green
-    and blue are each a line of the luma then, and only pixels off these lines count.
+    One tint of the whole image, as of a scanned film with a blue base, is not counted as colour:
+    red, green and blue are then linear functions of the luma, and only pixels off these lines
+    count.
 
     rgb: (height, width, 3) uint8.
     """
@@ -63,7 +64,7 @@ def coloured_fraction(rgb: npt.NDArray[Any]) -> float:
 
 
 def _spread(channels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Of three arrays of one length. By pairs, in a third of the time that `np.ptp` takes."""
+    """Spread of three arrays of one length, by element. Pairs take a third of `np.ptp`'s time."""
     red, green, blue = channels
     spread: npt.NDArray[Any] = np.maximum(np.maximum(red, green), blue)
     spread -= np.minimum(np.minimum(red, green), blue)

@@ -1,6 +1,6 @@
-"""Radiographs from the bytes of a file: grey pixels, and the few facts that a row keeps.
+"""Decodes the bytes of a file into radiographs: grey pixels, and the few facts that a row keeps.
 
-The format is told by content, never by name: JPEG bytes named .png are common in real archives.
+The format is recognised by content, never by name: JPEG files named .png are common in archives.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lungopacity.radiograph.jpeg2000 import is_cut_jpeg_2000, is_jpeg_2000
 from lungopacity.radiograph.pillow import decode_with_pillow, decoder_error
 from lungopacity.radiograph.png import PngHeader, decode_grey_png, read_plain_header
 
-# Their first bytes, and what they are: what cameras and browsers write, and archives.
+# First bytes of known formats that are not decoded: of cameras, browsers and archivers.
 _NOT_DECODED = (
     (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "a picture in WebP"),
     (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), "a picture in JPEG XL"),
@@ -44,7 +44,7 @@ _NOT_DECODED = (
 
 
 def sniff_format(data: bytes) -> str | None:
-    """The image format that the first bytes announce, of those that are decoded, or None."""
+    """The format that the first bytes announce, if it is one that is decoded; else None."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if data[:3] == b"\xff\xd8\xff":
@@ -57,7 +57,7 @@ def sniff_format(data: bytes) -> str | None:
         return "jpeg2000"
     if data[:2] == b"BM" and len(data) >= 26 and data[6:10] == b"\0\0\0\0":
         return "bmp"
-    # DICOM without preamble: a tag of group 0002 or 0008 at the start, of either byte order.
+    # DICOM without preamble begins with a tag of group 0002 or 0008, in either byte order.
     if data[:2] in (b"\x02\x00", b"\x08\x00") and data[3:4] == b"\x00" and len(data) > 132:
         return "dicom"
     if data[:3] == b"\x00\x08\x00" and len(data) > 132:
@@ -75,13 +75,13 @@ def decode_radiographs(
 ) -> Iterator[Radiograph | ImageError]:
     """Decode one file: one radiograph, or one for each frame of a DICOM object or page of a TIFF.
 
-    `at_least`: the caller will shrink the image so that its longer side is this many pixels; a JPEG
-    is then decoded straight to a DCT scale that is not below it, several times as fast. `accept`:
-    of `ACCEPTABLE`, what to decode all the same.
-    `hmac_key`: fills `patient_hmac` and `study_hmac`.
+    `at_least`: the caller will shrink the image so that its longer side is this many pixels. A JPEG
+    is then decoded at a DCT scale that is not smaller, several times as fast. `accept`: codes of
+    `ACCEPTABLE` to decode instead of rejecting. `hmac_key`: the key of `patient_hmac` and
+    `study_hmac`.
 
-    A frame that cannot be decoded comes as its `ImageError`. Raises `ImageError`, and nothing else,
-    for a file that cannot be decoded at all.
+    Yields an `ImageError` for a frame that cannot be decoded. Raises `ImageError`, and nothing
+    else, for a file that cannot be decoded at all.
     """
     limits.check_size(len(data))
     kind = sniff_format(data)
@@ -102,10 +102,8 @@ def decode_radiographs(
 def _not_decoded(data: bytes) -> ImageError:
     for signature, what in _NOT_DECODED:
         if signature.match(data):
-            anew = "PNG" if what.startswith("a picture") else "tar or zip"
-            return ImageError(
-                ErrorCode.UNSUPPORTED, Stage.DECODE, f"{what}; write it anew as {anew}"
-            )
+            other = "PNG" if what.startswith("a picture") else "tar or zip"
+            return ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, f"{what}; convert it to {other}")
     return ImageError(ErrorCode.NOT_AN_IMAGE, Stage.DECODE, "no signature of a known image format")
 
 
@@ -137,9 +135,9 @@ def _check_jpeg(data: bytes, header: JpegHeader | None, limits: DecodeLimits) ->
         raise ImageError(
             ErrorCode.UNSUPPORTED,
             Stage.DECODE,
-            f"a {kind} of {header.bits} bits; write it anew as PNG, or as DICOM",
+            f"a {kind} of {header.bits} bits; convert it to PNG or DICOM",
         )
-    # Of a sequential JPEG of one component, libjpeg reads one scan, however many there are.
+    # libjpeg reads only one scan of a sequential JPEG of one component, however many there are.
     if header is None or header.progressive or header.components > 1:
         limits.check_scans(scans_of(data))
 
@@ -147,7 +145,7 @@ def _check_jpeg(data: bytes, header: JpegHeader | None, limits: DecodeLimits) ->
 def _decode_plain_jpeg(
     data: bytes, header: JpegHeader | None, limits: DecodeLimits, at_least: int | None
 ) -> Radiograph | None:
-    """A grey JPEG that nothing need be known of but its pixels: most of an archive's JPEGs."""
+    """A grey JPEG whose pixels are all that matters, as most JPEGs of archives are; else None."""
     if header is None or header.components != 1 or header.may_be_turned:
         return None
     synthetic = any(is_synthetic(comment) for comment in header.comments)
@@ -163,7 +161,7 @@ def _decode_plain_png(data: bytes, limits: DecodeLimits) -> Radiograph | None:
 
     def decode() -> npt.NDArray[np.uint8]:
         samples = decode_grey_png(data, header)
-        # 16 bits carry no window: their own range is mapped, as for such DICOM.
+        # A PNG has no window, so 16 bits are stretched to their own range, as in such DICOM.
         return samples if header.bits == 8 else stretch_to_uint8(samples)
 
     return _plain_film(decode, "png", header, limits)
@@ -176,7 +174,7 @@ def _plain_film(
     limits: DecodeLimits,
     synthetic: bool = False,
 ) -> Radiograph | None:
-    """None where `decode` gives none."""
+    """The film with the pixels that `decode` gives; None if it gives none."""
     facts: dict[str, Any] = {
         "format": kind,
         **sides(header.rows, header.columns),
@@ -189,5 +187,6 @@ def _plain_film(
     except Exception as error:
         failed = as_image_error(error, decoder_error)
         failed.facts = facts
-        raise failed from error
+        # No error may be its own cause: whoever follows the causes would not come to an end.
+        raise failed from (error if error is not failed else None)
     return None if pixels is None else Radiograph(pixels=pixels, **facts)

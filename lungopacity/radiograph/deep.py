@@ -1,5 +1,5 @@
-"""Films stored with 16 bits a sample and more samples a pixel than grey: of such Pillow keeps the
-upper 8 bits, which are next to nothing of a film of 12."""
+"""Films with more than one sample per pixel, of more than 8 bits. Pillow keeps only the upper 8
+bits of 16, in which a 12-bit film is almost black."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lungopacity.radiograph.png import decode_png
 Samples = npt.NDArray[np.uint16]
 
 _PNG_DEEP = {b"\x10\x02", b"\x10\x04", b"\x10\x06"}
-"""In IHDR: 16 bits; RGB, grey with alpha, RGB with alpha."""
+"""Bit depth and colour type in IHDR: 16 bits, and RGB, grey with alpha or RGB with alpha."""
 _PNG_DEEP_GREY = b"\x10\x00"
-"""Of which Pillow does not apply the value that is transparent (tRNS), if there is one."""
+"""16 bits of grey. If one value is transparent (tRNS), Pillow does not apply that."""
 _ROWS_AT_ONCE = 64
 
 
 def is_deep(image: Any, data: bytes, kind: str) -> bool:
-    """Whether `image`, that Pillow opened, is stored so."""
+    """Whether `image`, which Pillow opened, must be decoded by `decode_deep`."""
     if kind == "png":
         form = data[24:26] if data[12:16] == b"IHDR" else b""
         return form in _PNG_DEEP or (form == _PNG_DEEP_GREY and "transparency" in image.info)
@@ -37,19 +37,19 @@ def is_deep(image: Any, data: bytes, kind: str) -> bool:
 
 
 def decode_deep(image: Any, data: bytes, kind: str) -> tuple[Samples, Samples | None]:
-    """Grey values on black (height, width), and the colours (height, width, 3) if there are any.
+    """Grey values on a black ground, (height, width), and the colours, (height, width, 3), if any.
 
-    `image`: as Pillow opened it, at the page that is wanted. Raises `ImageError`.
+    `image`: as Pillow opened it, at the wanted page. Raises `ImageError`.
     """
     samples = _samples(image, data, kind)
     has_alpha = samples.shape[2] % 2 == 0
     if kind == "tiff" and has_alpha:
         has_alpha = image.tag_v2.get(tiff.EXTRA_SAMPLES, (0,))[0] == tiff.NOT_MULTIPLIED
-    # JPEG 2000 alone may have fewer bits than 16.
+    # Only JPEG 2000 may have fewer than 16 bits.
     opaque = (1 << bits_of_jpeg_2000(data)) - 1 if kind == "jpeg2000" else 65535
     rgb = samples[..., :3] if samples.shape[2] > 2 else None
     grey = np.empty(samples.shape[:2], np.uint16)
-    # Some rows at a time: they stay in the cache, and what is reckoned in 32 bits stays small.
+    # A few rows at a time, so that they and their 32-bit copies stay in the cache.
     for top in range(0, len(samples), _ROWS_AT_ONCE):
         some = slice(top, top + _ROWS_AT_ONCE)
         luma = samples[some, :, 0] if rgb is None else deep_luminance(rgb[some])
@@ -82,5 +82,5 @@ def _uncommon() -> ImageError:
     return ImageError(
         ErrorCode.UNSUPPORTED,
         Stage.DECODE,
-        "colours of more than 8 bits in an uncommon coding; write it anew in grey",
+        "colours of more than 8 bits in an uncommon coding; convert it to grey",
     )

@@ -1,6 +1,7 @@
-"""DICOM objects to radiographs: header, then frame by frame. See `dicom_grey` for the grey values.
+"""Decodes DICOM objects to radiographs: first the header, then frame by frame. `dicom_grey` maps
+the grey values.
 
-No header value is quoted in an error: any text element can hold a name.
+Errors quote no header value, because any text element can hold a name.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ from lungopacity.radiograph.dicom_header import (
 from lungopacity.radiograph.film import DecodeLimits, Radiograph, as_image_error
 from lungopacity.radiograph.grey import stretch_to_uint8
 
-# pydicom warns with the offending value in the text. Values may be names, so nothing is passed on.
+# pydicom's warnings quote the offending value, which may be a name, so none is passed on.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 _META_BYTES = 1024
-"""Within which the file meta group names the transfer syntax."""
+"""The file meta group names the transfer syntax within so many bytes."""
 _MAX_READS = 1_000_000
-"""pydicom takes two or three for an element, and about two microseconds for each."""
+"""pydicom needs two or three for an element, and about two microseconds for each."""
 _PIXEL_STEP = 4096
-"""Less than it takes at once of compressed pixels."""
+"""pydicom reads more bytes of compressed pixels at once than this."""
 _PIXEL_DATA = 0x7FE00010
 _FEWER = "fewer pixels than declared"
 _OTHER_COLOURS = {"YBR_PARTIAL_422", "YBR_PARTIAL_420", "HSV", "ARGB", "CMYK", "XYB"}
-"""Most are retired. pydicom gives them as they are stored: hue, or Y, for red."""
+"""Most are retired. pydicom does not convert them, so hue, or Y, would be taken for red."""
 
 
 def decode_dicom(
@@ -59,34 +60,32 @@ def decode_dicom(
     accept: Set[ErrorCode] = frozenset(),
     hmac_key: bytes | None = None,
 ) -> Iterator[Radiograph | ImageError]:
-    """Each frame as a radiograph, or as the error that it alone met.
+    """Each frame as a radiograph, or as the `ImageError` of that frame alone.
 
-    `accept`: see `dicom_header.check_wanted`. Raises `ImageError` for an object without an image to
-    score, or with a header that cannot be read.
+    `accept`: see `dicom_header.check_wanted`. `hmac_key`: see `decode_radiographs`. Raises
+    `ImageError` for an object without an image to score, or with a header that cannot be read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dataset = _read(data, limits)
         facts: dict[str, object] = {"format": "dicom"}
         try:
+            dataset = _read(data, limits)
             is_cut = _ends_inside_a_value(dataset)
             check_kind(dataset)
             facts = facts_of(dataset, hmac_key)
             _check_pixel_data(dataset, is_cut)
             check_wanted(dataset, facts, accept)
             declared, frames = _frames(dataset, limits)
-        except ImageError as error:
-            error.facts = facts
-            raise
         except Exception as error:
             failed = as_image_error(error, _header_error)
-            failed.facts = facts
-            raise failed from error
+            failed.facts = {} if failed.code is ErrorCode.NOT_AN_IMAGE else facts
+            # No error may be its own cause: whoever follows the causes would not come to an end.
+            raise failed from (error if error is not failed else None)
         for index in range(min(declared, frames + 1)):
             own = facts if declared == 1 else {**facts, "frame": index}
             try:
                 if index >= frames:
-                    # Thousands may be declared that are not there: one row for them.
+                    # Thousands may be declared and missing: they get one row.
                     raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, _FEWER)
                 yield _radiograph(dataset, index, own, limits)
             except Exception as error:
@@ -99,22 +98,16 @@ def _read(data: bytes, limits: DecodeLimits) -> Any:
     import pydicom
     from pydicom.filereader import read_partial
 
-    try:
-        if _has_meta(data) and DeflatedExplicitVRLittleEndian.encode() in data[:_META_BYTES]:
-            return _read_deflated(data, limits)
-        dataset = pydicom.dcmread(_Bounded(data), force=True)
-        # Of a file that ends inside an element pydicom gives nothing. If that is junk behind the
-        # pixels, the film is still there; if it is the pixels, the header is.
-        for last in (_PIXEL_DATA, _PIXEL_DATA - 1):
-            if "PixelData" not in dataset:
-                part = read_partial(_Bounded(data), partial(_is_behind, last), force=True)
-                dataset = part if len(part) > len(dataset) else dataset
-        # Values are parsed when they are asked for; this finds a damaged file here, not later.
-        known = "SOPClassUID" in dataset or "Rows" in dataset or "PixelData" in dataset
-    except ImageError:
-        raise
-    except Exception as error:
-        raise as_image_error(error, _header_error) from error
+    if _has_meta(data) and DeflatedExplicitVRLittleEndian.encode() in data[:_META_BYTES]:
+        return _read_deflated(data, limits)
+    dataset = pydicom.dcmread(_Bounded(data), force=True)
+    # pydicom returns nothing of a file that ends inside an element. If that element is junk after
+    # the pixels, the film is intact; if it is the pixels, the header is.
+    for last in (_PIXEL_DATA, _PIXEL_DATA - 1):
+        if "PixelData" not in dataset:
+            part = read_partial(_Bounded(data), partial(_is_after, last), force=True)
+            dataset = part if len(part) > len(dataset) else dataset
+    known = "SOPClassUID" in dataset or "Rows" in dataset or "PixelData" in dataset
     if not known and not _has_meta(data):
         raise ImageError(
             ErrorCode.NOT_AN_IMAGE, Stage.DECODE, "no signature of a known image format"
@@ -122,12 +115,12 @@ def _read(data: bytes, limits: DecodeLimits) -> Any:
     return dataset
 
 
-def _is_behind(last: int, tag: int, vr: str | None, length: int) -> bool:
+def _is_after(last: int, tag: int, vr: str | None, length: int) -> bool:
     return tag > last
 
 
 class _Bounded(io.BytesIO):
-    """A file in which pydicom cannot lose itself: of zeros it makes an element every 8 bytes."""
+    """A file that bounds pydicom's reads: it takes every 8 bytes of zeros for an element."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -147,7 +140,7 @@ def _has_meta(data: bytes) -> bool:
 
 
 def _read_deflated(data: bytes, limits: DecodeLimits) -> Any:
-    """pydicom would inflate without a limit."""
+    """The dataset of a deflated file, inflated here because pydicom has no limit of size."""
     from pydicom.dataset import FileMetaDataset
     from pydicom.filereader import read_dataset
 
@@ -169,9 +162,9 @@ def _read_deflated(data: bytes, limits: DecodeLimits) -> Any:
 
 
 def _ends_inside_a_value(dataset: Any) -> bool:
-    """Whether the file is cut inside its last element, which pydicom then gives as far as it goes.
+    """Whether the file is cut inside its last element, of which pydicom then gives a part.
 
-    To be asked before any value is.
+    Call it before any value is read: that replaces the raw element, which has the length.
     """
     tags = list(dataset.keys())
     last: Any = dataset.get_item(tags[-1]) if tags else None
@@ -180,20 +173,22 @@ def _ends_inside_a_value(dataset: Any) -> bool:
 
 
 def _check_pixel_data(dataset: Any, is_cut: bool) -> None:
-    """Raises `ImageError` for an object without pixels: cut off, or of a kind that has none."""
+    """Raises `ImageError` for an object without usable pixels: cut off, of a kind that has none, or
+    in floating point."""
     if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
         raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, "floating-point pixels")
     if dataset.get("PixelData"):
         return
     if is_cut or "Rows" in dataset or "SOPClassUID" not in dataset or is_image_class(dataset):
-        raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the header of an image, and no pixels")
+        raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the header of an image without pixels")
     raise ImageError(ErrorCode.NO_PIXELS, Stage.DECODE, "the object holds no pixel data")
 
 
 def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
-    """How many images the object declares, and how many of them its pixel data can hold.
+    """How many frames the object declares, and how many of them its pixel data can hold. Completes
+    the header, see `_complete`.
 
-    Raises `ImageError` where there is none to decode.
+    Raises `ImageError` if no frame can be decoded.
     """
     try:
         limits.check_pixels(int(dataset.Rows), int(dataset.Columns))
@@ -216,7 +211,7 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
     _complete(dataset)
     if is_compressed(dataset):
         if codestreams_held(dataset) > frames:
-            # Of several films those behind the declared ones would be passed over.
+            # The films beyond the declared number would be skipped.
             raise ImageError(
                 ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "more compressed frames than are declared"
             )
@@ -225,30 +220,31 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
             limits.check_unpacked(pixels, len(dataset.PixelData))
         whole = frames_held(dataset, frames) if frames > 1 else 1
         if 0 < whole < frames:
-            dataset.NumberOfFrames = whole  # or pydicom joins fragments that are a frame each
+            # Otherwise pydicom joins fragments that are a frame each.
+            dataset.NumberOfFrames = whole
         return frames, whole
     subsampled = dataset.get("PhotometricInterpretation") == "YBR_FULL_422"
     if subsampled and int(dataset.Columns) % 2:
-        # Two columns share their blue and red: the last one's would be read across the rows.
+        # Two columns share their blue and red, so the last column would read those of the next row.
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "YBR_FULL_422 in an odd number of columns"
         )
     bits = int(dataset.Rows) * int(dataset.Columns) * (2 if subsampled else samples) * allocated
     whole = len(dataset.PixelData) * 8 // bits
     if whole >= 2 * frames:
-        # Rows, bits or frames are told wrongly, and a part would pass for the whole film.
+        # Rows, bits or frames are wrong, and a part of the film would pass for all of it.
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "at least twice the pixels that are declared"
         )
     if 0 < whole < frames:
-        dataset.NumberOfFrames = whole  # or pydicom decodes none of them
+        dataset.NumberOfFrames = whole  # otherwise pydicom decodes none of them
     return frames, whole
 
 
 def _complete(dataset: Any) -> None:
-    """What pydicom asks for and some objects leave out, where there is no doubt about it.
+    """Fill in what pydicom requires and some objects omit, if there is no doubt about it.
 
-    Raises `ImageError` where there is.
+    Raises `ImageError` if there is.
     """
     for keyword, usual in (("SamplesPerPixel", 1), ("PixelRepresentation", 0)):
         if dataset.get(keyword) is None:
@@ -258,28 +254,27 @@ def _complete(dataset: Any) -> None:
     colours = ("PlanarConfiguration",) if int(dataset.SamplesPerPixel) == 3 else ()
     for keyword in ("BitsStored", "PhotometricInterpretation", *colours):
         if dataset.get(keyword) in (None, ""):
-            raise ImageError(
-                ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"the header does not say {keyword}"
-            )
+            raise ImageError(ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"the header has no {keyword}")
     photometric = photometric_of(dataset)
     if photometric is None:
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE,
             Stage.DECODE,
-            "the header's PhotometricInterpretation is no term of the standard",
+            "the header's PhotometricInterpretation is not a term of the standard",
         )
-    dataset.PhotometricInterpretation = photometric  # pydicom knows it in no other spelling
+    dataset.PhotometricInterpretation = photometric  # the only spelling that pydicom knows
     if int(dataset.SamplesPerPixel) == 3 and photometric in _OTHER_COLOURS:
         raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, f"colours in {photometric}")
     if _in_upper_bits(dataset):
-        # Of the lowest bits alone a picture would come, and a wrong one.
+        # Decoding the lowest bits would give a picture, but a wrong one.
         raise ImageError(
             ErrorCode.UNSUPPORTED, Stage.DECODE, "values in the upper bits (HighBit) of a pixel"
         )
 
 
 def _in_upper_bits(dataset: Any) -> bool:
-    """Whether High Bit says so, as ACR-NEMA allowed, and the pixels do, too."""
+    """Whether the values are in the upper bits, as ACR-NEMA allowed: both High Bit and the pixels
+    must say so."""
     high, stored = dataset.get("HighBit"), int(dataset.BitsStored)
     if not isinstance(high, int) or high < stored or is_compressed(dataset):
         return False
@@ -297,7 +292,7 @@ def _radiograph(
     coloured = 0.0
     if stored.ndim == 3:
         if stored.dtype == np.uint16 and int(dataset.BitsStored) > 8:
-            # As of other formats: their upper 8 bits are next to nothing of a film of 12.
+            # As for other formats (`deep`): a 12-bit film is almost black in the upper 8 bits.
             rgb, grey = stretch_to_uint8(stored), stretch_to_uint8(deep_luminance(stored))
         else:
             rgb = stored if stored.dtype == np.uint8 else _to_8_bits(stored, dataset)
@@ -325,7 +320,7 @@ def _to_8_bits(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
 
 
 def _header_error(error: Exception) -> ImageError:
-    """What an error of pydicom says, which parses a value when it is asked for."""
+    """The `ImageError` for an exception of pydicom, which parses values only when they are read."""
     return ImageError(
         ErrorCode.CORRUPT_IMAGE,
         Stage.DECODE,
@@ -334,15 +329,15 @@ def _header_error(error: Exception) -> ImageError:
 
 
 def _pixel_error(error: Exception) -> ImageError:
-    """What an error of a frame's decoder says."""
-    told = str(error).lower()
+    """The `ImageError` for an exception of a frame's decoder."""
+    text = str(error).lower()
     kind = type(error).__name__
-    if isinstance(error, NotImplementedError) or "missing dependencies" in told:
+    if isinstance(error, NotImplementedError) or "missing dependencies" in text:
         return ImageError(
             ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX, Stage.DECODE, "no decoder for this encoding"
         )
     signs = ("less than", "truncated", "fewer", "not enough", "no frame", "insufficient")
-    if any(sign in told for sign in signs):
+    if any(sign in text for sign in signs):
         return ImageError(ErrorCode.TRUNCATED, Stage.DECODE, f"pixel data ends early ({kind})")
     return ImageError(
         ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"pixel data cannot be decoded ({kind})"

@@ -1,4 +1,5 @@
-"""One frame of a DICOM object: its header, its syntax, its codec, and what to ask of it first."""
+"""One frame of a DICOM object: its header, transfer syntax and codec, and checks before it is
+decoded."""
 
 from __future__ import annotations
 
@@ -35,22 +36,23 @@ from lungopacity.radiograph.jpeg import (
 from lungopacity.radiograph.jpeg2000 import has_endless_box, is_cut_jpeg_2000
 
 _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
-# HTJ2K has the same tiles (T.814).
+# HTJ2K has tiles like JPEG 2000 (T.814).
 _JPEG_2000 = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
 _OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
 _SIGNATURE_BYTES = 4
-"""The start of an image and the marker behind it (T.81, T.87, T.800); the number of segments of an
-RLE (PS3.5 G.5)."""
+"""Start of image and the marker after it (T.81, T.87, T.800); in RLE, the number of segments
+(PS3.5 G.5)."""
 _OF_MACROS = {
     "PixelMeasuresSequence": ("PixelSpacing",),
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
     "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
 }
-"""What functional groups say of the pixels of a frame (PS3.3 C.7.6.16.2.1, .9 and .10)."""
+"""Macros of functional groups about the pixels of a frame (PS3.3 C.7.6.16.2.1, .9 and .10)."""
 
 
 def set_transfer_syntax(dataset: Any) -> None:
-    """PS3.5 10.1: Implicit VR Little Endian where nothing is said, or what pydicom found."""
+    """Fill in a missing transfer syntax: the encoding that pydicom found, by default Implicit VR
+    Little Endian (PS3.5 10.1)."""
     from pydicom.dataset import FileMetaDataset
 
     if not hasattr(dataset, "file_meta"):
@@ -63,7 +65,8 @@ def set_transfer_syntax(dataset: Any) -> None:
 
 
 def is_compressed(dataset: Any) -> bool:
-    """Raises `ImageError` (`unsupported_transfer_syntax`) for one of no standard."""
+    """Whether the pixels are compressed. Raises `ImageError` (`unsupported_transfer_syntax`) for a
+    transfer syntax that is not of the standard."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_transfer_syntax:
         raise ImageError(
@@ -73,7 +76,7 @@ def is_compressed(dataset: Any) -> bool:
 
 
 class _FrameHeader:
-    """The header of an object, with what is otherwise in one of its frames."""
+    """The header of an object, with the values that differ in one of its frames."""
 
     def __init__(self, dataset: Any, own: Mapping[str, Any]) -> None:
         self._dataset, self._own = dataset, own
@@ -86,8 +89,8 @@ class _FrameHeader:
 
 
 def header_of_frame(dataset: Any, index: int) -> Any:
-    """The header as it is for this frame: what its functional groups say of it, or those that all
-    frames share, goes before what the object says."""
+    """The header for this frame. Values of the frame's functional groups come first, then those of
+    the groups that all frames share, then the object's own."""
     from pydicom.sequence import Sequence
 
     own: dict[str, Any] = {}
@@ -98,41 +101,41 @@ def header_of_frame(dataset: Any, index: int) -> Any:
             continue
         for macro, keywords in _OF_MACROS.items():
             items = groups[place].get(macro)
-            told = {each: items[0].get(each) for each in keywords} if items else {}
-            if any(told.values()):
-                own |= told
+            values = {each: items[0].get(each) for each in keywords} if items else {}
+            if any(values.values()):
+                own |= values
     return _FrameHeader(dataset, own) if own else dataset
 
 
 def frames_held(dataset: Any, declared: int) -> int:
-    """How many of them the compressed pixel data can hold: a frame has a fragment at least, and its
-    place in the table of offsets, if there is one (PS3.5 A.4)."""
+    """How many of the declared frames the compressed pixel data can hold: each frame has at least
+    one fragment, and an entry in the offset table, if there is one (PS3.5 A.4)."""
     offsets, begins = _fragments(dataset)
     return min(declared, len(begins), offsets or declared)
 
 
 def codestreams_held(dataset: Any) -> int:
-    """How many fragments of the compressed pixel data begin as the first does, with the signature
-    of a codestream: those in which a frame goes on do not."""
+    """How many fragments of the compressed pixel data begin a codestream. Those begin like the
+    first fragment; fragments that continue a frame do not."""
     _, begins = _fragments(dataset)
     return begins.count(begins[0]) if begins else 0
 
 
 def _fragments(dataset: Any) -> tuple[int, list[bytes]]:
-    """Of the compressed pixel data: entries in the table of offsets, and how each fragment
-    begins."""
+    """The number of entries in the offset table of compressed pixel data, and the first bytes of
+    each fragment."""
     from pydicom.encaps import generate_fragments, parse_basic_offsets
 
     buffer = io.BytesIO(dataset.PixelData)
     offsets = len(parse_basic_offsets(buffer))
     begins: list[bytes] = []
-    with contextlib.suppress(ValueError):  # none is found behind damage
+    with contextlib.suppress(ValueError):  # fragments after damage cannot be found
         begins.extend(fragment[:_SIGNATURE_BYTES] for fragment in generate_fragments(buffer))
     return offsets, begins
 
 
 def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray[Any]:
-    """One frame, (height, width) or (height, width, 3), as its decoder gives it.
+    """One frame as its decoder gives it, (height, width) or (height, width, 3).
 
     Raises `ImageError`, and whatever decoders raise.
     """
@@ -153,7 +156,7 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
         from lungopacity.radiograph.dicom_jpeg12 import register
 
         register()
-    # pydicom counts an absent index as all frames.
+    # Without an index pydicom would decode all frames.
     array: npt.NDArray[Any] = pixel_array(dataset, index=index if frames > 1 else 0)
     return array
 
@@ -161,47 +164,45 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
 def _check_frame(
     frame: bytes, header: JpegHeader | None, dataset: Any, limits: DecodeLimits
 ) -> None:
-    """Raises `ImageError` for a coded frame that decoders would not refuse, but hang on, end the
-    process for, or fill up with grey."""
+    """Raises `ImageError` for a coded frame that would make decoders hang, kill the process, or
+    fill lost pixels with grey."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if header is not None:
-        # Decoders trust the size in the codestream, and take memory for it.
+        # Decoders trust the size in the codestream, and allocate memory for it.
         limits.check_pixels(header.rows, header.columns)
         limits.check_scans(scans_of(frame))
-    # pyjpegls looks for the end of a JPEG-LS for ever.
+    # pyjpegls searches for the end of a JPEG-LS for ever.
     endless = syntax in _JPEG_LS and END_OF_IMAGE not in frame
     if endless or (syntax in _JPEG_2000 and is_cut_jpeg_2000(frame)):
         raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, "the frame ends before its pixels do")
     if has_endless_box(frame):
         raise ImageError(
-            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "a JPEG 2000 with a box of no length"
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "a JPEG 2000 with a box of zero length"
         )
     if header is None:
         return
     if _contradicts(dataset, header):
-        # GDCM ends the process; it and others take samples of red, green and blue, or the lower
-        # bits of grey, for pixels.
-        raise ImageError(
-            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the frame is not what the header says"
-        )
+        # GDCM would end the process. It and others would take samples of red, green and blue, or
+        # the lower bits of grey, for pixels.
+        raise ImageError(ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the frame contradicts the header")
     if syntax == JPEGBaseline8Bit and header.components > 1:
-        # For its errors alone: other decoders fill lost pixels with grey, and say nothing.
+        # Only for its errors: other decoders silently fill lost pixels with grey.
         decode_grey_jpeg(frame, header, at_least=1)
 
 
 def _contradicts(dataset: Any, header: JpegHeader) -> bool:
     one_sample = int(dataset.get("SamplesPerPixel") or 1) == 1
-    told_one = str(dataset.get("PhotometricInterpretation") or "") in _OF_ONE_SAMPLE
+    one_by_name = str(dataset.get("PhotometricInterpretation") or "") in _OF_ONE_SAMPLE
     return (
         (header.rows, header.columns) != (dataset.Rows, dataset.Columns)
         or not header.bits <= int(dataset.BitsAllocated) <= 16
-        or not one_sample == told_one == (header.components == 1)
+        or not one_sample == one_by_name == (header.components == 1)
     )
 
 
 def _is_plain_jpeg(dataset: Any, header: JpegHeader) -> bool:
-    """Whether libjpeg-turbo alone gives the pixels: the same, four times as fast as GDCM, which
-    pydicom would ask first."""
+    """Whether libjpeg-turbo can decode the frame: to the same pixels, four times as fast as GDCM,
+    which pydicom would try first."""
     return (
         dataset.file_meta.TransferSyntaxUID == JPEGBaseline8Bit
         and header.components == 1

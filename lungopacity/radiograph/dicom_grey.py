@@ -1,12 +1,12 @@
-"""Stored DICOM values to grey, by the pipeline of PS3.4 N.2 in its order.
+"""Maps stored DICOM values to grey, by the pipeline of PS3.4 N.2 in its order.
 
 Pixel padding ▶ Modality LUT or rescale ▶ VOI LUT or window ▶ Presentation LUT (MONOCHROME1) ▶
-aspect ratio. Values of up to 16 bits go through once each, as a table, instead of once a pixel: the
-same numbers, several times as fast. pydicom's functions for the LUTs are not used: 3.0 turns a film
-with a falling rescale and a window into its negative, and wraps tables of 8-bit entries.
+aspect ratio. Values of up to 16 bits go through a table, once per value instead of once per pixel:
+the same numbers, several times as fast. pydicom's own LUT functions are not used: version 3.0 turns
+a film with a falling rescale and a window into its negative, and wraps tables of 8-bit entries.
 
-An element that is there and empty says nothing, as those that de-identification empties: it is as
-good as absent. One that is there and cannot be read is an error.
+An empty element, as de-identification leaves it, counts as absent. One that cannot be read is an
+error.
 """
 
 from __future__ import annotations
@@ -24,35 +24,37 @@ from lungopacity.radiograph.grey import look_up, own_range, stretch_to_uint8
 
 _MAX_TABLE_BITS = 16
 _BRIGHTEST_OF_ANY = 0.25
-"""Share of white that some value of the stored range must reach, for a window to be believed."""
+"""A window is trusted only if some value of the stored range reaches this share of white."""
 _LOSSY = {JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000, HTJ2K}
-"""The precision in the codestream may be larger than Bits Stored."""
+"""Transfer syntaxes whose codestream may have a larger precision than Bits Stored."""
 
 _Counts = tuple[npt.NDArray[np.float64], npt.NDArray[np.integer]]
-"""Values that occur, and how often each."""
+"""The values that occur, and how often each does."""
 
 
 def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
     """Grey pixels of MONOCHROME2 polarity.
 
-    stored: (height, width) integers as decoded. Returns the same shape, uint8. Raises `ImageError`.
+    stored: (height, width) integers as decoded. dataset: the header for this frame. Returns the
+    same shape, uint8. Raises `ImageError`.
     """
     photometric = str(dataset.get("PhotometricInterpretation") or "")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE,
             Stage.DECODE,
-            "the header's PhotometricInterpretation says no polarity",
+            "the header's PhotometricInterpretation names no polarity",
         )
     stored = _without_unused_bits(stored, dataset)
     padding = _padding_of(stored, dataset)
     used = stored if padding is None or padding.all() else stored[~padding]
     grey = _windowed(stored, used, dataset)
     if photometric == "MONOCHROME1":
-        # It shows its smallest value as white (PS3.3 C.7.6.3.1.2). Presentation LUT Shape INVERSE
-        # says so once more (C.7.6.1, C.8.11.3): that is the same inversion, not a second. They bind
-        # it to this one, and IDENTITY to the other. Where a header breaks that, what every image
-        # must have is believed: of presentation states alone the shape decides (C.11.6).
+        # MONOCHROME1 shows its smallest value as white (PS3.3 C.7.6.3.1.2). Presentation LUT Shape
+        # INVERSE says the same again (C.7.6.1, C.8.11.3), and is not a second inversion. The
+        # standard requires INVERSE with MONOCHROME1, and IDENTITY with MONOCHROME2. If a header
+        # breaks that, PhotometricInterpretation counts, which every image must have: the shape
+        # decides only in presentation states (C.11.6).
         grey = 255 - grey
     if padding is not None:
         grey[padding] = 0
@@ -60,7 +62,7 @@ def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
 
 
 def _without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[Any]:
-    """Overlays of old objects lie in the bits above Bits Stored, and are not image."""
+    """Clear the bits above Bits Stored: in old objects they hold overlays, not the image."""
     kept = int(dataset.BitsStored)
     spare = 8 * stored.dtype.itemsize - kept
     if not 0 < kept <= 32 or stored.dtype.kind not in "iu" or spare <= 0:
@@ -69,10 +71,10 @@ def _without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[
     if stored.min() >= low and stored.max() <= high:
         return stored
     if dataset.file_meta.TransferSyntaxUID in _LOSSY:
-        # No overlay lies there (PS3.5 8.1.2): it is what the codec adds to values near their end.
+        # These hold no overlay (PS3.5 8.1.2): the codec's error carries values beyond the range.
         clipped: npt.NDArray[Any] = np.clip(stored, low, high)
         return clipped
-    # Shifted up and down again, the sign bit of signed values is carried along.
+    # Shifting up and down again extends the sign bit of signed values.
     shifted: npt.NDArray[Any] = np.right_shift(np.left_shift(stored, spare), spare)
     return shifted
 
@@ -85,7 +87,8 @@ def _stored_range(dataset: Any) -> tuple[int, int]:
 
 
 def _padding_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.bool_] | None:
-    """Pixels outside the image proper (PS3.3 C.7.5.1.1.2): no part of any range, shown black."""
+    """The padding pixels outside the image proper (PS3.3 C.7.5.1.1.2), which are shown black and
+    count in no range; None if there are none."""
     first = dataset.get("PixelPaddingValue")
     if not isinstance(first, int):
         return None
@@ -97,8 +100,8 @@ def _padding_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.bool_]
 
 
 def _as_stored(value: int, dataset: Any) -> int:
-    """A value as the pixels hold it, also where it was written with the other sign: 63536 for
-    -2000 where they are signed, or the reverse."""
+    """A padding value as the pixels hold it. It may be written with the other signedness: 63536
+    for -2000 of signed pixels, or the reverse."""
     low, high = _stored_range(dataset)
     if value < low:
         return value + 2**16
@@ -110,7 +113,7 @@ def _as_stored(value: int, dataset: Any) -> int:
 
 @dataclass(frozen=True)
 class _Table:
-    """A LUT of PS3.3 C.11.1 and C.11.2: what becomes of value `first`, `first` + 1, …"""
+    """A LUT of PS3.3 C.11.1 and C.11.2: the outputs for inputs `first`, `first` + 1, …"""
 
     first: int
     entries: npt.NDArray[np.integer]
@@ -122,14 +125,14 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Window:
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+    """A window of PS3.3 C.11.2.1.2 and C.11.2.1.3."""
 
     centre: float
     width: float
     function: str
 
     def __call__(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """0 what is black … 1 what is white."""
+        """The share of white: 0 (black) … 1 (white)."""
         if self.function == "SIGMOID":
             share = 1 / (1 + np.exp(-4 * (values - self.centre) / self.width))
         elif self.function == "LINEAR_EXACT":
@@ -143,7 +146,7 @@ class _Window:
 
 @dataclass(frozen=True)
 class _Transform:
-    """Stored values to what is shown, of one object."""
+    """Maps the stored values of one frame to the values that are shown."""
 
     modality: _Table | None
     slope: float
@@ -152,7 +155,7 @@ class _Transform:
 
     @staticmethod
     def of(dataset: Any) -> _Transform:
-        # A slope of 0 would leave nothing of the image.
+        # A slope of 0 would erase the image.
         slope = _first(dataset, "RescaleSlope") or 1.0
         intercept = _first(dataset, "RescaleIntercept") or 0.0
         ends = _stored_range(dataset)
@@ -167,7 +170,7 @@ class _Transform:
         )
         is_window = isinstance(found.voi, _Window)
         if is_window and found(np.array(ends)).max() < _BRIGHTEST_OF_ANY:
-            # Left from before a copy of fewer bits was made, which it would show black.
+            # A copy with fewer bits kept the window of its original, and would be shown black.
             return replace(found, voi=None)
         return found
 
@@ -179,12 +182,12 @@ class _Transform:
     def black_and_white(
         self, occurring: Callable[[], _Counts], dataset: Any
     ) -> tuple[float, float]:
-        """What becomes black, and what white. `occurring`: counts the shown values, where it
-        matters: of a film with a window, half the time that its grey values take.
+        """The shown values that become black and white. `occurring`: counts the shown values; only
+        called if needed, because it takes half the time of all the grey values.
 
-        A VOI LUT: the range of its entries. A window: all that it maps onto; taking what occurs
-        instead would undo a window that clips nothing. Neither: all values of 8 bits, as other
-        formats have it; of more bits, what occurs in the image, for detectors seldom use them all.
+        With a VOI LUT: the range of its entries. With a window: its whole output range; the range
+        that occurs would undo a window that clips nothing. With neither: for 8 bits all values, as
+        in other formats; for more bits the range that occurs, for detectors rarely use all values.
         """
         if isinstance(self.voi, _Window):
             return 0.0, 1.0
@@ -227,8 +230,8 @@ def _windowed(
 def _table_of(
     dataset: Any, keyword: str, lowest: float, behind: _Table | None = None
 ) -> _Table | None:
-    """None where there is no sequence, or nothing in it that can be looked up. `lowest`: of the
-    values it is for. `behind`: the table that gives them."""
+    """The LUT in this sequence; None if there is none, or none that can be used. `lowest`: the
+    lowest of its inputs. `behind`: the table whose outputs are its inputs, if any."""
     items = dataset.get(keyword)
     if not items:
         return None
@@ -236,35 +239,35 @@ def _table_of(
     if descriptor is None or data is None or len(descriptor) < 3:
         return None
     count, first, _ = (int(part) for part in descriptor)
-    # Both are read as signed where the pixels are; a count is not, and 0 stands for 65,536.
+    # pydicom reads the descriptor as signed if the pixels are. A count is unsigned; 0 means 65,536.
     count = count % 2**16 or 2**16
     if isinstance(data, bytes):
         little = getattr(dataset, "original_encoding", (None, True))[1] is not False
         words = len(data) >= 2 * count
-        # OW: words, or as many bytes as entries.
+        # OW: a word per entry, or a byte per entry.
         kind = ("<u2" if little else ">u2") if words else "u1"
         entries = np.frombuffer(data[: 2 * count if words else count], kind)
     else:
         entries = np.atleast_1d(np.asarray(data, np.int64)) % 2**16
         if len(entries) < count <= 2 * len(entries):
-            entries = entries.astype("<u2").view(np.uint8)  # two entries of 8 bits a word
+            entries = entries.astype("<u2").view(np.uint8)  # two 8-bit entries per word
         entries = entries[:count]
     if not len(entries):
         return None
     if behind is not None:
-        first %= 2**16  # the other gives no value below zero (PS3.3 C.11.1.1.1)
+        first %= 2**16  # the outputs of `behind` are never negative (PS3.3 C.11.1.1.1)
     elif first >= 2**15 and lowest < 0:
-        first -= 2**16  # written unsigned
+        first -= 2**16  # a negative value, written as unsigned
     return _Table(first, entries)
 
 
 def _window_of(dataset: Any) -> _Window | None:
-    """Of several the first that is one, as viewers show it: scanners write a width of 0 where they
-    mean no window."""
+    """The first valid window, which viewers show, too; None if there is none. Scanners write a
+    width of 0 to mean no window."""
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
     least = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
-    told = (_values_of(dataset, keyword) for keyword in ("WindowCenter", "WindowWidth"))
-    for pair in zip(*told, strict=False):
+    values = (_values_of(dataset, keyword) for keyword in ("WindowCenter", "WindowWidth"))
+    for pair in zip(*values, strict=False):
         centre, width = _number(pair[0], "WindowCenter"), _number(pair[1], "WindowWidth")
         if centre is not None and width is not None and width >= least:
             return _Window(centre, width, function)
@@ -278,33 +281,34 @@ def _values_of(dataset: Any, keyword: str) -> Sequence[Any]:
 
 
 def _first(dataset: Any, keyword: str) -> float | None:
-    """The element's value, of several the first; None where there is none."""
+    """The element's first value; None if it has none."""
     values = _values_of(dataset, keyword)
     return _number(values[0], keyword) if len(values) else None
 
 
 def _number(value: Any, keyword: str) -> float | None:
-    """None of an empty value.
+    """The value as a number; None if it is empty or not finite.
 
-    Raises `ImageError` for one that is no number: without it the film would look another way.
+    Raises `ImageError` for anything else: ignoring it would change how the film looks.
     """
     if value is None or value == "":
         return None
     try:
-        # Some systems write the comma of their language, against PS3.5 6.2.
+        # Some systems write a decimal comma, against PS3.5 6.2.
         number = float(value.replace(",", ".") if isinstance(value, str) else value)
     except (TypeError, ValueError) as error:
         raise ImageError(
-            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"the header's {keyword} is no number"
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"the header's {keyword} is not a number"
         ) from error
     return number if np.isfinite(number) else None
 
 
 def pixel_aspect_of(dataset: Any) -> float:
-    """Height over width of one pixel: 1 where the header is silent or says nonsense.
+    """Height over width of one pixel; 1 if the header says nothing, or nonsense.
 
-    The ratio is there for want of a spacing (PS3.3 C.7.6.3.1.7), which of a scanned film is the
-    nominal one; many write 1\\1 beside any.
+    A spacing counts before PixelAspectRatio, which the standard has for images without one (PS3.3
+    C.7.6.3.1.7), and which many systems write as 1\\1 in any case. For a scanned film the spacing
+    is the nominal one.
     """
     spacings = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
     for keyword in (*spacings, "PixelAspectRatio"):
@@ -319,7 +323,7 @@ def pixel_aspect_of(dataset: Any) -> float:
 
 
 def with_square_pixels(grey: npt.NDArray[np.uint8], aspect: float) -> npt.NDArray[np.uint8]:
-    """Shrink the side along which pixels lie closer, so that they become square.
+    """Shrink the side along which pixels are closer together, so that they become square.
 
     `aspect`: height over width of a pixel. Within 1 % of 1 nothing is done.
     """

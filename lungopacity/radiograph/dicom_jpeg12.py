@@ -1,6 +1,6 @@
-"""JPEG Extended of 12 bits, which pydicom 3.0 leaves to no decoder of a permissive licence.
+"""JPEG Extended of 12 bits: pydicom 3.0 uses no permissively licensed decoder for it.
 
-pydicom refuses GDCM for it because of older versions. GDCM 3.2 gives the same values as a 12-bit
+pydicom excludes GDCM because of its older versions. GDCM 3.2 gives the same values as a 12-bit
 libjpeg-turbo, pixel for pixel (compared on both of pydicom's own test files).
 """
 
@@ -13,16 +13,16 @@ from pydicom.uid import JPEGExtended12Bit
 _NAME = "lungopacity-gdcm-12bit"
 
 DECODER_DEPENDENCIES = {JPEGExtended12Bit: ("gdcm>=3.2",)}
-"""Asked for by pydicom of every plugin."""
+"""pydicom requires this name of every plugin."""
 
 
 def is_available(uid: str) -> bool:
-    """Whether this plugin decodes the transfer syntax; pydicom asks."""
+    """Whether this plugin decodes the transfer syntax. pydicom calls it."""
     return uid in DECODER_DEPENDENCIES
 
 
 def register() -> None:
-    """Make pydicom try this decoder, too. Doing so twice does no harm."""
+    """Make pydicom try this decoder, too. May be called more than once."""
     from pydicom.pixels import get_decoder
 
     decoder = get_decoder(JPEGExtended12Bit)
@@ -31,7 +31,7 @@ def register() -> None:
 
 
 def decode_frame(source: bytes, runner: Any) -> bytes:
-    """One frame; the signature is that of a pydicom decoder plugin. Raises `ValueError`."""
+    """Decode one frame, with the signature of a pydicom decoder plugin. Raises `ValueError`."""
     import gdcm
 
     fragment = gdcm.Fragment()

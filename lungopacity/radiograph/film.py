@@ -1,4 +1,4 @@
-"""What one decoded radiograph is, and what decoding one may cost."""
+"""A decoded radiograph, and the limits on decoding one."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy.typing as npt
 from lungopacity.errors import ErrorCode, ImageError, Stage
 
 SYNTHETIC_MARK = "synthetic phantom"
-"""Begins the comment of every file that the phantom archive writes (PNG text, JPEG COM, DICOM)."""
+"""The comment of every file of the phantom archive begins with this (PNG text, JPEG COM, DICOM)."""
 
 
 _MAX_PIXELS_PER_BYTE = 200
-"""As for containers; JPEG of good quality has four to ten."""
+"""The ratio that containers may have, too. JPEG of good quality has four to ten."""
 
 MAX_AGE_YEARS = 120
-"""Above it an age is a mistake in the record, and taken as unknown."""
+"""An age above this is a mistake in the record, and is treated as unknown."""
 
 
 def years_of(age: str) -> int | None:
-    """Whole years of an Age String (PS3.5 6.2: three digits and D, W, M or Y), or of bare years, as
-    public sets (RSNA) write them. None for anything else."""
+    """Whole years from a DICOM Age String (PS3.5 6.2: three digits and D, W, M or Y), or from bare
+    years, as in public data sets (RSNA). None for anything else."""
     match = re.fullmatch(r"(\d{1,3})([DWMY]?)", age.strip())
     if not match:
         return None
@@ -33,7 +33,7 @@ def years_of(age: str) -> int | None:
 
 
 def is_synthetic(comment: object) -> bool:
-    """Whether the comment of a file, text or bytes, is that of a phantom."""
+    """Whether the comment of a file, as text or bytes, marks it as a phantom."""
     if isinstance(comment, bytes):
         comment = comment.decode("ascii", "replace")
     return isinstance(comment, str) and comment.lower().startswith(SYNTHETIC_MARK)
@@ -41,22 +41,22 @@ def is_synthetic(comment: object) -> bool:
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What one image may cost before it is refused."""
+    """Limits for one file. An image beyond them is refused."""
 
     max_megapixels: float = 100.0
     """Height times width. A 43 x 43 cm detector at 0.1 mm is 18 megapixels."""
     max_size_bytes: int = 512 * 1024 * 1024
-    """Size of the encoded file; also what a deflated DICOM file may inflate to."""
+    """Size of the encoded file, and of a deflated DICOM file once it is inflated."""
     max_frames: int = 4096
     """Images in one file. A minute of fluoroscopy at 30 frames a second has 1,800."""
     max_scans: int = 100
-    """Passes of a JPEG over its pixels: each takes time, and hardly a byte. Progressive ones have
-    ten or so."""
+    """Passes of a JPEG over its pixels: each takes time, but hardly a byte. Progressive JPEGs have
+    about ten."""
     max_seconds: float = 8.0
-    """Of CPU time for one image, in the decoder's process, which is then ended. The slowest ones of
-    real size, noise of 18 megapixels in JPEG 2000, take 3.3."""
+    """CPU time for one image in the decoder's process, which is killed after that. The slowest
+    images of a real size, noise of 18 megapixels in JPEG 2000, take 3.3 s."""
     max_memory_bytes: int = 2 * 1024 * 1024 * 1024
-    """That the decoder's process may take."""
+    """Memory of the decoder's process."""
 
     def __post_init__(self) -> None:
         for limit in fields(self):
@@ -75,7 +75,8 @@ class DecodeLimits:
             )
 
     def check_pixels(self, rows: int, columns: int) -> None:
-        """Raises `ImageError` (`too_large`, `corrupt_image`) before memory for pixels is taken."""
+        """Raises `ImageError` (`too_large`, `corrupt_image`). To be called before memory for the
+        pixels is allocated."""
         if rows < 1 or columns < 1:
             raise ImageError(ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "no rows or no columns")
         if rows * columns > self.max_megapixels * 1e6:
@@ -93,8 +94,8 @@ class DecodeLimits:
             )
 
     def check_unpacked(self, pixels: int, size_bytes: int) -> None:
-        """Raises `ImageError` (`decompression_bomb`) for several compressed images with more pixels
-        together than real ones would have in `size_bytes`; `check_pixels` is for a single one.
+        """Raises `ImageError` (`decompression_bomb`) if the images of one file have more pixels
+        together than real ones would have in `size_bytes`. For a single image use `check_pixels`.
         """
         if pixels > self.max_megapixels * 1e6 + _MAX_PIXELS_PER_BYTE * size_bytes:
             raise ImageError(
@@ -104,7 +105,7 @@ class DecodeLimits:
             )
 
     def check_scans(self, scans: int) -> None:
-        """Raises `ImageError` (`decompression_bomb`) for a JPEG that would take hours."""
+        """Raises `ImageError` (`decompression_bomb`) for a JPEG that would take hours to decode."""
         if scans > self.max_scans:
             raise ImageError(
                 ErrorCode.DECOMPRESSION_BOMB, Stage.DECODE, f"{scans} scans, limit {self.max_scans}"
@@ -112,19 +113,19 @@ class DecodeLimits:
 
 
 def as_image_error(error: Exception, otherwise: Callable[[Exception], ImageError]) -> ImageError:
-    """What is said of a film for which `error` was raised. `otherwise`: what a decoder's own errors
-    mean."""
+    """The `ImageError` for a film whose decoding raised `error`. `otherwise`: translates the errors
+    of a decoder."""
     if isinstance(error, ImageError):
         return error
     if isinstance(error, MemoryError):
-        return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "takes more memory than allowed")
+        return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "needs more memory than allowed")
     return otherwise(error)
 
 
 def sides(rows: int, columns: int) -> dict[str, int]:
-    """What a row may hold of them: a side of more than 31 bits, or of none, it cannot."""
-    told = {"rows": rows, "columns": columns}
-    return {name: side for name, side in told.items() if 0 < side < 2**31}
+    """Those of the two that a row can hold: positive, and at most 31 bits."""
+    both = {"rows": rows, "columns": columns}
+    return {name: side for name, side in both.items() if 0 < side < 2**31}
 
 
 @dataclass(frozen=True)
@@ -132,35 +133,35 @@ class Radiograph:
     """A decoded film. No field can name a patient."""
 
     pixels: npt.NDArray[np.uint8]
-    """(height, width), dark = little attenuation (air), bright = much (bone): MONOCHROME2."""
+    """(height, width), MONOCHROME2: little attenuation (air) is dark, much (bone) is bright."""
     format: str
     """png, jpeg, dicom, …"""
     rows: int
-    """Of the stored image; `pixels` may be smaller, see `decode_radiographs`."""
+    """Of the stored image, as is `columns`; `pixels` may be smaller, see `decode_radiographs`."""
     columns: int
     frame: int | None = None
-    """Place among the images of one file, from 0; None where it holds one."""
+    """Index among the images of the file, from 0; None if the file holds a single one."""
     photometric_interpretation: str | None = None
-    """As the DICOM header says; for other formats the Pillow mode (L, I;16, RGB, …)."""
+    """Of the DICOM header; for other formats the Pillow mode (L, I;16, RGB, …)."""
     modality: str | None = None
-    """A defined term of PS3.3 C.7.3.1.1.1, as CR or DX; None where the header is silent."""
+    """A defined term of PS3.3 C.7.3.1.1.1, such as CR or DX; None if the header gives none."""
     body_part: str | None = None
-    """CHEST, or a defined term for another part; None where the header is silent or unclear."""
+    """CHEST, or a defined term for another part; None if the header gives none, or is unclear."""
     view_position: str | None = None
-    """PA, AP, LL, RL, …; None where the header is silent."""
+    """PA, AP, LL, RL, …; None if the header gives none."""
     patient_sex: str | None = None
     """M, F or O."""
     patient_age_years: int | None = None
-    """90 for everyone older: above 89 an age identifies (HIPAA safe harbour)."""
+    """90 for everyone who is older: an age above 89 identifies a person (HIPAA safe harbour)."""
     patient_hmac: str | None = None
-    """HMAC-SHA-256 of the patient's id, hex; None without a key."""
+    """HMAC-SHA-256 of the patient's id, in hex; None without a key."""
     study_hmac: str | None = None
-    """The same of the Study Instance UID."""
+    """The same for the Study Instance UID."""
     synthetic: bool = False
     """The file says that it is a phantom, drawn by a program."""
     coloured_fraction: float = field(default=0.0, compare=False)
     """Share of pixels that are clearly coloured, 0 … 1."""
 
     def facts(self) -> Mapping[str, object]:
-        """Every field but the pixels, by name."""
+        """Every field except the pixels, by name."""
         return {item.name: getattr(self, item.name) for item in fields(self)[1:]}

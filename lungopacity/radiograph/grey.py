@@ -1,4 +1,4 @@
-"""Grey values of any depth to 8 bits."""
+"""Maps grey values of any depth to 8 bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from lungopacity.errors import ErrorCode, ImageError, Stage
 
 _FEW = 0.02
-"""Of the pixels, at either end of their values: what may be text, a marker, or a dead detector."""
+"""Share of the pixels, at either end of the values, that may be text, a marker or dead pixels."""
 _PLACES_AT_ONCE = 1 << 16
 
 
@@ -19,19 +19,19 @@ def stretch_to_uint8(
 ) -> npt.NDArray[np.uint8]:
     """Map `low … high` (default: `own_range`) to 0 … 255, rounded.
 
-    `values`: any shape. Values outside are clipped. A constant image becomes 0. Raises `ImageError`
-    (`corrupt_image`) for values that are no numbers.
+    `values`: any shape. Values outside the range are clipped. A constant image becomes 0. Raises
+    `ImageError` (`corrupt_image`) for values that are not finite.
     """
     if low is None or high is None:
         low, high = _own_range_of(values)
     if not np.isfinite([low, high]).all():
         raise ImageError(
-            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "grey values that are no numbers (NaN, infinite)"
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "grey values that are not finite numbers"
         )
     if not high > low:
         return np.zeros(values.shape, np.uint8)
     if values.dtype == np.uint16:
-        # Each of 65,536 values once, instead of each pixel: the same, several times as fast.
+        # Mapping each of 65,536 values once, and not each pixel, is several times as fast.
         return look_up(stretch_to_uint8(np.arange(65536.0), low, high), values)
     scaled = (values - low) * (255.0 / (high - low))
     grey: npt.NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
@@ -39,10 +39,10 @@ def stretch_to_uint8(
 
 
 def look_up(table_V: npt.NDArray[np.uint8], places: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """`table_V[places]` in a third of the time: `take`, on so many places at once that their copy
-    in 64 bits, which it makes, stays in the cache, and small.
+    """`table_V[places]` in a third of the time: calls `take` on few enough places at once that the
+    64-bit copy it makes of them stays in the cache.
 
-    places: any shape, integers, within the table. Returns the same shape.
+    places: integers within the table, any shape. Returns the same shape.
     """
     flat = places.reshape(-1)
     found = np.empty(flat.shape, table_V.dtype)
@@ -55,12 +55,12 @@ def look_up(table_V: npt.NDArray[np.uint8], places: npt.NDArray[Any]) -> npt.NDA
 def own_range(
     values_V: npt.NDArray[np.floating], counts_V: npt.NDArray[np.integer]
 ) -> tuple[float, float]:
-    """What becomes black and white of a picture that does not say so: all values that occur, but
-    not those far from the rest. Of a film of 12 bits under a line of text of 16, the text alone
-    would be seen.
+    """The values to show as black and as white if the image does not say: the range of all values
+    that occur, without those far from the rest. Otherwise a 12-bit film with a line of text in 16
+    bits would show the text and nothing else.
 
-    values_V: the values that occur, rising, and how often. A value is far where it lies further
-    from the middle 96 % of the pixels than those are wide.
+    values_V, counts_V: the values that occur, ascending, and how often. A value is far if it lies
+    further from the range of the middle 96 % of the pixels than that range is wide.
     """
     share_V = np.cumsum(counts_V) / counts_V.sum()
     first, last = (float(values_V[np.searchsorted(share_V, share)]) for share in (_FEW, 1 - _FEW))

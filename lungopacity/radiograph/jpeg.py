@@ -1,4 +1,4 @@
-"""JPEG: what a codestream declares, and the fast way to grey pixels."""
+"""JPEG: the header of a codestream, and a fast decoder to grey pixels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ END_OF_IMAGE = b"\xff\xd9"
 _APP1 = 0xE1
 _JPEG_LS = 0xF7
 _COMMENT = 0xFE
-# Start of scan with the length that its number of components gives (T.81 B.2.3). Coded pixels hold
-# none: their FF is always followed by 00.
+# Start of scan, with the length that follows from its number of components (T.81 B.2.3). Coded
+# pixels cannot contain one: an FF among them is always followed by 00.
 _SCAN_HEADER = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
-# Start of frame of each process (ITU-T T.81 table B.1) and of JPEG-LS (T.87): not DHT, JPG, DAC.
+# Start of frame of each process (ITU-T T.81 table B.1), without DHT, JPG, DAC, and JPEG-LS (T.87).
 _START_OF_FRAME = {*range(0xC0, 0xD0), _JPEG_LS} - {0xC4, 0xC8, 0xCC}
 _EXTRANEOUS = re.compile("extraneous bytes before marker 0x(..)")
 _BEHIND_PIXELS = {*(f"d{restart}" for restart in range(8)), "d9", "dc"}
@@ -28,30 +28,30 @@ _BEHIND_PIXELS = {*(f"d{restart}" for restart in range(8)), "d9", "dc"}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _ARITHMETIC = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 _BEHIND_A_WHOLE_SCAN = [bytes(8) + other * 256 for other in (b"\x01", b"\x55", b"\xaa")]
-"""What a decoder of arithmetic coding does not get to. It does get to some of the zeros: a coder
-leaves out those at the end of a scan (T.81 D.1.8), up to 4 of films."""
+"""Bytes after a whole scan of arithmetic coding that no decoder should reach, except for some of
+the zeros: a coder omits zeros at the end of a scan (T.81 D.1.8), up to 4 for films."""
 
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What stands before the pixels of a JPEG, JPEG-LS or JPEG 2000 codestream."""
+    """The header of a JPEG, JPEG-LS or JPEG 2000 codestream."""
 
     rows: int
     columns: int
     components: int
     bits: int
-    """Of a sample; of JPEG 2000, of the first component."""
+    """Per sample; in JPEG 2000, of the first component."""
     may_be_turned: bool
-    """Exif or XMP (APP1) stands before the pixels, and may name an orientation."""
+    """Exif or XMP (APP1) comes before the pixels, and may name an orientation."""
     progressive: bool
     comments: tuple[bytes, ...]
     is_jpeg_ls: bool = False
     is_arithmetic: bool = False
-    """Coded by it, and not by Huffman's codes."""
+    """Arithmetic coding instead of Huffman codes."""
 
 
 def read_header(frame: bytes) -> JpegHeader | None:
-    """The header of the codestream; None where it is another, or damaged."""
+    """The header of the codestream; None for another format, or a damaged header."""
     if is_jpeg_2000(frame):
         size = siz_of(frame)
         if size is None:
@@ -91,24 +91,24 @@ def read_header(frame: bytes) -> JpegHeader | None:
 
 
 def scans_of(frame: bytes) -> int:
-    """How many scans a JPEG has; those of thumbnails in its metadata count, too."""
+    """How many scans a JPEG has, including those of thumbnails in its metadata."""
     return len(_SCAN_HEADER.findall(frame))
 
 
-def _is_before_pixels(told: str, data: bytes) -> bool:
-    """Whether libjpeg met bytes too many in the header, where they do no harm. Behind a scan, or at
-    its restart markers, they are what is left where damage made it end too early."""
-    found = _EXTRANEOUS.search(told)
+def _is_before_pixels(warning: str, data: bytes) -> bool:
+    """Whether libjpeg found its extraneous bytes in the header, where they do no harm. After a
+    scan, or at its restart markers, they are left over because damage ended it too early."""
+    found = _EXTRANEOUS.search(warning)
     return found is not None and found[1] not in _BEHIND_PIXELS and scans_of(data) < 2
 
 
 def decode_grey_jpeg(
     data: bytes, header: JpegHeader, at_least: int | None = None
 ) -> npt.NDArray[np.uint8] | None:
-    """Pixels of a JPEG, or the luma of a coloured one; None where this decoder cannot give them.
+    """Pixels of a JPEG, or the luma of a coloured one; None if this decoder cannot give them.
 
-    `at_least`: the longer side that is enough; the DCT is then scaled. Returns (height, width).
-    Raises `ImageError` (`truncated`, `corrupt_image`) where pixels were lost: libjpeg itself only
+    at_least: the longer side that is enough, in pixels; scales the DCT. Returns (height, width).
+    Raises `ImageError` (`truncated`, `corrupt_image`) if pixels were lost: libjpeg itself only
     warns, and fills the rest with grey.
     """
     import simplejpeg
@@ -126,29 +126,30 @@ def decode_grey_jpeg(
                 data, colours, min_height=smallest[0], min_width=smallest[1]
             )
     except ValueError as error:
-        told = str(error).lower()
-        if "premature end" in told:
+        warning = str(error).lower()
+        if "premature end" in warning:
             raise ImageError(
                 ErrorCode.TRUNCATED, Stage.DECODE, "the JPEG ends before its pixels do"
             ) from error
-        damaged = "corrupt jpeg data" in told and not _is_before_pixels(told, data)
-        if damaged or "inconsistent progression" in told:
+        damaged = "corrupt jpeg data" in warning and not _is_before_pixels(warning, data)
+        if damaged or "inconsistent progression" in warning:
             raise ImageError(
                 ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the JPEG's coded pixels are damaged"
             ) from error
-        # 12 bits, or bytes that do no harm: Pillow's own build may know better.
+        # 12 bits, or harmless bytes: Pillow's own libjpeg may manage.
         return None
     if header.components == 4:
-        return None  # of print; whole, at least
+        return None  # CMYK is decoded here only to find lost pixels
     grey: npt.NDArray[np.uint8] = pixels.reshape(pixels.shape[:2])
     return grey
 
 
 def _check_last_scan(data: bytes) -> None:
-    """Raise `ImageError` (`truncated`) where a JPEG of arithmetic coding was cut inside a scan.
+    """Raise `ImageError` (`truncated`) if an arithmetic-coded JPEG was cut inside a scan.
 
-    Where its bytes end, a decoder goes on with zeros, and makes pixels of them until the film is
-    full: no library says a word. So it is decoded once more with other bytes behind its own.
+    When its bytes end, a decoder goes on with zeros and makes pixels of them until the film is
+    full, and no library reports that. So the file is decoded again with other bytes appended: if
+    the pixels differ, it was cut.
     """
     import imagecodecs
 
@@ -157,7 +158,7 @@ def _check_last_scan(data: bytes) -> None:
     try:
         pixels = imagecodecs.jpeg8_decode(data)
     except imagecodecs.Jpeg8Error:
-        return  # told by whoever decodes it next
+        return  # the next decoder reports it
     with contextlib.suppress(imagecodecs.Jpeg8Error):
         if all(np.array_equal(pixels, imagecodecs.jpeg8_decode(other)) for other in longer):
             return

@@ -1,21 +1,21 @@
-"""JPEG 2000: what the main header of a codestream declares (ITU-T T.800 A.5.1), and whether all of
-its tiles are there."""
+"""JPEG 2000: reads the sizes in a codestream's main header (ITU-T T.800 A.5.1), and checks that all
+tiles are there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _CODESTREAM = b"\xff\x4f\xff\x51"
-"""SOC, and the marker of SIZ, which follows it at once."""
+"""SOC, and the marker of SIZ, which follows it directly."""
 _BOXED = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
-"""At the front of a JP2 file (I.5.1), which some put into DICOM whole."""
+"""The start of a JP2 file (I.5.1). Some systems put whole ones into DICOM."""
 _CODESTREAM_BOX = b"jp2c"
 _START_OF_TILE = b"\xff\x90\x00\x0a"
 _TILE_HEADER_BYTES = 12
 
 
 def is_jpeg_2000(data: bytes) -> bool:
-    """Whether the first bytes are those of a codestream, in its boxes or bare."""
+    """Whether the data begin with a JPEG 2000 codestream, either bare or in the boxes of a JP2."""
     return data[:4] == _CODESTREAM or data[:12] == _BOXED
 
 
@@ -26,18 +26,18 @@ class Siz:
     rows: int
     columns: int
     tiles: int | None
-    """None where they have no size."""
+    """None if the tiles' size is zero."""
     components: int
     bits: tuple[int, ...]
-    """Of a sample of each component."""
+    """Bits per sample of each component."""
 
 
 def siz_of(data: bytes) -> Siz | None:
-    """The sizes of the codestream, in its boxes or bare; None where there is none."""
+    """The sizes of the codestream, in boxes or bare; None if there is none."""
     start = data.find(_CODESTREAM)
     if start < 0:
         return None
-    # Extent and offset of the image on the reference grid, and size and offset of the tiles.
+    # Extent and offset of the image on the reference grid; size and offset of the tiles.
     x, y, x0, y0, width, height, tile_x0, tile_y0 = (
         int.from_bytes(data[at : at + 4], "big") for at in range(start + 8, start + 40, 4)
     )
@@ -51,15 +51,15 @@ def siz_of(data: bytes) -> Siz | None:
 
 
 def bits_of_jpeg_2000(data: bytes) -> int:
-    """Of its deepest component; 0 where no codestream is found."""
+    """Bits per sample of the deepest component; 0 if no codestream is found."""
     size = siz_of(data)
     return max(size.bits, default=0) if size else 0
 
 
 def is_cut_jpeg_2000(data: bytes) -> bool:
-    """Whether a JPEG 2000 codestream, in its boxes or bare, lacks tiles or the end of one.
+    """Whether a JPEG 2000 codestream, in boxes or bare, lacks a tile or the end of one.
 
-    OpenJPEG gives black for a tile that ends right after its header, or is not there.
+    OpenJPEG gives black for a tile that is missing, or that ends right after its header.
     """
     size = siz_of(data)
     if size is None:
@@ -71,7 +71,7 @@ def is_cut_jpeg_2000(data: bytes) -> bool:
         return False
     found: set[bytes] = set()
     while data.startswith(_START_OF_TILE, at):
-        # SOT (A.4.2): the tile's number, and its length; 0 is one that goes on to the end.
+        # SOT (A.4.2): the tile's number, and its length; 0 means up to the end.
         found.add(data[at + 4 : at + 6])
         length = int.from_bytes(data[at + 6 : at + 10], "big") or len(data) - at
         if length <= _TILE_HEADER_BYTES or at + length > len(data):
@@ -81,8 +81,8 @@ def is_cut_jpeg_2000(data: bytes) -> bool:
 
 
 def has_endless_box(data: bytes) -> bool:
-    """Whether a box of no length stands in front of the codestream of a JP2 (I.4): pydicom takes
-    that many steps ahead, for ever."""
+    """Whether a box of zero length comes before the codestream of a JP2 (I.4): pydicom advances by
+    that length, and so loops for ever."""
     at = len(_BOXED)
     while data.startswith(_BOXED) and at < len(data) and data[at + 4 : at + 8] != _CODESTREAM_BOX:
         length = int.from_bytes(data[at : at + 4], "big")

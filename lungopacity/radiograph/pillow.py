@@ -1,7 +1,7 @@
-"""What Pillow opens: page by page, and to grey by how its pixels are stored.
+"""Decodes with Pillow, page by page, and converts to grey by how the pixels are stored.
 
-Its plug-ins other than these (EPS, PSD, PDF, …) stay shut: a wider door for hostile files, and no
-radiograph comes in them.
+Pillow's plug-ins for other formats (EPS, PSD, PDF, …) are not used: they open more ways for hostile
+files, and radiographs do not come in these formats.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 _FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "BMP")
 _EXIF_ORIENTATION = 0x0112
 _ON_A_SIDE = (5, 6, 7, 8)
-"""Orientations of which Pillow gives the sides of a TIFF as they are when it is turned."""
+"""Orientations that swap the sides. For a TIFF, Pillow gives the size after turning."""
 
 Grey = tuple[npt.NDArray[np.uint8], float]
-"""Pixels (height, width), turned as EXIF says, and the share of coloured ones."""
+"""Pixels (height, width), turned as EXIF says, and the share of coloured pixels."""
 
 
 @dataclass(frozen=True)
 class _Page:
-    """A page that was opened, and is not decoded yet."""
+    """A page that is open and not yet decoded."""
 
     rows: int
     columns: int
@@ -54,7 +54,7 @@ class _Page:
     decode: Callable[[], Grey]
 
     def facts(self) -> dict[str, Any]:
-        """What a row may hold of it."""
+        """The columns of a row that are known of it."""
         return {
             **sides(self.rows, self.columns),
             "photometric_interpretation": self.mode,
@@ -70,22 +70,24 @@ def decode_with_pillow(
     header: JpegHeader | None = None,
     at_least: int | None = None,
 ) -> Iterator[Radiograph | ImageError]:
-    """Each page as a radiograph, or as the error that it alone met.
+    """Each page as a radiograph, or as the `ImageError` of that page alone.
 
-    kind: as `sniff_format` tells it. `pages`: of a TIFF, where each begins; of the other formats
-    there is one, for further frames are previews or animations. `header`: of a JPEG. `at_least`:
+    kind: what `sniff_format` returned. pages: the offset of each page of a TIFF; other formats have
+    one page, because their further frames are previews or animations. header: of a JPEG. at_least:
     see `decode_radiographs`. Raises `ImageError` for a file that cannot be opened.
     """
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
-        # Pillow warns of large images, where our own limit decides, and of odd metadata.
+        # Pillow warns of large images, for which our own limit decides, and of odd metadata.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except Exception as error:
             if kind == "tiff" and isinstance(error, UnidentifiedImageError):
-                yield from _each(lambda at: _uncommon(data, pages, at), data, kind, pages, limits)
+                yield from _each(
+                    lambda at: _opened_without_pillow(data, pages, at), data, kind, pages, limits
+                )
                 return
             raise as_image_error(error, decoder_error) from error
         with image:
@@ -141,9 +143,9 @@ def _each(
                 return
 
 
-def _uncommon(data: bytes, pages: Sequence[int], index: int) -> _Page:
-    """Of a TIFF in one of the grey layouts that Pillow knows none of, as of film scanners: white is
-    zero in big-endian words, or 10, 12 and 14 bits."""
+def _opened_without_pillow(data: bytes, pages: Sequence[int], index: int) -> _Page:
+    """A page of a TIFF in a grey layout that Pillow does not know, such as film scanners write:
+    white-is-zero in big-endian words, or 10, 12 and 14 bits."""
     tags = tiff.tags_of(data, pages[index])
 
     def decode() -> Grey:
@@ -154,22 +156,22 @@ def _uncommon(data: bytes, pages: Sequence[int], index: int) -> _Page:
 
 
 def decoder_error(error: Exception) -> ImageError:
-    """What an error of a decoder says."""
+    """The `ImageError` for an exception of a decoder."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
         return ImageError(
-            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "the signature is there, the header is not"
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "an image's signature without a valid header"
         )
     if isinstance(error, Image.DecompressionBombError):
         return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "declares too many pixels")
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, …
-    told = str(error).lower()
-    short = "truncated" in told or "cut short" in told or isinstance(error, EOFError)
+    text = str(error).lower()
+    short = "truncated" in text or "cut short" in text or isinstance(error, EOFError)
     return ImageError(
         ErrorCode.TRUNCATED if short else ErrorCode.CORRUPT_IMAGE,
         Stage.DECODE,
-        f"decoder refused the content ({type(error).__name__})",
+        f"the decoder refused the content ({type(error).__name__})",
     )
 
 
@@ -190,14 +192,14 @@ def _grey_of(
         return _grey_of_wide(image, kind)
     pixels, coloured = _grey_of_8_bits(image)
     if kind == "tiff" and image.mode == "L" and _sample_format(image) == tiff.SIGNED:
-        # -128 … 127, which Pillow passes on as if they had no sign.
+        # -128 … 127, which Pillow passes on as unsigned.
         return pixels ^ np.uint8(0x80), coloured
     return pixels, coloured
 
 
 def _scale_transparent_grey(image: Image.Image, bits: int) -> None:
-    """Of a PNG of 2 or 4 bits Pillow spreads grey over 0 … 255, and leaves the value that is
-    transparent as it was stored: it would be found nowhere."""
+    """Pillow spreads the grey of a 2- or 4-bit PNG over 0 … 255, but leaves the transparent value
+    as stored, so no pixel would match it."""
     if image.mode == "L" and bits in (2, 4) and "transparency" in image.info:
         most = (1 << bits) - 1
         image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
@@ -206,40 +208,41 @@ def _scale_transparent_grey(image: Image.Image, bits: int) -> None:
 def _grey_of_jpeg(
     image: Image.Image, data: bytes, header: JpegHeader | None, at_least: int | None
 ) -> Grey:
-    # Asked first: Pillow fills pixels that were lost with grey, and says nothing.
+    # First, because it notices lost pixels: Pillow fills them with grey without an error.
     luma = None if header is None else decode_grey_jpeg(data, header, at_least)
     if at_least is not None:
-        # YCbCr where the file has it: its Y is the grey image, exactly. libjpeg makes none of RGB.
+        # Y of YCbCr is exactly the grey image. libjpeg cannot convert RGB to it.
         colours = None if _is_rgb_jpeg(image) else "YCbCr"
         image.draft(colours, _draft_size(image.width, image.height, at_least))
     return _grey_of_8_bits(image, luma)
 
 
 def _grey_of_deep(image: Image.Image, data: bytes, kind: str) -> Grey:
-    orientation = _orientation(image)  # first: of a TIFF, Pillow turns what it has loaded
-    image.load()  # damage is told as of any other
+    orientation = _orientation(image)  # before load(), which turns a TIFF
+    image.load()  # raises for damage, as for any other image
     grey, rgb = decode_deep(image, data, kind)
     coloured = 0.0 if rgb is None else coloured_fraction(stretch_to_uint8(rgb))
     return _turned(stretch_to_uint8(grey), orientation), coloured
 
 
 def _grey_of_wide(image: Image.Image, kind: str) -> Grey:
-    """16 bits and more carry no window: their own range is mapped, as for such DICOM."""
+    """16 bits and more have no window here, so they are stretched to their own range, as in DICOM
+    without a window."""
     values = np.asarray(image)
     if kind == "tiff" and image.mode == "I" and _sample_format(image) == tiff.UNSIGNED:
-        values = values.view(np.uint32)  # of 32 bits; Pillow has them with a sign only
+        values = values.view(np.uint32)  # Pillow has 32 bits only as signed
     grey = stretch_to_uint8(values if values.dtype == np.uint16 else values.astype(np.float64))
-    # Pillow inverts white-is-zero films of up to 8 bits only.
+    # Pillow inverts white-is-zero films only up to 8 bits.
     tags = getattr(image, "tag_v2", {})
     white_is_zero = kind == "tiff" and tags.get(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO
     return _turned(255 - grey if white_is_zero else grey, _orientation(image)), 0.0
 
 
 def _grey_of_8_bits(image: Image.Image, luma: npt.NDArray[np.uint8] | None = None) -> Grey:
-    """luma: the grey pixels, where they are known already. Raises `ImageError`."""
+    """luma: the grey pixels, if they are decoded already. Raises `ImageError`."""
     if image.mode == "LAB":
         raise ImageError(
-            ErrorCode.UNSUPPORTED, Stage.DECODE, "colours in CIE L*a*b*; write it anew in grey"
+            ErrorCode.UNSUPPORTED, Stage.DECODE, "colours in CIE L*a*b*; convert it to grey"
         )
     coloured = 0.0
     if image.mode not in ("1", "L", "LA", "La"):
@@ -250,13 +253,13 @@ def _grey_of_8_bits(image: Image.Image, luma: npt.NDArray[np.uint8] | None = Non
 
 
 def _sample_format(image: Any) -> int:
-    """Of a TIFF's first sample."""
+    """SampleFormat of a TIFF's first sample."""
     return int(image.tag_v2.get(tiff.SAMPLE_FORMAT, (tiff.UNSIGNED,))[0])
 
 
 def _is_rgb_jpeg(image: Any) -> bool:
-    """Whether a JPEG of three components holds RGB, as libjpeg tells it: a JFIF file does not, of
-    others Adobe's marker says it, and without one the names of the components."""
+    """Whether a JPEG of three components holds RGB, by libjpeg's rules: a JFIF file does not; in
+    others Adobe's marker says so, and without one the names of the components."""
     if image.mode != "RGB" or "jfif" in image.info:
         return False
     if "adobe_transform" in image.info:
@@ -265,12 +268,12 @@ def _is_rgb_jpeg(image: Any) -> bool:
 
 
 def _coarse(image: Image.Image) -> Image.Image:
-    """The pixels that `coloured_fraction` looks at, without a copy of all of them in RGB."""
+    """The pixels that `coloured_fraction` looks at, without converting all pixels to RGB."""
     from PIL import Image
 
     step = max(1, min(image.size) // 128)
     size = (-(-image.width // step), -(-image.height // step))
-    # The middle of an output pixel is taken to the middle of every step-th pixel.
+    # Maps the middle of an output pixel to the middle of every step-th pixel.
     offset = (1 - step) / 2
     return image.transform(
         size, Image.Transform.AFFINE, (step, 0, offset, 0, step, offset), Image.Resampling.NEAREST
@@ -281,7 +284,7 @@ def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
     from PIL import Image
 
     if image.mode in ("YCbCr", "La"):
-        # Luma; or grey that is multiplied by its alpha already, which is how it looks on black.
+        # Luma; or grey that is premultiplied by its alpha, which is how it looks on black.
         return np.asarray(image.getchannel(0), dtype=np.uint8)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
@@ -294,7 +297,7 @@ def _as_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation: int = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # Pillow's parsers raise anything of damaged metadata; the pixels are whole
+    except Exception:  # Pillow's parsers raise anything on damaged metadata; the pixels are intact
         return 1
     return orientation
 

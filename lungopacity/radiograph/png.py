@@ -1,5 +1,5 @@
-"""PNG: the fast way to the pixels of a plain grey film, which most of an archive's PNGs are, and
-whether all rows are in any other."""
+"""PNG: a fast decoder for plain grey films, which most PNGs of archives are, and a check of all
+others for missing rows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 
-# Chunks (PNG, third edition, table 5.3) that change no pixel and name nothing that a row keeps. A
-# file with any other, such as a palette, transparency, text or EXIF, is Pillow's to read.
+# Chunks (PNG, third edition, table 5.3) that change no pixel, and hold nothing that a row keeps.
+# Pillow reads a file with any other: a palette, transparency, text, EXIF.
 _PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs"}
 _PLAIN_CHUNKS |= {b"tIME", b"hIST", b"iCCP"}
 _GREY = {b"\x08\x00": 8, b"\x10\x00": 16}
-"""Bits of a sample by what IHDR says of them and of the colour type, which is grey."""
+"""Bits of a sample by IHDR's bit depth and colour type, which is grey."""
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""A pixel, by colour type."""
+"""Samples per pixel, by colour type."""
 _ADAM7 = (
     (0, 0, 8, 8),
     (4, 0, 8, 8),
@@ -29,15 +29,15 @@ _ADAM7 = (
     (1, 0, 2, 2),
     (0, 1, 1, 2),
 )
-"""Left, top, and steps across and down of each pass over an interlaced picture (8.1)."""
+"""Left, top, and steps across and down of each pass over an interlaced image (8.1)."""
 _SUB = 1
 _FIRST_ROWS = 4
-"""Their filters tell whether a file is worth the quick way."""
+"""Rows whose filters decide whether the fast way is worth a try."""
 
 
 @dataclass(frozen=True)
 class PngHeader:
-    """What a plain grey PNG declares."""
+    """The header of a plain grey PNG."""
 
     rows: int
     columns: int
@@ -45,13 +45,13 @@ class PngHeader:
     """8 or 16."""
     is_interlaced: bool
     critical: tuple[slice, ...]
-    """Kind and data of the chunks that hold the picture, IHDR first; four bytes after each is its
-    checksum."""
+    """Where the type and data of the IHDR and IDAT chunks are, IHDR first. The four bytes after
+    each are its checksum."""
 
 
 def read_plain_header(data: bytes) -> PngHeader | None:
-    """The header of a grey PNG of 8 or 16 bits and plain chunks; None where it is another, or
-    cut."""
+    """The header of a grey PNG of 8 or 16 bits with only plain chunks; None for any other, or one
+    that is cut."""
     bits = _GREY.get(data[24:26])
     if data[12:16] != b"IHDR" or bits is None:
         return None
@@ -71,8 +71,8 @@ def read_plain_header(data: bytes) -> PngHeader | None:
 
 
 def decode_grey_png(data: bytes, header: PngHeader) -> npt.NDArray[Any]:
-    """Samples (height, width), uint8 or uint16, of the file that `header` was read from; checksums
-    are compared.
+    """Samples of the file that `header` was read from: (height, width), uint8 or uint16. Checks the
+    checksums.
 
     Raises `ImageError` (`truncated`, `corrupt_image`).
     """
@@ -81,9 +81,9 @@ def decode_grey_png(data: bytes, header: PngHeader) -> npt.NDArray[Any]:
 
 
 def check_rows(data: bytes) -> None:
-    """Raise `ImageError` (`truncated`) where the coded rows end early: Pillow leaves black there.
+    """Raise `ImageError` (`truncated`) if the coded rows end early: Pillow leaves the rest black.
 
-    Damage of any other kind is left for the decoder to tell.
+    Damage of any other kind is left to the decoder.
     """
     import imagecodecs
 
@@ -119,8 +119,8 @@ def decode_png(data: bytes) -> npt.NDArray[Any]:
     try:
         pixels: npt.NDArray[Any] = imagecodecs.png_decode(data)
     except imagecodecs.PngError as error:
-        told = str(error).lower()
-        short = "not enough" in told or "too small" in told
+        text = str(error).lower()
+        short = "not enough" in text or "too small" in text
         raise ImageError(
             ErrorCode.TRUNCATED if short else ErrorCode.CORRUPT_IMAGE,
             Stage.DECODE,
@@ -130,8 +130,9 @@ def decode_png(data: bytes) -> npt.NDArray[Any]:
 
 
 def _decode_row_by_row(data: bytes, header: PngHeader) -> npt.NDArray[np.uint8] | None:
-    """By libdeflate, in less than half of libpng's time, where each row is filtered by itself (Sub:
-    PNG, third edition, 9.2), as OpenCV writes them; None for all else, damage included."""
+    """Decode with libdeflate, in less than half of libpng's time, if no row's filter depends on
+    another row (Sub: PNG, third edition, 9.2), as in files of OpenCV. None for all others, and for
+    damaged files."""
     import imagecodecs
 
     if header.is_interlaced or header.bits > 8:

@@ -1,4 +1,4 @@
-"""Grey pixels of any size to the square that a network takes. Stored in the model folder."""
+"""From grey pixels of any size to the square that a network takes. The model folder keeps it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import numpy.typing as npt
 Pixel = TypeVar("Pixel", bound=np.generic)
 
 _BLACK = 20
-"""JPEG and film noise lift the black of a border up to here."""
+"""JPEG and film noise raise the black of a border to at most this value."""
 _DARK = 64
-"""A film whose 95th percentile is below is underexposed, and so is what is black on it."""
+"""A film whose 95th percentile is below this is underexposed, and its black is darker, too."""
 _SPECKS = 0.01
-"""Share of a row or column that may be brighter, and still be border."""
+"""Share of a row or column of the border that may be brighter."""
 _SAMPLED_SIDE = 512
 _LEAST_SIDE = 0.25
-"""Of the film's longer side: where less is left of either side, it is no border that was found, but
-a line of text."""
+"""Share of the film's longer side. If either side of what is left is shorter, then what was found
+is a line of text on black, and not a film within borders."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a radiograph becomes a model's input; part of what `model_id` hashes."""
+    """How a radiograph becomes a model's input. `model_id` hashes these settings, too."""
 
     image_size: int = 160
     """Side of the square, in pixels."""
     mean: float = 0.5
     """Subtracted from grey values scaled to 0 … 1."""
     std: float = 0.25
-    """The rest is divided by this."""
+    """Divides what is left after that."""
     crop_borders: bool = False
-    """Cut black borders away (collimation, or what lies outside of segmented lungs), so that the
-    chest fills the square: of lung-field films as many pixels as 1.3 times the side gives."""
+    """Cut away black borders (collimation, or the surround of segmented lungs), so that the chest
+    fills the square: lungs of lung-field films get as many pixels as with 1.3 times the side."""
 
     def __post_init__(self) -> None:
         if not 32 <= self.image_size <= 2048:
@@ -44,16 +44,16 @@ class Preprocessing:
 
     @property
     def at_least(self) -> int:
-        """The longer side, in pixels, that a film must be decoded at. What is left of it between
-        borders is rarely less than half."""
+        """The longer side, in pixels, at which a film must be decoded. Cropping rarely leaves less
+        than half of it."""
         return self.image_size * (2 if self.crop_borders else 1)
 
     def square(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """`pad` of `fit` of `crop`: what the network takes, (image_size, image_size) uint8."""
+        """The network's input, (image_size, image_size) uint8: crops, fits, then pads."""
         return self.pad(self.fit(self.crop(pixels)))
 
     def crop(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The film without its black borders, if these settings want it: a view.
+        """A view of the film without its black borders, if `crop_borders`; else the film.
 
         pixels: (height, width) uint8.
         """
@@ -61,14 +61,14 @@ class Preprocessing:
         return pixels[top:bottom, left:right] if self.crop_borders else pixels
 
     def edges(self, pixels: npt.NDArray[np.uint8]) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of what `crop` leaves."""
+        """Left, top, right and bottom, in pixels, of what `crop` leaves."""
         height, width = pixels.shape
         whole = (0, 0, width, height)
         if not self.crop_borders:
             return whole
         step = max(1, max(height, width) // _SAMPLED_SIDE)
-        # Summed as a product of matrices, a third of the time that `mean` takes of booleans. Counts
-        # of so few pixels are exact in float32.
+        # A matrix product sums in a third of the time of `mean` of booleans. Counts of so few
+        # pixels are exact in float32.
         coarse = pixels[::step, ::step]
         bright = (coarse > _black_level(coarse)).astype(np.float32)
         down, across = bright.shape
@@ -85,8 +85,8 @@ class Preprocessing:
     def fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Shrink (area-weighted) or enlarge, so that the longer side has `image_size` pixels.
 
-        pixels: (height, width) uint8. The aspect ratio is kept: stretching a film changes the shape
-        of a heart.
+        pixels: (height, width) uint8. The aspect ratio is kept: stretching a film would change the
+        shape of a heart.
         """
         from PIL import Image
 
@@ -96,14 +96,14 @@ class Preprocessing:
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
         if target == (width, height):
             return np.ascontiguousarray(pixels)
-        # Pillow's BILINEAR widens its kernel when shrinking, so nothing aliases.
+        # Pillow's BILINEAR widens its kernel when it shrinks, so there is no aliasing.
         return np.asarray(
             Image.fromarray(pixels).resize(target, Image.Resampling.BILINEAR), dtype=np.uint8
         )
 
     def roughly_fit(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Shrink to about `image_size`, by a whole number: means of squares of pixels, in a third
-        of the time that `fit` takes."""
+        """Shrink to about `image_size` by a whole factor, taking means of squares of pixels. Takes
+        a third of the time of `fit`."""
         from PIL import Image
 
         factor = round(max(pixels.shape) / self.image_size)
@@ -112,7 +112,7 @@ class Preprocessing:
         return np.asarray(Image.fromarray(pixels).reduce(factor), dtype=np.uint8)
 
     def pad(self, content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Centre what `fit` gave on a black square."""
+        """Centre the result of `fit` on a black square."""
         size = self.image_size
         height, width = content.shape
         if (height, width) == (size, size):
@@ -123,9 +123,9 @@ class Preprocessing:
         return square
 
     def unpad(self, square: npt.NDArray[Pixel], height: int, width: int) -> npt.NDArray[Pixel]:
-        """The inverse of `pad`: what of a square, or of a map of it, is the film.
+        """The inverse of `pad`: the part of a square, or of a map of it, that is the film.
 
-        square: (image_size, image_size). height, width: of what `fit` gave. Returns a view.
+        square: (image_size, image_size). height, width: of the result of `fit`. Returns a view.
         """
         size = self.image_size
         assert square.shape == (size, size), square.shape
@@ -134,7 +134,7 @@ class Preprocessing:
 
 
 def _black_level(pixels: npt.NDArray[np.uint8]) -> float:
-    """The brightest that may be border."""
+    """The brightest grey value that may be border."""
     few = pixels[::8, ::8].ravel()
     place = int(0.95 * (few.size - 1))
     bright = float(np.partition(few, place)[place])

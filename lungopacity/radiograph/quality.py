@@ -1,9 +1,9 @@
-"""Is this picture fit to be scored? Judged from the pixels, before any model sees them.
+"""Judges from its pixels whether a film is fit to be scored, before any model sees it.
 
-The limits were set on 3,564 lung-field films of the RSNA challenge (none of which may be blank,
-nearly black, of low contrast or inverted), full films and drawn phantoms; `tests/radiograph/
-test_quality.py` holds them. They are judged on the film as it was shrunk for the model: noise and
-JPEG blocks are gone there, and every format is judged alike.
+The thresholds were set on 3,564 lung-field films of the RSNA challenge (none may be called blank,
+nearly black, of low contrast or inverted), on full films and on phantoms; `tests/radiograph/
+test_quality.py` checks them. The film is judged as shrunk for the model: there, noise and JPEG
+blocks are gone, and all formats are judged alike.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _NEARLY_BLACK_FRACTION, _NEARLY_WHITE_FRACTION = 0.985, 0.9
 _BORDER_TOLERANCE, _BORDER_SPECKS, _CONTENT_FRACTION = 12, 0.02, 0.25
 _COLOURED_FRACTION = 0.1
 _MIN_JUDGED = 16
-"""Pixels of the shorter side; of fewer nobody can tell the polarity."""
+"""Pixels of the shorter side; with fewer, the polarity cannot be judged."""
 _BAR_SPECKS = 0.01
 _SPINES = np.linspace(0.34, 0.66, 17)
-"""Where the spine may stand, as shares of the width. The ninth is the middle."""
+"""Where the spine may be, as shares of the width. The ninth is the middle."""
 
 Fractions = float | npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What is wrong with a film; each is a column `quality_<name>`."""
+    """What is wrong with a film. Each flag is a column `quality_<name>`."""
 
     blank: bool
-    """One grey value, or nearly: 99 % of pixels lie within 8 of 255."""
+    """Hardly more than one grey value: 99 % of pixels lie within 8 of 255."""
     nearly_black: bool
     """98.5 % of pixels are black."""
     nearly_white: bool
@@ -45,24 +45,24 @@ class Quality:
     inverted: bool
     """Air is bright and bone is dark: the polarity is the wrong way round."""
     colour: bool
-    """A tenth of the pixels are clearly coloured: a photograph, or a report's page."""
+    """More than a tenth of the pixels are clearly coloured: a photograph, or a page of a report."""
     low_contrast: bool
     """99 % of pixels lie within 64 of 255."""
     heavy_borders: bool
-    """Three quarters of the picture are one uniform border."""
+    """More than three quarters of the image are a uniform border."""
     odd_aspect: bool
-    """More than twice as long as wide, or as wide as long."""
+    """The longer side is more than twice the shorter."""
 
     def found(self) -> tuple[str, ...]:
-        """Names of those that are true."""
+        """The names of the flags that are true."""
         return tuple(flag for flag in QUALITY_FLAGS if getattr(self, flag))
 
 
 QUALITY_FLAGS = tuple(flag.name for flag in fields(Quality))
 OUT_OF_DISTRIBUTION = "out_of_distribution"
-"""One more flag, which needs a model: the film is unlike those that it was trained on."""
+"""One more flag, which needs a model: the film is unlike those that the model was trained on."""
 REJECTED_BY_DEFAULT = ("blank", "nearly_black", "nearly_white", "too_small", "inverted", "colour")
-"""A score of such a picture means nothing. The other flags warn, and the film is scored."""
+"""A score of such an image would mean nothing. The other flags only warn."""
 
 
 def judge(
@@ -70,12 +70,13 @@ def judge(
 ) -> Quality:
     """Judge one film.
 
-    content: (height, width) uint8, shrunk, not padded. rows, columns: of the stored image.
+    content: (height, width) uint8, shrunk for the model and not padded. rows, columns: of the
+    stored image. coloured_fraction: 0 … 1.
     """
     from PIL import Image
 
-    # Where things lie can be told from every second row and column, in a quarter of the time, if
-    # that leaves enough of them.
+    # Every second row and column, if enough are left, is enough to see where things are, and takes
+    # a quarter of the time.
     coarse = content[::2, ::2] if min(content.shape) >= 2 * _MIN_JUDGED else content
     shares = np.cumsum(Image.fromarray(content).histogram()) / content.size
     low, high = np.searchsorted(shares, (0.005, 0.995))
@@ -94,28 +95,28 @@ def judge(
 
 
 def _is_inverted(content: npt.NDArray[np.uint8]) -> bool:
-    """Two signs of the wrong polarity; where neither is clear the film passes.
+    """Looks for two signs of the wrong polarity. If neither is clear, the film passes.
 
-    A film cut to the lungs has a black surround, so a white one is inverted. On a full film the
-    spine and heart are brighter than the lungs beside them, and what is above the shoulders is air.
-    A patient may lie beside the middle of the film: dark in the middle and bright beside it says
-    nothing where a spine that is as clearly bright stands elsewhere.
+    A film cut to the lungs has a black surround, so a white surround means inverted. On a full film
+    spine and heart are brighter than the lungs beside them, and the air above the shoulders is
+    dark. A patient may be off the middle of the film: a dark middle with bright sides means nothing
+    if a bright spine stands out as clearly elsewhere.
     """
     if min(content.shape) < _MIN_JUDGED:
         return False
     frame = np.concatenate([content[0], content[-1], content[:, 0], content[:, -1]])
     if frame.mean() > 240 and (content >= _WHITE).mean() > 0.5:
         return True
-    # Collimation and padding are black whatever the polarity, and no part of the film.
+    # Collimation and padding are black in either polarity, and not part of the film.
     film = _without_black_bars(content)
     height, width = film.shape
     if min(height, width) < _MIN_JUDGED or (film <= _BLACK).mean() >= 0.3:
-        return False  # cut to the lungs: the spine is black here, whatever the polarity
+        return False  # cut to the lungs: the spine is blacked out, in either polarity
     middle = film[height // 4 : 3 * height // 4]
     total_W = np.concatenate([[0.0], middle.mean(axis=0).cumsum()])
 
     def mean(begin: Fractions, end: Fractions) -> npt.NDArray[np.float64]:
-        """Of the columns between two shares of the width."""
+        """Mean of the columns between two shares of the width."""
         first, last = (np.multiply(share, width).astype(int) for share in (begin, end))
         found: npt.NDArray[np.float64] = (total_W[last] - total_W[first]) / (last - first)
         return found
@@ -133,7 +134,7 @@ def _is_inverted(content: npt.NDArray[np.uint8]) -> bool:
 
 
 def _without_black_bars(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """A view; all of it where all is black."""
+    """A view of the film without its black bars; the whole film if all of it is black."""
     bright = content > _BLACK
     rows = np.flatnonzero(bright.mean(axis=1) > _BAR_SPECKS)
     columns = np.flatnonzero(bright.mean(axis=0) > _BAR_SPECKS)
@@ -143,7 +144,8 @@ def _without_black_bars(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
 
 
 def _content_fraction(content: npt.NDArray[np.uint8]) -> float:
-    """Share of the picture inside the smallest box that holds all that differs from its frame."""
+    """Share of the image within the smallest box that holds everything unlike its outermost
+    pixels."""
     frame = np.concatenate([content[0], content[-1], content[:, 0], content[:, -1]])
     differs = np.abs(content.astype(np.int16) - np.median(frame)) > _BORDER_TOLERANCE
     rows = np.flatnonzero(differs.mean(axis=1) > _BORDER_SPECKS)

@@ -1,4 +1,4 @@
-"""DICOM films, changed in what a test is about."""
+"""Makes DICOM films for the tests."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ EIGHT_BITS = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
 def of_codestreams(
     frames: list[bytes], syntax, shape: tuple[int, int], has_offsets: bool = True, **elements
 ) -> bytes:
-    """An object of these compressed frames, of 8 bits unless `elements` say otherwise."""
+    """An object with these compressed frames, of 8 bits unless `elements` say otherwise."""
 
     def encapsulated(dataset):
         dataset.file_meta.TransferSyntaxUID = syntax
@@ -74,7 +74,7 @@ def of_codestreams(
 
 
 def coded(syntax) -> bytes:
-    """RAMP in an encoding that pydicom does not write."""
+    """RAMP in an encoding that pydicom cannot write."""
     if syntax in (HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K):
         frame = imagecodecs.htj2k_encode(RAMP, reversible=True)
     elif syntax == JPEGExtended12Bit:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from pydicom.uid import JPEGBaseline8Bit
 
-from lungopacity.errors import ErrorCode, ImageError
+from lungopacity.errors import ErrorCode, ImageError, causes
 from lungopacity.radiograph import SYNTHETIC_MARK, DecodeLimits, decode_radiographs
 from tests.films import dicom, encoded, grey_film, one_film, saved
 from tests.radiograph.dicom_files import code_of, of_codestreams
@@ -29,7 +29,7 @@ def test_lossless_formats_give_back_the_grey_values(image_format):
     np.testing.assert_array_equal(found.pixels, film)
 
 
-def test_the_format_is_told_by_content():
+def test_the_format_is_recognised_by_content():
     film = grey_film(height=64, width=64)
     found = one_film(encoded(film, "JPEG", quality=95))
     assert found.format == "jpeg"
@@ -111,13 +111,13 @@ def test_a_jpeg_that_holds_rgb_is_read_at_any_scale(named_by):
     ],
     ids=["12-bit", "jpeg-ls", "jpeg-ls-16"],
 )
-def test_a_jpeg_that_is_not_read_is_unsupported_and_not_corrupt(data, told):
+def test_a_jpeg_that_is_not_decoded_is_unsupported_and_not_corrupt(data, told):
     with pytest.raises(ImageError, match=told) as caught:
         one_film(data)
     assert caught.value.code is ErrorCode.UNSUPPORTED
 
 
-def test_colour_is_measured_and_grey_in_three_channels_is_none():
+def test_colour_is_measured_and_grey_in_three_channels_has_none():
     photograph = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for image_format in ("PNG", "JPEG"):
         assert one_film(encoded(photograph, image_format), at_least=32).coloured_fraction > 0.3
@@ -151,7 +151,7 @@ def test_exif_orientation_is_applied():
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_an_orientation_that_xmp_alone_names_is_applied(mode):
+def test_an_orientation_that_only_xmp_names_is_applied(mode):
     film = grey_film(height=60, width=40)
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
     found = one_film(saved(Image.fromarray(film).convert(mode), "JPEG", quality=98, xmp=xmp)).pixels
@@ -188,28 +188,28 @@ def test_bad_bytes_have_their_code(data, code):
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (saved(Image.fromarray(grey_film()), "WEBP"), "a picture in WebP; write it anew as PNG"),
-        (saved(Image.fromarray(grey_film()), "GIF"), "a picture in GIF; write it anew as PNG"),
+        (saved(Image.fromarray(grey_film()), "WEBP"), "a picture in WebP; convert it to PNG"),
+        (saved(Image.fromarray(grey_film()), "GIF"), "a picture in GIF; convert it to PNG"),
         (
             saved(Image.fromarray(grey_film()), "AVIF"),
-            "a picture in HEIF or AVIF; write it anew as PNG",
+            "a picture in HEIF or AVIF; convert it to PNG",
         ),
         (
             b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
-            "a picture in HEIF or AVIF; write it anew as PNG",
+            "a picture in HEIF or AVIF; convert it to PNG",
         ),
-        (imagecodecs.jpegxl_encode(grey_film()), "a picture in JPEG XL; write it anew as PNG"),
+        (imagecodecs.jpegxl_encode(grey_film()), "a picture in JPEG XL; convert it to PNG"),
         (
             imagecodecs.jpegxl_encode(grey_film(), usecontainer=True),
-            "a picture in JPEG XL; write it anew as PNG",
+            "a picture in JPEG XL; convert it to PNG",
         ),
-        (imagecodecs.jpegxr_encode(grey_film()), "a picture in JPEG XR; write it anew as PNG"),
-        (b"7z\xbc\xaf\x27\x1c" + bytes(999), "an archive in 7z; write it anew as tar or zip"),
-        (b"Rar!\x1a\x07\1\0" + bytes(999), "an archive in RAR; write it anew as tar or zip"),
-        (imagecodecs.lz4f_encode(bytes(999)), "a file in LZ4; write it anew as tar or zip"),
+        (imagecodecs.jpegxr_encode(grey_film()), "a picture in JPEG XR; convert it to PNG"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(999), "an archive in 7z; convert it to tar or zip"),
+        (b"Rar!\x1a\x07\1\0" + bytes(999), "an archive in RAR; convert it to tar or zip"),
+        (imagecodecs.lz4f_encode(bytes(999)), "a file in LZ4; convert it to tar or zip"),
     ],
 )
-def test_a_file_in_a_format_that_is_not_read_says_so(data, told):
+def test_a_file_in_a_format_that_is_not_decoded_is_named(data, told):
     with pytest.raises(ImageError, match=told) as caught:
         one_film(data)
     assert caught.value.code is ErrorCode.UNSUPPORTED
@@ -223,10 +223,12 @@ def test_a_cut_file_is_truncated(image_format):
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "JPEG2000", "BMP"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_of_a_damaged_file_it_is_told_what_it_was(mode, image_format):
+def test_the_error_of_a_damaged_file_has_the_facts_of_its_header(mode, image_format):
     data = saved(Image.fromarray(grey_film(height=300, width=200)).convert(mode), image_format)
     with pytest.raises(ImageError) as caught:
         one_film(data[: len(data) // 2])
+    # An error that is its own cause would have no end.
+    assert caught.value not in [*itertools.islice(causes(caught.value), 1, 9)]
     assert caught.value.facts["format"] == image_format.lower()
     if image_format in ("PNG", "JPEG", "BMP"):
         assert (caught.value.facts["rows"], caught.value.facts["columns"]) == (300, 200)
@@ -240,7 +242,7 @@ _ARITHMETIC = base64.b64decode(
     "U/QR9VUOXaZ9eJZDnhoDh/sc8IAYNESOWSUcZClLh0Tc6zzfU0HhuwRxzVLJbNbj7UJVVT8TgAorZHNP6pjIm4Vkcg"
     "K5sw2ec3pBoDAzhwLxUZPy1ZhZRoIP/Z"
 )
-"""A phantom of 48 rows and 40 columns by libjpeg's coder, which no library here has."""
+"""A phantom of 48 rows and 40 columns, made with libjpeg's coder, which no library here has."""
 
 
 def test_a_jpeg_2000_without_one_of_its_tiles_is_truncated():
@@ -253,8 +255,8 @@ def test_a_jpeg_2000_without_one_of_its_tiles_is_truncated():
 
 
 @pytest.mark.parametrize("as_dicom", [False, True])
-def test_a_jpeg_of_arithmetic_coding_is_whole_or_truncated(as_dicom):
-    """Its decoder makes pixels of zeros where bytes are missing, and nobody says a word."""
+def test_an_arithmetic_coded_jpeg_is_whole_or_truncated(as_dicom):
+    """If bytes are missing, its decoder makes pixels of zeros, and nothing reports that."""
 
     def file_of(coded):
         return of_codestreams([coded], JPEGBaseline8Bit, (48, 40)) if as_dicom else coded
@@ -279,8 +281,8 @@ def test_damage_in_the_coded_pixels_of_a_jpeg_is_noticed():
 
 @pytest.mark.parametrize("as_dicom", [False, True])
 @pytest.mark.parametrize("options", [{}, {"restart_marker_rows": 1}, {"progressive": True}])
-def test_a_flipped_bit_that_libjpeg_notices_gives_no_film(options, as_dicom):
-    """Its most common words for a scan that lost its step are `extraneous bytes before marker`."""
+def test_a_flipped_bit_that_libjpeg_notices_is_an_error(options, as_dicom):
+    """For a scan that lost its step, it mostly warns of `extraneous bytes before marker`."""
     data = encoded(grey_film(height=32, width=32), "JPEG", quality=90, **options)
     scan = data.index(b"\xff\xda")
     noticed = 0
@@ -298,7 +300,7 @@ def test_a_flipped_bit_that_libjpeg_notices_gives_no_film(options, as_dicom):
     assert noticed > 10
 
 
-def test_bytes_too_many_in_the_header_of_a_jpeg_do_not_cost_the_film():
+def test_extraneous_bytes_in_the_header_of_a_jpeg_do_not_cost_the_film():
     data = encoded(FILM, "JPEG", quality=98)
     at = data.index(b"\xff\xc4")
     found = one_film(data[:at] + b"\x00\x00" + data[at:]).pixels
@@ -311,7 +313,7 @@ def test_a_flipped_byte_in_png_pixels_is_noticed():
     assert code_of(bytes(data)) is ErrorCode.CORRUPT_IMAGE
 
 
-def test_a_declared_giant_is_refused_before_memory_is_taken():
+def test_a_header_that_declares_a_giant_is_refused_before_memory_is_taken():
     data = bytearray(encoded(grey_film()))
     header = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + bytes(data[24:29])
     data[12:29] = header
@@ -346,7 +348,7 @@ VALID = {
     cut=st.integers(0, 4000),
     flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 255)), max_size=8),
 )
-def test_whatever_the_bytes_nothing_but_a_coded_error_comes_out(kind, cut, flips):
+def test_any_damage_raises_only_errors_with_a_code(kind, cut, flips):
     data = bytearray(VALID[kind])
     for place, change in flips:
         data[place % len(data)] ^= change
@@ -359,7 +361,7 @@ def test_whatever_the_bytes_nothing_but_a_coded_error_comes_out(kind, cut, flips
         pass
 
 
-def test_the_fast_way_to_jpeg_pixels_is_pillows(monkeypatch):
+def test_the_fast_jpeg_decoder_gives_the_same_pixels_as_pillow(monkeypatch):
     data = encoded(FILM, "JPEG", quality=90, comment="a comment")
     fast = one_film(data)
     monkeypatch.setattr("lungopacity.radiograph.decode.read_header", lambda _: None)
@@ -381,8 +383,8 @@ def test_a_png_cut_anywhere_is_never_a_film_with_missing_rows(seed, share):
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "BMP"])
-def test_of_images_one_behind_the_other_the_first_is_the_film(image_format):
-    """Phones and editors append thumbnails, depth maps and notes: no film may be lost by them."""
+def test_of_several_images_in_a_row_the_first_is_the_film(image_format):
+    """Phones and editors append thumbnails, depth maps and notes, which must not cost the film."""
     film, other = (encoded(grey_film(seed, 64, 64), image_format) for seed in (0, 1))
     alone = one_film(film)
     for behind in (other, b"\0" * 4096, b"notes of an editor"):
@@ -390,8 +392,8 @@ def test_of_images_one_behind_the_other_the_first_is_the_film(image_format):
 
 
 @pytest.mark.parametrize("image_format", ["TIFF", "BMP", "DICOM"])
-def test_an_end_of_zeros_cannot_be_told_from_black(image_format):
-    """As docs/inputs.md has it: most films that are blacked out end so, too."""
+def test_zeros_at_the_end_cannot_be_told_from_black(image_format):
+    """As docs/inputs.md says: most films that are blacked out end in zeros, too."""
     film = grey_film(height=64, width=64)
     whole = dicom(film) if image_format == "DICOM" else encoded(film, image_format)
     copied = whole[: len(whole) * 3 // 4]

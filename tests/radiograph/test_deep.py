@@ -1,4 +1,4 @@
-"""TIFFs and JPEG 2000 of 16 bits in colour keep all of them. PNGs of such: `test_png`."""
+"""TIFFs and JPEG 2000 in colour of 16 bits keep all their bits. For PNG see `test_png`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ORIENTATION = 274
 
 
 def tiff(samples: np.ndarray, **options: object) -> bytes:
-    # Of a copy: a predictor is taken in place.
+    # A copy, because the predictor is applied in place.
     return imagecodecs.tiff_encode(samples.copy(order="C"), photometric="rgb", **options)
 
 
@@ -36,7 +36,7 @@ def tiff(samples: np.ndarray, **options: object) -> bytes:
             tiff(np.dstack([GREY_RGB, OPAQUE]), extrasample="unassalpha"), id="tiff-alpha"
         ),
         pytest.param(
-            # Of colours that are multiplied already nothing is taken once more.
+            # Premultiplied colours must not be multiplied again.
             tiff(np.dstack([GREY_RGB, OPAQUE // 2]), extrasample="assocalpha"),
             id="tiff-multiplied-alpha",
         ),
@@ -59,7 +59,7 @@ def test_a_film_of_16_bits_in_colour_keeps_all_of_them(data):
     assert found.coloured_fraction == 0
 
 
-def test_what_is_transparent_is_black():
+def test_transparent_pixels_of_deep_colours_are_black():
     alpha = OPAQUE.copy()
     alpha[:, :40] = 0
     found = one_film(tiff(np.dstack([GREY_RGB, alpha]), extrasample="unassalpha"))
@@ -67,16 +67,16 @@ def test_what_is_transparent_is_black():
     np.testing.assert_array_equal(found.pixels, expected.pixels)
 
 
-def test_colours_are_found():
+def test_colours_of_16_bits_are_measured():
     rgb = np.random.default_rng(0).integers(0, 65536, (120, 130, 3), np.uint16)
     for data in (tiff(rgb), imagecodecs.jpeg2k_encode(rgb, level=0)):
         assert one_film(data).coloured_fraction > 0.3
 
 
-def test_a_tiff_is_turned_as_it_says_once():
+def test_a_tiff_is_turned_exactly_once():
     height, width = TWELVE_BITS.shape
     pixels = GREY_RGB.astype("<u2").tobytes()
-    # Width, height, bits, no compression, RGB, where the pixels lie, orientation, samples, rows and
+    # Width, height, bits, no compression, RGB, offset of the pixels, orientation, samples, rows and
     # bytes of the only strip (TIFF 6.0, section 6).
     tags = {256: width, 257: height, 258: 134, 259: 1, 262: 2, 273: 140, _ORIENTATION: 6, 277: 3}
     tags |= {278: height, 279: len(pixels)}
@@ -91,7 +91,7 @@ def test_a_tiff_is_turned_as_it_says_once():
     np.testing.assert_array_equal(found.pixels, np.rot90(EXPECTED, -1))
 
 
-def test_each_page_of_a_tiff_is_its_own():
+def test_each_page_of_a_tiff_is_a_film_of_its_own():
     pages = [GREY_RGB, GREY_RGB[::-1]]
     data = imagecodecs.tiff_encode(np.ascontiguousarray(pages), photometric="rgb")
     found = list(decode_radiographs(data, limits=DecodeLimits()))
@@ -99,7 +99,7 @@ def test_each_page_of_a_tiff_is_its_own():
     np.testing.assert_array_equal(found[1].pixels, EXPECTED[::-1])
 
 
-def test_damage_has_its_code():
+def test_damage_in_deep_colours_has_its_code():
     packed = tiff(GREY_RGB, compression="lzw")
     cut = packed[: len(packed) // 2], imagecodecs.jpeg2k_encode(GREY_RGB)[:9000]
     damaged = packed[:30000] + bytes(1000) + packed[31000:]
@@ -116,7 +116,7 @@ def test_damage_has_its_code():
         assert found.code is code
 
 
-def test_what_the_second_decoder_cannot_read_is_said_so():
+def test_colours_that_the_second_decoder_cannot_read_are_unsupported():
     data = bytearray(imagecodecs.jpeg2k_encode(GREY_RGB, level=0))
     at = data.index(b"\xff\x4f\xff\x51") + 42
     assert data[at : at + 9] == b"\x0f\x01\x01" * 3
@@ -124,4 +124,4 @@ def test_what_the_second_decoder_cannot_read_is_said_so():
     (found,) = decode_radiographs(bytes(data), limits=DecodeLimits())
     assert isinstance(found, ImageError)
     assert found.code is ErrorCode.UNSUPPORTED
-    assert "write it anew in grey" in found.message
+    assert "convert it to grey" in found.message

@@ -1,4 +1,4 @@
-"""What of DICOM is not scored, and what its header tells."""
+"""Which DICOM objects are not scored, and the facts that are read from headers."""
 
 import io
 import zlib
@@ -14,7 +14,7 @@ from pydicom.uid import (
 )
 
 from lungopacity.errors import REJECTING, ErrorCode, ImageError
-from lungopacity.radiograph import DecodeLimits
+from lungopacity.radiograph import DecodeLimits, decode_radiographs
 from tests.films import dicom, one_film
 from tests.radiograph.dicom_files import (
     RAMP,
@@ -57,9 +57,7 @@ DX_FOR_PROCESSING = pydicom.uid.DigitalXRayImageStorageForProcessing
         ),
     ],
 )
-def test_what_the_header_calls_no_frontal_chest_film_is_rejected_until_it_is_asked_for(
-    elements, code
-):
+def test_a_header_that_names_no_frontal_chest_film_rejects_it_unless_accepted(elements, code):
     data = dicom(RAMP, **elements)
     assert code_of(data) is code
     assert code in REJECTING
@@ -67,7 +65,7 @@ def test_what_the_header_calls_no_frontal_chest_film_is_rejected_until_it_is_ask
     assert code_of(data) is code, "asking once is not asking for ever"
 
 
-def test_a_coded_view_is_understood():
+def test_a_coded_view_is_recognised():
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator = "399173006", "SCT"
     assert code_of(dicom(RAMP, ViewCodeSequence=[item])) is ErrorCode.LATERAL_VIEW
@@ -79,7 +77,7 @@ def test_a_coded_view_is_understood():
     ("told", "view"),
     [("AP ERECT", "AP"), ("PA", "PA"), ("PA/LAT", None), ("AP PA", None), ("XTABLE", None)],
 )
-def test_a_view_is_understood_among_other_words(told, view):
+def test_a_view_is_recognised_among_other_words(told, view):
     with pydicom.config.disable_value_validation():
         assert one_film(dicom(RAMP, ViewPosition=told)).view_position == view
 
@@ -105,7 +103,7 @@ def test_a_view_is_understood_among_other_words(told, view):
         {},
     ],
 )
-def test_where_the_header_is_silent_or_says_chest_it_is_scored(elements):
+def test_a_film_is_scored_if_the_header_says_nothing_or_chest(elements):
     with pydicom.config.disable_value_validation():
         assert one_film(dicom(RAMP, **elements)).pixels.shape == RAMP.shape
 
@@ -127,7 +125,7 @@ def region(code: str) -> Dataset:
         ({"AnatomicRegionSequence": [region("69536005")]}, None),  # the head
     ],
 )
-def test_the_body_part_is_told_where_the_header_says_it(elements, expected):
+def test_the_body_part_is_read_from_the_header(elements, expected):
     with pydicom.config.disable_value_validation():
         assert one_film(dicom(RAMP, **elements)).body_part == expected
 
@@ -142,7 +140,7 @@ def test_the_body_part_is_told_where_the_header_says_it(elements, expected):
         ("MR_truncated.dcm", ErrorCode.WRONG_MODALITY),
     ],
 )
-def test_objects_that_are_no_films_have_codes_of_their_own(name, code):
+def test_objects_that_are_not_films_have_their_own_codes(name, code):
     with pytest.raises(ImageError) as caught:
         one_film(shipped(name))
     assert caught.value.code is code
@@ -158,7 +156,7 @@ def test_objects_that_are_no_films_have_codes_of_their_own(name, code):
         (pydicom.uid.ComprehensiveSRStorage, ErrorCode.STRUCTURED_REPORT),
     ],
 )
-def test_presentation_states_and_selections_are_told_apart(sop_class, code):
+def test_presentation_states_and_key_object_selections_have_their_own_codes(sop_class, code):
     assert code_of(without(dicom(RAMP, SOPClassUID=sop_class), "PixelData")) is code
 
 
@@ -188,19 +186,19 @@ def _inflates(data: bytes) -> bool:
         (dicom(RAMP, Rows=0), ErrorCode.CORRUPT_IMAGE),
         (dicom(RAMP, PixelData=bytes(100)), ErrorCode.TRUNCATED),
         (dicom(RAMP)[:-500], ErrorCode.TRUNCATED),
-        # Of several frames one would be scored, and of a film whose rows or bits are wrong a part.
+        # Only one of several frames would be scored, or a part of a film with wrong rows or bits.
         (dicom(np.vstack([RAMP] * 2), Rows=RAMP.shape[0]), ErrorCode.CORRUPT_IMAGE),
         (dicom(RAMP, BitsAllocated=8, BitsStored=8, HighBit=7), ErrorCode.CORRUPT_IMAGE),
         (compressed(JPEG2000Lossless)[:-300], ErrorCode.TRUNCATED),
         (dicom(RAMP, Rows=60_000, Columns=60_000), ErrorCode.TOO_LARGE),
     ],
 )
-def test_what_cannot_be_scored_has_its_code(data, code):
+def test_a_damaged_or_unsupported_object_has_its_code(data, code):
     assert code_of(data) is code
 
 
 @pytest.mark.parametrize("junk", [b"\xff" * 50, bytes(50), b"\x1a" * 128, b"\r\n"])
-def test_junk_behind_the_pixels_costs_no_film(junk):
+def test_junk_after_the_pixels_does_not_cost_the_film(junk):
     for film in (dicom(RAMP), compressed(JPEG2000Lossless)):
         found = one_film(film + junk)
         np.testing.assert_array_equal(found.pixels, one_film(film).pixels)
@@ -209,6 +207,19 @@ def test_junk_behind_the_pixels_costs_no_film(junk):
 def test_a_deflated_bomb_is_not_inflated():
     limits = DecodeLimits(max_size_bytes=1 << 20)
     assert code_of(deflated_bomb(), limits) is ErrorCode.DECOMPRESSION_BOMB
+
+
+def test_a_dicom_object_with_an_unreadable_header_has_its_format_and_other_bytes_have_none():
+    junk = b"\x08\x00\x00\x00" + bytes(200)
+    facts = {}
+    for data in (deflated_bomb(), junk):
+        with pytest.raises(ImageError) as caught:
+            list(decode_radiographs(data, limits=DecodeLimits(max_size_bytes=1 << 20)))
+        facts[caught.value.code] = caught.value.facts
+    assert facts == {
+        ErrorCode.DECOMPRESSION_BOMB: {"format": "dicom"},
+        ErrorCode.NOT_AN_IMAGE: {},
+    }
 
 
 def test_an_unknown_transfer_syntax_has_its_code():
@@ -246,19 +257,19 @@ def test_a_codestream_larger_than_its_header_says_is_refused_before_it_is_decode
         ("JOHN", None),
     ],
 )
-def test_ages_are_years_and_those_above_89_one_group(age, years):
+def test_ages_are_whole_years_and_all_above_89_are_90(age, years):
     with pydicom.config.disable_value_validation():
         assert one_film(dicom(RAMP, PatientAge=age)).patient_age_years == years
 
 
 @pytest.mark.parametrize("keyword", ["ViewPosition", "PatientSex", "BodyPartExamined", "Modality"])
-def test_text_never_comes_out_of_a_coded_field(keyword):
+def test_free_text_in_a_coded_element_is_never_returned(keyword):
     with pydicom.config.disable_value_validation():
         found = one_film(dicom(RAMP, **{keyword: "DOE JOHN"}))
     assert "DOE" not in repr(found.facts())
 
 
-def test_identifiers_come_out_as_hmac_under_the_users_key_or_not_at_all():
+def test_identifiers_are_returned_only_as_hmacs_with_the_users_key():
     data = dicom(RAMP, PatientID="4711", StudyInstanceUID="1.2.3")
     assert one_film(data).patient_hmac is None
     found = one_film(data, hmac_key=b"key")

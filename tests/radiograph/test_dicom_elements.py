@@ -15,7 +15,7 @@ from tests.radiograph.dicom_files import RAMP, changed, code_of, without
 
 
 def group(macro: str, **elements) -> Dataset:
-    """A functional group of one macro."""
+    """A functional group with one macro."""
     item, found = Dataset(), Dataset()
     for keyword, value in elements.items():
         setattr(item, keyword, value)
@@ -26,7 +26,7 @@ def group(macro: str, **elements) -> Dataset:
 WINDOW = {"WindowCenter": 1000, "WindowWidth": 400}
 
 
-def test_what_all_frames_share_is_said_of_each():
+def test_shared_functional_groups_apply_to_each_frame():
     shared = group("FrameVOILUTSequence", **WINDOW)
     shared.PixelMeasuresSequence = group(
         "PixelMeasuresSequence", PixelSpacing=[0.2, 0.1]
@@ -36,7 +36,7 @@ def test_what_all_frames_share_is_said_of_each():
     np.testing.assert_array_equal(found, at_the_top)
 
 
-def test_each_frame_has_the_window_and_the_rescale_of_its_own_groups():
+def test_each_frame_has_the_window_and_rescale_of_its_own_groups():
     frames = dicom(
         RAMP,
         NumberOfFrames=3,
@@ -84,7 +84,7 @@ EMPTY = [
 
 @pytest.mark.parametrize("window", [{}, {"WindowCenter": 2048, "WindowWidth": 3000}])
 @pytest.mark.parametrize("elements", EMPTY, ids=str)
-def test_an_element_that_was_emptied_says_nothing(elements, window):
+def test_an_empty_element_counts_as_absent(elements, window):
     film = (RAMP // 4).astype(np.uint16)
     np.testing.assert_array_equal(
         one_film(dicom(film, **window, **elements)).pixels, one_film(dicom(film, **window)).pixels
@@ -92,7 +92,7 @@ def test_an_element_that_was_emptied_says_nothing(elements, window):
 
 
 def with_texts(**texts: str) -> bytes:
-    """RAMP with these elements as they stand, whatever their type allows."""
+    """RAMP with these elements written as they are, even if their type does not allow the value."""
 
     def write(dataset):
         for keyword, text in texts.items():
@@ -104,7 +104,7 @@ def with_texts(**texts: str) -> bytes:
     return changed(dicom(RAMP), write)
 
 
-def test_a_decimal_comma_is_read_as_one():
+def test_a_decimal_comma_is_understood():
     comma = {"WindowCenter": "2048,5", "WindowWidth": "1024,0 ", "RescaleSlope": "-1,0"}
     point = {keyword: text.replace(",", ".") for keyword, text in comma.items()}
     intercept = {"RescaleIntercept": "4095 "}
@@ -114,27 +114,27 @@ def test_a_decimal_comma_is_read_as_one():
 
 
 @pytest.mark.parametrize("keyword", ["WindowWidth", "RescaleSlope", "RescaleIntercept"])
-def test_a_number_that_cannot_be_read_is_not_taken_for_none(keyword):
+def test_a_number_that_cannot_be_read_is_an_error(keyword):
     texts = {"WindowCenter": "2048", "WindowWidth": "1024"} | {keyword: "1.2.3 "}
-    with pytest.raises(ImageError, match=f"the header's {keyword} is no number"):
+    with pytest.raises(ImageError, match=f"the header's {keyword} is not a number"):
         one_film(with_texts(**texts))
 
 
 @pytest.mark.parametrize("keyword", ["SamplesPerPixel", "PixelRepresentation"])
-def test_what_goes_without_saying_may_be_left_out(keyword):
+def test_an_element_with_a_usual_value_may_be_absent(keyword):
     found = one_film(without(dicom(RAMP), keyword)).pixels
     np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
 
 
-def test_how_colours_lie_is_no_guess():
+def test_a_missing_planar_configuration_is_not_guessed():
     rgb = dicom(RAMP, SamplesPerPixel=3, PhotometricInterpretation="RGB", PixelData=bytes(99999))
-    with pytest.raises(ImageError, match="the header does not say PlanarConfiguration"):
+    with pytest.raises(ImageError, match="the header has no PlanarConfiguration"):
         one_film(rgb)
 
 
 @pytest.mark.parametrize("keyword", ["PhotometricInterpretation", "BitsStored"])
-def test_what_only_the_header_can_say_is_named_where_it_does_not(keyword):
-    with pytest.raises(ImageError, match=f"the header does not say {keyword}") as caught:
+def test_a_missing_element_that_cannot_be_guessed_is_named(keyword):
+    with pytest.raises(ImageError, match=f"the header has no {keyword}") as caught:
         one_film(without(dicom(RAMP), keyword))
     assert caught.value.code is ErrorCode.CORRUPT_IMAGE
 
@@ -142,7 +142,7 @@ def test_what_only_the_header_can_say_is_named_where_it_does_not(keyword):
 @pytest.mark.parametrize(
     "spelt", [" MONOCHROME1", "MONOCHROME1   ", "monochrome1 ", "Monochrome1 "]
 )
-def test_the_polarity_is_known_in_every_spelling(spelt):
+def test_photometric_interpretation_is_recognised_in_every_spelling(spelt):
     window = {"WindowCenter": 2048, "WindowWidth": 2000}
     curved = dicom(
         RAMP, **window, VOILUTFunction="SIGMOID", PhotometricInterpretation="MONOCHROME1"
@@ -162,16 +162,16 @@ def test_the_polarity_is_known_in_every_spelling(spelt):
 @pytest.mark.parametrize(
     ("spelt", "message"),
     [
-        ("MONOCHROME 1", "the header's PhotometricInterpretation is no term of the standard"),
-        ("MONOCHROME1\\MONOCHROME1", "the header's PhotometricInterpretation is no term"),
-        ("HSV ", "the header's PhotometricInterpretation says no polarity"),
+        ("MONOCHROME 1", "the header's PhotometricInterpretation is not a term of the standard"),
+        ("MONOCHROME1\\MONOCHROME1", "the header's PhotometricInterpretation is not a term"),
+        ("HSV ", "the header's PhotometricInterpretation names no polarity"),
     ],
 )
-def test_no_polarity_is_guessed(spelt, message):
+def test_an_unknown_photometric_interpretation_is_not_guessed(spelt, message):
     with pytest.raises(ImageError, match=message) as caught:
         one_film(with_texts(PhotometricInterpretation=spelt))
     assert caught.value.code is ErrorCode.CORRUPT_IMAGE
 
 
-def test_pixel_data_of_no_bytes_end_early():
+def test_empty_pixel_data_is_truncated():
     assert code_of(dicom(RAMP, PixelData=b"")) is ErrorCode.TRUNCATED

@@ -1,4 +1,4 @@
-"""The standard's grey pipeline: from stored values to what is black and white."""
+"""The standard's grey pipeline, from stored values to grey pixels."""
 
 import numpy as np
 import pytest
@@ -18,8 +18,8 @@ def test_monochrome1_is_inverted_to_monochrome2():
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("shape", ["IDENTITY", "INVERSE"])
-def test_presentation_lut_shape_is_no_second_inversion(photometric, shape):
-    """Nor one against Photometric Interpretation, to which the standard binds it in an image."""
+def test_presentation_lut_shape_is_not_a_second_inversion(photometric, shape):
+    """Nor does it override PhotometricInterpretation, to which the standard ties it in an image."""
     told_once = one_film(dicom(RAMP, PhotometricInterpretation=photometric))
     told_twice = one_film(
         dicom(RAMP, PhotometricInterpretation=photometric, PresentationLUTShape=shape)
@@ -43,7 +43,7 @@ def test_a_window_that_clips_nothing_is_not_undone_by_stretching():
 
 
 def with_text(film: np.ndarray, value: int) -> np.ndarray:
-    """A line of text, one in seventy pixels, as systems burn it in: above all that film shows."""
+    """A film with a burnt-in line of text, one in seventy pixels, above all other values."""
     film = film.copy()
     film[:4, :17] = value
     return film
@@ -74,7 +74,7 @@ def test_a_film_of_nearly_one_value_keeps_the_rest():
     assert one_film(dicom(film.astype(np.uint16))).pixels[RAMP > 4050].min() > 240
 
 
-def test_what_is_a_little_above_the_rest_is_not_clipped():
+def test_values_a_little_above_the_rest_are_not_clipped():
     film = np.clip(RAMP, 0, 3000)
     film[-2:, -20:] = 4095
     found = one_film(dicom(film)).pixels
@@ -91,7 +91,7 @@ def test_rescale_comes_before_the_window():
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
 def test_the_named_window_function_is_the_standards_formula(function):
-    """PS3.3 C.11.2.1.2 and C.11.2.1.3, written down again."""
+    """An independent implementation of PS3.3 C.11.2.1.2 and C.11.2.1.3."""
     centre, width, top = 1800.0, 900.0, 4095.0
     x = RAMP.astype(np.float64)
     if function == "LINEAR":
@@ -109,13 +109,13 @@ def test_the_named_window_function_is_the_standards_formula(function):
 
 @pytest.mark.parametrize("centre", [2048, 2048.5])
 def test_a_window_of_width_1_is_a_step(centre):
-    """PS3.3 C.11.2.1.2: black up to centre - 0.5, and white above."""
+    """PS3.3 C.11.2.1.2: black up to centre - 0.5, white above."""
     found = one_film(dicom(RAMP, WindowCenter=centre, WindowWidth=1)).pixels
     np.testing.assert_array_equal(found, np.where(centre - 0.5 < RAMP, 255, 0))
 
 
-def test_a_window_that_is_told_exactly_may_be_narrower_than_1():
-    """As of values that a rescale takes to 0 … 1."""
+def test_a_linear_exact_window_may_be_narrower_than_1():
+    """For values that a rescale maps to 0 … 1."""
     shares = {"RescaleSlope": 2.0**-12, "RescaleIntercept": 0, "VOILUTFunction": "LINEAR_EXACT"}
     found = one_film(dicom(RAMP, **shares, WindowCenter=0.5, WindowWidth=0.25)).pixels
     assert np.abs(found - 255 * np.clip((RAMP / 4096 - 0.375) / 0.25, 0, 1)).max() <= 0.51
@@ -125,7 +125,7 @@ def test_a_window_that_is_told_exactly_may_be_narrower_than_1():
     "window", [(2048, 0), (2048, -5), (2048, 0.5), ("", ""), ("nan", 400), (2048, "nan")]
 )
 @pytest.mark.filterwarnings("ignore:Invalid value for VR DS")
-def test_a_window_of_no_width_is_none(window):
+def test_a_window_of_zero_width_is_ignored(window):
     centre, width = window
     np.testing.assert_array_equal(
         one_film(dicom(RAMP, WindowCenter=centre, WindowWidth=width)).pixels,
@@ -134,7 +134,7 @@ def test_a_window_of_no_width_is_none(window):
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_a_window_of_12_bits_that_a_copy_of_8_kept_is_none(photometric):
+def test_a_12_bit_window_left_in_an_8_bit_copy_is_ignored(photometric):
     film = (RAMP // 16).astype(np.uint8)
     elements = {**EIGHT_BITS, "PixelData": film.tobytes(), "PhotometricInterpretation": photometric}
     left = {"WindowCenter": 2048, "WindowWidth": 4096}
@@ -143,7 +143,7 @@ def test_a_window_of_12_bits_that_a_copy_of_8_kept_is_none(photometric):
     )
 
 
-def test_of_several_windows_the_first_is_taken():
+def test_the_first_of_several_windows_is_used():
     both = one_film(dicom(RAMP, WindowCenter=[1000, 3000], WindowWidth=[500, 500])).pixels
     first = one_film(dicom(RAMP, WindowCenter=1000, WindowWidth=500)).pixels
     np.testing.assert_array_equal(both, first)
@@ -160,7 +160,7 @@ def lut_item(entries, first: int = 0) -> Dataset:
     return item
 
 
-def test_a_voi_lut_goes_before_a_window_and_its_entries_are_black_to_white():
+def test_a_voi_lut_precedes_a_window_and_its_entries_span_black_to_white():
     entries = np.linspace(500, 60_000, 4096) ** 0.9
     pixels = one_film(
         dicom(RAMP, VOILUTSequence=[lut_item(entries)], WindowCenter=10, WindowWidth=5)
@@ -169,7 +169,7 @@ def test_a_voi_lut_goes_before_a_window_and_its_entries_are_black_to_white():
     assert np.abs(pixels - 255 * scaled[RAMP]).max() <= 0.51
 
 
-def test_a_voi_lut_may_begin_above_32767_where_no_value_is_below_zero():
+def test_a_voi_lut_may_begin_above_32767_if_no_value_is_negative():
     bright = (RAMP + 40_000).astype(np.uint16)
     elements = {"BitsStored": 16, "HighBit": 15, "VOILUTSequence": [lut_item(range(4096), 40_000)]}
     np.testing.assert_array_equal(
@@ -177,15 +177,15 @@ def test_a_voi_lut_may_begin_above_32767_where_no_value_is_below_zero():
     )
 
 
-def test_what_a_modality_lut_makes_of_8_bits_has_more_of_them():
+def test_a_modality_lut_may_map_8_bits_to_more():
     film = (RAMP // 16).astype(np.uint8)
     wider = {"ModalityLUTSequence": [lut_item(np.arange(256) * 16)]}
     found = one_film(dicom(film, **EIGHT_BITS, **wider, PixelData=film.tobytes())).pixels
     np.testing.assert_array_equal(found, film)
 
 
-def test_of_a_falling_rescale_low_values_stay_black_under_a_window():
-    """PS3.3 C.11.2.1.2: what lies below the window is black, however it came to lie there."""
+def test_values_below_a_window_are_black_even_with_a_falling_rescale():
+    """PS3.3 C.11.2.1.2: values below the window are black, however they were computed."""
     falling = {"RescaleSlope": -1, "RescaleIntercept": 4095}
     rising = one_film(dicom(4095 - RAMP)).pixels
     np.testing.assert_array_equal(one_film(dicom(RAMP, **falling)).pixels, rising)
@@ -202,8 +202,8 @@ def test_of_a_falling_rescale_low_values_stay_black_under_a_window():
 
 
 @pytest.mark.parametrize("form", ["US", "OW", "8 bits, OW", "8 bits, packed", "8 bits"])
-def test_a_voi_lut_means_the_same_however_its_entries_are_written(form):
-    """PS3.3 C.11.2.1.1: 8 bits may lie one or two to a word."""
+def test_every_way_to_write_the_entries_of_a_voi_lut_gives_the_same_film(form):
+    """PS3.3 C.11.2.1.1: a word may hold one or two 8-bit entries."""
     bits = 8 if form.startswith("8") else 16
     entries = (np.linspace(0, 1, 4096) ** 2 * (2**bits - 1)).round().astype(np.uint16)
     item = lut_item(entries)
@@ -221,8 +221,8 @@ def test_a_voi_lut_means_the_same_however_its_entries_are_written(form):
 
 @pytest.mark.parametrize("told", [0, 40_000])
 @pytest.mark.parametrize("is_signed", [False, True])
-def test_a_lut_may_have_more_entries_than_a_signed_word_counts(told, is_signed):
-    """PS3.3 C.11.2.1.1: 0 stands for 65,536, which its 16 bits cannot tell."""
+def test_a_lut_may_have_more_entries_than_a_signed_word_can_count(told, is_signed):
+    """PS3.3 C.11.2.1.1: 0 stands for 65,536, which does not fit in 16 bits."""
     entries = np.arange(told or 2**16) // 2 + 100
     first = 2**15 if is_signed else 0  # -32768, as the pixels are read
     item = lut_item(entries[:1])
@@ -236,8 +236,8 @@ def test_a_lut_may_have_more_entries_than_a_signed_word_counts(told, is_signed):
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (-1, 3071)])
-def test_a_lut_may_begin_below_zero_and_be_read_as_if_it_did_not(slope, intercept):
-    """It is written unsigned where the pixels are, also if a rescale made them negative."""
+def test_the_negative_first_value_of_a_lut_may_be_written_unsigned(slope, intercept):
+    """It is written unsigned if the pixels are, even if a rescale makes them negative."""
     item = lut_item(np.arange(4096) * 16, first=2**16 - 1024)
     rescale = {"RescaleSlope": slope, "RescaleIntercept": intercept}
     film = one_film(dicom(RAMP, **rescale, VOILUTSequence=[item])).pixels
@@ -245,8 +245,9 @@ def test_a_lut_may_begin_below_zero_and_be_read_as_if_it_did_not(slope, intercep
 
 
 @pytest.mark.parametrize("is_signed", [False, True])
-def test_a_voi_lut_behind_a_modality_lut_begins_above_zero(is_signed):
-    """What a Modality LUT gives is never negative, whatever the pixels are (PS3.3 C.11.1.1.1)."""
+def test_the_first_value_of_a_voi_lut_after_a_modality_lut_is_unsigned(is_signed):
+    """The outputs of a Modality LUT are never negative, even for signed pixels (PS3.3
+    C.11.1.1.1)."""
     tables = {
         "ModalityLUTSequence": [lut_item(np.arange(2048) * 32)],
         "VOILUTSequence": [lut_item(np.arange(2**14), first=2**15)],
@@ -257,7 +258,7 @@ def test_a_voi_lut_behind_a_modality_lut_begins_above_zero(is_signed):
 
 
 def test_values_in_the_upper_bits_are_refused():
-    """ACR-NEMA allowed it; the lowest bits alone would be a picture, and a wrong one."""
+    """ACR-NEMA allowed them; the lowest bits would give a picture, but a wrong one."""
     assert code_of(dicom(RAMP << 4, HighBit=15)) is ErrorCode.UNSUPPORTED
     mistaken = one_film(dicom(RAMP, HighBit=15)).pixels
     np.testing.assert_array_equal(mistaken, one_film(dicom(RAMP)).pixels)
@@ -278,13 +279,13 @@ def test_signed_values_are_read_as_signed():
     np.testing.assert_array_equal(pixels, one_film(dicom(RAMP)).pixels)
 
 
-def test_bits_above_bits_stored_are_no_image():
+def test_bits_above_bits_stored_are_ignored():
     overlay = RAMP.copy()
     overlay[::3] |= 0x8000
     np.testing.assert_array_equal(one_film(dicom(overlay)).pixels, one_film(dicom(RAMP)).pixels)
 
 
-def test_padding_is_black_and_stretches_nothing():
+def test_padding_is_black_and_does_not_affect_the_range():
     padded = np.clip(RAMP, 1000, 3000)
     inner = one_film(dicom(padded)).pixels
     padded[:5] = 0
@@ -304,7 +305,7 @@ def test_padding_is_black_and_stretches_nothing():
         (False, 16, "US", 63536),
     ],
 )
-def test_padding_is_found_whatever_sign_it_was_written_with(signed, bits, vr, value):
+def test_padding_is_found_if_it_was_written_with_the_other_signedness(signed, bits, vr, value):
     stored = np.clip(RAMP, 300, 2000).astype(np.int32)
     stored[:5] = -2000
     data = dicom(
@@ -337,12 +338,12 @@ def test_padding_of_the_highest_signed_value_is_black():
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_a_film_of_nothing_but_padding_is_black(photometric):
+def test_a_film_of_padding_only_is_black(photometric):
     elements = {"PixelPaddingValue": 7, "PhotometricInterpretation": photometric}
     assert not one_film(dicom(np.full_like(RAMP, 7), **elements)).pixels.any()
 
 
-def test_a_padding_value_that_no_pixel_can_have_pads_none():
+def test_a_padding_value_that_no_pixel_can_have_is_ignored():
     found = one_film(dicom(RAMP, PixelPaddingValue=63536)).pixels
     np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
 
@@ -373,7 +374,7 @@ def test_a_padding_range_is_padding():
         ({"ImagerPixelSpacing": [0.143, 0.143]}, RAMP.shape),
         ({"PixelAspectRatio": [1, 1]}, RAMP.shape),
         ({"PixelAspectRatio": [0, 7]}, RAMP.shape),
-        # Written whatever the spacing is, which says more.
+        # The spacing says more: many write this ratio in any case.
         ({"PixelAspectRatio": [1, 1], "PixelSpacing": [0.2, 0.1]}, (80, 30)),
     ],
 )
@@ -383,7 +384,7 @@ def test_pixels_are_made_square(element, shape):
     assert (found.rows, found.columns) == RAMP.shape
 
 
-def test_eight_bits_without_a_window_are_taken_as_other_formats_have_them():
+def test_8_bits_without_a_window_are_not_stretched():
     film = np.clip(RAMP // 16, 30, 200).astype(np.uint16)
 
     def eight_bits(dataset):

@@ -1,4 +1,4 @@
-"""The fast way to a grey PNG's pixels gives what Pillow gives, and passes no damage on."""
+"""The fast decoder of grey PNGs gives the same pixels as Pillow, and notices all damage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def decoded(data: bytes) -> np.ndarray:
 
 
 def filtered(pixels: np.ndarray, filters: list[int]) -> bytes:
-    """A PNG of these filters, None, Sub or Up, one a row (PNG, third edition, 9.2)."""
+    """A PNG with these filters (None, Sub or Up), one per row (PNG, third edition, 9.2)."""
     before = np.vstack([np.zeros_like(pixels[:1]), pixels[:-1]])
     left = np.hstack([np.zeros_like(pixels[:, :1]), pixels[:, :-1]])
     coded = [pixels, pixels - left, pixels - before]
@@ -51,7 +51,7 @@ def filtered(pixels: np.ndarray, filters: list[int]) -> bytes:
 
 
 def deep(samples: np.ndarray, *extra: bytes, rows: int | None = None) -> bytes:
-    """A PNG of 16 bits with 1 to 4 samples a pixel; `rows`: how many of them it holds."""
+    """A PNG of 16 bits with 1 to 4 samples per pixel. `rows`: how many rows it really holds."""
     height, width, count = samples.shape
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     header += bytes([16, (0, 4, 2, 6)[count - 1], 0, 0, 0])
@@ -61,7 +61,7 @@ def deep(samples: np.ndarray, *extra: bytes, rows: int | None = None) -> bytes:
 
 
 def code_of(data: bytes) -> ErrorCode:
-    """The one error that the file gives, whether raised or in the place of its image."""
+    """The single error that the file gives, whether raised or yielded instead of the image."""
     try:
         (found,) = decode_radiographs(data, limits=DecodeLimits())
     except ImageError as error:
@@ -75,7 +75,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def with_pixels(change: Callable[[bytes], bytes]) -> bytes:
-    """A film whose compressed pixels were changed, with the checksum of the chunk made to fit."""
+    """A film with changed compressed pixels and a matching checksum of the chunk."""
     rows = b"".join(b"\0" + row.tobytes() for row in FILM)
     header = (130).to_bytes(4, "big") + (120).to_bytes(4, "big") + b"\x08\0\0\0\0"
     coded = change(zlib.compress(rows))
@@ -85,7 +85,7 @@ def with_pixels(change: Callable[[bytes], bytes]) -> bytes:
 
 
 def interlaced() -> bytes:
-    """Adam7, every pass unfiltered (PNG, third edition, 8.1)."""
+    """The film interlaced by Adam7, with every pass unfiltered (PNG, third edition, 8.1)."""
     passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
     passes += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
     rows = b"".join(b"\0" + row.tobytes() for x, y, dx, dy in passes for row in FILM[y::dy, x::dx])
@@ -129,7 +129,7 @@ def test_pixels_of_16_bits_are_those_of_pillow(top):
     expected = np.rint((values - values.min()) * (255 / max(1, np.ptp(values))))
     np.testing.assert_array_equal(film.pixels, expected)
     assert film.photometric_interpretation == "I;16"
-    # With a text Pillow reads it.
+    # Pillow reads a file with text.
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", "a text")
     with_text = one_film(png(values, pnginfo=text))
@@ -137,14 +137,14 @@ def test_pixels_of_16_bits_are_those_of_pillow(top):
     assert with_text.facts() == film.facts()
 
 
-def test_a_film_whose_rows_stand_alone_needs_no_libpng(monkeypatch):
+def test_a_film_with_independent_rows_is_decoded_without_libpng(monkeypatch):
     data = filtered(FILM, [1] * 120)
     monkeypatch.setattr("imagecodecs.png_decode", None)
     np.testing.assert_array_equal(decoded(data), FILM)
 
 
 @pytest.mark.parametrize("filters", [[0] * 120, [1] * 119 + [2], [1, 1, 0] * 40])
-def test_other_films_are_libpngs(filters):
+def test_films_with_other_filters_are_decoded_by_libpng(filters):
     np.testing.assert_array_equal(decoded(filtered(FILM, filters)), FILM)
 
 
@@ -163,7 +163,7 @@ def test_an_interlaced_film_is_the_same_film():
     ],
     ids=["checksum of the pixels", "a flipped bit", "rows are missing"],
 )
-def test_damaged_pixels_are_refused_though_the_chunks_are_sound(change, code):
+def test_damaged_pixels_are_refused_even_if_the_chunks_are_sound(change, code):
     assert len(list(decode_radiographs(with_pixels(bytes), limits=DecodeLimits()))) == 1
     assert code_of(with_pixels(change)) is code
 
@@ -194,7 +194,7 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(length, code):
     assert code_of(data) is code
 
 
-def test_what_more_than_grey_pixels_is_in_is_left_to_pillow():
+def test_files_with_more_than_grey_pixels_are_left_to_pillow():
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", "synthetic phantom")
     assert read_plain_header(png(FILM, pnginfo=text)) is None
@@ -222,7 +222,7 @@ def test_a_film_of_16_bits_in_colour_keeps_all_of_them(samples):
     assert found.coloured_fraction == 0
 
 
-def test_what_is_transparent_in_16_bits_is_black():
+def test_transparent_pixels_of_16_bits_are_black():
     alpha = OPAQUE.copy()
     alpha[:, :40] = 0
     expected = one_film(deep(np.where(alpha > 0, TWELVE_BITS, 0))).pixels
@@ -236,13 +236,13 @@ def test_what_is_transparent_in_16_bits_is_black():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_the_grey_that_is_transparent_is_black_at_any_depth(bits):
+def test_a_transparent_grey_value_is_black_at_any_depth(bits):
     most = (1 << bits) - 1
     values = np.repeat(np.linspace(0, most, min(16, most + 1)).astype(int), 16)
     row = "".join(f"{value:0{bits}b}" for value in values)
     rows = (b"\0" + int(row, 2).to_bytes(len(row) // 8, "big")) * 8
     header = len(values).to_bytes(4, "big") + (8).to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
-    # Bits of it above the depth count for nothing (PNG, third edition, 11.3.1.1).
+    # Its bits above the depth are ignored (PNG, third edition, 11.3.1.1).
     for key in (most, 0xFFFF):
         data = b"\x89PNG\r\n\x1a\n" + b"".join(
             [
@@ -258,7 +258,7 @@ def test_the_grey_that_is_transparent_is_black_at_any_depth(bits):
             assert shown.max() >= 128
 
 
-def test_colours_of_16_bits_are_found_and_their_luma_is_that_of_8():
+def test_colours_of_16_bits_are_measured_and_have_the_luma_of_8_bits():
     rgb = np.random.default_rng(0).integers(0, 256, (120, 130, 3), np.uint16)
     rgb[0, 0], rgb[0, 1] = 0, 255
     whole, dark = one_film(deep(rgb * 257)), one_film(deep(rgb * 16))
@@ -273,7 +273,7 @@ def _png_of(picture: Image.Image, is_interlaced: bool) -> bytes:
     picture.save(sink, "PNG")
     if not is_interlaced:
         return sink.getvalue()
-    # Pillow writes none. Of one pass of 1 x 1 and six passes more, all rows are unfiltered.
+    # Pillow does not write interlaced files. All rows of every pass are unfiltered.
     samples = {"RGB": 3, "RGBA": 4, "LA": 2}.get(picture.mode, 1)
     bits = {"1": 1, "I;16": 16}.get(picture.mode, 8)
     planes = np.asarray(picture).reshape(picture.height, picture.width, samples)
@@ -304,7 +304,7 @@ def _with(data: bytes, coded: bytes, is_interlaced: bool) -> bytes:
 
 
 def _without_last_bytes(data: bytes, count: int) -> bytes:
-    """The PNG with so many bytes less of its rows, in a sound stream; with more, if negative."""
+    """The PNG with so many bytes fewer of its rows in a sound stream; with more if negative."""
     coded, at = b"", 8
     while at < len(data):
         length = int.from_bytes(data[at : at + 4], "big")
@@ -318,18 +318,18 @@ def _without_last_bytes(data: bytes, count: int) -> bytes:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1", "I;16"])
 @pytest.mark.parametrize("is_interlaced", [False, True])
-def test_rows_that_end_early_in_a_sound_stream_are_missed(mode, is_interlaced):
+def test_missing_rows_in_a_sound_stream_are_noticed(mode, is_interlaced):
     picture = Image.fromarray(FILM.astype(np.uint16) * 99 if mode == "I;16" else FILM)
     data = _png_of(picture if mode == "I;16" else picture.convert(mode), is_interlaced)
     assert one_film(data).pixels.shape == FILM.shape
     bits = {"RGB": 24, "RGBA": 32, "LA": 16, "P": 8, "1": 1, "I;16": 16}[mode]
     row = 1 + (FILM.shape[1] * bits + 7) // 8
-    # Where whole rows are gone, Pillow notices nothing.
+    # Pillow does not notice if whole rows are missing.
     for count in (3 * row, 3 * row + 2):
         with pytest.raises(ImageError) as error:
             one_film(_without_last_bytes(data, count))
         assert error.value.code is ErrorCode.TRUNCATED
-    # What follows the last row is no film's.
+    # Bytes after the last row are not part of the film.
     assert one_film(_without_last_bytes(data, -100)).pixels.shape == FILM.shape
 
 

@@ -50,7 +50,7 @@ def bordered(content: np.ndarray, border: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [64, 48])
-def test_borders_are_cut_away_where_that_is_wanted(size):
+def test_borders_are_cropped_if_the_settings_say_so(size):
     content = grey_film(height=160, width=120).clip(30, None)
     film = bordered(content, 70)
     film[5:7, 40:42] = 255  # a speck
@@ -72,28 +72,28 @@ def test_the_borders_of_a_large_film_are_found_to_a_few_pixels():
 @pytest.mark.parametrize(
     "film", [np.zeros((90, 70), np.uint8), bordered(grey_film(height=9, width=9), 60)]
 )
-def test_a_film_that_is_all_border_stays_whole(film):
+def test_a_film_that_is_all_border_is_not_cropped(film):
     assert Preprocessing(crop_borders=True).crop(film).shape == film.shape
 
 
-def test_a_line_of_text_on_a_dark_film_is_not_what_is_left_of_it():
+def test_a_dark_film_is_not_cropped_to_a_line_of_text():
     dark = (grey_film(height=400, width=400) // 16).astype(np.uint8)
     dark[10:22, 20:180] = 255
     assert min(Preprocessing(crop_borders=True).crop(dark).shape) > 340
 
 
-def test_of_an_underexposed_film_the_borders_alone_are_cut_away():
+def test_only_the_borders_of_an_underexposed_film_are_cropped():
     content = (grey_film(height=160, width=120).clip(60, None) // 8).astype(np.uint8)
     left, top, right, bottom = Preprocessing(crop_borders=True).edges(bordered(content, 70))
     assert (right - left, bottom - top) == (120, 160)
 
 
-def test_a_film_is_decoded_large_enough_to_be_cut():
+def test_a_film_is_decoded_large_enough_to_be_cropped():
     assert Preprocessing(image_size=100, crop_borders=True).at_least == 200
     assert Preprocessing(image_size=100).at_least == 100
 
 
-def test_edges_are_those_of_what_is_left():
+def test_edges_are_those_of_the_cropped_film():
     content = grey_film(height=100, width=80).clip(30, None)
     film = np.pad(content, ((40, 30), (20, 10)))
     assert Preprocessing(crop_borders=True).edges(film) == (20, 40, 100, 140)

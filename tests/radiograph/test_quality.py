@@ -74,7 +74,7 @@ def test_photographs_are_coloured():
             assert "colour" in flags(one_film(encoded(photograph, image_format), at_least=160))
 
 
-def test_a_coloured_marker_on_a_film_is_no_photograph():
+def test_a_film_with_a_coloured_marker_is_not_flagged_as_colour():
     film = np.stack([grey_film(1, 400, 400)] * 3, axis=2)
     film[10:40, 10:90] = (255, 220, 0)
     assert flags(one_film(encoded(film))) == set()
@@ -89,22 +89,22 @@ def tinted(film: np.ndarray, tint: tuple[float, float, float], fog: int = 0) -> 
 
 @pytest.mark.parametrize("fog", [0, 60])
 @pytest.mark.parametrize("tint", TINTS.values(), ids=TINTS)
-def test_a_tint_of_the_whole_film_is_no_colour(tint, fog):
+def test_a_tint_of_the_whole_film_is_not_flagged_as_colour(tint, fog):
     film = tinted(phantom(2), tint, fog)
-    # By the eye's measure of single pixels it would be a photograph.
+    # Judged pixel by pixel, it would be a photograph.
     assert (np.ptp(film, axis=2) > 32).mean() > 0.1
     assert "colour" not in flags(one_film(encoded(film)))
     assert "colour" not in flags(one_film(encoded(film, "JPEG", quality=85)))
 
 
-def test_a_marker_does_not_make_the_greys_beside_it_colours():
-    """It bends the line that the channels are fitted with."""
+def test_a_coloured_marker_does_not_make_the_greys_count_as_coloured():
+    """It changes the slope of the line that is fitted to the channels."""
     film = np.stack([phantom(2)] * 3, axis=2)
     film[:64, :85] = (255, 220, 0)
     assert one_film(encoded(film)).coloured_fraction < 0.1
 
 
-def test_one_strong_colour_all_over_is_no_tint():
+def test_one_strong_colour_all_over_is_flagged_as_colour():
     film = phantom(2)
     for colour in ((1, 1, 0.1), (1, 0.2, 0.2)):
         assert "colour" in flags(one_film(encoded(tinted(film, colour))))
@@ -118,13 +118,13 @@ def test_grey_in_three_channels_and_one_even_tint_have_no_colour():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_drawn_chest_films_raise_no_flag_and_their_negatives_are_inverted(seed):
+def test_phantoms_raise_no_flag_and_their_negatives_are_inverted(seed):
     film = phantom(seed, OPACITY_KINDS[seed % len(OPACITY_KINDS)])
     assert flags(film) == set()
     assert "inverted" in flags(255 - film)
 
 
-def test_a_negative_is_found_at_the_smallest_size_of_a_model_too():
+def test_a_negative_is_found_even_at_the_smallest_image_size():
     film = phantom(0)[:, 10:-10]
     for pixels, is_inverted in ((film, False), (255 - film, True)):
         content = Preprocessing(image_size=32).fit(pixels)
@@ -133,8 +133,8 @@ def test_a_negative_is_found_at_the_smallest_size_of_a_model_too():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_film_that_is_cut_to_the_lungs_is_no_negative_and_its_negative_is(seed):
-    """Its surround is black, and white in the negative; the spine is in the surround."""
+def test_a_film_cut_to_the_lungs_passes_and_its_negative_is_inverted(seed):
+    """Its surround, which hides the spine, is black, and white in the negative."""
     film = phantom(seed)
     height, width = film.shape
     row, column = np.mgrid[:height, :width] / np.array([height, width])[:, None, None]
@@ -144,7 +144,7 @@ def test_a_film_that_is_cut_to_the_lungs_is_no_negative_and_its_negative_is(seed
     assert "inverted" in flags(255 - cut)
 
 
-def test_a_white_frame_alone_makes_no_negative_and_much_white_alone_does_not():
+def test_neither_a_white_frame_nor_much_white_alone_is_taken_for_a_negative():
     film = phantom(1)
     assert "inverted" not in flags(np.pad(film, 8, constant_values=255))
     assert "inverted" not in flags(np.pad(np.full_like(film, 255), 40))
@@ -156,7 +156,7 @@ def test_a_side_of_96_pixels_is_enough(side, is_too_small):
 
 
 def moved(film: np.ndarray, share: float) -> np.ndarray:
-    """The patient lies beside the middle; what comes in on the other side is air."""
+    """The film with the patient off the middle; air fills the other side."""
     columns = round(share * film.shape[1])
     air = np.zeros((len(film), abs(columns)), film.dtype)
     if columns > 0:
@@ -166,14 +166,14 @@ def moved(film: np.ndarray, share: float) -> np.ndarray:
 
 @pytest.mark.parametrize("share", [-0.2, -0.12, 0.12, 0.2])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_patient_beside_the_middle_is_no_negative(seed, share):
+def test_a_film_with_the_patient_off_the_middle_is_not_taken_for_a_negative(seed, share):
     assert "inverted" not in flags(moved(phantom(seed), share))
 
 
 @pytest.mark.parametrize("bars", [((0, 0), (40, 0)), ((0, 0), (0, 40)), ((0, 120), (0, 0))])
 @pytest.mark.parametrize("seed", range(6))
-def test_collimation_hides_no_negative_and_makes_none(seed, bars):
-    """It is black whatever the polarity."""
+def test_collimation_does_not_change_whether_a_film_is_a_negative(seed, bars):
+    """It is black in either polarity."""
     assert "inverted" not in flags(np.pad(phantom(seed), bars))
     assert "inverted" in flags(np.pad(255 - phantom(seed), bars))
 
@@ -187,7 +187,7 @@ def test_collimation_hides_no_negative_and_makes_none(seed, bars):
         (125, 155, False),
     ],
 )
-def test_a_spine_that_is_a_little_darker_is_a_negatives_only_below_bright_air(
+def test_a_slightly_darker_spine_means_a_negative_only_below_bright_air(
     spine, corners, is_inverted
 ):
     film = np.full((160, 160), 140, np.uint8)
@@ -197,7 +197,7 @@ def test_a_spine_that_is_a_little_darker_is_a_negatives_only_below_bright_air(
     assert ("inverted" in flags(film)) is is_inverted
 
 
-def test_the_default_rejections_are_flags_and_leave_the_doubtful_ones_out():
+def test_the_default_rejections_are_flags_without_the_doubtful_ones():
     assert set(REJECTED_BY_DEFAULT) < set(QUALITY_FLAGS)
     assert not {"low_contrast", "heavy_borders", "odd_aspect"} & set(REJECTED_BY_DEFAULT)
 
@@ -216,14 +216,14 @@ def test_no_real_film_is_rejected_and_every_real_negative_is_found():
 
 @needs_real_data
 @pytest.mark.parametrize("tint", TINTS.values(), ids=TINTS)
-def test_no_real_film_on_a_tinted_base_is_a_photograph(tint):
+def test_no_real_film_on_a_tinted_base_is_flagged_as_colour(tint):
     for path in DICOM_FOLDER.glob("*.dcm"):
         film = tinted(one_film(path.read_bytes()).pixels, tint)
         assert one_film(encoded(film, "JPEG")).coloured_fraction < 0.01
 
 
 @needs_real_data
-def test_a_full_film_whose_header_lies_about_its_polarity_is_found():
+def test_a_full_film_with_the_wrong_polarity_in_its_header_is_found():
     found = {path.name: flags(one_film(path.read_bytes())) for path in DICOM_FOLDER.glob("*.dcm")}
     assert {name for name, raised in found.items() if raised} == {"Fake_MONOHR1.dcm"}
     assert found["Fake_MONOHR1.dcm"] == {"inverted"}
@@ -231,7 +231,7 @@ def test_a_full_film_whose_header_lies_about_its_polarity_is_found():
 
 @needs_real_data
 @pytest.mark.parametrize("share", [-0.2, -0.1, 0.1, 0.15, 0.2])
-def test_real_patients_beside_the_middle_are_no_negatives(share):
+def test_real_films_with_the_patient_off_the_middle_are_not_taken_for_negatives(share):
     films = [one_film(path.read_bytes()) for path in DICOM_FOLDER.glob("*.dcm")]
     upright = [film.pixels for film in films if "inverted" not in flags(film)]
     assert len(upright) >= 6

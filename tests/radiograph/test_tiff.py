@@ -1,4 +1,4 @@
-"""TIFF: grey of every depth and sign, and which of its pages are films."""
+"""TIFF: grey of every depth and signedness, and which of its pages are films."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ STRETCHED = np.rint((FILM - FILM.min()) * (255.0 / (FILM.max() - FILM.min())))
         pytest.param((FILM.astype(np.int16) - 128).astype(np.int8), FILM, id="8 bits, signed"),
     ],
 )
-def test_bright_stays_bright_whatever_sign_its_values_have(stored, expected):
+def test_signed_and_unsigned_values_keep_their_order(stored, expected):
     found = one_film(imagecodecs.tiff_encode(stored))
     assert np.abs(found.pixels.astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_a_white_is_zero_tiff_is_not_read_inverted(bits):
-    """Pillow inverts those of 8 bits and passes those of 16 on as they are."""
+def test_a_white_is_zero_tiff_is_inverted_to_black_is_zero(bits):
+    """Pillow inverts 8 bits, and passes on 16 bits as they are."""
     values = FILM if bits == 8 else SIXTEEN
     inverse = (2**bits - 1 - values).astype(values.dtype)
     data = bytearray(encoded(inverse, "TIFF"))
@@ -63,7 +63,7 @@ def test_a_digitised_film_of_any_depth_is_read(bits, byteorder, photometric):
 
 
 def tiff_of(values: np.ndarray, bits: int, order: str, photometric: str) -> bytes:
-    """One page; its rows, packed to `bits`, behind its tags."""
+    """A TIFF of one page: its tags, then its rows packed to `bits`."""
     rows, columns = values.shape
     unpacked = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(rows, columns, 2), axis=2)
     packed = np.packbits(unpacked[:, :, 16 - bits :].reshape(rows, -1), axis=1).tobytes()
@@ -81,13 +81,13 @@ def tiff_of(values: np.ndarray, bits: int, order: str, photometric: str) -> byte
     return begin + struct.pack(f"{order}IH", 8, 9) + entries + bytes(4) + body
 
 
-def test_a_digitised_film_that_is_cut_is_none():
+def test_a_digitised_film_that_is_cut_is_an_error():
     data = tiff_of(SIXTEEN >> 4, 12, ">", "miniswhite")
     assert code_of(data[:-500]) is ErrorCode.CORRUPT_IMAGE
     assert code_of(tiff_of(SIXTEEN >> 10, 6, ">", "miniswhite")) is ErrorCode.UNSUPPORTED
 
 
-def test_a_size_that_no_row_of_a_table_holds_is_not_told():
+def test_a_size_that_no_column_can_hold_is_left_out_of_the_facts():
     data = tiff_of(SIXTEEN >> 4, 12, ">", "miniswhite")
     rows = struct.pack(">HHIHH", 257, 3, 1, 64, 0)
     assert rows in data
@@ -111,7 +111,7 @@ def test_every_page_of_a_tiff_is_a_film(big):
         np.testing.assert_array_equal(film.pixels, page)
 
 
-def test_a_damaged_page_costs_no_other_page():
+def test_a_damaged_page_does_not_cost_the_others():
     pages = [grey_film(seed, 64, 64) for seed in range(3)]
     data = tiff_of_pages(pages, compression="tiff_adobe_deflate")
     with Image.open(io.BytesIO(data)) as image:
@@ -124,8 +124,8 @@ def test_a_damaged_page_costs_no_other_page():
     assert (lost.code, lost.facts["frame"]) == (ErrorCode.CORRUPT_IMAGE, 1)
 
 
-def test_pages_that_are_a_bomb_together_end_the_file():
-    """Each is within the limit: 1.1 megapixels, and 200 pixels more for each of 6,000 bytes."""
+def test_pages_that_together_are_a_bomb_end_the_file():
+    """Each is within the limit: 1.1 megapixels, plus 200 pixels for each of 6,000 bytes."""
     data = tiff_of_pages([np.zeros((1000, 1000), np.uint8)] * 4, compression="tiff_adobe_deflate")
     *films, refused = decode_radiographs(data, limits=DecodeLimits(max_megapixels=1.1))
     assert [film.frame for film in films] == [0, 1]
@@ -133,7 +133,7 @@ def test_pages_that_are_a_bomb_together_end_the_file():
 
 
 def pages_of(*kinds: int, big: bool = False) -> bytes:
-    """Pages with these bits of NewSubfileType; as bright as their place says."""
+    """Pages with these bits of NewSubfileType, each as bright as its index says."""
     data = None
     for place, kind in enumerate(kinds):
         film = np.full((20, 30), place, np.uint8)
@@ -153,13 +153,13 @@ REDUCED, OF_SEVERAL, MASK = 1, 2, 4
         pytest.param((REDUCED, MASK), [0, 1], id="nothing else"),
     ],
 )
-def test_copies_and_masks_of_other_pages_are_no_films(kinds, films, big):
+def test_copies_and_masks_of_other_pages_are_left_out(kinds, films, big):
     found = list(decode_radiographs(pages_of(*kinds, big=big), limits=DecodeLimits()))
     assert [film.pixels[0, 0] for film in found] == films
     assert [film.frame for film in found] == (list(range(len(films))) if films[1:] else [None])
 
 
-def test_the_size_of_a_turned_film_is_that_of_the_stored_one():
+def test_the_size_of_a_turned_film_is_the_stored_size():
     film = grey_film(height=60, width=40)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter
@@ -169,16 +169,16 @@ def test_the_size_of_a_turned_film_is_that_of_the_stored_one():
         assert (found.rows, found.columns) == (60, 40)
 
 
-def test_grey_that_is_multiplied_by_its_alpha_is_read():
+def test_grey_that_is_premultiplied_by_its_alpha_is_read():
     both = np.dstack([FILM, np.full_like(FILM, 255)])
     data = imagecodecs.tiff_encode(both, photometric="minisblack", extrasample="assocalpha")
     np.testing.assert_array_equal(one_film(data).pixels, FILM)
 
 
-def test_a_value_that_is_no_number_is_said_to_be_none():
+def test_a_pixel_that_is_not_a_finite_number_is_corrupt():
     film = FILM.astype(np.float32)
     film[3, 4] = np.nan
-    with pytest.raises(ImageError, match="no numbers") as caught:
+    with pytest.raises(ImageError, match="not finite numbers") as caught:
         one_film(encoded(film, "TIFF"))
     assert caught.value.code is ErrorCode.CORRUPT_IMAGE
 
@@ -194,11 +194,11 @@ def test_a_bigtiff_is_read_like_any_tiff(film):
 
 @pytest.mark.parametrize("start", [b"II*\0", b"MM\0*", b"II+\0\x08\0\0\0"])
 @pytest.mark.parametrize("rest", [b"", bytes(4), bytes(9000)])
-def test_a_tiff_without_a_page_is_not_lost_in_silence(start, rest):
+def test_a_tiff_without_a_page_is_truncated(start, rest):
     assert code_of(start + rest) is ErrorCode.TRUNCATED
 
 
-def test_colours_and_codings_that_pillow_lacks_are_unsupported_and_not_corrupt():
+def test_colours_and_codings_that_pillow_does_not_know_are_unsupported():
     lab = io.BytesIO()
     Image.new("LAB", (64, 64), (128, 128, 128)).save(lab, "TIFF")
     # Tag 259, SHORT, one value: the compression.
@@ -207,7 +207,7 @@ def test_colours_and_codings_that_pillow_lacks_are_unsupported_and_not_corrupt()
     assert deflate.count(entry + b"\x08\x00") == 1
     webp = deflate.replace(entry + b"\x08\x00", entry + (50001).to_bytes(2, "little"))
     for data, what in ((lab.getvalue(), r"L\*a\*b\*"), (webp, "WebP")):
-        with pytest.raises(ImageError, match=f"{what}.*; write it anew") as caught:
+        with pytest.raises(ImageError, match=f"{what}.*; convert it to") as caught:
             one_film(data)
         assert caught.value.code is ErrorCode.UNSUPPORTED
 
@@ -220,8 +220,8 @@ def test_a_big_endian_bigtiff_is_unsupported_and_not_corrupt():
 
 @pytest.mark.parametrize("parts", [{"rowsperstrip": 16}, {"tile": (32, 32)}], ids=str)
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_damage_in_a_tiff_of_jpeg_is_noticed(mode, parts):
-    """libtiff fills what is lost with grey: a film with a false opacity."""
+def test_damage_in_a_jpeg_compressed_tiff_is_noticed(mode, parts):
+    """libtiff fills lost pixels with grey: a film with a false opacity."""
     film = np.asarray(Image.fromarray(FILM).convert(mode))
     data = imagecodecs.tiff_encode(film, compression="jpeg", **parts)
     assert np.abs(one_film(data).pixels.astype(int) - FILM).max() <= 8
@@ -232,8 +232,8 @@ def test_damage_in_a_tiff_of_jpeg_is_noticed(mode, parts):
 
 
 @pytest.mark.parametrize("parts", [{}, {"tile": (32, 32)}], ids=str)
-def test_damage_in_a_tiff_of_deflate_is_noticed(parts):
-    """libtiff compares the checksum of some parts, and not of others."""
+def test_damage_in_a_deflate_compressed_tiff_is_noticed(parts):
+    """libtiff checks the checksum of some parts, but not of others."""
     noise = np.random.default_rng(0).integers(-20, 21, (256, 256))
     film = np.clip(grey_film(height=256, width=256) + noise, 0, 255).astype(np.uint8)
     data = imagecodecs.tiff_encode(film, compression="deflate", **parts)
@@ -245,7 +245,7 @@ def test_damage_in_a_tiff_of_deflate_is_noticed(parts):
 
 
 def places_of_parts(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where strips or tiles begin, and their bytes."""
+    """Offset and size in bytes of each strip or tile."""
     tags = Image.open(io.BytesIO(data)).tag_v2
     begins, sizes = (324, 325) if 324 in tags else (273, 279)
     return zip(tags[begins], tags[sizes], strict=True)
