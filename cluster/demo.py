@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The main job from end to end, on this machine alone: `make demo`.
 
-A real S3 server on loopback, a phantom archive in it, training on two Ray Train workers,
-evaluation, screening by Ray Data, SQL. Everything that it starts, it stops; also after Ctrl-C.
+A real S3 server on loopback with an archive of synthetic films, training on two Ray Train workers,
+evaluation, screening by Ray Data, and SQL. It stops everything that it started, also after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BUCKET = "demo"
 PHANTOMS = f"s3://{BUCKET}/phantom"
 FILMS = 800
 ROOM_BYTES = 200 << 20
-"""What it leaves on the disk, and some."""
+"""More than what the demo writes to disk."""
 
 QUERIES = {
     "How many films of each kind were read, and how many were found positive?": """
@@ -38,7 +38,7 @@ QUERIES = {
     "Which films should someone look at first?": """
         SELECT coalesce(member, image) AS film, round(p_Lung_Opacity, 3) AS score, label, synthetic
         FROM predictions WHERE status = 'ok' ORDER BY p_Lung_Opacity DESC LIMIT 5""",
-    "How well does it tell them apart, by view? (of films that it did not learn from)": """
+    "How well does the model separate the classes, by view? (on films it did not see)": """
         SELECT "group", round(value, 3) AS roc_auc, round(ci_low, 3) AS ci_low,
                round(ci_high, 3) AS ci_high, n, synthetic
         FROM metrics WHERE metric = 'roc_auc' AND class = 'Lung_Opacity'
@@ -47,7 +47,8 @@ QUERIES = {
 
 
 def command(*arguments: str) -> None:
-    """Run one lungopacity command and show it as a user would type it. Exits where it fails."""
+    """Show one lungopacity command as a user would type it, and run it. Raises `SystemExit` if it
+    fails."""
     print(f"\n$ lungopacity {shlex.join(arguments)}", flush=True)
     code = lungopacity(arguments)
     sys.stdout.flush()
@@ -56,25 +57,25 @@ def command(*arguments: str) -> None:
 
 
 def main() -> int:
-    """The demo, and its exit code: as of every command."""
+    """Run the demo, and return its exit code."""
     try:
         demonstrate()
     except KeyboardInterrupt:
-        print("stopped; the S3 server and Ray with it", file=sys.stderr)
+        print("stopped, together with the S3 server and Ray", file=sys.stderr)
         return 128 + signal.SIGINT
     except (UserError, OSError, RuntimeError) as error:
-        # RuntimeError: of the S3 server, whose log it quotes.
+        # The S3 server raises RuntimeError, with the end of its log.
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def demonstrate() -> None:
-    """Leaves the model, the report and the results in `.work/demo`."""
+    """Train, evaluate, screen and query; leave model, report and results in `.work/demo`."""
     began = time.monotonic()
-    # A terminal's Ctrl-C and a supervisor's SIGTERM must both run the `with` blocks' ends.
+    # SIGTERM must leave the `with` blocks properly, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    # On this machine alone, wherever jobs may be submitted from here.
+    # Stay on this machine, even where RAY_ADDRESS names a cluster.
     os.environ.pop("RAY_ADDRESS", None)
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
@@ -97,19 +98,19 @@ def demonstrate() -> None:
             run_commands()
     print(
         f"""
-Done in {time.monotonic() - began:.0f} s; the S3 server and Ray are stopped. All is synthetic.
-  model     {FOLDER}/model      model.json says what it is and what it earned
+Done in {time.monotonic() - began:.0f} s; the S3 server and Ray are stopped. All data is synthetic.
+  model     {FOLDER}/model      model.json: the network, its settings and its metrics
   report    {FOLDER}/report     metrics.parquet, table1.txt, and five figures
   results   {FOLDER}/results    predictions/, metrics/ and runs/ as Parquet and JSON
 Next:
   .venv/bin/lungopacity query --results {FOLDER}/results "SELECT * FROM metrics LIMIT 20"
-  .venv/bin/lungopacity train --help     with your own films: see the README
+  .venv/bin/lungopacity train --help     to use your own films, see the README
 {NOTICE}"""
     )
 
 
 def run_commands() -> None:
-    """Train, evaluate, screen and ask."""
+    """Run the commands train, evaluate, screen and query."""
     archive, labels = f"{PHANTOMS}/archive", f"{PHANTOMS}/labels.csv"
     model, report, results = (str(FOLDER / name) for name in ("model", "report", "results"))
     command(

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A cluster on this machine: a head, a second node, and an S3 server; for trying what a real one does.
+# A cluster on this machine, to try what a real one does: a head, a second node and an S3 server.
 #
 #   cluster/local.sh ray job submit --working-dir . -- python jobs/nightly.py \
 #       --archive /data/films --model /data/model --results /data/results
 #
-# COMMAND runs with RAY_ADDRESS and the AWS variables set; afterwards everything that was started
-# here is ended. The S3 server has an empty bucket, s3://films, which is gone then, too, or with
-# LOCAL_S3_FOLDER=DIR keeps its data there. With AWS_ENDPOINT_URL set, that server is used and none
-# is started.
+# The command runs with RAY_ADDRESS and the AWS variables set. At its end, everything that was started
+# here ends. The S3 server has an empty bucket, s3://films, which is gone at the end, too, unless
+# LOCAL_S3_FOLDER=DIR keeps it in DIR. If AWS_ENDPOINT_URL is set, that server is used and none is
+# started.
 # Research use only. Not a medical device.
 set -euo pipefail
 
@@ -30,18 +30,18 @@ free_port() {
 
 unset RAY_ADDRESS
 export RAY_USAGE_STATS_ENABLED=0
-# `ray start` asks for a token by default, `ray job` gives none: both must be told alike.
+# By default `ray start` asks for a token and `ray job` gives none, so both are told what to do.
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
-# Nothing runs on any more when the nodes are ended: there is nothing to wait 30 s for.
+# Nothing is running any more when the nodes end, so there is no need to drain them for 30 s.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
-# Ray's own folder, too: a submitted job asks the file in it for its Ray's address, and in the usual
-# one finds that of whatever Ray was started last on this machine.
+# A folder for Ray alone. A submitted job reads its Ray's address from this folder; the default folder
+# has the address of whatever Ray was started last on this machine.
 folder=$(mktemp -d "${TMPDIR:-/tmp}/ray.XXXXXX")
 started=()
 
-# By pid: other Rays on this machine are left alone. A node ends its own children.
+# By pid, to leave other Rays on this machine alone. A node ends its own children.
 end() {
     trap - EXIT
     if ((${#started[@]})); then
@@ -92,7 +92,7 @@ then
     tail -n 20 "$folder/node" >&2
     exit 2
 fi
-echo "a Ray of two nodes at http://127.0.0.1:$dashboard, S3 at $AWS_ENDPOINT_URL" >&2
+echo "a Ray cluster of two nodes at http://127.0.0.1:$dashboard, S3 at $AWS_ENDPOINT_URL" >&2
 
 export RAY_ADDRESS=http://127.0.0.1:$dashboard
 "$@"

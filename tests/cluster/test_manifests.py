@@ -1,4 +1,4 @@
-"""The files that a cluster is made of: valid, without secrets, and in step with our own command."""
+"""The files for clusters are valid, hold no secrets, and fit our own command line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(document: dict[str, Any]) -> None:
 
 
 def job_of(document: dict[str, Any]) -> dict[str, Any] | None:
-    """What the manifest tells of a RayJob."""
+    """The part of the manifest that describes a RayJob."""
     if document["kind"] == "RayCronJob":
         job: dict[str, Any] = document["spec"]["jobTemplate"]
         return job
@@ -80,7 +80,7 @@ def command_of(document: dict[str, Any]) -> list[str] | None:
 
 
 def parsed(words: list[str]) -> dict[str, Any]:
-    """What our own command line makes of them; raises click's error where it refuses them."""
+    """The options as our own command line parses them. Raises click's error if it refuses them."""
     assert words[0] == "lungopacity"
     return cli.commands[words[1]].make_context(words[1], list(words[2:])).params
 
@@ -121,7 +121,7 @@ class TestManifest:
                 assert resources["requests"] == resources["limits"]
 
     def test_gives_the_account_that_may_change_the_cluster_to_the_head_alone(self, path: Path):
-        # KubeRay binds a role to the head's account: its autoscaler patches the RayCluster.
+        # KubeRay gives a role to the head's account: the autoscaler patches the RayCluster.
         document = manifest(path.name)
         pods = list(pods_of(document))
         if cluster_of(document) is not None:
@@ -136,7 +136,7 @@ class TestManifest:
         cluster = cluster_of(document)
         made = [container for pod in pods_of(document) for container in pod["containers"]]
         if cluster is not None:
-            # KubeRay adds a container to the head's pod, with this alone.
+            # KubeRay adds a container to the head's pod, with only these settings.
             made.append(cluster["autoscalerOptions"])
         for container in made:
             assert container["securityContext"] == {
@@ -158,7 +158,7 @@ class TestManifest:
                 for container in group["template"]["spec"]["containers"]
             )
 
-        # A job can begin with what is there from the first moment, and is told what may come.
+        # A job can start on the first nodes, and is told how far the cluster may grow.
         assert most("cpu", "minReplicas") >= 1
         assert cluster["enableInTreeAutoscaling"]
         words = command_of(document)
@@ -168,7 +168,7 @@ class TestManifest:
             assert int(told["CPU"]) == most("cpu", "maxReplicas")
             assert int(told["GPU"]) == most("nvidia.com/gpu", "maxReplicas")
         assert most("nvidia.com/gpu", "minReplicas") >= workers
-        # The head runs no task, or a night would share its memory.
+        # The head must run no tasks: they would share its memory.
         assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         for group in groups:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
@@ -254,7 +254,7 @@ def test_the_end_of_the_pod_that_submits_a_night_is_the_nights_end(tmp_path):
     document = manifest("cronjob-nightly.yaml")
     (pod,) = pods_of(document)
     (container,) = pod["containers"]
-    # In place of `ray`, whose command lines are read by Ray itself below.
+    # Stands in for `ray`; below, Ray itself parses the command lines.
     told = tmp_path / "told"
     ray = tmp_path / "ray"
     ray.write_text(
@@ -282,7 +282,7 @@ def test_the_end_of_the_pod_that_submits_a_night_is_the_nights_end(tmp_path):
     assert submitted["submission_id"] == stopped["job_id"]
     service = manifest("raycluster.yaml")["metadata"]["name"] + "-head-svc"
     assert submitted["address"] == stopped["address"] == f"http://{service}:8265"
-    # A night that is told to end gives its lease back, and writes its status: not in 3 seconds.
+    # 3 seconds would not suffice for a night to release its lease and to write its status.
     (waits,) = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", (CLUSTER / "Dockerfile").read_text())
     assert 20 <= int(waits) < pod["terminationGracePeriodSeconds"]
 
@@ -300,7 +300,7 @@ def test_ray_up_takes_the_cluster_and_would_refuse_a_mistake():
     assert types["gpu"]["resources"]["GPU"] == 1
     assert types["cpu"]["max_workers"] + types["gpu"]["max_workers"] <= prepared["max_workers"]
     for name, node in types.items():
-        # The head alone may start machines; none takes Ray's image of 2022, too old for torch.
+        # Only the head may start machines. Ray's default AMI, of 2022, is too old for torch.
         profile = "lungopacity-head" if name == prepared["head_node_type"] else "lungopacity-node"
         assert node["node_config"]["IamInstanceProfile"] == {"Name": profile}
         assert node["node_config"]["ImageId"].startswith("ami-")
@@ -308,7 +308,7 @@ def test_ray_up_takes_the_cluster_and_would_refuse_a_mistake():
         assert disk["Ebs"]["VolumeSize"] >= 256
     for name in ("cpu", "gpu"):
         assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    # A group's first node is there before the first job asks what the cluster has.
+    # Each group has a node before the first job looks at what the cluster has.
     assert types["cpu"]["min_workers"] >= 1
     assert types["gpu"]["min_workers"] >= 1
     commands = [line for key in prepared if key.endswith("_commands") for line in prepared[key]]
@@ -343,7 +343,7 @@ def test_the_image_is_pinned_small_and_not_root():
         assert any(rule.lstrip("!").split("/*")[0] == source for rule in allowed), source
     stage = lines.index(f"FROM {bases[1]}")
     assert not any("pip" in line for line in lines[stage:])
-    # All that jobs import is compiled, for they cannot write it: the base's library by us.
+    # Jobs cannot write bytecode, so the image must have it, also of the base's standard library.
     (minor,) = {re.match(r"python:(3\.\d+)", base)[1] for base in bases}
     assert f"RUN python -m compileall -q /usr/local/lib/python{minor}" in lines[stage:]
     assert not re.search("--no-compile|PYTHONDONTWRITEBYTECODE", text)

@@ -82,7 +82,7 @@ def test_a_submitted_job_screens_an_s3_archive_once_and_everyone_can_read_it(
     )
     told = done.stdout + done.stderr
     assert done.returncode == 7, told
-    assert "a Ray of two nodes at http://127.0.0.1:" in done.stderr
+    assert "a Ray cluster of two nodes at http://127.0.0.1:" in done.stderr
     assert "run night-1 published" in done.stdout, told
     # The job's own exit code is 1, for the broken film; `ray job submit` says 1 for any failure.
     assert "first: 1" in done.stdout
