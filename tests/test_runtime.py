@@ -69,7 +69,7 @@ def test_the_model_is_looked_at_before_any_cluster():
     )
     # The model is looked at first: no cluster is troubled for a mistake in the options.
     assert done.returncode == 2
-    assert "no model folder there" in done.stderr
+    assert "is not a model folder" in done.stderr
 
 
 def test_memory_that_was_freed_is_kept_for_the_next_time():

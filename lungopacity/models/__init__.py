@@ -1,4 +1,4 @@
-"""The networks by name, the model folder, and the one place that runs a trained network."""
+"""Networks by name, the model folder, and the only code that runs a trained network."""
 
 from lungopacity.models.folder import (
     films_known_to,

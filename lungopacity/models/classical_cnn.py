@@ -1,10 +1,10 @@
 """The classical CNN: blocks of convolution, ReLU and max pooling, then a dense softmax head.
 
-After LeCun et al. 1998 (Gradient-Based Learning Applied to Document Recognition), with what became
-usual since: batch normalisation (Ioffe & Szegedy 2015), more than one 3 x 3 convolution a block
-(Simonyan & Zisserman 2015), and global pooling before the dense layers (Lin et al. 2014), so that
-any input size fits. It returns logits; the softmax belongs to the loss in training, and to
-`Scorer.probabilities` afterwards.
+After LeCun et al. 1998 (Gradient-Based Learning Applied to Document Recognition), with what has
+become usual since: batch normalisation (Ioffe & Szegedy 2015), optionally several 3 x 3
+convolutions per block (Simonyan & Zisserman 2015), and global pooling before the dense layers (Lin
+et al. 2014), so that any input size fits. It returns logits; the loss applies the softmax in
+training, and `Scorer.probabilities` afterwards.
 
 Tensor names carry their shape: B batch, C channels, H height, W width, K classes.
 """
@@ -24,15 +24,15 @@ class ClassicalCNNSettings:
     """Shape of the network; stored in the model folder as `architecture_settings`."""
 
     channels: tuple[int, ...] = (16, 32, 64, 128, 256)
-    """Feature maps of each block; every block halves height and width."""
+    """Number of feature maps in each block; every block halves height and width."""
     convolutions: tuple[int, ...] = (1, 1, 1, 1, 1)
-    """3 x 3 convolutions of each block."""
+    """Number of 3 x 3 convolutions in each block."""
     batch_norm: bool = True
     """Normalise over the batch before each ReLU."""
     hidden_units: int = 0
     """Width of a dense layer between the pooled features and the softmax layer; 0: none."""
     dropout: float = 0.3
-    """Share of the features that the head does not see, in training."""
+    """Share of the features that the last layer does not see during training."""
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -81,14 +81,14 @@ class ClassicalCNN(nn.Module):
         return self.classify(self.describe(x_B1HW))
 
     def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
-        """See `Network`. The means of the earlier blocks go with what the head takes: a network
-        that was trained for a minute has them, too, and a photograph stands out in them."""
+        """See `Network`. In evaluation mode, the means of the earlier blocks come before the
+        head's features: a photograph stands out in them, even after a minute of training."""
         maps_BCHW, earlier = x_B1HW, []
         for block in self.features:
             if not self.training and maps_BCHW is not x_B1HW:
                 earlier.append(maps_BCHW.mean(dim=(2, 3)))
             maps_BCHW = block(maps_BCHW)
-        # The mean says how much of the lung is opaque, the maximum whether any spot is.
+        # The mean tells how much of the lung is opaque, the maximum whether any spot is.
         last = [maps_BCHW.mean(dim=(2, 3)), maps_BCHW.amax(dim=(2, 3))]
         return torch.cat([*earlier, *last], dim=1)
 
@@ -101,11 +101,11 @@ class ClassicalCNN(nn.Module):
 def _block(width_in: int, width: int, convolutions: int, batch_norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for number in range(1, convolutions + 1):
-        # A bias before batch normalisation would be subtracted again.
+        # Batch normalisation would cancel a bias.
         layers.append(nn.Conv2d(width_in, width, 3, padding=1, bias=not batch_norm))
         if number == convolutions:
-            # Pooling and ReLU commute; pooled first, a quarter of the values is normalised: 1.3
-            # times as fast. ceil_mode: a map of one pixel stays one, so no input is too small.
+            # Pooling and ReLU commute. Pooling first leaves a quarter of the values to normalise,
+            # which is 1.3 times as fast. ceil_mode keeps a map of one pixel: no input is too small.
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         if batch_norm:
             layers.append(nn.BatchNorm2d(width))

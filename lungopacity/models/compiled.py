@@ -1,9 +1,10 @@
-"""A trained network as ncnn (Tencent, BSD-3) runs it on a CPU, without torch.
+"""Compiles a trained network for ncnn (Tencent, BSD-3), which runs it on a CPU without torch.
 
-ncnn convolves 3 x 3 by minimal filtering (Winograd; Lavin & Gray 2016, arXiv:1509.09308), and takes
-film by film, so that what lies between two layers stays in the cache. Its scores are torch's but
-for rounding, at 1.2 to 1.6 times the speed for most networks (docs/benchmarks.md), and a process
-that scores without torch starts two seconds sooner. pnnx, of the same house, translates.
+ncnn computes 3 x 3 convolutions by minimal filtering (Winograd; Lavin & Gray 2016,
+arXiv:1509.09308), one film at a time, so that activations stay in the cache. Its scores equal
+torch's up to rounding, at 1.2 to 1.6 times the speed for most networks (docs/benchmarks.md), and a
+process that scores without torch starts two seconds sooner. pnnx, by the authors of ncnn,
+translates the network.
 
 Array names carry their shape: N films, H height, W width, F features, M members, K classes.
 """
@@ -40,13 +41,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""What a compiled network's probabilities may differ from torch's, at most."""
+"""The most by which a compiled network's probabilities may differ from torch's."""
 _DISTANCE_TOLERANCE = 1e-3
-"""The same of the distance from the training films, as a share of it."""
+"""The same for the distance from the training films, as a fraction of torch's."""
 _TRIED_FILMS = 32
 _ROUNDS = 5
 _FILMS_A_TURN = 4
-"""A thread takes so many at once: each costs milliseconds, and a hand-over some of a hundredth."""
+"""Films that a thread takes at once. A film costs milliseconds, handing it over hundredths of
+one."""
 _TRANSLATION_LIMIT_S = 600
 
 
@@ -61,11 +63,11 @@ class CompiledNetwork:
     param: bytes
     """The layers, as text."""
     weights: bytes
-    """float32, in the order of the layers."""
+    """The layers' weights in order, float32."""
 
 
 def to_bytes(networks: Sequence[CompiledNetwork]) -> bytes:
-    """One network, or the members of an ensemble, as a safetensors file."""
+    """A safetensors file of one network, or of the members of an ensemble."""
     import safetensors.numpy
 
     return safetensors.numpy.save(
@@ -78,7 +80,7 @@ def to_bytes(networks: Sequence[CompiledNetwork]) -> bytes:
 
 
 def of_bytes(data: bytes) -> tuple[CompiledNetwork, ...]:
-    """What `to_bytes` was given."""
+    """Reads the output of `to_bytes`."""
     import safetensors.numpy
 
     arrays = safetensors.numpy.load(data)
@@ -93,10 +95,10 @@ def _prefixes(networks: int) -> list[str]:
 
 
 def compile_network(model: TrainedModel) -> CompiledNetwork:
-    """Translate the network of a model that is no ensemble.
+    """Translates the network of a model that is not an ensemble.
 
-    Raises `CompileError` where it has something that pnnx or ncnn does not know, or ncnn cannot
-    load what came of it.
+    Raises `CompileError` where pnnx or ncnn does not support part of it, or ncnn cannot load the
+    result.
     """
     import pnnx
     import torch
@@ -117,7 +119,7 @@ def compile_network(model: TrainedModel) -> CompiledNetwork:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         with warnings.catch_warnings(), torch.no_grad():
-            # TorchScript is what pnnx reads; torch 2.15 would rather have another format.
+            # pnnx reads TorchScript, which torch 2.15 warns is deprecated.
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(  # type: ignore[no-untyped-call]
                 Outputs(network.requires_grad_(False)).eval(),
@@ -125,7 +127,7 @@ def compile_network(model: TrainedModel) -> CompiledNetwork:
                 check_trace=False,
             )
             traced.save(str(path / "network.pt"))
-        # In a folder of its own: it leaves ten files, some of them under fixed names.
+        # In a folder of its own, because pnnx writes ten files, some under fixed names.
         command = [pnnx.EXEC_PATH, "network.pt", f"inputshape=[1,1,{size},{size}]", "fp16=0"]
         try:
             done = subprocess.run(
@@ -137,7 +139,7 @@ def compile_network(model: TrainedModel) -> CompiledNetwork:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CompileError(f"pnnx could not translate it ({error})") from error
     layers = compiled.param.decode().splitlines()[2:]
-    # Of what it does not know it passes on the name in torch, as Tensor.reshape.
+    # pnnx passes on what it does not know under its name in torch, such as Tensor.reshape.
     unknown = sorted({name for name, *_ in map(str.split, layers) if "." in name})
     if done.returncode or unknown:
         raise CompileError(f"ncnn has no layer for {', '.join(unknown) or 'it'}")
@@ -146,10 +148,10 @@ def compile_network(model: TrainedModel) -> CompiledNetwork:
 
 
 def loaded(model: TrainedModel) -> list[Any] | None:
-    """The compiled network, or those of an ensemble's members, in memory.
+    """The compiled network, or those of an ensemble's members, loaded into ncnn.
 
-    None where there is none, and, with a warning, where this ncnn cannot load it: another version
-    made it, or the folder is of another lungopacity. Torch says the same, later.
+    None where the model has none. Also None, with a warning, where this version of ncnn cannot load
+    it; torch then gives the same scores, more slowly.
     """
     if model.compiled is None:
         return None
@@ -157,7 +159,8 @@ def loaded(model: TrainedModel) -> list[Any] | None:
         return [_load(network) for network in of_bytes(model.compiled)]
     except CompileError as error:
         log.warning(
-            "model %s: %s; CPUs run it in torch, slower: make it anew with `lungopacity compile`",
+            "model %s: %s; CPUs run it in torch, more slowly; `lungopacity compile` compiles it "
+            "again",
             model.model_id,
             error,
         )
@@ -168,7 +171,7 @@ class NcnnScorer:
     """A compiled model on the CPUs of this process; see `Scorer`."""
 
     def __init__(self, spec: ModelSpec, nets: Sequence[Any], threads: int) -> None:
-        """`nets`: of `loaded`. `threads`: so many films are computed at a time."""
+        """`nets`: from `loaded`. `threads`: how many films are computed at a time."""
         self.preprocessing = spec.preprocessing
         self.members: Sequence[EnsembleMember] | None = None
         if len(nets) > 1:
@@ -179,14 +182,16 @@ class NcnnScorer:
     def run(
         self, pixels_NHW: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """features_NF and logits_NMK of one film or more; M is 1 unless it is an ensemble."""
+        """features_NF and logits_NMK of one or more films; M is 1 unless the model is an
+        ensemble."""
         turns = [
             pixels_NHW[start : start + _FILMS_A_TURN]
             for start in range(0, len(pixels_NHW), _FILMS_A_TURN)
         ]
         each = map if self.threads is None else self.threads.map
         found = list(chain.from_iterable(each(self._films, turns)))
-        return np.stack([features for features, _ in found]), np.stack([log for _, log in found])
+        features, logits = zip(*found, strict=True)
+        return np.stack(features), np.stack(logits)
 
     def _films(self, pixels_NHW: npt.NDArray[np.uint8]) -> list[tuple[Any, Any]]:
         return [self._film(pixels_HW) for pixels_HW in pixels_NHW]
@@ -212,11 +217,12 @@ def compiled_if_better(
     pixels_NHW: npt.NDArray[np.uint8],
     members: Sequence[TrainedModel] | None = None,
 ) -> tuple[bytes | None, str]:
-    """The compiled network (of an ensemble: its `members`), if it says of these films what torch
-    says, and sooner; else None. With it a sentence on what was found."""
+    """The compiled network, and a sentence that reports the comparison with torch. The first is
+    None unless its scores of these films agree with torch's and it is as fast or faster. For an
+    ensemble, `members` are compiled."""
     from lungopacity.models.scorer import Scorer
 
-    # From all over: films often come class by class.
+    # Spread over all films, because they are often ordered by class.
     tried_NHW = pixels_NHW[:: max(1, len(pixels_NHW) // _TRIED_FILMS)][:_TRIED_FILMS]
     try:
         compiled = to_bytes([compile_network(member) for member in members or [model]])
@@ -225,32 +231,32 @@ def compiled_if_better(
     ours = Scorer(replace(model, compiled=compiled), threads=1)
     torchs = Scorer(replace(model, compiled=None), threads=1)
     seconds: dict[Scorer, list[float]] = {ours: [], torchs: []}
-    # In turns, and the best of each: another process may take the CPU for a while.
+    # In alternation, and the best of each, because another process may take the CPU for a while.
     for _ in range(_ROUNDS):
         for scorer, taken in seconds.items():
             began = time.perf_counter()
             scorer.scores(tried_NHW)
             taken.append(time.perf_counter() - began)
-    p_NK, far_N = _said(ours, tried_NHW)
-    torchs_NK, torchs_far_N = _said(torchs, tried_NHW)
+    p_NK, far_N = _outputs(ours, tried_NHW)
+    torchs_NK, torchs_far_N = _outputs(torchs, tried_NHW)
     differs = float(np.abs(p_NK - torchs_NK).max())
     moved = float(np.abs(far_N / torchs_far_N - 1).max())
     ratio = min(seconds[torchs]) / min(seconds[ours])
-    # Not "above": a score that is no number is none.
+    # Not written with >, which would accept NaN.
     if not (differs <= TOLERANCE and moved <= _DISTANCE_TOLERANCE):
         return None, (
-            f"CPUs run the network in torch: compiled, a probability differs by {differs:.0e} and "
-            f"a distance from the training films by {moved:.0e} of it"
+            f"CPUs run the network in torch: compiled, probabilities differ by up to {differs:.0e}"
+            f" and distances from the training films by up to {moved:.0e} of their value"
         )
     if ratio < 1:
-        return None, f"CPUs run the network in torch: compiled, it has {ratio:.2f} of the speed"
+        return None, f"CPUs run the network in torch: compiled, it has {ratio:.2f} times the speed"
     return compiled, (
         f"CPUs run the network compiled, {ratio:.1f} times as fast as in torch; probabilities "
-        f"differ by {differs:.0e} at most"
+        f"differ by at most {differs:.0e}"
     )
 
 
-def _said(
+def _outputs(
     scorer: Scorer, pixels_NHW: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Probabilities, and distances from the training films."""
@@ -265,7 +271,7 @@ def _load(network: CompiledNetwork) -> Any:
     import ncnn
 
     net = ncnn.Net()
-    # One film a thread: nothing waits for the slowest part of a layer.
+    # Each film is one thread's, so no thread waits for another within a layer.
     net.opt.num_threads = 1
     for name in ("packed", "storage", "arithmetic"):
         setattr(net.opt, f"use_fp16_{name}", False)
@@ -284,7 +290,7 @@ def _forward(
     import ncnn
 
     extractor = net.create_extractor()
-    # The matrix looks into the array, which lives as long as this call.
+    # The ncnn matrix is a view of the array, which lives as long as this call.
     extractor.input("in0", ncnn.Mat(np.ascontiguousarray(x_HW)[None]))
     found = []
     for name in ("out0", "out1"):
@@ -299,12 +305,12 @@ def _forward(
 def _normalised(
     x_HW: npt.NDArray[np.float32], scale: Preprocessing | EnsembleMember
 ) -> npt.NDArray[np.float32]:
-    """As `normalise` has it in torch."""
+    """The same as `normalise` in torch."""
     return (x_HW - np.float32(scale.mean)) / np.float32(scale.std)
 
 
 def _shrunk(x_HW: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
-    """As `Ensemble.member_inputs` has it in torch, which took the formula from Pillow."""
+    """The same as in `Ensemble.member_inputs`: torch took its antialiased resizing from Pillow."""
     from PIL import Image
 
     if x_HW.shape[-1] == size:

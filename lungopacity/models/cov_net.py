@@ -1,12 +1,13 @@
 """Cov-Net, after Li, Zeng, Wu & Clawson 2022 (doi:10.1016/j.eswa.2022.118029).
 
-The paper's three ideas: a residual network whose square convolutions have asymmetric ones beside
-them (Ding et al. 2019, arXiv:1908.03930), attention in each residual block, and behind it dilated
-convolutions of growing rates, each of which sees all that came before it, to fuse high with low
-levels. Where its text leaves a choice open: the residual blocks are ResNet-18's (He et al. 2016),
-the attention is squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507), the rates are 1, 2, 4.
+The paper has three ideas. Asymmetric convolutions run parallel to each square convolution of a
+residual network (Ding et al. 2019, arXiv:1908.03930). Each residual block has attention. Dilated
+convolutions of increasing rates follow the residual blocks, each of which sees the output of all
+those before it, to fuse high with low levels. Where the paper leaves a choice open: the residual
+blocks are ResNet-18's (He et al. 2016), the attention is squeeze-and-excitation (Hu et al. 2018,
+arXiv:1709.01507), and the rates are 1, 2, 4.
 
-In evaluation the three kernels of a convolution are one: `CovNet.fused` adds them up.
+For evaluation, `CovNet.fused` adds the three parallel kernels into one.
 
 Tensor names carry their shape: B batch, C channels, H height, W width, F features, K classes.
 """
@@ -29,15 +30,15 @@ class CovNetSettings:
     """Shape of the network; stored in the model folder as `architecture_settings`."""
 
     channels: tuple[int, ...] = (32, 64, 128, 256)
-    """Feature maps of each stage; every stage but the first halves height and width."""
+    """Number of feature maps in each stage; every stage but the first halves height and width."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
-    """Residual blocks of each stage."""
+    """Number of residual blocks in each stage."""
     dilations: tuple[int, ...] = (1, 2, 4)
-    """Rates of the dilated convolutions behind the stages."""
+    """Rates of the dilated convolutions that follow the stages."""
     squeeze: int = 8
-    """The attention's inner width is the outer one over this."""
+    """The attention reduces its number of channels by this factor."""
     dropout: float = 0.2
-    """Share of the features that the last layer does not see, in training."""
+    """Share of the features that the last layer does not see during training."""
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -94,10 +95,10 @@ class CovNet(nn.Module):
         return logits_BK
 
     def fused(self) -> Self:
-        """The same function in evaluation mode, with one kernel where there were three.
+        """Replaces each three parallel kernels by one that computes the same.
 
-        Changes the network itself; only of one in evaluation mode, for its running statistics
-        become part of the kernels (Ding et al. 2019, section 3.3).
+        Changes this network, which must be in evaluation mode: its running statistics become part
+        of the kernels (Ding et al. 2019, section 3.3).
         """
         assert not self.training
         for name, part in list(self.named_modules()):
@@ -107,7 +108,7 @@ class CovNet(nn.Module):
 
 
 class _AsymmetricConvolution(nn.Module):
-    """3 x 3, 3 x 1 and 1 x 3 beside each other, each normalised, summed."""
+    """Parallel 3 x 3, 3 x 1 and 1 x 3 convolutions, each normalised, then summed."""
 
     def __init__(self, width_in: int, width: int, stride: int, dilation: int = 1) -> None:
         super().__init__()
@@ -135,7 +136,7 @@ class _AsymmetricConvolution(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> nn.Conv2d:
-        """One 3 x 3 convolution that gives the same in evaluation mode."""
+        """A single 3 x 3 convolution that computes the same in evaluation mode."""
         width_in, width, stride, dilation = self.shape
         one = nn.Conv2d(width_in, width, 3, stride, dilation, dilation)
         assert one.bias is not None
@@ -145,7 +146,7 @@ class _AsymmetricConvolution(nn.Module):
             convolution, norm = branch[0], branch[1]  # type: ignore[index]
             gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
             kernel = convolution.weight * gain[:, None, None, None]
-            # A kernel of one row or column lies on the middle of the square one.
+            # A kernel of one row or column belongs in the middle of the square one.
             above, beside = (3 - kernel.shape[2]) // 2, (3 - kernel.shape[3]) // 2
             one.weight += functional.pad(kernel, (beside, beside, above, above))
             one.bias += norm.bias - norm.running_mean * gain
@@ -153,7 +154,7 @@ class _AsymmetricConvolution(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """Two asymmetric convolutions with channel attention, and a way past them."""
+    """Two asymmetric convolutions with channel attention, and a shortcut around them."""
 
     def __init__(self, width_in: int, width: int, stride: int, squeeze: int) -> None:
         super().__init__()
@@ -178,7 +179,7 @@ class _ResidualBlock(nn.Module):
 
 
 class _DilatedFusion(nn.Module):
-    """Dilated convolutions in a row, each adding to what it was given."""
+    """Successive dilated convolutions, each adding to its input."""
 
     def __init__(self, width: int, dilations: Sequence[int]) -> None:
         super().__init__()

@@ -1,14 +1,14 @@
-"""How far a film lies from those that a model was trained on, in the model's own feature space.
+"""How far a film lies from the training films in the model's own feature space.
 
-The Mahalanobis distance of features of all layers (Lee et al. 2018, arXiv:1807.03888), to one mean
-for all classes, with the covariance shrunk after Ledoit & Wolf 2004. Tried beside it on lung-field
-films: a mean for each class, without a gain; features in front of the last layers alone, as good
-for a well-trained network only. The relative distance (Ren et al. 2021) and nearest neighbours (Sun
-et al. 2022) were worse.
+The measure is the Mahalanobis distance (Lee et al. 2018, arXiv:1807.03888) to a single mean for all
+classes, over the features that the network's `describe` returns, with the covariance shrunk after
+Ledoit & Wolf 2004. Alternatives were tried on lung-field films. A mean for each class gained
+nothing. The input of the last layers alone was as good only for a well-trained network. The
+relative distance (Ren et al. 2021) and nearest neighbours (Sun et al. 2022) were worse.
 
-A film that lies on its side, or stands on its head, is decided otherwise than upright as often as
-not, and the distance alone misses some. So training films are turned, too: a linear discriminant
-(Fisher 1936, by ridge regression) tells their features from those of the upright ones.
+A film that lies on its side or upside down gets another decision than upright about as often as
+not, and the distance alone misses some of these films. A linear discriminant (Fisher 1936, fitted
+by ridge regression) therefore separates features of turned training films from upright ones.
 
 Array names carry their shape: N films, F features.
 """
@@ -24,16 +24,16 @@ import numpy.typing as npt
 from lungopacity.models.ensemble_settings import member_prefix
 
 Product = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32]], npt.NDArray[np.float32]]
-"""Of two matrices."""
+"""Multiplies two matrices."""
 
 _QUANTILE = 0.99
-"""Of the validation films: 1 in 100 of them is called unlike the rest."""
+"""Of the validation films' distances: 1 film in 100 counts as unlike the training films."""
 
 
 @dataclass(frozen=True)
 class Turned:
-    """Tells turned films from upright ones: (x - mean) @ direction + offset is 2 for the median
-    turned film, and above 1 for 1 in 100 upright ones at most."""
+    """Separates turned films from upright ones: (x - mean) @ direction + offset is 2 for the median
+    turned film, and above 1 for at most 1 in 100 upright validation films."""
 
     direction_F: npt.NDArray[np.float32]
     offset: float
@@ -41,7 +41,7 @@ class Turned:
 
 @dataclass(frozen=True)
 class TrainingDistribution:
-    """Where the training films lie, and how far out a film may lie to be one of them."""
+    """Where the training films lie, and how far out a film may lie and still be like them."""
 
     mean_F: npt.NDArray[np.float32]
     whitening_FF: npt.NDArray[np.float32]
@@ -49,7 +49,7 @@ class TrainingDistribution:
     threshold: float
     """The distance that 1 in 100 validation films exceeds."""
     turned: Turned | None = None
-    """None where turned films were not looked at, or cannot be told."""
+    """None where turned films were not available, or cannot be told from upright ones."""
 
     @staticmethod
     def of(
@@ -57,11 +57,11 @@ class TrainingDistribution:
         validation_NF: npt.NDArray[np.floating],
         turned_NF: npt.NDArray[np.floating] | None = None,
     ) -> TrainingDistribution:
-        """Fit to the features of training films; the threshold to those of others, unseen.
-        `turned_NF`: features of some of the training films, turned."""
+        """Fits the distribution to features of training films, and the threshold to features of
+        validation films. `turned_NF`: features of turned copies of some training films."""
         features_NF = train_NF.astype(np.float64)
         mean_F, spread_F = features_NF.mean(axis=0), features_NF.std(axis=0)
-        # A feature that never fired keeps its own unit: if it fires one day, that is far out.
+        # A feature that never varied is not rescaled: a film in which it does vary lies far out.
         spread_F[spread_F <= 1e-6 * max(1.0, float(spread_F.max()))] = 1.0
         whitening_FF = _whitening((features_NF - mean_F) / spread_F) / spread_F[:, None]
         fitted = TrainingDistribution(
@@ -85,10 +85,11 @@ class TrainingDistribution:
     def score(
         self, features_NF: npt.NDArray[np.floating], product: Product = np.matmul
     ) -> npt.NDArray[np.float32]:
-        """Distance over the threshold, or how turned a film looks where that is more, (n,) float32:
-        above 1 it is out of distribution. `product`: what multiplies by the whitening."""
+        """The distance divided by the threshold or, where it is higher, the score of a turned film,
+        (n,) float32. A film above 1 is out of distribution. `product`: multiplies by the
+        whitening matrix."""
         centred_NF = self._centred(features_NF)
-        # Summed in float64: a film may lie so far out that squares overflow.
+        # In float64, because squares of a film that lies far out could overflow.
         whitened_NF = product(centred_NF, self.whitening_FF).astype(np.float64)
         distance_N = np.linalg.norm(whitened_NF, axis=1)
         out_N = distance_N / self.threshold
@@ -119,15 +120,16 @@ class TrainingDistribution:
 
 @dataclass(frozen=True)
 class JointDistribution:
-    """Of an ensemble: the members' own, for their features in a row."""
+    """An ensemble's distribution: those of its members, for their concatenated features."""
 
     parts: tuple[TrainingDistribution, ...]
 
     def score(
         self, features_NF: npt.NDArray[np.floating], product: Product = np.matmul
     ) -> npt.NDArray[np.float32]:
-        """The root mean square of the members' scores, (n,) float32. Unless they agree, another
-        share of films than 1 in 100 is above 1: as a rule fewer, for the highest is above it."""
+        """The root mean square of the members' scores, (n,) float32. Where the members disagree,
+        the share of validation films above 1 is not 1 in 100 but usually less, because the root
+        mean square is below the highest score."""
         ends = np.cumsum([len(part.mean_F) for part in self.parts])
         each = np.split(features_NF, ends[:-1], axis=1)
         scores = [
@@ -151,7 +153,7 @@ class JointDistribution:
 
 
 def distribution_of_bytes(data: bytes) -> TrainingDistribution | JointDistribution:
-    """What either `to_bytes` gave."""
+    """Reads the output of either `to_bytes`."""
     import safetensors.numpy
 
     arrays = safetensors.numpy.load(data)
@@ -178,7 +180,8 @@ def _turned(
     turned_NF: npt.NDArray[np.float32],
     whitening_FF: npt.NDArray[np.float32],
 ) -> Turned | None:
-    """Of centred features; None where most turned films look like upright ones."""
+    """Fits the discriminant to centred features; None where it does not separate turned films from
+    upright ones."""
     from sklearn.linear_model import RidgeClassifier
 
     x_NF = np.concatenate([train_NF, turned_NF]) @ whitening_FF
@@ -186,7 +189,7 @@ def _turned(
     ridge = RidgeClassifier(alpha=len(x_NF), class_weight="balanced").fit(x_NF, is_turned_N)
     direction_F = (whitening_FF @ ridge.coef_.ravel()).astype(np.float32)
     turned_N = turned_NF @ direction_F
-    # Where they are well apart, no upright film is flagged for it.
+    # Where the two are well apart, the second is higher, and no upright film is flagged as turned.
     limit = max(
         float(np.quantile(validation_NF @ direction_F, _QUANTILE)),
         float(np.quantile(turned_N, 1 - _QUANTILE)),
@@ -198,7 +201,8 @@ def _turned(
 
 
 def _whitening(centred_NF: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The matrix that makes the shrunk covariance of the rows the identity, (F, F) float64."""
+    """The matrix, (F, F) float64, that turns the shrunk covariance of the rows into the
+    identity."""
     from sklearn.covariance import ledoit_wolf_shrinkage
 
     films, features = centred_NF.shape
@@ -207,7 +211,7 @@ def _whitening(centred_NF: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
     def gains(variances: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         values = (1 - shrinkage) * variances + floor
-        # Without any spread at all there is nothing to divide by.
+        # Avoids a division by 0 where the rows do not vary at all.
         values = np.maximum(values, max(1e-12, 1e-9 * float(values.max(initial=0.0))))
         gain: npt.NDArray[np.float64] = 1 / np.sqrt(values)
         return gain
@@ -216,8 +220,8 @@ def _whitening(centred_NF: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         variances_F, directions_FF = np.linalg.eigh(centred_NF.T @ centred_NF / films)
         whitening_FF: npt.NDArray[np.float64] = directions_FF * gains(variances_F)
         return whitening_FF
-    # Fewer films than features span few directions; in all others there is the floor alone. Of
-    # alexnet's 4,096 features this takes a second, and the other way half a minute.
+    # Fewer films than features span few directions; in every other direction the variance is the
+    # floor. For alexnet's 4,096 features this takes a second, where eigh takes half a minute.
     _, singular_N, directions_NF = np.linalg.svd(centred_NF, full_matrices=False)
     gains_N = gains(np.append(singular_N**2 / films, 0.0))
     spanned_FN = directions_NF.T * (gains_N[:-1] - gains_N[-1])

@@ -1,6 +1,6 @@
-"""Several networks in one: each film is fetched and decoded once, and scored by all of them.
+"""Several networks as one: each film is fetched and decoded once, and scored by all of them.
 
-Tensor names carry their shape: B batch, H height, W width, F features of all members in a row,
+Tensor names carry their shape: B batch, H height, W width, F features of all members, concatenated,
 M members, K classes.
 """
 
@@ -18,9 +18,9 @@ from lungopacity.models.networks import build_network
 
 
 class Ensemble(nn.Module):
-    """x_B1HW float32 from 0 to 1, of the largest member's size, to logits_BK: the mean over the
-    members of their calibrated logits, which is their calibrated log probabilities' mean but for a
-    constant (a product of experts, Hinton 2002)."""
+    """Takes x_B1HW, float32 from 0 to 1, at the largest member's image size. Returns logits_BK, the
+    mean of the members' calibrated logits. Up to a constant, this is the mean of their calibrated
+    log probabilities (a product of experts, Hinton 2002)."""
 
     def __init__(self, classes: int, settings: EnsembleSettings) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Ensemble(nn.Module):
         return torch.cat(features, dim=1)
 
     def member_inputs(self, x_B1HW: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What each member takes: at its size, normalised as it was trained."""
+        """Each member's input: resized to its image size, normalised as in its training."""
         for member in self.settings.members:
             own_B1HW = x_B1HW
             if x_B1HW.shape[-1] != member.image_size:
@@ -57,14 +57,14 @@ class Ensemble(nn.Module):
         return self.member_logits(features_BF).mean(dim=0)
 
     def fused(self) -> Self:
-        """See `CovNet.fused`: of the members that have it."""
+        """Fuses the members that can be fused; see `CovNet.fused`."""
         for network in self.members:
             if hasattr(network, "fused"):
                 network.fused()  # type: ignore[operator]
         return self
 
     def member_logits(self, features_BF: torch.Tensor) -> torch.Tensor:
-        """logits_MBK, each member's calibrated: their softmax is what it alone says."""
+        """logits_MBK, calibrated: the softmax over K gives each member's own probabilities."""
         widths = [member.features for member in self.settings.members]
         parts = torch.split(features_BF, widths, dim=1)
         each = []

@@ -1,4 +1,4 @@
-"""What an ensemble is made of; importing this does not import torch."""
+"""The members of an ensemble. Importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 
 
 def member_prefix(number: int) -> str:
-    """What the names of a member's arrays begin with, in each safetensors file of an ensemble."""
+    """Prefix of the names of a member's arrays, in each safetensors file of an ensemble."""
     return f"members.{number}."
 
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """One of the networks, and how its logits count."""
+    """One of the networks, and how its logits are calibrated."""
 
     model_id: str
-    """Of the folder that it came from."""
+    """Id of the model folder that it came from."""
     architecture: str
     architecture_settings: Mapping[str, Any]
     image_size: int
-    """Side of its input, pixels."""
+    """Side of its input, in pixels."""
     mean: float
     std: float
-    """Its `Preprocessing`: grey values 0 … 1 less the mean, over the std."""
+    """From its `Preprocessing`: its input is (x - mean) / std, of grey values x from 0 to 1."""
     temperature: float
-    """Its logits are divided by it, so that each member counts by what it knows."""
+    """Its logits are divided by this, so that no member outweighs others by being overconfident."""
     features: int
-    """Width of what its `describe` returns."""
+    """Number of features that its `describe` returns."""
     class_biases: Sequence[float] | None = None
-    """Added to its logits then, one a class; None: none."""
+    """Then added to its logits, one per class; None: no biases."""
 
 
 @dataclass(frozen=True)
 class EnsembleSettings:
-    """In the model folder as `architecture_settings`."""
+    """All members; in the model folder as `architecture_settings`."""
 
     members: tuple[EnsembleMember, ...]
 

@@ -1,19 +1,20 @@
 """The model folder: what training writes, and evaluation and screening read.
 
 model.safetensors          the weights, no pickle
-model.json                 everything else that decides a score, and what the model earned
+model.json                 everything else that determines a score, and the model's metrics
 distribution.safetensors   where the training films lie in the model's feature space
-compiled.safetensors       the network as CPUs run it, where that is faster; see `compiled`
+compiled.safetensors       the network compiled for CPUs, where that is faster; see `compiled`
 history.parquet            loss and accuracy by epoch; an ensemble has none
-validation.parquet         what the kept weights say of each validation film, for thresholds and
-                           ensembles: content_sha256, label, and a raw logit a class. An ensemble's
-                           is what its members say, each of the film decoded at its own size
-training_films.parquet     content_sha256 of the films that it learnt from, or that the model knew
-                           whose weights it began with: no test of it has them
-operating_points/NAME.json thresholds of sites, added later by `lungopacity threshold`; not among
-                           the sums. See `site_points`
-SHA256SUMS                 of the files above, written last: a folder without it is unfinished.
-                           `sha256sum -c SHA256SUMS` checks it, and so does every load.
+validation.parquet         the kept weights' raw logits of each validation film, one column per
+                           class, with content_sha256 and label; for thresholds and ensembles. In an
+                           ensemble they are the mean of its members' calibrated logits, each of the
+                           film decoded at the member's size
+training_films.parquet     content_sha256 of the films that it learnt from, and of those that the
+                           model of its first weights knew: none of them may be used to test it
+operating_points/NAME.json thresholds of sites, added later by `lungopacity threshold` and not
+                           listed in SHA256SUMS. See `site_points`
+SHA256SUMS                 checksums of the files above, written last: a folder without it is
+                           unfinished. Every load checks them; so does `sha256sum -c SHA256SUMS`
 """
 
 from __future__ import annotations
@@ -53,17 +54,17 @@ _OPTIONAL = (
     TRAINING_FILMS_FILE,
 )
 FORMAT_VERSION = 4
-"""1 had no distribution, 2 no validation.parquet and no label map, 3 no class biases and no
-training_films.parquet; such folders are still read, and those without a compiled network."""
+"""Format 1 had no distribution, 2 no validation.parquet and no label map, 3 no class biases and no
+training_films.parquet. Such folders are still read, and so are those without a compiled network."""
 
 
 @dataclass(frozen=True)
 class KnownFilms:
-    """content_sha256 of the films that a model has met."""
+    """content_sha256 of the films that a model was trained and validated on."""
 
     learnt_from: frozenset[str] = frozenset()
     chosen_by: frozenset[str] = frozenset()
-    """Those of validation: its epoch, calibration and operating points were."""
+    """Validation films, which chose its epoch, calibration and operating points."""
 
     @property
     def all(self) -> frozenset[str]:
@@ -77,7 +78,7 @@ def save_model(
     validation_parquet: bytes | None = None,
     training_films_parquet: bytes | None = None,
 ) -> None:
-    """Write a model folder; `SHA256SUMS` last, so that an interrupted write is no model."""
+    """Writes a model folder, `SHA256SUMS` last: an interrupted write does not count as a model."""
     store = open_store(uri)
     document = {
         "format_version": FORMAT_VERSION,
@@ -109,7 +110,8 @@ def validation_parquet(
     logits_VK: npt.NDArray[np.float32],
     class_names: Sequence[str],
 ) -> bytes:
-    """The file `validation.parquet`: digests of the films' files, their classes, and raw logits."""
+    """The file `validation.parquet`. digests: content_sha256 of the films; labels: their classes;
+    logits_VK: raw, (films, classes)."""
     columns = {"content_sha256": pa.array(digests, pa.string()), "label": pa.array(labels)}
     for index, name in enumerate(class_names):
         columns[f"logit_{name}"] = pa.array(logits_VK[:, index], pa.float32())
@@ -123,20 +125,20 @@ def training_films_parquet(digests: Sequence[str]) -> bytes:
 
 
 def is_model(uri: str) -> bool:
-    """Whether a finished model folder lies there."""
+    """Whether a finished model folder is there."""
     return open_store(uri).head(SUMS_FILE) is not None
 
 
-def refuse_model(output: str, mend: str = "choose another --output, or remove it") -> None:
-    """Raises `UserError` where a finished model folder lies at the URI that is to become one."""
+def refuse_model(output: str, advice: str = "choose another --output, or remove it") -> None:
+    """Raises `UserError` where `output` is a finished model folder already. advice: what to do."""
     if is_model(output):
-        raise UserError(f"{output}: holds a finished model; {mend}")
+        raise UserError(f"{output}: holds a finished model; {advice}")
 
 
 def load_model(uri: str) -> TrainedModel:
-    """Read and verify a model folder.
+    """Reads and verifies a model folder.
 
-    Raises `UserError` where it is absent, unfinished, altered, or of a newer format.
+    Raises `UserError` where it is absent, unfinished, altered, or in a newer format.
     """
     store = open_store(uri)
     files = _verified_files(store, uri)
@@ -145,7 +147,7 @@ def load_model(uri: str) -> TrainedModel:
         if document["format_version"] > FORMAT_VERSION:
             raise UserError(
                 f"{uri}: model format {document['format_version']} is newer than {FORMAT_VERSION}, "
-                "the newest that this lungopacity reads; upgrade it"
+                "the newest that this version reads; upgrade lungopacity"
             )
         spec, model_id = _spec_of(document), document["model_id"]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -158,14 +160,14 @@ def load_model(uri: str) -> TrainedModel:
     )
     if model.model_id != model_id:
         raise UserError(
-            f"{uri}: {SPEC_FILE} says model {model_id}, its contents are {model.model_id}; restore "
-            "the folder or train again"
+            f"{uri}: {SPEC_FILE} names model {model_id}, but its contents are model "
+            f"{model.model_id}; restore the folder or train again"
         )
     return model
 
 
 def _spec_of(document: dict[str, Any]) -> ModelSpec:
-    # What older folders lack has a default.
+    # Fields that older folders lack take their defaults.
     known = {name: document[name] for name in ModelSpec.__dataclass_fields__ if name in document}
     biases = known.get("class_biases")
     return ModelSpec(
@@ -189,8 +191,8 @@ def read_history(uri: str) -> bytes | None:
 
 
 def read_validation(uri: str) -> bytes:
-    """The folder's `validation.parquet`, verified. Raises `UserError` where an older lungopacity
-    wrote the folder."""
+    """The folder's `validation.parquet`, verified. Raises `UserError` for an older folder without
+    it."""
     found = find_validation(uri)
     if found is None:
         raise UserError(f"{uri}: has no {VALIDATION_FILE} (an older folder); train it again")
@@ -198,27 +200,27 @@ def read_validation(uri: str) -> bytes:
 
 
 def find_validation(uri: str) -> bytes | None:
-    """The same; None where an older lungopacity wrote the folder."""
+    """The same; None for an older folder without it."""
     return _verified_files(open_store(uri), uri).get(VALIDATION_FILE)
 
 
 def find_training_films(uri: str) -> bytes | None:
-    """The folder's `training_films.parquet`, verified; None where an older lungopacity wrote it."""
+    """The folder's `training_films.parquet`, verified; None for an older folder without it."""
     return _verified_files(open_store(uri), uri).get(TRAINING_FILMS_FILE)
 
 
 def films_known_to(uri: str) -> frozenset[str]:
-    """content_sha256 of the films that the model in the folder learnt from, or was chosen and
-    calibrated by, as far as the folder tells; a warning says what it does not."""
+    """content_sha256 of the films that the model in the folder was trained or validated on. An
+    older folder does not tell which it was trained on; a warning says so."""
     return known_films(uri).all
 
 
 def known_films(uri: str) -> KnownFilms:
-    """The same, told apart."""
+    """The same, training and validation films apart."""
     kept = _verified_files(open_store(uri), uri)
     if TRAINING_FILMS_FILE not in kept:
         log.warning(
-            "%s does not tell which films it learnt from: figures of any of them would flatter it",
+            "%s does not tell which films it learnt from; figures on any of those would flatter it",
             uri,
         )
     return KnownFilms(
@@ -240,22 +242,24 @@ def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
             f"{uri}: the model folder is unfinished (no {SUMS_FILE}); "
             "run the same train command again"
             if unfinished
-            else f"{uri}: no model folder there; give the --output of `lungopacity train`"
+            else f"{uri}: is not a model folder; give the --output of `lungopacity train`"
         )
     try:
         lines = store.read(SUMS_FILE).decode("ascii").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         required = {name: sums[name] for name in (WEIGHTS_FILE, SPEC_FILE)}
-        told = required | {name: sums[name] for name in _OPTIONAL if name in sums}
-        files = {name: store.read(name) for name in told}
+        expected = required | {name: sums[name] for name in _OPTIONAL if name in sums}
+        files = {name: store.read(name) for name in expected}
     except ImageError as error:
-        raise UserError(f"{uri}: cannot be read whole ({error.message}); {error.mend}") from error
+        raise UserError(
+            f"{uri}: cannot be read completely ({error.message}); {error.mend}"
+        ) from error
     except (KeyError, ValueError) as error:
         raise UserError(
             f"{uri}: {SUMS_FILE} is damaged; restore the folder or train again"
         ) from error
     for name, data in files.items():
-        if sha256(data) != told[name]:
+        if sha256(data) != expected[name]:
             raise UserError(
                 f"{uri}: {name} was altered after training (SHA-256 differs); "
                 "restore the folder or train again"

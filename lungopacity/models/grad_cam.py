@@ -1,10 +1,10 @@
 """Where on a film a network sees the positive class: Grad-CAM (Selvaraju et al. 2017,
 arXiv:1610.02391).
 
-Of each of the last feature maps A_k, the mean over its places of the decision's gradient says how
-much it speaks for the class; the map is the ReLU of their sum, so weighted. The decision is the log
-odds of the positive class, its logit less the log-sum-exp of the others: the softmax depends on
-differences of logits alone, so one logit by itself may stand still while the probability moves.
+The weight of each of the last feature maps is the gradient of the score with respect to it,
+averaged over its positions. The activation map is the ReLU of the weighted sum. The score is the
+log odds of the positive class: its logit minus the log-sum-exp of the others. The softmax depends
+only on differences of logits, so a single logit may stand still while the probability changes.
 
 Tensor names carry their shape: B batch, C channels, H height, W width, h and w those of the feature
 maps, T tokens, K classes.
@@ -24,27 +24,27 @@ from torch.nn import functional
 from lungopacity.errors import UserError
 
 _RESAMPLING = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)
-"""Their output may have more places than what they were given (AlexNet's on small inputs)."""
+"""Layers that may output more positions than their input has (AlexNet's pooling of small films)."""
 
 
 @dataclass(frozen=True)
 class _Target:
-    """The output of a module that is explained."""
+    """The module output that the activation map is computed from."""
 
     module: nn.Module
     call: int
-    """Which of its calls in one forward pass, from 1."""
+    """Which of the module's calls in a forward pass, counted from 1."""
     grid: tuple[int, int] | None = None
     """h and w of tokens_BTC, which may begin with a class token; None for maps_BChw."""
 
 
 class GradCAM:
-    """Class activation maps of one network at one size of input.
+    """Class activation maps of one network at one input size.
 
-    The target is found, not named: in a first pass, the last output of a module that has more than
-    one place (of the classical CNN its last block, of a residual network the sum behind its last
-    block). Swin and MaxViT end in such maps; of a vision transformer it is what the last
-    attention is given (behind that, only the class token matters).
+    A first forward pass finds the target: the last module output that has more than one position.
+    In the classical CNN this is the last block, in a residual network the sum at the end of its
+    last block; Swin and MaxViT end in such maps, too. In a vision transformer it is the input of
+    the last attention layer, after which only the class token matters.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class GradCAM:
         temperature: float = 1.0,
         class_biases: Sequence[float] | None = None,
     ) -> None:
-        """network: in evaluation mode; none of its parameters asks for gradients any more.
-        positive: index of the class. `temperature`, `class_biases`: see `calibrated_logits`; of
-        more than two classes they decide which others the class is held against. Raises `UserError`
-        where no output has places."""
+        """network: in evaluation mode; its parameters no longer require gradients afterwards.
+        positive: index of the class. `temperature`, `class_biases`: see `calibrated_logits`; with
+        more than two classes they change how much each other class counts in the log odds. Raises
+        `UserError` where no suitable target is found."""
         self.network = network.requires_grad_(False)
         self.positive = positive
         self.temperature = temperature
@@ -68,14 +68,15 @@ class GradCAM:
 
     @torch.enable_grad()
     def maps(self, x_B1HW: torch.Tensor) -> torch.Tensor:
-        """map_BHW, float32, 0 … 1: the highest place of each film is 1, and all are 0 where nothing
-        speaks for the class. x_B1HW: as the network takes it."""
+        """map_BHW, float32 from 0 to 1. The highest position of each film is 1; a film in which
+        nothing supports the class is all 0. x_B1HW: the network's input."""
         with _taken(self.target) as taken:
             logits_BK = self.network(x_B1HW)
-        # In-place layers behind the target change the tensor itself, and autograd follows: value
-        # and gradient are both of what is behind them.
+        # In-place layers after the target change this very tensor, and autograd tracks that: value
+        # and gradient both belong to the output of those layers.
         (found,) = taken
-        # Films do not mix in evaluation mode: the gradient of the sum is each film's own.
+        # In evaluation mode films do not affect each other: the gradient of the sum holds each
+        # film's own gradient.
         calibrated_BK = logits_BK / self.temperature + self.biases_K
         (gradient,) = torch.autograd.grad(log_odds(calibrated_BK, self.positive).sum(), found)
         found, gradient = found.detach().float(), gradient.float()
@@ -95,7 +96,7 @@ def log_odds(logits_BK: torch.Tensor, positive: int) -> torch.Tensor:
 
 
 def of_highest(map_BHW: torch.Tensor) -> torch.Tensor:
-    """Each map over its highest value; a map of zeros stays one."""
+    """Divides each map by its highest value; a map of zeros is returned as it is."""
     highest_B11 = map_BHW.amax(dim=(1, 2), keepdim=True)
     return torch.where(highest_B11 > 0, map_BHW / highest_B11, 0.0)
 
@@ -132,15 +133,15 @@ def _find_target(network: nn.Module, x_11HW: torch.Tensor) -> _Target:
     if before_attention is not None and tokens[-1][1] == grid[0] * grid[1] + 1:
         return before_attention
     raise UserError(
-        "the network ends in no feature maps whose places are places of the film, which Grad-CAM "
-        f"needs (input of {x_11HW.shape[-1]} pixels); explain a convolutional network"
+        "Grad-CAM needs feature maps whose positions correspond to positions on the film; this "
+        f"network has none (input of {x_11HW.shape[-1]} pixels); explain a convolutional network"
     )
 
 
 @contextmanager
 def _taken(target: _Target) -> Iterator[list[torch.Tensor]]:
-    """The target's output in the forward pass of the block, from where on gradients are kept: no
-    layer before it is passed backward."""
+    """Yields a list that receives the target's output in the block's forward pass. Gradients are
+    tracked from there on only, so the backward pass stops at the target."""
     taken: list[torch.Tensor] = []
     calls = 0
 
@@ -149,7 +150,7 @@ def _taken(target: _Target) -> Iterator[list[torch.Tensor]]:
         calls += 1
         if calls != target.call:
             return None
-        # A copy that is no leaf: in-place layers may change it.
+        # Cloned, because in-place layers may not change a leaf tensor.
         taken.append(output.detach().requires_grad_().clone())
         return taken[0]
 
@@ -161,7 +162,7 @@ def _taken(target: _Target) -> Iterator[list[torch.Tensor]]:
 
 
 def _as_maps(tokens_BTC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """maps_BChw of the tokens that have a place; a class token at their beginning has none."""
+    """maps_BChw of the tokens, without a class token at the beginning, which has no position."""
     h, w = grid
     placed_BCT = tokens_BTC[:, -h * w :].transpose(1, 2)
     return placed_BCT.reshape(*placed_BCT.shape[:2], h, w)

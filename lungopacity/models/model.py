@@ -1,4 +1,4 @@
-"""A trained model as it is in memory: its weights, and all else that decides a score."""
+"""A trained model in memory: its weights, and everything else that determines a score."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Where a score becomes a decision. Probabilities are of the positive class, 0 … 1."""
+    """Turns the probability of the positive class, from 0 to 1, into a decision."""
 
     threshold: float
-    """At or above: `positive`."""
+    """A probability at or above this is `positive`."""
     review_from: float | None = None
-    """At or above, and below `threshold`: `review`. None: no review band."""
+    """A probability at or above this, and below `threshold`, is `review`. None: no review band."""
     chosen_by: str = ""
-    """The rule, as in 'Youden J on validation'."""
+    """The rule that chose the threshold, such as 'Youden J on validation'."""
     sensitivity: float | None = None
-    """At `threshold`, on the images it was chosen on."""
+    """At `threshold`, on the images that it was chosen on; so is `specificity`."""
     specificity: float | None = None
     images: int | None = None
+    """Number of images that it was chosen on."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -46,9 +47,9 @@ class OperatingPoint:
             raise ValueError(f"review_from must be from 0 to the threshold, not {self.review_from}")
 
     def decide(self, probability: float) -> str:
-        """negative, review or positive. Raises `ValueError` for NaN, which is none of them."""
+        """Returns negative, review or positive. Raises `ValueError` for NaN."""
         if math.isnan(probability):
-            raise ValueError("a probability that is no number decides nothing")
+            raise ValueError("a probability that is not a number gives no decision")
         if probability >= self.threshold:
             return "positive"
         if self.review_from is not None and probability >= self.review_from:
@@ -58,7 +59,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All of `model.json` but the hashes."""
+    """The content of `model.json`, without its notice, format version and model id."""
 
     architecture: str
     """A name that `lungopacity.models.build_network` knows."""
@@ -66,38 +67,38 @@ class ModelSpec:
     class_names: tuple[str, ...]
     """In the order of the logits."""
     positive_class: str
-    """The class whose probability the operating point judges."""
+    """The class whose probability the operating point applies to."""
     preprocessing: Preprocessing
     operating_point: OperatingPoint
-    """Decides, unless another is asked for by name."""
+    """The one that decides, unless another is chosen by name."""
     operating_points: Mapping[str, OperatingPoint] = field(default_factory=dict)
-    """By name: the rules that chose them, as sensitivity=0.95."""
+    """By name, which is the rule that chose the point, such as sensitivity=0.95."""
     label_map: Mapping[str, str] = field(default_factory=dict)
     """Label to class, where labels were merged or renamed."""
     temperature: float = 1.0
-    """Logits are divided by it before the softmax (Guo et al. 2017)."""
+    """Logits are divided by this before the softmax (Guo et al. 2017)."""
     class_biases: tuple[float, ...] | None = None
-    """Added then, one a class; None: none. See `calibrated_logits`."""
+    """Then added to the logits, one per class; None: no biases. See `calibrated_logits`."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """On validation, at the kept epoch."""
+    """On the validation films, at the kept epoch."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Settings, data fingerprint and versions."""
     synthetic: bool = False
-    """Trained on phantoms: every output of the model says so."""
+    """Whether it was trained on synthetic films: every output of the model says so."""
 
     def __post_init__(self) -> None:
         if len(self.class_names) < 2 or len(set(self.class_names)) < len(self.class_names):
             raise ValueError(f"class_names must be two or more different names: {self.class_names}")
         if self.positive_class not in self.class_names:
-            raise ValueError(f"positive_class {self.positive_class!r} is none of the class names")
+            raise ValueError(f"positive_class {self.positive_class!r} is not one of the classes")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         if self.class_biases is not None and len(self.class_biases) != len(self.class_names):
-            raise ValueError(f"class_biases must be one a class: {self.class_biases}")
+            raise ValueError(f"class_biases must be one number per class: {self.class_biases}")
 
     @property
     def class_of_label(self) -> dict[str, str]:
-        """Of every label that means a class: its own name, and those that were merged into it."""
+        """Label to class, of all labels: the class names themselves, and those in `label_map`."""
         return {name: name for name in self.class_names} | dict(self.label_map)
 
     @property
@@ -106,41 +107,41 @@ class ModelSpec:
 
     @property
     def split_seed(self) -> int:
-        """By which training split films whose labels have no split: in older folders the seed of
-        all else that training drew."""
-        drawn = self.training.get("settings", {}).get("seed", 0)
-        return int(self.training.get("data", {}).get("split_seed", drawn))
+        """The seed by which training drew the splits of labels without any. In older folders it is
+        the training's own seed."""
+        seed = self.training.get("settings", {}).get("seed", 0)
+        return int(self.training.get("data", {}).get("split_seed", seed))
 
     def calibrated(self, logits_NK: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-        """(n, classes) raw logits, calibrated."""
+        """Calibrates raw logits, (n, classes)."""
         return calibrated_logits(logits_NK, self.temperature, self.class_biases)
 
     def probabilities(self, logits_NK: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        """Calibrated class probabilities of (n, classes) raw logits: rows sum to 1."""
+        """Calibrated class probabilities of raw logits, (n, classes); each row sums to 1."""
         return softmax(self.calibrated(logits_NK)).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A spec with its weights, as they lie in a folder. Ray carries it to the workers by pickle."""
+    """A spec and its weights, as stored in a model folder. Ray pickles it for the workers."""
 
     spec: ModelSpec
     weights: bytes
     """The safetensors file."""
     distribution: bytes | None = None
-    """Of `TrainingDistribution`, or of an ensemble's `JointDistribution`, another."""
+    """The safetensors file of a `TrainingDistribution` or, for an ensemble, `JointDistribution`."""
     compiled: bytes | None = None
-    """See `lungopacity.models.compiled`; None: CPUs run the network in torch, too. Not in the id:
-    its scores are torch's but for rounding."""
+    """The network for CPUs, see `lungopacity.models.compiled`; None: CPUs run it in torch. Not part
+    of the id: its scores equal torch's up to rounding."""
 
     @property
     def model_id(self) -> str:
-        """16 hex digits over everything that can change a probability, a logit or an
-        out-of-distribution score. Not over `positive_class`, which decides what an ensemble's
-        disagreement, a decision and an activation map are of."""
+        """A hash, 16 hex digits, of everything that can change a probability, a logit or an
+        out-of-distribution score. It does not cover `positive_class`, the class that decisions,
+        activation maps and an ensemble's disagreement are about."""
         preprocessing = asdict(self.spec.preprocessing)
         if not preprocessing["crop_borders"]:
-            # Folders of before there was a choice keep their ids.
+            # Keeps the ids of folders older than this setting.
             del preprocessing["crop_borders"]
         decides = {
             "architecture": self.spec.architecture,
@@ -153,12 +154,12 @@ class TrainedModel:
         if self.spec.class_biases is not None:
             decides["class_biases"] = self.spec.class_biases
         if self.distribution is not None:
-            # It decides a flag of each film, and may reject it.
+            # It determines a flag of each film, for which the film may be rejected.
             decides["distribution_sha256"] = sha256(self.distribution)
         return sha256(json.dumps(decides, sort_keys=True).encode())[:16]
 
     def training_distribution(self) -> TrainingDistribution | JointDistribution | None:
-        """Where the training films lie; None for a folder of format 1."""
+        """The distribution of the training films' features; None for a folder of format 1."""
         if self.distribution is None:
             return None
         return distribution_of_bytes(self.distribution)

@@ -1,6 +1,6 @@
 """The networks by name. Every network takes x_B1HW, float32, normalised, and returns logits_BK.
 
-Importing this module does not import torch: `lungopacity models` and `--help` answer at once.
+Importing this module does not import torch, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
     import torch
 
 TORCHVISION = "torchvision:"
-"""Begins the name of any other classifier of torchvision, as torchvision:convnext_tiny."""
+"""Prefix that names any other classifier of torchvision, such as torchvision:convnext_tiny."""
 
 ENSEMBLE = "ensemble"
-"""Of trained networks: made by `lungopacity ensemble`, and never trained itself."""
+"""Name of an ensemble, which `lungopacity ensemble` makes of trained networks."""
 ENSEMBLE_MADE = (
-    "averages models that are trained already; "
+    "averages models that are already trained; "
     "`lungopacity ensemble --model FIRST --model SECOND --output BOTH` makes one"
 )
-"""What is said of it where networks to train are named."""
+"""Explains an ensemble where the networks that can be trained are listed."""
 
 IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = 0.449, 0.226
-"""What networks of ImageNet expect: the means over red, green and blue of its usual figures."""
+"""ImageNet's usual mean and standard deviation, each averaged over red, green and blue."""
 
 
 class Network(Protocol):
-    """What every network offers: `forward` is `classify` of `describe`.
+    """The interface of every network: `forward` applies `classify` to the output of `describe`.
 
-    Its last layer, with the hidden one of the classical CNN, and nothing else is named `head`: a
-    model of other classes leaves out what of it has another shape.
-    `settings`: the dataclass that builds it again.
+    The last layer, and nothing else, is named `head`; the classical CNN's hidden layer is part of
+    it. Where first weights are of other classes, tensors of `head` that do not fit stay fresh.
+    `settings`: the dataclass from which the network can be built again.
     """
 
     settings: Any
 
     def describe(self, x_B1HW: torch.Tensor) -> torch.Tensor:
-        """features_BF: what the last layers decide on, and what else tells films from other
-        pictures; see `TrainingDistribution`."""
+        """features_BF: the input of `classify`. It may include features that only help to tell
+        films from other pictures; see `TrainingDistribution`."""
         ...
 
     def classify(self, features_BF: torch.Tensor) -> torch.Tensor:
@@ -52,26 +52,26 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class NetworkCard:
-    """What there is to know of a network before it is built."""
+    """What is known about a network before it is built."""
 
     name: str
     source: str
     """The paper."""
     image_size: int
-    """Side of the input that it was made for, in pixels: of torchvision's the one that its
-    published weights are measured at."""
+    """Side of the input that it was designed for, in pixels; for torchvision's other classifiers,
+    the side that their published weights were evaluated at."""
     build: Callable[[int, Mapping[str, Any]], torch.nn.Module]
-    """Of the number of classes and its settings; fresh weights."""
+    """Builds it with fresh weights, from the number of classes and its settings."""
     backbone: str | None = None
-    """torchvision's or timm's name of it; None for networks that are written here."""
+    """Its name in torchvision or timm; None for networks that are written here."""
     weights: str | None = None
     """Where its ImageNet weights come from: `installed`, `download`, or None: there are none."""
     fixed_size: bool = False
-    """It takes inputs of one size alone, and has it among its settings."""
+    """It accepts inputs of one size only, which is one of its settings."""
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The recipe's, unless the user gives another size."""
+        """The recipe's preprocessing, unless the user chooses another size."""
         grey = {"mean": IMAGENET_GREY_MEAN, "std": IMAGENET_GREY_STD} if self.backbone else {}
         return Preprocessing(self.image_size, crop_borders=True, **grey)
 
@@ -160,8 +160,8 @@ NETWORK_NAMES = tuple(_CARDS)
 
 
 def network_card(name: str) -> NetworkCard:
-    """Of a name in `NETWORK_NAMES`, or of torchvision:NAME. Raises `UserError` for another, also
-    for an ensemble."""
+    """The card of a name in `NETWORK_NAMES`, or of torchvision:NAME. Raises `UserError` for any
+    other name, and for an ensemble."""
     if name in _CARDS:
         return _CARDS[name]
     if name == ENSEMBLE:
@@ -185,7 +185,7 @@ def network_card(name: str) -> NetworkCard:
         _torchvision(backbone),
         backbone,
         "download",
-        # Of the transformers, those whose positions or windows are counted out beforehand.
+        # These transformers fix their positions or windows when they are built.
         fixed_size=backbone.startswith(("vit_", "maxvit")),
     )
 
@@ -198,7 +198,7 @@ def check_network(name: str) -> None:
 def build_network(
     name: str, classes: int, settings: Mapping[str, Any] | None = None
 ) -> torch.nn.Module:
-    """A network with fresh weights, for `classes` classes.
+    """Builds a network with fresh weights, for `classes` classes.
 
     Raises `UserError` for an unknown name, `ValueError` for wrong settings.
     """
@@ -207,15 +207,15 @@ def build_network(
         return build(classes, settings or {})
     except TypeError as error:
         _, unknown, setting = str(error).partition("unexpected keyword argument ")
-        told = f"{name} has no setting {setting}" if unknown else f"settings of {name}: {error}"
-        raise ValueError(told) from error
+        why = f"{name} has no setting {setting}" if unknown else f"settings of {name}: {error}"
+        raise ValueError(why) from error
 
 
 def settings_of_network(name: str, classes: int, settings: Mapping[str, Any]) -> Any:
-    """All settings of a network, which is built for that without memory; None for torchvision's
-    regnets, which need memory.
+    """All settings of a network, found by building it without allocating its weights; None for
+    torchvision's regnets, which cannot be built so.
 
-    Raises `UserError` for an unknown name, `ValueError` for wrong settings, in one line.
+    Raises `UserError` for an unknown name, `ValueError` with a one-line message for wrong settings.
     """
     import torch
 
@@ -223,6 +223,6 @@ def settings_of_network(name: str, classes: int, settings: Mapping[str, Any]) ->
         with torch.device("meta"):
             return build_network(name, classes, settings).settings
     except NotImplementedError:
-        return None  # regnets take no settings but those that were checked before
+        return None  # regnets; the only settings they take were checked before this was raised
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(first_line(error)) from error

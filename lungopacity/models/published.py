@@ -1,4 +1,4 @@
-"""Networks of the literature, as torchvision and timm build them, for one grey channel.
+"""Published networks, as torchvision and timm build them, for one grey channel.
 
 Tensor names carry their shape: B batch, H height, W width, F features, K classes.
 """
@@ -15,15 +15,15 @@ from lungopacity.models.kinds import check_kinds
 
 @dataclass(frozen=True)
 class PublishedSettings:
-    """What can be chosen of a published network; in the model folder as `architecture_settings`."""
+    """Settings of a published network; in the model folder as `architecture_settings`."""
 
     dropout: float = 0.2
-    """Share of the features that the last layer does not see, in training."""
+    """Share of the features that the last layer does not see during training."""
     drop_path: float = 0.0
-    """Share of residual branches left out in training at the last block, less before (Huang et al.
-    2016, arXiv:1603.09382); of efficientnet-lite alone."""
+    """Share of residual branches that training skips at the last block, fewer at earlier blocks
+    (stochastic depth, Huang et al. 2016, arXiv:1603.09382); efficientnet-lite only."""
     image_size: int | None = None
-    """Side of the input in pixels, for networks that take one size alone."""
+    """Side of the input in pixels, for networks that accept only one size."""
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -33,7 +33,7 @@ class PublishedSettings:
 
 
 class PublishedNetwork(nn.Module):
-    """A body that gives features, and a dense softmax head: x_B1HW float32 to logits_BK."""
+    """A body that computes features, and a dense head: x_B1HW float32 to logits_BK."""
 
     def __init__(self, body: nn.Module, features: int, classes: int, settings: PublishedSettings):
         super().__init__()
@@ -46,12 +46,13 @@ class PublishedNetwork(nn.Module):
     def of_torchvision(
         cls, name: str, classes: int, settings: PublishedSettings
     ) -> PublishedNetwork:
-        """A classifier of torchvision by its own name. Raises `ValueError` for one of another
-        kind than all that torchvision 0.26 has, and for settings that would change nothing."""
+        """One of torchvision's classifiers, by torchvision's name. Raises `ValueError` where its
+        last layer cannot be replaced (true of none in torchvision 0.26), and for settings that
+        would have no effect."""
         from torchvision import models
 
         if settings.drop_path:
-            raise ValueError("drop_path is a setting of efficientnet-lite alone; leave it out")
+            raise ValueError("drop_path is a setting of efficientnet-lite only; leave it out")
         options: dict[str, object] = {}
         if name in ("googlenet", "inception_v3"):
             options = {"aux_logits": False, "init_weights": True}
@@ -65,12 +66,12 @@ class PublishedNetwork(nn.Module):
 
     @classmethod
     def of_timm(cls, name: str, classes: int, settings: PublishedSettings) -> PublishedNetwork:
-        """A classifier of timm by its own name. Raises `ValueError` for settings that would change
-        nothing."""
+        """One of timm's classifiers, by timm's name. Raises `ValueError` for settings that would
+        have no effect."""
         import timm
 
         if settings.image_size is not None:
-            raise ValueError(f"{name} takes any size: give it as --image-size, not as a setting")
+            raise ValueError(f"{name} accepts any image size; use --image-size, not a setting")
         body = timm.create_model(name, in_chans=1, num_classes=0, drop_path_rate=settings.drop_path)
         return cls(body, body.num_features, classes, settings)
 
@@ -89,23 +90,23 @@ class PublishedNetwork(nn.Module):
 
 
 def _behead(body: nn.Module) -> int:
-    """Take away the layer that tells ImageNet's classes; returns the width of what it took."""
+    """Remove the layer that classifies ImageNet's classes; returns how many features it took."""
     named = [(name, part) for name, part in body.named_modules() if isinstance(part, nn.Linear)]
     if named:
         name, last = named[-1]
         body.set_submodule(name, nn.Identity())
         return last.in_features
-    # SqueezeNet ends in a 1 x 1 convolution, and pools behind it.
+    # SqueezeNet ends in a 1 x 1 convolution followed by pooling.
     classifier = getattr(body, "classifier", None)
     convolutions = [part for part in body.modules() if isinstance(part, nn.Conv2d)]
     if not isinstance(classifier, nn.Sequential) or convolutions[-1] not in list(classifier):
-        raise ValueError("the network has no last layer that could be replaced")
+        raise ValueError("the network's last layer is not one that can be replaced")
     body.set_submodule("classifier", nn.AdaptiveAvgPool2d(1))
     return convolutions[-1].in_channels
 
 
 def _see_grey(body: nn.Module) -> None:
-    """Make the first layer one of a single channel: three copies of a film tell no more."""
+    """Give the first layer a single input channel: three copies of a film carry no more."""
     name, first = next(
         (name, part)
         for name, part in body.named_modules()

@@ -1,4 +1,4 @@
-"""Pixels to logits: the one place where a trained network is run, for evaluation and screening."""
+"""Pixels to logits: the only code that runs a trained network, for evaluation and screening."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from lungopacity.models.grad_cam import GradCAM
 
 FLOAT32, BFLOAT16 = PRECISIONS = ("float32", "bfloat16")
-"""Of the forward pass. bfloat16 is for GPUs, by autocast: its scores are a little different."""
+"""Of the forward pass. bfloat16 is for GPUs, by autocast; its scores differ slightly."""
 
 
 def check_precision(precision: str, use_gpu: bool) -> None:
-    """Raises `UserError` for one that is unknown, or not for this device."""
+    """Raises `UserError` for a precision that is unknown, or that this device does not support."""
     if precision not in PRECISIONS:
         raise UserError(f"--precision: '{precision}' is none of {', '.join(PRECISIONS)}")
     if precision != FLOAT32 and not use_gpu:
@@ -36,24 +36,24 @@ def check_precision(precision: str, use_gpu: bool) -> None:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says of n films."""
+    """A model's scores of n films."""
 
     logits_NK: npt.NDArray[np.float32]
     """Raw, before calibration."""
     features_NF: npt.NDArray[np.float32]
-    """What the logits were decided on."""
+    """The output of the network's `describe`."""
     disagreement_N: npt.NDArray[np.float32] | None = None
-    """Of an ensemble: the standard deviation over its members of the positive class's probability,
-    0 … 0.5."""
+    """For an ensemble: the standard deviation of the positive class's probability over the members,
+    from 0 to 0.5."""
 
     @property
     def are_numbers(self) -> npt.NDArray[np.bool_]:
-        """Whether each film's logits are, (n,). A device or a weight at fault gives others, and
-        NaN compares as False: it would be the first class, and negative."""
+        """Whether each film's logits are finite, (n,). A faulty device or weight gives others. NaN
+        compares as False, so such a film would be called the first class, and negative."""
         return np.asarray(np.isfinite(self.logits_NK).all(axis=1))
 
     def of(self, which_N: npt.NDArray[np.bool_]) -> Scores:
-        """Those of some of the films."""
+        """The scores of some of the films."""
         disagreement_N = self.disagreement_N
         return Scores(
             self.logits_NK[which_N],
@@ -63,17 +63,18 @@ class Scores:
 
 
 def exact_float32() -> None:
-    """Let this process's GPUs compute in float32 what is in float32: by default, convolutions read
-    10 of its 23 bits (TF32), and a film near a threshold is decided otherwise than on CPUs."""
+    """Switches TF32 off in this process. By default, convolutions on a GPU use 10 of the 23
+    mantissa bits of float32, and a film near a threshold could get another decision than on a
+    CPU."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = False
 
 
 def no_number() -> ImageError:
-    """Why a film has no score where these are not `are_numbers`."""
+    """The error of a film whose scores are not `are_numbers`."""
     return ImageError(
-        ErrorCode.INTERNAL, Stage.SCORE, "the score is no number; device or model is at fault"
+        ErrorCode.INTERNAL, Stage.SCORE, "the score is not a number; device or model is at fault"
     )
 
 
@@ -88,7 +89,7 @@ class Scorer:
         threads: int | None = None,
         precision: str = FLOAT32,
     ):
-        """`threads`: CPU threads of the forward pass; None are as many as there are CPUs.
+        """`threads`: CPU threads of the forward pass; None: as many as there are CPUs.
         `precision`: one of `PRECISIONS`."""
         self.model = model
         self.use_gpu = use_gpu
@@ -102,12 +103,12 @@ class Scorer:
         if nets is not None:
             self.compiled = NcnnScorer(model.spec, nets, self.threads)
         else:
-            # Now, and not with the first film: an actor loads while the first films are read.
+            # Loaded now rather than with the first film, while other tasks read the first films.
             _ = self._describing
 
     @cached_property
     def network(self) -> Any:
-        """In torch. A compiled model's is loaded when it is asked for: to explain a film."""
+        """The network in torch. A compiled model needs it only to explain a film."""
         import torch
 
         if self.use_gpu:
@@ -122,8 +123,9 @@ class Scorer:
 
     @cached_property
     def _describing(self) -> Any:
-        """What describes films. For bfloat16 a copy whose weights are in it already: autocast would
-        cast them anew for each batch. Maps and the last layer are the network's own."""
+        """The network whose `describe` is used. For bfloat16 it is a copy with weights in bfloat16,
+        because autocast would convert them for each batch. The last layer and activation maps use
+        the original network."""
         import torch
 
         if self.precision != BFLOAT16:
@@ -171,12 +173,13 @@ class Scorer:
     def _run_in_torch(
         self, pixels_NHW: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """features_NF and logits_NMK of one film or more; M is 1 unless it is an ensemble."""
+        """features_NF and logits_NMK of one or more films; M is 1 unless the model is an
+        ensemble."""
         features_NF, logits_NMK = self.forward(self._on_device(pixels_NHW))
         return features_NF.cpu().numpy(), logits_NMK.cpu().numpy()
 
     def forward(self, batch_NHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """features_NF and logits_NMK, float32, of uint8 films on the device; in torch."""
+        """features_NF and logits_NMK, float32, by torch. batch_NHW: uint8, on the device."""
         import torch
 
         from lungopacity.models.normalise import normalise
@@ -186,7 +189,8 @@ class Scorer:
             half = self.precision == BFLOAT16
             with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
                 features_NF = self._describing.describe(x_N1HW)
-            # The last layer costs nothing; in bfloat16 logits above 4 would come in steps of 0.03.
+            # In float32, which costs nothing for the last layer: bfloat16 logits above 4 would come
+            # in steps of 0.03.
             features_NF = features_NF.float()
             if self.is_ensemble:
                 logits_NMK = self.network.member_logits(features_NF).transpose(0, 1)
@@ -200,7 +204,7 @@ class Scorer:
         batch_NHW = torch.from_numpy(pixels_NHW)
         if not self.use_gpu:
             return batch_NHW
-        # Python goes on to the kernels while the GPU copies, which it can from pinned memory alone.
+        # Pinned memory lets Python launch the kernels while the GPU still copies.
         return batch_NHW.pin_memory().to(self._device, non_blocking=True)
 
     def logits(
@@ -215,11 +219,11 @@ class Scorer:
     def activation_maps(
         self, pixels_NHW: npt.NDArray[np.uint8], batch_size: int = 32
     ) -> npt.NDArray[np.float32]:
-        """Where each film speaks for the positive class, see `GradCAM`; of an ensemble the mean of
-        its members' maps.
+        """Where each film supports the positive class; see `GradCAM`. For an ensemble, the mean of
+        its members' maps, rescaled.
 
-        pixels_NHW: as in `scores`. Returns the same shape, 0 … 1. Raises `UserError` for a network
-        that cannot be explained.
+        pixels_NHW: as in `scores`. Returns float32 of the same shape, from 0 to 1. Raises
+        `UserError` for a network that cannot be explained.
         """
         import torch
 
@@ -257,7 +261,7 @@ class Scorer:
         ]
 
     def _activation(self, x_B1HW: torch.Tensor) -> torch.Tensor:
-        """map_BHW of the model's own input."""
+        """map_BHW of a batch of the model's input."""
         import torch
         from torch.nn.functional import interpolate
 
@@ -278,19 +282,19 @@ class Scorer:
     ) -> npt.NDArray[np.float32] | None:
         """How far out the films lie, (n,) float32; above 1 they are unlike the training films.
 
-        None for a model folder of before this was kept.
+        None for a model folder of format 1, which has no distribution.
         """
         if self.distribution is None:
             return None
         if not len(features_NF):
             return np.empty(0, np.float32)
-        # One core of a CPU takes as long for it as a GPU takes for a small network.
+        # On a GPU too: one CPU core takes as long for this as a GPU takes for a small network.
         return self.distribution.score(features_NF, self._product if self.use_gpu else np.matmul)
 
     def _product(
         self, left_NF: npt.NDArray[np.float32], right_FF: npt.NDArray[np.float32]
     ) -> npt.NDArray[np.float32]:
-        """On the device, where `right_FF`, one of the model's own arrays, stays."""
+        """The product, computed on the GPU, where `right_FF`, an array of the model, is kept."""
         import torch
 
         right = self._on_gpu.get(id(right_FF))

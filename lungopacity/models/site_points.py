@@ -1,5 +1,5 @@
-"""Operating points that sites add to a model's folder: `operating_points/NAME.json`, each bound to
-the model by its id, and to the class that it decides about."""
+"""Operating points that sites add to a model folder as `operating_points/NAME.json`. Each belongs
+to one model, by its id, and to one positive class."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ log = logging.getLogger(__name__)
 
 _FOLDER = "operating_points"
 _PICKED_ON = "picked_on_sha256"
-"""Of the file: digests of the films that the point was picked on."""
+"""Key of the file: digests of the films that the point was picked on."""
 
 
 def save_operating_point(
     uri: str, model: TrainedModel, name: str, point: OperatingPoint, films: Iterable[str] = ()
 ) -> None:
-    """Keep a site's operating point in the model's folder at `uri`.
+    """Adds a site's operating point to the model folder at `uri`.
 
-    films: `content_sha256` of those that it was picked on; none for the model's validation films,
-    which its folder knows. Raises `UserError` where the name cannot be one of a file, is one of the
-    model's own points, or is taken.
+    films: `content_sha256` of the films that it was picked on; none where these are the model's
+    validation films, which the folder lists. Raises `UserError` where the name cannot be a file's,
+    is that of one of the model's own points, or is taken.
     """
     if name in model.spec.operating_points:
         raise UserError(
@@ -47,36 +47,35 @@ def save_operating_point(
     try:
         store.write(key, data, if_absent=True)
     except ConflictError as error:
-        # A lost answer makes the client ask again, and meet what it wrote itself.
+        # After a lost response, the client's second attempt finds the file that the first wrote.
         with suppress(ImageError):
             if store.read(key) == data:
                 return
         raise UserError(
-            f"{uri}: an operating point '{name}' is there already; choose another --name"
+            f"{uri}: has an operating point '{name}' already; choose another --name"
         ) from error
 
 
 def copy_operating_points(source: str, target: str) -> None:
-    """Those that sites have added to the folder at `source`, to another of the same model."""
+    """Copies sites' operating points from the folder at `source` to another of the same model."""
     store, copy = open_store(source), open_store(target)
     for item in store.list(f"{_FOLDER}/"):
         copy.write(item.key, store.read(item.key))
 
 
 def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> TrainedModel:
-    """The model, deciding at another of its operating points; None leaves it as it is.
+    """The model with the operating point of that name as the one that decides; None keeps its own.
 
-    Raises `UserError` where the folder at `uri` has none of that name, or two, or one that was
-    chosen for another model or another class: a threshold means something for the scores that it
-    was chosen on
-    alone.
+    Raises `UserError` where the folder at `uri` has no point of that name, or two, or one that was
+    chosen for another model or class: a threshold is meaningful only for the scores that it was
+    chosen on.
     """
     if name is None:
         return model
     store = open_store(uri)
     known = model.spec.operating_points.get(name)
     if known is not None:
-        # Versions before this one let a site take such a name.
+        # Earlier versions let a site take such a name.
         if is_name(name) and store.head(_key_of(name)) is not None:
             raise UserError(
                 f"{store.uri}/{_key_of(name)}: '{name}' is also one of the model's own operating "
@@ -90,7 +89,7 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
             fields = OperatingPoint.__dataclass_fields__
             known = OperatingPoint(**{key: document[key] for key in fields})
             chosen_for = document["model_id"]
-            # Two models that differ in it alone have one id. Files of before do not tell.
+            # Models that differ only in their positive class share an id. Older files lack it.
             positive = document.get("positive_class", model.spec.positive_class)
         except ImageError as error:
             if error.code is not ErrorCode.MISSING:
@@ -119,9 +118,9 @@ def _key_of(name: str) -> str:
 
 
 def points_of_sites(uri: str, model: TrainedModel) -> dict[str, OperatingPoint]:
-    """Those that sites have added to the folder at `uri` and that can be chosen, by name.
+    """The operating points that sites have added to the folder at `uri`, by name.
 
-    One that is damaged, or of another model, is left out with a warning.
+    One that is damaged, or for another model or class, is left out with a warning.
     """
     points = {}
     for name in _added(open_store(uri)):
@@ -134,13 +133,13 @@ def points_of_sites(uri: str, model: TrainedModel) -> dict[str, OperatingPoint]:
 
 
 def films_of_site_point(uri: str, name: str) -> frozenset[str]:
-    """`content_sha256` of the films that a site's point in the folder at `uri` was picked on: none
-    where it was picked on validation films, or by a version that did not keep them."""
+    """`content_sha256` of the films that a site's point in the folder at `uri` was picked on; none
+    where these were validation films, or where an older version wrote the file without them."""
     return frozenset(json.loads(open_store(uri).read(_key_of(name))).get(_PICKED_ON, []))
 
 
 def _added(store: Store) -> list[str]:
-    """The names of the files there, sorted."""
+    """The names of the operating points that sites have added, sorted."""
     folder = f"{_FOLDER}/"
     return sorted(item.key.removeprefix(folder)[:-5] for item in store.list(folder))
 
@@ -149,5 +148,5 @@ def _unknown(store: Store, model: TrainedModel, name: str) -> UserError:
     known = ", ".join([*model.spec.operating_points, *_added(store)])
     return UserError(
         f"{store.uri}: has no operating point '{name}'; "
-        + (f"it has {known}" if known else "it has one alone: leave out --operating-point")
+        + (f"it has {known}" if known else "it has only one: leave out --operating-point")
     )

@@ -1,4 +1,4 @@
-"""Compiled networks say what torch says; the film decides, not the thread or the batch."""
+"""Compiled networks score as torch does, whatever the thread or batch."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def films(count: int, side: int) -> np.ndarray:
 
 
 def model_of(name: str, side: int = 64, settings: dict | None = None) -> TrainedModel:
-    """Fresh weights, and statistics of batches as after training."""
+    """Fresh weights, with batch statistics as after training."""
     torch.manual_seed(1)
     network = build_network(name, 3, settings or {}).train()
     with torch.no_grad():
@@ -61,19 +61,21 @@ def compiled(model: TrainedModel) -> TrainedModel:
     return replace(model, compiled=to_bytes([compile_network(model)]))
 
 
-# Of the larger ones of efficientnet-lite, the layers are those of the smallest; alexnet's, of 57
-# million weights, take longest to translate, and torch runs them faster.
+# Left out: efficientnet-lite1 and -lite2, whose layers are those of lite0, and alexnet, whose 57
+# million weights take longest to translate and which torch runs faster.
 @pytest.mark.parametrize(
     "name",
     [name for name in NETWORK_NAMES if name[-5:] not in ("lite1", "lite2") and name != "alexnet"],
 )
-def test_every_network_says_compiled_what_it_says_in_torch(name):
+def test_every_compiled_network_scores_as_in_torch(name):
     model = model_of(name)
     pixels_NHW = films(5, 64)
     expected = Scorer(model).scores(pixels_NHW)
     found = Scorer(compiled(model)).scores(pixels_NHW)
     scale = np.abs(expected.logits_NK).max()
-    assert np.ptp(expected.logits_NK, axis=0).min() > 0, "films that are all alike tell nothing"
+    assert np.ptp(expected.logits_NK, axis=0).min() > 0, (
+        "films that all score alike would test nothing"
+    )
     np.testing.assert_allclose(found.logits_NK, expected.logits_NK, atol=1e-4 * scale)
     scale = np.abs(expected.features_NF).max()
     np.testing.assert_allclose(found.features_NF, expected.features_NF, atol=1e-4 * scale)
@@ -90,13 +92,13 @@ def test_threads_and_batches_change_no_bit():
     assert len(Scorer(model).logits(pixels_NHW[:0])) == 0
 
 
-def test_bfloat16_is_for_torch_alone():
+def test_bfloat16_runs_in_torch():
     model = compiled(tiny_model())
     assert Scorer(model).compiled is not None
     assert Scorer(model, precision="bfloat16").compiled is None
 
 
-def test_an_ensemble_of_two_sizes_says_compiled_what_it_says_in_torch():
+def test_a_compiled_ensemble_of_two_sizes_scores_as_in_torch():
     members = [model_of("classical-cnn", 64), model_of("classical-cnn", 45)]
     settings = EnsembleSettings(
         tuple(
@@ -134,7 +136,7 @@ def test_an_ensemble_of_two_sizes_says_compiled_what_it_says_in_torch():
     assert np.ptp(expected.disagreement_N) > 1e-3
 
 
-def test_a_folder_keeps_it_and_its_id(tmp_path):
+def test_a_folder_keeps_the_compiled_network_and_the_models_id(tmp_path):
     model = tiny_model()
     with_it = compiled(model)
     save_model(str(tmp_path / "m"), with_it)
@@ -145,7 +147,7 @@ def test_a_folder_keeps_it_and_its_id(tmp_path):
     assert network == compile_network(model)
 
 
-def test_scoring_does_without_torch(tmp_path):
+def test_scoring_with_a_compiled_network_does_not_import_torch(tmp_path):
     model = compiled(with_distribution(tiny_model(), films(40, 32)))
     save_model(str(tmp_path / "m"), model)
     program = f"""
@@ -185,7 +187,7 @@ def test_what_ncnn_has_no_layer_for_stays_in_torch(monkeypatch):
     assert said == "CPUs run the network in torch: ncnn has no layer for pnnx.Expression"
 
 
-def test_what_ncnn_cannot_load_is_said_so_and_run_in_torch(caplog):
+def test_what_ncnn_cannot_load_runs_in_torch_with_a_warning(caplog):
     broken = CompiledNetwork(b"7767517\n1 1\nNoSuchLayer a 0 1 in0\n", b"")
     model = tiny_model()
     scorer = Scorer(replace(model, compiled=to_bytes([broken])))
@@ -195,39 +197,39 @@ def test_what_ncnn_cannot_load_is_said_so_and_run_in_torch(caplog):
     assert scorer.logits(pixels_NHW).tobytes() == Scorer(model).logits(pixels_NHW).tobytes()
 
 
-def test_what_says_something_else_stays_in_torch(monkeypatch):
+def test_a_compiled_network_with_other_scores_is_not_used(monkeypatch):
     model, other = tiny_model(seed=0), tiny_model(seed=1)
     monkeypatch.setattr(
         "lungopacity.models.compiled.compile_network", lambda _: compile_network(other)
     )
     found, said = compiled_if_better(model, films(8, 32))
     assert found is None
-    assert "a probability differs by" in said
+    assert "probabilities differ by up to" in said
 
 
-def test_films_from_all_over_are_tried(monkeypatch):
-    """Not the first alone, which in labels sorted by class are all of one."""
+def test_the_films_that_are_tried_are_spread_over_all(monkeypatch):
+    """Not only the first, which are all of one class where labels are sorted."""
     model = tiny_model(preprocessing=Preprocessing(32, mean=0.0))
     with torch.no_grad():
         other = model.network()
-        # Of a black film, and of no other, it says the same.
+        # It gives the same scores for a black film, and for no other.
         next(part for part in other.modules() if isinstance(part, torch.nn.Conv2d)).weight.neg_()
     translated = compile_network(replace(model, weights=weights_of(other)))
     monkeypatch.setattr("lungopacity.models.compiled.compile_network", lambda _: translated)
     black_NHW, others_NHW = np.zeros((40, 32, 32), np.uint8), films(40, 32)
     _, said = compiled_if_better(model, black_NHW)
-    assert "a probability differs by" not in said
+    assert "probabilities differ by up to" not in said
     _, said = compiled_if_better(model, np.concatenate([black_NHW, others_NHW]))
-    assert "a probability differs by" in said
+    assert "probabilities differ by up to" in said
 
 
 def test_what_is_slower_stays_in_torch(monkeypatch):
     model = tiny_model()
-    # Five turns: three seconds compiled, and one in torch.
+    # Five rounds: three seconds compiled, and one in torch.
     seconds = iter([number * 4 + part for number in range(5) for part in (0.0, 3.0, 3.0, 4.0)])
     monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
     assert compiled_if_better(model, films(8, 32)) == (
-        None, "CPUs run the network in torch: compiled, it has 0.33 of the speed",
+        None, "CPUs run the network in torch: compiled, it has 0.33 times the speed",
     )  # fmt: skip
     assert next(seconds, None) is None
 

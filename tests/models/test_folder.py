@@ -26,7 +26,7 @@ FILMS = np.random.default_rng(0).integers(0, 90, (40, 32, 32), dtype=np.uint8)
 
 
 def write_sums(uri: str) -> None:
-    """The sums of the folder as it now is."""
+    """Writes the checksums of the folder's present files."""
     store = open_store(uri)
     names = (WEIGHTS_FILE, SPEC_FILE, "history.parquet")
     lines = [f"{hashlib.sha256(store.read(name)).hexdigest()}  {name}\n" for name in names]
@@ -60,7 +60,7 @@ def test_the_id_follows_all_that_changes_a_score(change):
     assert tiny_model(**change).model_id != tiny_model().model_id
 
 
-def test_a_distribution_comes_back_and_belongs_to_the_id(store_uri):
+def test_a_distribution_comes_back_and_is_part_of_the_id(store_uri):
     model = with_distribution(tiny_model(), FILMS)
     save_model(store_uri, model, history_parquet())
     assert load_model(store_uri) == model
@@ -69,7 +69,7 @@ def test_a_distribution_comes_back_and_belongs_to_the_id(store_uri):
 
 
 def test_a_folder_of_format_1_is_read_and_keeps_its_id(tmp_path):
-    """Before there was a distribution, and a choice about borders."""
+    """Older than the distribution and the setting crop_borders."""
     uri = str(tmp_path / "m")
     model = write_tiny_model(uri)
     store = open_store(uri)
@@ -131,7 +131,7 @@ def test_sha256sum_agrees(tmp_path):
 
 
 def test_an_absent_and_an_unfinished_folder_are_told_apart(tmp_path):
-    with pytest.raises(UserError, match="no model folder there"):
+    with pytest.raises(UserError, match="is not a model folder"):
         load_model(str(tmp_path / "none"))
     write_tiny_model(str(tmp_path / "m"))
     (tmp_path / "m" / SUMS_FILE).unlink()
@@ -143,7 +143,7 @@ def test_an_absent_and_an_unfinished_folder_are_told_apart(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     write_tiny_model(str(tmp_path / "m"))
     (tmp_path / "m" / WEIGHTS_FILE).unlink()
-    with pytest.raises(UserError, match="cannot be read whole"):
+    with pytest.raises(UserError, match="cannot be read completely"):
         load_model(str(tmp_path / "m"))
 
 
@@ -192,13 +192,15 @@ def test_a_model_json_that_makes_no_model_is_damaged(tmp_path, change):
         load_model(str(tmp_path / "m"))
 
 
-def test_a_model_json_of_another_model_is_told(tmp_path):
+def test_a_model_json_of_another_model_is_refused(tmp_path):
     write_tiny_model(str(tmp_path / "m"))
     store = open_store(str(tmp_path / "m"))
     document = json.loads(store.read(SPEC_FILE)) | {"temperature": 1.5}
     store.write(SPEC_FILE, json.dumps(document).encode())
     write_sums(str(tmp_path / "m"))
-    with pytest.raises(UserError, match=r"model\.json says model \w{16}, its contents are \w{16};"):
+    with pytest.raises(
+        UserError, match=r"model\.json names model \w{16}, but its contents are model \w{16};"
+    ):
         load_model(str(tmp_path / "m"))
 
 
@@ -217,8 +219,8 @@ def test_an_operating_point_with_a_review_band_decides(probability, decision):
     assert OperatingPoint(0.6, review_from=0.3).decide(probability) == decision
 
 
-def test_a_probability_that_is_no_number_decides_nothing():
-    with pytest.raises(ValueError, match="no number decides nothing"):
+def test_a_probability_that_is_not_a_number_gives_no_decision():
+    with pytest.raises(ValueError, match="not a number gives no decision"):
         OperatingPoint(0.6).decide(float("nan"))
 
 

@@ -1,4 +1,4 @@
-"""Class activation maps: of networks whose answer is known, and of every network there is."""
+"""Class activation maps of networks whose correct map is known, and of every network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHERS = ("squeezenet1_1", "swin_t", "vit_b_16", "mobilenet_v3_small")
 
 
 class BrightSpots(nn.Module):
-    """Two maps, of what is bright and of what is dark; class 1 is for bright, class 0 for dark."""
+    """Has one map for bright places, which support class 1, and one for dark places (class 0)."""
 
     def __init__(self, last: nn.Module) -> None:
         super().__init__()
@@ -50,10 +50,10 @@ def spots() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("inplace", [True, False])
-def test_of_a_network_by_hand_the_map_is_known(inplace):
+def test_a_network_built_by_hand_gives_the_known_map(inplace):
     network = BrightSpots(nn.ReLU(inplace=inplace)).eval()
     (map_HW,) = GradCAM(network, 1, 64).maps(spots()).numpy()
-    # The bright map counts 1/64, the dark one -1/64; what is below zero is cut off.
+    # The bright map has the weight 1/64, the dark one -1/64; negative values are cut off.
     x, y = peak_of(map_HW)
     assert (40 < x < 48, 8 < y < 16) == (True, True)
     assert map_HW[52, 20] == 0
@@ -63,7 +63,7 @@ def test_of_a_network_by_hand_the_map_is_known(inplace):
     assert (16 < x < 24, 48 < y < 56) == (True, True)
 
 
-def test_where_nothing_speaks_for_the_class_the_map_is_zero():
+def test_where_nothing_supports_the_class_the_map_is_zero():
     network = BrightSpots(nn.ReLU()).eval()
     x_B1HW = spots().clamp(max=0)
     map_BHW = GradCAM(network, 1, 64).maps(torch.cat([x_B1HW, spots()]))
@@ -76,8 +76,8 @@ def test_the_log_odds_are_those_of_the_softmax():
     torch.testing.assert_close(log_odds(logits_BK, 2), torch.log(p_B / (1 - p_B)))
 
 
-def test_what_speaks_against_the_other_class_counts_too():
-    """A network that has all its evidence in the other logit; the decision is the same."""
+def test_evidence_against_the_other_class_counts_too():
+    """All evidence is in the other logit; the decision is the same."""
     network = BrightSpots(nn.ReLU()).eval()
     with torch.no_grad():
         network.head.weight.copy_(torch.tensor([[-1.0, 1.0], [0.0, 0.0]]))
@@ -85,14 +85,14 @@ def test_what_speaks_against_the_other_class_counts_too():
     assert (40 < x < 48, 8 < y < 16) == (True, True)
 
 
-def test_a_network_without_places_is_refused():
+def test_a_network_without_feature_maps_is_refused():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64 * 64, 2)).eval()
-    with pytest.raises(UserError, match=r"no feature maps .* \(input of 64 pixels\)"):
+    with pytest.raises(UserError, match=r"needs feature maps .* \(input of 64 pixels\)"):
         GradCAM(network, 1, 64)
 
 
 def test_the_map_is_of_the_calibrated_probability():
-    """Temperature and biases decide which of the other classes the positive one is held against."""
+    """Temperature and biases change how much each other class counts."""
     torch.manual_seed(0)
     network = build_network("classical-cnn", 3, {}).eval()
     last = network.head[-1]
@@ -110,7 +110,7 @@ def test_the_map_is_of_the_calibrated_probability():
 
 
 @pytest.mark.parametrize("name", [*NETWORK_NAMES, *(f"torchvision:{name}" for name in OTHERS)])
-def test_every_network_gives_maps_of_its_last_places(name):
+def test_every_network_gives_maps(name):
     torch.manual_seed(0)
     settings = {"image_size": 64} if network_card(name).fixed_size else {}
     network = build_network(name, 3, settings).eval()
@@ -119,7 +119,7 @@ def test_every_network_gives_maps_of_its_last_places(name):
     assert maps.shape == (3, 2, 64, 64)
     assert maps.dtype == torch.float32
     assert maps.isfinite().all()
-    # Something speaks for one class at least, and not alike everywhere.
+    # Something supports at least one class, and not equally everywhere.
     highest = maps.amax(dim=(2, 3))
     assert set(highest.flatten().tolist()) <= {0.0, 1.0}
     assert (highest == 1).any()
@@ -127,7 +127,7 @@ def test_every_network_gives_maps_of_its_last_places(name):
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_an_untrained_networks_other_film_has_another_map():
+def test_an_untrained_network_gives_each_film_its_own_map():
     torch.manual_seed(3)
     network = build_network("efficientnet-lite0", 2).eval()
     cam = GradCAM(network, 1, 64)
@@ -185,7 +185,7 @@ def test_a_trained_network_points_at_the_blob(trained):
     maps_NHW = scorer.activation_maps(pixels_NHW, batch_size=7)
     assert maps_NHW.shape == pixels_NHW.shape
     assert (maps_NHW.min(), maps_NHW.max()) == (0, 1)
-    # Cells are 8 pixels wide. Anywhere else in the film a point would miss by 11 in the mean.
+    # Cells are 8 pixels wide. A random point of the film would miss by 11 pixels on average.
     assert np.median(misses(maps_NHW, x, y)) < 5
     assert (misses(maps_NHW, x, y) < 8).mean() > 0.8
     np.testing.assert_array_equal(scorer.logits(pixels_NHW), before)

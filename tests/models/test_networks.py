@@ -1,4 +1,4 @@
-"""Every network by its name: shapes, sizes, one grey channel, and what it weighs."""
+"""Every network by its name: shapes, sizes, one grey channel, and number of weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_each_network_gives_a_logit_for_each_class_and_decides_on_what_it_descri
         logits_BK = network(x_B1HW)
         assert logits_BK.shape == (2, 5)
         assert features_BF.ndim == 2
-        torch.testing.assert_close(network.classify(features_BF), logits_BK)
-        # Not of the input alone that the bias makes.
+        assert torch.equal(network.classify(features_BF), logits_BK)
+        # The logits depend on the film, and not on biases alone.
         assert not torch.equal(logits_BK[0], network(x_B1HW.flip(0))[0])
 
 
@@ -35,7 +35,7 @@ def test_the_last_layer_alone_is_named_head(name):
 
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet-50", "densenet-121"])
-def test_has_the_parameters_of_the_published_one_but_for_colour_and_classes(name):
+def test_has_as_many_parameters_as_the_published_network_but_for_colour(name):
     card = network_card(name)
     published = models.get_model_weights(card.backbone).DEFAULT.meta["num_params"]
     with torch.device("meta"):
@@ -98,9 +98,9 @@ def test_an_unknown_network_is_named_with_what_there_is(name):
         ("resnet-50", {"dropout": 1.0}, "dropout"),
         ("resnet-50", {"depth": 3}, "depth"),
         ("efficientnet-lite0", {"drop_path": -0.1}, "drop_path"),
-        # Nothing of theirs: without a word they would change nothing.
-        ("resnet-50", {"drop_path": 0.1}, "drop_path is a setting of efficientnet-lite alone"),
-        ("efficientnet-lite0", {"image_size": 64}, "takes any size: give it as --image-size"),
+        # Settings of other networks, which would silently have no effect.
+        ("resnet-50", {"drop_path": 0.1}, "drop_path is a setting of efficientnet-lite only"),
+        ("efficientnet-lite0", {"image_size": 64}, "accepts any image size; use --image-size"),
         ("cov-net", {"dilations": ()}, "dilations"),
         ("cov-net", {"channels": (8, 0)}, "channels"),
         ("cov-net", {"dropout": 1.0}, "dropout"),

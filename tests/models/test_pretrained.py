@@ -46,7 +46,7 @@ def test_efficientnet_lite_sees_what_anothers_program_sees_with_the_same_weights
     grey_B1HW = torch.from_numpy(
         np.random.default_rng(0).uniform(0, 1, (2, 1, size, size)).astype(np.float32)
     )
-    # In our scale, where the colours of theirs are all this grey: no shift between the two.
+    # Their mean is 0.498 for each colour: so normalised, there is no shift between colours.
     x_B1HW = (grey_B1HW - 0.498) / card.preprocessing.std
     with torch.inference_mode():
         x_B3HW = ((grey_B1HW - 0.498) / 0.502).expand(-1, 3, -1, -1)
@@ -92,7 +92,7 @@ def test_the_first_layer_sees_what_that_of_the_published_network_sees(tmp_path, 
         ours_BFHW = first_layer(ours)((films_B1HW - scale.mean) / scale.std)
     inside = (..., slice(4, -4), slice(4, -4))
     differs = (ours_BFHW - theirs_BFHW)[inside]
-    # By a constant of each feature, of the shift between the colours.
+    # Each feature differs by a constant, from the shift between the colours.
     assert differs.std(dim=(2, 3)).max() < 1e-4 * theirs_BFHW.std()
 
 
@@ -108,33 +108,33 @@ def test_a_file_of_efficientnet_lites_weights_is_scaled_as_the_installed_are(tmp
         torch.testing.assert_close(tensor, installed.body.state_dict()[name], msg=name)
 
 
-def test_weights_of_a_model_folder_tell_which_films_they_know(tmp_path, caplog):
+def test_weights_of_a_model_folder_tell_which_films_it_learnt_from(tmp_path, caplog):
     write_tiny_model(str(tmp_path / "m"), training_films_parquet(["a"]))
     _, _, given = started("classical-cnn", tmp_path / "m" / "model.safetensors")
     assert given.known == KnownFilms(frozenset("a"))
-    assert given.facts["licence"] == "as its source says"  # of an older folder, which does not say
+    assert given.facts["licence"] == "as its source says"  # an older folder does not record it
     assert caplog.text == ""
     bare = (tmp_path / "m" / "model.safetensors").rename(tmp_path / "bare.safetensors")
     _, _, given = started("classical-cnn", bare)
     assert given.known == KnownFilms()
-    assert "lies in no model folder, so nothing tells which films it learnt from" in caplog.text
+    assert "is not in a model folder, so nothing tells which films it learnt from" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("first", "licence"),
     [
         ({"source": "ImageNet", "licence": "Apache-2.0", "sha256": "0"}, "Apache-2.0"),
-        (None, "of no one else: that model began with random weights"),
+        (None, "no third party's: that model began with random weights"),
     ],
 )
-def test_weights_of_a_model_folder_have_the_licence_of_what_it_began_with(tmp_path, first, licence):
+def test_weights_of_a_model_folder_have_the_licence_of_its_first_weights(tmp_path, first, licence):
     write_tiny_model(str(tmp_path), training_films_parquet(["a"]), training={"weights": first})
     _, _, given = started("classical-cnn", tmp_path / "model.safetensors")
     assert given.facts["licence"] == licence
 
 
 @pytest.mark.parametrize(("classes", "fresh"), [(2, 0), (3, 2)])
-def test_a_model_of_ours_starts_another_with_its_head_where_the_classes_agree(
+def test_a_model_of_ours_gives_its_head_to_another_where_the_classes_agree(
     tmp_path, classes, fresh
 ):
     before = build_network("classical-cnn", 2)
@@ -165,8 +165,8 @@ def test_weights_of_another_image_size_are_refused_for_their_size():
     [
         (b"nothing of the kind", "neither a safetensors file nor a torch state dict"),
         (b"", "neither .*; give one, or --weights none"),
-        ({"a": 1}, "something else than a network's weights; give a file of them, or --weights"),
-        ([1, 2], "something else"),
+        ({"a": 1}, "does not hold a network's weights; give a file that does, or --weights"),
+        ([1, 2], "does not hold a network's weights"),
     ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, content, said):
@@ -195,16 +195,16 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         started("resnet-50", tmp_path / "w.pth")
 
 
-def test_where_nothing_can_be_fetched_the_error_says_what_to_do(tmp_path, monkeypatch):
+def test_where_nothing_can_be_downloaded_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"cannot be fetched here .* --weights FILE"):
+    with pytest.raises(UserError, match=r"cannot be downloaded here .* --weights FILE"):
         started("densenet-121", "imagenet")
 
 
-def test_what_was_fetched_before_is_taken_from_the_cache(tmp_path, monkeypatch):
-    # torchvision checks a part of the digest that its file name carries; none of ours has it.
+def test_what_was_downloaded_before_is_taken_from_the_cache(tmp_path, monkeypatch):
+    # The digest in the file name is checked after a download, and not for a cached file.
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     weights = models.get_model_weights("squeezenet1_1").DEFAULT
     kept = tmp_path / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[1]
@@ -238,7 +238,7 @@ def test_weights_that_are_not_installed_are_named(monkeypatch):
         started("efficientnet-lite0", "imagenet")
 
 
-def test_none_are_none():
+def test_weights_none_gives_none():
     assert first_weights(network_card("resnet-50"), "none") is None
 
 

@@ -1,4 +1,4 @@
-"""Operating points beside a model; how they are picked is tested with `threshold`."""
+"""Operating points in a model folder; how they are picked is tested with `threshold`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lungopacity.storage import ConflictError, LocalStore
 from tests.models.tiny import tiny_model, write_tiny_model
 
 
-def test_a_name_that_is_none_leads_nowhere(tmp_path):
+def test_a_name_that_no_point_can_have_is_unknown(tmp_path):
     model = write_tiny_model(str(tmp_path / "m"), operating_points={"youden": OperatingPoint(0.4)})
     save_operating_point(str(tmp_path / "m"), model, "ours", OperatingPoint(0.3))
     for name in ("../../labels", "", "sensitivity=0.9"):
@@ -28,7 +28,7 @@ def test_a_name_that_is_none_leads_nowhere(tmp_path):
             with_operating_point(str(tmp_path / "m"), model, name)
 
 
-def test_a_lost_answer_is_not_taken_for_another_of_the_name(tmp_path, monkeypatch):
+def test_a_lost_response_is_not_mistaken_for_a_taken_name(tmp_path, monkeypatch):
     uri = str(tmp_path / "m")
     model, write = write_tiny_model(uri), LocalStore.write
 
@@ -38,7 +38,7 @@ def test_a_lost_answer_is_not_taken_for_another_of_the_name(tmp_path, monkeypatc
 
     monkeypatch.setattr(LocalStore, "write", unheard)
     save_operating_point(uri, model, "ours", OperatingPoint(0.3))
-    with pytest.raises(UserError, match="'ours' is there already"):
+    with pytest.raises(UserError, match="has an operating point 'ours' already"):
         save_operating_point(uri, model, "ours", OperatingPoint(0.4))
     assert with_operating_point(uri, model, "ours").spec.operating_point.threshold == 0.3
 
@@ -61,11 +61,11 @@ def test_a_name_that_the_model_has_itself_is_refused(tmp_path):
 
 def test_a_model_of_one_point_says_so(tmp_path):
     model = write_tiny_model(str(tmp_path / "m"))
-    with pytest.raises(UserError, match="it has one alone: leave out --operating-point"):
+    with pytest.raises(UserError, match="it has only one: leave out --operating-point"):
         with_operating_point(str(tmp_path / "m"), model, "youden")
 
 
-def test_a_point_that_cannot_be_read_is_not_told_as_absent(tmp_path):
+def test_a_point_that_cannot_be_read_is_not_reported_as_absent(tmp_path):
     model = write_tiny_model(str(tmp_path / "m"))
     (tmp_path / "m" / "operating_points").mkdir()
     os.mkfifo(tmp_path / "m" / "operating_points" / "ours.json")
@@ -73,7 +73,7 @@ def test_a_point_that_cannot_be_read_is_not_told_as_absent(tmp_path):
         with_operating_point(str(tmp_path / "m"), model, "ours")
 
 
-def test_all_that_can_be_chosen_are_found_and_no_other(tmp_path, caplog):
+def test_only_points_that_can_be_chosen_are_found(tmp_path, caplog):
     uri = str(tmp_path / "m")
     model = write_tiny_model(uri, operating_points={"youden": OperatingPoint(0.4)})
     assert points_of_sites(uri, model) == {}
@@ -101,7 +101,7 @@ def test_a_point_of_another_class_is_refused(tmp_path):
     kept = tmp_path / "n" / "operating_points" / "ours.json"
     document = json.loads(kept.read_text())
     assert document.pop("positive_class") == "Lung_Opacity"
-    kept.write_text(json.dumps(document))  # as it was written before
+    kept.write_text(json.dumps(document))  # as older versions wrote it
     assert with_operating_point(str(tmp_path / "n"), other, "ours").spec.operating_point == (
         OperatingPoint(0.3)
     )

@@ -1,4 +1,4 @@
-"""A model folder with fresh weights: enough wherever what a model says does not matter."""
+"""A small model with fresh weights, for tests in which its scores do not matter."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_what_the_cluster_may_grow_to_is_told_as_an_option(capfd):
         assert main([*arguments, "--grows-to", wrong]) == 2
         assert "is not of the form CPU=80,GPU=4" in capfd.readouterr().err
     assert main([*arguments, "--grows-to", "cpu=80,GPU=4"]) == 2
-    assert "no model folder there" in capfd.readouterr().err
+    assert "is not a model folder" in capfd.readouterr().err
     assert not may_grow()
 
 

@@ -118,4 +118,6 @@ def test_the_compiled_network_is_looked_at_on_cpus_alone(caplog):
     assert as_run(model, use_gpu=True).compiled is None
     assert not caplog.text
     assert as_run(model, use_gpu=None).compiled is None
-    assert "CPUs run it in torch, slower: make it anew" in caplog.text
+    assert (
+        "CPUs run it in torch, more slowly; `lungopacity compile` compiles it again" in caplog.text
+    )
