@@ -1,1 +1,1 @@
-"""Labelled images: the manifest, its splits and leak checks, and the decoded pixels."""
+"""Labelled images: the labels file, splits, leak checks, and decoded pixels."""

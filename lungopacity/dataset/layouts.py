@@ -1,6 +1,6 @@
-"""Labels of other layouts to a labels file: a folder for each class, and the tables of public sets.
+"""Makes a labels file of other layouts: a folder for each class, or the tables of public data sets.
 
-One labels file, which a person can read, lies between all those layouts and everything else.
+Everything else reads only the labels file, which a person can read, too.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ log = logging.getLogger(__name__)
 
 _COLUMNS = ("image", "label", "split", "patient_id", *FACT_COLUMNS, SITE)
 _SKIPPED_FOLDERS = ("masks",)
-"""Beside the images of the COVID-19 Radiography Database."""
+"""Lies next to the folders of images in the COVID-19 Radiography Database."""
 _FOLDERS_OF_IMAGES = ("images",)
 _SOURCES = ".metadata.xlsx"
-"""Ends the name of a class's sheet there, which says of each image where it was taken from."""
+"""Suffix of a class's spreadsheet in that database, which tells where each image comes from."""
 
 _TEXT = ", all_varchar = true, sample_size = -1"
-"""Options that read a CSV as it is. Of a sample alone DuckDB would guess wrong what comes later."""
+"""DuckDB's options to read a CSV as text, and to detect its dialect from the whole file: what it
+infers from a sample can be wrong for later rows."""
 _NUMBERS = {
     "BIGINT": r"-?(0|[1-9]\d{0,17})",
     "DOUBLE": r"-?(0|[1-9]\d{0,8})(\.\d+)?(e-\d+)?",
 }
-"""What every value of a CSV's column looks like where SQL gets numbers of this type. All else is
-text: DuckDB by itself takes 007 and a patient's 36 digits for numbers, and loses some of them."""
+"""A CSV's column becomes numbers of this type if all its values match the pattern; otherwise it is
+text. DuckDB itself would read 007 and a patient's number of 36 digits as numbers, and lose
+digits."""
 
 _CHEXPERT_OPACITIES = (
     "Lung Opacity",
@@ -51,8 +53,8 @@ _CHEXPERT_OPACITIES = (
     "Lung Lesion",
     "Atelectasis",
 )
-"""Lung Opacity, and what lies under it in figure 1 of Irvin et al. 2019 (arXiv:1901.07031): the
-tables mark the finding that the report names, and not the one above it."""
+"""Lung Opacity, and the findings below it in figure 1 of Irvin et al. 2019 (arXiv:1901.07031). The
+tables mark only the finding that the report names, and not the one above it."""
 _VINDR_OPACITIES = (
     "Lung Opacity",
     "Consolidation",
@@ -63,7 +65,7 @@ _VINDR_OPACITIES = (
     "Pneumonia",
 )
 _VINDR_ABSENT = ", ".join(f'0 AS "{name}"' for name in _VINDR_OPACITIES[1:])
-"""Columns that not every table of the set has."""
+"""Columns that some of the set's tables lack."""
 
 
 def _any(findings: tuple[str, ...], value: int) -> str:
@@ -72,15 +74,18 @@ def _any(findings: tuple[str, ...], value: int) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """A public set's tables, and the SQL that makes labels of them: `Normal` is what the set calls
-    so, `Lung_Opacity` whatever finding of it is an opacity of the lung, `Not_Normal` all else that
-    it says; null, which no labels file may hold, of a film that it says nothing of. Where a column
-    `left_out` says why a row makes no label, it is left out, and counted.
-    Where a set does not say which films are of one patient (rsna, vindr), neither do the labels."""
+    """A public data set's tables, and the SQL that makes labels of them.
+
+    `Normal` is what the set calls normal, `Lung_Opacity` any of its findings that is an opacity of
+    the lung, and `Not_Normal` any other finding. The label is null, which a labels file may not
+    hold, where the set says nothing about a film. A row with a text in the column `left_out` is
+    left out and counted under this reason. Sets that do not tell which films are of one patient
+    (rsna, vindr) give labels without `patient_id`.
+    """
 
     source: str
     tables: tuple[str, ...]
-    """Names that the SQL has for them; each is given as NAME=FILE."""
+    """The tables' names in the SQL; users give each as NAME=FILE."""
     sql: str
 
 
@@ -169,15 +174,14 @@ LAYOUTS = {
 
 
 def labels_of_folders(images: str) -> pd.DataFrame:
-    """`image`, `label` and, where a sheet tells it, `site` of loose images that lie in a folder for
-    each class.
+    """`image`, `label` and, if spreadsheets tell it, `site` of loose images in a folder per class.
 
-    images: URI of an archive. The class is the folder next to the image; `images` folders count as
-    the one above them, and what lies under `masks` is left out, as in the COVID-19 Radiography
-    Database, and so is what is hidden, by a dot before its name. The sheets of that database
-    (Normal.metadata.xlsx, …) name the source of each image: its classes come from different ones,
-    and `audit` tells how well they betray the label. Raises `UserError` where images lie in no
-    folder, or in shards.
+    images: URI of an archive. The class is the name of the folder that holds the image. As in the
+    COVID-19 Radiography Database, a folder `images` counts as the one above it, and folders `masks`
+    are left out. Hidden files and folders, whose names start with a dot, are left out, too. The
+    spreadsheets of that database (Normal.metadata.xlsx, …) name the source of each image; its
+    classes come from different sources, and `audit` tells how well these give the label away.
+    Raises `UserError` where images are in no folder, or in shards.
     """
     rows: list[tuple[str, str]] = []
     sites: dict[str, str] = {}
@@ -194,7 +198,7 @@ def labels_of_folders(images: str) -> pd.DataFrame:
             folders = name.split("/")[:-1]
             if is_shard:
                 raise UserError(
-                    f"{images}: {name} is a shard; of shards the labels are needed as a table"
+                    f"{images}: {name} is a shard; give the labels of images in shards as a table"
                 )
             if {folder.lower() for folder in folders} & set(_SKIPPED_FOLDERS):
                 continue
@@ -203,59 +207,62 @@ def labels_of_folders(images: str) -> pd.DataFrame:
             if is_sidecar_name(name):
                 continue
             if "\\" in name and store.head(name) is None:
-                # Listed under another name than its own: see `LocalStore`.
+                # `LocalStore` lists such a file under another name.
                 raise UserError(f"{images}: {name} has a name that is not UTF-8; rename it")
             classes = [folder for folder in folders if folder.lower() not in _FOLDERS_OF_IMAGES]
             if not classes:
-                raise UserError(f"{images}: {name} lies in no folder that could name its class")
+                raise UserError(
+                    f"{images}: {name} is in no folder that could name its class; move it to one"
+                )
             rows.append((name, classes[-1].strip().replace(" ", "_")))
     if not rows:
-        raise UserError(f"{images}: no image lies there")
+        raise UserError(f"{images}: has no images; give a folder with a folder of images per class")
     frame = pd.DataFrame(rows, columns=["image", "label"])
     if sites:
-        # The sheet's NORMAL-1 is the folder's Normal-1.png.
+        # NORMAL-1 in the spreadsheet is Normal-1.png in the folder.
         stems = frame["image"].str.rsplit("/", n=1).str[-1].str.rsplit(".", n=1).str[0]
         frame[SITE] = stems.str.lower().map(sites)
     return frame
 
 
 def _sites_of(uri: str) -> dict[str, str]:
-    """Site by image name, without its suffix, in small letters."""
+    """Site by image name, in lower case without the suffix."""
     try:
         sheet = pd.read_excel(io.BytesIO(_bytes_of(uri)), dtype=str)
         names, sources = sheet["FILE NAME"].str.strip().str.lower(), sheet["URL"]
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         log.warning(
-            "%s: says no sites: it is no sheet with the columns FILE NAME and URL (%s)",
+            "%s: gives no sites, because it is not a spreadsheet with the columns FILE NAME and "
+            "URL (%s)",
             uri,
             type(error).__name__,
         )
         return {}
-    # An address, of which the way to fetch it says nothing.
+    # The scheme, www. and a final slash of a URL do not distinguish sources.
     sites = sources.str.strip().str.replace(r"^https?://(www\.)?|/+$", "", regex=True)
     known = names.notna() & sites.notna()
     return dict(zip(names[known], sites[known], strict=True))
 
 
 def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:
-    """What DuckDB answers to `sql` over the tables, by name: URIs of CSV or Parquet files.
+    """The result of `sql` in DuckDB. tables: URIs of CSV or Parquet files, by name.
 
-    It must give `image` and `label`, and may give the other columns of a labels file. Raises
-    `UserError` for SQL that is refused, and for other columns or names that SQL does not tell
-    apart.
+    The result must have the columns `image` and `label`, and may have the other columns of a labels
+    file. Raises `UserError` for SQL that DuckDB refuses, for other columns, and for table names
+    that differ only in case.
     """
     frame = _answer(sql, tables, "--sql")
     wrong = [name for name in frame.columns if name not in _COLUMNS]
     if wrong or not {"image", "label"} <= set(frame.columns):
         raise UserError(
-            f"--sql: gives {_listed(frame)}; image and label are needed, and "
-            f"known are {', '.join(_COLUMNS)}"
+            f"--sql: gives {_listed(frame)}; it must give image and label, and may give only "
+            f"{', '.join(_COLUMNS)}"
         )
     return frame.sort_values("image")
 
 
-def _answer(sql: str, tables: Mapping[str, str], told: str) -> pd.DataFrame:
-    """told: what messages call the SQL."""
+def _answer(sql: str, tables: Mapping[str, str], called: str) -> pd.DataFrame:
+    """The result of `sql` over the tables. called: what messages call the SQL."""
     _check_names(tables)
     with temporary_folder() as folder, duckdb.connect() as connection:
         for name, uri in tables.items():
@@ -264,7 +271,7 @@ def _answer(sql: str, tables: Mapping[str, str], told: str) -> pd.DataFrame:
             path.write_bytes(data)
             is_csv = data[:4] != b"PAR1"
             if is_csv:
-                csv_text(data, uri)  # DuckDB refuses it without a word of the mend
+                csv_text(data, uri)  # its errors say what to do, and DuckDB's do not
             reader, options = ("read_csv", _TEXT) if is_csv else ("read_parquet", "")
             try:
                 connection.execute(
@@ -281,11 +288,11 @@ def _answer(sql: str, tables: Mapping[str, str], told: str) -> pd.DataFrame:
             answer = connection.sql(sql)
             return pd.DataFrame() if answer is None else answer.df()
         except duckdb.Error as error:
-            raise UserError(f"{told}: {first_line(error)}") from error
+            raise UserError(f"{called}: {first_line(error)}") from error
 
 
 def _make_numbers(connection: duckdb.DuckDBPyConnection, table: str) -> None:
-    """Of text, in the columns that hold nothing else (`_NUMBERS`)."""
+    """Converts the columns of text that hold only numbers; see `_NUMBERS`."""
     for name, *_ in connection.execute(f'DESCRIBE "{table}"').fetchall():
         column = '"' + name.replace('"', '""') + '"'
         for kind, pattern in _NUMBERS.items():
@@ -298,11 +305,11 @@ def _make_numbers(connection: duckdb.DuckDBPyConnection, table: str) -> None:
 def _check_names(tables: Mapping[str, str]) -> None:
     for name in tables:
         if not re.fullmatch(r"\w{1,64}", name):
-            raise UserError(f"--table {name}=…: a name is up to 64 letters, digits and _")
+            raise UserError(f"--table {name}=…: a name consists of up to 64 letters, digits and _")
     if len({name.lower() for name in tables}) < len(tables):
         raise UserError(
-            f"--table: SQL does not tell capitals apart, and {', '.join(tables)} are two names of "
-            "the same; choose others"
+            f"--table: of {', '.join(tables)}, some differ only in capitals, which SQL ignores; "
+            "choose other names"
         )
 
 
@@ -311,22 +318,22 @@ def _listed(frame: pd.DataFrame) -> str:
 
 
 def write_labels(frame: pd.DataFrame, output: str) -> pd.DataFrame:
-    """Write a labels file as CSV; the labels as every command will read them.
+    """Writes a labels file as CSV, and returns the labels as every command will read them.
 
-    Raises `UserError`, and writes nothing, where they would be refused.
+    Raises `UserError`, and writes nothing, where a command would refuse them.
     """
     parent, name = split_uri(output)
     data = frame.to_csv(index=False).encode()
-    told = f"{output} (not written)"
-    labels = checked_labels(table_of(data, told, TEXTS), told)
+    called = f"{output} (not written)"
+    labels = checked_labels(table_of(data, called, TEXTS), called)
     open_store(parent).write(name, data)
     return labels
 
 
 def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
-    """The labels of a public set of `LAYOUTS`; what they leave out is logged, with its number.
+    """The labels of a public data set of `LAYOUTS`; the number of rows left out is logged.
 
-    Raises `UserError` for another name or tables.
+    Raises `UserError` for an unknown name or other tables than the layout takes.
     """
     if name not in LAYOUTS:
         raise UserError(f"--layout {name}: is none of {', '.join(LAYOUTS)}")
@@ -347,13 +354,13 @@ def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
 
 
 def summary(labels: pd.DataFrame) -> str:
-    """How many images and patients of each label there are."""
+    """The number of images and patients, in all and of each label."""
     counts = labels.groupby("label").agg(
         images=("image", "size"), patients=("patient_id", "nunique")
     )
     lines = [
         f"  {printable(str(name))}: {counted(int(row.images), 'image')}, "
-        + (counted(int(row.patients), "patient") if row.patients else "no patient is named")
+        + (counted(int(row.patients), "patient") if row.patients else "no patient_id")
         for name, row in counts.iterrows()
     ]
     return "\n".join([counted(len(labels), "labelled image"), *lines])

@@ -1,4 +1,5 @@
-"""The labels: which images, of which class, in which split. Checked before any pixel is read."""
+"""The labels file: which images, of which class, in which split. Checked before any pixel is
+read."""
 
 from __future__ import annotations
 
@@ -18,52 +19,51 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 0
-"""Of the splits that are drawn: the same films for all models, whatever seed they are trained with,
-so that they can be compared, and averaged."""
+"""Seed of drawn splits: they are the same for all models, whatever seed these are trained with, so
+that models can be compared and averaged."""
 FACT_COLUMNS = ("view_position", "patient_sex", "patient_age_years")
-"""Optional columns that evaluation forms subgroups of."""
+"""Optional columns by which evaluation forms subgroups."""
 SITE = "site"
-"""Where a film was taken: a column that evaluation forms subgroups of, where there is one."""
+"""Optional column, where a film was taken; evaluation forms subgroups by it, too."""
 TEXTS = ("image", "label", "patient_id", SITE, "split", "view_position", "patient_sex")
-"""Columns whose values are names or terms."""
-_MOST_TOLD = 20
-"""Labels in one message."""
+"""Columns whose values are text."""
+_MOST_SHOWN = 20
+"""Most labels in one message."""
 _TERMS = {
     "view_position": {"PA": "PA", "AP": "AP"},
-    "patient_sex": {
-        **{"M": "M", "F": "F", "O": "O"},
-        **{"MALE": "M", "FEMALE": "F", "OTHER": "O"},
-    },
+    "patient_sex": {"M": "M", "F": "F", "O": "O", "MALE": "M", "FEMALE": "F", "OTHER": "O"},
 }
-"""Of words in capitals, what headers have for them: the films of one subgroup, whoever tells."""
+"""By words in capitals, the values that DICOM headers have for them, so that a subgroup is the same
+whether labels or headers tell it."""
 
 
 def read_labels(uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
-    """The labels file, CSV or Parquet: columns `image`, `label`, and the optional ones or nulls.
+    """The labels file, CSV or Parquet: columns `image`, `label`, and the optional ones, null where
+    the file lacks them.
 
-    by: further columns to keep, and with them `site` where there is one; None keeps no other.
-    Raises `UserError` where the file is absent, lacks a column or spells it otherwise, names one
-    image twice, or has a split that is none of train, validation, test.
+    by: further columns to keep, in which case `site` is kept, too; None keeps no others. Raises
+    `UserError` where the file is absent, lacks a column or spells it differently, names an image
+    twice, or has a split other than train, validation and test.
     """
     return checked_labels(read_table(uri, "labels", TEXTS), uri, by)
 
 
 def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = None) -> pd.DataFrame:
-    """`read_labels` of a table that is read already. uri: what messages call it."""
+    """`read_labels` for a table that was read already. uri: what messages call it."""
     _check_spelling(frame, uri, by or ())
     for column in ("image", "label", *(by or ())):
-        # View, sex and age may also stand in the films' headers.
+        # View, sex and age may also come from the films' headers.
         if column not in frame and column not in FACT_COLUMNS:
             raise UserError(
                 f"{uri}: has no column '{column}' (it has: {', '.join(map(str, frame.columns))})"
             )
     if frame.empty or frame[["image", "label"]].isna().any().any():
         raise UserError(f"{uri}: no rows, or rows without image or label; fill or remove them")
-    if frame["image"].duplicated().any():
-        twice = frame.loc[frame["image"].duplicated(), "image"]
+    twice = frame.loc[frame["image"].duplicated(), "image"].unique()
+    if len(twice):
         raise UserError(
-            f"{uri}: more than one row names {counted(len(twice), 'image')}, as {twice.iloc[0]}; "
-            "keep one of each"
+            f"{uri}: more than one row names {counted(len(twice), 'image')}, such as {twice[0]}; "
+            "keep one row for each"
         )
     for column in ("split", "patient_id", *FACT_COLUMNS):
         if column not in frame:
@@ -74,24 +74,24 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
         raise UserError(
             f"{uri}: unknown split {wrong}; the splits are {', '.join(SPLITS)}, spelt exactly so"
         )
-    # The spaces of an export's fixed width: with them, one patient would be two.
+    # Exports of fixed width pad with spaces, which would make two patients of one.
     patients = frame["patient_id"].astype(object)
     frame["patient_id"] = patients.map(lambda name: name.strip() or None, na_action="ignore")
     for column, terms in _TERMS.items():
-        told = frame[column].astype(object)
-        frame[column] = told.map(
+        values = frame[column].astype(object)
+        frame[column] = values.map(
             lambda word, terms=terms: terms.get(word.strip().upper(), word), na_action="ignore"
         )
-    told = frame["patient_age_years"].astype(object)
-    told = told.map(
+    values = frame["patient_age_years"].astype(object)
+    values = values.map(
         lambda age: age if (years := years_of(str(age))) is None else years, na_action="ignore"
     )
-    ages = pd.to_numeric(told, errors="coerce")
+    ages = pd.to_numeric(values, errors="coerce")
     no_age = frame["patient_age_years"].notna() & ~ages.between(0, MAX_AGE_YEARS)
     if no_age.any():
-        # Public sets hold a few (RSNA: 155 years). They cost a subgroup a film, and no more.
+        # No error: public sets hold a few such ages (RSNA: 155 years), which only affect subgroups.
         log.warning(
-            "%s: %d of patient_age_years are no number of years from 0 to %d, and taken as unknown",
+            "%s: %d values of patient_age_years are not a number from 0 to %d, and are ignored",
             uri,
             int(no_age.sum()),
             MAX_AGE_YEARS,
@@ -103,7 +103,8 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
 
 
 def _check_spelling(frame: pd.DataFrame, uri: str, by: Sequence[str]) -> None:
-    """A `Split` that nobody looks at would let films be divided anew, and nobody would know."""
+    """Raises `UserError` for a column such as `Split`: if it were ignored, films would silently be
+    split again."""
     for column in ("image", "label", "split", "patient_id", *FACT_COLUMNS):
         for name in map(str, frame.columns):
             if column not in frame and name not in by and name.strip().lower() == column:
@@ -111,36 +112,36 @@ def _check_spelling(frame: pd.DataFrame, uri: str, by: Sequence[str]) -> None:
 
 
 def shown(word: str) -> str:
-    """In quotes where one would not see its spaces."""
+    """The word, in quotes if it starts or ends with spaces."""
     return word if word == word.strip() else repr(word)
 
 
-def facts_of(told: pd.DataFrame, read: pd.DataFrame) -> pd.DataFrame:
-    """`FACT_COLUMNS` of films: what the labels say of one goes before what its header says.
+def facts_of(labels: pd.DataFrame, headers: pd.DataFrame) -> pd.DataFrame:
+    """`FACT_COLUMNS` of films: values in the labels take precedence over those in headers.
 
-    told, read: what either says, row i of both of the same film.
+    Row i of both is the same film.
     """
     facts = {}
     for name in FACT_COLUMNS:
-        values = told[name].astype(object).reset_index(drop=True)
-        facts[name] = values.where(values.notna(), read[name].reset_index(drop=True))
+        values = labels[name].astype(object).reset_index(drop=True)
+        facts[name] = values.where(values.notna(), headers[name].reset_index(drop=True))
     return pd.DataFrame(facts)
 
 
 def label_names(files: Iterable[str], names: Iterable[str], uri: str, where: str) -> dict[str, str]:
-    """What the labels call each file, of those that they mean: its own name, or, of names that no
-    file has whole, the one that means it by its ending.
+    """The labels' name of each file that they refer to: the file's own name or, for names that are
+    no file's whole name, the one that it ends with.
 
-    names: all of the labels. uri, where: what messages call the labels, and where the files lie.
-    Raises `UserError` where a name may mean several files, or several names one file.
+    names: all names in the labels. uri, where: what messages call the labels, and the place of the
+    files. Raises `UserError` where a name may mean several files, or several names one file.
     """
     files, names = set(files), set(names)
     whole = files & names
     name_of, doubts = names_by_ending(sorted(files - whole), names - whole)
     if doubts:
         raise UserError(
-            f"{uri}: {len(doubts)} names do not tell which film of {where} they mean, as "
-            f"{doubts[0]}; write whole keys, or members' whole names in a shard"
+            f"{uri}: {len(doubts)} names do not tell which film of {where} they mean, such as "
+            f"{doubts[0]}; write whole keys, or the whole names of a shard's members"
         )
     return name_of | {name: name for name in whole}
 
@@ -148,10 +149,10 @@ def label_names(files: Iterable[str], names: Iterable[str], uri: str, where: str
 def select_classes(
     labels: pd.DataFrame, label_map: Mapping[str, str], uri: str, *, learning: bool = True
 ) -> pd.DataFrame:
-    """The rows whose label has a class, with the class for a label.
+    """The rows whose label belongs to a class, with the class as their label.
 
-    label_map: label to class. Raises `UserError` for a class without an image; for a finished model
-    (not `learning`), which can be measured by some of its classes, where all are without.
+    label_map: label to class. Raises `UserError` for a class without images. A finished model (not
+    `learning`) can be measured on some of its classes; this raises only if none has images.
     """
     counts = labels["label"].value_counts()
     classes, absent = dict.fromkeys(label_map.values()), []
@@ -163,28 +164,28 @@ def select_classes(
         missed = absent[0] if learning else " or ".join(absent)
         raise UserError(
             f"{uri}: no image of class {missed}; the labels have {_counts_shown(counts)}"
-            + (" (choose with --classes)" if learning else "; rename them as the model has them")
+            + ("; choose with --classes" if learning else "; give them the model's class names")
         )
     if absent:
         log.warning("%s: no image of class %s", uri, ", ".join(absent))
     chosen = labels[labels["label"].isin(list(label_map))].reset_index(drop=True)
     if len(chosen) < len(labels):
         others = counts[~counts.index.isin(list(label_map))]
-        log.info("left out, of no class: %s", _counts_shown(others))
+        log.info("left out, because in no class: %s", _counts_shown(others))
     return chosen.assign(label=chosen["label"].map(dict(label_map)))
 
 
 def _counts_shown(counts: pd.Series) -> str:
-    """Labels with their number of images, the commonest: a column of free text has thousands."""
-    told = [f"{shown(str(label))} ({n})" for label, n in counts.head(_MOST_TOLD).items()]
-    return ", ".join(told) + (
-        f" and {len(counts) - _MOST_TOLD} more" if len(counts) > _MOST_TOLD else ""
+    """The most common labels with their numbers of images; a column of free text has thousands."""
+    most = [f"{shown(str(label))} ({n})" for label, n in counts.head(_MOST_SHOWN).items()]
+    return ", ".join(most) + (
+        f" and {len(counts) - _MOST_SHOWN} more" if len(counts) > _MOST_SHOWN else ""
     )
 
 
 def left_out(labels: pd.DataFrame, label_map: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """How many images have a label of no class, by split (`no split` where they have none) and
-    label. labels: as `read_labels` gives them."""
+    """Number of images whose label belongs to no class, by split (`no split` where they have none)
+    and label. labels: as `read_labels` gives them."""
     rows = labels[~labels["label"].isin(list(label_map))]
     return {
         str(split): dict(Counter(films["label"].tolist()))
@@ -193,11 +194,13 @@ def left_out(labels: pd.DataFrame, label_map: Mapping[str, str]) -> dict[str, di
 
 
 def assign_splits(labels: pd.DataFrame, uri: str, seed: int = SPLIT_SEED) -> pd.DataFrame:
-    """A split for every row: the labels' own where they have one, otherwise 60/20/20 by patient.
+    """The labels with a split for every row: their own if they have splits, otherwise 60/20/20 by
+    patient.
 
-    A patient's films never part. Labels with train and no validation give a fifth of the train
-    patients to validation. seed: of a drawn split; one other than `SPLIT_SEED` is an older model's.
-    Raises `UserError` where some rows have a split and others have none.
+    A drawn split keeps each patient's films together. If the labels have a train but no validation
+    split, a fifth of the train patients become validation. seed: of a drawn split; an older model
+    may have another than `SPLIT_SEED`. Raises `UserError` where some rows have a split and others
+    have none.
     """
     given = labels["split"].notna()
     if given.any() and not given.all():
@@ -213,20 +216,20 @@ def assign_splits(labels: pd.DataFrame, uri: str, seed: int = SPLIT_SEED) -> pd.
         fold = _patient_folds(labels[train], uri, seed)
         split = labels["split"].to_numpy(copy=True)
         split[train] = pd.Series(fold).map({0: "validation"}).fillna("train").to_numpy()
-        log.info("the labels have no validation split: a fifth of the train patients became it")
+        log.info("the labels have no validation split; a fifth of the train patients becomes it")
         return labels.assign(split=split)
     return labels
 
 
 def _patient_folds(labels: pd.DataFrame, uri: str, seed: int) -> list[int]:
-    """Fold 0 … 4 of each row, stratified by class, patients kept together."""
+    """The fold, 0 … 4, of each row; stratified by class, with each patient in one fold."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     patients = labels["patient_id"].fillna("image " + labels["image"])
     if labels["patient_id"].isna().any():
         log.warning(
-            "%s: rows without patient_id are split as patients of their own; "
-            "films of one patient may then lie on both sides",
+            "%s: each row without patient_id is split as a patient of its own; films of one "
+            "patient may end up in different splits",
             uri,
         )
     fewest = int(patients.groupby(labels["label"]).nunique().min())
@@ -255,7 +258,7 @@ def check_patients(labels: pd.DataFrame, uri: str) -> None:
 
 
 def check_contents(images: pd.DataFrame, uri: str) -> None:
-    """Raises `UserError` where one file's bytes are in two splits.
+    """Raises `UserError` where identical files are in two splits.
 
     images: columns `image`, `split`, `content_sha256`.
     """
@@ -264,6 +267,6 @@ def check_contents(images: pd.DataFrame, uri: str) -> None:
     if len(torn):
         example = images.loc[images["content_sha256"] == torn[0], "image"].tolist()[:2]
         raise UserError(
-            f"{uri}: more than one split has {counted(len(torn), 'file')}, as "
+            f"{uri}: more than one split has copies of {counted(len(torn), 'file')}, such as "
             f"{' = '.join(example)}; remove the copies"
         )

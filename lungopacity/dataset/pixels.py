@@ -1,4 +1,4 @@
-"""Labelled images to one array of pixels: each file is fetched and decoded once, by Ray tasks."""
+"""Labelled images to an array of pixels: each file is fetched and decoded once, by Ray tasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lungopacity.runtime import capacity
 log = logging.getLogger(__name__)
 
 MAX_UNREADABLE_FRACTION = 0.05
-"""Above it, training on what is left would hide a broken archive."""
+"""With more than this, training on what is left would hide a broken archive."""
 _CONTENT = [
     "content_sha256",
     "format",
@@ -49,16 +49,16 @@ class LabelledPixels:
     """(n,) train, validation or test."""
     class_names: tuple[str, ...]
     images: pd.DataFrame
-    """The labels' columns, and those that were read: content_sha256, view_position, …"""
+    """The labels' columns, and those read from the files: content_sha256, view_position, …"""
     unreadable: pd.DataFrame
-    """Labelled images that gave no pixels: image, split, error_code, error_message."""
+    """Labelled images that could not be read: image, split, error_code, error_message."""
     rejected: pd.DataFrame
-    """Those that were read, and that a rule leaves out; the same columns."""
+    """Labelled images that were read and then left out by a rule; the same columns."""
     synthetic: bool
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what is learned from: each file's digest with its label and split."""
+        """Hash of the data: each file's digest with its label and split."""
         digest = hashlib.sha256()
         columns = ["content_sha256", "label", "split"]
         for row in sorted(self.images[columns].itertuples(index=False, name=None)):
@@ -66,13 +66,13 @@ class LabelledPixels:
         return digest.hexdigest()
 
     def without_unlike(self, like: npt.NDArray[np.int64]) -> LabelledPixels:
-        """Of these rows alone; the others are rejected as `out_of_distribution`."""
+        """Only the rows `like`; the others are rejected as `out_of_distribution`."""
         left_out = (
             self.images[["image", "split"]]
             .drop(index=like.tolist())
             .assign(error_code=ErrorCode.POOR_QUALITY.value, error_message=OUT_OF_DISTRIBUTION)
         )
-        _tell(left_out, len(self.images))
+        _warn_of_left_out(left_out, len(self.images))
         return replace(
             self,
             pixels_NHW=self.pixels_NHW[like],
@@ -90,13 +90,13 @@ def load_pixels(
     settings: ReadSettings,
     labels_uri: str,
 ) -> LabelledPixels:
-    """Find every labelled image in the archives, by its whole name or else by its ending
-    (`Wanted`), and decode it.
+    """Finds every labelled image in the archives, by its whole name or else by its ending (see
+    `Wanted`), and decodes it.
 
-    labels: as `read_labels` gives them, of these classes, every row with a split. settings: what
-    they reject is left out. Needs a running Ray. Raises `UserError` where labels name images that
-    no archive has, where one name is in the archives twice or may mean two files, or where more
-    than `MAX_UNREADABLE_FRACTION` cannot be read or are rejected.
+    labels: as `read_labels` gives them, of these classes, every row with a split. settings: images
+    that they reject are left out. Needs a running Ray. Raises `UserError` where labels name images
+    that are in no archive, where a name occurs twice in the archives or may mean two files, or
+    where more than `MAX_UNREADABLE_FRACTION` cannot be read or are rejected.
     """
     names = frozenset(labels["image"])
     archives = [take_inventory(uri) for uri in image_uris]
@@ -116,7 +116,7 @@ def load_pixels(
 def _read(
     archives: Sequence[Archive], wanted: Wanted, settings: ReadSettings, progress: Progress
 ) -> pa.Table:
-    """Rows of `READ_SCHEMA` for the wanted images, with `name`, theirs in the archive."""
+    """Rows of `READ_SCHEMA` for the wanted images, with `name`, their name in the archive."""
     tables: list[pa.Table] = []
     for archive in archives:
         for table in _decoded(archive, wanted, settings):
@@ -126,12 +126,12 @@ def _read(
     read = pa.concat_tables([READ_SCHEMA.empty_table(), *tables])
     columns = ["image", "status", "error_code", "error_message"]
     for row in read.filter(pa.compute.is_null(read["member"])).select(columns).to_pylist():
-        # A sheet, a film or nothing under the name of a shard hides no film that is asked for.
+        # A table, a film or an empty file that is named like a shard hides no wanted film.
         broken = row["status"] == Status.FAILED.value and row["error_code"] != ErrorCode.EMPTY.value
         if broken and not wanted.has(row["image"]):
             raise UserError(
                 f"{row['image']}: shard cannot be read ({row['error_code']}: "
-                f"{row['error_message']}); mend or remove it"
+                f"{row['error_message']}); fix or remove it"
             )
     return read.append_column("name", pa.compute.coalesce(read["member"], read["image"]))
 
@@ -139,7 +139,7 @@ def _read(
 def _named(
     read: pa.Table, names: frozenset[str], image_uris: Sequence[str], labels_uri: str
 ) -> pa.Table:
-    """The rows that one of `names` means, with it for their `name`."""
+    """The rows that one of the labels' `names` refers to, with that as their `name`."""
     files = read["name"].to_pylist()
     name_of = label_names(files, names, labels_uri, ", ".join(image_uris))
     meant = pa.array([name_of.get(file) for file in files], pa.string())
@@ -169,23 +169,23 @@ def _joined(
     absent = labels.loc[~labels["image"].isin(read["name"]), "image"]
     if len(absent):
         raise UserError(
-            f"{labels_uri}: {len(absent)} of {len(labels)} labelled images are not in {where}, as "
-            f"{absent.iloc[0]}; `image` must be the key under --images, "
-            "the member's name in a shard, or the end of one of these, folder by folder"
-            + ("; write / for \\ in it" if "\\" in absent.iloc[0] else "")
+            f"{labels_uri}: {len(absent)} of {len(labels)} labelled images are not in {where}, "
+            f"such as {absent.iloc[0]}; `image` must be the key under --images, the member's name "
+            "in a shard, or the last folders and the file name of one of these"
+            + ("; write / instead of \\ in it" if "\\" in absent.iloc[0] else "")
         )
     within = read.loc[read["frame"] > 0, "name"].unique()
     if len(within):
         raise UserError(
-            f"{where}: {len(within)} labelled files hold several images each, as {within[0]}; "
+            f"{where}: {len(within)} labelled files hold several images each, such as {within[0]}; "
             "the label could belong to any of them: leave the file out, or write the image that "
             "is meant to a file of its own"
         )
-    if read["name"].duplicated().any():
-        twice = read.loc[read["name"].duplicated(), "name"]
+    twice = read.loc[read["name"].duplicated(), "name"].unique()
+    if len(twice):
         raise UserError(
-            f"{where}: {len(twice)} labelled names occur more than once, as {twice.iloc[0]}; "
-            "the label could belong to either"
+            f"{where}: {len(twice)} labelled names occur more than once, such as {twice[0]}; the "
+            "label could belong to any of these images: rename or remove all but one"
         )
     facts = list(FACT_COLUMNS)
     frame = labels.merge(
@@ -201,10 +201,10 @@ def _joined(
     if len(out) > MAX_UNREADABLE_FRACTION * len(frame):
         raise UserError(
             f"{where}: {len(out)} of {len(frame)} labelled images cannot be read or are "
-            f"rejected ({_codes(out)}); mend the archive, remove them from the labels, or see "
+            f"rejected ({_codes(out)}); fix the archive, remove them from the labels, or see "
             "--accept and --reject-quality"
         )
-    _tell(out, len(frame))
+    _warn_of_left_out(out, len(frame))
     of_status = {
         status: rows.drop(columns="status").reset_index(drop=True)
         for status, rows in ((one, out[out["status"] == one.value]) for one in Status)
@@ -225,8 +225,8 @@ def _joined(
     )
 
 
-def _tell(left_out: pd.DataFrame, images: int) -> None:
-    """By name only where they are asked for: a job's log is read by more people than its films."""
+def _warn_of_left_out(left_out: pd.DataFrame, images: int) -> None:
+    """Names the images only at the debug level: more people read a job's log than its films."""
     if left_out.empty:
         return
     log.warning(

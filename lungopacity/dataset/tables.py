@@ -1,4 +1,4 @@
-"""Tables that people bring, CSV or Parquet: the same values in either give the same frame."""
+"""Reads users' tables, CSV or Parquet: the same values in either give the same frame."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ import pyarrow.parquet as pq
 from lungopacity.errors import ImageError, UserError
 from lungopacity.storage import open_store, split_uri
 
-_NO_NUMBER = ("", "NA", "N/A", "n/a", "na", "nan", "NaN", "NULL", "null", "None")
-"""Of columns that may be numbers. A text may be any of them, and is missing where it is empty."""
+_MISSING = ("", "NA", "N/A", "n/a", "na", "nan", "NaN", "NULL", "null", "None")
+"""Words for a missing value in columns that may hold numbers. In a column of text, only the empty
+one is."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def read_table(uri: str, what: str, texts: Collection[str]) -> pd.DataFrame:
-    """A CSV or Parquet file as it is. Where it has columns of `texts`, their values are text, also
-    where they look like numbers, and missing where they are empty.
+    """A CSV or Parquet file. Values of the columns named in `texts` are text, even if they look
+    like numbers, and missing where they are empty.
 
-    what: what the user calls it. Raises `UserError` where it is absent or neither.
+    what: what messages call the table, such as `labels`. Raises `UserError` where the file is
+    absent, or is neither CSV nor Parquet.
     """
     parent, name = split_uri(uri)
     try:
@@ -37,9 +39,9 @@ def read_table(uri: str, what: str, texts: Collection[str]) -> pd.DataFrame:
 
 
 def table_of(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
-    """`read_table` of a file's bytes. uri: what messages call it."""
-    of = _of_parquet if data[:4] == b"PAR1" else _of_csv
-    return of(data, uri, texts)
+    """`read_table` for a file's bytes. uri: what messages call the file."""
+    read = _of_parquet if data[:4] == b"PAR1" else _of_csv
+    return read(data, uri, texts)
 
 
 def _of_parquet(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
@@ -47,9 +49,11 @@ def _of_parquet(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
         table = pq.read_table(io.BytesIO(data))
         frame: pd.DataFrame = table.to_pandas()
     except (ValueError, OSError) as error:
-        raise UserError(f"{uri}: is no whole Parquet file ({type(error).__name__})") from error
+        raise UserError(
+            f"{uri}: is a damaged Parquet file ({type(error).__name__}); write it again"
+        ) from error
     for column in frame.columns.intersection(list(texts)):
-        # In the frame, whole numbers beside gaps are floats: of a patient's, digits would be lost.
+        # The frame has whole numbers with gaps as floats, which lose digits of a patient's number.
         values = table[column].to_pandas(integer_object_nulls=True).astype(object)
         for value in values:
             if isinstance(value, bytes | list | dict | np.ndarray):
@@ -62,10 +66,10 @@ def _of_parquet(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
 
 
 def _text_of(value: Any) -> str | None:
-    """As a CSV would have it: the number of a patient is a name, and an empty text is none."""
+    """The text that a CSV would hold. A patient's number is a name; an empty text is missing."""
     if pd.isna(value) or value == "":
         return None
-    # pandas writes whole numbers beside gaps as floats.
+    # pandas writes whole numbers with gaps as floats.
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
@@ -78,16 +82,16 @@ def _of_csv(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
             dtype=dict.fromkeys(texts, str),
             index_col=False,
             keep_default_na=False,
-            na_values={name: [""] if name in texts else list(_NO_NUMBER) for name in header},
+            na_values={name: [""] if name in texts else list(_MISSING) for name in header},
         )
     except ValueError as error:
         raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
 
 
 def csv_text(data: bytes, uri: str) -> str:
-    """What a CSV file says. Raises `UserError` for a file that is none, with the mend."""
+    """The text of a CSV file. Raises `UserError`, with what to do, for a file that is not CSV."""
     if data.startswith(_GZIP):
-        raise UserError(f"{uri}: is packed with gzip; unpack it first")
+        raise UserError(f"{uri}: is compressed with gzip; decompress it first")
     if b"\0" in data and not data.startswith(_UTF16):
         raise UserError(f"{uri}: is neither CSV nor Parquet (it holds null bytes)")
     try:
@@ -101,8 +105,9 @@ def csv_text(data: bytes, uri: str) -> str:
 
 
 def _header_of(text: str, uri: str) -> list[str]:
-    """The columns' names. pandas takes what is too much in a line for an index, and a name's second
-    column for another name: both would give films the values of something else."""
+    """The columns' names. Raises `UserError` for lines of another length and for repeated names:
+    pandas would take extra fields for an index, and rename the second of two columns, and films
+    would get the values of something else."""
     lines = csv.reader(io.StringIO(text, newline=""))
     header: list[str] = []
     try:
@@ -115,20 +120,20 @@ def _header_of(text: str, uri: str) -> list[str]:
             elif len(fields) != len(header):
                 raise UserError(
                     f"{uri}: line {lines.line_num} has {len(fields)} fields, the header has "
-                    f"{len(header)}; mend it, with quotes around what holds a comma"
+                    f"{len(header)}; fix it, with quotes around values that contain a comma"
                 )
     except csv.Error as error:
-        raise UserError(f"{uri}: line {lines.line_num} is no CSV ({error}); mend it") from error
+        raise UserError(f"{uri}: line {lines.line_num} is not CSV ({error}); fix it") from error
     return header
 
 
 def _check_header(header: list[str], uri: str) -> None:
     if len(header) == 1:
-        for sign, told in _OTHER_SEPARATORS.items():
+        for sign, signs in _OTHER_SEPARATORS.items():
             if sign in header[0]:
                 raise UserError(
-                    f"{uri}: {told} lie between its columns; save it with commas between them"
+                    f"{uri}: {signs} separate its columns; save it with commas between them"
                 )
     for name, times in Counter(header).items():
         if name and times > 1:
-            raise UserError(f"{uri}: column '{name}' is there {times} times; keep one of them")
+            raise UserError(f"{uri}: has {times} columns named '{name}'; keep one of them")

@@ -24,7 +24,7 @@ MISTAKES = {
     ),
     "no model": (
         ["screen", "--archive", "{place}/archive", "--model", "{place}/no", "--output", "{out}"],
-        "no model folder there",
+        "is not a model folder",
     ),
     "bad run id": (
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
@@ -115,7 +115,7 @@ MISTAKES = {
     "no positive class": (
         ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
          "--output", "{out}", "--positive-class", "Fracture"],
-        "positive class 'Fracture' is none of the classes",
+        "positive class 'Fracture' is not one of the classes",
     ),
     "no first weights": (
         ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
@@ -276,8 +276,10 @@ def test_no_name_of_an_archive_makes_lines_or_moves_the_cursor(tmp_path, capfd):
     assert code == 2
     warning, error = err.splitlines()
     shown = r"/x\nerror: forged\r\x1b[2K\u202e"
-    assert f"{shown}/Normal.metadata.xlsx: says no sites" in warning
-    assert error.endswith(f"{shown}: no image lies there")
+    assert f"{shown}/Normal.metadata.xlsx: gives no sites" in warning
+    assert error.endswith(
+        f"{shown}: has no images; give a folder with a folder of images per class"
+    )
     code, _, err = run(capfd, "--log-format", "json", *options)
     warning, error = (json.loads(line)["message"] for line in err.splitlines())
     assert FORGED in warning

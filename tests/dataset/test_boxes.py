@@ -38,21 +38,24 @@ def test_a_file_without_rows_has_no_boxes(tmp_path):
     ("text", "message"),
     [
         ("image,x,y,w,h\na,1,2,3,4\n", r"no column 'width' \(it has: image, x, y, w, h\)"),
-        (f"{HEAD}\n,1,2,3,4\n", "1 rows have no image"),
-        (f"{HEAD}\na,1,2,3,4\nb,1,left,3,4\n", "'y' of 1 rows is not a number, as that of b"),
-        (f"{HEAD}\na,,,,\n", "'x' of 1 rows is not a number, as that of a; an image without boxes"),
-        (f"{HEAD}\na,1,2,inf,4\n", "'width' of 1 rows is not a number"),
-        (f"{HEAD}\na,1,2,-3,4\n", "1 boxes have a width or height that is not above 0, as one of"),
-        (f"{HEAD}\na,1,2,3,0\n", "1 boxes have a width or height"),
+        (f"{HEAD}\n,1,2,3,4\n", "no image is named in 1 row; fill or remove"),
+        (f"{HEAD}\na,1,2,3,4\nb,1,left,3,4\n", "'y' is not a number in 1 row, such as that of b"),
+        (
+            f"{HEAD}\na,,,,\n",
+            "'x' is not a number in 1 row, such as that of a; an image without boxes",
+        ),
+        (f"{HEAD}\na,1,2,inf,4\n", "'width' is not a number in 1 row"),
+        (f"{HEAD}\na,1,2,-3,4\n", "a width or height is not above 0 in 1 row, such as that of"),
+        (f"{HEAD}\na,1,2,3,0\n", "a width or height is not above 0 in 1 row"),
     ],
 )
-def test_a_wrong_file_is_refused_with_the_mend(tmp_path, text, message):
+def test_a_wrong_file_is_refused_with_what_to_do(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         read_boxes(str(tmp_path / "a.csv"))
 
 
-def test_the_rsna_challenges_own_table_is_one(tmp_path):
+def test_the_rsna_challenges_table_is_accepted(tmp_path):
     (tmp_path / "a.csv").write_text(
         "patientId,x,y,width,height,Target\n0004,,,,,0\n00e3,264.0,152.0,213.0,379.0,1\n"
         "00e3,562.0,152.0,256.0,453.0,1\n"
@@ -62,7 +65,7 @@ def test_the_rsna_challenges_own_table_is_one(tmp_path):
     assert frame["image"].tolist() == ["00e3.dcm"] * 2
     assert frame.loc[1].tolist()[1:] == [562.0, 152.0, 256.0, 453.0]
     (tmp_path / "b.csv").write_text("patientId,x,y,width,height\na,1,,3,4\n")
-    with pytest.raises(UserError, match=r"as that of a\.dcm"):
+    with pytest.raises(UserError, match=r"such as that of a\.dcm"):
         read_boxes(str(tmp_path / "b.csv"))
 
 
@@ -77,7 +80,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
         read_boxes(str(tmp_path / "a.csv"))
 
 
-def test_the_boxes_of_the_phantom_archive_lie_on_its_films(tmp_path):
+def test_the_boxes_of_the_phantom_archive_are_inside_its_films(tmp_path):
     settings = PhantomSettings(images=8, image_size=64, opacity_fraction=0.7)
     write_phantom_archive(open_store(str(tmp_path)), settings)
     frame = read_boxes(str(tmp_path / "boxes.csv"))

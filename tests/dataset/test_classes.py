@@ -22,7 +22,7 @@ KNOWN = ("Normal", "COVID", "Viral_Pneumonia", "Not_Normal")
             {"COVID": "COVID", "Normal": "Normal", "Viral_Pneumonia": "Viral_Pneumonia"},
         ),
         (["COVID", "-Not_Normal", "Normal"], {"COVID": "COVID", "Normal": "Normal"}),
-        # A class of two words, one of which names an earlier class: the two are one.
+        # Two words may give the same class.
         (["A=C", "B=C", "D"], {"A": "C", "B": "C", "D": "D"}),
     ],
 )
@@ -30,7 +30,7 @@ def test_words_become_a_map_in_the_order_of_the_classes(words, found):
     assert list(classes_of_labels(words, KNOWN).items()) == list(found.items())
 
 
-def test_the_names_are_each_there_once():
+def test_each_class_name_occurs_once():
     assert class_names_of({"A": "C", "B": "C", "D": "D"}) == ("C", "D")
 
 
@@ -45,14 +45,14 @@ def test_the_names_are_each_there_once():
         (["Normal", "COVID", "-COVID"], "both given and left out"),
         (["Normal+=A", "COVID"], "not of the form"),
         (["Normal=", "COVID"], "not of the form"),
-        (["Normal=a-b", "COVID=a_b"], "'a-b' and 'a_b' would have one column, p_a_b, in results"),
-        (["Normal=x", "COVID=X"], "'x' and 'X' would have one column, p_X, in results"),
+        (["Normal=a-b", "COVID=a_b"], "'a-b' and 'a_b' would have the same column, p_a_b, in"),
+        (["Normal=x", "COVID=X"], "'x' and 'X' would have the same column, p_X, in"),
         (["Normal", "COVID=Not_Normal"], "'Not_Normal' is also a label"),
         (["-Not_normal"], "no label 'Not_normal' to leave out; the labels are COVID, Normal, Not"),
         (["Normal", "COVID", "-Flu"], "no label 'Flu' to leave out"),
     ],
 )
-def test_words_that_are_no_classes_are_refused(words, said):
+def test_words_that_give_no_valid_classes_are_refused(words, said):
     if said is None:
         assert len(set(classes_of_labels(words, KNOWN).values())) == 4
         return
@@ -60,7 +60,7 @@ def test_words_that_are_no_classes_are_refused(words, said):
         classes_of_labels(words, KNOWN)
 
 
-def test_labels_that_look_like_words_are_classes_where_every_label_is_one():
+def test_labels_that_look_like_words_are_classes_where_every_label_is_a_class():
     found = classes_of_all(["PE=1", "-1", "1", "A+B"])
     assert found == {label: label for label in ("-1", "1", "A+B", "PE=1")}
     assert classes_of_labels(["-1"], ["PE=1", "-1", "1", "A+B"]) == {

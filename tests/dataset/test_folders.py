@@ -1,4 +1,4 @@
-"""Labels files out of a folder for each class."""
+"""Labels files made of a folder per class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
 
 
-def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
+def test_folders_name_classes_without_masks_and_spreadsheets(tmp_path, capsys):
     store = open_store(str(tmp_path / "archive"))
     for name in (
         "COVID/images/COVID-1.png",
@@ -34,7 +34,7 @@ def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
         store.write(name, encoded(grey_film()) if name.endswith("png") else b"text")
     output = str(tmp_path / "labels.csv")
     assert main(["labels", "--folders", str(tmp_path / "archive"), "--output", output]) == 0
-    assert "Viral_Pneumonia: 1 image, no patient is named" in capsys.readouterr().out
+    assert "Viral_Pneumonia: 1 image, no patient_id" in capsys.readouterr().out
     frame = read_labels(output).set_index("image")["label"].to_dict()
     assert frame == {
         "COVID/images/COVID-1.png": "COVID",
@@ -43,7 +43,7 @@ def test_folders_name_classes_and_masks_and_sheets_are_none(tmp_path, capsys):
     }
 
 
-def test_sheets_beside_the_folders_name_the_site_of_each_image(tmp_path, caplog):
+def test_spreadsheets_beside_the_folders_give_each_images_site(tmp_path, caplog):
     store = open_store(str(tmp_path))
     for name in ("COVID/images/COVID-1.png", "COVID/images/COVID-2.png", "Normal/Normal-1.png"):
         store.write(name, encoded(grey_film()))
@@ -67,7 +67,8 @@ def test_sheets_beside_the_folders_name_the_site_of_each_image(tmp_path, caplog)
         "Other.metadata.xlsx",
     ]
     assert all(
-        "says no sites: it is no sheet with the columns FILE NAME and URL" in record.message
+        "gives no sites, because it is not a spreadsheet with the columns FILE NAME and URL"
+        in record.message
         for record in caplog.records
     )
 
@@ -82,7 +83,7 @@ def test_sheets_beside_the_folders_name_the_site_of_each_image(tmp_path, caplog)
         (os.fsdecode(b"a/caf\xe9.png"), r"a/caf\\xe9.png has a name that is not UTF-8; rename it"),
     ],
 )
-def test_what_lies_in_no_class_is_refused(tmp_path, name, said):
+def test_what_is_in_no_class_is_refused(tmp_path, name, said):
     open_store(str(tmp_path)).write(name, b"x")
     with pytest.raises(UserError, match=said):
         labels_of_folders(str(tmp_path))

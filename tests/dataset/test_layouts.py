@@ -1,4 +1,4 @@
-"""Labels files out of the layouts that people have. Tables have the columns of the public sets."""
+"""Labels files of other layouts. The tables have the columns of the public data sets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ c.png,3,20140915,PA,1931.0,F,['cardiomegaly']
 d.png,3,20140915,L,1931.0,F,['normal']
 e.png,4,20140915,PA,1931.0,F,"['normal', 'unchanged']"
 """,
-    # Of fewer findings than the set of today.
+    # With fewer findings than the present tables.
     "vindr": """image_id,rad_id,Lung Opacity,No finding
 a,R1,0,1
 a,R2,0,1
@@ -67,8 +67,8 @@ def test_the_tables_of_public_sets_become_labels(name, tmp_path, capsys):
     output = str(tmp_path / "labels.csv")
     arguments = ["--layout", name, "--table", f"{table}={tmp_path / 't.csv'}", "--output", output]
     assert main(["labels", *arguments]) == 0
-    # Two of the sets do not say who the patients are: that is not none.
-    patients = "no patient is named" if name in ("rsna", "vindr") else "1 patient"
+    # Two of the sets do not identify patients, so no number of patients is shown.
+    patients = "no patient_id" if name in ("rsna", "vindr") else "1 patient"
     told = capsys.readouterr().out.splitlines()
     assert told[:2] == ["3 labelled images", f"  Lung_Opacity: 1 image, {patients}"]
     frame = read_labels(output)
@@ -76,7 +76,7 @@ def test_the_tables_of_public_sets_become_labels(name, tmp_path, capsys):
     assert frame["image"].str.contains(r"\.(?:dcm|dicom|png|jpg)$").all()
 
 
-def test_what_tables_say_of_patients_comes_along(tmp_path):
+def test_facts_about_patients_are_taken_from_the_tables(tmp_path):
     for name in ("nih", "chexpert", "padchest"):
         (tmp_path / "t.csv").write_text(TABLES[name])
         output = str(tmp_path / f"{name}.csv")
@@ -94,7 +94,7 @@ def test_what_tables_say_of_patients_comes_along(tmp_path):
     assert padchest["view_position"].tolist() == ["PA", "AP", "PA"]
 
 
-def test_words_for_nothing_in_a_table_cost_their_own_value_alone(tmp_path):
+def test_a_word_for_a_missing_value_affects_only_that_value(tmp_path):
     rows = TABLES["padchest"] + "z.png,None,20140915,PA,None,None,['normal']\n"
     (tmp_path / "p.csv").write_text(rows)
     padchest = labels_of_layout("padchest", {"entries": str(tmp_path / "p.csv")})
@@ -105,7 +105,7 @@ def test_words_for_nothing_in_a_table_cost_their_own_value_alone(tmp_path):
     assert chexpert["patient_sex"].fillna("-").tolist() == ["-", "M", "M"]
 
 
-def test_a_mass_outside_of_the_lungs_is_no_opacity_and_an_infant_no_adult(tmp_path):
+def test_a_mass_outside_the_lungs_is_not_an_opacity_nor_an_infant_an_adult(tmp_path):
     findings = {
         "['mass']": "Lung_Opacity",
         "['pleural effusion', 'pulmonary mass']": "Lung_Opacity",
@@ -141,7 +141,7 @@ def test_a_mass_outside_of_the_lungs_is_no_opacity_and_an_infant_no_adult(tmp_pa
         ("nih", "", None),
     ],
 )
-def test_what_a_public_set_has_no_label_for_is_counted(name, row, told, tmp_path, caplog):
+def test_rows_that_a_layout_leaves_out_are_counted(name, row, told, tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / "t.csv").write_text(TABLES[name] + row)
     (table,) = LAYOUTS[name].tables
@@ -151,7 +151,7 @@ def test_what_a_public_set_has_no_label_for_is_counted(name, row, told, tmp_path
 
 
 @pytest.mark.parametrize("findings", ["[]", "['']", "[' ', '']", "", "['exclude']"])
-def test_a_padchest_film_of_which_no_finding_is_told_has_no_label(findings, tmp_path):
+def test_a_padchest_film_without_a_listed_finding_has_no_label(findings, tmp_path):
     (tmp_path / "t.csv").write_text(
         TABLES["padchest"] + f'f.png,9,20140915,PA,1931.0,F,"{findings}"\n'
     )
@@ -159,7 +159,7 @@ def test_a_padchest_film_of_which_no_finding_is_told_has_no_label(findings, tmp_
     assert labels["image"].tolist() == ["a.png", "b.png", "c.png"]
 
 
-def test_what_lies_under_lung_opacity_is_one_and_only_doubtful_children_are_left_out(tmp_path):
+def test_findings_below_lung_opacity_are_opacities_and_uncertain_ones_left_out(tmp_path):
     findings = ("Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis")
     head = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding," + ",".join(findings)
     expected, lines = {}, [head]
@@ -181,8 +181,8 @@ def test_what_lies_under_lung_opacity_is_one_and_only_doubtful_children_are_left
     assert labels.set_index("image")["label"].to_dict() == expected
 
 
-def test_half_of_the_readers_are_no_majority(tmp_path):
-    """Of two who see an opacity and two who see nothing, neither is right."""
+def test_half_of_the_readers_are_not_a_majority(tmp_path):
+    """Two see an opacity and two see nothing, so neither label applies."""
     read = {"a": ("1100", "0011"), "b": ("1110", "0001"), "c": ("00", "10"), "d": ("0001", "1110")}
     lines = ["image_id,rad_id,Lung Opacity,No finding"]
     for film, readings in read.items():
@@ -214,7 +214,9 @@ def test_readers_who_name_an_opacity_differently_agree_that_there_is_one(tmp_pat
         ("vindr", "c,R3,0,0", "c,R3,,"),
     ],
 )
-def test_a_film_of_which_a_table_says_nothing_is_of_no_class(tmp_path, capsys, name, told, untold):
+def test_a_film_that_a_table_says_nothing_about_is_in_no_class(
+    tmp_path, capsys, name, told, untold
+):
     changed = TABLES[name].replace(told, untold)
     assert changed != TABLES[name]
     (tmp_path / "t.csv").write_text(changed)
@@ -238,17 +240,17 @@ def test_any_tables_become_labels_by_sql(tmp_path, capsys):
     assert main(["labels", "--sql", sql, *words, "--output", output]) == 0
     assert read_labels(output)["label"].tolist() == ["Lung_Opacity", "Normal"]
     for wrong, said in (
-        ("SELECT key AS image FROM films", "image and label are needed"),
+        ("SELECT key AS image FROM films", "it must give image and label"),
         ("SELECT key AS image, 1 AS label, 2 AS diagnosis FROM films", "diagnosis"),
         ("SELECT nothing FROM films", "--sql: Binder Error"),
-        ("-- nothing", "--sql: gives no table; image and label are needed"),
+        ("-- nothing", "--sql: gives no table; it must give image and label"),
         ("SELECT * FROM read_csv('/etc/passwd')", "--sql: "),
     ):
         assert main(["labels", "--sql", wrong, *words, "--output", output]) == 2
         assert said in capsys.readouterr().err
 
 
-def test_names_of_digits_keep_them_all_wherever_they_stand_in_a_csv(tmp_path):
+def test_names_of_digits_keep_all_digits_wherever_they_are_in_a_csv(tmp_path):
     rows = [f"{100000 + n},Normal,{n},0.5,{n}" for n in range(21_000)]
     rows += ["000123,Opacity,0042,1.5,1", "0x1F,Opacity,-01,2,None"]
     (tmp_path / "t.csv").write_text("\n".join(["file,finding,mrn,score,pages", *rows]))
@@ -260,7 +262,7 @@ def test_names_of_digits_keep_them_all_wherever_they_stand_in_a_csv(tmp_path):
     ]
 
 
-def test_patients_of_long_numbers_stay_apart(tmp_path):
+def test_patients_with_long_numbers_stay_distinct(tmp_path):
     numbers = [f"2760001234567890000{n}" for n in range(8)]
     rows = [f"{n}.png,Normal,{number}" for n, number in enumerate(numbers)]
     (tmp_path / "t.csv").write_text("\n".join(["file,finding,mrn", *rows]))
@@ -297,10 +299,16 @@ def test_labels_that_would_be_refused_are_not_written(tmp_path, capsys, sql, sai
         (["--layout", "nih", "--table", "entries=/nowhere/x.csv"], "x.csv: cannot be read"),
         (["--sql", "SELECT 1", "--table", "nothing"], "'nothing' is not of the form NAME=FILE"),
         (["--sql", "SELECT 1", "--table", "a=x", "--table", "a=y"], "'a' is given 2 times"),
-        (["--sql", "SELECT 1", "--table", "a=x", "--table", "A=y"], "SQL does not tell capitals"),
-        (["--sql", "SELECT 1", "--table", "a/b=x"], "--table a/b=…: a name is up to 64 letters"),
-        (["--sql", "SELECT 1", "--table", 'a"b=x'], "a name is up to 64 letters, digits and _"),
-        (["--sql", "SELECT 1", "--table", f"{'a' * 300}=x"], "a name is up to 64 letters"),
+        (["--sql", "SELECT 1", "--table", "a=x", "--table", "A=y"], "some differ only in capitals"),
+        (
+            ["--sql", "SELECT 1", "--table", "a/b=x"],
+            "--table a/b=…: a name consists of up to 64 letters",
+        ),
+        (
+            ["--sql", "SELECT 1", "--table", 'a"b=x'],
+            "a name consists of up to 64 letters, digits and _",
+        ),
+        (["--sql", "SELECT 1", "--table", f"{'a' * 300}=x"], "a name consists of up to 64 letters"),
     ],
 )
 def test_a_wrong_call_says_what_is_missing(arguments, said, tmp_path, capsys):
@@ -334,12 +342,15 @@ def test_a_file_that_is_no_table_is_named(tmp_path, capsys):
     [
         ("image,label\na,Normäl\n".encode("latin-1"), "t.csv: line 2 is not UTF-8; save it as"),
         ("image,label\na,Normal\n".encode("utf-16"), "t.csv: line 1 is not UTF-8; save it as"),
-        (gzip.compress(b"image,label\na,Normal\n"), "t.csv: is packed with gzip; unpack it"),
+        (
+            gzip.compress(b"image,label\na,Normal\n"),
+            "t.csv: is compressed with gzip; decompress it",
+        ),
         (b"", "t.csv: is empty"),
     ],
     ids=["latin-1", "utf-16", "gzip", "empty"],
 )
-def test_a_table_in_another_encoding_is_refused_with_the_mend(tmp_path, data, said):
+def test_a_table_in_another_encoding_is_refused_with_what_to_do(tmp_path, data, said):
     (tmp_path / "t.csv").write_bytes(data)
     with pytest.raises(UserError, match=said):
         labels_of_tables("SELECT image, label FROM t", {"t": str(tmp_path / "t.csv")})

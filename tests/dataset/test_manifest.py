@@ -46,7 +46,7 @@ def test_csv_and_parquet_are_read_alike(store_uri):
     assert from_csv["split"].isna().all()
 
 
-def test_words_that_pandas_takes_for_gaps_are_names_in_either_file(tmp_path):
+def test_words_that_pandas_reads_as_missing_are_names_in_either_file(tmp_path):
     frame = pd.DataFrame(
         {
             "image": ["NA", "null", "c", "d"],
@@ -66,19 +66,19 @@ def test_words_that_pandas_takes_for_gaps_are_names_in_either_file(tmp_path):
     assert from_csv["patient_age_years"].fillna(-1).tolist() == [50, -1, 60, -1]
 
 
-def test_numbers_stay_names(tmp_path):
+def test_names_of_digits_stay_text(tmp_path):
     (tmp_path / "a.csv").write_text("image,label,patient_id\n007,Normal,0012\n")
     frame = read_labels(str(tmp_path / "a.csv"))
     assert frame.loc[0, ["image", "patient_id"]].tolist() == ["007", "0012"]
 
 
-def test_spaces_around_a_patients_name_make_no_other_patient(tmp_path):
+def test_spaces_around_a_patients_name_do_not_make_another_patient(tmp_path):
     (tmp_path / "a.csv").write_text("image,label,patient_id\na,N,P 1\nb,N,P 1 \nc,N, P 1\nd,N,  \n")
     frame = read_labels(str(tmp_path / "a.csv"))
     assert frame["patient_id"].fillna("none").tolist() == ["P 1", "P 1", "P 1", "none"]
 
 
-def test_sex_and_view_are_told_as_headers_tell_them_whatever_their_case(tmp_path):
+def test_sex_and_view_take_the_values_of_headers_whatever_their_case(tmp_path):
     (tmp_path / "a.csv").write_text(
         "image,label,patient_sex,view_position\n"
         "a,N,Male,pa\nb,N,female,Ap\nc,N,o,PA\nd,N,,\ne,N,Mann,AP_horizontal\n"
@@ -97,7 +97,7 @@ def test_sex_and_view_are_told_as_headers_tell_them_whatever_their_case(tmp_path
         pd.Series(["7", "", "12"]),
     ],
 )
-def test_what_parquet_keeps_as_numbers_are_names_and_an_empty_text_is_none(tmp_path, patients):
+def test_numbers_in_parquet_become_text_and_empty_text_is_missing(tmp_path, patients):
     frame = pd.DataFrame({"image": ["a", "b", "c"], "label": [0, 1, 0], "patient_id": patients})
     frame.assign(split="", patient_sex=["F", "", None]).to_parquet(tmp_path / "a.parquet")
     found = read_labels(str(tmp_path / "a.parquet"))
@@ -107,7 +107,7 @@ def test_what_parquet_keeps_as_numbers_are_names_and_an_empty_text_is_none(tmp_p
     assert found["patient_sex"].isna().tolist() == [False, True, True]
 
 
-def test_whole_numbers_beside_gaps_keep_all_their_digits(tmp_path):
+def test_whole_numbers_with_gaps_keep_all_their_digits(tmp_path):
     numbers = [2**53, 2**53 + 1, None]
     table = pa.table({"image": ["a", "b", "c"], "label": [0, 1, 0], "patient_id": numbers})
     pq.write_table(table, tmp_path / "a.parquet")
@@ -121,29 +121,30 @@ def test_whole_numbers_beside_gaps_keep_all_their_digits(tmp_path):
         ("file,label\na,Normal\n", "no column 'image' .it has: file, label"),
         ("image,label\n", "no rows"),
         ("image,label\na,\n", "without image or label"),
-        ("image,label\na,Normal\na,Normal\n", "more than one row names 1 image, as a"),
+        ("image,label\na,Normal\na,Normal\n", "more than one row names 1 image, such as a"),
+        ("image,label" + 3 * "\na,Normal", "more than one row names 1 image, such as a"),
         ("image,label,split\na,Normal,dev\n", "unknown split dev"),
         ("image,label,split\na,Normal, test\n", "unknown split ' test'; .* spelt exactly so"),
         ("image,label,split\na,Normal,test,\n", "line 2 has 4 fields, the header has 3"),
         ("image,label,split\n\n'a\n',x,test\nb,Normal\n", "line 3 has 1 fields"),
         ('image,label,split\n"a\n",x,test\nb,Normal\n', "line 4 has 2 fields"),
-        ("image,label,label\na,Normal,x\n", "column 'label' is there 2 times"),
-        ("image;label\na;Normal\n", "semicolons lie between its columns"),
-        ("image\tlabel\na\tNormal\n", "tabs lie between its columns"),
+        ("image,label,label\na,Normal,x\n", "has 2 columns named 'label'"),
+        ("image;label\na;Normal\n", "semicolons separate its columns"),
+        ("image\tlabel\na\tNormal\n", "tabs separate its columns"),
         ("Image,label\na,Normal\n", "has a column 'Image'; spell it 'image'"),
         ("image, label\na,Normal\n", "has a column ' label'; spell it 'label'"),
         ("image,label,Split\na,Normal,test\n", "has a column 'Split'; spell it 'split'"),
         ("", "is empty"),
         ("\n \n", "is empty"),
         ('image,label\na,"Normal\nb,Normal\n', "neither CSV nor Parquet|line 3"),
-        (f'image,label\na,"{"x" * 140_000}', r"line 2 is no CSV \(field larger"),
+        (f'image,label\na,"{"x" * 140_000}', r"line 2 is not CSV \(field larger"),
         ("image,label\né,Normal\n".encode("latin-1"), "line 2 is not UTF-8; save it as CSV UTF-8"),
         ("image,label\n".encode("utf-16"), "line 1 is not UTF-8; save it as CSV UTF-8"),
-        (gzip.compress(b"image,label\n", mtime=0), "packed with gzip; unpack it"),
-        (b"PAR1" + bytes(50), "is no whole Parquet file"),
+        (gzip.compress(b"image,label\n", mtime=0), "compressed with gzip; decompress it"),
+        (b"PAR1" + bytes(50), "is a damaged Parquet file"),
     ],
 )
-def test_a_wrong_file_is_refused_with_the_mend(tmp_path, text, message):
+def test_a_wrong_file_is_refused_with_what_to_do(tmp_path, text, message):
     (tmp_path / "a.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         read_labels(str(tmp_path / "a.csv"))
@@ -165,16 +166,16 @@ def test_parquet_that_holds_no_text_is_refused(tmp_path, value, kind):
         read_labels(str(tmp_path / "a.parquet"))
 
 
-def test_what_is_no_age_in_years_is_unknown_and_said(tmp_path, caplog):
+def test_what_is_not_an_age_in_years_is_ignored_with_a_warning(tmp_path, caplog):
     rows = "".join(f"{n},Normal,{age}\n" for n, age in enumerate(["62", "-3", "155", "45 Y", ""]))
     (tmp_path / "a.csv").write_text(f"image,label,patient_age_years\n{rows}")
     ages = read_labels(str(tmp_path / "a.csv"))["patient_age_years"]
     assert ages.isna().tolist() == [False, True, True, True, True]
     assert ages[0] == 62
-    assert "3 of patient_age_years are no number of years from 0 to 120" in caplog.text
+    assert "3 values of patient_age_years are not a number from 0 to 120" in caplog.text
 
 
-def test_ages_may_be_told_as_headers_do(tmp_path):
+def test_ages_may_be_written_as_in_headers(tmp_path):
     rows = "".join(f"{n},Normal,{age}\n" for n, age in enumerate(["045Y", "018M", "7.5", " 9 "]))
     (tmp_path / "a.csv").write_text(f"image,label,patient_age_years\n{rows}")
     ages = read_labels(str(tmp_path / "a.csv"))["patient_age_years"]
@@ -205,18 +206,18 @@ def test_other_classes_are_left_out_and_a_missing_one_refused():
         select_classes(frame, {"Normal": "Normal", "COVID": "COVID"}, URI)
 
 
-def test_of_many_labels_the_commonest_are_told(caplog):
-    """As of a column of free text that was taken for labels."""
+def test_of_many_labels_the_most_common_are_shown(caplog):
+    """As when a column of free text is given as labels."""
     caplog.set_level("INFO")
     frame = labels(40, 1).assign(label=["Normal"] * 8 + [f"text {n:02}" for n in range(32)])
-    with pytest.raises(UserError, match=r"have Normal \(8\), text \d\d \(1\).* and 13 more \(cho"):
+    with pytest.raises(UserError, match=r"have Normal \(8\), text \d\d \(1\).* and 13 more; cho"):
         select_classes(frame, {"TB": "TB"}, URI)
     select_classes(frame, {"Normal": "Normal"}, URI)
     assert caplog.text.count("(1)") == 20
     assert caplog.text.endswith(" and 12 more\n")
 
 
-def test_what_is_of_no_class_is_counted_by_split_and_label():
+def test_images_of_no_class_are_counted_by_split_and_label():
     frame = labels(4, 1).assign(label=["Normal", "TB", "TB", "Lung_Opacity"])
     classes = {"Normal": "Normal", "Healthy": "Normal"}
     assert left_out(frame, classes) == {"no split": {"TB": 2, "Lung_Opacity": 1}}
@@ -225,7 +226,7 @@ def test_what_is_of_no_class_is_counted_by_split_and_label():
     assert left_out(frame.head(1), classes) == {}
 
 
-def test_merged_classes_need_one_of_their_labels_alone():
+def test_a_merged_class_needs_only_one_of_its_labels():
     frame = labels()
     merged = {"Normal": "Normal", "COVID": "Ill", "Lung_Opacity": "Ill"}
     assert set(select_classes(frame, merged, URI)["label"]) == {"Normal", "Ill"}
@@ -233,7 +234,7 @@ def test_merged_classes_need_one_of_their_labels_alone():
         select_classes(frame, {"Normal": "Normal", "COVID": "Ill", "Flu": "Ill"}, URI)
 
 
-def test_splits_never_part_a_patient_and_hold_every_class():
+def test_splits_keep_patients_together_and_have_every_class():
     frame = assign_splits(labels(), URI, seed=1)
     assert frame.groupby("patient_id")["split"].nunique().max() == 1
     shares = frame["split"].value_counts(normalize=True)
@@ -243,8 +244,8 @@ def test_splits_never_part_a_patient_and_hold_every_class():
     check_patients(frame, URI)
 
 
-def test_the_draw_stays_what_it_was():
-    """Else films that older models learnt from become test films."""
+def test_the_drawn_splits_never_change():
+    """Otherwise films that older models learnt from would become test films."""
     frame = labels(patients=15, films=1)
     for given, cut in (
         (None, {"test": "p1 p11 p12", "validation": "p3 p10 p13"}),
@@ -277,13 +278,13 @@ def test_half_filled_splits_are_refused():
         assign_splits(frame, URI, seed=0)
 
 
-def test_rows_without_a_patient_are_told_of(caplog):
+def test_rows_without_a_patient_give_a_warning(caplog):
     assign_splits(labels().assign(patient_id=None), URI, seed=0)
-    assert "labels.csv: rows without patient_id are split as patients of their own" in caplog.text
+    assert "labels.csv: each row without patient_id is split as a patient of its own" in caplog.text
 
 
 def test_too_few_patients_to_split_are_refused():
-    """Of five in a class each split gets one."""
+    """With five patients in a class, each split gets at least one."""
     with pytest.raises(UserError, match="4 patients in the smallest class are too few to split"):
         assign_splits(labels(patients=12), URI, seed=0)
     films = assign_splits(labels(patients=15), URI, seed=0)
@@ -297,10 +298,12 @@ def test_a_patient_in_two_splits_is_refused():
         check_patients(frame, URI)
 
 
-def test_one_files_bytes_in_two_splits_are_refused():
+def test_identical_files_in_two_splits_are_refused():
     frame = labels().assign(split="train")
     frame["content_sha256"] = frame["image"]
     check_contents(frame, URI)
     frame.loc[0, ["content_sha256", "split"]] = ["1-0.png", "test"]
-    with pytest.raises(UserError, match=r"more than one split has 1 file, as 0-0\.png"):
+    with pytest.raises(
+        UserError, match=r"more than one split has copies of 1 file, such as 0-0\.png"
+    ):
         check_contents(frame, URI)

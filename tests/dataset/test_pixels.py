@@ -84,11 +84,11 @@ def test_the_fingerprint_follows_content_label_and_split(tmp_path):
 def test_labels_that_name_absent_files_are_refused(tmp_path):
     names = write_archive(str(tmp_path / "a"))
     frame = labels_of(tmp_path, [*names, "gone.png", "too.png"])
-    with pytest.raises(UserError, match=r"2 of 8 labelled images are not in .*, as gone\.png"):
+    with pytest.raises(UserError, match=r"2 of 8 labelled images are not in .*, such as gone\.png"):
         load([str(tmp_path / "a")], frame)
 
 
-def test_films_are_found_whose_folder_the_labels_do_not_know(tmp_path):
+def test_films_are_found_by_the_end_of_their_names(tmp_path):
     store = open_store(str(tmp_path / "a"))
     for number, name in enumerate(("1.png", "old/1.png", "images/2.png")):
         store.write(name, encoded(grey_film(number)))
@@ -105,12 +105,12 @@ def test_films_are_found_whose_folder_the_labels_do_not_know(tmp_path):
     for pixels, number in zip(data.pixels_NHW, (0, 2, 3, 4, 5, 6), strict=True):
         np.testing.assert_array_equal(pixels, PREPROCESSING.square(grey_film(number)))
     store.write("copies/3.png", encoded(grey_film(3)))
-    said = r"labels\.csv: .*, as 3\.png may be \./images/3\.png or copies/3\.png; write whole keys"
+    said = r"labels\.csv: .*, such as 3\.png may be \./images/3\.png or copies/3\.png; write "
     with pytest.raises(UserError, match=said):
         load([str(tmp_path / "a")], labels_of(tmp_path, names))
 
 
-def test_reading_is_shared_among_all_cpus(tmp_path, monkeypatch):
+def test_all_cpus_take_part_in_reading(tmp_path, monkeypatch):
     store = open_store(str(tmp_path / "a"))
     names = frozenset(f"{n}.png" for n in range(300))
     for name in names:
@@ -129,21 +129,22 @@ def test_reading_is_shared_among_all_cpus(tmp_path, monkeypatch):
     assert len(shared) >= 8
 
 
-def test_a_name_that_occurs_twice_is_refused(tmp_path):
-    for folder in ("a", "b"):
-        write_archive(str(tmp_path / folder))
+def test_a_name_that_occurs_more_than_once_is_refused(tmp_path):
+    uris = [str(tmp_path / folder) for folder in "abc"]
+    for uri in uris:
+        write_archive(uri)
     frame = labels_of(tmp_path, [f"loose/{n}.png" for n in range(2)])
-    with pytest.raises(UserError, match="occur more than once"):
-        load([str(tmp_path / "a"), str(tmp_path / "b")], frame)
+    with pytest.raises(UserError, match="2 labelled names occur more than once, such as loose/"):
+        load(uris, frame)
 
 
-def test_a_labelled_file_of_several_images_is_refused_as_one(tmp_path):
+def test_a_labelled_file_of_several_images_is_refused(tmp_path):
     names = write_archive(str(tmp_path / "a"))
     pages = tiff_of_pages([grey_film(n) for n in range(3)])
     open_store(str(tmp_path / "a")).write("pages.tif", pages)
     frame = labels_of(tmp_path, [names[0], "pages.tif"])
     with pytest.raises(
-        UserError, match=r"1 labelled files hold several images each, as pages\.tif"
+        UserError, match=r"1 labelled files hold several images each, such as pages\.tif"
     ):
         load([str(tmp_path / "a")], frame)
 
@@ -185,7 +186,7 @@ def test_a_broken_shard_is_named(tmp_path):
         load([str(tmp_path / "a")], labels_of(tmp_path, names))
 
 
-def test_what_hides_no_labelled_film_stops_nothing(tmp_path):
+def test_broken_files_that_hide_no_labelled_film_are_ignored(tmp_path):
     names = write_archive(str(tmp_path / "a"))
     store = open_store(str(tmp_path / "a"))
     sheet = pa.table({"image": names, "label": [CLASSES[0]] * len(names)})
@@ -202,11 +203,13 @@ def test_what_hides_no_labelled_film_stops_nothing(tmp_path):
     assert data.images["image"].tolist() == frame["image"].tolist()
     for pixels, seed in zip(data.pixels_NHW, (*range(6), 20, 8), strict=True):
         np.testing.assert_array_equal(pixels, PREPROCESSING.square(grey_film(seed)))
-    with pytest.raises(UserError, match=r"2 of 4 .* as loose\\0\.png; .*; write / for \\ in it"):
+    with pytest.raises(
+        UserError, match=r"2 of 4 .* such as loose\\0\.png; .*; write / instead of \\ in"
+    ):
         load([str(tmp_path / "a")], labels_of(tmp_path, [*names[:2], r"loose\0.png", "gone.png"]))
 
 
-def test_what_the_labels_say_of_a_film_goes_before_its_header(tmp_path):
+def test_the_labels_take_precedence_over_a_films_header(tmp_path):
     names = write_archive(str(tmp_path / "a"))
     data = load([str(tmp_path / "a")], labels_of(tmp_path, names, view_position=["AP"] * 6))
     assert data.images["view_position"].tolist() == ["AP"] * 6

@@ -38,7 +38,7 @@ def test_a_class_may_be_absent_but_not_all_of_them(tmp_path, caplog):
     assert "no image of class 'Normal'" in caplog.text
     uri = labels_of(tmp_path, ["normal", "COVID"])
     with pytest.raises(
-        UserError, match=r"no image of class 'Normal' or 'Lung_Opacity'; .*; rename them"
+        UserError, match=r"no image of class 'Normal' or 'Lung_Opacity'; .*; give them the model's"
     ):
         labels_of_split(uri, tiny_model().spec, "all")
 
