@@ -1,7 +1,7 @@
 """Random changes to training films that do not change their class.
 
-Tensor names carry their shape: B batch, H height, W width. Whole batches are changed at once, on
-the device that holds them.
+Whole batches are changed at once, on the device that holds them. Tensor names carry their shape:
+B batch, H height, W width.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from lungopacity.training.settings import AugmentationSettings
 def augment(
     pixels_BHW: torch.Tensor, settings: AugmentationSettings, generator: torch.Generator
 ) -> torch.Tensor:
-    """(batch, height, width) uint8 to the same, each film changed by its own random amounts.
+    """(batch, height, width) uint8 to the same shape and type, each film changed by random amounts
+    of its own.
 
-    `generator`: on the CPU, so that the same seed draws the same amounts for every device.
+    `generator`: on the CPU, so that a seed draws the same amounts for every device.
     """
     batch, device = len(pixels_BHW), pixels_BHW.device
 
@@ -29,7 +30,7 @@ def augment(
     angle_B = amounts(math.radians(settings.rotation_degrees))
     shrink_B = 1 / (1 + amounts(settings.scale))
     mirror_B = 1.0 - 2.0 * (torch.rand(batch, generator=generator) < settings.flip_probability)
-    # affine_grid wants where each output pixel comes from, in units of half a side.
+    # affine_grid takes the source of each output pixel, in units of half a side.
     source_B23 = torch.zeros(batch, 2, 3)
     source_B23[:, 0, 0] = shrink_B * angle_B.cos() * mirror_B
     source_B23[:, 0, 1] = -shrink_B * angle_B.sin()
@@ -44,7 +45,7 @@ def augment(
     grid_BHW2 = functional.affine_grid(
         source_B23.to(device), list(x_B1HW.shape), align_corners=False
     )
-    # What comes in from outside the film is black, as the padding of `Preprocessing.square` is.
+    # Pixels from outside the film are black, like the padding of `Preprocessing.square`.
     x_B1HW = functional.grid_sample(x_B1HW, grid_BHW2, padding_mode="zeros", align_corners=False)
     x_B1HW = x_B1HW.clamp_(0, 1).pow_(gamma_B.to(device)[:, None, None, None])
     x_B1HW = x_B1HW.mul_(gain_B.to(device)[:, None, None, None])
@@ -56,8 +57,8 @@ def augment(
 def _erase(
     x_B1HW: torch.Tensor, settings: AugmentationSettings, generator: torch.Generator
 ) -> torch.Tensor:
-    """Black out one rectangle, of up to `erase_fraction` of the area and sides up to 1 : 3, in a
-    share of the films. Black is what lies outside of films and outside of lung fields."""
+    """Blacks out one rectangle in a share of the films: up to `erase_fraction` of the area, with
+    sides of up to 1 : 3. Black is also the colour outside of films and of lung fields."""
     batch, _, height, width = x_B1HW.shape
     chance_B, area_B, ratio_B, y_B, x_B = torch.rand(5, batch, generator=generator)
     area_B = area_B * settings.erase_fraction * height * width

@@ -1,4 +1,4 @@
-"""From validation logits: the temperature, the class biases, and the operating points.
+"""Fits the temperature, class biases and operating points to validation logits.
 
 Array names carry their shape: V validation films, K classes.
 """
@@ -24,26 +24,27 @@ _LOG_TEMPERATURE_LIMIT = np.log(20.0)
 
 @dataclass(frozen=True)
 class Calibration:
-    """What validation says of a model: how far to trust its logits, and where to decide."""
+    """What the validation films determine: how logits are calibrated, and where to decide."""
 
     temperature: float
     class_biases: tuple[float, ...] | None
     operating_point: OperatingPoint
-    """That decides unless another is asked for: Youden's."""
+    """The default operating point: Youden's."""
     operating_points: Mapping[str, OperatingPoint]
-    """All of `STANDARD`, by their rules."""
+    """All of `STANDARD`, by rule."""
     metrics: Mapping[str, float]
-    """Calibrated, but for those before_temperature, and at this point; `loss` in nats."""
+    """Of calibrated scores, except those named `..._before_temperature`. Sensitivity and
+    specificity are at `operating_point`; `loss` is in nats."""
 
 
 def warn_of_few(labels_V: npt.NDArray[np.int64], positive: int) -> None:
-    """Where operating points are picked from too few validation films of a kind to mean much."""
+    """Warns where too few validation films are positive, or negative, to pick operating points."""
     positives = int((labels_V == positive).sum())
     counts = (positives, len(labels_V) - positives)
     if min(counts) < FEWEST_IMAGES:
         log.warning(
-            "%d validation films are of the positive class and %d are not: with fewer than %d of a "
-            "kind, the operating points and what they are said to be worth are mostly chance",
+            "%d validation films are of the positive class and %d are not: with fewer than %d of "
+            "either, the operating points and their sensitivity and specificity are mostly chance",
             *counts,
             FEWEST_IMAGES,
         )
@@ -56,16 +57,16 @@ def calibrate(
     *,
     shifted: bool = False,
 ) -> Calibration:
-    """Fit to validation alone. labels_V: index of the class. `positive`: index of the class that
-    decisions are about; it and another must occur. shifted: two classes get biases as well, which
-    more of them always have; see `shares_shifted`."""
+    """Fits everything to the validation films. labels_V: class indices. `positive`: index of the
+    class that decisions are about; it and another class must occur. shifted: fit class biases for
+    two classes, too; more classes always have them. See `shares_shifted`."""
     from sklearn.metrics import roc_auc_score
 
     temperature, biases = fit_temperature(logits_VK, labels_V), None
     if shifted or logits_VK.shape[1] > 2:
         temperature, biases = fit_biases(logits_VK, labels_V, temperature)
     calibrated_VK = calibrated_logits(logits_VK, temperature, biases)
-    # As `ModelSpec.probabilities`: what float32 cannot tell apart, no threshold will.
+    # float32 as in `ModelSpec.probabilities`, so that thresholds apply to the same values.
     probabilities_V = softmax(calibrated_VK).astype(np.float32)[:, positive]
     points = {rule: pick(rule, probabilities_V, labels_V == positive) for rule in STANDARD}
     point = points[STANDARD[0]]
@@ -92,11 +93,12 @@ def calibrate(
 def shares_shifted(
     class_balance: str, train_T: npt.NDArray[np.int64], validation_V: npt.NDArray[np.int64]
 ) -> bool:
-    """Whether training saw the classes in other shares than validation has: they were balanced, or
-    the odds of one differ twofold. The logits are then off by constants, which no temperature takes
-    away; below that, a bias won nothing of two classes (docs/models.md).
+    """Whether training saw the classes in other shares than validation: they were balanced, or the
+    odds of a class differ at least twofold. The logits are then off by constants, which a
+    temperature cannot correct. With smaller differences, biases gained nothing for two classes
+    (docs/models.md).
 
-    class_balance: of the settings. train_T, validation_V: indices of the classes, all occurring.
+    class_balance: the setting. train_T, validation_V: class indices; every class must occur.
     """
     shares = [np.bincount(labels) / len(labels) for labels in (train_T, validation_V)]
     ratio_K = np.divide(*(share_K / (1 - share_K) for share_K in shares))
@@ -114,9 +116,9 @@ def negative_log_likelihood(
 def fit_temperature(logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64]) -> float:
     """The temperature that minimises the negative log-likelihood (Guo et al. 2017, section 4.2).
 
-    It is convex in 1 / temperature, so golden-section search finds the one minimum, from 1/20 to
-    20. Where every film is classified rightly there is none (the smaller the better), which says
-    nothing of confidence: 1 is returned.
+    It is convex in 1 / temperature, so golden-section search finds its only minimum, from 1/20 to
+    20. Where every film is classified correctly, there is no minimum: the lower the temperature,
+    the better. That tells nothing about confidence, so 1 is returned.
     """
     if (logits_VK.argmax(axis=1) == labels_V).all():
         return 1.0
@@ -143,11 +145,11 @@ def fit_temperature(logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[n
 def fit_biases(
     logits_VK: npt.NDArray[np.floating], labels_V: npt.NDArray[np.int64], temperature: float
 ) -> tuple[float, tuple[float, ...]]:
-    """The temperature and a bias for each class that minimise the negative log-likelihood: see
-    `calibrated_logits`. `temperature`: where the search begins.
+    """The temperature, and a bias for each class, that minimise the negative log-likelihood; see
+    `calibrated_logits`. `temperature`: where the search starts.
 
-    Each bias has a standard normal prior, so that of a class without a validation film is finite;
-    a thousand films outweigh it. With it the biases sum to 0.
+    A standard normal prior on each bias keeps that of a class without validation films finite, and
+    makes the biases sum to 0. A thousand films outweigh it.
     """
     from scipy.optimize import minimize
 
@@ -155,7 +157,7 @@ def fit_biases(
     is_class_VK = np.eye(classes)[labels_V]
 
     def loss(point: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        """And its gradient, at the logarithm of the temperature and the biases."""
+        """The loss and its gradient. point: the logarithm of the temperature, then the biases."""
         cold_VK = logits_VK / np.exp(point[0])
         biased_VK = cold_VK + point[1:]
         value = negative_log_likelihood(biased_VK, labels_V) + (point[1:] ** 2).sum() / 2 / films
@@ -171,7 +173,7 @@ def fit_biases(
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=limits)
     right_V = (logits_VK / np.exp(found.x[0]) + found.x[1:]).argmax(axis=1) == labels_V
     if right_V.all():
-        # As in `fit_temperature`: the colder the better, which says nothing of confidence.
+        # As in `fit_temperature`, there is no best temperature; the biases are fitted at 1.
         start, limits[0] = np.zeros(classes + 1), (0.0, 0.0)
         found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=limits)
     return float(np.exp(found.x[0])), tuple(map(float, found.x[1:]))

@@ -1,4 +1,4 @@
-"""What can be trained, and with which settings: the tables of `lungopacity models`."""
+"""The tables of `lungopacity models`: networks that can be trained, and their settings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lungopacity.progress import Progress
 from lungopacity.training.settings import recipe
 
 _BY_OPTION = ("model", "use_gpu")
-"""Settings that an option of their own decides, and never --set."""
+"""Settings that --set does not change, because they have options of their own."""
 _WEIGHTS = {"installed": "installed", "download": "download or FILE", None: "none"}
 
 
 def networks_table() -> str:
-    """A line for each network: parameters, input, where ImageNet weights come from, its source."""
+    """A line per network: parameters, input size, origin of ImageNet weights, and source."""
     rows = [("network", "parameters", "input", "ImageNet weights", "source")]
     with Progress("Building networks", total=len(NETWORK_NAMES), unit="networks") as progress:
         for name in NETWORK_NAMES:
@@ -37,15 +37,15 @@ def networks_table() -> str:
     ]
     more = f"{TORCHVISION}NAME: any other classifier of torchvision; FILE: --weights FILE"
     made = f"{ENSEMBLE}: {ENSEMBLE_MADE}"
-    last = "`lungopacity models NAME` shows what NAME is trained with."
+    last = "`lungopacity models NAME` shows the settings that NAME is trained with."
     return "\n".join([*lines, more, made, last])
 
 
 def parameters(name: str, classes: int = 2) -> int:
-    """How many weights the network learns; buffers are not counted."""
+    """The network's number of parameters, without buffers."""
     import torch
 
-    # Without memory: the largest of torchvision's take gigabytes.
+    # On meta, which needs no memory: the largest of torchvision's networks take gigabytes.
     with torch.device("meta"):
         network = build_network(name, classes)
     return sum(weight.numel() for weight in network.parameters())
@@ -70,7 +70,7 @@ def recipe_table(name: str) -> str:
         for field, value in vars(part).items():
             if field in _BY_OPTION or isinstance(value, Mapping) or hasattr(value, "__dict__"):
                 continue
-            # Inside model_settings --set takes JSON alone.
+            # For model_settings, --set takes only JSON.
             plain = isinstance(value, str) and prefix != "model_settings."
             word = value if plain else json.dumps(value)
             lines += [f"{prefix}{field} = {word}", f"    {texts.get(field, '')}"]
@@ -78,7 +78,7 @@ def recipe_table(name: str) -> str:
 
 
 def field_texts(settings: type[Any]) -> dict[str, str]:
-    """The line under each field of a dataclass, as its source has it."""
+    """The docstring under each field of a dataclass, read from its source."""
     tree = ast.parse(inspect.getsource(settings).lstrip())
     (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
     texts = {}

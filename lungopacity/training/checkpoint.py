@@ -1,9 +1,9 @@
-"""What a training run needs to go on after a crash, in safetensors and JSON: no pickle.
+"""What a training run needs to resume after a crash, in safetensors and JSON, without pickle.
 
 network.safetensors             weights and buffers, as they go into the model folder
-learning.safetensors            the weights that go on learning, where others are their average
+learning.safetensors            the weights being trained, where the network is their average
 optimizer.safetensors           Adam's moments, named <parameter number>.<moment>
-validation_logits.safetensors   of this epoch, for the calibration
+validation_logits.safetensors   this epoch's logits, for calibration
 history.json                    one row for each epoch so far; the last is this one
 """
 
@@ -42,7 +42,7 @@ HISTORY_FILE = "history.json"
 _LEARNING_FILE = "learning.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _DOES_NOT_PASS = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of a disk that stay until someone mends them."""
+"""Disk errors that last until someone fixes them."""
 
 
 def write_checkpoint(
@@ -53,7 +53,8 @@ def write_checkpoint(
     logits_VK: torch.Tensor,
     averaged: torch.nn.Module | None = None,
 ) -> None:
-    """Write all files into `folder`. `averaged`: what is kept instead of `network`."""
+    """Writes all files into `folder`. `averaged`: the moving average of `network`, if there is
+    one."""
     root = Path(folder)
     moments = {
         f"{number}.{name}": tensor.detach().cpu().contiguous()
@@ -69,9 +70,8 @@ def write_checkpoint(
 
 
 @contextlib.contextmanager
-def told_of_no_room(place: str) -> Iterator[None]:
-    """Raises `UserError` where a disk is full or may not be written to, which a restart meets
-    again."""
+def lasting_disk_errors(place: str) -> Iterator[None]:
+    """Raises `UserError` where a disk is full or not writable, which a restart does not change."""
     try:
         yield
     except OSError as error:
@@ -79,50 +79,52 @@ def told_of_no_room(place: str) -> Iterator[None]:
             raise
         raise UserError(
             f"{place}: a checkpoint cannot be written ({os.strerror(error.errno)}); free space or "
-            "give permission, and the same command goes on after its last finished epoch"
+            "give permission, and the same command resumes after its last finished epoch"
         ) from error
 
 
 def report_epoch(
     row: dict[str, Any], save: Callable[[str], None] | None, place: str, filesystem: FileSystem
 ) -> None:
-    """Report a history row to Ray Train, with the checkpoint that `save` writes into a folder.
+    """Reports a history row to Ray Train, with the checkpoint that `save` writes into a folder.
 
-    place: URI of the folder that keeps checkpoints; filesystem: Arrow's, as Ray has it. Raises
-    `UserError` where no checkpoint can be kept until someone mends it.
+    save: None in ranks that write no checkpoint. place: URI of the folder of the run's checkpoints.
+    filesystem: the Arrow filesystem that Ray was given for it. Raises `UserError` where no
+    checkpoint can be kept until someone fixes the cause.
     """
     with tempfile.TemporaryDirectory() as folder:
         if save is not None:
-            with told_of_no_room(f"{folder} on {socket.gethostname()}"):
+            with lasting_disk_errors(f"{folder} on {socket.gethostname()}"):
                 save(folder)
-        # On disk Ray copies, which first looks whether all nodes share that disk.
+        # On disk Ray copies, after checking that all nodes share that disk.
         in_s3 = isinstance(open_store(place), S3Store)
-        with told_of_no_room(place):
+        with lasting_disk_errors(place):
             ray.train.report(
                 row,
                 None if save is None else Checkpoint.from_directory(folder),
-                # Uploaded in the background, it is lost with the worker that made it.
+                # An upload in the background would be lost if its worker died.
                 checkpoint_upload_mode=CheckpointUploadMode.SYNC,
                 checkpoint_upload_fn=partial(uploaded, place, filesystem) if in_s3 else None,
             )
 
 
 def uploaded(place: str, filesystem: FileSystem, local: Checkpoint, name: str) -> Checkpoint:
-    """Its copy in the folder `name` of `place`, which is in S3. Ray would have Arrow make it: of a
-    part that S3 refuses, Arrow 26.0 tells nobody, and the file is not there.
+    """Copies the checkpoint to the folder `name` of `place`, which is in S3, and returns the copy.
+    This replaces Ray's upload by Arrow: Arrow 26.0 raises no error where S3 refuses a part, and the
+    file is missing.
 
-    Raises `UserError` where a restart meets the same, `ConnectionError` where it may not.
+    Raises `UserError` where a restart would fail again, `ConnectionError` where it may succeed.
     """
     store = open_store(join_uri(place, name))
     try:
         for file in sorted(Path(local.path).iterdir()):
             store.write(file.name, file.read_bytes())
     except UserError as error:
-        told = f"a checkpoint cannot be kept: {error}"
+        why = f"a checkpoint cannot be kept: {error}"
         if may_pass(error):
-            raise ConnectionError(told) from error
+            raise ConnectionError(why) from error
         raise UserError(
-            f"{told}; mend it, and the same command goes on after its last finished epoch"
+            f"{why}; fix this, and the same command resumes after its last finished epoch"
         ) from error
     return Checkpoint(store.uri.removeprefix("s3://"), filesystem)
 
@@ -133,11 +135,8 @@ def read_checkpoint(
     optimizer: torch.optim.Optimizer,
     averaged: torch.nn.Module | None = None,
 ) -> list[dict[str, Any]]:
-    """Load weights and moments into `network`, `averaged` and `optimizer`, on whatever device they
-    are.
-
-    Returns the history.
-    """
+    """Loads weights and moments into `network`, `averaged` and `optimizer`, on the devices that
+    these are on. Returns the history."""
     root = Path(folder)
     kept = safetensors.torch.load((root / NETWORK_FILE).read_bytes())
     if averaged is None:
@@ -157,30 +156,31 @@ def read_checkpoint(
 
 
 def checkpoints_of(output: str, run: str) -> str:
-    """URI of the folder in which Ray Train keeps those of the run, below the `output` URI."""
+    """URI of the folder, below the `output` URI, in which Ray Train keeps the run's checkpoints."""
     return join_uri(output, "_training", run)
 
 
 def rows_of_before(output: str, run: str) -> list[dict[str, Any]]:
-    """Of the newest checkpoint, that of the longest history; none where there is none, with a
-    warning where other trainings left some: who meant to go on with one of them must know."""
+    """The history rows of the run's newest checkpoint, which has the longest history; empty where
+    the run has none. If only other trainings left checkpoints, a warning says so, because the user
+    may have meant to resume one of them."""
     store = open_store(join_uri(output, "_training"))
     histories: list[list[dict[str, Any]]] = [[]]
     others = set()
     for item in store.list():
         if item.key.endswith(f"/{HISTORY_FILE}"):
-            of, _, _ = item.key.partition("/")
-            if of != run:
-                others.add(of)
+            owner, _, _ = item.key.partition("/")
+            if owner != run:
+                others.add(owner)
                 continue
-            # What was being written when the run crashed may be half there.
+            # A file that was being written when the run crashed may be incomplete.
             with contextlib.suppress(ValueError, ImageError):
                 histories.append(json.loads(store.read(item.key)))
     rows = max(histories, key=len)
     if others and not rows:
         log.warning(
-            "%s holds %d unfinished trainings of other settings, films, splits or weights, or of "
-            "another lungopacity; this one begins at its first epoch",
+            "%s holds %d unfinished trainings with other settings, films, splits or weights, or by "
+            "another version; this one starts at its first epoch",
             store.uri,
             len(others),
         )
@@ -188,7 +188,7 @@ def rows_of_before(output: str, run: str) -> list[dict[str, Any]]:
 
 
 def remove_checkpoints(output: str, run: str) -> None:
-    """Remove a finished run's checkpoints, and none of other commands of the same output."""
+    """Removes a finished run's checkpoints, and leaves those of other runs of the same output."""
     try:
         work_uri = join_uri(output, "_training")
         filesystem, root = open_store(work_uri).arrow_filesystem()
@@ -197,7 +197,7 @@ def remove_checkpoints(output: str, run: str) -> None:
             filesystem.delete_dir(root)
     except (OSError, pa.ArrowException, UserError) as error:
         log.warning(
-            "the model is finished; its checkpoints in %s could not be removed (%s), remove them",
+            "the model is finished; its checkpoints in %s could not be removed (%s): remove them",
             checkpoints_of(output, run),
             last_line(error, with_type=True),
         )
@@ -209,6 +209,6 @@ def read_file_of(checkpoint_uri: str, name: str) -> bytes:
         return open_store(checkpoint_uri).read(name)
     except ImageError as error:
         raise UserError(
-            f"{join_uri(checkpoint_uri, name)}: cannot be read ({error.message}); the training is "
-            "done, run the same command again to finish the model folder"
+            f"{join_uri(checkpoint_uri, name)}: cannot be read ({error.message}); training is "
+            "done: run the same command again to finish the model folder"
         ) from error

@@ -1,4 +1,4 @@
-"""The compiled network for a model folder that has none, or one that ncnn no longer loads."""
+"""Compiles the network of a model folder that has none compiled, or one that ncnn cannot load."""
 
 from __future__ import annotations
 
@@ -29,21 +29,24 @@ _FILMS = 32
 
 
 def compile(model: str, output: str) -> TrainedModel:
-    """Write the model folder at URI `model` anew, to `output`, with its network compiled.
+    """Copies the model folder at URI `model` to `output`, and adds its network, compiled.
 
-    Training does this, too. The id stays, so operating points of sites go along and results belong
-    together. Compiled and in torch it is tried on phantom films, for a folder has none of its own.
-    Raises `UserError` where compiling brings nothing, or the output holds a model.
+    Training compiles networks itself. The model's id stays the same, so its results and its sites'
+    operating points stay valid. Torch and the compiled network are compared on synthetic films,
+    because a model folder has no films. Raises `UserError` where the compiled network is not used
+    (see `compiled_if_better`), or the output holds a model.
     """
     refuse_model(output)
     trained = load_model(model)
-    # What ncnn makes of a network that it does not know well may end the process. Torch gets there
-    # what screening's workers have: without it, it takes up to twice as long, and loses.
+    # In a process of its own, because pnnx or ncnn may crash on an unfamiliar network. torch gets
+    # the environment of screening's workers: without it, it takes up to twice as long.
     with environment(KEEP_FREED_MEMORY):
         try:
             compiled, said = alone(_compiled, trained)
         except ChildProcessError as error:
-            raise UserError(f"{model}: compiling ended the process; nothing was written") from error
+            raise UserError(
+                f"{model}: compiling crashed the process; nothing was written"
+            ) from error
     if compiled is None:
         raise UserError(f"{model}: {said}; nothing was written")
     spec = replace(trained.spec, training={**trained.spec.training, "on_cpus": said})
@@ -61,7 +64,7 @@ def _compiled(model: TrainedModel) -> tuple[bytes | None, str]:
 
 
 def _phantoms(preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """pixels_NHW as the network takes them."""
+    """Synthetic films, (n, image_size, image_size) uint8."""
     films = []
     for seed in range(_FILMS):
         rng = np.random.default_rng(seed)

@@ -1,5 +1,5 @@
-"""Several trained models in one folder: their logits averaged, calibrated anew on the validation
-films that all of them were chosen by."""
+"""Makes one model folder of several: their logits are averaged, and calibrated again on the
+validation films that they share."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ from lungopacity.training.calibrate import calibrate, warn_of_few
 
 
 def ensemble(models: Sequence[str], output: str) -> TrainedModel:
-    """Write an ensemble of model folders, by URI, as a model folder to `output`.
+    """Writes an ensemble of the model folders at the URIs `models` to `output`.
 
-    No film is read: the folders keep what their models said of the validation films, decoded at
-    each one's own size. A member smaller than the largest will be given that one's films, made
-    smaller, and its logits move a little from those that the ensemble is calibrated on. Raises
-    `UserError` where there are less than two, they tell other classes apart or learnt from other
-    data, one is an ensemble itself or given twice, or the output holds a model.
+    No film is read: each folder holds its model's logits of the validation films, decoded at the
+    model's own image size. In use, a member smaller than the largest gets the largest one's input,
+    downscaled, so its logits differ slightly from those that the ensemble is calibrated on. Raises
+    `UserError` where there are fewer than two models, their classes, positive class, border
+    cropping or training data differ, one is an ensemble itself or given twice, or the output holds
+    a model.
     """
     refuse_model(output)
     if len(models) < 2:
@@ -106,24 +107,24 @@ def _check(uris: Sequence[str], trained: Sequence[TrainedModel]) -> None:
             raise UserError(f"{uri}: is an ensemble itself; give its members")
         if spec.class_names != first.class_names:
             raise UserError(
-                f"{uri}: tells {', '.join(spec.class_names)} apart, {uris[0]} "
-                f"{', '.join(first.class_names)}; only models of the same classes go together"
+                f"{uri}: has the classes {', '.join(spec.class_names)}, and {uris[0]} "
+                f"{', '.join(first.class_names)}; give models of the same classes"
             )
         if spec.positive_class != first.positive_class:
             raise UserError(
-                f"{uri}: decides about {spec.positive_class}, {uris[0]} about "
+                f"{uri}: decides about {spec.positive_class}, and {uris[0]} about "
                 f"{first.positive_class}; train both with the same --positive-class"
             )
         if spec.preprocessing.crop_borders != first.preprocessing.crop_borders:
             raise UserError(
-                f"{uri}: of it and {uris[0]} one crops borders and the other does not, so they "
-                "cannot look at the same pixels; train both with the same "
-                "--set preprocessing.crop_borders"
+                f"{uri}: only one of it and {uris[0]} crops borders, so they do not see the same "
+                "pixels; train both with the same --set preprocessing.crop_borders"
             )
         if spec.training["data"]["fingerprint"] != first.training["data"]["fingerprint"]:
             raise UserError(
                 f"{uri}: learnt from other films, or another split of them, than {uris[0]}; one "
-                "may have learnt what the other was validated on"
+                "may have learnt from films that the other was validated on; train both on the "
+                "same labels file"
             )
 
 
@@ -147,7 +148,8 @@ def _member(model: TrainedModel) -> EnsembleMember:
 
 
 def _calibrated_logits(uri: str, model: TrainedModel) -> pd.DataFrame:
-    """Of the validation films, in the order of the classes, by digest and label, sorted."""
+    """Calibrated logits of the validation films, a column per class, sorted by the index
+    (content_sha256, label)."""
     frame = pd.read_parquet(io.BytesIO(read_validation(uri)))
     columns = [f"logit_{name}" for name in model.spec.class_names]
     raw = frame.set_index(["content_sha256", "label"])[columns].sort_index()
@@ -155,7 +157,7 @@ def _calibrated_logits(uri: str, model: TrainedModel) -> pd.DataFrame:
 
 
 def members_of(model: TrainedModel) -> list[TrainedModel]:
-    """The models that an ensemble was made of, as far as they decide its scores."""
+    """The models of an ensemble, with everything that determines its scores."""
     tensors = safetensors.torch.load(model.weights)
     settings = EnsembleSettings(**model.spec.architecture_settings)
     found = []
@@ -184,8 +186,8 @@ def members_of(model: TrainedModel) -> list[TrainedModel]:
 
 
 def _training_films(models: Sequence[str]) -> bytes | None:
-    """Those of all members. They trained on the same films, but the first weights of one may have
-    learnt from others. None where every member is of before they were kept."""
+    """`training_films.parquet` of all members. They trained on the same films, but a member's first
+    weights may have learnt from others. None where no member's folder has the file."""
     kept = [find_training_films(uri) for uri in models]
     tables = [pd.read_parquet(io.BytesIO(data)) for data in kept if data is not None]
     if not tables:
@@ -203,14 +205,15 @@ def _weights(trained: Sequence[TrainedModel]) -> bytes:
 
 
 def _distribution(trained: Sequence[TrainedModel]) -> bytes | None:
-    """None where a member is of before they were kept."""
+    """The members' distributions; None where a member's folder has none."""
     parts = [model.training_distribution() for model in trained]
     kept = tuple(part for part in parts if isinstance(part, TrainingDistribution))
     return JointDistribution(kept).to_bytes() if len(kept) == len(parts) else None
 
 
 def _compiled(trained: Sequence[TrainedModel]) -> bytes | None:
-    """None where a member is not: the others would wait for its torch."""
+    """The members' compiled networks; None unless all are compiled, because the others would have
+    to wait for the one in torch."""
     kept = [model.compiled for model in trained if model.compiled is not None]
     if len(kept) < len(trained):
         return None

@@ -1,5 +1,5 @@
-"""What a trained network is given besides its weights, found in Ray tasks: the driver of a
-submitted job may have no GPU, and few cores."""
+"""What a trained network needs besides its weights, computed in Ray tasks, because the driver of a
+submitted job may have no GPU and few cores."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from lungopacity.training.loop import Films
 log = logging.getLogger(__name__)
 
 _BATCH = 64
-"""Films of one forward pass, after which the progress is told."""
+"""Films per forward pass, after which the progress is reported."""
 _TURNED_FILMS = 512
-"""So many training films are looked at lying on each side and standing on their heads, too."""
+"""Number of training films whose features are also computed on either side and upside down."""
 _FEWEST_VALIDATION = 100
-"""The place of 1 in 100 lies among as many. Of n, fewer, the farthest stands for it, which another
-film like them exceeds with a chance of 1 / (n + 1), or somewhat more."""
+"""With this many films, the distance that 1 in 100 exceeds lies among theirs. With fewer, n, it is
+close to that of the farthest, which another film like them exceeds with a probability of
+1 / (n + 1) or somewhat more."""
 
 
 def distribution_of(
     model: TrainedModel, films: Films, shared: ray.ObjectRef, use_gpu: bool
 ) -> bytes:
-    """Where the training films lie in the kept network's features. `shared`: the films, for tasks
-    to get."""
+    """The file of the training films' distribution in the kept network's features. `shared`: the
+    films in Ray's object store."""
 
     def run(kept: TrainedModel, films: Films) -> Iterator[int | bytes]:
         from lungopacity.models.distribution import TrainingDistribution
@@ -40,7 +41,7 @@ def distribution_of(
 
         scorer = Scorer(kept, use_gpu=use_gpu)
         features: list[npt.NDArray[np.float32]] = []
-        for rows, turns in _looks(films):
+        for rows, turns in _passes(films):
             parts = []
             for start in range(0, len(rows), _BATCH):
                 pixels_BHW = films.pixels_NHW[rows[start : start + _BATCH]]
@@ -52,39 +53,39 @@ def distribution_of(
         yield TrainingDistribution.of(*features).to_bytes()
 
     warn_of_few_to_compare(len(films.validation))
-    count = sum(len(rows) * len(turns) for rows, turns in _looks(films))
+    count = sum(len(rows) * len(turns) for rows, turns in _passes(films))
     task = ray.remote(run).options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
     with Progress("Finding where the training films lie", total=count) as progress:
-        for told in map(ray.get, task.remote(model, shared)):
-            if isinstance(told, int):
-                progress.advance(told)
+        for update in map(ray.get, task.remote(model, shared)):
+            if isinstance(update, int):
+                progress.advance(update)
             else:
-                found: bytes = told
+                found: bytes = update
     return found
 
 
 def warn_of_few_to_compare(validation: int) -> None:
-    """Where so few validation films do not tell what 1 in 100 films like them exceeds."""
+    """Warns where validation films are too few to tell which distance 1 in 100 of them exceeds."""
     if validation < _FEWEST_VALIDATION:
         log.warning(
-            "%d validation films tell what is unlike the training films: with fewer than %d, 1 in "
-            "%d films like them, or more, will be flagged out_of_distribution, and not 1 in 100",
+            "with only %d validation films, about 1 in %d films like them or more will be flagged "
+            "out_of_distribution; for 1 in 100, give %d or more validation films",
+            validation,
             validation,
             _FEWEST_VALIDATION,
-            validation,
         )
 
 
-def _looks(films: Films) -> list[tuple[npt.NDArray[np.int64], tuple[int, ...]]]:
-    """Films, and the quarter turns that they are looked at with: all training films, all validation
-    films, and some of the training films turned."""
+def _passes(films: Films) -> list[tuple[npt.NDArray[np.int64], tuple[int, ...]]]:
+    """Indices of films and the quarter turns that they are scored with: all training films, all
+    validation films, and some training films turned."""
     some = films.train[:: -(-len(films.train) // _TURNED_FILMS)]
     return [(films.train, (0,)), (films.validation, (0,)), (some, (1, 2, 3))]
 
 
 def compiled_of(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None, str]:
-    """The network as CPUs run it best, or None, and what was found. In a task of its own: what ncnn
-    makes of a network that it does not know well may end the process."""
+    """See `compiled_if_better`. In a task of its own, because pnnx or ncnn may crash on an
+    unfamiliar network."""
 
     def run(kept: TrainedModel, films: Films) -> tuple[bytes | None, str]:
         return compiled_if_better(kept, films.pixels_NHW[films.validation])
@@ -92,7 +93,7 @@ def compiled_of(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None
     try:
         found: tuple[bytes | None, str] = ray.get(
             ray.remote(run)
-            # Timed, torch must have what it has in screening.
+            # torch is timed in the environment that it has in screening.
             .options(num_cpus=1, max_retries=0, runtime_env=worker_environment(False))
             .remote(model, films)
         )

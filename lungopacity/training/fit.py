@@ -1,8 +1,9 @@
 """The driver's side of training: checks, the run, calibration, the model folder.
 
-A run is named by the hash of its settings and data, and its checkpoints lie in `_training/<name>`
-of the output: the same command goes on where a crash left it, and another command starts afresh,
-beside what others left. The same command does not run twice at once.
+A run is named by the hash of its settings and data, and keeps its checkpoints in
+`_training/<name>` of the output. The same command therefore resumes after a crash, while another
+command starts from its first epoch and leaves the others' checkpoints alone. A lease keeps the same
+command from running twice at once.
 """
 
 from __future__ import annotations
@@ -72,49 +73,50 @@ HISTORY_SCHEMA = pa.schema(
     ],
     metadata=METADATA,
 )
-"""Of `history.parquet`; docs/reports.md tells the columns and their units."""
+"""Of `history.parquet`; docs/reports.md explains the columns and their units."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A finished run. The model lies in the output folder too."""
+    """A finished run. The output folder holds the model, too."""
 
     model: TrainedModel
     history: list[dict[str, Any]]
-    """Rows of `HISTORY_SCHEMA`, those of before a crash included."""
+    """Rows of `HISTORY_SCHEMA`, including those from before a crash."""
     best_epoch: int
-    """The epoch whose weights were kept: that of the lowest validation loss."""
+    """The epoch whose weights were kept: the one with the lowest validation loss."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a training begins from; had before a film is read."""
+    """What a training run starts from, determined before a film is read."""
 
     architecture_settings: dict[str, Any]
     first: FirstWeights | None
-    """By the names of our network; None: all its weights are fresh."""
+    """First weights under our network's names; None: all weights are random."""
 
     @property
     def source(self) -> dict[str, Any] | None:
-        """Where the first weights are from, for the model folder."""
+        """Where the first weights come from, for the model folder."""
         return None if self.first is None else dict(self.first.facts)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What training leaves: of the epoch with the lowest validation loss, and its history."""
+    """The epoch with the lowest validation loss, and the history."""
 
     epoch: int
     weights: bytes
     """As in the model folder."""
     logits_VK: npt.NDArray[np.float32]
     history: list[dict[str, Any]]
-    """Of all epochs."""
+    """Rows of all epochs."""
 
 
 def start_of(settings: TrainingSettings, class_names: Sequence[str]) -> Start:
-    """Needs a running Ray. Raises `UserError` where no class is the positive one, the cluster is
-    too small or the first weights cannot be had; `ValueError` for settings the network refuses."""
+    """Checks the settings and loads the first weights. Needs a running Ray. Raises `UserError`
+    where the positive class is not one of the classes, the cluster is too small or the first
+    weights are not available; `ValueError` for settings that the network refuses."""
     _check_positive(settings, class_names)
     workers = settings.workers
     require_resources(workers, workers * settings.use_gpu, "training", "--workers")
@@ -134,17 +136,18 @@ def fit(
     on_start: Callable[[str, list[dict[str, Any]]], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainingResult:
-    """Train on `data`, and write the model folder `output`. Needs a running Ray.
+    """Trains on `data`, and writes the model folder `output`. Needs a running Ray.
 
-    start: what `start_of` gave, if it was asked before. label_map: which labels became which
-    class. left_out: images of labels that became none; see `manifest.left_out`. provenance:
-    JSON-able facts for the model folder, as the label file's name. on_start: called once before
-    training, with the run's name and the history rows that a crashed run of it left. on_epoch:
-    called with each history row while training runs, from another thread; a resumed run begins
-    with its first new epoch. Raises `UserError` where the output has a model, a class lacks films,
-    the first weights cannot be had or learnt from a validation film, the cluster is too small or
-    the training fails, or the same training is at work; `ValueError` for settings the network
-    refuses.
+    start: the result of `start_of`; None calls it. label_map: label to class. left_out: images
+    whose label belongs to no class; see `manifest.left_out`. provenance: facts for the model
+    folder, such as the name of the labels file, as JSON can hold them. on_start: called once before
+    training, with the run's name and the history rows that a crashed run of this name left.
+    on_epoch: called with each history row while training runs, from another thread; a resumed run
+    begins with its first new epoch.
+
+    Raises `UserError` where the output holds a model, a class lacks films, the first weights are
+    not available or learnt from a validation film, the cluster is too small, training fails, or the
+    same training is already running; `ValueError` for settings that the network refuses.
     """
     refuse_model(output)
     counts = count_films(data, settings)
@@ -153,7 +156,7 @@ def fit(
     run = _run_name(data, settings, start.source)
     observe.set_run(run)
     films = films_of(data)
-    # Twice at once, each would remove the other's checkpoints.
+    # Of two running at once, each would remove the other's checkpoints.
     lease = Lease(open_store(output), run, f"training of {settings.model}", LEASE_S, patient=True)
     with lease:
         refuse_model(output)
@@ -161,7 +164,7 @@ def fit(
         if on_start is not None:
             on_start(run, earlier)
         kept = _trained(films, start, settings, output, run, on_epoch)
-        log.info("epoch %d is kept; it looks at all films once more", kept.epoch)
+        log.info("epoch %d is kept; its network now scores all films once more", kept.epoch)
         spec = replace(
             _spec(data, settings, start.architecture_settings, kept.logits_VK, films),
             label_map=dict(label_map or {}),
@@ -178,9 +181,9 @@ def fit(
         model = _completed(TrainedModel(spec, kept.weights), films, settings.use_gpu)
         refuse_model(
             output,
-            "another training was faster; the finished epochs of this one are kept in "
-            f"{checkpoints_of(output, run)}: remove that model, and the same command makes one of "
-            "them",
+            "another training finished first; the finished epochs of this one are kept in "
+            f"{checkpoints_of(output, run)}: to use them, remove that model and run the same "
+            "command again",
         )
         _save(output, model, data, films, kept, start.first)
         remove_checkpoints(output, run)
@@ -195,14 +198,14 @@ def _trained(
     run: str,
     on_epoch: Callable[[dict[str, Any]], None] | None,
 ) -> _Kept:
-    """Train, or go on where a crashed run of that name stopped. Raises `UserError`."""
+    """Trains, or resumes where a crashed run of that name stopped. Raises `UserError`."""
     first = None if start.first is None else dict(start.first.tensors)
     result = run_ray_train(films, first, settings, join_uri(output, "_training"), run, on_epoch)
     diverged = result.return_value["diverged_in_epoch"]
     if diverged:
         raise UserError(
-            f"training diverged: the loss of epoch {diverged} is no number; lower it with "
-            f"--set learning_rate={settings.learning_rate / 4:g}"
+            f"training diverged: the loss of epoch {diverged} is not a finite number; lower the "
+            f"learning rate, for example with --set learning_rate={settings.learning_rate / 4:g}"
         )
     best, best_metrics = min(
         result.best_checkpoints, key=lambda checkpoint: checkpoint[1]["validation_loss"]
@@ -224,7 +227,7 @@ def _facts_of(
     counts: dict[str, dict[str, int]],
     left_out: Mapping[str, Mapping[str, int]] | None,
 ) -> dict[str, Any]:
-    """What the model folder says of the films."""
+    """What the model folder records about the films."""
     unreadable = Counter([*data.unreadable["split"], *data.rejected["split"]])
     return {
         "fingerprint": data.fingerprint,
@@ -236,11 +239,11 @@ def _facts_of(
 
 
 def _completed(model: TrainedModel, films: Films, use_gpu: bool) -> TrainedModel:
-    """With what is found out by running it: where its training films lie, and the network compiled
-    for CPUs, where that is better."""
+    """The model with what is found by running it: the distribution of its training films and, where
+    that is better, the network compiled for CPUs."""
     shared = ray.put(films)
     model = replace(model, distribution=distribution_of(model, films, shared, use_gpu))
-    log.info("its network is compiled for CPUs, and tried on validation films")
+    log.info("compiling the network for CPUs, and comparing it with torch on validation films")
     compiled, said = compiled_of(model, shared)
     log.info("%s", said)
     spec = replace(model.spec, training={**model.spec.training, "on_cpus": said})
@@ -273,7 +276,7 @@ def _save(
 
 
 def films_of(data: LabelledPixels) -> Films:
-    """What the workers get of it."""
+    """The part of the data that workers need."""
     return Films(
         pixels_NHW=data.pixels_NHW,
         labels_N=data.labels_N,
@@ -284,8 +287,8 @@ def films_of(data: LabelledPixels) -> Films:
 
 
 def first_tensors(network: torch.nn.Module, settings: TrainingSettings) -> FirstWeights | None:
-    """What training starts from, by the names that `network` has; None: from fresh weights alone.
-    `network` is given them. Raises `UserError` where they cannot be had."""
+    """The first weights under the names of `network`, which they are loaded into; None: only random
+    weights. Raises `UserError` where they are not available."""
     card = network_card(settings.model)
     given = first_weights(card, settings.weights)
     if given is None:
@@ -297,8 +300,8 @@ def first_tensors(network: torch.nn.Module, settings: TrainingSettings) -> First
 
 
 def check_validation(data: LabelledPixels, first: FirstWeights | None) -> None:
-    """Raises `UserError` where the first weights learnt from a validation film: the epoch would be
-    chosen, and the scores calibrated, by what the network knows already."""
+    """Raises `UserError` where the first weights learnt from a validation film: the choice of the
+    epoch and the calibration would rest on films that the network already knows."""
     if first is None:
         return
     films = data.images[data.split_N == "validation"]
@@ -306,13 +309,14 @@ def check_validation(data: LabelledPixels, first: FirstWeights | None) -> None:
     if len(seen):
         raise UserError(
             f"--weights {first.facts['source']}: learnt from {len(seen)} of {len(films)} films of "
-            f"the validation split, as {seen.iloc[0]}; give labels with the splits that it was "
-            "trained with, or other first weights"
+            f"the validation split, such as {seen.iloc[0]}; give labels with the splits that it "
+            "was trained with, or other first weights"
         )
 
 
 def count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, dict[str, int]]:
-    """Films by split and class. Raises `UserError` where one that training needs has none."""
+    """Number of films by split and class. Raises `UserError` where a class has no films for
+    training or validation."""
     names = data.class_names
     _check_positive(settings, names)
     counts = {
@@ -337,7 +341,7 @@ def count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, d
 def _check_positive(settings: TrainingSettings, names: Sequence[str]) -> None:
     if settings.positive_class not in names:
         raise UserError(
-            f"positive class '{settings.positive_class}' is none of the classes "
+            f"positive class '{settings.positive_class}' is not one of the classes "
             f"({', '.join(names)}); give one of them as --positive-class"
         )
 
@@ -350,7 +354,7 @@ def _run_name(
         weights,
         data.class_names,
         data.fingerprint,
-        # In their order, in which the films are drawn and what was said of them is kept.
+        # In order: films are drawn, and checkpoints keep validation logits, by position.
         hashlib.sha256("".join(data.images["content_sha256"]).encode()).hexdigest(),
         versions()["lungopacity"],
     ]
@@ -364,7 +368,7 @@ def _spec(
     logits_VK: npt.NDArray[np.float32],
     films: Films,
 ) -> ModelSpec:
-    """All but how it came about, with what validation says of the kept weights."""
+    """The spec without `label_map` and `training`; calibrated on the validation films."""
     positive = data.class_names.index(settings.positive_class)
     labels_V = data.labels_N[films.validation]
     shifted = shares_shifted(settings.class_balance, data.labels_N[films.train], labels_V)

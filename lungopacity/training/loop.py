@@ -1,11 +1,11 @@
 """The training loop that Ray Train runs in every worker.
 
-Every draw is seeded by (seed, epoch, rank) and the learning rate is a function of the step, so an
-epoch depends on nothing but the weights and the moments before it: a run resumed from a checkpoint
-goes on as if it had never stopped. Of three workers or more the last digits may differ: DDP sorts
-the gradients anew after its first step, and with their places the order changes in which they are
-added up. On GPUs all this is as exact as torch's layers are: the backward passes of adaptive
-pooling (alexnet, torchvision's VGG) and of attention may add up in any order.
+All random numbers are seeded by (seed, epoch, rank) and the learning rate depends only on the step.
+An epoch therefore depends only on the weights and optimizer moments before it, and a run resumed
+from a checkpoint continues as if it had never stopped. With three or more workers the last digits
+may differ: DDP reorders the gradients after its first step, which changes the order of their
+summation. On GPUs a run is as reproducible as torch's layers: the backward passes of adaptive
+pooling (alexnet, torchvision's VGG) and of attention may sum in any order.
 
 Tensor names carry their shape: N all films, V validation films, B films of one worker's batch,
 H height, W width, K classes.
@@ -48,18 +48,18 @@ _EVALUATION_BATCH = 64
 
 
 def ddp_options() -> dict[str, Any]:
-    """How torch's DDP averages gradients here."""
+    """Options for torch's DDP."""
     known = inspect.signature(DistributedDataParallel).parameters
-    # torch 2.15 has renamed it.
+    # torch 2.15 renamed broadcast_buffers.
     buffers = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)
-    # No step reads the running statistics of batch normalisation, and validation sends rank 0's
-    # round. By default each step would: on two cores, a fifteenth of its time.
+    # By default each step broadcasts the running statistics of batch normalisation, which takes a
+    # fifteenth of its time on two cores. Only validation reads them, and broadcasts rank 0's.
     return {buffers: False, "gradient_as_bucket_view": True}
 
 
 @dataclass(frozen=True)
 class Films:
-    """What the workers learn from; lies in Ray's object store once, and is read there by all."""
+    """The labelled films of training and validation, which workers share in Ray's object store."""
 
     pixels_NHW: npt.NDArray[np.uint8]
     labels_N: npt.NDArray[np.int64]
@@ -81,12 +81,12 @@ class Worker:
     device: torch.device
 
     def add_up(self, tensor: torch.Tensor) -> None:
-        """Replace it by its sum over the workers."""
+        """Replaces the tensor by its sum over the workers."""
         if self.workers > 1:
             torch.distributed.all_reduce(tensor)
 
     def together(self, network: torch.nn.Module) -> torch.nn.Module:
-        """The network, its gradients averaged over the workers."""
+        """The network, wrapped so that its gradients are averaged over the workers."""
         if self.workers == 1:
             return network
         prepared: torch.nn.Module = ray.train.torch.prepare_model(
@@ -95,13 +95,14 @@ class Worker:
         return prepared
 
     def batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        """This rank's part of the epoch's order; batches are as many and as large in every rank.
+        """Indices of this rank's films in the epoch, by batch. Every rank has equally many batches
+        of the same sizes.
 
-        As torch's DistributedSampler does, the order is filled up from its start until it divides;
-        unlike there, batches are of even size and hold two films or more, so that none is too small
-        for batch normalisation.
-        The steps are the same however many workers share them, for their number may change in a
-        run: learning rate and average go by steps.
+        As in torch's DistributedSampler, films from the start of the order are repeated until it
+        divides by the workers. Unlike there, batches are of even size and hold at least two films,
+        because batch normalisation cannot take one. The number of steps does not depend on the
+        number of workers, which may change during a run: the learning rate and the moving average
+        depend on the step.
         """
         order = self._order(np.random.default_rng([self.settings.seed, epoch]))
         steps = math.ceil(len(order) / self.settings.batch_size)
@@ -110,8 +111,8 @@ class Worker:
         return np.array_split(mine, steps)
 
     def _order(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """The training films in a random order; if classes are balanced, the same number of each,
-        for which films of small classes are repeated and some of large ones wait."""
+        """The training films in a random order. With class_balance `sampling`, equally many of each
+        class: films of small classes are repeated, and some of large ones left out."""
         train = self.films.train
         if self.settings.class_balance != "sampling":
             return rng.permutation(train)
@@ -124,7 +125,7 @@ class Worker:
         return rng.permutation(np.concatenate(each))
 
     def class_weights(self) -> torch.Tensor | None:
-        """(classes,) float32: what a film of each class counts, 1 on average over the films."""
+        """The weight of a film of each class, (classes,) float32; their mean over films is 1."""
         if self.settings.class_balance != "weights":
             return None
         counts = np.bincount(self.films.labels_N[self.films.train], minlength=self.films.classes)
@@ -133,12 +134,12 @@ class Worker:
 
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """One worker. config: `settings` (`TrainingSettings`), `films`, a reference to `Films`, and
-    `first`, one to the tensors by name that training starts from, or None; `place` and
-    `filesystem`, as for `report_epoch`.
+    """Runs one worker.
 
-    Reports a history row and a checkpoint after each epoch. Returns `diverged_in_epoch`: the epoch
-    whose loss was not a number, or None. Raises `UserError` where no checkpoint can be kept.
+    config: `settings` (`TrainingSettings`); `films`, a reference to `Films`; `first`, a reference
+    to the first weights by name, or None; `place` and `filesystem`, as for `report_epoch`. Reports
+    a history row and a checkpoint after each epoch. Returns `diverged_in_epoch`: the epoch whose
+    loss was not finite, or None. Raises `UserError` where no checkpoint can be kept.
     """
     context = ray.train.get_context()
     settings: TrainingSettings = config["settings"]
@@ -147,11 +148,11 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         films=ray.get(config["films"]),
         rank=context.get_world_rank(),
         workers=context.get_world_size(),
-        # Without a GPU of its own a worker's is the CPU, also where its node has GPUs.
+        # The CPU for a worker without a reserved GPU, even where its node has GPUs.
         device=ray.train.torch.get_device(),
     )
     if worker.device.type == "cpu":
-        # Ray allows as many threads as CPUs are reserved: one. Training has the machine to itself.
+        # Ray would allow one thread, for the one CPU reserved; training has the node to itself.
         cpus = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cpus // context.get_local_world_size()))
 
@@ -164,8 +165,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 
 Report = Callable[[dict[str, Any], torch.Tensor, Callable[[str], None]], None]
-"""Of an epoch: its history row; the validation logits (V, K), float32 on the CPU; and what writes a
-checkpoint into a folder."""
+"""Called after an epoch with its history row, the validation logits (V, K), float32 on the CPU, and
+a function that writes a checkpoint into a folder."""
 
 
 def learn(
@@ -174,16 +175,16 @@ def learn(
     checkpoint: Checkpoint | None,
     report: Report,
 ) -> int | None:
-    """All epochs, or those after the checkpoint; `report` is called after each.
+    """Trains all epochs, or those after the checkpoint, and calls `report` after each.
 
-    `first`: what training starts from, by name. Returns the epoch whose loss was not a number, or
-    None.
+    `first`: first weights by name. Returns the epoch whose loss was not finite, or None.
     """
     settings = worker.settings
     torch.backends.cudnn.deterministic = True
-    # What is chosen by the validation logits decides films that `Scorer` scores: as exactly.
+    # Operating points chosen on validation logits are applied to the scores of `Scorer`, which
+    # computes as exactly.
     exact_float32()
-    # DDP says that a 3 x 3 kernel of one channel has two memory layouts. Both are right.
+    # DDP warns that a 3 x 3 kernel of one channel has two memory layouts. Both are correct.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
     torch.manual_seed(_seed(settings.seed))
@@ -193,7 +194,7 @@ def learn(
     network = network.to(worker.device).to(memory_format=torch.channels_last)
     if worker.device.type == "cpu":
         depthwise_in_float32(network)
-    # What is validated and kept: the network, or the average of its weights over the steps.
+    # The network that is validated and kept: this one, or the moving average of its weights.
     kept = copy.deepcopy(network) if settings.ema_decay else network
     averaged = kept if settings.ema_decay else None
     optimizer = optimizer_of(network, settings)
@@ -204,13 +205,13 @@ def learn(
 
     labels_V = torch.from_numpy(worker.films.labels_N[worker.films.validation])
     distributed: torch.nn.Module | None = None
-    # An epoch lasts from one row to the next: what its report took is the following one's.
+    # The seconds of an epoch include the report of the one before it.
     started = time.monotonic()
     for epoch in range(len(history) + 1, settings.epochs + 1):
         if _patience_spent(history, settings.patience):
             break
         if distributed is None or epoch == settings.frozen_epochs + 1:
-            # DDP asks once, when it is made, which weights learn.
+            # DDP reads which weights are trainable only when it is built.
             _freeze(network, epoch <= settings.frozen_epochs)
             distributed = worker.together(network)
         trained = _train_epoch(worker, distributed, optimizer, epoch, averaged)
@@ -237,21 +238,21 @@ def learn(
 
 
 def _freeze(network: torch.nn.Module, frozen: bool) -> None:
-    """Whether all but the head is left as it is."""
+    """Freezes or unfreezes everything but the head."""
     for name, weight in network.named_parameters():
         weight.requires_grad_(not frozen or name.startswith("head."))
 
 
 def _set_training(distributed: torch.nn.Module, network: torch.nn.Module, frozen: bool) -> None:
-    """Everything is in training mode, the dropout before the last layer too; but of what is frozen
-    the running statistics stay, and no branch is left out."""
+    """Puts the network into training mode, including the dropout before the last layer. Frozen
+    layers keep their running statistics and skip no residual branches."""
     distributed.train()
     if not frozen:
         return
     for name, part in network.named_modules():
-        # By name: the libraries that have them are not imported for networks that do not.
-        leaves_out = type(part).__name__ in ("DropPath", "StochasticDepth")
-        if (isinstance(part, _NormBase) or leaves_out) and name.partition(".")[0] != "head":
+        # By class name, so as not to import the libraries that define them.
+        skips = type(part).__name__ in ("DropPath", "StochasticDepth")
+        if (isinstance(part, _NormBase) or skips) and name.partition(".")[0] != "head":
             part.eval()
 
 
@@ -262,7 +263,7 @@ def _train_epoch(
     epoch: int,
     averaged: torch.nn.Module | None,
 ) -> dict[str, float]:
-    """Once over the training films. Returns their part of the history row."""
+    """Trains one epoch. Returns its part of the history row."""
     settings, films, device = worker.settings, worker.films, worker.device
     started = time.monotonic()
     torch.manual_seed(_seed(settings.seed, epoch, worker.rank))
@@ -277,7 +278,7 @@ def _train_epoch(
     network = getattr(distributed, "module", distributed)
     _set_training(distributed, network, epoch <= settings.frozen_epochs)
     for number, index_B in enumerate(batches, start=1):
-        # Counted to the middle of the step, so that the first step moves and the last does too.
+        # At the middle of the step, so that the rate is above 0 in the first and the last step.
         progress = (epoch - 1 + (number - 0.5) / len(batches)) / settings.epochs
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(progress, settings)
@@ -287,7 +288,7 @@ def _train_epoch(
         x_B1HW = normalise(pixels_BHW, settings.preprocessing)
         share = 1.0
         if settings.mixup_alpha:
-            # The order is random: the film at the other end is any other film.
+            # The order is random, so flipping it pairs each film with a random other one.
             share = float(shares.beta(settings.mixup_alpha, settings.mixup_alpha))
             x_B1HW = torch.lerp(x_B1HW.flip(0), x_B1HW, share)
         with autocast:
@@ -305,7 +306,7 @@ def _train_epoch(
             _average(averaged, network, settings.ema_decay, step)
         called_B = logits_BK.argmax(1)
         own, other = ((called_B == of_B).float().sum() for of_B in (labels_B, labels_B.flip(0)))
-        # Of a blend, by the share of each film in it, as the loss is.
+        # A blend counts as correct by each film's share in it, as in the loss.
         right = torch.lerp(other, own, share)
         sums += torch.stack([loss.detach() * len(labels_B), right])
     worker.add_up(sums)
@@ -325,12 +326,12 @@ def loss_of(
     weights_K: torch.Tensor | None,
     smoothing: float,
 ) -> torch.Tensor:
-    """The mean over the films, to be averaged over ranks and batches of one size.
+    """The mean loss over the films of a batch.
 
-    share: of a film itself, where it is blended with the one at the other end of the batch.
-    weights_K: what a film of each class counts. Not `cross_entropy`'s own weights: it smooths by
-    those of all classes, and divides by those of the films in one rank's batch, so that the loss
-    would depend on how many workers share it.
+    share: the film's own share where it is blended with the one at the opposite position of the
+    batch. weights_K: weight of a film of each class. The weights of `cross_entropy` are not used:
+    they also weight the smoothing, and are normalised over a rank's batch, so that the loss would
+    depend on the number of workers.
     """
 
     def mean_of(labels_B: torch.Tensor) -> torch.Tensor:
@@ -345,8 +346,8 @@ def loss_of(
 
 @torch.no_grad()
 def _average(averaged: torch.nn.Module, network: torch.nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the network. In the first steps it follows fast, as TensorFlow's
-    ExponentialMovingAverage does, lest the first weights weigh on it."""
+    """Moves the average towards the network. In the first steps it follows fast, as in TensorFlow's
+    ExponentialMovingAverage, so that the first weights soon lose their influence."""
     decay = min(decay, (1 + step) / (10 + step))
     pairs = zip(averaged.state_dict().values(), network.state_dict().values(), strict=True)
     for mean, latest in pairs:
@@ -357,13 +358,13 @@ def _average(averaged: torch.nn.Module, network: torch.nn.Module, decay: float, 
 
 
 def _validation_logits(worker: Worker, network: torch.nn.Module) -> torch.Tensor:
-    """(validation films, classes) float32 on the CPU, the same in every rank.
+    """Logits (validation films, classes), float32 on the CPU, the same in every rank.
 
-    Each rank runs its share and leaves the rest zero, so the sum counts every film once.
+    Each rank computes its share and leaves the others 0; the sum over ranks has every film once.
     """
     films = worker.films
     if worker.workers > 1:
-        # Each rank's batch norm has seen films of its own; rank 0's statistics go into the model.
+        # Each rank's batch norm has seen other films; rank 0's statistics go into the model.
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)
     network.eval()
@@ -373,7 +374,7 @@ def _validation_logits(worker: Worker, network: torch.nn.Module) -> torch.Tensor
         for start in range(0, len(mine), _EVALUATION_BATCH):
             rows = mine[start : start + _EVALUATION_BATCH]
             pixels_BHW = torch.from_numpy(films.pixels_NHW[films.validation[rows]])
-            # float32 whatever the precision of training: that is how `Scorer` will run it.
+            # In float32 whatever the precision of training, as `Scorer` does.
             x_B1HW = normalise(pixels_BHW.to(worker.device), worker.settings.preprocessing)
             logits_VK[torch.from_numpy(rows)] = network(x_B1HW).float()
     worker.add_up(logits_VK)

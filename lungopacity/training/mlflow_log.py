@@ -13,14 +13,14 @@ from lungopacity.errors import NOTICE, UserError
 from lungopacity.training.run_log import RunLog, as_user_error
 
 EXPERIMENT = "lungopacity"
-"""MLflow's experiment, unless the variable MLFLOW_EXPERIMENT_NAME says another."""
+"""MLflow's experiment, unless the variable MLFLOW_EXPERIMENT_NAME names another."""
 
 _EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 _FOLDER_VARIABLE = "MLFLOW_ALLOW_FILE_STORE"
 _RUN_TAG = "lungopacity.run"
 _OUTPUT_TAG = "model_folder"
-# Read by MLflow when it is imported. It would tell its makers of every use, and try for minutes to
-# reach a server that is not there.
+# MLflow reads these when it is imported. By default it sends usage data to its authors, and tries
+# for minutes to reach a server that does not answer.
 _MLFLOW_VARIABLES = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -29,7 +29,7 @@ _MLFLOW_VARIABLES = {
 
 
 class MlflowLog(RunLog):
-    """A run of an MLflow server, found again by its tag."""
+    """A run on an MLflow server, found again by its tags."""
 
     def __init__(self, uri: str) -> None:
         super().__init__()
@@ -44,20 +44,20 @@ class MlflowLog(RunLog):
                 "'lungopacity[mlflow]'"
             ) from error
         name = os.environ.get(_EXPERIMENT_VARIABLE, EXPERIMENT)
-        with as_user_error(self.place), _with_the_mend(self.place):
+        with as_user_error(self.place), _with_advice(self.place):
             self._client = MlflowClient(uri)
             found = self._client.get_experiment_by_name(name)
             self._experiment = (
                 self._client.create_experiment(name) if found is None else found.experiment_id
             )
         self._run: str | None = None
-        self._written: set[tuple[str, int]] = set()
-        """Names and epochs of the figures that a run that goes on has already."""
+        self._figures: set[tuple[str, int]] = set()
+        """Names and epochs of the figures that a resumed run has already."""
 
     def start(self, run: str, settings: Mapping[str, bool | float | str], output: str) -> None:
         from mlflow.entities import Param
 
-        # Also of one that was killed before its first checkpoint, and not of another output.
+        # Finds a run even if it was killed before its first checkpoint, but only of this output.
         unfinished = f"tags.`{_RUN_TAG}` = '{run}' and attributes.status != 'FINISHED'"
         found = [
             item
@@ -67,13 +67,13 @@ class MlflowLog(RunLog):
         if found:
             self._run = str(found[0].info.run_id)
             self._client.update_run(self._run, status="RUNNING")
-            # One that was killed as it told an epoch has some of its figures.
-            self._written = {
+            # A run that was killed while it wrote an epoch has only some of the epoch's figures.
+            self._figures = {
                 (name, metric.step)
                 for name in found[0].data.metrics
                 for metric in self._client.get_metric_history(self._run, name)
             }
-            self.told = {step for name, step in self._written if name == "validation_loss"}
+            self.written = {step for name, step in self._figures if name == "validation_loss"}
             return
         tags = {_RUN_TAG: run, _OUTPUT_TAG: output, "mlflow.note.content": NOTICE}
         made = self._client.create_run(
@@ -83,9 +83,9 @@ class MlflowLog(RunLog):
         parameters = [Param(name, str(value)) for name, value in settings.items()]
         self._client.log_batch(self._run, params=parameters)
 
-    def tell(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         values = {name: value for name, value in row.items() if name != "epoch"}
-        # Last: an epoch that has it has all.
+        # Written last: an epoch that has it is complete.
         values["validation_loss"] = values.pop("validation_loss")
         self._metrics(values, row["epoch"])
 
@@ -107,15 +107,15 @@ class MlflowLog(RunLog):
         metrics = [
             Metric(name, float(value), now, step)
             for name, value in values.items()
-            if (name, step) not in self._written
+            if (name, step) not in self._figures
         ]
         self._client.log_batch(self._run, metrics=metrics)
 
 
 @contextlib.contextmanager
-def _with_the_mend(place: str) -> Iterator[None]:
-    """Of a place where this MLflow keeps no runs: what to do, which it does not say, or says of
-    another installation than ours."""
+def _with_advice(place: str) -> Iterator[None]:
+    """Raises a `UserError` with what to do where this MLflow cannot keep runs there. MLflow's own
+    errors give no advice, or advice for another installation than ours."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
@@ -123,8 +123,8 @@ def _with_the_mend(place: str) -> Iterator[None]:
         yield
     except UnsupportedModelRegistryStoreURIException as error:
         raise UserError(
-            f"{place}: the client of MLflow keeps no runs there; give the http:// address of a "
-            "tracking server, or for a database pip install mlflow"
+            f"{place}: the MLflow client cannot keep runs there; give the http:// address of a "
+            "tracking server or, for a database, pip install mlflow"
         ) from error
     except MlflowException as error:
         if _FOLDER_VARIABLE not in str(error):

@@ -1,4 +1,4 @@
-"""How the training loop moves the weights: the optimizer, and its learning rate at each step."""
+"""How training updates the weights: the optimizer, and its learning rate at each step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def optimizer_of(network: torch.nn.Module, settings: TrainingSettings) -> torch.
     weights = list(network.parameters())
     groups: list[dict[str, Any]] = [{"params": weights}]
     if settings.decay_kernels_only:
-        # Biases and gains are the vectors among the weights.
+        # Biases and normalisation gains have one dimension.
         groups = [
             {"params": [weight for weight in weights if weight.ndim > 1]},
             {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
@@ -28,9 +28,9 @@ def optimizer_of(network: torch.nn.Module, settings: TrainingSettings) -> torch.
 def learning_rate_at(progress: float, settings: TrainingSettings) -> float:
     """Linear warm-up to the peak, then half a cosine to zero (Loshchilov & Hutter 2017).
 
-    progress: share of the steps that are done, 0 … 1.
+    progress: share of all steps that are done, from 0 to 1.
     """
     if progress < settings.warmup_fraction:
         return settings.learning_rate * progress / settings.warmup_fraction
-    fallen = (progress - settings.warmup_fraction) / (1 - settings.warmup_fraction)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * fallen))
+    annealed = (progress - settings.warmup_fraction) / (1 - settings.warmup_fraction)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * annealed))

@@ -1,4 +1,4 @@
-"""A run of Ray Train: its workers, restarts and checkpoints, and its end."""
+"""Runs Ray Train: workers, restarts, checkpoints, and the errors a run can end with."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lungopacity.training.relay import EndAtOnce, relayed_rows
 from lungopacity.training.settings import TrainingSettings
 
 MAX_RESTARTS = 3
-"""Of a run's workers, before the run is given up."""
+"""Restarts of a run's workers before the run is given up."""
 MAX_ELASTIC_RESTARTS = 30
-"""The same where their number may change: such runs are made for nodes that come and go."""
+"""The same where the number of workers may change: such runs expect nodes to come and go."""
 RESIZE_EVERY_S = 60.0
-"""How often such a run looks for room for more workers; it then begins the epoch again."""
+"""How often such a run checks for room for more workers. If there is, it restarts the epoch."""
 
 
 def run_ray_train(
@@ -37,7 +37,7 @@ def run_ray_train(
     run: str,
     on_epoch: Callable[[dict[str, Any]], None] | None,
 ) -> ray.train.Result:
-    """Train, or go on where a crashed run of that name stopped; its checkpoints lie in
+    """Trains, or resumes where a crashed run of that name stopped. Checkpoints are kept in
     `work_uri`/`run`. `first`: as in `learn`; on_epoch: as in `fit`. Raises `UserError`."""
     filesystem, root = open_store(work_uri).arrow_filesystem()
     elastic = settings.max_workers > 0
@@ -65,14 +65,15 @@ def run_ray_train(
                 storage_path=root,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=restarts),
-                # Ray keeps the latest besides the best one.
+                # Ray also keeps the latest checkpoint besides the best.
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=1,
                     checkpoint_score_attribute="validation_loss",
                     checkpoint_score_order="min",
                 ),
                 callbacks=[*callbacks, EndAtOnce()],
-                # Training runs in a thread: what it allocates with was chosen before it began.
+                # Set by the worker's environment, because a running process cannot change how its
+                # memory is allocated.
                 worker_runtime_env=worker_environment(settings.use_gpu),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
@@ -85,43 +86,44 @@ def run_ray_train(
                 raise error.controller_failure from error
             raise UserError(
                 f"training was given up: {last_line(error.controller_failure, with_type=True)}; "
-                "its finished epochs are kept, and the same command goes on from there"
+                "its finished epochs are kept, and the same command resumes from there"
             ) from error
         except TrainingFailedError as error:
             raise UserError(
                 f"training was given up after {restarts} restarts: {_cause(error)}; its "
-                "finished epochs are kept, and the same command goes on from there"
+                "finished epochs are kept, and the same command resumes from there"
             ) from error
         except ActorDiedError as error:
-            # Ray overwrites the file in place: killed at that, or with the machine's power gone,
-            # it leaves half of it. Nor does it read one of another version of its own.
-            _, of_the_note, why = last_line(error).partition(
+            # Ray overwrites its record of the checkpoints in place: a crash can leave half of it.
+            # Nor does Ray read the record of another version of Ray.
+            _, of_the_record, why = last_line(error).partition(
                 "CheckpointManagerInitializationError: "
             )
-            if not of_the_note:
+            if not of_the_record:
                 raise
             raise UserError(
-                f"Ray's note of the epochs in {join_uri(work_uri, run)} cannot be read ({why}); "
-                "remove that folder, and the same command begins anew"
+                f"Ray's record of the checkpoints in {join_uri(work_uri, run)} cannot be read "
+                f"({why}); remove that folder, and the same command starts from epoch 1"
             ) from error
 
 
 def _cause(error: TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None)
-    # Ray quotes whole tracebacks.
+    # The last line only: Ray quotes whole tracebacks.
     return last_line(next(iter(failures.values())) if failures else error, with_type=True)
 
 
 @contextlib.contextmanager
 def _own_interrupts(trainer: TorchTrainer) -> Iterator[None]:
-    """Ctrl-C is ours to answer. Ray Train takes it for itself, ends the process with code 1 and
-    without a word, and never gives it back."""
+    """Keeps our own handling of Ctrl-C in the block. Ray Train would replace it for good, by a
+    handler that ends the process with code 1 and no message."""
     controllers: list[Any] = []
     trainer._register_sigint_handler = controllers.append
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         for controller in controllers:
-            # A Ray that outlives this call would train on. It takes its workers along.
+            # Otherwise a Ray that outlives this call would go on training. The controller's death
+            # ends its workers.
             ray.kill(controller)
         raise

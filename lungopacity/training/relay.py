@@ -1,7 +1,7 @@
-"""What runs in Ray Train's controller process: it relays epochs as they finish to the driver, and
-ends a training that no restart can mend.
+"""Callbacks in Ray Train's controller process. They relay each finished epoch to the driver, and
+end a run whose error a restart cannot fix.
 
-Apart from `fit` so that the processes between, which import this module, need not import torch.
+Separate from `fit` so that the processes that import this module need not import torch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lungopacity.errors import UserError
 
 
 class _Rows:
-    """An actor that both can reach: the controller calls back in its own process.
+    """An actor between the controller's process and the driver's.
 
-    Who wants rows waits in it: to ask again and again would take from two cores that train.
+    The driver waits in a call for new rows, because polling would take CPU time from training.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,8 @@ class _Rows:
         self.news.set()
 
     async def since(self, count: int) -> tuple[list[dict[str, Any]], bool]:
-        """Rows after so many, once there are any or the training has ended; and whether it has."""
+        """Waits for rows after the first `count`, or the end. Returns them, and whether training
+        has ended."""
         while len(self.rows) == count and not self.ended:
             self.news.clear()
             await self.news.wait()
@@ -47,7 +48,7 @@ class _Rows:
 
 
 class EndAtOnce(UserCallback):  # type: ignore[misc]  # ray ships no types
-    """A worker's `UserError` ends the training: what the user has to mend, restarts do not."""
+    """Ends the run at a worker's `UserError`, which the user has to fix and a restart does not."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
@@ -67,14 +68,14 @@ class _SendRows(UserCallback):  # type: ignore[misc]  # ray ships no types
 
 @contextlib.contextmanager
 def relayed_rows(on_epoch: Callable[[dict[str, Any]], None] | None) -> Iterator[list[UserCallback]]:
-    """Callbacks for `RunConfig`. While the block runs, rank 0's reports reach `on_epoch`.
+    """Yields callbacks for `RunConfig`. While the block runs, `on_epoch` gets rank 0's reports.
 
-    `on_epoch` is called from another thread; all calls are done when the block ends.
+    `on_epoch` is called from another thread; all calls have returned when the block ends.
     """
     if on_epoch is None:
         yield []
         return
-    # Here, as the controller is: a node that is lost must not take the relay with it.
+    # On the driver's node, like the controller: the loss of another node must not end the relay.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     rows = ray.remote(num_cpus=0)(_Rows).options(scheduling_strategy=here).remote()
 

@@ -1,4 +1,4 @@
-"""A place where training runs are followed, and what is said of one that fails."""
+"""The interface of a place that shows training runs, and the messages about one that fails."""
 
 from __future__ import annotations
 
@@ -14,63 +14,64 @@ log = logging.getLogger(__name__)
 
 
 class RunLog(ABC):
-    """One place where runs are followed."""
+    """A place that shows a training run, such as TensorBoard or MLflow."""
 
     place: str
-    """What messages call it; without a password."""
+    """Its name in messages, without a password."""
 
     def __init__(self) -> None:
-        self.told: set[int] = set()
-        """Epochs."""
+        self.written: set[int] = set()
+        """Epochs that it has."""
 
     @abstractmethod
     def start(self, run: str, settings: Mapping[str, bool | float | str], output: str) -> None:
-        """Open the run of that name, and say what it is. May set `told`."""
+        """Opens the run of that name, and writes its settings. May fill `written`."""
 
     @abstractmethod
-    def tell(self, row: Mapping[str, Any]) -> None:
-        """One epoch."""
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes one epoch's row of the history."""
 
     @abstractmethod
     def finish(self, metrics: Mapping[str, float], facts: Mapping[str, str], epoch: int) -> None:
-        """Close the run: what the model of `epoch` earned, and what it is."""
+        """Closes the run, with the metrics and facts of the model, which is of `epoch`."""
 
     @abstractmethod
     def give_up(self) -> None:
-        """Close a run that made no model; it may be started again."""
+        """Closes a run that made no model; the run may be started again."""
 
-    def tell_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Those that were not told yet."""
+    def write_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the rows that it does not have yet."""
         for row in rows:
-            if row["epoch"] not in self.told:
-                self.tell(row)
-                self.told.add(row["epoch"])
+            if row["epoch"] not in self.written:
+                self.write(row)
+                self.written.add(row["epoch"])
 
 
 @contextlib.contextmanager
 def as_user_error(place: str) -> Iterator[None]:
-    """Whatever goes wrong in the block is a `UserError`."""
+    """Turns any error of the block into a `UserError`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{place}: cannot be written to ({_said(error)}); check the address and its "
+            f"{place}: cannot be written to ({_shortened(error)}); check the address and its "
             "permissions, or leave the option out"
         ) from error
 
 
 @contextlib.contextmanager
 def as_warning(place: str) -> Iterator[None]:
-    """Whatever goes wrong in the block is a line of the log."""
+    """Turns any error of the block into a warning in the log."""
     try:
         yield
     except Exception as error:
-        log.warning("%s: not written (%s); training goes on", place, _said(error))
+        log.warning("%s: not written (%s); training goes on", place, _shortened(error))
 
 
-def _said(error: Exception) -> str:
-    """MLflow says much, and quotes the URI with its password: its first sentence, without URIs."""
+def _shortened(error: Exception) -> str:
+    """The first sentence of an error, without URIs. MLflow's errors are long, and quote the URI
+    with its password."""
     words = [word for word in first_line(error).split(". ")[0].split() if "@" not in word]
     return " ".join(words)[:200]

@@ -1,6 +1,6 @@
-"""Which settings `tune` tries, and from where it draws them.
+"""The settings that `tune` searches, and the domains that it draws them from.
 
-A drawn value is the word that `train --set NAME=WORD` takes, so that what was tried can be trained.
+A drawn value is a word for `train --set NAME=WORD`, so that what was tried can be trained.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _FIXED = {
     "preprocessing", "model_settings.image_size", "positive_class", "weights", "workers",
     "max_workers", "use_gpu", "seed",
 }  # fmt: skip
-"""Settings that all trials share: they decide what the films and the splits are, what the score is
-of, or what a trial runs on."""
+"""Settings that all trials share: they determine the films, the class that is scored, the first
+weights, the seed, or what a trial runs on."""
 
 _EVERY = {
     "weight_decay": "log:0.005:0.2",
@@ -36,34 +36,34 @@ _EVERY = {
     "augmentation.erase_probability": "choice:0,0.25,0.5",
     "model_settings.dropout": "uniform:0:0.5",
 }
-"""Of every network: how hard it is kept from learning the training films by heart."""
+"""For every network: how strongly it is kept from memorising the training films."""
 _CLASSICAL = {"learning_rate": "log:5e-4:8e-3", **_EVERY}
-"""Of the classical CNN: four times its recipe's learning rate, and a quarter."""
+"""For the classical CNN: from a quarter of its recipe's learning rate to four times that."""
 _FRESH = {"learning_rate": "log:2e-4:5e-3", **_EVERY}
-"""Of the other networks that begin with fresh weights."""
+"""For the other networks that start from random weights."""
 _TRANSFER = {
     "learning_rate": "log:1e-4:3e-3",
     **_EVERY,
     "model_settings.drop_path": "choice:0,0.1,0.2",
     "frozen_epochs": "choice:0,1",
 }
-"""Of networks whose ImageNet weights are installed: lower rates, so as not to unlearn them, and an
-epoch of the last layer alone, or none."""
+"""For networks whose ImageNet weights are installed: lower learning rates, which keep what was
+learnt, and one epoch of the last layer alone, or none."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Where one setting is drawn from."""
+    """The distribution that one setting is drawn from."""
 
     kind: str
-    """log and uniform: evenly in the logarithm or as it is; int: whole numbers, both ends
-    included; choice: one of `words`."""
+    """log: uniform in the logarithm; uniform; int: whole numbers, including both ends; choice: one
+    of `words`."""
     low: float = 0.0
     high: float = 0.0
     words: tuple[str, ...] = ()
 
     def draw(self, rng: np.random.Generator) -> str:
-        """A word for `--set`; numbers to four digits."""
+        """A word for `--set`; fractional numbers have four significant digits."""
         if self.kind == "choice":
             return self.words[int(rng.integers(len(self.words)))]
         if self.kind == "int":
@@ -73,7 +73,7 @@ class Domain:
         return f"{rng.uniform(self.low, self.high):.4g}"
 
     def ends(self) -> tuple[str, ...]:
-        """Words that are right if all are."""
+        """The extreme words; where these are valid, all are."""
         if self.kind == "choice":
             return self.words
         if self.kind == "int":
@@ -87,14 +87,14 @@ class Domain:
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """Of its column among the trials."""
+        """The type of the setting's column in `trials_table`."""
         if self.kind != "choice":
             return pa.int64() if self.kind == "int" else pa.float64()
         return pa.float64() if all(map(_is_number, self.words)) else pa.string()
 
 
 def parse_domain(text: str) -> Domain:
-    """`log:1e-4:1e-2` and its like. Raises `ValueError`."""
+    """Parses a form such as `log:1e-4:1e-2`. Raises `ValueError`."""
     kind, _, rest = text.partition(":")
     if kind == "choice":
         words = tuple(word.strip() for word in rest.split(",") if word.strip())
@@ -107,31 +107,32 @@ def parse_domain(text: str) -> Domain:
             whole = kind != "int" or (low.is_integer() and high.is_integer())
             if low < high and whole and (kind != "log" or low > 0):
                 return Domain(kind, low, high)
-    raise ValueError(f"'{text}' is none of {_FORMS}; LOW is below HIGH, and of log above 0")
+    raise ValueError(f"'{text}' is none of {_FORMS}, with LOW below HIGH, and above 0 for log")
 
 
 def default_space(model: str) -> dict[str, str]:
-    """Of a network, by setting. Raises `UserError` for an unknown name."""
+    """A network's default search, forms by setting. Raises `UserError` for an unknown name."""
     if model == "classical-cnn":
         return dict(_CLASSICAL)
     return dict(_TRANSFER if network_card(model).weights == "installed" else _FRESH)
 
 
 def search_space(settings: TrainingSettings, search: Mapping[str, str]) -> dict[str, Domain]:
-    """search: forms by setting; none takes the network's default. Raises `ValueError` for a setting
-    or a form that is none, or that leads out of what the setting or the network may be."""
+    """The domain of each searched setting. search: forms by setting; if empty, the network's
+    default. Raises `ValueError` for an unknown setting or form, and for a form that draws values
+    that the setting or the network refuses."""
     of_network = settings_of_network(settings.model, 2, settings.model_settings)
     space = {}
     for name, text in (search or default_space(settings.model)).items():
         part, inside, leaf = name.partition(".")
         if _FIXED & {name, part}:
-            raise ValueError(f"{name}: is the same in all trials; give it to tune itself")
+            raise ValueError(f"{name}: is the same in all trials; leave it out of the search")
         try:
             space[name] = domain = parse_domain(text)
             owner = getattr(settings, part, None) if inside else settings
             if part == "model_settings":
                 owner = of_network
-            # A name that there is not is left to `with_words`, or to the network.
+            # An unknown name is refused below, by `with_words` or by the network.
             if domain.fractions and not isinstance(getattr(type(owner), leaf or name, 0.0), float):
                 whole = f"int:{math.floor(domain.low)}:{math.ceil(domain.high)}"
                 raise ValueError(f"'{text}' draws fractions; give {whole}, or choice:A,B,…")
@@ -145,8 +146,8 @@ def search_space(settings: TrainingSettings, search: Mapping[str, str]) -> dict[
 
 
 def draw(space: Mapping[str, Domain], seed: int, trial: int) -> dict[str, str]:
-    """The settings of a trial, the same however many trials there are, and in whatever order the
-    space was given. Of trial 0 there are none: it is the recipe itself, to be beaten."""
+    """The words of a trial. They depend neither on the number of trials nor on the order of the
+    space. Trial 0 has none: it is the recipe itself, as the baseline."""
     if trial == 0:
         return {}
     rng = np.random.default_rng([seed, trial])
@@ -154,7 +155,7 @@ def draw(space: Mapping[str, Domain], seed: int, trial: int) -> dict[str, str]:
 
 
 def with_draw(settings: TrainingSettings, words: Mapping[str, str]) -> TrainingSettings:
-    """The settings of a trial: one worker's, for trials run side by side."""
+    """The settings of a trial, with one worker, because trials run in parallel."""
     return replace(with_words(settings, words), workers=1, max_workers=0)
 
 
@@ -166,5 +167,5 @@ def _is_number(word: str) -> bool:
 
 
 def value_of(word: str, kind: pa.DataType) -> float | int | str:
-    """What stands in a column of that type."""
+    """The value of a word in a column of that type."""
     return word if pa.types.is_string(kind) else json.loads(word)

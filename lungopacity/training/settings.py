@@ -1,4 +1,4 @@
-"""What a training run is told. Their hash, with that of the data, names the run: see `fit`."""
+"""The settings of a training run. Their hash, with that of the data, names the run: see `fit`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from lungopacity.words import counted
 
 TRAINING_PRECISIONS = ("auto", "float32", "bfloat16")
 BALANCES = ("none", "weights", "sampling")
-_KINDS = {int: "a whole number, as 3", float: "a number, as 0.5 or 1e-3", bool: "true or false"}
-"""What a word must be, in place of a value of that type. JSON has no .5 and no True."""
+_KINDS = {
+    int: "a whole number, such as 3",
+    float: "a number, such as 0.5 or 1e-3",
+    bool: "true or false",
+}
+"""What a word for a value of that type must be. It is JSON, which has no .5 and no True."""
 
 
 def _check_finite(settings: Any) -> None:
@@ -27,26 +31,26 @@ def _check_finite(settings: Any) -> None:
 
 @dataclass(frozen=True)
 class AugmentationSettings:
-    """How far a training film may be changed; each amount is drawn evenly from -limit to +limit."""
+    """How far a training film may be changed. Each amount is uniform from -limit to +limit."""
 
     rotation_degrees: float = 12.0
-    """About the centre."""
+    """Rotation about the centre."""
     scale: float = 0.12
     """Relative change in size."""
     shift: float = 0.05
-    """Of the film's side, in each direction."""
+    """Horizontal and vertical shift, as a fraction of the film's side."""
     gain: float = 0.15
-    """Relative change in brightness. It multiplies, so that black stays black."""
+    """Relative change in brightness, by a factor, so that black stays black."""
     gamma: float = 0.2
-    """Natural logarithm of the exponent; changes contrast as another exposure would."""
+    """Natural logarithm of the gamma exponent; changes contrast as another exposure would."""
     flip_probability: float = 0.5
-    """Share of films mirrored left to right: opacities have no side, even if the heart has one. Set
-    it to 0 where the side matters."""
+    """Share of films mirrored left to right: opacities have no side, even though the heart has one.
+    Set it to 0 where the side matters."""
     erase_probability: float = 0.0
-    """Share of films of which a rectangle is blacked out (Zhong et al. 2020, arXiv:1708.04896), so
+    """Share of films in which a rectangle is blacked out (Zhong et al. 2020, arXiv:1708.04896), so
     that no single spot decides."""
     erase_fraction: float = 0.15
-    """Of the film's area, the most that the rectangle takes."""
+    """Largest area of that rectangle, as a fraction of the film's."""
 
     def __post_init__(self) -> None:
         _check_finite(self)
@@ -63,64 +67,68 @@ class AugmentationSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """One training run. Of each network's `recipe` these are what all have in common."""
+    """All settings of a training run. A network's `recipe` overrides some of these defaults."""
 
     model: str = "classical-cnn"
     """A name that `lungopacity.models.build_network` knows."""
     model_settings: Mapping[str, Any] = field(default_factory=dict)
-    """What differs from that network's own defaults."""
+    """The network's settings that differ from its own defaults."""
     weights: str = "none"
-    """First weights: none (fresh), imagenet, or the URI of a file."""
+    """First weights: none (random), imagenet, or the URI of a file."""
     positive_class: str = "Lung_Opacity"
-    """The class whose probability the operating point judges."""
+    """The class whose probability the operating point applies to."""
     preprocessing: Preprocessing = Preprocessing()
-    """How the films became pixels; carried into the model folder."""
+    """How films become pixels; recorded in the model folder."""
     augmentation: AugmentationSettings = AugmentationSettings()
     """Random changes to the training films."""
     epochs: int = 30
-    """Times that every training film is seen."""
+    """Passes over the training films."""
     batch_size: int = 32
-    """Films a step, over all workers together; two or more for each, for batch normalisation."""
+    """Films per step, over all workers together; at least two per worker, for batch
+    normalisation."""
     workers: int = 1
-    """Processes that train together, one CPU or one GPU reserved for each."""
+    """Processes that train together; one CPU is reserved for each, and one GPU with use_gpu."""
     max_workers: int = 0
-    """If above 0, as many as the cluster has room for, from `workers` to this; a node that is lost
-    or joins changes their number. 0: always `workers`."""
+    """Above 0: train with as many workers as the cluster has room for, from `workers` to
+    `max_workers`; their number changes as nodes join or are lost. 0: always `workers`."""
     use_gpu: bool = False
-    """One GPU a worker; said by --use-gpu and --no-gpu, never by --set."""
+    """One GPU per worker; set by --use-gpu and --no-gpu, never by --set."""
     seed: int = 0
-    """Of everything that training draws: first weights, order, augmentation, dropout; not of the
-    splits, which are drawn alike for all models."""
+    """Seed of everything that training draws: first weights, order, augmentation, dropout. The
+    splits have a seed of their own, the same for all models."""
     learning_rate: float = 2e-3
-    """Adam's, at the peak of the schedule."""
+    """Adam's learning rate at the peak of the schedule."""
     warmup_fraction: float = 0.1
-    """Share of all steps over which the learning rate rises to its peak, to fall as a cosine."""
+    """Share of all steps in which the learning rate rises to its peak; it then falls as a
+    cosine."""
     weight_decay: float = 0.05
-    """Decoupled (Loshchilov & Hutter 2019), times the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate (Loshchilov & Hutter 2019)."""
     decay_kernels_only: bool = False
-    """Weight decay leaves biases, and the gains of normalisation layers, as they are (He et al.
-    2019, arXiv:1812.01187). false: all that learns decays."""
+    """true: weight decay spares biases and the gains of normalisation layers (He et al. 2019,
+    arXiv:1812.01187). false: all weights decay."""
     gradient_clip: float = 0.0
-    """A step's gradients are scaled down to this norm, over all weights together, where theirs is
-    above it (Pascanu et al. 2013, arXiv:1211.5063); 0: never."""
+    """Largest norm of a step's gradients, over all weights together; larger ones are scaled down
+    to it (Pascanu et al. 2013, arXiv:1211.5063). 0: no limit."""
     label_smoothing: float = 0.05
-    """Probability that the training target gives away evenly (Szegedy et al. 2016)."""
+    """Share of the target's probability that is spread evenly over all classes (Szegedy et al.
+    2016)."""
     class_balance: str = "none"
-    """Of classes of unequal size: none; weights: a film's loss counts by the inverse of its class's
-    share; sampling: an epoch draws as many films of each class, rare ones more than once."""
+    """How classes of unequal size are balanced. none: not; weights: a film's loss is weighted by
+    the inverse of its class's share; sampling: an epoch draws equally many films of each class,
+    those of rare classes more than once."""
     mixup_alpha: float = 0.0
-    """Films are blended in pairs, by shares of a Beta(alpha, alpha) distribution, and their labels
-    with them (Zhang et al. 2018, arXiv:1710.09412); 0: never."""
+    """Films and their labels are blended in pairs, in proportions from a Beta(alpha, alpha)
+    distribution (Zhang et al. 2018, arXiv:1710.09412); 0: never."""
     ema_decay: float = 0.0
-    """The model that is kept is the exponential moving average of the weights, with this decay a
-    step (Polyak & Juditsky 1992); 0: the weights themselves."""
+    """Keep the exponential moving average of the weights, with this decay per step (Polyak &
+    Juditsky 1992); 0: keep the weights themselves."""
     frozen_epochs: int = 0
-    """First epochs in which the last layer alone learns, and of the classical CNN its hidden layer
-    with it, so that fresh weights do not spoil those that were learnt elsewhere."""
+    """Number of first epochs in which only the last layer learns (in the classical CNN, its hidden
+    layer too), so that its random weights do not spoil the pretrained ones."""
     precision: str = "auto"
     """Of the forward and backward pass: float32, bfloat16, or auto: bfloat16 where it is fast."""
     patience: int = 0
-    """Stop after so many epochs without a lower validation loss; 0: never."""
+    """Stop after this many epochs without a lower validation loss; 0: never."""
 
     def __post_init__(self) -> None:
         _check_finite(self)
@@ -143,12 +151,12 @@ class TrainingSettings:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
         if self.max_workers and self.workers > self.max_workers:
             raise ValueError(
-                f"workers {self.workers}:{self.max_workers} must be the fewest and the most"
+                f"workers {self.workers}:{self.max_workers} must be MIN:MAX with 1 <= MIN <= MAX"
             )
         most = self.max_workers or self.workers
         if self.batch_size < 2 * most:
             raise ValueError(
-                f"batch_size {self.batch_size} must be two films or more for each of "
+                f"batch_size {self.batch_size} must be at least two films for each of "
                 f"{'up to ' if self.max_workers else ''}{counted(most, 'worker')}"
             )
         if not self.max_workers and self.batch_size % self.workers:
@@ -162,7 +170,7 @@ class TrainingSettings:
                 )
 
     def as_json(self) -> dict[str, Any]:
-        """Every setting, in values that JSON has."""
+        """Every setting, as values that JSON can hold."""
         return {**asdict(self), "model_settings": dict(self.model_settings)}
 
 
@@ -174,14 +182,14 @@ _TRANSFER: dict[str, Any] = {
     "learning_rate": 1e-3,
     "ema_decay": 0.99,
 }
-"""Of networks whose ImageNet weights are installed."""
+"""For networks whose ImageNet weights are installed."""
 _FRESH: dict[str, Any] = {"learning_rate": 1e-3, "ema_decay": 0.99}
-"""Of the other networks of the literature, from fresh weights."""
+"""For all other networks, which start from random weights."""
 
 
 def recipe(model: str) -> TrainingSettings:
-    """What a network is trained with unless the user says otherwise: docs/models.md has the runs by
-    which it was chosen. Raises `UserError` for an unknown name."""
+    """The settings a network is trained with unless the user changes them; docs/models.md has the
+    runs that they were chosen by. Raises `UserError` for an unknown name."""
     card = network_card(model)
     if model == "classical-cnn":
         chosen = _CLASSICAL
@@ -195,12 +203,13 @@ def with_words(
     words: Mapping[str, str],
     options: Mapping[str, Any] | None = None,
 ) -> TrainingSettings:
-    """The settings with some changed, each by its name and a word, as `learning_rate` and `1e-3`.
+    """The settings with some of them changed.
 
-    `augmentation.NAME`, `preprocessing.NAME` and `model_settings.NAME` reach inside; what goes
-    there is JSON. options: values by name, mappings of them where there are parts; words win. All
-    are changed at once, so that it does not matter which comes first. Raises `ValueError` for an
-    unknown name, a word that is no such value, or what no run can use.
+    words: values as text, by name, such as `1e-3` for `learning_rate`. Names inside a part are
+    `augmentation.NAME`, `preprocessing.NAME` and `model_settings.NAME`; a word for the last is
+    JSON. options: values by name, or a mapping for a part; words take precedence. All are changed
+    at once, so their order does not matter. Raises `ValueError` for an unknown name, for a word of
+    the wrong type, and for values that no run can use.
     """
     changes = {
         name: dict(value) if isinstance(value, Mapping) else value
@@ -212,16 +221,16 @@ def with_words(
 
 
 def _gather(changes: dict[str, Any], settings: Any, path: str, word: str) -> None:
-    """Put the value that the word stands for where it belongs among the changes."""
+    """Adds the value that the word stands for to the changes."""
     name, _, rest = path.partition(".")
     own = {item.name for item in fields(settings)}
     if name not in own or name == "model":
         known = ", ".join(sorted(own - {"model"}))
-        raise ValueError(f"set: there is no setting '{name}'; there are {known}")
+        raise ValueError(f"set: there is no setting '{name}'; the settings are {known}")
     old = getattr(settings, name)
     if isinstance(old, Mapping):
         if not rest:
-            raise ValueError(f"set: {name} wants the name of one of them, as {name}.dropout")
+            raise ValueError(f"set: {name} needs the name of one of them, such as {name}.dropout")
         changes.setdefault(name, {})[rest] = _json(path, word)
         return
     if rest:
@@ -231,7 +240,7 @@ def _gather(changes: dict[str, Any], settings: Any, path: str, word: str) -> Non
         return
     if hasattr(old, "__dataclass_fields__"):
         part = fields(old)[0].name
-        raise ValueError(f"set: {name} wants the name of one of its parts, as {name}.{part}")
+        raise ValueError(f"set: {name} needs the name of one of its parts, such as {name}.{part}")
     changes[name] = word if isinstance(old, str) else _typed(path, word, type(old))
 
 
@@ -247,7 +256,7 @@ def _changed(settings: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _typed(path: str, word: str, kind: type) -> Any:
-    """The value of that type, int, float or bool, that the word stands for."""
+    """The value that the word stands for; kind: int, float or bool."""
     with contextlib.suppress(ValueError, OverflowError):
         value = json.loads(word)
         if kind is float and type(value) is int:
@@ -262,5 +271,5 @@ def _json(path: str, word: str) -> Any:
         return json.loads(word)
     except ValueError:
         raise ValueError(
-            f"set: {path} must be JSON, as 3, 0.5, true, [8, 16] or \"word\", not '{word}'"
+            f"set: {path} must be JSON, such as 3, 0.5, true, [8, 16] or \"word\", not '{word}'"
         ) from None

@@ -1,4 +1,4 @@
-"""What a training is asked for, checked as far as can be without reading a film."""
+"""What a training run is asked to do, checked as far as possible without reading a film."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ _OF_NETWORK = "model_settings."
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """Films, classes and settings of a training, or of many with other settings."""
+    """Films, classes and settings of one training run, or of the trials of a search."""
 
     images: Sequence[str]
     labels: str
     classes: Sequence[str]
-    """As they were asked for."""
+    """As the user gave them."""
     words: Mapping[str, str]
-    """Settings that were asked for by name; they are among `settings`."""
+    """Settings that the user gave by name; `settings` includes them."""
     frame: pd.DataFrame
     """Labels of the train and validation splits."""
     label_map: dict[str, str]
     left_out: dict[str, dict[str, int]]
-    """Images of labels that no class has; see `manifest.left_out`."""
+    """Images whose label belongs to no class; see `manifest.left_out`."""
     settings: TrainingSettings
     accepted: frozenset[ErrorCode]
     rejecting: frozenset[str]
 
     def load(self) -> LabelledPixels:
-        """Read and decode the films. Needs a running Ray. Raises `UserError`."""
+        """Reads and decodes the films. Needs a running Ray. Raises `UserError`."""
         rules = ReadSettings(
             self.settings.preprocessing, accept=self.accepted, reject_quality=self.rejecting
         )
@@ -57,7 +57,7 @@ class TrainingTask:
         return data
 
     def provenance(self) -> dict[str, Any]:
-        """For the model folder."""
+        """Where the films came from, for the model folder."""
         return {
             "images": list(self.images),
             "labels": self.labels,
@@ -79,8 +79,8 @@ def training_task(
     accept: Sequence[str],
     reject_quality: Sequence[str] | None,
 ) -> TrainingTask:
-    """options: settings by name, None for the recipe's. words: more of them, see `with_words`. The
-    others as in `train`. Raises `UserError`."""
+    """Checks the arguments. options: settings by name, None for the recipe's value. words: further
+    settings, see `with_words`. The others are as in `train`. Raises `UserError`."""
     accepted, rejecting = rules_from(accept, reject_quality)
     frame = read_labels(labels)
     label_map = classes_of_labels(classes, list(frame["label"].unique()))
@@ -99,7 +99,7 @@ def training_task(
     frame = select_classes(frame, label_map, labels)
     frame = assign_splits(frame, labels)
     check_patients(frame, labels)
-    # The test split is for `evaluate`. What training never loads, it cannot look at.
+    # The test split is for `evaluate`. Training cannot use what it never loads.
     frame = frame[frame["split"] != "test"].reset_index(drop=True)
     return TrainingTask(
         images, labels, classes, words, frame, label_map, others, chosen, accepted, rejecting
@@ -107,7 +107,7 @@ def training_task(
 
 
 def option_of(wrong: str) -> str:
-    """What is said of a setting, as of the option that gives it."""
+    """An error message about a setting, reworded to name the option that sets it."""
     name = wrong.split(maxsplit=1)[0]
     if name in ("image_size", "epochs", "batch_size", "workers", "seed"):
         return f"--{name.replace('_', '-')}{wrong.removeprefix(name)}"
@@ -120,7 +120,7 @@ def _chosen(
     options: Mapping[str, Any],
     words: Mapping[str, str],
 ) -> TrainingSettings:
-    """The recipe with what the user wants of it. Raises `ValueError`."""
+    """The recipe with the user's changes. Raises `ValueError`."""
     if "use_gpu" in words:
         raise ValueError("set: use_gpu is chosen by --use-gpu and --no-gpu")
     size = {} if image_size is None else {"preprocessing": {"image_size": image_size}}
@@ -132,7 +132,7 @@ def _chosen(
 
 
 def _check_network(settings: TrainingSettings, classes: int, words: Mapping[str, str]) -> None:
-    """Raises `UserError` where it cannot be built so."""
+    """Raises `UserError` where the network cannot be built with these settings."""
     try:
         settings_of_network(settings.model, classes, settings.model_settings)
     except ValueError as error:

@@ -15,7 +15,7 @@ from lungopacity.training.run_log import RunLog, as_user_error
 
 
 class TensorBoardLog(RunLog):
-    """Event files in a folder of the run's own. From S3 TensorBoard reads them, too."""
+    """Event files in a folder for each run, on disk or in S3; TensorBoard reads both."""
 
     def __init__(self, uri: str) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class TensorBoardLog(RunLog):
             next(iter(store.list()), None)
 
     def start(self, run: str, settings: Mapping[str, bool | float | str], output: str) -> None:
-        # Not its SummaryWriter, which writes when it pleases: `flush` must leave a whole file.
+        # Not SummaryWriter, which writes in a thread of its own: `_flush` must leave a whole file.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.summary import hparams
@@ -42,7 +42,7 @@ class TensorBoardLog(RunLog):
         else:
             self._folder = Path(self._spool.enter_context(tempfile.TemporaryDirectory()))
         self._writer = EventsWriter(str(self._folder / "events"))
-        # All is told anew: a reader drops what files of the folder said before from this step on.
+        # All epochs are written again: at this event, TensorBoard drops earlier files' values.
         self._event(0, session_log=SessionLog(status=SessionLog.START))
         shown, started, self._ended = hparams(dict(settings), {"validation_loss": 0.0})
         self._event(0, summary=shown)
@@ -50,7 +50,7 @@ class TensorBoardLog(RunLog):
         self._texts({"model_folder": output, "notice": NOTICE})
         self._flush()
 
-    def tell(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         self._scalars({name: row[name] for name in row if name != "epoch"}, row["epoch"])
         self._flush()
 
@@ -85,7 +85,8 @@ class TensorBoardLog(RunLog):
         self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def _flush(self) -> None:
-        """To S3 the file goes up whole, some kilobytes: an object cannot grow."""
+        """Writes the events so far. In S3, where an object cannot grow, the whole file is uploaded
+        again, which is some kilobytes."""
         self._writer.flush()
         if not isinstance(self._store, LocalStore):
             for path in self._folder.iterdir():

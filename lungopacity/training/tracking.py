@@ -1,7 +1,7 @@
-"""A training run, as TensorBoard and MLflow show it while it runs.
+"""Shows a training run in TensorBoard and MLflow while it runs.
 
-The driver tells them; workers know nothing of it. Each epoch is told once, also of a run that goes
-on after a crash. Nothing of the films is told: no label, no name, no weights.
+The driver writes to them, and workers are not involved. Each epoch appears once, even in a run that
+was resumed. Nothing about single films is written: no label, no name; nor any weights.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lungopacity.training.tensorboard_log import TensorBoardLog
 log = logging.getLogger(__name__)
 
 _WAIT_S = 30.0
-"""At the end of a training, for a place that says nothing."""
+"""How long to wait at the end of a training run for a place that makes no progress."""
 
 
-class _Teller:
-    """A place with a thread of its own: one that is slow, or hangs, holds nothing else up."""
+class _Writer:
+    """A place with a thread of its own, so that a slow one delays neither training nor others."""
 
     def __init__(self, place: RunLog) -> None:
         self.place = place
@@ -37,30 +37,30 @@ class _Teller:
         self._skips_epochs = False
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """Returns at once."""
+        """Queues a history row, and returns at once."""
 
-        def tell() -> None:
+        def write() -> None:
             if not self._skips_epochs:
-                self.place.tell_rows([row])
+                self.place.write_rows([row])
 
-        self._do(tell)
+        self._do(write)
 
-    def end(self, last: Callable[[], None], *, tells_all: bool) -> None:
-        """Do that, and wait for it while the place shows any life. tells_all: it tells of every
-        epoch itself, so that those that wait need not be told one by one."""
-        self._skips_epochs = tells_all
-        thread, told = self._do(last), -1
+    def end(self, last: Callable[[], None], *, writes_all: bool) -> None:
+        """Queues the job `last`, and waits for it while the place makes progress. writes_all: that
+        job writes every epoch itself, so that queued epochs can be skipped."""
+        self._skips_epochs = writes_all
+        thread, written = self._do(last), -1
         self._jobs.put(None)
-        while thread.is_alive() and told < len(self.place.told):
-            told = len(self.place.told)
+        while thread.is_alive() and written < len(self.place.written):
+            written = len(self.place.written)
             thread.join(_WAIT_S)
         if thread.is_alive():
-            log.warning("%s: does not answer; not all was written", self.place.place)
+            log.warning("%s: does not answer; not everything was written", self.place.place)
 
     def _do(self, job: Callable[[], None]) -> threading.Thread:
         self._jobs.put(job)
         if self._thread is None or not self._thread.is_alive():
-            # A daemon: one that hangs does not hold the process up either.
+            # A daemon, so that a place that hangs does not keep the process alive.
             self._thread = threading.Thread(target=self._work, daemon=True, name=self.place.place)
             self._thread.start()
         return self._thread
@@ -72,12 +72,12 @@ class _Teller:
 
 
 class RunLogs:
-    """All places of one run. Once training runs, none of them can stop it or hold it up: what could
-    not be told is told at the end, or a log line says that it was not."""
+    """All places of one run. Once training runs, none of them can stop or delay it: rows that could
+    not be written are written at the end, or a warning says that they were not."""
 
     def __init__(self, logs: Sequence[RunLog]) -> None:
         self.places = logs
-        self._tellers = [_Teller(place) for place in logs]
+        self._writers = [_Writer(place) for place in logs]
 
     def start(
         self,
@@ -86,20 +86,20 @@ class RunLogs:
         output: str,
         earlier: Sequence[Mapping[str, Any]],
     ) -> None:
-        """earlier: rows of epochs that were trained before a crash. Raises `UserError` where a
-        place cannot be written to."""
+        """Opens the run in every place. earlier: rows of the epochs before a crash. Raises
+        `UserError` where a place cannot be written to."""
         for place in self.places:
             with as_user_error(place.place):
                 place.start(run, flat_settings(settings), output)
-                place.tell_rows(earlier)
+                place.write_rows(earlier)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """A history row, as it comes."""
-        for teller in self._tellers:
-            teller.epoch(row)
+        """Writes a history row in every place, without waiting for it."""
+        for writer in self._writers:
+            writer.epoch(row)
 
     def finish(self, result: TrainingResult) -> None:
-        """The model, and what could not be told of its epochs before."""
+        """Writes the model's metrics, and the epochs that could not be written before."""
         spec = result.model.spec
         metrics = {
             **{f"model/{name}": value for name, value in spec.metrics.items()},
@@ -112,20 +112,20 @@ class RunLogs:
         }
 
         def finished(place: RunLog) -> None:
-            place.tell_rows(result.history)
+            place.write_rows(result.history)
             place.finish(metrics, facts, result.best_epoch)
 
-        for teller in self._tellers:
-            teller.end(functools.partial(finished, teller.place), tells_all=True)
+        for writer in self._writers:
+            writer.end(functools.partial(finished, writer.place), writes_all=True)
 
     def give_up(self) -> None:
-        for teller in self._tellers:
-            teller.end(teller.place.give_up, tells_all=False)
+        for writer in self._writers:
+            writer.end(writer.place.give_up, writes_all=False)
 
 
 @contextlib.contextmanager
 def run_logs(tensorboard: str | None, mlflow: str | None) -> Iterator[RunLogs]:
-    """tensorboard: URI of a folder. mlflow: a tracking URI. None: not there.
+    """tensorboard: URI of a folder. mlflow: a tracking URI. None: not used.
 
     Raises `UserError` where one cannot be written to, or MLflow is not installed.
     """
@@ -143,7 +143,7 @@ def run_logs(tensorboard: str | None, mlflow: str | None) -> Iterator[RunLogs]:
 
 
 def flat_settings(settings: TrainingSettings) -> dict[str, bool | float | str]:
-    """By the names that `--set` takes, as augmentation.scale; lists as JSON."""
+    """Settings by the names that `--set` takes, such as augmentation.scale; lists as JSON."""
     flat: dict[str, bool | float | str] = {}
 
     def add(prefix: str, part: Mapping[str, Any]) -> None:

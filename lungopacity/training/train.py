@@ -1,5 +1,5 @@
-"""Labelled radiographs to a model folder: manifest ▶ split ▶ pixels ▶ fit. The whole journey reads
-here."""
+"""Labelled radiographs to a model folder: manifest ▶ split ▶ pixels ▶ fit. This module shows the
+whole sequence."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ def train(
     tensorboard: str | None = None,
     mlflow: str | None = None,
 ) -> TrainingResult:
-    """Fit a network and write a model folder to `output`.
+    """Trains a network and writes a model folder to `output`.
 
     images: URIs of archives. `labels`: see `read_labels`. `model`: see `network_card`. `classes`:
     see `classes_of_labels`. `positive_class`: None takes Lung_Opacity where it is one of the
-    classes, else the last of them. `weights`: see `first_weights`. `settings`: more of the recipe
-    by name, see `with_words`. None elsewhere takes the recipe's default. `workers`: a number, or
-    the fewest and the most. `accept`, `reject_quality`: as in screening; what is rejected is left
-    out. `tensorboard`, `mlflow`: see `run_logs`. The same call goes on where a crashed one stopped.
-    Raises `UserError`.
+    classes, else the last class. `weights`: see `first_weights`. `settings`: further settings by
+    name, see `with_words`. `weights`, `image_size`, `epochs` and `batch_size` of None take the
+    recipe's value. `workers`: a number, or the fewest and the most. `use_gpu`: see `resolve_gpu`.
+    `accept`, `reject_quality`: as in screening; rejected films are left out. `tensorboard`,
+    `mlflow`: see `run_logs`. The same call resumes where a crashed one stopped. Raises
+    `UserError`.
     """
     refuse_model(output)
     fewest, most = (workers, 0) if isinstance(workers, int) else workers
     if not isinstance(workers, int) and most < max(1, fewest):
-        raise UserError(f"--workers {fewest}:{most} must be the fewest and the most")
+        raise UserError(f"--workers {fewest}:{most} must be MIN:MAX with 1 <= MIN <= MAX")
     task = training_task(
         images,
         labels,
@@ -76,7 +77,7 @@ def train(
     check_writable(output)
     with run_logs(tensorboard, mlflow) as logs, ray_session():
         chosen = replace(task.settings, use_gpu=resolve_gpu(use_gpu))
-        # What cannot be is said before the films are read.
+        # Reports impossible settings before the films are read.
         start = start_of(chosen, class_names_of(task.label_map))
         data = task.load()
         progress = Progress(
@@ -96,7 +97,7 @@ def train(
 
             def begin(run: str, earlier: list[dict[str, Any]]) -> None:
                 logs.start(run, chosen, output, earlier)
-                # Not sooner: until it has the lease, it waits for another training, not for CPUs.
+                # Not before: until `fit` has the lease, it waits for another run, not for CPUs.
                 shown.enter_context(progress)
 
             result = fit(

@@ -1,4 +1,4 @@
-"""The trials of a search: their rows as they end, and the command that trains one."""
+"""The trials of a search: a row for each that has ended, and the command that trains one."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ DONE, STOPPED, DIVERGED, FAILED, OUT_OF_TIME = (
     "failed",
     "out of time",
 )
-"""done: trained to its end; stopped: by ASHA; diverged: a loss was no number; failed: it crashed,
-twice; out of time: cut short by the time budget, and run anew by the next call."""
+"""done: trained to its end; stopped: by ASHA; diverged: a loss was not finite; failed: it crashed
+twice; out of time: cut short by the time budget, and run again by the next call."""
 _SOUND = (DONE, STOPPED, OUT_OF_TIME)
-"""What of them training gives a model of; it discards a run that diverges, whole."""
+"""Trials whose settings would give a model; training gives none where a run diverges."""
 
 OBJECTIVE = "calibrated_loss"
-"""What decides: of the epoch that training would keep, that of the lowest validation loss."""
+"""The loss that ranks trials, at the epoch that training would keep, which is the one with the
+lowest validation loss."""
 
-# None by the name of a setting: what is searched has columns, too.
+# No figure has the name of a setting, because searched settings are columns, too.
 _FIGURES = [
     pa.field("epochs_trained", pa.int64(), nullable=False),
     pa.field("best_epoch", pa.int64()),
@@ -48,11 +49,12 @@ _FIGURES = [
 
 
 _CURVE = ("epoch", "train_loss", "validation_loss", OBJECTIVE, "validation_auc", "learning_rate")
-"""What is kept of each epoch: it shows whether a trial was stopped too soon."""
+"""Figures that are kept of each epoch; they show whether a trial was stopped too soon."""
 
 
 class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
-    """Rows by trial number. Tune calls it on the driver; each row is written as it is known."""
+    """Rows by trial number. Tune calls this on the driver; each row is written when its trial
+    ends."""
 
     def __init__(
         self, store: Store, space: Mapping[str, Domain], settings: TrainingSettings
@@ -60,7 +62,7 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
         self.space = space
         self.rows: dict[int, dict[str, Any]] = {}
         self.on_row: Callable[[str], None] = lambda note: None
-        """Told of each new row, with the best loss so far."""
+        """Called after each new row, with a note on the best loss so far."""
         self._store = store
         self._settings = settings
         self._epochs: dict[int, list[dict[str, Any]]] = {}
@@ -69,8 +71,8 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
             self.rows[row["trial"]] = row
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune writes its callbacks down, to be restored with. Ours holds a terminal and a store,
-        # and a search goes on from its rows.
+        # Tune pickles its callbacks in order to restore a search. We resume from the rows, and a
+        # terminal cannot be pickled.
         return {}
 
     def settings_of(self, number: int) -> TrainingSettings:
@@ -88,10 +90,10 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
         number = trial.config["trial"]
         last = self._epochs.get(number, [{}])[-1]
         if last.get("diverged"):
-            error = f"the loss of epoch {last['epoch']} is no number; lower the learning rate"
+            error = f"the loss of epoch {last['epoch']} is not finite; lower the learning rate"
             self._end(number, DIVERGED, error)
         elif not last:
-            self._end(number, FAILED, "ended before its first epoch")
+            self._end(number, FAILED, "it ended before its first epoch")
         else:
             self._end(number, STOPPED if self._cut(number) else DONE)
 
@@ -99,12 +101,13 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
         self._end(trial.config["trial"], FAILED, _why_it_crashed(trial))
 
     def out_of_time(self) -> None:
-        """Of trials that began and have no row: for the table alone."""
+        """Adds rows, which are not written, for trials that began and have not ended."""
         for number, epochs in self._epochs.items():
             if number not in self.rows and not epochs[-1].get("diverged"):
                 self.rows[number] = self._row(number, OUT_OF_TIME, None)
 
     def _cut(self, number: int) -> bool:
+        """Whether the trial ended neither at its last epoch nor by its own patience."""
         settings = self.settings_of(number)
         epochs = self._epochs[number]
         losses = [row["validation_loss"] for row in epochs]
@@ -126,7 +129,7 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
 
     def _row(self, number: int, status: str, error: str | None) -> dict[str, Any]:
         epochs = [row for row in self._epochs.get(number, []) if not row.get("diverged")]
-        # Of equal ones the last, which Ray Train keeps.
+        # Of equal losses the last, as in Ray Train.
         best: dict[str, Any] = min(
             reversed(epochs), key=lambda row: row["validation_loss"], default={}
         )
@@ -146,7 +149,7 @@ class Trials(ray_tune.Callback):  # type: ignore[misc]  # ray ships no types
 
 
 def best_of(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The row of the lowest calibrated loss, of those that training gives a model of."""
+    """The row with the lowest calibrated loss, among those whose settings would give a model."""
     sound = [row for row in rows if row["status"] in _SOUND]
     return min(sound, key=_rank, default=None)
 
@@ -157,11 +160,11 @@ def _rank(row: Mapping[str, Any]) -> tuple[bool, bool, float, int]:
 
 
 def trials_table(rows: Iterable[Mapping[str, Any]], space: Mapping[str, Domain]) -> pa.Table:
-    """The lowest calibrated loss first; last, and alike, those that diverged or failed.
+    """The rows as a table: the lowest calibrated loss first, trials that diverged or failed last.
 
     Columns: trial, status; one for each setting that is searched, null where the recipe's own value
-    was tried; epochs_trained, best_epoch; calibrated_loss, validation_loss (nats),
-    validation_accuracy, validation_auc (0 … 1) of that epoch; seconds (of training), error.
+    was tried; epochs_trained, best_epoch; calibrated_loss and validation_loss (nats),
+    validation_accuracy and validation_auc (0 … 1), all at best_epoch; seconds (of training), error.
     """
     kinds = {name: domain.arrow_type for name, domain in space.items()}
     schema = pa.schema(
@@ -182,7 +185,7 @@ def trials_table(rows: Iterable[Mapping[str, Any]], space: Mapping[str, Domain])
 
 
 def train_arguments(task: TrainingTask, drawn: Mapping[str, str], output: str) -> dict[str, Any]:
-    """`arguments` of `lungopacity train` for the trial of these words, and its `command` line."""
+    """`arguments` and `command` line of `lungopacity train` for a trial. drawn: its words."""
     settings = task.settings
     words = {**task.words, **drawn}
     options = {
@@ -211,8 +214,8 @@ def train_arguments(task: TrainingTask, drawn: Mapping[str, str], output: str) -
 
 
 def _why_it_crashed(trial: Any) -> str:
-    """Why a trial crashed: the last line of what Tune kept of it. Its own `get_pickled_error` reads
-    a copy, which may not have been made yet."""
+    """Why a trial crashed: the last line of the error that Tune stored. Tune's `get_pickled_error`
+    reads a copy that may not exist yet."""
     kept = trial.pickled_error_file
     cause = cloudpickle.loads(Path(kept).read_bytes()) if kept and Path(kept).exists() else None
     if cause is None:

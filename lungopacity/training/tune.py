@@ -1,16 +1,16 @@
-"""A search for better settings: Ray Tune runs trials side by side, each a real training.
+"""A search for better settings: Ray Tune runs trials in parallel, each a real training run.
 
-Films are decoded once and lie in Ray's object store. A trial is one process on one CPU or GPU, so
-none ever waits for another; ASHA (Li et al. 2020, arXiv:1810.05934) stops those that lag behind
-others at the same epoch. What decides is the validation loss after calibration, which the model
-folder would deliver: smoothing, mixup and decay move the confidence, too, and that is taken out
-again. The test split is not even loaded.
+Films are decoded once and kept in Ray's object store. A trial is a single process, so trials never
+wait for each other; ASHA (Li et al. 2020, arXiv:1810.05934) stops those that lag behind others at
+the same epoch. Trials are ranked by their validation loss after calibration, as in the model folder
+that they would give: label smoothing, mixup and weight decay also shift the confidence, which
+calibration corrects. The test split is never loaded.
 
-    search.json          what is searched; another search wants another output
-    trials/00007.json    a finished trial with its epochs, so that the same command goes on after a
-                         crash
-    trials.parquet       a row a trial, best first
-    best.json            the best one, and the command that trains it
+    search.json          what is searched; another search needs another output
+    trials/00007.json    a finished trial with its epochs, so that the same command can resume after
+                         a crash
+    trials.parquet       one row per trial, best first
+    best.json            the best trial, and the command that trains it
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ from lungopacity.training.trials import (
 log = logging.getLogger(__name__)
 
 _REDUCTION = 3
-"""ASHA lets the best third of each rung go on."""
+"""ASHA lets the best third of the trials at each rung continue."""
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """A search. `trials.parquet` and `best.json` lie in the output, too."""
+    """The result of a search; the output holds it as `trials.parquet` and `best.json`."""
 
     trials: pa.Table
-    """A row a trial, the best first; see `trials_table`."""
+    """One row per trial, the best first; see `trials_table`."""
     best: dict[str, Any]
-    """Of the first row: its settings, figures, and the `command` that trains it."""
+    """The first row's settings and figures, and the `command` that trains it."""
 
 
 def tune(
@@ -100,13 +100,13 @@ def tune(
     accept: Sequence[str] = (),
     reject_quality: Sequence[str] | None = None,
 ) -> TuneResult:
-    """Try `trials` settings, the recipe's own first, and write what came of them to `output`.
+    """Runs `trials` trials, the first with the recipe itself, and writes the results to `output`.
 
-    `search`: see `search_space`; None searches the network's default space. `time_budget_s`: of the
-    trials of this call; what it cuts short runs anew in the next. The others as in `train`. The
-    same call goes on where a crashed one stopped, and one of more trials adds them. A trial that
-    diverges or crashes is a row with its error. Raises `UserError`, also where no trial succeeds,
-    or another search is at work in that output.
+    `search`: see `search_space`; None searches the network's default space. `time_budget_s`: limit
+    for this call's trials; the next call runs those again that it cut short. The others are as in
+    `train`. The same call resumes where a crashed one stopped, and a call with more trials adds
+    them. A trial that diverges or crashes becomes a row with its error. Raises `UserError`, also
+    where no trial succeeds, or another search is running in that output.
     """
     _check_arguments(trials, time_budget_s, settings or {})
     task = training_task(
@@ -126,7 +126,7 @@ def tune(
     names = class_names_of(task.label_map)
     network = build_network(model, len(names), task.settings.model_settings)
     first = first_tensors(network, task.settings)
-    # Twice at once, each would write its own rows over the other's.
+    # Of two running at once, each would overwrite the other's rows.
     lease = Lease(open_store(output), "tune", f"tuning of {model}", LEASE_S, patient=True)
     with ray_session(), lease:
         task = replace(task, settings=replace(task.settings, use_gpu=resolve_gpu(use_gpu)))
@@ -142,13 +142,13 @@ def _check_arguments(trials: int, time_budget_s: float | None, settings: Mapping
     for name in ("workers", "max_workers"):
         if name in settings:
             raise UserError(
-                f"--set {name}: every trial is one worker's; give --workers to the command that "
-                "trains the best"
+                f"--set {name}: every trial has one worker; give --workers to the command that "
+                "trains the best trial"
             )
 
 
 def _space(settings: TrainingSettings, search: Mapping[str, str], trials: int) -> dict[str, Domain]:
-    """What is searched, once each of the trials can be drawn from it. Raises `UserError`."""
+    """The search space. Raises `UserError` where any of the trials drawn from it is impossible."""
     try:
         space = search_space(settings, search)
         for number in range(trials):
@@ -166,7 +166,8 @@ def _tried(
     trials: int,
     time_budget_s: float | None,
 ) -> Trials:
-    """The trials, those of earlier calls among them. Needs a running Ray. Raises `UserError`."""
+    """Runs the trials that earlier calls have not finished; returns all. Needs a running Ray.
+    Raises `UserError`."""
     require_resources(1, task.settings.use_gpu, "tuning")
     data = task.load()
     count_films(data, task.settings)
@@ -185,7 +186,7 @@ def _tried(
 
 
 def _written(task: TrainingTask, known: Trials, output: str, trials: int) -> TuneResult:
-    """Write `trials.parquet` and `best.json`. Raises `UserError` where no trial gives a model."""
+    """Writes `trials.parquet` and `best.json`. Raises `UserError` where no trial gives a model."""
     store = open_store(output)
     table = trials_table(known.rows.values(), known.space)
     store.write("trials.parquet", parquet_bytes(table))
@@ -194,11 +195,11 @@ def _written(task: TrainingTask, known: Trials, output: str, trials: int) -> Tun
         errors = [row["error"] for row in table.to_pylist() if row["error"]]
         raise UserError(
             f"no trial of {trials} gives a model: {(errors or ['out of time'])[0]}; "
-            "give other --search, or a longer --time-budget-s"
+            "change --search, or give a longer --time-budget-s"
         )
     found = {
         **table.to_pylist()[0],
-        # Taken from the words that were kept: the command is to the letter what was trained.
+        # The words as drawn, so that the command trains exactly what the trial did.
         "settings": best["words"],
         **train_arguments(task, best["words"], output),
         "versions": versions(),
@@ -215,10 +216,10 @@ def _claim(
     space: Mapping[str, Domain],
     data: LabelledPixels,
 ) -> None:
-    """Make the output this search's. Raises `UserError` where it is another's."""
+    """Claims the output for this search. Raises `UserError` where it is another search's."""
     facts = {
         "settings": {**settings.as_json(), "use_gpu": None},
-        # By content: a file may be another by now.
+        # With their hash: a file may have changed since.
         "weights": None if weights is None else dict(weights),
         "version": versions()["lungopacity"],
         "search": {name: vars(domain) for name, domain in space.items()},
@@ -232,8 +233,8 @@ def _claim(
     except ConflictError:
         if json.loads(store.read("search.json"))["sha256"] != digest:
             raise UserError(
-                f"{store.uri}: holds a search of other settings, films, splits, weights or "
-                "--search, or of another version; choose another --output"
+                f"{store.uri}: holds a search with other settings, films, splits, weights or "
+                "--search, or by another version; choose another --output"
             ) from None
 
 
@@ -245,13 +246,13 @@ def _run(
     waiting: Sequence[int],
     time_budget_s: float | None,
 ) -> None:
-    """Run the trials of these numbers; their rows go to `known`."""
+    """Runs the trials numbered `waiting`; `known` receives their rows."""
     threads = _threads(len(waiting))
     run = ray_tune.with_parameters(
         _trial,
         settings=settings,
         space=known.space,
-        # In a dictionary they stay references: trials on one node share one copy.
+        # Inside a dictionary they stay references, so that trials on a node share one copy.
         shared={
             "films": ray.put(films_of(data)),
             "first": None if first is None else ray.put(first),
@@ -264,10 +265,10 @@ def _run(
     else:
         resources, slots = {"CPU": threads}, capacity()["CPU"] // threads
     most = max(known.settings_of(number).epochs for number in waiting)
-    # Ours are the handler of Ctrl-C and the output.
+    # We handle Ctrl-C and write the output ourselves.
     os.environ.update(TUNE_DISABLE_SIGINT_HANDLER="1", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder, _told_as_it_is():
+    with tempfile.TemporaryDirectory() as folder, _user_errors_kept():
         ray_tune.Tuner(
             ray_tune.with_resources(run, resources),
             param_space={"trial": ray_tune.grid_search(list(waiting))},
@@ -289,7 +290,7 @@ def _run(
                 storage_path=folder,
                 verbose=0,
                 callbacks=[known],
-                # Once more for a node that was lost.
+                # One retry, for a lost node.
                 failure_config=ray_tune.FailureConfig(max_failures=1),
             ),
         ).fit()
@@ -297,8 +298,8 @@ def _run(
 
 
 @contextlib.contextmanager
-def _told_as_it_is() -> Iterator[None]:
-    """What a callback raises, Tune makes a text of: for the block it is raised again."""
+def _user_errors_kept() -> Iterator[None]:
+    """Raises a callback's `UserError` as it was, which Tune would turn into a `TuneError`."""
     try:
         yield
     except ray_tune.TuneError as error:
@@ -308,7 +309,7 @@ def _told_as_it_is() -> Iterator[None]:
 
 
 def _threads(trials: int) -> int:
-    """Of a trial on CPUs: its share of the cluster, if that fits on one node."""
+    """CPU threads of a trial: its share of the cluster's CPUs, at most those of one node."""
     cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     return max(1, int(min(max(cpus), sum(cpus) // trials)))
 
@@ -322,13 +323,13 @@ def _trial(
     positive: int,
     threads: int,
 ) -> None:
-    """Train in this process, and report each epoch to Tune."""
+    """Trains in this process, and reports each epoch to Tune."""
     own = with_draw(settings, draw(space, settings.seed, config["trial"]))
     films: Films = ray.get(shared["films"])
     labels_V = films.labels_N[films.validation]
     shifted = shares_shifted(own.class_balance, films.labels_N[films.train], labels_V)
     first = None if shared["first"] is None else ray.get(shared["first"])
-    # Of the GPUs Ray shows a process only its own.
+    # Ray lets a process see only its own GPU.
     device = torch.device("cuda:0" if settings.use_gpu else "cpu")
     if not settings.use_gpu:
         torch.set_num_threads(threads)
@@ -337,7 +338,7 @@ def _trial(
         found = calibrate(logits_VK.numpy(), labels_V, positive, shifted=shifted).metrics
         ray_tune.report({**row, OBJECTIVE: found["loss"], "validation_auc": found["auc"]})
 
-    # Ray Train itself refuses to run within Tune; of a single process it has no need.
+    # Without Ray Train, which refuses to run within Tune and is not needed for one process.
     worker = Worker(own, films, rank=0, workers=1, device=device)
     diverged = learn(worker, first, None, report)
     if diverged:

@@ -28,7 +28,7 @@ EVERYTHING = replace(
     ema_decay=0.8,
     frozen_epochs=1,
 )
-"""The same with whatever else a run can do."""
+"""The same with everything else that a run can do."""
 
 CLASS_NAMES = ("Normal", "Lung_Opacity")
 

@@ -1,4 +1,4 @@
-"""Stand-ins for what runs in the process that compiles, which finds them by this module's name."""
+"""Stand-ins for what runs in the compiling process, which imports this module by its name."""
 
 import itertools
 import os
@@ -9,7 +9,7 @@ from lungopacity.training.compile import _compiled
 
 
 def on_a_quiet_machine(model: TrainedModel) -> tuple[bytes | None, str]:
-    """What it does, but that whatever is timed takes a second compiled and three in torch."""
+    """Compiles as usual, but every timing is one second compiled and three in torch."""
     seconds = itertools.cycle([0.0, 1.0, 1.0, 4.0])
     time.perf_counter = lambda: next(seconds)  # type: ignore[assignment]
     return _compiled(model)

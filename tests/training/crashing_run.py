@@ -1,5 +1,5 @@
 """`fit` in a process of its own, for a test to kill after two epochs. Arguments: Ray's address, the
-output, and where TensorBoard and MLflow look."""
+output, and the places of TensorBoard and MLflow."""
 
 from __future__ import annotations
 

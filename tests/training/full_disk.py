@@ -1,4 +1,4 @@
-"""A training whose disk is full when its first checkpoint is written."""
+"""A training run whose disk is full when its first checkpoint is written."""
 
 from __future__ import annotations
 

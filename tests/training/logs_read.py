@@ -13,7 +13,7 @@ from lungopacity.training.mlflow_log import EXPERIMENT
 
 
 def tensorboard_events(uri: str, copy: Path) -> EventAccumulator:
-    """Of a run's folder, which may lie in S3."""
+    """The events of a run's folder, which may be in S3."""
     copy.mkdir()
     for item in open_store(uri).list():
         (copy / item.key).write_bytes(open_store(uri).read(item.key))
@@ -27,7 +27,7 @@ def scalars(events: EventAccumulator, tag: str) -> dict[int, float]:
 
 
 def mlflow_run(uri: str, run: str) -> tuple[Any, dict[str, list[tuple[int, float]]]]:
-    """The one run of that name, and each of its metrics as (step, value) in the order told."""
+    """The one run of that name, and each of its metrics as (step, value) in the order written."""
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     (found,) = client.search_runs([experiment.experiment_id], f"tags.`lungopacity.run` = '{run}'")

@@ -1,5 +1,5 @@
-"""A training whose last worker rests after its second epoch until somebody ends it: on a busy
-machine, too, whoever strikes when told of that epoch strikes before the last one."""
+"""A training run whose last worker pauses after its second epoch until it is killed, so that a test
+that kills it at that epoch does so before the last one, even on a busy machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lungopacity.training.loop import train_loop
 
 
 def resting_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """`train_loop`, for Ray Train; started again, it goes on to the end."""
+    """`train_loop`, for Ray Train; after a restart, it runs to the end."""
     context = ray.train.get_context()
     rests = context.get_world_rank() == context.get_world_size() - 1
     report = ray.train.report

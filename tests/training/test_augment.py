@@ -35,7 +35,7 @@ def test_keeps_type_and_shape_and_uses_the_range(height: int, width: int) -> Non
     assert changed_BHW.max() > 200
 
 
-def test_leaves_its_input_alone() -> None:
+def test_does_not_change_its_input() -> None:
     original_BHW = films()
     augment(original_BHW, AugmentationSettings(), generator())
     assert torch.equal(original_BHW, films())
@@ -88,7 +88,7 @@ def test_a_shift_moves_by_at_most_its_share_of_the_side() -> None:
         ("flip_probability", 1.1),
     ],
 )
-def test_refuses_strengths_without_meaning(name: str, value: float) -> None:
+def test_refuses_impossible_strengths(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         AugmentationSettings(**{name: value})
 

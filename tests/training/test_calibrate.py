@@ -32,7 +32,7 @@ def test_finds_the_factor_by_which_logits_were_inflated(confidence: float) -> No
     assert fit_temperature(logits_VK * confidence, labels_V) == pytest.approx(confidence, rel=0.06)
 
 
-def test_temperature_lowers_the_loss_of_overconfident_logits_and_no_decision() -> None:
+def test_temperature_lowers_the_loss_of_overconfident_logits_and_changes_no_decision() -> None:
     logits_VK, labels_V = calibrated_films(300)
     logits_VK = logits_VK * 5
     temperature = fit_temperature(logits_VK, labels_V)
@@ -41,17 +41,17 @@ def test_temperature_lowers_the_loss_of_overconfident_logits_and_no_decision() -
     assert (softmax(logits_VK / temperature).argmax(1) == logits_VK.argmax(1)).all()
 
 
-def test_films_all_classified_rightly_do_not_sharpen_the_model_without_end() -> None:
+def test_films_all_classified_correctly_do_not_lower_the_temperature() -> None:
     logits_VK = np.array([[2.0, 0.0], [0.0, 2.0]])
     assert fit_temperature(logits_VK, np.array([0, 1])) == 1.0
 
 
-def test_softmax_bears_large_logits() -> None:
+def test_softmax_does_not_overflow_for_large_logits() -> None:
     np.testing.assert_allclose(softmax(np.array([[1e4, 0.0], [-1e4, -1e4]])), [[1, 0], [0.5, 0.5]])
 
 
 def shifted_films(count: int = 20_000) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Logits of three classes that are twice too large, and that knew less of the second class."""
+    """Logits of three classes: twice too large, and too low for the second class."""
     rng = np.random.default_rng(1)
     true_VK = rng.normal(0, 1.5, (count, 3))
     labels_V = (rng.random(count)[:, None] > softmax(true_VK).cumsum(axis=1)).sum(axis=1)
@@ -68,8 +68,8 @@ def test_finds_the_class_that_was_rarer_in_training() -> None:
     np.testing.assert_allclose(shares, np.bincount(labels_V) / len(labels_V), atol=1e-3)
 
 
-def test_temperature_and_biases_are_those_of_a_search_that_knows_no_gradient() -> None:
-    """Of few films, where the prior counts."""
+def test_temperature_and_biases_are_those_of_a_search_without_gradients() -> None:
+    """With few films, so that the prior matters."""
     logits_VK, labels_V = shifted_films(40)
 
     def loss(point: npt.NDArray[np.float64]) -> float:
@@ -83,8 +83,8 @@ def test_temperature_and_biases_are_those_of_a_search_that_knows_no_gradient() -
 
 
 @pytest.mark.parametrize("positive", [0, 1, 2])
-def test_decisions_are_about_the_positive_class_wherever_it_stands(positive: int) -> None:
-    """By default they are Youden's."""
+def test_decisions_are_about_the_positive_class_in_any_position(positive: int) -> None:
+    """The default operating point is Youden's."""
     logits_VK, labels_V = shifted_films(600)
     found = calibrate(logits_VK, labels_V, positive)
     p_V = softmax(calibrated_logits(logits_VK, found.temperature, found.class_biases))[:, positive]
@@ -99,7 +99,7 @@ def test_decisions_are_about_the_positive_class_wherever_it_stands(positive: int
     assert called_V[is_positive_V].mean() == pytest.approx(point.sensitivity)
 
 
-def test_a_class_without_a_film_gets_no_endless_bias() -> None:
+def test_a_class_without_a_film_gets_a_finite_bias() -> None:
     logits_VK, labels_V = shifted_films(300)
     seen = labels_V != 1
     _, biases = fit_biases(logits_VK[seen], labels_V[seen], 1.0)
@@ -118,7 +118,7 @@ def test_biases_are_for_more_than_two_classes_or_shifted_shares() -> None:
     assert two.class_biases is None
 
 
-def test_two_classes_that_were_balanced_for_training_get_their_true_risks() -> None:
+def test_two_classes_that_were_balanced_in_training_get_true_probabilities() -> None:
     logits_VK, labels_V = calibrated_films()
     balanced_VK = logits_VK + np.array([-1.5, 1.5])
     alone, shifted = (calibrate(balanced_VK, labels_V, 1, shifted=told) for told in (False, True))
@@ -129,7 +129,7 @@ def test_two_classes_that_were_balanced_for_training_get_their_true_risks() -> N
     assert p_V[rare_V].mean() == pytest.approx(labels_V[rare_V].mean(), abs=0.02)
 
 
-def test_films_that_biases_set_all_right_do_not_sharpen_the_model_without_end() -> None:
+def test_films_that_biases_all_correct_do_not_lower_the_temperature() -> None:
     logits_VK = np.array([[0.0, 1.0], [0.0, 1.2], [0.0, 3.0], [0.0, 3.2]])
     temperature, biases = fit_biases(logits_VK, np.array([0, 0, 1, 1]), 20.0)
     assert temperature == 1.0
@@ -144,7 +144,7 @@ def test_two_classes_need_biases_where_they_were_balanced_or_their_odds_differ_t
     assert shares_shifted("weights", even.astype(int), even.astype(int))
 
 
-def test_says_what_calibration_was_worth_on_the_validation_films() -> None:
+def test_metrics_compare_before_and_after_calibration() -> None:
     logits_VK, labels_V = calibrated_films(2_000)
     found = calibrate(5 * logits_VK, labels_V, positive=1).metrics
     shares_VK = softmax(5 * logits_VK)
@@ -154,7 +154,7 @@ def test_says_what_calibration_was_worth_on_the_validation_films() -> None:
         assert found[name] < 0.9 * found[f"{name}_before_temperature"], name
 
 
-def test_what_float32_cannot_tell_apart_is_told_apart_by_no_threshold(
+def test_no_threshold_separates_what_float32_cannot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(calibrating, "fit_temperature", lambda *_: 1.0)
@@ -168,7 +168,7 @@ def test_what_float32_cannot_tell_apart_is_told_apart_by_no_threshold(
         assert (~decided_V)[labels_V == 0].mean() == pytest.approx(point.specificity)
 
 
-def test_operating_points_of_few_films_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_operating_points_of_few_films_give_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     warn_of_few(np.arange(90) % 3, positive=1)
     assert not caplog.text
     warn_of_few(np.arange(89) % 3, positive=2)

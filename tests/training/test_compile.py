@@ -29,7 +29,7 @@ def quiet(monkeypatch):
 
 
 @pytest.mark.usefixtures("quiet")
-def test_a_folder_is_written_anew_with_the_same_id_and_what_sites_added(tmp_path, capsys):
+def test_the_compiled_folder_keeps_the_id_and_the_points_of_sites(tmp_path, capsys):
     old, new = str(tmp_path / "old"), str(tmp_path / "new")
     learnt = training_films_parquet(["a", "b"])
     said = validation_parquet(["c"], ["Normal"], np.zeros((1, 2), np.float32), ["Normal", "x"])
@@ -57,11 +57,11 @@ def test_a_folder_is_written_anew_with_the_same_id_and_what_sites_added(tmp_path
 @pytest.mark.parametrize(
     ("compiler", "why"),
     [
-        (compilers.the_process_ends, "compiling ended the process; nothing was written"),
+        (compilers.the_process_ends, "compiling crashed the process; nothing was written"),
         (compilers.slower, "compiled, it has half the speed; nothing was written"),
     ],
 )
-def test_what_brings_nothing_is_not_written(tmp_path, monkeypatch, compiler, why):
+def test_a_compiled_network_that_is_not_better_is_not_written(tmp_path, monkeypatch, compiler, why):
     model, new = str(tmp_path / "model"), str(tmp_path / "new")
     write_tiny_model(model)
     monkeypatch.setattr("lungopacity.training.compile._compiled", compiler)
@@ -71,7 +71,7 @@ def test_what_brings_nothing_is_not_written(tmp_path, monkeypatch, compiler, why
 
 
 @pytest.mark.usefixtures("quiet")
-def test_an_ensemble_of_folders_of_before_is_compiled_member_by_member(tmp_path):
+def test_an_older_ensemble_is_compiled_member_by_member(tmp_path):
     uris = [str(tmp_path / name) for name in "ab"]
     facts = {"training": {"settings": {"seed": 7}, "data": {"fingerprint": "f"}}}
     for uri, size in zip(uris, (64, 48), strict=True):

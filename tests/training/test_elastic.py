@@ -1,5 +1,5 @@
-"""What must hold when the number of workers changes within a run. A real run that loses and gains a
-node is among the faults: `make faults`."""
+"""What must hold when the number of workers changes during a run. `make faults` includes a real run
+that loses and gains a node."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_an_epoch_has_the_same_steps_however_many_share_it(films: int) -> None:
 
 
 @pytest.mark.parametrize("films", [1, 3, 25, 49])
-def test_no_batch_is_of_one_film_which_batch_norm_cannot_take(films: int) -> None:
+def test_every_batch_has_at_least_the_two_films_that_batch_norm_needs(films: int) -> None:
     for settings, workers in ((ELASTIC, 9), (TrainingSettings(batch_size=2), 1)):
         ranks = [batches(settings, films, workers, rank) for rank in range(workers)]
         assert {len(own) for own in ranks} == {math.ceil(films / settings.batch_size)}
@@ -48,18 +48,18 @@ def test_no_batch_is_of_one_film_which_batch_norm_cannot_take(films: int) -> Non
 
 
 @pytest.mark.parametrize("films", [33, 97, 240])
-def test_a_batch_that_divides_is_never_exceeded(films: int) -> None:
+def test_a_worker_never_gets_more_than_its_share_of_a_batch(films: int) -> None:
     for workers in (1, 2, 3, 4, 6, 8):
         settings = replace(ELASTIC, workers=workers, max_workers=0)
         for own in batches(settings, films, workers, rank=0):
             assert len(own) <= 24 // workers
 
 
-def test_a_batch_need_not_divide_where_the_number_may_change() -> None:
+def test_a_batch_need_not_divide_where_the_number_of_workers_may_change() -> None:
     assert replace(ELASTIC, batch_size=25).batch_size == 25
-    with pytest.raises(ValueError, match="two films or more for each of up to 9 workers"):
+    with pytest.raises(ValueError, match="at least two films for each of up to 9 workers"):
         replace(ELASTIC, batch_size=17)
-    with pytest.raises(ValueError, match="workers 10:9 must be the fewest and the most"):
+    with pytest.raises(ValueError, match="workers 10:9 must be MIN:MAX with 1 <= MIN <= MAX"):
         replace(ELASTIC, workers=10)
 
 
@@ -68,14 +68,14 @@ def test_a_batch_need_not_divide_where_the_number_may_change() -> None:
     [
         ("many", "'many' is not of the form 4 or 2:8"),
         ("1:2:3", "'1:2:3' is not of the form 4 or 2:8"),
-        ("8:2", "--workers 8:2 must be the fewest and the most"),
+        ("8:2", "--workers 8:2 must be MIN:MAX with 1 <= MIN <= MAX"),
         ("0:2", "--workers must be 1 or more"),
-        ("2:0", "--workers 2:0 must be the fewest and the most"),
-        ("2:-1", "--workers 2:-1 must be the fewest and the most"),
-        ("2:64", "--batch-size 32 must be two films or more for each of up to 64 workers"),
+        ("2:0", "--workers 2:0 must be MIN:MAX with 1 <= MIN <= MAX"),
+        ("2:-1", "--workers 2:-1 must be MIN:MAX with 1 <= MIN <= MAX"),
+        ("2:64", "--batch-size 32 must be at least two films for each of up to 64 workers"),
     ],
 )
-def test_a_range_of_workers_that_cannot_be_is_refused(word, said, tmp_path, capsys) -> None:
+def test_an_impossible_range_of_workers_is_refused(word, said, tmp_path, capsys) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("image,label\na.png,Normal\nb.png,Lung_Opacity\n")
     command = ["train", "--images", str(tmp_path), "--labels", str(labels),

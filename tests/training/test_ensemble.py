@@ -1,4 +1,4 @@
-"""Ensembles of real model folders, scored through the one place that scores."""
+"""Ensembles of real model folders, scored by `Scorer`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(
     training_films: bytes | None = None,
     **changes,
 ) -> TrainedModel:
-    """A model folder as training leaves it, of a network that has learnt nothing."""
+    """A model folder as training writes it, of an untrained network."""
     facts = {
         "preprocessing": Preprocessing(image_size=size, mean=0.4, std=0.3),
         "temperature": 0.5 + seed,
@@ -68,7 +68,7 @@ def members(tmp_path):
     return uris, [folder(uris[0], 1), folder(uris[1], 2)]
 
 
-def test_the_mean_of_calibrated_logits_is_the_ensembles(members, tmp_path):
+def test_the_ensembles_logits_are_the_mean_of_the_calibrated_ones(members, tmp_path):
     uris, models = members
     made = ensemble(uris, str(tmp_path / "both"))
     both = load_model(str(tmp_path / "both"))
@@ -89,8 +89,8 @@ def test_the_biases_of_its_members_count(tmp_path):
     np.testing.assert_allclose(found_NK, sum(logits) / 2, rtol=1e-4, atol=1e-5)
 
 
-def test_it_knows_the_films_of_every_member(tmp_path):
-    """Also those that the first weights of one alone had learnt from."""
+def test_an_ensemble_lists_the_training_films_of_every_member(tmp_path):
+    """Including those that only the first weights of one had learnt from."""
     uris = [str(tmp_path / name) for name in "abc"]
     for seed, learnt in enumerate((["x", "y"], ["x", "y", "z"], None), start=1):
         films = None if learnt is None else training_films_parquet(learnt)
@@ -99,7 +99,7 @@ def test_it_knows_the_films_of_every_member(tmp_path):
     assert films_known_to(str(tmp_path / "all")) == {"x", "y", "z", *DIGESTS}
 
 
-def test_members_that_disagree_are_seen_to(members, tmp_path):
+def test_disagreement_is_the_spread_of_the_members_probabilities(members, tmp_path):
     uris, models = members
     ensemble(uris, str(tmp_path / "both"))
     both = load_model(str(tmp_path / "both"))
@@ -111,7 +111,7 @@ def test_members_that_disagree_are_seen_to(members, tmp_path):
     assert Scorer(models[0]).scores(squares(models[0])).disagreement_N is None
 
 
-def test_a_film_is_as_unlike_as_its_members_find_on_the_whole(members, tmp_path):
+def test_a_films_distance_is_the_root_mean_square_of_the_members(members, tmp_path):
     uris, models = members
     ensemble(uris, str(tmp_path / "both"))
     both = Scorer(load_model(str(tmp_path / "both")))
@@ -137,17 +137,15 @@ def test_members_of_two_sizes_share_one_decoded_film(tmp_path):
     assert both.model.spec.preprocessing.image_size == 64
     logits_NK = both.logits(squares(both.model))
     alone = [m.spec.calibrated(Scorer(m).logits(squares(m))) for m in (small, large)]
-    # The small one sees a film made smaller twice, which is not quite the same.
+    # The small member sees a film that was downscaled twice, which is not quite the same.
     np.testing.assert_allclose(logits_NK, sum(alone) / 2, atol=0.05)
 
 
-def test_it_is_calibrated_on_what_its_members_said_of_the_validation_films(
-    members, tmp_path, caplog
-):
+def test_an_ensemble_is_calibrated_on_its_members_validation_logits(members, tmp_path, caplog):
     uris, _ = members
     both = ensemble(uris, str(tmp_path / "both"))
     assert both.spec.operating_point.images == len(FILMS)
-    assert both.spec.class_biases is None  # none of its members has any
+    assert both.spec.class_biases is None  # no member has any
     assert "20 validation films are of the positive class and 20 are not" in caplog.text
     assert 0 <= both.spec.metrics["auc"] <= 1
     assert both.spec.metrics["loss"] <= both.spec.metrics["loss_before_temperature"]
@@ -155,7 +153,7 @@ def test_it_is_calibrated_on_what_its_members_said_of_the_validation_films(
     assert [item["data"]["fingerprint"] for item in both.spec.training["members"]] == ["f", "f"]
 
 
-def test_what_cannot_go_together_is_refused(members, tmp_path):
+def test_models_that_do_not_fit_together_are_refused(members, tmp_path):
     uris, _ = members
     output = str(tmp_path / "out")
     ensemble(uris, str(tmp_path / "both"))
@@ -176,9 +174,9 @@ def test_what_cannot_go_together_is_refused(members, tmp_path):
             [uris[0], str(tmp_path / "other-positive")],
             "other-positive: decides about Normal, .*a about Lung_Opacity; .* --positive-class",
         ),
-        ([uris[0], str(tmp_path / "cropping")], "one crops borders"),
+        ([uris[0], str(tmp_path / "cropping")], "crops borders, so they do not see the same"),
         ([uris[0], str(tmp_path / "older")], "no validation.parquet"),
-        ([uris[0], str(tmp_path / "nowhere")], "no model folder"),
+        ([uris[0], str(tmp_path / "nowhere")], "not a model folder"),
     ):
         with pytest.raises(UserError, match=said):
             ensemble(more, output)

@@ -1,4 +1,4 @@
-"""`fit` on a real Ray. Each run costs seconds, so that several tests look at the same one."""
+"""`fit` on a real Ray. A run takes seconds, so several tests share one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Run:
     output: str
     result: TrainingResult
     seen: list[int]
-    """Epochs in the order in which they came to `on_epoch`."""
+    """Epochs in the order in which `on_epoch` got them."""
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +81,13 @@ def test_learns_what_tells_the_classes_apart(run: Run) -> None:
     assert run.result.model.spec.metrics["auc"] > 0.95
 
 
-def test_knows_its_training_films_from_others(run: Run) -> None:
+def test_tells_its_training_films_from_others(run: Run) -> None:
     scorer = Scorer(load_model(run.output))
 
     def unlike(pixels_NHW: np.ndarray) -> np.ndarray:
         return scorer.out_of_distribution(scorer.scores(pixels_NHW).features_NF) > 1
 
-    # 1 in 100 of the validation films is, by its definition, and some more of unseen ones.
+    # By definition 1 in 100 validation films is, and of unseen films somewhat more.
     assert unlike(FILMS.pixels_NHW[FILMS.split_N == "validation"]).mean() <= 0.05
     assert unlike(FILMS.pixels_NHW[FILMS.split_N == "test"]).mean() <= 0.2
     assert unlike(255 - FILMS.pixels_NHW).mean() > 0.9
@@ -115,7 +115,7 @@ def test_every_epoch_reaches_the_caller_and_the_history(run: Run) -> None:
     assert history["train_loss"].to_pylist()[-1] < history["train_loss"].to_pylist()[0]
 
 
-def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
+def test_model_folder_records_how_the_model_was_trained(run: Run) -> None:
     spec = load_model(run.output).spec
     assert spec.synthetic
     assert spec.architecture_settings["batch_norm"] is True
@@ -133,7 +133,7 @@ def test_model_folder_says_how_the_model_came_about(run: Run) -> None:
     assert spec.label_map == {"Healthy": "Normal", "Lung_Opacity": "Lung_Opacity"}
 
 
-def test_model_folder_keeps_what_its_weights_say_of_the_validation_films(run: Run) -> None:
+def test_model_folder_keeps_the_logits_of_the_validation_films(run: Run) -> None:
     data = read_validation(run.output)
     assert has_page_checksums(data)
     kept = pq.read_table(io.BytesIO(data))
@@ -146,7 +146,7 @@ def test_model_folder_keeps_what_its_weights_say_of_the_validation_films(run: Ru
     assert kept["label"].to_pylist() == images["label"].to_list()
 
 
-def test_model_folder_knows_the_films_that_no_test_may_hold(run: Run) -> None:
+def test_model_folder_lists_the_films_that_no_test_may_use(run: Run) -> None:
     digests = FILMS.images["content_sha256"]
     assert films_known_to(run.output) == set(digests[FILMS.split_N != "test"])
     assert set(digests[FILMS.split_N == "test"])
@@ -154,7 +154,7 @@ def test_model_folder_knows_the_films_that_no_test_may_hold(run: Run) -> None:
 
 def test_leaves_nothing_but_the_model(run: Run) -> None:
     names = {path.name for path in Path(run.output).iterdir()}
-    # Whether so small a network is faster compiled, a busy machine decides anew each time.
+    # On a busy machine, whether so small a network is faster compiled is a matter of chance.
     assert names - {"compiled.safetensors"} == {
         "model.safetensors",
         "model.json",
@@ -171,12 +171,14 @@ def test_refuses_to_overwrite_a_model(run: Run) -> None:
         fit(FILMS, SMALL_RUN, run.output)
 
 
-def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
+def test_a_killed_run_resumes_to_the_same_weights_as_one_never_killed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lungopacity")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setattr("lungopacity.training.fit.LEASE_S", 2.0)  # of the killed one
+    monkeypatch.setattr(
+        "lungopacity.training.fit.LEASE_S", 2.0
+    )  # so that the killed run's lease ends soon
     output, places = str(tmp_path / "model"), (str(tmp_path / "tb"), f"file://{tmp_path}/mlruns")
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "tests.training.crashing_run", address, output, *places]
@@ -205,9 +207,9 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
         logs.finish(result)
     assert observe._run_id == names[0]
     train, validation = (int((FILMS.split_N == split).sum()) for split in SPLITS[:2])
-    count = train + validation + 3 * train  # turned by each quarter, too
+    count = train + validation + 3 * train  # each training film also in three turns
     assert f"where the training films lie: {count} of {count} images" in caplog.text
-    assert "its network is compiled for CPUs, and tried" in caplog.text
+    assert "compiling the network for CPUs, and comparing" in caplog.text
     assert seen == [3, 4, 5, 6]
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert result.model.model_id == run.result.model.model_id
@@ -220,7 +222,7 @@ def test_a_killed_run_goes_on_to_the_very_weights_of_one_never_killed(
     assert histories["train_loss"] == losses
 
 
-def test_two_workers_train_one_model_and_bear_the_loss_of_one(
+def test_two_workers_train_one_model_and_survive_the_loss_of_one(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lungopacity.training.ray_run.train_loop", resting_loop)
@@ -248,7 +250,7 @@ def test_a_full_disk_ends_the_training_at_once(
 ) -> None:
     monkeypatch.setattr("lungopacity.training.ray_run.train_loop", full_disk_loop)
     said = r"^/\S+ on \S+: a checkpoint cannot be written \(No space left on device\); free space"
-    # One waits for the report of the other.
+    # Each worker waits for the report of the other.
     with pytest.raises(UserError, match=said):
         fit(FILMS, replace(SMALL_RUN, workers=2), str(tmp_path / "model"))
     assert (tmp_path / "model.starts").read_text() == "xx"
@@ -266,7 +268,7 @@ def test_s3_that_takes_no_checkpoint_ends_the_training_at_once(
 
 
 def test_films_in_another_order_are_another_run() -> None:
-    """What a killed run said of the validation films is kept in their order."""
+    """Checkpoints keep the logits of the validation films in their order."""
     turned = chosen(FILMS, np.arange(len(FILMS.labels_N))[::-1])
     assert turned.fingerprint == FILMS.fingerprint
     assert _run_name(turned, SMALL_RUN, None) != _run_name(FILMS, SMALL_RUN, None)
@@ -306,7 +308,7 @@ def test_refuses_first_weights_that_learnt_from_a_validation_film(
     digests = FILMS.images["content_sha256"]
     learnt, validated = (digests[FILMS.split_N == split].to_list() for split in SPLITS[:2])
     uri, settings = str(tmp_path / "first"), SMALL_RUN
-    # It must not be asked of films that chose the other model: of one split all models have those.
+    # Films that the other model was only validated on are allowed: models of one split share them.
     for more, refused in ((validated[:3], True), ([], False)):
         write_tiny_model(
             uri,
@@ -326,7 +328,7 @@ def test_refuses_first_weights_that_learnt_from_a_validation_film(
     check_validation(FILMS, replace(start.first, known=chosen_by))
 
 
-def test_a_training_that_begins_anew_beside_unfinished_ones_says_so(
+def test_a_training_that_starts_beside_unfinished_ones_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for run in ("old", "new"):
@@ -336,7 +338,7 @@ def test_a_training_that_begins_anew_beside_unfinished_ones_says_so(
     assert rows_of_before(str(tmp_path), "new") == [{"epoch": 1}]
     assert caplog.text == ""
     assert rows_of_before(str(tmp_path), "third") == []
-    assert "holds 2 unfinished trainings of other settings, films, splits" in caplog.text
+    assert "holds 2 unfinished trainings with other settings, films, splits" in caplog.text
 
 
 def test_names_what_a_killed_run_left_half_written(ray_cluster: None, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ GREY_NHW = np.full((100, 4, 4), 100, np.uint8)
 
 
 def worker(settings: TrainingSettings, rank: int = 0, workers: int = 1, rare: int = 5) -> Worker:
-    """Of 95 films of class 0 and `rare` of class 1; each is told from others by its grey."""
+    """95 films of class 0 and `rare` films of class 1, each with a grey of its own."""
     labels_N = np.array([0] * 95 + [1] * rare)
     pixels_NHW = np.repeat(np.arange(len(labels_N), dtype=np.uint8), 16).reshape(-1, 4, 4)
     train = np.arange(len(labels_N))
@@ -53,7 +53,7 @@ def test_weights_count_a_film_by_the_inverse_of_its_class() -> None:
     assert worker(TrainingSettings()).class_weights() is None
 
 
-def test_sampling_draws_as_many_of_each_class_over_all_workers() -> None:
+def test_sampling_draws_equally_many_of_each_class_over_all_workers() -> None:
     settings = TrainingSettings(class_balance="sampling", batch_size=12)
     for workers in (1, 2, 3):
         drawn = [
@@ -69,7 +69,7 @@ def test_sampling_draws_as_many_of_each_class_over_all_workers() -> None:
 def expected(
     logits_BK: torch.Tensor, labels_B: torch.Tensor, weights_K: torch.Tensor
 ) -> torch.Tensor:
-    """The loss as the settings describe it, film by film."""
+    """The loss as the settings describe it, computed film by film."""
     targets_BK = (1 - SMOOTHING) * functional.one_hot(labels_B, 2) + SMOOTHING / 2
     losses_B = -(targets_BK * logits_BK.log_softmax(1)).sum(1)
     return (weights_K[labels_B] * losses_B).mean()
@@ -82,7 +82,7 @@ def test_a_film_counts_its_classs_weight_whatever_else_is_in_its_batch() -> None
     logits_BK = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
     whole = loss_of(logits_BK, labels_B, 1.0, weights_K, SMOOTHING)
     assert whole.item() == pytest.approx(expected(logits_BK, labels_B, weights_K).item())
-    # As DDP does over ranks: batches of one size, of which most hold no rare film.
+    # As in DDP's ranks: batches of the same size, most of which have no rare film.
     parts = [
         loss_of(
             logits_BK[start : start + 4], labels_B[start : start + 4], 1.0, weights_K, SMOOTHING
@@ -92,7 +92,7 @@ def test_a_film_counts_its_classs_weight_whatever_else_is_in_its_batch() -> None
     assert torch.stack(parts).mean().item() == pytest.approx(whole.item())
 
 
-def test_label_smoothing_gives_away_the_same_of_every_class() -> None:
+def test_label_smoothing_takes_the_same_share_from_every_class() -> None:
     weights_K = worker(TrainingSettings(class_balance="weights")).class_weights()
     assert weights_K is not None
     for label, given in ((0, [0.95, 0.05]), (1, [0.05, 0.95])):
@@ -104,7 +104,7 @@ def test_label_smoothing_gives_away_the_same_of_every_class() -> None:
 
 
 class Recorder(nn.Module):
-    """Keeps what it is shown and says."""
+    """Records its inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_mixup_blends_films_and_labels_by_the_same_share() -> None:
     )  # fmt: skip
     own = worker(settings, rare=45)
     network = Recorder()
-    # It calls the brighter half of the films opacities.
+    # It classifies the brighter half of the films as opacities.
     network.load_state_dict(
         {"head.weight": torch.tensor([[-1.0], [1.0]]), "head.bias": torch.tensor([0.0, 1.8])}
     )
@@ -174,7 +174,7 @@ def test_while_the_rest_is_frozen_the_last_layer_learns_with_its_dropout(name: s
         ([3, 1, 2], 1, True),
         ([3, 1, 2], 2, False),
         ([3, 1, 2, 2], 2, True),
-        ([3, 1, 2, 1], 2, True),  # as low is not lower
+        ([3, 1, 2, 1], 2, True),  # an equal loss is not lower
         ([3, 1, 2, 0.9], 2, False),
         ([1, 2, 3, 4], 0, False),
     ],
@@ -187,7 +187,7 @@ def test_patience_is_spent_after_so_many_epochs_without_a_lower_loss(
 
 
 def test_validation_is_as_exact_as_screening() -> None:
-    """Else a threshold is fitted to other scores than it decides: GPUs would round to 10 bits."""
+    """Otherwise GPUs would round to 10 bits, and thresholds would be fitted to other scores."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True  # torch's default
     exact: list[bool] = []
@@ -200,7 +200,7 @@ def test_validation_is_as_exact_as_screening() -> None:
     assert exact == [True]
 
 
-def test_gradients_are_scaled_down_to_the_norm_that_is_asked_for() -> None:
+def test_gradients_are_scaled_down_to_the_given_norm() -> None:
     moved = {}
     for clip in (0.0, 1e9, 0.01):
         torch.manual_seed(0)
@@ -213,7 +213,7 @@ def test_gradients_are_scaled_down_to_the_norm_that_is_asked_for() -> None:
         _train_epoch(worker(settings), network, optimizer, 1, None)
         pairs = zip(network.parameters(), before, strict=True)
         moved[clip] = sum((now - then).square().sum() for now, then in pairs) ** 0.5
-    # One step of gradient descent goes as far as its gradient is long.
+    # A step of gradient descent moves by the norm of its gradient.
     assert moved[0.01].item() == pytest.approx(0.01, rel=1e-3)
     assert moved[1e9] == moved[0.0] > 0.05
 
@@ -225,13 +225,13 @@ def test_every_epoch_draws_its_own_order_of_all_films() -> None:
     assert len({tuple(order) for order in (first, second, range(100))}) == 3
 
 
-def test_where_classes_are_balanced_every_batch_holds_both() -> None:
+def test_where_classes_are_balanced_every_batch_has_both() -> None:
     own = worker(TrainingSettings(class_balance="sampling", batch_size=20))
     assert all(set(own.films.labels_N[batch]) == {0, 1} for batch in own.batches(epoch=1))
 
 
 class Watched(torch.optim.SGD):
-    """Notes the learning rate and the bias's gradient of each step."""
+    """Records the learning rate and the bias's gradient of each step."""
 
     def __init__(self, network: Recorder) -> None:
         super().__init__(network.parameters())
@@ -246,7 +246,7 @@ class Watched(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_each_step_goes_by_its_own_batch_at_the_middle_of_its_part_of_the_schedule() -> None:
+def test_each_step_uses_its_own_batch_and_the_rate_at_the_middle_of_its_interval() -> None:
     settings = TrainingSettings(
         batch_size=25, epochs=4, label_smoothing=0.0, learning_rate=0.4, precision="float32"
     )
@@ -262,7 +262,7 @@ def test_each_step_goes_by_its_own_batch_at_the_middle_of_its_part_of_the_schedu
         torch.testing.assert_close(gradient_K, expected_K)
 
 
-def test_every_epoch_changes_the_films_anew() -> None:
+def test_every_epoch_changes_the_films_differently() -> None:
     brighter = AugmentationSettings(0, 0, 0, gain=0.5, gamma=0, flip_probability=0)
     own = worker(TrainingSettings(augmentation=brighter, batch_size=100))
     gains = []
@@ -278,16 +278,16 @@ def test_every_epoch_changes_the_films_anew() -> None:
 
 
 class Drawing(Recorder):
-    """And what torch draws, as dropout does."""
+    """Together with random numbers of torch, as dropout draws them."""
 
     def forward(self, x_B1HW: torch.Tensor) -> torch.Tensor:
         self.drawn = torch.rand(1).item()
         return super().forward(x_B1HW)
 
 
-def test_each_seed_epoch_and_rank_draws_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers that drew alike would train on half of the changes."""
-    monkeypatch.setattr(Worker, "add_up", lambda *_: None)  # there is no other one
+def test_each_seed_epoch_and_rank_draws_its_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers with the same draws would see only half of the changes."""
+    monkeypatch.setattr(Worker, "add_up", lambda *_: None)  # there is no other worker
     brighter = AugmentationSettings(0, 0, 0, gain=0.5, gamma=0, flip_probability=0)
     settings = TrainingSettings(augmentation=brighter, batch_size=200)
     gains, drawn, shares, orders = set(), set(), set(), set()
@@ -297,7 +297,7 @@ def test_each_seed_epoch_and_rank_draws_its_own(monkeypatch: pytest.MonkeyPatch)
         own = replace(own, films=replace(own.films, pixels_NHW=GREY_NHW))
         shown = {}
         for alpha in (0.0, 1.0):
-            # All films alike: what they become tells what was drawn, and not their order.
+            # All films are equal, so that the results show what was drawn, and not their order.
             own = replace(own, settings=replace(own.settings, mixup_alpha=alpha))
             network = Drawing()
             _train_epoch(own, network, torch.optim.SGD(network.parameters()), epoch, None)
@@ -314,14 +314,14 @@ def test_the_average_keeps_its_share_of_what_it_was(decay: float, kept: float) -
     own = worker(TrainingSettings(batch_size=100, ema_decay=decay, learning_rate=1.0))
     network, averaged = Recorder(), Recorder()
     before_K = averaged.head.bias.detach().clone()
-    # The second step of all: the first epoch had one, too.
+    # The second step overall: the first epoch had one, too.
     _train_epoch(own, network, torch.optim.SGD(network.parameters()), 2, averaged)
     now_K = network.head.bias.detach()
     assert not torch.allclose(before_K, now_K)
     torch.testing.assert_close(averaged.head.bias.detach(), kept * before_K + (1 - kept) * now_K)
 
 
-def test_validation_looks_at_each_of_its_films_as_screening_will() -> None:
+def test_validation_scores_each_film_as_screening_does() -> None:
     network = build_network("classical-cnn", 2, {**SMALL, "dropout": 0.5})
     own = worker(TrainingSettings())
     validation = np.random.default_rng(0).permutation(100)[:70]

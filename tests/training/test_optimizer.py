@@ -1,4 +1,4 @@
-"""How the weights are moved, and how fast."""
+"""The optimizer and its learning rate."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def test_weight_decay_can_leave_biases_and_gains_as_they_are(kernels_only: bool)
     assert any(name.startswith("head") for name in vectors)
     assert any(name.startswith("features") and name.endswith("weight") for name in vectors)
     assert kept == (vectors if kernels_only else set())
-    # By the rate times the decay, and not by what Adam makes of a gradient.
+    # By the rate times the decay, and not through Adam as part of the gradient.
     decayed = [weight for name, weight in network.named_parameters() if name not in kept]
     assert all(torch.allclose(weight, torch.tensor(0.9)) for weight in decayed)

@@ -1,4 +1,4 @@
-"""What `fit` leaves of its own and of others in the output, without Ray."""
+"""Which files `fit` leaves in the output, its own and others', without Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ray.train import Checkpoint
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.storage import open_store
-from lungopacity.training.checkpoint import rows_of_before, told_of_no_room, uploaded
+from lungopacity.training.checkpoint import lasting_disk_errors, rows_of_before, uploaded
 from lungopacity.training.fit import _run_name, fit
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.settings import TrainingSettings
@@ -30,7 +30,7 @@ SHORT = replace(SMALL_RUN, epochs=1)
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[TrainingSettings], None]]:
-    """`fit` trains in this process, and calls what is put in the list when it has trained."""
+    """Lets `fit` train in this process; functions put into the list are called after training."""
     then: list[Callable[[TrainingSettings], None]] = []
 
     def trained(films: Films, first: None, settings: TrainingSettings, uri: str, run: str, _: Any):
@@ -63,7 +63,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[TrainingSetti
     return then
 
 
-def test_two_trainings_of_one_output_spare_each_others_epochs(
+def test_two_trainings_of_one_output_keep_each_others_checkpoints(
     without_ray: list[Callable[[TrainingSettings], None]], tmp_path: Path
 ) -> None:
     output, other = str(tmp_path / "model"), replace(SHORT, learning_rate=2e-3)
@@ -75,7 +75,7 @@ def test_two_trainings_of_one_output_spare_each_others_epochs(
             assert [path.name for path in Path(output, "_training").iterdir()] == [runs[0]]
 
     without_ray.append(the_other_begins_and_ends)
-    with pytest.raises(UserError, match=f"another training was faster.*_training/{runs[0]}: "):
+    with pytest.raises(UserError, match=f"another training finished first.*_training/{runs[0]}: "):
         fit(FEW, SHORT, output)
     assert load_model(output).spec.training["settings"]["learning_rate"] == 2e-3
     assert len(rows_of_before(output, runs[0])) == 1
@@ -114,21 +114,24 @@ def test_a_model_is_finished_even_if_its_checkpoints_cannot_be_removed(
     caplog.set_level("INFO", "lungopacity")
     result = fit(FEW, SHORT, str(tmp_path / "model"))
     # What follows the last epoch takes minutes on many films.
-    assert "epoch 1 is kept; it looks at all films once more" in caplog.text
-    assert "its network is compiled for CPUs, and tried on validation films" in caplog.text
+    assert "epoch 1 is kept; its network now scores all films once more" in caplog.text
+    assert (
+        "compiling the network for CPUs, and comparing it with torch on validation films"
+        in caplog.text
+    )
     assert load_model(str(tmp_path / "model")).model_id == result.model.model_id
     assert "could not be removed (OSError: AWS Error SLOW_DOWN" in caplog.text
 
 
-def test_a_place_that_may_not_be_written_to_is_told_and_other_errors_may_pass() -> None:
+def test_lasting_disk_errors_are_user_errors_and_others_are_not() -> None:
     for number, told in ((errno.EROFS, "Read-only file system"), (errno.EDQUOT, "quota exceeded")):
         with (
             pytest.raises(UserError, match=rf"^/out/m: a checkpoint cannot be .*{told}\); free"),
-            told_of_no_room("/out/m"),
+            lasting_disk_errors("/out/m"),
         ):
             raise OSError(number, "Error writing bytes to file. Detail: [errno 30]")
     for error in (OSError(errno.EIO, "Input/output error"), OSError("AWS Error SLOW_DOWN")):
-        with pytest.raises(OSError, match=re.escape(str(error))), told_of_no_room("/out/m"):
+        with pytest.raises(OSError, match=re.escape(str(error))), lasting_disk_errors("/out/m"):
             raise error
 
 
@@ -138,17 +141,17 @@ def test_a_place_that_may_not_be_written_to_is_told_and_other_errors_may_pass() 
         (
             "403",
             UserError,
-            r"access denied \(AccessDenied\).*; mend it, and the same command goes on",
+            r"access denied \(AccessDenied\).*; fix this, and the same command resumes",
         ),
-        # A restart may find the server well again.
+        # After a restart the server may work again.
         ("503", ConnectionError, "answered SlowDown"),
     ],
 )
-def test_a_checkpoint_that_s3_does_not_take_is_told(
+def test_a_checkpoint_that_s3_refuses_is_an_error(
     s3_server: Any, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     fault: Any, raised: type[Exception], told: str,
 ) -> None:  # fmt: skip
-    """Of which Arrow's own copy says nothing: the parts of an upload are refused, not its begin."""
+    """S3 refuses parts of the upload, for which Arrow's own copy raises no error."""
     (tmp_path / "network.safetensors").write_bytes(b"weights")
     place, local = f"{s3_uri}/_training/run", Checkpoint.from_directory(str(tmp_path))
     filesystem, root = open_store(place).arrow_filesystem()

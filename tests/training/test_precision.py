@@ -11,7 +11,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_auto_takes_what_the_device_is_fast_at_and_others_what_was_asked_for(monkeypatch, able):
+def test_auto_is_bfloat16_where_that_is_fast_and_others_are_as_asked_for(monkeypatch, able):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able, "avx2": True})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
     for device in (CPU, GPU):
@@ -22,7 +22,7 @@ def test_auto_takes_what_the_device_is_fast_at_and_others_what_was_asked_for(mon
 
 def test_depthwise_convolutions_alone_stay_in_float32():
     network = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 4, 3),  # one channel in one group is no depthwise convolution
+        torch.nn.Conv2d(1, 4, 3),  # one channel in one group is not a depthwise convolution
         torch.nn.Conv2d(4, 4, 3, groups=4),
         torch.nn.Conv2d(4, 2, 1),
     )

@@ -18,7 +18,7 @@ from lungopacity.training.settings import TrainingSettings, recipe, with_words
         ("choice:0,0.2", pa.float64(), 0, 0.2),
     ],
 )
-def test_draws_stay_within_their_ends_and_reach_far(text, kind, low, high) -> None:
+def test_draws_stay_within_their_ends_and_come_close_to_them(text, kind, low, high) -> None:
     space = {"it": parse_domain(text)}
     drawn = [float(draw(space, 0, trial)["it"]) for trial in range(1, 200)]
     assert low <= min(drawn) <= low + 0.1 * (high - low)
@@ -33,7 +33,7 @@ def test_draws_stay_within_their_ends_and_reach_far(text, kind, low, high) -> No
     [
         ({"rate": "log:1:2"}, "no setting 'rate'"),
         ({"learning_rate": "log:0:2"}, "'log:0:2' is none of log:LOW:HIGH"),
-        ({"learning_rate": "log:1:0.1"}, "LOW is below HIGH, and of log above 0"),
+        ({"learning_rate": "log:1:0.1"}, "with LOW below HIGH, and above 0 for log"),
         ({"learning_rate": "log:2:1"}, "is none of"),
         ({"learning_rate": "about 1"}, "is none of"),
         ({"epochs": "int:1.5:2"}, "is none of"),
@@ -57,7 +57,7 @@ def test_a_search_that_makes_no_sense_is_refused(search, said) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORK_NAMES)
-def test_every_network_has_a_space_that_its_recipe_takes(name) -> None:
+def test_every_network_has_a_space_that_fits_its_recipe(name) -> None:
     settings = recipe(name)
     space = search_space(settings, {})
     assert set(space) == set(default_space(name))
@@ -72,7 +72,7 @@ def test_the_spaces_of_the_networks_are_tried_on_them(monkeypatch) -> None:
         search_space(recipe("cov-net"), {})
 
 
-def test_what_is_drawn_does_not_hang_on_the_order_of_the_options() -> None:
+def test_what_is_drawn_does_not_depend_on_the_order_of_the_options() -> None:
     search = {"learning_rate": "log:1e-4:1e-2", "label_smoothing": "uniform:0:0.3"}
     spaces = [
         search_space(TrainingSettings(), dict(given))

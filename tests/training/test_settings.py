@@ -50,11 +50,11 @@ def test_refuses_what_no_run_can_use(name: str, value: object) -> None:
 def test_refuses_a_batch_that_workers_cannot_share() -> None:
     with pytest.raises(ValueError, match="multiple of workers"):
         TrainingSettings(batch_size=32, workers=3)
-    with pytest.raises(ValueError, match="batch_size 4 must be two films or more for each of 4"):
+    with pytest.raises(ValueError, match="batch_size 4 must be at least two films for each of 4"):
         TrainingSettings(batch_size=4, workers=4)
 
 
-def test_refuses_amounts_without_end_in_what_lies_inside() -> None:
+def test_refuses_amounts_that_are_not_finite_in_its_parts() -> None:
     for words in ({"augmentation.gamma": "Infinity"}, {"preprocessing.mean": "NaN"}):
         with pytest.raises(ValueError, match="must be a finite number"):
             with_words(TrainingSettings(), words)
@@ -82,7 +82,7 @@ def test_a_setting_is_changed_by_its_name(words, name, value) -> None:
     assert getattr(with_words(TrainingSettings(), words), name) == value
 
 
-def test_settings_inside_settings_are_reached() -> None:
+def test_settings_inside_parts_are_changed() -> None:
     words = {"augmentation.flip_probability": "0", "preprocessing.mean": "0.4"}
     changed = with_words(TrainingSettings(), words)
     assert changed.augmentation == AugmentationSettings(flip_probability=0.0)
@@ -107,25 +107,28 @@ def test_it_does_not_matter_which_change_comes_first() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"rate": "1"}, "no setting 'rate'; there are augmentation"),
+        ({"rate": "1"}, "no setting 'rate'; the settings are augmentation"),
         ({"model": "alexnet"}, "no setting 'model'"),
-        ({"patience": "1.5"}, "patience must be a whole number, as 3, not '1.5'"),
-        ({"patience": "x"}, "patience must be a whole number, as 3, not 'x'"),
-        ({"mixup_alpha": ".5"}, "mixup_alpha must be a number, as 0.5 or 1e-3, not '.5'"),
+        ({"patience": "1.5"}, "patience must be a whole number, such as 3, not '1.5'"),
+        ({"patience": "x"}, "patience must be a whole number, such as 3, not 'x'"),
+        ({"mixup_alpha": ".5"}, "mixup_alpha must be a number, such as 0.5 or 1e-3, not '.5'"),
         ({"mixup_alpha": "9" * 400}, "mixup_alpha must be a number"),
         ({"decay_kernels_only": "True"}, "decay_kernels_only must be true or false, not 'True'"),
         ({"use_gpu": "1"}, "use_gpu must be true or false"),
-        ({"model_settings.channels": "8,16"}, r"channels must be JSON, as 3, 0.5, true, \[8, 16"),
-        ({"augmentation": "none"}, "one of its parts, as augmentation.rotation_degrees"),
-        ({"preprocessing": "none"}, "one of its parts, as preprocessing.image_size"),
-        ({"model_settings": "{}"}, "as model_settings.dropout"),
+        (
+            {"model_settings.channels": "8,16"},
+            r"channels must be JSON, such as 3, 0.5, true, \[8, 16",
+        ),
+        ({"augmentation": "none"}, "one of its parts, such as augmentation.rotation_degrees"),
+        ({"preprocessing": "none"}, "one of its parts, such as preprocessing.image_size"),
+        ({"model_settings": "{}"}, "such as model_settings.dropout"),
         ({"augmentation.size": "1"}, "no setting 'size'"),
         ({"epochs.more": "1"}, "epochs has no parts"),
         ({"learning_rate": "-1"}, "learning_rate must be above 0"),
         ({"augmentation.erase_probability": "2"}, "erase_probability must be from 0 to 1"),
     ],
 )
-def test_a_word_that_is_no_such_value_is_refused(words, said) -> None:
+def test_a_word_of_the_wrong_type_is_refused(words, said) -> None:
     with pytest.raises(ValueError, match=said):
         with_words(TrainingSettings(), words)
 
@@ -162,7 +165,7 @@ def test_the_settings_are_shown_as_set_takes_them(name) -> None:
     assert own == ours
 
 
-def test_the_networks_are_listed_with_what_they_weigh() -> None:
+def test_the_networks_are_listed_with_their_number_of_parameters() -> None:
     lines = networks_table().splitlines()
     row = next(line for line in lines if line.startswith("resnet-50"))
     assert row.split()[1:5] == ["23,505,858", "224", "x", "224"]
@@ -187,7 +190,7 @@ def task(
     classes: Sequence[str] = ("Normal", "Lung_Opacity"),
     **words: str,
 ) -> TrainingTask:
-    """Of films that are not there: none is read."""
+    """A task whose films do not exist, because none is read."""
     labels = tmp_path / "labels.csv"
     rows = [f"{n}.png,{('Normal', 'Lung_Opacity')[n % 2]}" for n in range(40)]
     labels.write_text("\n".join(["image,label", *rows]))
@@ -217,26 +220,26 @@ def task(
         ),
         ("resnet-50", None, {"model_settings__drop_path": "1"}, "drop_path must be from 0"),
         ("cov-net", None, {"model_settings__channels": "8"},
-         "channels must be a list of whole numbers, as [32, 64, 128, 256], not 8; see `lung"),
+         "channels must be a list of whole numbers, such as [32, 64, 128, 256], not 8; see `lung"),
         ("cov-net", None, {"model_settings__dilations": "[1, 2.5]"},
-         "dilations must be a list of whole numbers, as [1, 2, 4], not [1, 2.5]"),
-        ("cov-net", None, {"model_settings__squeeze": "null"}, "whole number, as 8, not null"),
-        # It would be on: what is not empty is true.
+         "dilations must be a list of whole numbers, such as [1, 2, 4], not [1, 2.5]"),
+        ("cov-net", None, {"model_settings__squeeze": "null"}, "whole number, such as 8, not null"),
+        # Otherwise the text would count as true, because it is not empty.
         ("classical-cnn", None, {"model_settings__batch_norm": '"false"'},
-         'batch_norm must be true or false, as true, not "false"'),
+         'batch_norm must be true or false, not "false"'),
         ("classical-cnn", None, {"model_settings__hidden_units": "64.0"},
-         "hidden_units must be a whole number, as 0, not 64.0"),
+         "hidden_units must be a whole number, such as 0, not 64.0"),
         ("alexnet", None, {"model_settings__dropout": "[0.5]"},
-         "dropout must be a number, as 0.2, not [0.5]"),
+         "dropout must be a number, such as 0.2, not [0.5]"),
         ("torchvision:vit_b_32", None, {"model_settings__image_size": "[64, 64]"},
          "image_size must be a whole number, not [64, 64]"),
         ("torchvision:vit_b_32", 100, {}, "--image-size 100: Input shape indivisible"),
         ("classical-cnn", None, {"use_gpu": "true"}, "--set: use_gpu is chosen by --use-gpu and"),
-        ("classical-cnn", None, {"batch_size": "1"}, "two films or more for each of 1 worker"),
+        ("classical-cnn", None, {"batch_size": "1"}, "at least two films for each of 1 worker"),
         ("classical-cnn", None, {"seed": "4294967296"}, "--seed must be from 0 to 4294967295"),
     ],
 )  # fmt: skip
-def test_what_no_network_can_be_is_said_before_a_film_is_read(
+def test_impossible_settings_are_refused_before_a_film_is_read(
     tmp_path, model, size, words, said
 ) -> None:
     with pytest.raises(UserError, match=re.escape(said)) as refused:
@@ -246,7 +249,7 @@ def test_what_no_network_can_be_is_said_before_a_film_is_read(
             assert str(refused.value).startswith(f"--set {name.replace('__', '.')}={word}: ")
 
 
-def test_networks_are_checked_whatever_they_are_made_of(tmp_path) -> None:
+def test_networks_that_need_memory_or_a_fixed_size_are_checked_too(tmp_path) -> None:
     assert task(tmp_path, "torchvision:regnet_x_400mf").settings.model.endswith("400mf")
     vit = task(tmp_path, "torchvision:vit_b_32", 64, model_settings__dropout="0.5")
     assert vit.settings.model_settings == {"image_size": 64, "dropout": 0.5}
@@ -264,8 +267,8 @@ def test_decisions_are_about_lung_opacity_or_the_last_class(tmp_path, classes, p
     assert task(tmp_path, "classical-cnn", classes=classes).settings.positive_class == positive
 
 
-def test_the_seed_draws_the_training_and_not_the_split(tmp_path) -> None:
-    """So that the spread over seeds is of one test set, and models of many can be averaged."""
+def test_the_seed_does_not_change_the_split(tmp_path) -> None:
+    """Models of all seeds then have one test set, and can be averaged."""
     first, other = (task(tmp_path, "classical-cnn", seed=word) for word in ("0", "1"))
     assert (first.settings.seed, other.settings.seed) == (0, 1)
     assert first.frame.equals(other.frame)

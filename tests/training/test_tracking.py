@@ -1,4 +1,4 @@
-"""What `train` tells TensorBoard and MLflow, read back by their own readers."""
+"""What `train` writes to TensorBoard and MLflow, read back by their own readers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def row(epoch: int) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _file_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    # MLflow keeps its folder store for those that ask for it; a database wants all of mlflow.
+    # MLflow has a folder store only on request; a database would need the full mlflow package.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
 
 
@@ -47,7 +47,7 @@ def result(epochs: int) -> TrainingResult:
 
 
 def told(tensorboard: str | None, mlflow: str | None, epochs: int, earlier: int = 0) -> None:
-    """A whole run of which `earlier` epochs were trained before a crash."""
+    """A whole run, of which `earlier` epochs were trained before a crash."""
     with run_logs(tensorboard, mlflow) as logs:
         logs.start(RUN, SMALL_RUN, MODEL, [row(epoch) for epoch in range(1, earlier + 1)])
         for epoch in range(earlier + 1, epochs + 1):
@@ -56,7 +56,7 @@ def told(tensorboard: str | None, mlflow: str | None, epochs: int, earlier: int 
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """Each place is told by a thread of its own."""
+    """Each place has a thread of its own."""
     deadline = time.monotonic() + 20
     while not holds():
         assert time.monotonic() < deadline
@@ -64,7 +64,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 def crashed(tensorboard: str | None, mlflow: str | None, epochs: int) -> None:
-    """A run that ends in its middle, as by Ctrl-C."""
+    """A run that is interrupted, as by Ctrl-C."""
 
     def run() -> None:
         with run_logs(tensorboard, mlflow) as logs:
@@ -109,7 +109,7 @@ def test_tensorboard_compares_runs_by_their_settings(tmp_path: Path) -> None:
     assert events.SummaryMetadata("_hparams_/session_end_info").plugin_data.content
 
 
-def test_an_epoch_is_readable_as_soon_as_it_is_told(store_uri: str, tmp_path: Path) -> None:
+def test_an_epoch_is_readable_as_soon_as_it_is_written(store_uri: str, tmp_path: Path) -> None:
     with run_logs(store_uri, None) as logs:
         logs.start(RUN, SMALL_RUN, MODEL, [])
         logs.epoch(row(1))
@@ -121,7 +121,7 @@ def test_an_epoch_is_readable_as_soon_as_it_is_told(store_uri: str, tmp_path: Pa
         wait_until(shown)
 
 
-def test_of_what_mlflow_says_the_first_sentence_is_told() -> None:
+def test_errors_of_mlflow_are_cut_to_their_first_sentence() -> None:
     said = r"^--mlflow x: cannot be written to \(No such store\); check the address and "
     with pytest.raises(UserError, match=said), as_user_error("--mlflow x"):
         raise ValueError("No such store. Please migrate. See https://…\nand more")
@@ -142,10 +142,10 @@ def test_mlflow_has_epochs_settings_and_the_model(tmp_path: Path) -> None:
     assert not list((tmp_path / "mlruns").rglob("artifacts/*"))
 
 
-def test_a_resumed_run_tells_no_epoch_twice_and_loses_none(tmp_path: Path) -> None:
+def test_a_resumed_run_repeats_no_epoch_and_loses_none(tmp_path: Path) -> None:
     tensorboard, mlflow = str(tmp_path / "tb"), f"file://{tmp_path}/mlruns"
     crashed(tensorboard, mlflow, epochs=2)
-    # The third epoch was trained and not told, but for a figure.
+    # The third epoch was trained, but only one of its figures was written.
     MlflowClient(mlflow).log_metric(
         mlflow_run(mlflow, RUN)[0].info.run_id, "train_loss", 1 / 3, step=3
     )
@@ -172,7 +172,7 @@ def test_a_log_that_breaks_does_not_stop_the_training(
     with caplog.at_level(logging.WARNING), run_logs(None, f"file://{mlflow}") as logs:
         logs.start(RUN, SMALL_RUN, MODEL, [])
         logs.epoch(row(1))
-        wait_until(lambda: 1 in logs.places[0].told)
+        wait_until(lambda: 1 in logs.places[0].written)
         shutil.move(mlflow, tmp_path / "away")
         logs.epoch(row(2))
         wait_until(lambda: "not written" in caplog.text)
@@ -184,7 +184,7 @@ def test_a_log_that_breaks_does_not_stop_the_training(
 
 
 class Hanging(RunLog):
-    """A server that takes a request and does not answer."""
+    """A server that accepts a request and does not answer."""
 
     place = "--mlflow http://far"
 
@@ -194,7 +194,7 @@ class Hanging(RunLog):
 
     def start(self, run: str, settings: object, output: str) -> None: ...
 
-    def tell(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Mapping[str, Any]) -> None:
         self.answer.wait(30)
 
     def finish(self, metrics: object, facts: object, epoch: int) -> None: ...
@@ -203,7 +203,7 @@ class Hanging(RunLog):
         self.answer.wait(30)
 
 
-def test_a_place_that_hangs_holds_up_neither_training_nor_other_places(
+def test_a_place_that_hangs_delays_neither_training_nor_other_places(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lungopacity.training.tracking._WAIT_S", 2.0)
@@ -217,24 +217,24 @@ def test_a_place_that_hangs_holds_up_neither_training_nor_other_places(
     with caplog.at_level(logging.WARNING):
         logs.finish(result(40))
     assert time.monotonic() - began < 25
-    assert "--mlflow http://far: does not answer; not all was written" in caplog.text
+    assert "--mlflow http://far: does not answer; not everything was written" in caplog.text
     events = tensorboard_events(str(tmp_path / "tb" / RUN), tmp_path / "copy")
     assert len(events.Scalars("train_loss")) == 40
     hanging.answer.set()
 
 
-def test_a_slow_place_is_told_all_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_place_gets_every_epoch_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lungopacity.training.tracking._WAIT_S", 1.0)
     slow = Hanging()
-    monkeypatch.setattr(slow, "tell", lambda row: time.sleep(0.05))
+    monkeypatch.setattr(slow, "write", lambda row: time.sleep(0.05))
     logs = RunLogs([slow])
     for epoch in range(1, 41):
         logs.epoch(row(epoch))
     logs.finish(result(40))
-    assert slow.told == set(range(1, 41))
+    assert slow.written == set(range(1, 41))
 
 
-def test_a_run_killed_before_its_first_epoch_is_taken_up_by_the_same_command_alone(
+def test_a_run_killed_before_its_first_epoch_is_resumed_only_by_the_same_command(
     tmp_path: Path,
 ) -> None:
     store = f"file://{tmp_path}/mlruns"
@@ -256,11 +256,17 @@ def test_a_run_killed_before_its_first_epoch_is_taken_up_by_the_same_command_alo
     [
         ("mlruns", "MLFLOW_ALLOW_FILE_STORE=true is set; set it, or give the http://"),
         ("file:///tmp/mlruns", "MLFLOW_ALLOW_FILE_STORE=true is set; set it, or give the http://"),
-        ("sqlite:///runs.db", "give the http:// address .*, or for a database pip install mlflow$"),
-        ("s3://films/runs", "keeps no runs there; give the http:// address of a tracking server"),
+        (
+            "sqlite:///runs.db",
+            "give the http:// address .* or, for a database, pip install mlflow$",
+        ),
+        (
+            "s3://films/runs",
+            "cannot keep runs there; give the http:// address of a tracking server",
+        ),
     ],
 )
-def test_where_mlflow_keeps_no_runs_the_mend_is_said(
+def test_where_mlflow_cannot_keep_runs_the_error_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, uri: str, mend: str
 ) -> None:
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
@@ -268,7 +274,7 @@ def test_where_mlflow_keeps_no_runs_the_mend_is_said(
         MlflowLog(uri)
 
 
-def test_without_mlflow_the_mend_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_mlflow_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with (
         pytest.raises(UserError, match=r"pip install 'lungopacity\[mlflow\]'"),
@@ -286,7 +292,7 @@ def test_places_that_cannot_be_written_to_are_refused_before_any_film_is_read(
         (str(tmp_path / "file"), None, "--tensorboard .*file: cannot be written to"),
         ("gs://logs", None, "storage of kind 'gs' is not supported"),
         (None, "http://me:secret@127.0.0.1:1", "--mlflow http://127.0.0.1:1: cannot be written to"),
-        (None, "ftp://server", "--mlflow ftp://server: the client of MLflow keeps no runs there"),
+        (None, "ftp://server", "--mlflow ftp://server: the MLflow client cannot keep runs there"),
     ):
         with pytest.raises(UserError, match=said) as refused, run_logs(tensorboard, mlflow):
             raise AssertionError

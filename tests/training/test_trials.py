@@ -1,4 +1,4 @@
-"""A search whose trials do not run: they are told of as Tune would."""
+"""A search whose trials do not run: the test reports their results as Tune would."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def tell(
     end: str = "complete",
     overconfidence: float = 0.0,
 ) -> None:
-    """The calibrated loss of each epoch of a trial, by how much its raw one is higher, and its end:
-    none is of the time budget. Of an epoch that is no number Tune gets no more."""
+    """Reports a trial to `known`. losses: calibrated loss of each epoch, where inf means that it
+    diverged. end: complete or error; empty means that the time budget ended it. overconfidence: by
+    how much the raw loss is above the calibrated one."""
     trial = SimpleNamespace(config={"trial": number}, pickled_error_file=None)
     for epoch, loss in enumerate(losses, start=1):
         row = {"epoch": epoch, "calibrated_loss": loss, "seconds": 1.0}
@@ -54,7 +55,7 @@ def known(tmp_path: Path) -> Trials:
 
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., TuneResult]:
-    """`tune` of five trials without Ray; the later a trial, the better."""
+    """`tune` of five trials without Ray; later trials are better."""
     (tmp_path / "labels.csv").write_text(
         "image,label,split\n"
         + "".join(
@@ -79,12 +80,12 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Tun
     return lambda **more: tuning.tune(**{**common, **more})
 
 
-def test_of_epochs_of_one_loss_the_last_counts_as_in_training(known: Trials) -> None:
+def test_of_epochs_with_the_same_loss_the_last_counts_as_in_training(known: Trials) -> None:
     tell(known, 0, 0.3, 0.2, 0.2, 0.4)
     assert known.rows[0]["best_epoch"] == 3
 
 
-def test_the_best_is_said_with_the_words_that_it_was_trained_with(search, tmp_path) -> None:
+def test_the_best_has_the_exact_words_that_it_was_trained_with(search, tmp_path) -> None:
     for given in (SEARCH, dict(reversed(SEARCH.items()))):
         best = search(search=given).best
         kept = json.loads((tmp_path / "out" / "trials" / "00004.json").read_text())
@@ -95,17 +96,19 @@ def test_the_best_is_said_with_the_words_that_it_was_trained_with(search, tmp_pa
         )
 
 
-def test_a_search_goes_on_from_the_same_weights_alone(search, monkeypatch, tmp_path) -> None:
+def test_a_search_is_resumed_only_from_the_same_weights(search, monkeypatch, tmp_path) -> None:
     file = tmp_path / "first.safetensors"
     file.write_bytes(weights_of(build_network("classical-cnn", 2)))
     search(trials=2, weights=str(file))
     search(trials=3, weights=str(file))
     with monkeypatch.context() as other:
         other.setattr(tuning, "versions", lambda: {"lungopacity": "0.0"})
-        with pytest.raises(UserError, match=r"holds a search of .* another version"):
+        with pytest.raises(UserError, match=r"holds a search with .* another version"):
             search(trials=4, weights=str(file))
     file.write_bytes(weights_of(build_network("classical-cnn", 2)))  # drawn anew
-    with pytest.raises(UserError, match="holds a search of other settings, films, splits, weights"):
+    with pytest.raises(
+        UserError, match="holds a search with other settings, films, splits, weights"
+    ):
         search(trials=4, weights=str(file))
     file.unlink()
     monkeypatch.setattr(TrainingTask, "load", lambda _: pytest.fail("films were decoded"))
@@ -119,7 +122,7 @@ def test_any_setting_can_be_searched_beside_the_figures(search) -> None:
     assert drawn[-1] is None  # the recipe's own
     assert all(5 <= epochs <= 50 for epochs in drawn[:-1])
     assert found.trials["epochs_trained"].to_pylist() == [1] * 5
-    # Whatever else is told of a trial has another name than any setting.
+    # No other column has the name of a setting.
     assert not set(found.best) - {"epochs"} & set(TrainingSettings.__dataclass_fields__)
 
 
@@ -131,7 +134,7 @@ def test_any_setting_can_be_searched_beside_the_figures(search) -> None:
         ({"patience": f"int:0:{10**19}"}, "--search .*int64"),  # which is refused when it is drawn
     ],
 )
-def test_what_no_trial_can_be_drawn_from_is_refused_first(
+def test_a_space_that_no_trial_can_be_drawn_from_is_refused_first(
     search, monkeypatch, tmp_path, given, said
 ) -> None:
     monkeypatch.setattr(TrainingTask, "load", lambda _: pytest.fail("films were decoded"))
@@ -166,17 +169,17 @@ def test_a_finished_trial_keeps_its_epochs(known, tmp_path) -> None:
     assert trials_table(again.rows.values(), known.space).num_rows == 1
 
 
-def test_first_weights_that_learnt_from_a_validation_film_decide_no_search(
-    search, tmp_path
-) -> None:
+def test_first_weights_that_learnt_from_a_validation_film_are_refused(search, tmp_path) -> None:
     films = blob_films(8, 6, 0)
     validation = films.images["content_sha256"][films.split_N == "validation"]
     write_tiny_model(str(tmp_path / "first"), training_films_parquet(list(validation[:1])))
-    with pytest.raises(UserError, match="learnt from 1 of 6 films of the validation split, as 8"):
+    with pytest.raises(
+        UserError, match="learnt from 1 of 6 films of the validation split, such as 8"
+    ):
         search(weights=str(tmp_path / "first" / "model.safetensors"))
 
 
-def test_no_trial_is_worse_for_a_confidence_that_calibration_takes_away(known) -> None:
+def test_confidence_that_calibration_corrects_does_not_make_a_trial_worse(known) -> None:
     tell(known, 0, 0.4, 0.3, overconfidence=0.2)
     tell(known, 1, 0.4, 0.35)
     assert best_of(known.rows.values())["trial"] == 0
@@ -185,14 +188,16 @@ def test_no_trial_is_worse_for_a_confidence_that_calibration_takes_away(known) -
     assert rows[0]["validation_loss"] == 0.5
 
 
-def test_a_search_of_which_every_trial_diverges_has_no_best(search, monkeypatch, tmp_path) -> None:
+def test_a_search_whose_trials_all_diverge_has_no_best(search, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(tuning, "_run", lambda *given: tell(given[-3], 0, 0.5, inf))
-    with pytest.raises(UserError, match="no trial of 1 gives a model: the loss of epoch 2 is no"):
+    with pytest.raises(
+        UserError, match="no trial of 1 gives a model: the loss of epoch 2 is not f"
+    ):
         search(trials=1)
     assert not (tmp_path / "out" / "best.json").exists()
 
 
-def test_what_the_time_budget_cuts_short_is_a_row_and_runs_anew(known, tmp_path) -> None:
+def test_a_trial_that_the_time_budget_cuts_short_is_a_row_and_runs_again(known, tmp_path) -> None:
     tell(known, 0, 0.4, 0.3, 0.3, 0.3)
     tell(known, 1, 0.2, end="")
     known.out_of_time()

@@ -1,4 +1,4 @@
-"""A real search on a real Ray: several tests look at the same one."""
+"""A real search on a real Ray, which several tests share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEARCH = {
     "learning_rate": "choice:0.004,3,1e30",
     "model_settings.hidden_units": f"choice:0,{10**15}",
 }
-# Of this seed trial 1 is sound, 2 far too fast, 3 diverges and 4 has no memory for its network.
+# With this seed trial 1 is sound, 2 learns far too fast, 3 diverges and 4 runs out of memory.
 SEED = 429
 
 
@@ -68,24 +68,24 @@ def searched(ray_cluster: None, films: str, tmp_path_factory: pytest.TempPathFac
     return Search(arguments, output, lungopacity.tune(**arguments))
 
 
-def test_every_trial_is_a_row_whatever_became_of_it(searched: Search) -> None:
+def test_every_trial_is_a_row_however_it_ended(searched: Search) -> None:
     told = {number: row["status"] for number, row in searched.rows.items()}
     assert {number: told[number] for number in (2, 3, 4)} == {
         2: "stopped",
         3: "diverged",
         4: "failed",
     }
-    # Of the first two, the worse may be stopped; which it is, is chance.
+    # The worse of the first two may be stopped; which that is, is chance.
     assert "done" in (told[0], told[1])
     assert {told[0], told[1]} <= {"done", "stopped"}
     assert searched.rows[2]["epochs_trained"] < 4
-    assert searched.rows[3]["error"].startswith("the loss of epoch 1 is no number")
+    assert searched.rows[3]["error"].startswith("the loss of epoch 1 is not finite")
     assert "you tried to allocate" in searched.rows[4]["error"]
     assert searched.rows[4]["validation_loss"] is None
     assert all(row["error"] is None for row in (searched.rows[n] for n in range(3)))
 
 
-def test_the_best_trial_comes_first_and_says_what_it_earned(searched: Search) -> None:
+def test_the_best_trial_comes_first_with_its_figures(searched: Search) -> None:
     rows = searched.result.trials.to_pylist()
     losses = [row["calibrated_loss"] for row in rows if row["calibrated_loss"] is not None]
     assert losses == sorted(losses)
@@ -103,7 +103,7 @@ def test_the_best_trial_comes_first_and_says_what_it_earned(searched: Search) ->
     assert "Research use only" in best["notice"]
 
 
-def test_its_command_trains_the_very_model_that_was_found(searched: Search, tmp_path) -> None:
+def test_the_command_of_the_best_trains_the_same_model(searched: Search, tmp_path) -> None:
     words = shlex.split(searched.result.best["command"])[1:]
     words[words.index("--output") + 1] = str(tmp_path / "model")
     assert main(words) == 0
@@ -113,7 +113,7 @@ def test_its_command_trains_the_very_model_that_was_found(searched: Search, tmp_
     assert trained == pytest.approx(best["validation_loss"], rel=0.02)
 
 
-def test_the_same_command_goes_on_and_more_trials_are_added(searched: Search) -> None:
+def test_the_same_command_resumes_and_more_trials_are_added(searched: Search) -> None:
     kept = Path(searched.output, "trials")
     before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert set(before) == {f"0000{number}.json" for number in range(5)}
@@ -124,22 +124,22 @@ def test_the_same_command_goes_on_and_more_trials_are_added(searched: Search) ->
     assert not (kept / "00001.json").exists()
     again = lungopacity.tune(**searched.arguments)
     found = {row["trial"]: row for row in again.trials.to_pylist()}
-    # Alone, it is not stopped by others: it goes on to at least as good an epoch.
+    # Running alone, it is not stopped, and reaches at least as good an epoch.
     assert found[1]["status"] == "done"
     assert found[1]["validation_loss"] <= 1.02 * lost["validation_loss"]
     for path in kept.iterdir():
         assert path.name == "00001.json" or path.stat().st_mtime_ns == before[path.name]
 
 
-def test_tune_can_write_down_what_watches_it_from_a_terminal(tmp_path) -> None:
+def test_tune_can_pickle_a_callback_that_holds_a_terminal(tmp_path) -> None:
     watching = Trials(open_store(str(tmp_path)), {}, TrainingSettings())
-    lock = threading.Lock()  # as rich's live line has
+    lock = threading.Lock()  # such as rich's live line has
     watching.on_row = lambda note: lock.release()
     ray.cloudpickle.dumps(watching)
 
 
-def test_another_search_wants_another_output(searched: Search) -> None:
-    with pytest.raises(UserError, match="holds a search of other settings"):
+def test_another_search_needs_another_output(searched: Search) -> None:
+    with pytest.raises(UserError, match="holds a search with other settings"):
         lungopacity.tune(**{**searched.arguments, "epochs": 5})
 
 
@@ -154,7 +154,7 @@ def test_a_search_in_which_nothing_succeeds_says_why(searched: Search, tmp_path)
     assert not (output / "best.json").exists()
 
 
-def test_a_row_that_cannot_be_written_is_told_as_that(searched: Search, tmp_path) -> None:
+def test_a_row_that_cannot_be_written_is_reported_as_such(searched: Search, tmp_path) -> None:
     (tmp_path / "trials" / "00000.json").mkdir(parents=True)
     with pytest.raises(UserError, match=r"trials/00000\.json: cannot be written .*; check permiss"):
         lungopacity.tune(
@@ -162,14 +162,14 @@ def test_a_row_that_cannot_be_written_is_told_as_that(searched: Search, tmp_path
         )
 
 
-def test_the_command_says_which_option_was_wrong(films, tmp_path, capsys) -> None:
+def test_the_error_names_the_option_that_is_wrong(films, tmp_path, capsys) -> None:
     common = ["tune", "--images", f"{films}/archive", "--labels", f"{films}/labels.csv",
               "--output", str(tmp_path)]  # fmt: skip
     for more, said in (
         (["--search", "seed=int:0:9"], "error: --search seed: is the same in all trials"),
         (["--trials", "0"], "error: --trials must be 1 or more"),
-        (["--set", "workers=4"], "error: --set workers: every trial is one worker's"),
-        (["--set", "max_workers=4"], "error: --set max_workers: every trial is one worker's"),
+        (["--set", "workers=4"], "error: --set workers: every trial has one worker"),
+        (["--set", "max_workers=4"], "error: --set max_workers: every trial has one worker"),
         (["--time-budget-s", "0"], "error: --time-budget-s must be above 0"),
     ):
         assert main([*common, *more]) == 2
