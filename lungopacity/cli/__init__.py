@@ -1,11 +1,11 @@
-"""The `lungopacity` command. The jobs of `jobs/` are the same commands, run on a Ray cluster.
+"""The `lungopacity` command. The jobs in `jobs/` are the same commands, run on a Ray cluster.
 
 Only click is imported here: torch and ray come with the command that needs them, so that `--help`
 answers at once.
 
-Exit codes: 0 done; 1 done, with images that could not be read, or none that was scored, or leaks; 2
-stopped, and one line says why, or done with more failures than `--max-failed-fraction`, or
-something is missing; 130 ended by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0: done. 1: done, but images could not be read, none was scored, or `audit` found leaks.
+2: stopped (one line says why), done with more failures than `--max-failed-fraction`, or `doctor`
+found something missing. 130: ended by Ctrl-C. 143: ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lungopacity.words import printable
 
 _FORMAT_VARIABLE = "LUNGOPACITY_LOG_FORMAT"
 _NAMED_ELSEWHERE = {"--images": "--archive", "--archive": "--images", "--output": "--results"}
-"""What other commands take the same by."""
+"""Options that are called differently in other commands."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lungopacity.progress import show_on_terminal
     from lungopacity.runtime import end_if_told, end_on_signals
 
-    # Until the options are read, which may be refused.
+    # Already here, because the options may be refused.
     log_lines(os.environ.get(_FORMAT_VARIABLE, "text"))
     show_on_terminal()
     end_on_signals()
@@ -87,27 +87,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell("stopped")
         return 130
     except SystemExit as ended:
-        end_if_told()  # Ray forgets with which code, where the signal came in the middle of a get
-        # With its own 1, a job that Ray ended would pass for one that is done.
-        _tell(f"error: Ray ended this command (exit code {ended.code}); try it again")
+        end_if_told()  # Ray loses the exit code if the signal came during a `ray.get`
+        # Ray's own exit code is 1, which here means that the job is done.
+        _tell(f"error: Ray ended this command (exit code {ended.code}); try again")
         return 2
     except click.ClickException as error:
         if isinstance(error, click.NoSuchOption):
-            error = _that_means_the_same(error)
+            error = _with_the_name_here(error)
         if not tell_end(error.format_message()):
             error.show()
         return 2
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
-            # Not raised: Python would end with 1, as of a job that is done.
+            # Not raised: Python would exit with 1, which here means that the job is done.
             traceback.print_exc()
         _tell(f"error: {_one_line(error)}")
         return 2
 
 
-def _that_means_the_same(error: click.NoSuchOption) -> click.NoSuchOption:
-    """Where the command has the option by another command's name of it, that is the one to name,
-    and not what is spelt like it."""
+def _with_the_name_here(error: click.NoSuchOption) -> click.NoSuchOption:
+    """If the user gave another command's name for an option of this command, suggest this command's
+    name, rather than one that is spelt alike."""
     options = [] if error.ctx is None else error.ctx.command.params
     here = _NAMED_ELSEWHERE.get(error.option_name)
     if not any(here in option.opts for option in options):
@@ -122,14 +122,14 @@ def _tell(line: str) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    """What to tell the user."""
+    """The message for the user."""
     told = foreseen(error)
     if told is not None:
         return told
     raised = error
     while isinstance(inner := getattr(raised, "cause", None), BaseException):
         raised = inner
-    # A text with a traceback ends with what counts; below what a task raised, Ray Data advises.
+    # A text with a traceback ends with the cause, but Ray Data adds advice below a task's error.
     line_of = last_line if raised is error else first_line
     return (
         f"unforeseen {line_of(raised, with_type=True)} "

@@ -28,22 +28,22 @@ from lungopacity.errors import NOTICE
     type=click.Choice(["train", "validation", "test", "all"]),
     default="test",
     show_default=True,
-    help="Which films of the labels. Labels without splits have those that training made of them.",
+    help="Which films of the labels. If they have no splits, those that training made are used.",
 )
 @click.option("--output", metavar="URI", required=True, help="Where the report goes.")
 @click.option(
     "--by",
     metavar="COLUMN",
     multiple=True,
-    help="Column of the labels to form subgroups of; may be given more than once. View, sex, age "
-    "and site are always taken.",
+    help="Column of the labels to form subgroups by; may be given more than once. View, sex, age "
+    "and site are always used.",
 )
 @operating_point_option
 @rule_options
 @gpu_option
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 def evaluate(as_json: bool, **options: Any) -> int:
-    """Measure a model against labels: metrics, curves, and the paper's Table 1 beside them."""
+    """Measure a model against labels: metrics and curves, beside the paper's Table 1."""
     from lungopacity.evaluation.evaluate import evaluate as run
 
     result = run(**options)
@@ -54,31 +54,31 @@ def evaluate(as_json: bool, **options: Any) -> int:
 @click.command(epilog=EPILOG)
 @model_option
 @images_option
-@click.option("--labels", metavar="FILE", default=None, help="Only the images that it labels.")
+@click.option("--labels", metavar="FILE", default=None, help="Use only the images labelled here.")
 @click.option(
     "--split",
     type=click.Choice(["train", "validation", "test", "all"]),
     default=None,
-    help="Of --labels. Default: test.",
+    help="Which films of --labels. Default: test.",
 )
 @click.option(
     "--boxes",
     metavar="FILE",
     default=None,
-    help="CSV or Parquet: image, x, y, width, height; or RSNA's table of boxes.",
+    help="CSV or Parquet with image, x, y, width, height; or RSNA's table of boxes.",
 )
-@click.option("--limit", type=OBJECTS, default=None, help="Only the first so many images.")
+@click.option("--limit", type=OBJECTS, default=None, help="Use only this many images, the first.")
 @click.option("--output", metavar="URI", required=True, help="Where pictures and tables go.")
 @operating_point_option
 @rule_options
 @click.option(
-    "--use-gpu/--no-gpu", default=None, help="Default: the GPU of this machine, if it has one."
+    "--use-gpu/--no-gpu", default=None, help="Default: use this machine's GPU, if it has one."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print counts and metrics as JSON.")
 def explain(as_json: bool, **options: Any) -> int:
     """Show where a model sees the positive class (Grad-CAM), and whether boxes lie there.
 
-    Works in this process, without a Ray cluster; of an archive, see `screen --explain`.
+    Runs in this process, without Ray. For an archive, use `screen --explain`.
     """
     from lungopacity.evaluation.explain import explain as run
 
@@ -93,20 +93,27 @@ def explain(as_json: bool, **options: Any) -> int:
     "--results",
     metavar="URI",
     default=None,
-    help="Where it has screened films. Default: its own validation films.",
+    help="Results folder with films that the model has screened. Default: its validation films.",
 )
 @click.option(
     "--rule",
     required=True,
-    help="youden, sensitivity=S, specificity=S, cost=C, cost=C@PREVALENCE or band=SENS,SPEC.",
+    help="How to pick it: youden, sensitivity=S, specificity=S, cost=C, cost=C@PREVALENCE or "
+    "band=SENS,SPEC.",
 )
-@click.option("--name", required=True, help="To screen with it: --operating-point NAME.")
-@click.option("--run-id", default=None, help="Of this run alone. Default: the newest scores.")
-@click.option("--labels", metavar="FILE", default=None, help="Default: those the runs were given.")
+@click.option(
+    "--name", required=True, help="Name of the new point; to use it: --operating-point NAME."
+)
+@click.option(
+    "--run-id", default=None, help="Use this run alone. Default: each image's newest scores."
+)
+@click.option(
+    "--labels", metavar="FILE", default=None, help="Default: the labels that the runs were given."
+)
 def threshold(**options: Any) -> int:
     """Pick a threshold for a site, from films that were screened and labelled there.
 
-    Or, without --results, by another rule from the validation films of training.
+    Without --results, pick one by another rule from the validation films of training.
     """
     from lungopacity.evaluation.threshold import threshold as run
 
@@ -117,11 +124,11 @@ def threshold(**options: Any) -> int:
 
 
 @click.command(epilog=EPILOG)
-@click.option("--first", metavar="URI", required=True, help="Report of `evaluate`.")
-@click.option("--second", metavar="URI", required=True, help="Report of another model.")
+@click.option("--first", metavar="URI", required=True, help="Report that `evaluate` wrote.")
+@click.option("--second", metavar="URI", required=True, help="The other model's report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def compare(first: str, second: str, as_json: bool) -> int:
-    """Whether one of two models is better on the same images, or the difference may be chance."""
+    """Test whether one of two models is better on the same images, or only by chance."""
     from lungopacity.evaluation.compare import compare as run
 
     found = run(first, second)

@@ -1,4 +1,4 @@
-"""Commands on labelled films, before a model is trained: labels, audit."""
+"""Commands for labelled films, before a model is trained: labels, audit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from lungopacity.errors import NOTICE, UserError
 
 
 @click.command(epilog=EPILOG)
-@click.option("--folders", metavar="URI", default=None, help="Images in a folder for each class.")
 @click.option(
-    "--layout", metavar="NAME", default=None, help="rsna, nih, chexpert, padchest or vindr."
+    "--folders", metavar="URI", default=None, help="Place with a folder of images for each class."
 )
-@click.option("--sql", default=None, help="SELECT … AS image, … AS label FROM NAME.")
+@click.option(
+    "--layout",
+    metavar="NAME",
+    default=None,
+    help="Public set whose tables to read: rsna, nih, chexpert, padchest or vindr.",
+)
+@click.option("--sql", default=None, help="Query: SELECT … AS image, … AS label FROM NAME.")
 @click.option(
     "--table",
     "tables",
@@ -31,15 +36,15 @@ from lungopacity.errors import NOTICE, UserError
     callback=lambda _context, _option, words: pairs_of(words, "NAME=FILE"),
     help="A CSV or Parquet file for --layout or --sql, and its name there.",
 )
-@click.option("--output", metavar="FILE", required=True, help="The labels file, CSV.")
+@click.option("--output", metavar="FILE", required=True, help="Where the labels file goes, as CSV.")
 def labels(
     folders: str | None, layout: str | None, sql: str | None, tables: dict[str, str], output: str
 ) -> int:
-    """Make a labels file of folders, of a public set's tables, or of any tables by SQL."""
+    """Make a labels file from folders, a public set's tables, or any tables by SQL."""
     from lungopacity.dataset import layouts
 
     if sum(way is not None for way in (folders, layout, sql)) != 1:
-        raise UserError("give one of --folders, --layout and --sql")
+        raise UserError("give exactly one of --folders, --layout and --sql")
     if folders is not None:
         found = layouts.labels_of_folders(folders)
     elif layout is not None:
@@ -54,27 +59,28 @@ def labels(
 @click.command(epilog=EPILOG)
 @images_option
 @labels_option
-@click.option("--classes", default=None, help="As for train. Default: every label.")
+@click.option("--classes", default=None, help="As for `train`. Default: every label.")
 @click.option(
     "--positive-class",
     default=None,
-    help="Whose shortcuts to look for. Default: each class's; of two, as for train.",
+    help="Class to look for shortcuts to. Default: each class; if there are two, as for `train`.",
 )
 @click.option("--output", metavar="URI", default=None, help="Where audit.json goes.")
 @click.option(
     "--by",
     metavar="COLUMN",
     multiple=True,
-    help="Column of the labels to try as a predictor of the label, as the scanner; may be given "
-    "more than once. View, sex, age and site are always tried.",
+    help="Column of the labels, such as the scanner, to try as a predictor of the label; may be "
+    "given more than once. View, sex, age and site are always tried.",
 )
 @rule_options
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 def audit(classes: str | None, as_json: bool, **options: Any) -> int:
-    """Look for what would flatter a model on these films: copies, torn patients, shortcuts.
+    """Look for what would flatter a model on these films: copies, patients in two splits,
+    shortcuts.
 
-    Exits with 1 where films or patients leak from one split into another. Labels without splits get
-    those that `train` makes of them.
+    Exits with 1 if films or patients leak from one split into another. Labels without splits get
+    those that `train` would make.
     """
     from lungopacity.evaluation.audit import audit as run
 

@@ -1,4 +1,4 @@
-"""Commands on the machine: doctor, benchmark."""
+"""Commands about the machine: doctor, benchmark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lungopacity.cli.options import EPILOG, words_of
 @click.option("--storage", metavar="URI", default=None, help="Also try to list this place.")
 @click.option("--results", metavar="URI", default=None, help="Also try to write to this place.")
 def doctor(storage: str | None, results: str | None) -> int:
-    """What this machine has, what is missing, and the mend."""
+    """Report what this machine has, what is missing, and how to fix it."""
     from lungopacity.doctor import diagnose, report
 
     findings = diagnose(storage, results)
@@ -24,7 +24,7 @@ def doctor(storage: str | None, results: str | None) -> int:
 
 @click.group(epilog=EPILOG)
 def benchmark() -> None:
-    """How fast the parts are here, beside what one would pick instead."""
+    """Measure how fast the parts are on this machine, beside the alternatives."""
 
 
 def _whole_numbers(
@@ -33,26 +33,27 @@ def _whole_numbers(
     try:
         return None if text is None else [int(word) for word in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"'{text}' is no list of whole numbers") from None
+        raise click.BadParameter(f"'{text}' is not a list of whole numbers") from None
 
 
 _images_option = click.option(
-    "--images", metavar="URI", default=None, help="Films. Default: phantoms, drawn for the purpose."
+    "--images", metavar="URI", default=None, help="Films. Default: synthetic ones are drawn."
 )
 _model_option = click.option(
     "--model", metavar="URI", default=None, help="Model folder. Default: an untrained network."
 )
 _gpu_option = click.option(
-    "--use-gpu/--no-gpu", default=None, help="Default: a GPU where there is one."
+    "--use-gpu/--no-gpu", default=None, help="Default: use GPUs if there are any."
 )
 _output_option = click.option(
     "--output",
     metavar="URI",
     default=None,
-    help="Scratch that all nodes of the Ray cluster can write to. Needed where there are several.",
+    help="Place for scratch files that all nodes of the Ray cluster can write to. Needed if there "
+    "are several nodes.",
 )
 _phantoms_option = click.option(
-    "--count", type=int, default=512, show_default=True, help="Phantoms, where they are drawn."
+    "--count", type=int, default=512, show_default=True, help="Synthetic films, if they are drawn."
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
@@ -60,7 +61,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the f
 def _print(
     as_json: bool, notes: Sequence[str] = (), **tables: tuple[Sequence[Any], Callable[[Any], str]]
 ) -> None:
-    """`tables`: by their names in JSON, the figures and what makes a table of them."""
+    """Print the conditions and the tables. `tables`: by its name in JSON, each table's rows and the
+    function that renders them."""
     import json
 
     from lungopacity.benchmark.conditions import Conditions
@@ -82,12 +84,12 @@ def _print(
     "--model",
     metavar="URI",
     default=None,
-    help="Whose input JPEGs are decoded to (default: 224 px). On a GPU it is timed, too: how many "
-    "cores keep the GPU fed.",
+    help="Model folder; JPEGs are also decoded straight to its input size (default: 224 px). On a "
+    "GPU the model is timed, too, to tell how many cores keep the GPU fed.",
 )
-@click.option("--count", type=int, default=24, show_default=True, help="How many films.")
+@click.option("--count", type=int, default=24, show_default=True, help="Number of films.")
 @click.option(
-    "--repeats", type=int, default=9, show_default=True, help="The median of so many counts."
+    "--repeats", type=int, default=9, show_default=True, help="Runs that the median is taken of."
 )
 @click.option(
     "--core-hour",
@@ -95,7 +97,7 @@ def _print(
     type=click.FloatRange(min=0),
     default=0.04,
     show_default=True,
-    help="For the cost of a million images.",
+    help="Price of a core, for the cost of a million images.",
 )
 @click.option(
     "--gpu-hour",
@@ -103,13 +105,13 @@ def _print(
     type=click.FloatRange(min=0),
     default=2.5,
     show_default=True,
-    help="The same, of a GPU.",
+    help="Price of a GPU, for the same.",
 )
 @_json_option
 def decode(
     as_json: bool, model: str | None, core_hour: float, gpu_hour: float, **options: Any
 ) -> int:
-    """Images a second on one core, from bytes to grey pixels, by format."""
+    """Measure images a second on one core, from bytes to grey pixels, by format."""
     from lungopacity.benchmark import feeding, forward
     from lungopacity.benchmark.decode import decode_speeds, table
     from lungopacity.benchmark.place import NO_GPU, gpus_here
@@ -133,7 +135,7 @@ _keys_option = click.option(
     default="10000,100000,1000000",
     show_default=True,
     callback=_whole_numbers,
-    help="Sizes of the archive, in objects.",
+    help="Sizes to measure, in objects.",
 )
 
 
@@ -143,12 +145,12 @@ _keys_option = click.option(
     "--images",
     metavar="URI",
     default=None,
-    help="Plan a first night over this archive, listing included, instead of made-up ones.",
+    help="Plan a first night over this archive, listing included, instead of over made-up ones.",
 )
 @click.option("--model", metavar="URI", default=None, help="Model folder to plan for.")
 @_json_option
 def plan(as_json: bool, **options: Any) -> int:
-    """Seconds and memory of planning a night, from an inventory file against a history."""
+    """Measure seconds and memory of planning a night, from an inventory file and a history."""
     from lungopacity.benchmark.plan import plan_costs, table
 
     _print(as_json, figures=(plan_costs(**options), table))
@@ -159,7 +161,7 @@ def plan(as_json: bool, **options: Any) -> int:
 @_keys_option
 @_json_option
 def publish(sizes: list[int], as_json: bool) -> int:
-    """Seconds and memory of publishing a run, from its part files to its record."""
+    """Measure seconds and memory of publishing a run, from its part files to its record."""
     from lungopacity.benchmark.publish import publish_costs, table
 
     _print(as_json, figures=(publish_costs(sizes), table))
@@ -174,9 +176,9 @@ def publish(sizes: list[int], as_json: bool) -> int:
     callback=words_of,
     help="Default: all that `lungopacity models` lists.",
 )
-@click.option("--count", "films", type=int, default=64, show_default=True, help="Films a batch.")
+@click.option("--count", "films", type=int, default=64, show_default=True, help="Films in a batch.")
 @click.option(
-    "--repeats", type=int, default=5, show_default=True, help="The median of so many counts."
+    "--repeats", type=int, default=5, show_default=True, help="Runs that the median is taken of."
 )
 @_gpu_option
 @click.option(
@@ -185,14 +187,14 @@ def publish(sizes: list[int], as_json: bool) -> int:
     default="float32,bfloat16",
     show_default=True,
     callback=words_of,
-    help="Of the forward pass by batch size; bfloat16 by autocast.",
+    help="Precisions to time by batch size; bfloat16 is autocast.",
 )
 @click.option(
     "--batch-sizes",
     metavar="N,N,…",
     default=None,
     callback=_whole_numbers,
-    help="Time the forward pass at each of them. Default: on a GPU 1,8,32,64,128,256.",
+    help="Time the forward pass at each of these. Default: on a GPU 1,8,32,64,128,256.",
 )
 @_json_option
 def score(
@@ -204,9 +206,10 @@ def score(
     precision: list[str],
     batch_sizes: list[int] | None,
 ) -> int:
-    """The forward pass: on one core, compiled and in torch; on a GPU, by batch size.
+    """Measure the forward pass: on one core, compiled and in torch; on a GPU, by batch size.
 
-    Milliseconds a film on one core; images a second on a GPU, or with --batch-sizes on all cores.
+    Prints milliseconds a film on one core, and images a second on a GPU. Without a GPU,
+    --batch-sizes measures images a second on all cores.
     """
     from lungopacity.benchmark import forward
     from lungopacity.benchmark.place import NO_GPU, Place
@@ -240,17 +243,21 @@ def score(
     metavar="WAY,WAY,…",
     default=None,
     callback=words_of,
-    help="What to run; default: all. Another name shows the list.",
+    help="What to run. Default: all. An unknown name shows the list.",
 )
 @click.option("--repeats", type=int, default=3, show_default=True, help="Runs of each way.")
 @click.option(
-    "--limit-s", type=float, default=3600.0, show_default=True, help="Of one run: some ways hang."
+    "--limit-s",
+    type=float,
+    default=3600.0,
+    show_default=True,
+    help="Time limit of one run, because some ways hang.",
 )
 @click.option(
     "--batch-size",
     type=int,
     default=None,
-    help="Images a forward pass. Default: 64, on a GPU 256.",
+    help="Images in a forward pass. Default: 64, on a GPU 256.",
 )
 @_gpu_option
 @click.option(
@@ -258,7 +265,7 @@ def score(
     metavar="NAME",
     default="float32",
     show_default=True,
-    help="Of the forward pass on a GPU: float32 or bfloat16.",
+    help="Precision of the forward pass on a GPU: float32 or bfloat16.",
 )
 @_output_option
 @_json_option
@@ -270,7 +277,7 @@ def screen(
     ways: list[str] | None,
     **options: Any,
 ) -> int:
-    """Images a second of screening, beside the bare loop and other ways to do it."""
+    """Measure images a second of screening, beside a bare loop and other ways to do it."""
     from lungopacity.benchmark.inputs import made_up
     from lungopacity.benchmark.screen import WAYS, screen_speeds
     from lungopacity.benchmark.screen_table import table
@@ -286,9 +293,9 @@ def screen(
     "--images",
     metavar="URI",
     multiple=True,
-    help="Labelled films. Default: phantoms, drawn for the purpose.",
+    help="Labelled films. Default: synthetic ones are drawn.",
 )
-@click.option("--labels", metavar="FILE", default=None, help="Needed with --images.")
+@click.option("--labels", metavar="FILE", default=None, help="Labels file; needed with --images.")
 @click.option(
     "--model",
     metavar="NAME|URI",
@@ -308,7 +315,7 @@ def screen(
     metavar="N,N,…",
     default=None,
     callback=_whole_numbers,
-    help="Default: 1, and 2 where the Ray cluster has as many.",
+    help="Numbers of workers. Default: 1, and 2 if the Ray cluster has enough.",
 )
 @click.option(
     "--precision",
@@ -319,7 +326,13 @@ def screen(
     callback=words_of,
     help="float32, bfloat16 or auto; each is measured.",
 )
-@click.option("--epochs", type=int, default=4, show_default=True, help="The first is not timed.")
+@click.option(
+    "--epochs",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Epochs of a run; the first is not timed.",
+)
 @click.option("--repeats", type=int, default=2, show_default=True, help="Runs of each way.")
 @_gpu_option
 @_output_option
@@ -332,7 +345,7 @@ def train(
     count: int,
     **options: Any,
 ) -> int:
-    """Images a second of training, beside the same loop without Ray."""
+    """Measure images a second of training, beside the same loop without Ray."""
     from lungopacity.benchmark.inputs import made_up
     from lungopacity.benchmark.train import table, train_speeds
 

@@ -1,4 +1,4 @@
-"""What several commands share: options, and the words of their values."""
+"""Options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -12,26 +12,38 @@ import click
 
 from lungopacity.errors import NOTICE, UserError
 
-EPILOG = f"{NOTICE} A URI is a path, file:// or s3://bucket/prefix; S3 takes the AWS variables."
+EPILOG = f"{NOTICE} A URI is a path, file:// or s3://bucket/prefix; for S3, set the AWS variables."
 
-OBJECTS = click.IntRange(max=10**12)
-"""A count of objects, that any database and Python itself can count to."""
+_MOST_OBJECTS = 10**12
+
+
+class _Count(click.types.IntParamType):
+    """A count that a database can hold. Not `IntRange`, which shows its limit in `--help`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        count = int(super().convert(value, param, ctx))
+        if count > _MOST_OBJECTS:
+            self.fail(f"{count} is more than {_MOST_OBJECTS}.", param, ctx)
+        return count
+
+
+OBJECTS = _Count()
 
 
 class _Filled(click.types.StringParamType):
-    """A text that is not empty: `--output "$OUT"` with OUT unset would mean this very folder, or
-    the default, or `none`."""
+    """A text that is not empty: `--output "$OUT"` with OUT unset would mean the current folder, the
+    default, or `none`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "" and param is not None:
-            mend = "give it a value" + ("" if param.required else ", or leave it out")
-            mend = "say none" if param.callback is words_of else mend
-            raise UserError(f"{param.opts[0]} is empty; {mend}")
+            fix = "give it a value" + ("" if param.required else ", or leave it out")
+            fix = "say none" if param.callback is words_of else fix
+            raise UserError(f"{param.opts[0]} is empty; {fix}")
         return super().convert(value, param, ctx)
 
 
 def refuse_empty_texts(command: click.Command) -> None:
-    """Of every option and argument of the command, and of those below it."""
+    """Refuse them in every option and argument of the command and of its subcommands."""
     for parameter in command.params:
         if parameter.type is click.STRING:
             parameter.type = _Filled()
@@ -49,7 +61,7 @@ images_option = click.option(
     help="Prefix of loose images and shards, one shard, or one image. May be given more than once.",
 )
 labels_option = click.option(
-    "--labels", metavar="FILE", required=True, help="CSV or Parquet: image, label, split, …"
+    "--labels", metavar="FILE", required=True, help="CSV or Parquet with image, label, split, …"
 )
 model_option = click.option("--model", metavar="URI", required=True, help="Model folder.")
 
@@ -71,7 +83,7 @@ def _limits(
 
 
 def gpu_option(command: Any) -> Any:
-    """What a command takes of a Ray cluster."""
+    """Add the options about the Ray cluster that the command runs on."""
 
     @functools.wraps(command)
     def on_such_a_cluster(*arguments: Any, grows_to: dict[str, float], **options: Any) -> Any:
@@ -81,14 +93,14 @@ def gpu_option(command: Any) -> Any:
             return command(*arguments, **options)
 
     use = click.option(
-        "--use-gpu/--no-gpu", default=None, help="Default: GPUs where the Ray cluster has any."
+        "--use-gpu/--no-gpu", default=None, help="Default: use GPUs if the Ray cluster has any."
     )
     grows = click.option(
         "--grows-to",
         metavar="CPU=N,GPU=N",
         default=None,
         callback=_limits,
-        help="What the Ray cluster may autoscale to. Default: what it is now.",
+        help="What the Ray cluster may autoscale to. Default: what it has now.",
     )
     return use(grows(on_such_a_cluster))
 
@@ -97,11 +109,11 @@ operating_point_option = click.option(
     "--operating-point",
     metavar="NAME",
     default=None,
-    help="Where scores become decisions: youden (the default), sensitivity=0.95, "
-    "specificity=0.95, cost=5, band=0.99,0.95, or one of `lungopacity threshold`.",
+    help="How scores become decisions: youden (the default), sensitivity=0.95, "
+    "specificity=0.95, cost=5, band=0.99,0.95, or a name given to `lungopacity threshold`.",
 )
 hmac_key_option = click.option(
-    "--hmac-key", metavar="FILE", default=None, help="Key of patient_hmac and study_hmac."
+    "--hmac-key", metavar="FILE", default=None, help="Key for patient_hmac and study_hmac."
 )
 
 
@@ -115,13 +127,14 @@ def words_of(
 
 
 def rule_options(command: Any) -> Any:
-    """What is read and then not scored; the same words wherever images are read."""
+    """Add the options for which films are read but not scored, the same wherever films are read."""
     accept = click.option(
         "--accept",
         metavar="CODES",
         default="none",
         callback=words_of,
-        help="Score all the same: for_processing, lateral_view, wrong_body_part, wrong_modality.",
+        help="Accept films despite these codes: for_processing, lateral_view, wrong_body_part, "
+        "wrong_modality.",
     )
     reject = click.option(
         "--reject-quality",
@@ -135,7 +148,7 @@ def rule_options(command: Any) -> Any:
 
 
 def names_of(text: str) -> tuple[str, ...]:
-    """`A,B` as its words."""
+    """The words of `A,B`."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 

@@ -1,4 +1,4 @@
-"""Commands that ask for results: query, runs."""
+"""Commands that read results: query, runs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lungopacity.errors import NOTICE
     type=click.Choice(["table", "csv", "json", "parquet"]),
     default="table",
     show_default=True,
-    help="Of what is printed; json: an object a line.",
+    help="Output format; json is one object a line.",
 )
 @click.argument("sql")
 def query(results: str, output_format: str, sql: str) -> int:
-    """Ask SQL of the published runs.
+    """Query the published runs in SQL.
 
-    The tables are predictions, metrics and runs, and latest: of predictions, each object's newest.
+    The tables are predictions, metrics and runs, and latest: the newest predictions of each object.
     """
     from lungopacity.results.query import query as run
     from lungopacity.results.render import rendered
 
     data = rendered(run(results, sql), output_format)
     sys.stdout.buffer.write(data)
-    # Not among the rows, which other programs read.
+    # Kept apart from the rows, which other programs read.
     click.echo(NOTICE, err=True)
     return 0
 
@@ -39,7 +39,7 @@ def query(results: str, output_format: str, sql: str) -> int:
 @click.command(epilog=EPILOG)
 @click.option("--results", metavar="URI", required=True, help="Results folder.")
 @click.option(
-    "--unfinished", is_flag=True, help="Instead: those that were begun, and not published."
+    "--unfinished", is_flag=True, help="List those that were begun but not published instead."
 )
 def runs(results: str, unfinished: bool) -> int:
     """List the published runs."""

@@ -22,41 +22,41 @@ _gpus_per_actor_option = click.option(
     type=float,
     default=1.0,
     show_default=True,
-    help="0.5 puts two copies of the model on one GPU.",
+    help="GPUs for each copy of the model; 0.5 puts two copies on one GPU.",
 )
 _model_actors_option = click.option(
     "--model-actors",
     type=int,
     default=None,
     help="Copies of the model, in processes that only score. Default: one for each GPU; without "
-    "GPUs one in every process that reads.",
+    "GPUs, one in every process that reads.",
 )
 
 
 def _screening_options(command: Any) -> Any:
-    """How an archive is screened, whether by hand or by the night."""
+    """Add the options for how an archive is screened, by `screen` or by `nightly`."""
     options: list[Any] = [
-        click.option("--archive", metavar="URI", required=True, help="What to screen."),
+        click.option("--archive", metavar="URI", required=True, help="Archive to screen."),
         model_option,
         click.option(
             "--inventory",
             metavar="URI",
             default=None,
-            help="Instead of listing: manifest.json of an S3 Inventory report, the folder of its "
-            "configuration (the newest report there), or a Parquet list.",
+            help="Read this instead of listing the archive: manifest.json of an S3 Inventory "
+            "report, the folder of its configuration (for the newest report), or a Parquet list.",
         ),
         click.option(
             "--batch-size",
             type=int,
             default=None,
-            help="Images a forward pass. Default: 64, on a GPU 256.",
+            help="Images in a forward pass. Default: 64, on a GPU 256.",
         ),
         operating_point_option,
         click.option(
             "--labels",
             metavar="FILE",
             default=None,
-            help="Labels to measure against, by films that the model did not learn from.",
+            help="Labels to measure against, on films that the model did not learn from.",
         ),
         click.option(
             "--baseline", metavar="RUN", default=None, help="Run id to measure drift against."
@@ -70,11 +70,11 @@ def _screening_options(command: Any) -> Any:
             type=float,
             default=0.05,
             show_default=True,
-            help="Exit with 2, after all is written, when more of the images could not be read.",
+            help="Exit with 2, after all is written, if more of the images could not be read.",
         ),
         hmac_key_option,
         click.option(
-            "--hash-keys", is_flag=True, help="Write HMACs of object names, not the names."
+            "--hash-keys", is_flag=True, help="Write HMACs of object names instead of the names."
         ),
         click.option(
             "--key-map", metavar="URI", default=None, help="Where --hash-keys keeps the names."
@@ -85,7 +85,8 @@ def _screening_options(command: Any) -> Any:
             metavar="NAME",
             default="float32",
             show_default=True,
-            help="Of the forward pass on GPUs. bfloat16 moves scores a little.",
+            help="Precision of the forward pass on GPUs: float32, or bfloat16, which changes "
+            "scores a little.",
         ),
         _gpus_per_actor_option,
         _model_actors_option,
@@ -100,8 +101,12 @@ def _screening_options(command: Any) -> Any:
 @click.option(
     "--output", metavar="URI", required=True, help="Results folder; runs are added to it."
 )
-@click.option("--run-id", default=None, help="Default: a new one. Give a killed run's to go on.")
-@click.option("--limit", type=OBJECTS, default=None, help="Only the first so many objects, by key.")
+@click.option(
+    "--run-id", default=None, help="Default: a new one. Give the id of a killed run to resume it."
+)
+@click.option(
+    "--limit", type=OBJECTS, default=None, help="Screen only this many objects, the first by key."
+)
 def screen(**options: Any) -> int:
     """Score every image of an archive; publish predictions and metrics as Parquet."""
     from lungopacity.screening.report import summary
@@ -119,14 +124,15 @@ def screen(**options: Any) -> int:
     "--max-images",
     type=OBJECTS,
     default=None,
-    help="At most so many objects; the next night goes on.",
+    help="Screen at most this many objects; the next night continues.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say how many objects a night would screen.")
 def nightly(**options: Any) -> int:
     """Screen what no published run has screened with this model yet.
 
-    New and changed objects, those that failed by the storage's fault, and what killed or missed
-    nights left. One night at a time: the results folder has a lock. Ends with status.json there.
+    This includes new and changed objects, those that failed because of the storage, and what killed
+    or missed nights left. A lock in the results folder allows one night at a time. At its end, the
+    night writes status.json there.
     """
     from lungopacity.screening.nightly import nightly as run
     from lungopacity.screening.report import night_summary
@@ -139,12 +145,14 @@ def nightly(**options: Any) -> int:
 @click.command(epilog=EPILOG)
 @click.option("--results", metavar="URI", required=True, help="Results folder.")
 @click.option("--run-id", required=True, help="The run that could not read everything.")
-@click.option("--model", metavar="URI", default=None, help="If the run's model folder was moved.")
+@click.option(
+    "--model", metavar="URI", default=None, help="Needed only if the run's model folder was moved."
+)
 @click.option(
     "--labels",
     metavar="FILE",
     default=None,
-    help="Labels to measure against, by films that the model did not learn from.",
+    help="Labels to measure against, on films that the model did not learn from.",
 )
 @hmac_key_option
 @gpu_option
@@ -152,7 +160,7 @@ def nightly(**options: Any) -> int:
     "--precision",
     metavar="NAME",
     default=None,
-    help="Of the forward pass. Default: the run's; float32 where there is no GPU for bfloat16.",
+    help="Precision of the forward pass. Default: the run's, or float32 without a GPU.",
 )
 @_gpus_per_actor_option
 @_model_actors_option
@@ -165,16 +173,16 @@ def retry(**options: Any) -> int:
     result = run(**options)
     if result is None:
         click.echo(
-            "nothing to do again: no image of this run failed for a reason that passes, but for "
-            "what later runs have read"
+            "nothing to do again: no image of this run failed for a reason that may have passed, "
+            "except those that later runs have read"
         )
         click.echo(NOTICE)
     else:
         click.echo(summary(result))
     left = left_alone(options["results"], options["run_id"])
     if left:
-        told = ", ".join(f"{code}: {count}" for code, count in sorted(left.items()))
-        click.echo(f"not tried again, for nothing would change: {told}")
+        counts = ", ".join(f"{code}: {count}" for code, count in sorted(left.items()))
+        click.echo(f"not tried again, because nothing would change: {counts}")
     return max(0 if result is None else result.exit_code, 1 if left else 0)
 
 
@@ -187,11 +195,11 @@ def retry(**options: Any) -> int:
     type=float,
     default=7.0,
     show_default=True,
-    help="What belongs to no published run is removed when it is older.",
+    help="Remove what belongs to no published run once it is older than this.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def clean(**options: Any) -> int:
-    """Sweep what killed jobs left behind; nothing that a published run needs."""
+    """Remove what killed jobs left behind, but nothing that a published run needs."""
     from lungopacity.screening.clean import clean as run
     from lungopacity.screening.report import clean_summary
 

@@ -21,26 +21,29 @@ from lungopacity.errors import NOTICE
 
 
 def _training_options(command: Any) -> Any:
-    """What a network learns and from which films, whether once or in a search."""
+    """Add the options for what is trained and on which films, by `train` or by `tune`."""
     options: list[Any] = [
         images_option,
         labels_option,
         click.option(
-            "--model", default="classical-cnn", show_default=True, help="See `lungopacity models`."
+            "--model",
+            default="classical-cnn",
+            show_default=True,
+            help="Network; `lungopacity models` lists them.",
         ),
         click.option(
             "--weights",
             metavar="none|imagenet|FILE",
             default=None,
-            help="First weights. Default: imagenet where they are installed, else none.",
+            help="Initial weights. Default: imagenet if they are installed, else none.",
         ),
         click.option(
             "--classes",
             default="Normal,Lung_Opacity",
             show_default=True,
             help="Labels that are classes, in the order of the scores: A is one, A=Name renames "
-            "it, A+B=Name merges, -A leaves A out. Images of other labels are left out; of words "
-            "that only leave out, every other label is a class.",
+            "it, A+B=Name merges two, -A leaves A out. Images of other labels are left out; but if "
+            "every word is of the form -A, every other label is a class.",
         ),
         click.option(
             "--positive-class",
@@ -52,19 +55,19 @@ def _training_options(command: Any) -> Any:
             "--image-size",
             type=int,
             default=None,
-            help="Side of the model's input, pixels. Default: the recipe's.",
+            help="Side of the model's input, in pixels. Default: the recipe's.",
         ),
         click.option(
             "--epochs",
             type=int,
             default=None,
-            help="Times that every training film is seen. Default: the recipe's.",
+            help="Passes over the training films. Default: the recipe's.",
         ),
         click.option(
             "--batch-size",
             type=int,
             default=None,
-            help="Films a step, over all workers together. Default: the recipe's.",
+            help="Films in a step, over all workers together. Default: the recipe's.",
         ),
         click.option(
             "--set",
@@ -72,8 +75,8 @@ def _training_options(command: Any) -> Any:
             metavar="NAME=VALUE",
             multiple=True,
             callback=lambda _context, _option, words: pairs_of(words),
-            help="Any other setting of the recipe, as learning_rate=0.001; `lungopacity models "
-            "NAME`.",
+            help="Any other setting of the recipe, such as learning_rate=0.001; `lungopacity "
+            "models NAME` lists them.",
         ),
         rule_options,
         gpu_option,
@@ -82,8 +85,8 @@ def _training_options(command: Any) -> Any:
             type=int,
             default=0,
             show_default=True,
-            help="Of all that training draws: first weights, order of the films, augmentation, "
-            "dropout. Splits do not depend on it.",
+            help="Seed of all that is random in training: initial weights, order of the films, "
+            "augmentation, dropout. Splits do not depend on it.",
         ),
     ]
     for option in reversed(options):
@@ -100,7 +103,7 @@ def _training_options(command: Any) -> Any:
     default="1",
     show_default=True,
     callback=lambda _context, _option, text: workers_of(text),
-    help="Ray Train workers; 2:8 is from 2 to 8, as nodes come and go.",
+    help="Ray Train workers; 2:8 means from 2 to 8, as nodes come and go.",
 )
 @click.option(
     "--tensorboard", metavar="URI", default=None, help="Folder for TensorBoard's event files."
@@ -109,12 +112,12 @@ def _training_options(command: Any) -> Any:
     "--mlflow",
     metavar="URI",
     default=None,
-    help="Tracking server of MLflow; pip install 'lungopacity[mlflow]'.",
+    help="MLflow tracking server; needs pip install 'lungopacity[mlflow]'.",
 )
 def train(classes: str, **options: Any) -> int:
     """Fit a network to labelled radiographs; write a model folder.
 
-    The same command goes on where a crashed one stopped.
+    After a crash, the same command continues where it stopped.
     """
     from lungopacity.training.train import train as run
 
@@ -132,24 +135,29 @@ def train(classes: str, **options: Any) -> int:
 
 @click.command(epilog=EPILOG)
 @_training_options
-@click.option("--output", metavar="URI", required=True, help="Where the trials' table goes.")
-@click.option("--trials", type=int, default=20, show_default=True, help="The recipe is the first.")
+@click.option("--output", metavar="URI", required=True, help="Where the table of trials goes.")
+@click.option(
+    "--trials", type=int, default=20, show_default=True, help="Trials; the recipe is the first."
+)
 @click.option(
     "--search",
     metavar="NAME=FROM",
     multiple=True,
     callback=lambda _context, _option, words: pairs_of(words),
-    help="log:LOW:HIGH or uniform:LOW:HIGH of a setting, int:LOW:HIGH of one in whole numbers, or "
-    "choice:A,B. Default: the network's own space.",
+    help="Setting to search over: log:LOW:HIGH or uniform:LOW:HIGH, int:LOW:HIGH for whole "
+    "numbers, or choice:A,B. Default: the network's own space.",
 )
 @click.option(
-    "--time-budget-s", type=float, default=None, help="What it cuts short runs in the next call."
+    "--time-budget-s",
+    type=float,
+    default=None,
+    help="Stop after so many seconds; the next call runs the trials that this cut short.",
 )
 def tune(classes: str, **options: Any) -> int:
     """Search for better settings by the calibrated validation loss, on the cluster's CPUs or GPUs.
 
-    The same command goes on where a crashed one stopped; one of more --trials adds them. best.json
-    says the command that trains the best.
+    After a crash, the same command continues where it stopped; with more --trials, it adds them.
+    best.json holds the command that trains the best.
     """
     from lungopacity.results.render import rendered
     from lungopacity.training.tune import tune as run
@@ -163,11 +171,16 @@ def tune(classes: str, **options: Any) -> int:
 
 @click.command(epilog=EPILOG)
 @click.option(
-    "--model", "members", metavar="URI", multiple=True, required=True, help="Two or more folders."
+    "--model",
+    "members",
+    metavar="URI",
+    multiple=True,
+    required=True,
+    help="Model folder; give two or more.",
 )
 @click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
 def ensemble(members: Sequence[str], output: str) -> int:
-    """Make one model of several that learnt from the same films; their logits are averaged."""
+    """Combine models that learnt from the same films into one, which averages their logits."""
     from lungopacity.training.ensemble import ensemble as run
 
     model = run(members, output)
@@ -183,9 +196,9 @@ def ensemble(members: Sequence[str], output: str) -> int:
 @click.option("--model", metavar="URI", required=True, help="A model folder.")
 @click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
 def compile_(model: str, output: str) -> int:
-    """Write a model folder anew, with its network compiled for CPUs: the same scores, sooner.
+    """Copy a model folder, with its network compiled for CPUs: the same scores, faster.
 
-    For folders of before training did so, or whose compiled network cannot be loaded any more.
+    For folders written before training did so, or whose compiled network can no longer be loaded.
     """
     from lungopacity.training.compile import compile as run
 
@@ -198,7 +211,7 @@ def compile_(model: str, output: str) -> int:
 @click.command(epilog=EPILOG)
 @click.argument("name", required=False)
 def models(name: str | None) -> int:
-    """List the networks, or the settings that NAME is trained with and what each does."""
+    """List the networks; with NAME, list the settings it is trained with and what each does."""
     from lungopacity.training.catalogue import networks_table, recipe_table
 
     click.echo(networks_table() if name is None else recipe_table(name))

@@ -30,4 +30,4 @@ def test_sizes_that_are_none_are_refused(capfd):
     with pytest.raises(UserError, match="--keys must be at least 100"):
         plan_costs([99])
     assert main(["benchmark", "plan", "--keys", "many"]) == 2
-    assert "'many' is no list of whole numbers" in capfd.readouterr().err
+    assert "'many' is not a list of whole numbers" in capfd.readouterr().err

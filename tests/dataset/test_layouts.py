@@ -292,8 +292,8 @@ def test_labels_that_would_be_refused_are_not_written(tmp_path, capsys, sql, sai
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "give one of --folders, --layout and --sql"),
-        (["--sql", "SELECT 1", "--folders", "x"], "give one of"),
+        ([], "give exactly one of --folders, --layout and --sql"),
+        (["--sql", "SELECT 1", "--folders", "x"], "give exactly one of"),
         (["--layout", "mimic"], "is none of rsna, nih"),
         (["--layout", "nih"], "takes --table entries=FILE: NIH ChestX-ray14"),
         (["--layout", "nih", "--table", "entries=/nowhere/x.csv"], "x.csv: cannot be read"),

@@ -61,7 +61,7 @@ def test_only_what_may_have_passed_is_tried_again(place, capfd):
     out, err = capfd.readouterr()
     assert code == 1, err
     assert "8 scored, 0 rejected, 0 could not be read" in out
-    assert "not tried again, for nothing would change: corrupt_image: 1" in out
+    assert "not tried again, because nothing would change: corrupt_image: 1" in out
     (again,) = asked(place, "SELECT run_id, record FROM runs WHERE run_id <> 'night'")
     assert '"retry_of": "night"' in again["record"]
     rows = asked(
