@@ -72,7 +72,7 @@ class ErrorCode(StrEnum):
     UNAVAILABLE = "unavailable"
     """The storage or a disk failed or is full, after retries; or the node lacked memory or time."""
     CHANGED = "changed"
-    """The object was replaced between the plan and the fetch."""
+    """The object was replaced after it was planned, before or while it was read."""
     DIGEST_MISMATCH = "digest_mismatch"
     """The bytes differ from the stored checksum, after every retry."""
     EMPTY = "empty"

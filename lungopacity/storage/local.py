@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import stat
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
@@ -122,8 +123,7 @@ class LocalStore:
     @contextmanager
     def open_local(self, key: str, *, etag: str | None = None) -> Iterator[IO[bytes]]:
         try:
-            path = self._path(key)
-            file = _open_at_once(path)
+            raw = _UnalteredFile(self._path(key), etag)
         except OSError as error:
             raise _fetch_error_of(error) from error
         except (UserError, ValueError) as error:
@@ -131,12 +131,10 @@ class LocalStore:
             raise ImageError(
                 ErrorCode.UNSUPPORTED, Stage.FETCH, "the key cannot name a file in the folder"
             ) from error
-        with file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
+        with io.BufferedReader(raw) as file:
+            if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
                 raise _not_regular()
-            if etag is not None and _etag_of(facts) != etag:
-                raise changed()
+            raw.check()
             yield file
 
     def read(self, key: str, *, etag: str | None = None) -> bytes:
@@ -145,14 +143,9 @@ class LocalStore:
     def read_head(self, key: str, size_bytes: int, *, etag: str | None = None) -> bytes:
         with self.open_local(key, etag=etag) as file:
             try:
-                data = file.read(size_bytes)
-                facts = os.fstat(file.fileno())
+                return file.read(size_bytes)
             except OSError as error:
                 raise _fetch_error_of(error) from error
-        # If the file was overwritten in place, the data may be half of one film, half of another.
-        if etag is not None and _etag_of(facts) != etag:
-            raise changed()
-        return data
 
     def local_file(self, key: str, target: Path) -> Path:
         with self.open_local(key):
@@ -280,9 +273,29 @@ def _leads_back(folder: Path) -> bool:
     return any(Path(os.path.realpath(above)).is_relative_to(target) for above in folder.parents)
 
 
-def _open_at_once(path: Path) -> IO[bytes]:
-    # Without O_NONBLOCK, opening a pipe waits for a writer, maybe for ever.
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+class _UnalteredFile(io.FileIO):
+    """A file that raises `changed` when it no longer has the etag, also after it was opened: of a
+    file that is overwritten in place, half of what was read may be one film, half another."""
+
+    def __init__(self, path: Path, etag: str | None) -> None:
+        # Without O_NONBLOCK, opening a pipe waits for a writer, maybe for ever.
+        super().__init__(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        self._etag = etag
+
+    def check(self) -> None:
+        """Raises `ImageError` (`changed`)."""
+        if self._etag is not None and _etag_of(os.fstat(self.fileno())) != self._etag:
+            raise changed()
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        size = super().readinto(buffer)
+        self.check()
+        return size
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self.check()
+        return data
 
 
 def _temporary_in(folder: Path, mode: int) -> tuple[int, str]:
