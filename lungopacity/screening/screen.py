@@ -162,10 +162,12 @@ def run_job(
     if job.key_map is not None:
         # It is written last: after a night's work it would be late to hear that it cannot be.
         check_writable(job.key_map, private=True)
-    if job.precision != FLOAT32:
-        # The cluster alone knows, and a plan that cannot be screened would be left behind.
+    if job.use_gpu or job.model_actors is not None or job.precision != FLOAT32:
+        # Only the cluster knows, and a plan that cannot be screened would be left behind.
         with ray_session():
-            check_precision(job.precision, resolve_gpu(job.use_gpu))
+            use_gpu = resolve_gpu(job.use_gpu)
+            check_precision(job.precision, use_gpu)
+            ScoringResources.of_cluster(use_gpu, job.gpus_per_actor, job.model_actors)
     with temporary_folder() as folder:
         plan = make_plan(
             job.results,

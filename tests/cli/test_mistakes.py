@@ -218,6 +218,7 @@ def test_a_mistake_is_one_line_with_the_mend_and_exit_code_2(place, capfd, mista
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.lower().startswith("error: ")]
     assert message in line
+    assert not (place / "out").exists()
 
 
 def test_a_wrong_secret_is_one_line(place, s3_server, monkeypatch, capfd):
