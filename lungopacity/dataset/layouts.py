@@ -145,16 +145,16 @@ LAYOUTS = {
                CASE WHEN found = '[''normal'']' THEN 'Normal'
                     WHEN regexp_matches(found, 'infiltrates|consolidation|pneumonia|pattern|'
                                                'atelectasis|opacit|edema|'
-                                               -- of no breast, no pseudonodule
+                                               -- not of the breast, and no pseudonodule
                                                '''(pulmonary )?mass''|''(multiple )?nodule')
                     THEN 'Lung_Opacity' ELSE 'Not_Normal' END AS label,
                CASE WHEN ("Projection" IN ('PA', 'AP', 'AP_horizontal')) IS NOT TRUE
                     THEN 'not frontal'
-                    -- Without a finding, and without normal, a list says nothing of the film.
+                    -- A list without findings, not even normal, says nothing about the film.
                     WHEN regexp_matches(found, '[a-z]') IS NOT TRUE THEN 'no finding is listed'
                     WHEN regexp_matches(found, 'unchanged|exclude')
                     THEN 'unchanged or exclude is listed' END AS left_out
-        -- Some findings have blanks about them.
+        -- Some findings are surrounded by spaces.
         FROM (SELECT *, regexp_replace("Labels", '\\s*''\\s*', '''', 'g') AS found FROM entries)""",
     ),
     "vindr": Layout(
@@ -192,7 +192,7 @@ def labels_of_folders(images: str) -> pd.DataFrame:
         for name, is_shard in zip(
             table["image"].to_pylist(), table["is_shard"].to_pylist(), strict=True
         ):
-            # Browsers, notebooks and macOS keep copies of films, and more, under hidden names.
+            # Browsers, notebooks and macOS keep hidden files, among them copies of films.
             if any(part.startswith(".") for part in name.split("/")):
                 continue
             folders = name.split("/")[:-1]
@@ -348,7 +348,7 @@ def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
         if why.notna().any():
             numbers = why.value_counts().sort_index()
             counts = ", ".join(f"{reason} ({n})" for reason, n in numbers.items())
-            log.info("%s: rows that are left out: %s", files, counts)
+            log.info("%s: rows left out: %s", files, counts)
         frame = frame[why.isna()]
     return frame.sort_values("image")
 

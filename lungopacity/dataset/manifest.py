@@ -235,8 +235,8 @@ def _patient_folds(labels: pd.DataFrame, uri: str, seed: int) -> list[int]:
     fewest = int(patients.groupby(labels["label"]).nunique().min())
     if fewest < 5:
         raise UserError(
-            f"{uri}: {fewest} patients in the smallest class are too few to split; "
-            "give a split column, or label more patients"
+            f"{uri}: the smallest class has {counted(fewest, 'patient')}, and a split needs at "
+            "least 5; give a split column, or label more patients"
         )
     fold = pd.Series(0, index=range(len(labels)))
     folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=seed)

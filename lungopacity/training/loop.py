@@ -72,7 +72,7 @@ class Films:
 
 @dataclass(frozen=True)
 class Worker:
-    """This process among those that train together."""
+    """This process, as one of those that train together."""
 
     settings: TrainingSettings
     films: Films

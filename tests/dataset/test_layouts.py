@@ -147,7 +147,7 @@ def test_rows_that_a_layout_leaves_out_are_counted(name, row, told, tmp_path, ca
     (table,) = LAYOUTS[name].tables
     assert len(labels_of_layout(name, {table: str(tmp_path / "t.csv")})) == 3
     assert (told is None) == ("left out" not in caplog.text)
-    assert told is None or f"t.csv: rows that are left out: {told}" in caplog.text
+    assert told is None or f"t.csv: rows left out: {told}" in caplog.text
 
 
 @pytest.mark.parametrize("findings", ["[]", "['']", "[' ', '']", "", "['exclude']"])

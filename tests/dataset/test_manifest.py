@@ -285,7 +285,9 @@ def test_rows_without_a_patient_give_a_warning(caplog):
 
 def test_too_few_patients_to_split_are_refused():
     """With five patients in a class, each split gets at least one."""
-    with pytest.raises(UserError, match="4 patients in the smallest class are too few to split"):
+    with pytest.raises(
+        UserError, match="the smallest class has 4 patients, and a split needs at least 5"
+    ):
         assign_splits(labels(patients=12), URI, seed=0)
     films = assign_splits(labels(patients=15), URI, seed=0)
     assert len(films.groupby(["split", "label"])) == 6
