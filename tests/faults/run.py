@@ -33,7 +33,7 @@ make faults
 {machine}; {images} images a run: {loose} loose objects and {shards} tars of {members};
 {date}; {minutes:.0f} minutes.
 
-| fault | trials | images expected | lost | twice | finished at the fault | of these fetched \
+| fault | trials | images expected | lost | duplicated | finished at the fault | of these fetched \
 again | times a reader saw part of a run | files left after `clean` | starts |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 """
