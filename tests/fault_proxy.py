@@ -25,7 +25,7 @@ _CODES = {"503": "SlowDown", "404": "NoSuchKey", "403": "AccessDenied"}
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Breaks the first `times` answers to GETs of each key; or those that `choose` says."""
+    """Breaks the first `times` answers to GETs of each key, or those that `choose` selects."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -36,11 +36,12 @@ class FaultProxy(ThreadingHTTPServer):
         self.fault: Fault | None = None
         self.times = 0
         self.choose: Callable[[str, int], Fault | None] | None = None
-        """Of the path, and how often it has been asked for."""
+        """The fault for a GET, from its path and how often that was requested."""
         self.choose_any: Callable[[str, str, int], Fault | None] | None = None
-        """Of method, path, and how often that has been asked for: for requests of every kind."""
+        """The same for requests of every kind, from method, path and how often that was
+        requested."""
         self.on_request: Callable[[str, str], None] | None = None
-        """Called with method and path before a request is handed on."""
+        """Called with method and path before a request is forwarded."""
         self.gets: Counter[str] = Counter()
         self.asked: Counter[tuple[str, str]] = Counter()
         self.lock = threading.Lock()
@@ -71,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
                     fault = server.choose(self.path, server.gets[self.path])
                 elif server.gets[self.path] <= server.times:
                     fault = server.fault
-        # Also of what is then refused: unread, it would be taken for the next request.
+        # Even if the request is then refused: an unread body would be taken for the next request.
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
         if fault is not None and fault in _CODES:
             body = f"<Error><Code>{_CODES[fault]}</Code></Error>".encode()
@@ -92,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (OSError, http.client.HTTPException):  # the server is down
             self.close_connection = True
             return
-        if fault == "lost answer":  # what was asked for is done, and nobody hears of it
+        if fault == "lost answer":  # the request was done, and its answer is lost
             upstream.close()
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
@@ -106,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD" and length is not None:
             headers["Content-Length"] = length
         if fault == "flip":
-            at = server.gets[self.path] % len(body)  # chance strikes no byte twice
+            at = server.gets[self.path] % len(body)  # another byte each time, as by chance
             body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
         self._answer(answer.status, headers, body, cut=fault == "cut")
         upstream.close()
@@ -115,18 +116,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, headers: dict[str, str], body: bytes, cut: bool = False) -> None:
         self.send_response_only(status)
-        # Of what HEAD asks for there is the length alone, the server's.
+        # An answer to HEAD has no body, and the server's Content-Length.
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            with contextlib.suppress(OSError):  # whoever asked may have been killed
+            with contextlib.suppress(OSError):  # the client may have been killed
                 self.wfile.write(body[: len(body) // 2] if cut else body)
         if cut:
             self.close_connection = True
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # whoever asked may have been killed
+        with contextlib.suppress(ConnectionError):  # the client may have been killed
             super().handle()
 
     def log_message(self, *_: object) -> None:
@@ -143,7 +144,7 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
 
 
 def code_of(act: Callable[[], object]) -> ErrorCode:
-    """Of the `ImageError` that it raises."""
+    """The code of the `ImageError` that `act` raises."""
     with pytest.raises(ImageError) as caught:
         act()
     return caught.value.code

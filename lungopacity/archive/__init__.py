@@ -1,1 +1,1 @@
-"""The archive: what lies in it, how its objects become rows with pixels, and a phantom one."""
+"""The archive: lists its objects, reads them into rows with pixels, and makes a phantom archive."""

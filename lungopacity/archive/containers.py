@@ -1,7 +1,7 @@
-"""Every file of a shard: tar, compressed tar, zip, Parquet, and those one level inside each other.
+"""Reads every file of a shard: tar, compressed tar, zip, Parquet, and one of them inside another.
 
-A shard is whatever hospitals hand over: cut, damaged, nested, hostile. No file of it is lost in
-silence: each becomes a row or is part of what the one error at the end stands for.
+A shard is whatever hospitals hand over: cut, damaged, nested, hostile. No file is lost silently:
+each gives a row, or is covered by the one error at the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph import DecodeLimits
 
 SHARD_SUFFIXES = (*TAR_SUFFIXES, ".zip", ".parquet")
-"""Endings of keys that are taken for containers before their content is seen."""
+"""Objects with these endings are planned as containers before their content is seen."""
 
 _COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 _PROGRAMS = (b"MZ", b"\x7fELF", b"#!")
@@ -46,45 +46,45 @@ Member = tuple[int, str, bytes | ImageError | None]
 
 
 def is_container(head: bytes, name: str = "") -> bool:
-    """Whether a file with these first 512 bytes (or all, of a smaller one) is a container.
+    """Whether a file with these first 512 bytes (or all, if it is smaller) is a container: tar, zip
+    (but no office document), Parquet, gzip, zstd, bzip2 or xz.
 
-    Tar, zip, Parquet, gzip, zstd, bzip2 or xz, by content; the name tells an empty tar from other
-    zeros, and a zip that unpacks itself from other programs. Office documents are none.
+    The content decides. Only an empty tar and a self-extracting zip are recognised by name.
     """
     return _kind(head, name) is not None
 
 
 def alone_in(name: str) -> str:
-    """The name of the file in a compressed one of this name that holds no shard."""
+    """The name of the single file in a compressed file with this name."""
     stem, suffix = posixpath.splitext(name)
     return stem if suffix.lower() in _COMPRESSED_SUFFIXES else name
 
 
 def without_files() -> ImageError:
-    """What is said of a container that was walked to its end, and gave nothing."""
-    return ImageError(ErrorCode.EMPTY, Stage.UNPACK, "a container without a file")
+    """The error of a container that was read to its end and held no file."""
+    return ImageError(ErrorCode.EMPTY, Stage.UNPACK, "a container without files")
 
 
 def members(
     file: IO[bytes], name: str, limits: DecodeLimits, wanted: Wanted | None = None
 ) -> Iterator[Member]:
-    """Running index, name, and bytes of each file in the container, in its own order.
+    """Running index, name and bytes of each file in the container, in the container's order.
 
-    file: seekable, the whole object. name: its key; decides only what the content leaves open. In
-    place of bytes stands the `ImageError` of a member that alone cannot be read, or None for
-    one that is not wanted (which is then not read). A container inside the container is entered,
-    and its members are named `<its name>/<their name>`; one inside that is `unsupported`. A
-    compressed file that holds no shard keeps its name inside a container, as `a.png.gz` does.
+    file: seekable, the whole object. name: its key; only decides what the content leaves open. A
+    member that cannot be read has its `ImageError` instead of bytes, and one that is not wanted has
+    None and is not read. A container inside the container is entered, and its members are named
+    `<its name>/<their name>`; a container inside that one is `unsupported`. Inside a container, a
+    compressed single file keeps its name, such as `a.png.gz`.
 
-    Names are data: nothing is ever written under them. Raises `ImageError`, after every readable
-    member: `corrupt_archive` where the container cannot be walked to its end, `decompression_bomb`,
-    and for Parquet without images `not_an_image`, without a clear image column `unsupported`.
+    Names are data: nothing is ever written under them. Raises `ImageError`, after all readable
+    members: `corrupt_archive` if the container cannot be read to its end, `decompression_bomb`; for
+    Parquet without images `not_an_image`, and without a clear image column `unsupported`.
     """
     yield from _Walk(limits, wanted).walk(file, name)
 
 
 class _Walk:
-    """One object's walk: what its containers share."""
+    """The walk through one object, and what the containers in it share."""
 
     def __init__(self, limits: DecodeLimits, wanted: Wanted | None) -> None:
         self._limits = limits
@@ -95,11 +95,11 @@ class _Walk:
     def walk(
         self, file: IO[bytes], name: str, prefix: str = "", depth: int = 0
     ) -> Iterator[Member]:
-        """The members of one container. Raises `ImageError` alone."""
+        """The members of one container. Raises only `ImageError`."""
         meter = Meter(self._allowance)
         try:
             for entry in _entries(file, name, meter):
-                # The one file of a compressed one has no name of its own.
+                # The single file in a compressed file has no name of its own.
                 own = prefix.removesuffix("/") or alone_in(name)
                 member = own if entry.name is None else prefix + entry.name
                 yield from self._entry(entry, member, depth)
@@ -159,11 +159,12 @@ class _Walk:
     def _nested(
         self, reader: io.BufferedIOBase, head: bytes, name: str, alone: bool
     ) -> Iterator[Member]:
-        # On disk when large: a nested container is bounded by the shard, not by an image's size.
+        # On disk if large: the size limit of an image does not apply to a nested container.
         with SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
             spool.write(head)
             failure = _copy(reader, spool)
-            # A failed checksum does not say where; a stream that ends early was right so far.
+            # A failed checksum does not say where the damage is. A stream that ends early is right
+            # up to its end.
             if failure is not None and alone:
                 raise failure
             before = self._given
@@ -183,7 +184,7 @@ def _entries(file: IO[bytes], name: str, meter: Meter) -> Iterator[Entry]:
     file.seek(0)
     match _kind(head, name):
         case None:
-            raise corrupt("begins with no signature of a container")
+            raise corrupt("does not begin with the signature of a container")
         case Kind.TAR:
             return tar_entries(file, meter, forward=False)
         case Kind.ZIP:
@@ -210,7 +211,7 @@ def _compressed_entries(chunks: Iterator[bytes], name: str, meter: Meter) -> Ite
         if len(head) >= HEAD_SIZE:
             break
     stream = io.BufferedReader(Forward(chain([head], chunks)))
-    # By name too: a tar whose first header is broken is a broken tar, and no image.
+    # Also by name: a tar with a broken first header is a broken tar, and not an image.
     if kind_of(head) is Kind.TAR or name.lower().endswith(TAR_SUFFIXES):
         yield from tar_entries(stream, meter, forward=True)
     else:
@@ -218,9 +219,9 @@ def _compressed_entries(chunks: Iterator[bytes], name: str, meter: Meter) -> Ite
 
 
 def _take(reader: io.BufferedIOBase, size: int, head: bytes = b"") -> bytes:
-    """`head` and what follows it, `size` bytes or all there are.
+    """`head` and what follows it in `reader`, together `size` bytes or as many as there are.
 
-    Allocates nothing for bytes that do not come, and gives what it collected without a copy.
+    Allocates only for bytes that were read, and returns them without a copy.
     """
     taken = io.BytesIO()
     taken.write(head)
@@ -230,10 +231,10 @@ def _take(reader: io.BufferedIOBase, size: int, head: bytes = b"") -> bytes:
 
 
 def _copy(reader: io.BufferedIOBase, target: IO[bytes]) -> Exception | None:
-    """All of `reader` into `target`; gives the failure that ended the reading, if any."""
+    """Copy all of `reader` into `target`. Returns the exception that ended the reading, if any."""
     while True:
         try:
-            # Not `read`: it loses what it has where the next bytes are missing.
+            # Not `read`, which loses what it has read if the next bytes are missing.
             chunk = reader.read1(_CHUNK_BYTES)
         except Exception as error:
             return error
@@ -244,5 +245,5 @@ def _copy(reader: io.BufferedIOBase, target: IO[bytes]) -> Exception | None:
 
 def _too_deep() -> ImageError:
     return ImageError(
-        ErrorCode.UNSUPPORTED, Stage.UNPACK, "a container in a nested container: nested too deep"
+        ErrorCode.UNSUPPORTED, Stage.UNPACK, "a container in a nested container is not read"
     )

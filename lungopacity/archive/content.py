@@ -1,4 +1,5 @@
-"""One file's bytes to the content columns of its rows. Runs in the decoder's process."""
+"""Turns the bytes of one file into the content columns of its rows. Runs in the decoder's
+process."""
 
 from __future__ import annotations
 
@@ -30,20 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """How objects are read, and which of them are not to be scored."""
+    """How objects are read, and which of them are rejected."""
 
     preprocessing: Preprocessing
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     accept: frozenset[ErrorCode] = frozenset()
-    """Of `ACCEPTABLE`: what to score all the same."""
+    """Codes of `ACCEPTABLE` that do not reject a film."""
     reject_quality: frozenset[str] = frozenset(REJECTED_BY_DEFAULT)
-    """Flags of `Quality` that reject a film; the others only mark it. `out_of_distribution` is the
-    model's to judge."""
+    """Flags of `Quality` that reject a film; the others only mark it. `out_of_distribution` has no
+    effect here: the model judges it."""
     hmac_key: bytes | None = field(default=None, repr=False)
-    """Fills `patient_hmac` and `study_hmac`; they stay null without it."""
+    """The key of `patient_hmac` and `study_hmac`; without it, they are null."""
     fetch_threads: int = 32
-    """Requests under way at once in one task, so many objects fitting: they wait, and hide the
-    latency of S3. At 40 ms they bring 800 small objects a second, which is what a core decodes."""
+    """Requests that one task makes at once, to hide the latency of S3. At 40 ms, 32 of them fetch
+    800 small objects a second, which is what a core decodes."""
     rows_per_table: int = 64
 
     def __post_init__(self) -> None:
@@ -57,17 +58,18 @@ def settings_of_model(
     accept: Collection[str],
     reject_quality: Collection[str] | None,
 ) -> ReadSettings:
-    """How films are read for a model to score, by the user's words.
+    """The settings to read films for a model, from the user's words.
 
-    `reject_quality`: None is the default. Raises `UserError` for a word that is none, and for
-    `out_of_distribution` where the folder at `uri` does not tell where the model's training films
-    lie: no film would be rejected.
+    `accept`, `reject_quality`: as in `ReadSettings`; None is the default. Raises `UserError` for an
+    unknown word, and for `out_of_distribution` if the model folder at `uri` does not hold the
+    distribution of its training films: no film would be rejected.
     """
     accepted, rejecting = rules_from(accept, reject_quality, (*QUALITY_FLAGS, OUT_OF_DISTRIBUTION))
     if OUT_OF_DISTRIBUTION in rejecting and model.distribution is None:
         raise UserError(
-            f"--reject-quality {OUT_OF_DISTRIBUTION}: {uri} does not tell where its training films "
-            "lie (an older folder, or an ensemble with one); leave it out, or train again"
+            f"--reject-quality {OUT_OF_DISTRIBUTION}: {uri} does not hold the distribution of its "
+            "training films (an older folder, or an ensemble with one); leave the flag out, or "
+            "train again"
         )
     return ReadSettings(model.spec.preprocessing, accept=accepted, reject_quality=rejecting)
 
@@ -77,10 +79,11 @@ def rules_from(
     reject_quality: Collection[str] | None,
     flags: Collection[str] = QUALITY_FLAGS,
 ) -> tuple[frozenset[ErrorCode], frozenset[str]]:
-    """The fields `accept` and `reject_quality` of `ReadSettings` from the user's words, where no
-    model scores; where one does, see `settings_of_model`.
+    """The fields `accept` and `reject_quality` of `ReadSettings`, from the user's words. With a
+    model use `settings_of_model`.
 
-    `reject_quality`: None is the default. Raises `UserError` for a word that is none.
+    `reject_quality`: None is the default. `flags`: those it may name. Raises `UserError` for an
+    unknown word.
     """
     for option, words, known in (
         ("--accept", accept, {code.value for code in ACCEPTABLE}),
@@ -94,9 +97,9 @@ def rules_from(
 
 
 def content_rows(data: bytes, settings: ReadSettings) -> Iterator[dict[str, Any]]:
-    """A row's content columns, and its `pixels`, for each image of the file: one at least.
+    """The content columns of a row, with its `pixels`, for each image of the file: at least one.
 
-    Never raises: what cannot be read is a row, too.
+    Never raises: an image that cannot be read gives a row, too.
     """
     digest = {"content_sha256": hashlib.sha256(data).hexdigest()}
     try:
@@ -111,23 +114,24 @@ def content_rows(data: bytes, settings: ReadSettings) -> Iterator[dict[str, Any]
 
 @dataclass(frozen=True)
 class ShownFilm:
-    """A film as it was decoded for a model, and the part of it that the model is shown."""
+    """A film decoded for a model, and the part of it that the model sees."""
 
     film: Radiograph
     edges: tuple[int, int, int, int]
-    """Left, top, right and bottom of that part."""
+    """Left, top, right and bottom of that part, in pixels of `film.pixels`."""
 
     @property
     def shown(self) -> npt.NDArray[np.uint8]:
-        """(height, width) uint8: a view."""
+        """The part that the model sees: a view, (height, width) uint8."""
         left, top, right, bottom = self.edges
         return self.film.pixels[top:bottom, left:right]
 
 
 def shown_films(data: bytes, settings: ReadSettings) -> Iterator[ShownFilm | ImageError]:
-    """Every film of a file, at a size that its `shown` part can be shrunk from.
+    """Every film of a file, decoded large enough for its `shown` part to be shrunk to the model's
+    input.
 
-    A frame that cannot be decoded comes as its `ImageError`. Raises `ImageError` for a file that
+    Yields an `ImageError` for a frame that cannot be decoded. Raises `ImageError` for a file that
     cannot be decoded at all.
     """
     return _shown_films(data, settings, settings.preprocessing.at_least)
@@ -148,14 +152,14 @@ def _shown_films(
             continue
         edges = settings.preprocessing.edges(found.pixels)
         if at_least is not None and _is_small_part(edges, found):
-            # The scale of the JPEG was chosen for its wide border: once more, at its full size.
+            # The JPEG was scaled for the film with its wide border: decode again, at full size.
             yield from _shown_films(data, settings, None)
         else:
             yield ShownFilm(found, edges)
 
 
 def _is_small_part(edges: tuple[int, int, int, int], film: Radiograph) -> bool:
-    """Whether less is left between the borders of a shrunk JPEG than `at_least` reckons with."""
+    """Whether so little of a scaled JPEG is within its borders that `at_least` was not enough."""
     left, top, right, bottom = edges
     is_shrunk = film.format == "jpeg" and film.pixels.size < film.rows * film.columns
     return is_shrunk and 2 * max(right - left, bottom - top) < max(film.pixels.shape)
@@ -164,7 +168,7 @@ def _is_small_part(edges: tuple[int, int, int, int], film: Radiograph) -> bool:
 def _film_columns(found: ShownFilm, settings: ReadSettings) -> dict[str, Any]:
     film, cropped = found.film, found.shown
     is_cropped = cropped.shape != film.pixels.shape
-    # What is judged is the whole film, also where the model is shown a part of it.
+    # The whole film is judged, even if the model sees only a part of it.
     shrink = settings.preprocessing.roughly_fit if is_cropped else settings.preprocessing.fit
     content = shrink(film.pixels)
     quality = judge(content, film.rows, film.columns, film.coloured_fraction)
@@ -187,13 +191,13 @@ def _film_columns(found: ShownFilm, settings: ReadSettings) -> dict[str, Any]:
 
 
 def _in_stored_pixels(edges: tuple[int, int, int, int], film: Radiograph) -> list[float]:
-    """Left, top, right and bottom from pixels as they were decoded to those of the stored image.
+    """Convert left, top, right and bottom from decoded pixels to pixels of the stored image.
 
-    A picture that its EXIF orientation turned on its side is taken as it is turned.
+    If EXIF turned the image by 90°, they are pixels of the turned image.
     """
     height, width = film.pixels.shape
     rows, columns = film.rows, film.columns
-    # DICOM films alone may have oblong pixels: they change shape without being turned.
+    # Only DICOM films may have oblong pixels, which change their shape without turning them.
     if film.format != "dicom" and rows != columns and (height > width) != (rows > columns):
         rows, columns = columns, rows
     left, top, right, bottom = edges
@@ -206,8 +210,8 @@ def _columns_of(quality: Quality) -> dict[str, bool]:
 
 
 def error_columns(error: Exception) -> dict[str, Any]:
-    """The columns that say why there is no score. An unforeseen exception tells its type alone: its
-    message could quote a header."""
+    """The columns that say why there is no score. Of an unforeseen exception they hold only the
+    type: its message could quote a header."""
     if not isinstance(error, ImageError):
         error = ImageError(ErrorCode.INTERNAL, Stage.DECODE, f"unforeseen {type(error).__name__}")
     status = Status.REJECTED if error.code in REJECTING else Status.FAILED

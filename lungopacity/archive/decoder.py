@@ -1,13 +1,13 @@
-"""Decoding in a process of its own, so that no file can end, hang or starve the task that reads it.
+"""Decodes in a process of its own, so that no file can kill, hang or starve the task that reads it.
 
-Image codecs are C libraries that take whatever a stranger's file holds. Here they may crash (the
-file is tried once more, alone, and then has `decoder_crash`), not return (`decoder_timeout`) or
-take memory (a limit of the operating system makes it `too_large`): that file alone pays for it,
-and of several frames those that came before keep their rows. What the node did to it, and not the
-file itself, is `unavailable`.
+Image codecs are C libraries that are given whatever a stranger's file holds. In that process they
+may crash (the file is tried once more, alone, and then gets `decoder_crash`), not return
+(`decoder_timeout`) or take too much memory (the operating system's limit makes it `too_large`).
+Only that file is affected, and its frames that were decoded before keep their rows. If the node was
+the reason, and not the file, the code is `unavailable`.
 
-Bytes go to the process through anonymous files, never through a pipe that could fill up and block
-both sides; orders and rows go through a socket.
+Bytes go to the process through anonymous files, not through a pipe, which could fill up and block
+both sides. Orders and rows go through a socket.
 """
 
 from __future__ import annotations
@@ -34,31 +34,32 @@ from lungopacity.archive.content import ReadSettings, content_rows, error_column
 from lungopacity.errors import ErrorCode, ImageError, Stage
 
 _SLOTS = 4
-"""Files under way at once: the process must find the next one when it is done with one."""
+"""Files that the process is given at once, so that it never waits for the next one."""
 _BYTES_UNDER_WAY = 64 << 20
-"""Of them; a larger file goes alone."""
+"""Size of those files together; a larger file goes alone."""
 _PATIENCE = 5.0
-"""Times the CPU seconds of a file that its decoder may take by the clock, on a machine with much to
-do, or waiting for what never comes."""
+"""The decoder may take this many times the CPU seconds of a file by the clock: the machine may be
+busy, or the decoder may wait for ever."""
 _MEMORY_FOR_THE_NEXT_FILM = {
     "MALLOC_MMAP_MAX_": "65536",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "MALLOC_TOP_PAD_": str(16 << 20),
 }
-"""Kept by glibc from film to film: it would be given back to the kernel and be fetched again, page
-by page. What is larger still goes back at once."""
+"""Makes glibc keep memory from film to film, instead of returning it to the kernel and fetching it
+again page by page. Larger pieces are still returned at once."""
 _START_SECONDS = 60.0
-"""For the process to come up, on a machine with much to do."""
+"""The process must start within this time, even on a busy machine."""
 _END_SECONDS = 2.0
-"""For one that has hung up to be gone: killed before, it would not tell what it died of."""
+"""Time for a process that closed its socket to end: killed earlier, it would not show what it died
+of."""
 
 Rows = list[dict[str, Any]]
 Ticket = TypeVar("Ticket")
 
 
 class DecoderStartError(RuntimeError):
-    """The process does not come up, as on a node without memory for it."""
+    """The process does not start, for example because the node lacks memory."""
 
 
 @dataclass
@@ -68,26 +69,27 @@ class _Job(Generic[Ticket]):
     rows: Rows = field(default_factory=list)
     slot: int = -1
     number: int = -1
-    """Of its order, which each answer repeats."""
+    """The number of its order, which each answer repeats."""
     crashes: int = 0
 
 
 class Decoder:
-    """The process, and the files that are with it. Used by one thread."""
+    """The process, and the files that it was given. For use by one thread."""
 
     def __init__(self, settings: ReadSettings, command: Sequence[str] | None = None) -> None:
-        """`command`: what to run instead of this module, for tests of what can go wrong."""
+        """`command`: run this instead of the module, to test failures."""
         self._settings = settings
         self._command = list(command or (sys.executable, "-m", "lungopacity.archive.decoder"))
         self._files = [_anonymous_file() for _ in range(_SLOTS)]
         self.cpu_seconds = 0.0
-        """Of decoding, so far; what crashed or hung is not counted."""
+        """CPU time of decoding so far, without files that crashed or hung."""
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._numbers = itertools.count()
 
     def rows(self, files: Iterable[tuple[Ticket, bytes | None]]) -> Iterator[tuple[Ticket, Rows]]:
-        """The content rows of each file, in order; a ticket without bytes comes without rows."""
+        """Each ticket with the content rows of its file, in order; without rows if it has no
+        bytes."""
         waiting: deque[_Job[Ticket]] = deque()
         for ticket, data in files:
             job = _Job(ticket, data)
@@ -122,7 +124,7 @@ class Decoder:
         self._order(job)
 
     def _order(self, job: _Job[Ticket]) -> None:
-        """Hand the file to the process; where there is no room for its bytes, that is its row."""
+        """Give the file to the process. If there is no space for its bytes, its row says so."""
         assert job.data is not None
         connection = self._running()
         file = self._files[job.slot]
@@ -133,13 +135,13 @@ class Decoder:
                 written += os.pwrite(file, view[written:], written)
         except OSError as error:
             os.ftruncate(file, 0)
-            told = f"no room to hand it to its decoder: {error.strerror}"
-            job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, told))
+            why = f"no space to pass it to the decoder: {error.strerror}"
+            job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, why))
             job.data = None
             return
         job.number = next(self._numbers)
         with contextlib.suppress(OSError):
-            # A process that has just died is noticed when its rows are awaited.
+            # If the process has just died, `_receive` notices.
             connection.send_bytes(pickle.dumps((job.number, job.slot, len(view))))
 
     def _finished(self, waiting: deque[_Job[Ticket]]) -> tuple[Ticket, Rows]:
@@ -149,7 +151,7 @@ class Decoder:
             try:
                 self._receive(job)
             except (EOFError, OSError):
-                self._mend(job, waiting)
+                self._recover(job, waiting)
             if job.data is not None and len(job.data) > _BYTES_UNDER_WAY // _SLOTS:
                 os.ftruncate(self._files[job.slot], 0)
         waiting.popleft()
@@ -164,40 +166,41 @@ class Decoder:
             try:
                 number, rows, seconds = pickle.loads(self._connection.recv_bytes())
             except BlockingIOError as error:
-                # The clock starts anew with each frame: a long film is no hanging decoder.
+                # The clock starts again with each frame: a file of many frames may take long.
                 raise TimeoutError from error
             if number != job.number:
-                raise EOFError  # another file's rows: this one's order was lost
+                raise EOFError  # rows of another file: the order of this one was lost
             job.rows += rows
         self.cpu_seconds += seconds
 
-    def _mend(self, job: _Job[Ticket], waiting: deque[_Job[Ticket]]) -> None:
-        """The process is gone, or hangs, and `job` was its work. Start another for what waits."""
+    def _recover(self, job: _Job[Ticket], waiting: deque[_Job[Ticket]]) -> None:
+        """The process died or hangs, and `job` was its work: try `job` again, or write its error
+        row, and order the other waiting files again from a new process. To be called while the
+        exception of `_receive` is handled."""
         out_of_time = isinstance(sys.exc_info()[1], TimeoutError)
         returncode = self._end_process(at_once=out_of_time)
         job.crashes += 1
         limit = self._settings.limits.max_seconds
         if returncode == -signal.SIGPROF:
-            told = f"took more than {limit:g} CPU seconds"
-            job.rows.append(_failed(job, ErrorCode.DECODER_TIMEOUT, told))
+            why = f"took more than {limit:g} s of CPU time"
+            job.rows.append(_failed(job, ErrorCode.DECODER_TIMEOUT, why))
         elif out_of_time:
-            told = f"no answer in {_PATIENCE * limit:g} s, nor {limit:g} s of CPU time in them"
-            job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, told))
+            why = f"no answer in {_PATIENCE * limit:g} s, with less than {limit:g} s of CPU time"
+            job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, why))
         elif job.crashes > 1 and returncode == -signal.SIGKILL:
-            told = "its decoder was killed, as a node does that is short of memory"
-            job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, told))
+            why = "the decoder was killed, as happens on a node that is short of memory"
+            job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, why))
         elif job.crashes > 1:
-            told = f"its process died ({_told(returncode)})"
-            job.rows.append(_failed(job, ErrorCode.DECODER_CRASH, told))
+            why = f"the decoder's process died ({_ended_by(returncode)})"
+            job.rows.append(_failed(job, ErrorCode.DECODER_CRASH, why))
         else:
-            # Alone, to be sure that it is the cause; what waits is ordered again after it. In its
-            # own slot: the others' are not free.
+            # Alone, to be sure that it is the cause, and in its own slot: the others are taken.
             self._order(job)
             if job.data is not None:
                 try:
                     self._receive(job)
                 except (EOFError, OSError):
-                    self._mend(job, deque())
+                    self._recover(job, deque())
         for other in waiting:
             if other is not job and other.data is not None:
                 self._order(other)
@@ -216,7 +219,7 @@ class Decoder:
         import socket
 
         ours, theirs = socket.socketpair()
-        # The system's own clock on a read costs nothing; to poll before each costs as much as it.
+        # A timeout of the socket costs nothing; polling before each read would double its cost.
         patience = _PATIENCE * self._settings.limits.max_seconds
         whole, rest = divmod(patience, 1)
         ours.setsockopt(
@@ -224,9 +227,9 @@ class Decoder:
         )
         environment = {
             **os.environ,
-            # In a submitted job the package may lie in a working directory of the cluster's making.
+            # In a submitted job the package may be in a working directory that the cluster made.
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            # One core is what the task has asked the cluster for.
+            # The task has reserved one core.
             **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
             **_MEMORY_FOR_THE_NEXT_FILM,
         }
@@ -235,7 +238,7 @@ class Decoder:
                 [*self._command, str(theirs.fileno()), *map(str, self._files)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                # Codecs write to the terminal as they like, bytes of the file included.
+                # Codecs write what they like to the terminal, even bytes of the file.
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), *self._files),
@@ -248,14 +251,15 @@ class Decoder:
         except (EOFError, OSError) as error:
             connection.close()
             process.kill()
-            # Nothing to do with any file: the task must fail, and be tried elsewhere.
+            # No file is the reason: the task must fail, and be tried elsewhere.
             raise DecoderStartError(
-                f"the decoder's process does not start ({_told(process.wait())})"
+                f"the decoder's process does not start ({_ended_by(process.wait())})"
             ) from error
         return process, connection
 
     def _end_process(self, at_once: bool = True) -> int:
-        """Its exit code. `at_once`: do not wait for a process that is ending by itself."""
+        """End the process, and return its exit code. `at_once`: kill it without giving it time to
+        end by itself."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -275,17 +279,15 @@ _idle: dict[ReadSettings, Decoder] = {}
 
 @contextlib.contextmanager
 def borrowed_decoder(settings: ReadSettings) -> Iterator[Decoder]:
-    """A decoder of this process, kept for the next task: starting one takes a third of a second."""
+    """A decoder that is kept for the next task of this process with the same settings: starting one
+    takes a third of a second."""
     decoder = _idle.pop(settings, None) or Decoder(settings)
     try:
         yield decoder
     except BaseException:
-        # Left in the middle of its work, it would answer the next task with this one's rows.
+        # A decoder in the middle of its work would answer the next task with rows of this one.
         decoder.close()
         raise
-    previous = _idle.pop(settings, None)
-    if previous is not None:
-        previous.close()
     for other in list(_idle):
         _idle.pop(other).close()
     _idle[settings] = decoder
@@ -295,8 +297,12 @@ def serve(
     arguments: Sequence[str],
     rows_of: Callable[[bytes, ReadSettings], Iterator[dict[str, Any]]] = content_rows,
 ) -> None:
-    """The process's side: orders in, rows out, until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started us
+    """The process's side: takes orders and sends rows until the other side is gone.
+
+    arguments: the socket's file descriptor, then those of the anonymous files, one for each slot.
+    rows_of: `content_rows`, or what replaces it in tests.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     connection = Connection(int(arguments[0]))
     files = [int(argument) for argument in arguments[1:]]
@@ -307,13 +313,13 @@ def serve(
         while True:
             number, slot, length = pickle.loads(connection.recv_bytes())
             rows = rows_of(_read(files[slot], length), settings)
-            # Of the thread: while the alarm below runs, Linux tells a process's time by ticks, and
-            # forgets what fits between two of them.
+            # The thread's time: while the alarm below runs, Linux counts a process's time in ticks,
+            # and misses what fits between two of them.
             began = time.thread_time()
             last: Rows = []
             while True:
-                # Of CPU time, so that a busy neighbour fails no film; SIGPROF ends the process even
-                # inside a codec.
+                # An alarm of CPU time, so that a busy machine fails no film. SIGPROF ends the
+                # process even inside a codec.
                 signal.setitimer(signal.ITIMER_PROF, settings.limits.max_seconds)
                 row = next(rows, None)
                 signal.setitimer(signal.ITIMER_PROF, 0)
@@ -322,14 +328,15 @@ def serve(
                 if row.get("frame") is None:
                     last.append(row)
                 else:
-                    # At once: the next frame may end the process.
+                    # At once, because the next frame may kill the process.
                     connection.send_bytes(pickle.dumps((number, [row], None)))
-            # With the last row, that it is the last: most files have one, and need one message.
+            # The seconds mark the end. They go with the row of a single image, so that most files
+            # need one message.
             connection.send_bytes(pickle.dumps((number, last, time.thread_time() - began)))
 
 
 def _limit_memory(size_bytes: int) -> None:
-    # Of private memory, not of addresses: libraries map far more than they ever touch.
+    # Limits private memory, not addresses: libraries map far more than they ever touch.
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (size_bytes, hard))
@@ -340,7 +347,7 @@ def _read(file: int, length: int) -> bytes:
     while length:
         piece = os.pread(file, length, sum(map(len, pieces)))
         if not piece:
-            raise EOFError  # no clock runs here that would end a wait for what never comes
+            raise EOFError  # waiting would never end: no timeout applies here
         pieces.append(piece)
         length -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -354,15 +361,15 @@ def _anonymous_file() -> int:
 
 
 def _failed(job: _Job[Any], code: ErrorCode, message: str) -> dict[str, Any]:
-    """The row of a file, or of its first frame that did not come."""
+    """The error row of a file, or of its first frame without a row."""
     facts: dict[str, object] = {"content_sha256": hashlib.sha256(job.data or b"").hexdigest()}
     if job.rows:
         facts["frame"] = len(job.rows)
-        message = f"{message}; frames behind this one were not tried"
+        message = f"{message}; later frames were not tried"
     return error_columns(ImageError(code, Stage.DECODE, message, facts))
 
 
-def _told(returncode: int) -> str:
+def _ended_by(returncode: int) -> str:
     return f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
 
 

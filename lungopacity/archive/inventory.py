@@ -1,4 +1,4 @@
-"""What lies in an archive: one row an object, from the storage's own listing."""
+"""Lists the objects of an archive, one row per object."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _ROWS_PER_TABLE = 10_000
 
 @dataclass(frozen=True)
 class Inventory:
-    """Objects as they come from where they are listed: once, and never all in memory."""
+    """Listed objects as a stream, which can be read once and is never whole in memory."""
 
     uri: str
     """The root that `image` is relative to."""
     tables: Iterator[pa.Table]
-    """`PLAN_SCHEMA`, in no order."""
+    """`PLAN_SCHEMA`, in any order."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A listed archive that is small enough to be held in memory."""
+    """A listed archive, small enough for memory."""
 
     uri: str
     """The root that `image` is relative to."""
@@ -54,7 +54,7 @@ def list_archive(uri: str, on_listed: Callable[[int], None] | None = None) -> In
     """List the archive at `uri`: a prefix of loose objects and shards, or one object.
 
     `on_listed` is called with the number of objects found since the last call. Raises `UserError`
-    where the place cannot be listed or holds nothing.
+    if the place cannot be listed or holds nothing.
     """
     store = open_store(uri)
     objects = iter(store.list())
@@ -62,7 +62,7 @@ def list_archive(uri: str, on_listed: Callable[[int], None] | None = None) -> In
     if first is None:
         empty = UserError(f"{store.uri}: nothing lies there; check the path or prefix")
         if isinstance(store, S3Store) and not store.prefix:
-            raise empty  # a bucket lies in nothing where it could be one object
+            raise empty  # a bucket has no parent, so it cannot be a single object
         parent, name = split_uri(uri)
         store = open_store(parent)
         first = store.head(name)
@@ -72,7 +72,7 @@ def list_archive(uri: str, on_listed: Callable[[int], None] | None = None) -> In
 
 
 def take_inventory(uri: str) -> Archive:
-    """`list_archive`, whole and sorted, with progress."""
+    """`list_archive` as a whole, sorted, with a progress display."""
     with Progress("Listing the images", unit="objects", quick=True) as progress:
         listed = list_archive(uri, progress.advance)
         objects = pa.concat_tables([PLAN_SCHEMA.empty_table(), *listed.tables])
@@ -80,8 +80,8 @@ def take_inventory(uri: str) -> Archive:
 
 
 def below(uri: str, root: str) -> str | None:
-    """Key prefix under `root` of all that lies at `uri`; "" where they are one place, None where
-    it lies elsewhere. Both as `Store.uri`."""
+    """The key prefix under `root` of everything at `uri`; "" if both are the same place, None if
+    `uri` is not below `root`. Both as in `Store.uri`."""
     prefix = f"{root.rstrip('/')}/"
     return f"{uri}/"[len(prefix) :] if f"{uri}/".startswith(prefix) else None
 
@@ -89,10 +89,10 @@ def below(uri: str, root: str) -> str | None:
 def without(
     inventory: Inventory, is_ours: Callable[[pa.ChunkedArray], pa.ChunkedArray], what: str
 ) -> Inventory:
-    """The inventory without some of its objects; a log line counts them, if there are any.
+    """The inventory without some of its objects. A log line counts them, if there are any.
 
-    `is_ours`: of these keys, which to leave out, as booleans. `what`: the end of "3 objects of
-    ARCHIVE are left out, which …".
+    `is_ours`: from keys to booleans, true for those to leave out. `what`: ends the log line "3
+    objects of ARCHIVE are left out, which …".
     """
 
     def others() -> Iterator[pa.Table]:
@@ -108,7 +108,7 @@ def without(
 
 
 def inventory_of(store: Store, objects: Iterable[ObjectInfo]) -> Inventory:
-    """Objects of the store that are known already."""
+    """An inventory of objects of the store that are already known."""
     return Inventory(store.uri, _tables(objects, None))
 
 

@@ -1,6 +1,6 @@
-"""Inventories that somebody else has taken: S3 Inventory reports, and lists in Parquet.
+"""Reads inventories that others have made: S3 Inventory reports, and lists in Parquet.
 
-Listing 10 million objects takes an hour of requests; S3 writes the same every night to a file.
+Listing 10 million objects takes an hour of requests; S3 writes the same list to files every night.
 Format: https://docs.aws.amazon.com/AmazonS3/latest/userguide/storage-inventory-location.html
 """
 
@@ -39,7 +39,7 @@ _NAMES = {
     "source_size_bytes": ("source_size_bytes", "size_bytes", "size"),
     "source_modified_at": ("source_modified_at", "last_modified_date", "last_modified"),
 }
-"""Columns of `PLAN_SCHEMA`, and what they are called in such files, whatever the case."""
+"""Columns of `PLAN_SCHEMA`, and their names in such files, in any case."""
 _LATEST, _DELETED = "is_latest", "is_delete_marker"
 _NEEDED_FIELDS = "a report needs the fields Size, LastModifiedDate and ETag of every object"
 _SHARD_ENDINGS = "|".join(map(re.escape, SHARD_SUFFIXES))
@@ -52,13 +52,14 @@ _OLD = timedelta(days=3)
 def read_inventory(
     inventory_uri: str, archive_uri: str, on_listed: Callable[[int], None] | None = None
 ) -> Inventory:
-    """The objects of the archive as an inventory names them.
+    """The objects of the archive according to an inventory.
 
-    inventory_uri: the `manifest.json` of an S3 Inventory report (CSV, ORC or Parquet; of all
-    versions, only the latest count); the folder of a report's configuration, whose newest counts;
-    or a Parquet file with the columns `image` (the key, relative to the archive), `source_etag`,
-    `source_size_bytes` and `source_modified_at`. Raises `UserError` where it cannot be read, is of
-    another bucket, names nothing of the archive, or lacks a column, or a row a value.
+    inventory_uri: the `manifest.json` of an S3 Inventory report (CSV, ORC or Parquet; only the
+    latest version of each object counts); the folder of a report's configuration, for its newest
+    report; or a Parquet file with the columns `image` (the key, relative to the archive),
+    `source_etag`, `source_size_bytes` and `source_modified_at`. While it is read, raises
+    `UserError` if it cannot be read, is of another bucket, names nothing of the archive, or lacks a
+    column, or a value in a row.
     """
     uri = open_store(archive_uri).uri
     of = _of_report if inventory_uri.endswith(".json") else _of_list
@@ -79,10 +80,10 @@ def _counted(
         if table.num_rows:
             yield table
     if not objects:
-        # As of a listing: a slip in one of the two must not be a night of nothing to do.
+        # As for a listing: a mistake in one of the two must not pass for a night without work.
         raise UserError(
             f"{inventory_uri}: names nothing below {archive}; check --archive, and the prefix "
-            "that the report is of"
+            "of the report"
         )
 
 
@@ -91,23 +92,23 @@ def _of_list(uri: str, archive_uri: str) -> Iterator[pa.Table]:
     if manifest is not None:
         yield from _of_report(manifest, archive_uri)
         return
-    with _local(uri, None, "take it again; of an S3 Inventory report give manifest.json") as path:
+    fix = "make it again; for an S3 Inventory report give its manifest.json"
+    with _local(uri, None, fix) as path:
         for table in _parquet(path, ()):
             planned = _planned(table, uri, "")
-            # On disk such a key leads to the film, too, which would have two names then.
+            # On disk such a key would lead to the film, too, and give it two names.
             if pc.any(pc.starts_with(planned["image"], f"{archive_uri}/")).as_py():
                 raise UserError(
-                    f"{uri}: its column image names whole URIs; give keys as they are below "
-                    f"{archive_uri}"
+                    f"{uri}: its column image holds whole URIs; give keys relative to {archive_uri}"
                 )
             yield planned
 
 
 def _newest_manifest(uri: str) -> str | None:
-    """In the folder of a report's configuration, where S3 gives each report a folder of its own;
-    None where a file lies there. Raises `UserError` where neither does."""
+    """The newest manifest in the folder of a report's configuration, where S3 makes a folder for
+    each report; None if `uri` is a file. Raises `UserError` if it is neither."""
     parent, name = split_uri(uri)
-    # Not by listing: whoever may read a list may not always do that.
+    # Not by listing: the user may be allowed to read the file, but not to list.
     if open_store(parent).head(name) is not None:
         return None
     store = open_store(uri)
@@ -127,11 +128,11 @@ def _of_report(manifest_uri: str, archive_uri: str) -> Iterator[pa.Table]:
             bucket, kind = manifest["sourceBucket"], manifest["fileFormat"].upper()
             columns = [name.strip() for name in manifest["fileSchema"].split(",")]
             files = [(item["key"], item["MD5checksum"]) for item in manifest["files"]]
-            # An ARN, whose first words tell the partition: aws, aws-cn, aws-us-gov.
+            # An ARN, whose first parts name the partition: aws, aws-cn, aws-us-gov.
             destination = manifest["destinationBucket"].rpartition(":::")[2]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{manifest_uri}: this is no manifest of an S3 Inventory report "
+                f"{manifest_uri}: this is not the manifest of an S3 Inventory report "
                 f"({type(error).__name__}: {error}); give its manifest.json, or a Parquet list"
             ) from error
     _warn_of_age(manifest_uri, manifest)
@@ -144,7 +145,9 @@ def _of_report(manifest_uri: str, archive_uri: str) -> Iterator[pa.Table]:
     prefix = archive_uri.removeprefix(f"s3://{bucket}").strip("/")
     read = {"CSV": _csv, "PARQUET": _parquet, "ORC": _orc}.get(kind)
     if read is None:
-        raise UserError(f"{manifest_uri}: no reader for reports in {kind}; choose CSV or Parquet")
+        raise UserError(
+            f"{manifest_uri}: no reader for reports in {kind}; choose CSV, ORC or Parquet"
+        )
     for key, md5 in files:
         uri = f"s3://{destination}/{key}"
         with _local(uri, md5) as path:
@@ -159,17 +162,17 @@ def _warn_of_age(manifest_uri: str, manifest: Mapping[str, Any]) -> None:
         return
     if datetime.now(UTC) - made > _OLD:
         log.warning(
-            "%s: the report was made on %s, and names nothing that came later; the folder of its "
-            "configuration as --inventory stands for the newest report",
+            "%s: the report was made on %s, and names nothing newer; for the newest report give "
+            "the folder of its configuration as --inventory",
             manifest_uri,
             made.date(),
         )
 
 
 @contextmanager
-def _local(uri: str, md5: str | None, mend: str = "take it again") -> Iterator[Path]:
-    """The file at `uri` on this machine; what goes wrong inside is told as this file's fault.
-    `mend`: of what cannot be parsed."""
+def _local(uri: str, md5: str | None, fix: str = "make it again") -> Iterator[Path]:
+    """The file at `uri` on this machine. Errors of reading it in the block become a `UserError`
+    about it. `fix`: what to do if it cannot be parsed."""
     parent, name = split_uri(uri)
     try:
         with temporary_folder() as folder:
@@ -183,11 +186,11 @@ def _local(uri: str, md5: str | None, mend: str = "take it again") -> Iterator[P
             yield path
     except ImageError as error:
         raise UserError(f"{uri}: the inventory cannot be read: {error.message}") from error
-    # Arrow has OSErrors, too, for what is damaged; of the disk they bear a number.
+    # Arrow raises OSError for damaged files, too; only those of the system have an errno.
     except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{uri}: the inventory cannot be read: {error.strerror}") from error
-        raise UserError(f"{uri}: the inventory is damaged ({first_line(error)}); {mend}") from error
+        raise UserError(f"{uri}: the inventory is damaged ({first_line(error)}); {fix}") from error
 
 
 def _parquet(path: Path, _columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -205,14 +208,14 @@ def _orc(path: Path, _columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Gzip, without a header; the keys are URL-encoded there, and only there."""
+    """In gzip, without a header line. Only in CSV are the keys URL-encoded."""
     with gzip.open(path) as unzipped:
         batches = pyarrow.csv.open_csv(
             unzipped,
             pyarrow.csv.ReadOptions(column_names=list(columns), block_size=_CSV_BLOCK_BYTES),
             convert_options=pyarrow.csv.ConvertOptions(
                 column_types=dict.fromkeys(columns, pa.string()),
-                # As markers of deletion have them for a size.
+                # Delete markers have no size.
                 null_values=[""],
                 strings_can_be_null=True,
             ),
@@ -227,7 +230,7 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _planned(table: pa.Table, uri: str, prefix: str) -> pa.Table:
-    """`PLAN_SCHEMA` of the rows under `prefix`, which is taken off their keys."""
+    """The rows under `prefix` as `PLAN_SCHEMA`, with `prefix` removed from their keys."""
     table = table.rename_columns([_snake(name) for name in table.column_names])
     columns = {}
     for field, names in _NAMES.items():
@@ -242,21 +245,21 @@ def _planned(table: pa.Table, uri: str, prefix: str) -> pa.Table:
         raise UserError(f"{uri}: a row of the inventory has no key; {_NEEDED_FIELDS}")
     keep = pc.starts_with(keys, prefix)
     if _LATEST in table.column_names:
-        # Null where the bucket keeps no versions.
+        # Null if the bucket keeps no versions.
         keep = pc.and_(keep, pc.fill_null(_true(table[_LATEST]), True))
     if _DELETED in table.column_names:
         keep = pc.and_not(keep, pc.fill_null(_true(table[_DELETED]), False))
-    # First of all: what is not of the archive may lack what its objects must have.
+    # Before the checks below: objects outside the archive may lack values.
     rows = pa.table(columns).filter(keep)
     sizes = _cast(rows["source_size_bytes"], "source_size_bytes")
-    # Consoles create empty objects that stand for folders.
+    # Consoles create empty objects to mark folders.
     marker = pc.and_(pc.ends_with(rows["image"], "/"), pc.fill_null(pc.equal(sizes, 0), False))
     rows = rows.filter(pc.invert(marker))
     for field in _NAMES:
         if rows[field].null_count:
             key = rows["image"].filter(pc.is_null(rows[field]))[0]
             raise UserError(
-                f"{uri}: the inventory has no {_NAMES[field][-1]} of '{key}'; {_NEEDED_FIELDS}"
+                f"{uri}: the inventory has no {_NAMES[field][-1]} for '{key}'; {_NEEDED_FIELDS}"
             )
     rows = pa.table({field: _cast(rows[field], field) for field in _NAMES})
     keys = pc.utf8_slice_codeunits(rows["image"], len(prefix))
@@ -275,14 +278,14 @@ def _planned(table: pa.Table, uri: str, prefix: str) -> pa.Table:
 def _cast(column: pa.ChunkedArray, field: str) -> pa.ChunkedArray:
     kind = PLAN_SCHEMA.field(field).type
     if field == "source_modified_at" and pa.types.is_integer(column.type):
-        column = column.cast(pa.timestamp("ms"))  # since 1970, as reports in Parquet have it
+        column = column.cast(pa.timestamp("ms"))  # since 1970, as in Parquet reports
     if field == "source_modified_at" and getattr(column.type, "tz", "UTC") is None:
         column = pc.assume_timezone(column.cast(pa.timestamp("us")), "UTC")
     return column.cast(kind)
 
 
 def _snake(name: str) -> str:
-    """`LastModifiedDate`, as reports in CSV have it, is `last_modified_date` in Parquet."""
+    """From `LastModifiedDate`, as in CSV reports, to `last_modified_date`, as in Parquet."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 

@@ -1,4 +1,4 @@
-"""What names of films, as people write them, may mean in an archive."""
+"""Matches names of films, as people write them in tables, with the files of an archive."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which files of an archive are asked for."""
+    """Which files of an archive are wanted."""
 
     names: frozenset[str]
-    """Keys, or members' names in a shard."""
+    """Keys, or names of members of shards."""
     by_ending: bool = False
-    """A file is wanted, too, where its name ends with one of `names`, folder by folder: the table
-    of a public set says `1.png`, and the film lies at `images/1.png`. Or where one of them ends
-    with the file's name, if that has a folder: the table says `set/train/p1/1.png`, and the archive
-    was unpacked into `set/`. `./1.png`, as `find` writes it, means `1.png` at the top."""
+    """Also want a file whose name ends with one of `names`, by whole folders: the table of a public
+    data set says `1.png`, and the film is at `images/1.png`. And want a file in a folder if one of
+    `names` ends with the file's name: the table says `set/train/p1/1.png`, and the archive was
+    unpacked into `set/`. `./1.png`, as `find` writes it, means `1.png` at the top."""
 
     def has(self, file: str) -> bool:
-        """Whether the file of this name is wanted."""
+        """Whether the file with this name is wanted."""
         return file in self.names or (self.by_ending and bool(self.meant(file)))
 
     def may_lie_in(self, container: str) -> bool:
-        """Whether a wanted file may be inside the container of this name."""
-        # An ending does not say which container it lies in.
+        """Whether a wanted file may be inside the container with this name."""
+        # An ending does not say which container the file is in.
         return self.by_ending or container in self._folders
 
     def meant(self, file: str) -> set[str]:
-        """The names that may mean the file, by their endings."""
+        """Those of `names` that may mean the file, by their endings."""
         shorter = {ending for ending in _endings(file) if ending in self.names}
         return shorter | set(self._longer.get(file, ()))
 
@@ -61,10 +61,11 @@ def _endings(name: str) -> Iterator[str]:
 
 
 def names_by_ending(files: Iterable[str], names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Name by file, of the files that one of `names` means by its ending (`Wanted`).
+    """Match files with `names` by ending, see `Wanted.by_ending`.
 
-    files: each once, and none that has one of `names` whole. And what there is to say of each name
-    that may mean several files, and of each file that several names may mean: these go with none.
+    files: without repeats, and without those that match one of `names` as a whole. Returns the name
+    of each file that has one, and a sentence for each name that may mean several files and for each
+    file that several names may mean: these are not matched.
     """
     files_by_name: defaultdict[str, list[str]] = defaultdict(list)
     names_by_file: defaultdict[str, list[str]] = defaultdict(list)

@@ -1,7 +1,7 @@
 """A phantom archive: synthetic chest films with labels and patients, for the demo and the tests.
 
-What it writes is as mixed as real archives are: PNG, JPEG and DICOM, loose and in tar shards, both
-polarities. No file name tells a label, and the view is drawn independently of it.
+It is as mixed as a real archive: PNG, JPEG and DICOM, loose and in tar shards, of both polarities.
+No file name gives away a label, and the view is drawn independently of it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _COMMENT = f"{SYNTHETIC_MARK}. {NOTICE}"
 _FORMATS = {"png": 0.5, "jpg": 0.3, "dcm": 0.2}
 _MONOCHROME1_FRACTION = 0.33
 _MAX_FILMS_PER_PATIENT = 3
-# Of the patients, in a cycle of ten: exact shares also where there are few.
+# Patients get these in a cycle of ten, so that the shares are exact even for a few patients.
 _SPLITS = (*(["train"] * 6), *(["validation"] * 2), *(["test"] * 2))
-_UID_ROOT = "1.2.826.0.1.3680043.8.498."  # pydicom's, for objects of nobody
+_UID_ROOT = "1.2.826.0.1.3680043.8.498."  # pydicom's root for test objects
 _LABEL_COLUMNS = (
     "image", "label", "split", "patient_id", "view_position", "patient_sex", "patient_age_years",
 )  # fmt: skip
@@ -37,20 +37,20 @@ _LABEL_COLUMNS = (
 
 @dataclass(frozen=True)
 class PhantomSettings:
-    """What archive to draw. The same settings give the same bytes."""
+    """Settings of a phantom archive. The same settings give the same bytes."""
 
     images: int = 300
-    """Films in all."""
+    """Number of films."""
     image_size: int = 256
     """Side of each square film, in pixels."""
     opacity_fraction: float = 0.45
     """Share of films with an opacity."""
     shard_fraction: float = 0.5
-    """Share of films that lie in tar shards; the others are loose."""
+    """Share of films in tar shards; the others are loose."""
     images_per_shard: int = 60
     """Members of a full shard."""
     seed: int = 7
-    """Of everything drawn."""
+    """Seed of everything random."""
 
     def __post_init__(self) -> None:
         for name, least in (("images", 1), ("image_size", 64), ("images_per_shard", 1)):
@@ -63,7 +63,7 @@ class PhantomSettings:
 
 @dataclass(frozen=True)
 class PhantomArchive:
-    """What was written, by count."""
+    """Counts of what was written: films by label and by format, and shards."""
 
     labels: Mapping[str, int]
     formats: Mapping[str, int]
@@ -93,9 +93,9 @@ def write_phantom_archive(
 ) -> PhantomArchive:
     """Write `archive/loose/…`, `archive/shards/…`, `labels.csv` and `boxes.csv` under the root.
 
-    The labels' `image` is the key under `archive/`, or the member's name in a shard. `on_progress`
-    is called with the number of films drawn since the last call. Raises `UserError` where `store`
-    cannot be written.
+    In the labels, `image` is the key under `archive/`, or the member's name in a shard.
+    `on_progress` is called with the number of films drawn since the last call. Raises `UserError`
+    if `store` cannot be written to.
     """
     labels: list[dict[str, Any]] = []
     boxes: list[dict[str, Any]] = []
@@ -153,7 +153,7 @@ def _plan(settings: PhantomSettings) -> Iterator[_Planned]:
 
 
 def _film(film: _Planned, settings: PhantomSettings) -> tuple[dict[str, Any], list[Box], bytes]:
-    """Label row, opacity boxes and file of one film."""
+    """Row of labels, opacity boxes and bytes of one film."""
     person = np.random.default_rng([settings.seed, 1, film.patient])
     sex: Sex = "M" if person.random() < 0.5 else "F"
     age = int(person.integers(18, 90))
@@ -193,7 +193,7 @@ def _encoded(grey: npt.NDArray[np.uint8], image_format: str) -> bytes:
 def _dicom(
     drawn: Film, film: _Planned, row: Mapping[str, Any], seed: int, monochrome1: bool
 ) -> bytes:
-    """An uncompressed DX object of 12 of 16 bits."""
+    """An uncompressed DX object with 12 of 16 bits stored."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 
@@ -233,8 +233,7 @@ def _tar(members: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members.items():
-            # TarInfo's own mtime is 0: the same films give the same bytes.
-            info = tarfile.TarInfo(name)
+            info = tarfile.TarInfo(name)  # its mtime is 0, so the same films give the same bytes
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()

@@ -1,11 +1,11 @@
 """The physics of a synthetic chest film: analytic solids, Beer-Lambert, scatter, quantum noise.
 
-Every solid is a map of path lengths in cm along the beam; the line integral of attenuation is the
+Every solid is a map of path lengths in cm along the beam. The line integral of attenuation is the
 sum of coefficient times path (Beer 1852; Bushberg et al., The Essential Physics of Medical Imaging,
 3rd ed., ch. 3). The detector's logarithm turns intensity back into attenuation, so bone is bright.
 
 Axes: x grows towards the right edge of the film (the patient's left), y downwards, both in cm from
-the middle of the film. Arrays are (size, size) float32 unless said otherwise.
+the middle of the film. Arrays are (size, size) float32 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WHITE = 4095
 
 # Linear attenuation coefficients in 1/cm near 60 keV, the mean energy of a 120 kV chest beam
 # (Hubbell & Seltzer, NISTIR 5632: soft tissue 0.206 cm²/g at 1.06 g/cm³; lung at 0.26 g/cm³).
-# Bone is the excess of a mix of cortex and marrow over the soft tissue whose place it takes.
+# Bone is the excess of a mix of cortex and marrow over the soft tissue that it replaces.
 MU_SOFT = 0.21
 MU_LUNG = 0.055
 MU_BONE_EXCESS = 0.24
@@ -41,19 +41,19 @@ MU_BONE_EXCESS = 0.24
 
 @dataclass(frozen=True)
 class Body:
-    """What all films of one patient share. Lengths in cm."""
+    """The build of a patient, which all of the patient's films share. Lengths in cm."""
 
     sex: Sex
     age_years: int
     scale: float
-    """Of the thorax; 1 is a middle-sized adult."""
+    """Scale of the thorax; 1 is a middle-sized adult."""
     half_depth: float
     """Half the thickness of the chest, front to back."""
     heart: float
-    """Of the heart's width; 1 is a cardiothoracic ratio near 0.46."""
+    """Scale of the heart's width; 1 gives a cardiothoracic ratio near 0.46."""
     rib_spacing: float
     rib_phase: float
-    """Where the first rib lies, in spacings."""
+    """Position of the first rib, in spacings."""
     bone: float
     """Bone mineral relative to a young adult's."""
     aorta: float
@@ -61,7 +61,7 @@ class Body:
     markings: float
     """Strength of the lung vessels."""
     breast: float
-    """Thickest path through a breast; 0 where there is none to see."""
+    """Thickest path through a breast; 0 if none is visible."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class Film:
     """One rendered film."""
 
     pixels: npt.NDArray[np.uint16]
-    """(size, size), 0 … 4095, bright = much attenuation (MONOCHROME2)."""
+    """(size, size), 0 … 4095, MONOCHROME2: much attenuation is bright."""
     attenuation: Array = field(repr=False)
     """(size, size), the true line integrals (no unit), before scatter, blur and noise."""
     kind: OpacityKind | None
     """None on a normal film."""
     boxes: tuple[Box, ...]
-    """One an opacity; empty on a normal film."""
+    """One per opacity; empty on a normal film."""
     pixel_spacing_mm: float
 
 
 def draw_body(rng: np.random.Generator, sex: Sex, age_years: int) -> Body:
-    """A patient's build, drawn at random around what is usual for sex and age."""
+    """A random build around the usual values for sex and age."""
     male = sex == "M"
     return Body(
         sex=sex,
@@ -104,10 +104,10 @@ def draw_film(
     kind: OpacityKind | None = None,
     image_size: int = 256,
 ) -> Film:
-    """Pose `body`, add opacities of `kind` and take the film.
+    """Pose `body`, add opacities of `kind`, and expose the film.
 
-    Pose, opacities and noise have random streams of their own, so that one seed gives the same pose
-    with and without an opacity. Raises `ValueError` for an `image_size` below 64.
+    Pose, opacities and noise have their own random streams, so one seed gives the same pose with
+    and without an opacity. Raises `ValueError` for an `image_size` below 64.
     """
     if image_size < 64:
         raise ValueError(f"image_size must be at least 64, not {image_size}")
@@ -128,7 +128,7 @@ def draw_film(
 
 
 def _chord(r2: Array, full: float) -> Array:
-    """Path through an ellipsoid of thickness `full` cm, where r2 is the squared relative radius."""
+    """Path in cm through an ellipsoid of thickness `full` cm; r2: the squared relative radius."""
     return np.asarray(full * np.sqrt(np.maximum(1 - r2, 0)))
 
 
@@ -143,7 +143,7 @@ class _Thorax:
     def __init__(self, rng: np.random.Generator, body: Body, view: View, size: int) -> None:
         self.rng, self.body, self.view, self.size = rng, body, view, size
         supine = view == "AP"
-        # A bedside film is taken from nearer by, and the lungs are filled less.
+        # A bedside film is taken from a shorter distance, with less air in the lungs.
         magnification = float(rng.uniform(1.04, 1.14)) if supine else 1.0
         field_cm = float(rng.uniform(32, 36.5))
         self.pixel_cm = field_cm / size
@@ -153,10 +153,10 @@ class _Thorax:
         self.x, self.y = self._coordinates(field_cm, 4.0 if supine else 2.5)
         solid = self._heart() + self._great_vessels()
         self.lungs = [air - np.minimum(air, solid) for air in (self._lung(-1), self._lung(1))]
-        """Path through air-filled lung, right lung first; what lies before or behind is no air."""
+        """Paths in cm through air-filled lung, right lung first, without heart and vessels."""
 
     def _coordinates(self, field_cm: float, tilt_deg: float) -> tuple[Array, Array]:
-        """Anatomical cm of every pixel, in a thorax of scale 1."""
+        """x and y of every pixel in anatomical cm, in a thorax of scale 1."""
         rng = self.rng
         ticks = ((np.arange(self.size) + 0.5) / self.size - 0.5).astype(np.float32) * field_cm
         x = ticks[None, :] + np.float32(rng.normal(0, 0.7))
@@ -168,7 +168,7 @@ class _Thorax:
     def _lung(self, side: int) -> Array:
         """Air-filled path of one lung; side -1 is the film's left, the patient's right."""
         x, y, rng = side * self.x, self.y, self.rng
-        # The apex leans to the middle; the left dome stands about 1 cm lower than the right.
+        # The apex leans to the middle, and the left dome is about 1 cm lower than the right.
         middle = 7.0 + 0.07 * np.minimum(y, 6) + np.float32(rng.normal(0, 0.2))
         width = 5.7 + np.float32(rng.normal(0, 0.25))
         u = (x - middle) / width
@@ -176,11 +176,11 @@ class _Thorax:
         path = _chord(np.abs(u) ** 2.6 + np.abs(v) ** 2.4, 1.5 * self.body.half_depth)
         lower = self.dome_y + (0.9 if side > 0 else 0.0)
         dome = lower + np.float32(rng.uniform(0.07, 0.11)) * (x - 6.0) ** 2
-        # Lung lies behind the dome too, so its shadow ends over a few millimetres and then fades.
+        # There is lung behind the dome, too: its shadow ends over a few millimetres, then fades.
         return path * (0.92 * _step(dome - y, 0.16) + 0.08 * _step(dome + 2.0 - y, 0.9))
 
     def lung_fields(self) -> list[LungField]:
-        """Where opacities can lie."""
+        """The lungs, as `add_opacities` takes them."""
         return [
             LungField(x=self.x, y=self.y, air=air, side=side, base_y=self.dome_y)
             for air, side in zip(self.lungs, (-1, 1), strict=True)
@@ -234,12 +234,12 @@ class _Thorax:
         if self.body.breast == 0:
             return np.zeros_like(self.x)
         x, y = np.abs(self.x) - 8.0, self.y - 5.0
-        # Hanging: the lower edge is sharp, the upper one fades.
+        # They hang: the lower edge is sharp, the upper one fades.
         stretch = np.where(y > 0, 4.2, 8.5).astype(np.float32)
         return _chord((x / 6.2) ** 2 + (y / stretch) ** 2, self.body.breast)
 
     def _markings(self) -> Array:
-        """Vessels: thin ridges that run outwards from each hilum and fade; 0 … about 1."""
+        """Lung vessels, 0 … about 1: thin ridges that run outwards from each hilum and fade."""
         rng = self.rng
         x, y = np.abs(self.x) - 3.2, self.y + 0.5
         radius = np.sqrt(x * x + y * y) + 0.3
@@ -255,25 +255,26 @@ class _Thorax:
         return ridges * np.exp(-radius / 4.5) * 2.2 + 0.25 * smooth_noise(rng, self.size, 40)
 
     def _ribs(self) -> Array:
-        """Back ribs fall outwards from the spine; front ribs, fainter, fall towards the middle."""
+        """Back ribs slope down from the spine; front ribs are fainter, and slope down towards the
+        middle."""
         body = self.body
-        # The cage is an egg around the lungs: narrow at the top.
+        # The cage is an egg around the lungs, narrow at the top.
         cage = 13.9 * np.sqrt(np.maximum(1 - ((self.y - 4.5) / 18.5) ** 2, 0.25))
         t = np.abs(self.x) / cage
         inside = _step(1 - t, 0.008)
-        # Towards the side the beam runs along the rib instead of across it.
+        # At the sides the beam runs along the rib instead of across it.
         lengthened = np.minimum(1 / np.sqrt(np.maximum(1 - t * t, 0.12)), 2.4)
         back = self.y - (3.4 * t**2 - 2.4 * t) * (1 + 0.02 * self.y)
         front = self.y - (2.0 - 6.5 * t + 4.0 * t**2 + 1.2)
         paths = 0.62 * self._tubes(back, body.rib_phase, 0.46, -13.5, 10.0) * _step(t - 0.1, 0.02)
-        # Front ribs end in cartilage, which the beam hardly sees.
+        # Front ribs end in cartilage, which hardly attenuates the beam.
         paths += (
             0.45 * self._tubes(front, body.rib_phase + 0.4, 0.52, -9.5, 9.0) * _step(t - 0.36, 0.03)
         )
         return paths * lengthened * inside
 
     def _tubes(self, y: Array, phase: float, radius: float, top: float, bottom: float) -> Array:
-        """Equally spaced hollow tubes along y; each costs nothing: only the nearest one matters."""
+        """Equally spaced hollow tubes along y. Only the tube nearest to each pixel is computed."""
         spacing = self.body.rib_spacing
         turns = y / spacing + np.float32(phase)
         r2 = ((turns - np.rint(turns)) * spacing / radius) ** 2
@@ -297,7 +298,7 @@ class _Thorax:
         ends = _step(x - 1.7, 0.15) * _step(14.6 - x, 0.2)
         r2 = ((y - middle) / (0.62 + 0.15 * np.abs(t - 0.3))) ** 2
         clavicles = (1.1 * _chord(r2, 1.2) - 0.4 * _chord(r2 / 0.4, 0.8)) * ends
-        # Standing with rolled shoulders (PA) clears the blades from the lungs; lying does not.
+        # Rolled shoulders of a standing patient (PA) move the blades off the lungs; lying does not.
         edge = (11.3 if self.view == "AP" else 13.4) + float(rng.normal(0, 0.4))
         u, v = (x - edge - 2.4 + 0.12 * (y + 5)) / 2.6, (y + 5.5) / 6.2
         blade = 0.5 * _step(1 - u * u - v * v, 0.08)
@@ -309,19 +310,19 @@ class _Thorax:
 def _expose(rng: np.random.Generator, attenuation: Array, view: View) -> npt.NDArray[np.uint16]:
     """From line integrals to the 12-bit film: scatter, blur, quantum noise, logarithm, window."""
     primary = np.exp(-attenuation)
-    # Scatter is a blurred copy of the primary, about half of it behind a grid and more at the
-    # bedside without one (Bushberg, ch. 7.12). It costs contrast alone: its shape matters little.
+    # Scatter is a blurred copy of the primary: about half of it behind a grid, more at the bedside
+    # without one (Bushberg, ch. 7.12). It only costs contrast, so its shape matters little.
     ratio = float(rng.uniform(0.7, 1.2)) if view == "AP" else float(rng.uniform(0.35, 0.7))
-    # The open beam beside the patient meets nothing that could scatter it.
+    # The cap: nothing scatters the open beam beside the patient.
     signal = primary + ratio * _blurred(np.minimum(primary, 0.15), 0.06)
     signal = _spread(signal, float(rng.uniform(0.05, 0.2)))
     quanta = float(np.exp(rng.uniform(np.log(1.0e4), np.log(6.0e4))))
-    # Poisson counts are Gaussian to within a per cent from 100 quanta a pixel upwards.
+    # From 100 quanta per pixel, Poisson counts are Gaussian to within a per cent.
     noise = rng.standard_normal(signal.shape, dtype=np.float32)
     counts = signal * quanta + np.sqrt(signal * quanta) * noise
     measured = -np.log(np.maximum(counts, 1.0) / quanta)
-    # Automatic windowing as at the console, by the middle of the field, where no open beam is; with
-    # the spread that operators and makers add.
+    # Automatic windowing as at the console, by the middle of the field, which has no open beam,
+    # with the variation between operators and makers.
     edge = signal.shape[0] // 5
     low, high = np.percentile(measured[edge:-edge:2, edge:-edge:2], [1.5, 98])
     width = high - low

@@ -1,6 +1,6 @@
-"""Lung opacities of the synthetic films: fluid or tissue that takes the place of air in the lung.
+"""Lung opacities of the synthetic films: fluid or tissue that replaces air in the lung.
 
-An opacity is a map of how many cm of air became soft tissue; it never exceeds the air that is
+An opacity is a map of the cm of air that became soft tissue, which never exceeds the air that is
 there. Kinds and looks follow Hansell et al., Fleischner Society glossary, Radiology 2008;246:697.
 """
 
@@ -21,12 +21,12 @@ OpacityKind = Literal[
 OPACITY_KINDS: tuple[OpacityKind, ...] = get_args(OpacityKind)
 
 _BOX_THRESHOLD = 0.3
-"""A box holds what reaches this share of the opacity's greatest thickness."""
+"""A box encloses the pixels above this share of the opacity's greatest thickness."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in pixels of the film: left, top, and the two sides."""
+    """A rectangle in pixels of the film: left, top, width and height."""
 
     x: int
     y: int
@@ -43,20 +43,20 @@ class LungField:
     y: Array
     """cm, downwards."""
     air: Array
-    """Path through aerated lung, cm."""
+    """Path through aerated lung, in cm."""
     side: int
     """-1 for the lung on the film's left, which is the patient's right; else 1."""
     base_y: float
-    """Height of the diaphragm's dome."""
+    """y of the diaphragm's dome, in cm."""
 
 
 def add_opacities(
     rng: np.random.Generator, kind: OpacityKind, lungs: list[LungField]
 ) -> tuple[Array, tuple[Box, ...]]:
-    """Opacities of one kind.
+    """Draw opacities of one kind.
 
-    lungs: both. Returns the path in cm, (size, size) float32, that changed from air to soft tissue,
-    and one box an opacity, in the order in which they were drawn.
+    lungs: both. Returns the path in cm that changed from air to soft tissue, (size, size) float32,
+    and one box per opacity, in the order in which they were drawn.
     """
     total = np.zeros_like(lungs[0].air)
     boxes: list[Box] = []
@@ -68,7 +68,7 @@ def add_opacities(
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Array:
-    """Gaussian noise of standard deviation about 0.8, smooth over size / cells pixels."""
+    """Gaussian noise with a standard deviation of about 0.8, smooth over size / cells pixels."""
     from PIL import Image
 
     grid = rng.standard_normal((cells, cells), dtype=np.float32)
@@ -77,7 +77,7 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Array:
 
 
 def _consolidation(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
-    """Part of a lobe filled: dense, ragged, often cut straight by a fissure."""
+    """A filled part of a lobe: dense, ragged, often with a straight edge at a fissure."""
     lung = _one(rng, lungs)
     x, y = _place(rng, lung)
     wide, tall = rng.uniform(2.4, 5.0), rng.uniform(2.4, 6.0)
@@ -92,7 +92,7 @@ def _consolidation(rng: np.random.Generator, lungs: list[LungField]) -> list[Arr
 
 
 def _nodule(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
-    """One to three balls. A mass is a nodule above 3 cm across."""
+    """One to three balls. A nodule of more than 3 cm is a mass."""
     found = []
     for _ in range(int(rng.choice([1, 1, 2, 3]))):
         lung = _one(rng, lungs)
@@ -105,7 +105,7 @@ def _nodule(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
 
 
 def _bronchopneumonia(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
-    """Patches without sharp edges in both lungs, more of them low."""
+    """Patches without sharp edges, in the lower parts of both lungs."""
     strength = rng.uniform(0.25, 0.7)
     found = []
     for lung in lungs:
@@ -119,7 +119,7 @@ def _bronchopneumonia(rng: np.random.Generator, lungs: list[LungField]) -> list[
 
 
 def _pleural_effusion(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
-    """Fluid at the base of one or both sides; its upper edge climbs the chest wall."""
+    """Fluid at the base of one or both lungs, whose upper edge rises towards the chest wall."""
     chosen = lungs if rng.random() < 0.25 else [_one(rng, lungs)]
     found = []
     for lung in chosen:
@@ -158,7 +158,7 @@ def _one(rng: np.random.Generator, lungs: list[LungField]) -> LungField:
 
 
 def _place(rng: np.random.Generator, lung: LungField, low: bool = False) -> tuple[float, float]:
-    """The x and y in cm of a random point well inside the aerated lung."""
+    """x and y, in cm, of a random point well inside the aerated lung."""
     inside = lung.air > 0.45 * lung.air.max()
     if low:
         inside &= lung.y > 0
@@ -168,7 +168,7 @@ def _place(rng: np.random.Generator, lung: LungField, low: bool = False) -> tupl
 
 
 def _fade(distance: Array, softness: float) -> Array:
-    """0 … 1 as `distance` goes from negative to positive, over about `softness`."""
+    """0 … 1 as `distance` goes from negative to positive, over about `softness`, float32."""
     return _as_fluid(1 / (1 + np.exp(np.clip(-distance / softness, -30, 30))))
 
 

@@ -1,6 +1,6 @@
-"""Objects of an archive to rows with pixels: fetch, unpack, decode. Every image gives a row.
+"""Turns objects of an archive into rows with pixels: fetch, unpack, decode. Every image gets a row.
 
-Runs inside Ray tasks, for training and for screening alike, and knows nothing of Ray.
+Runs inside Ray tasks, for training and for screening, but does not depend on Ray.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lungopacity.storage import Store
 
 log = logging.getLogger(__name__)
 
-# Sheets and notes that people keep beside films. They get a row (`rejected`, `not_an_image`), but a
-# night is not called incomplete because of them.
+# Tables and notes that people keep beside films. They get a row (`rejected`, `not_an_image`), but
+# do not make a night incomplete.
 _SIDECAR_SUFFIXES = (
     ".cls", ".csv", ".docx", ".htm", ".html", ".json", ".log", ".md", ".md5", ".parquet", ".pdf",
     ".sha256", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml",
@@ -41,19 +41,20 @@ _SIDECAR_NAMES = (
     ".ds_store", "desktop.ini", "license", "md5sums", "readme", "sha256sums", "thumbs.db",
 )  # fmt: skip
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
-"""Begins what macOS keeps of a file beside it, under `._` and its name (AppleDouble, RFC 1740)."""
+"""Signature of a macOS AppleDouble file (RFC 1740): metadata of a file, kept beside it under `._`
+and its name."""
 
 _GROUP_OBJECTS = 8
-"""Fetched by one thread, one after another, before they are handed on: to hand over a small object
-costs as much CPU as to fetch it. Read alone, 550 microseconds each; one by one 780."""
+"""Objects that one thread fetches one after another before it hands them on. To hand over a small
+object costs as much CPU as to fetch it: 780 microseconds one by one, 550 without the hand-over."""
 _GROUP_BYTES = 1 << 20
-"""Of a group; larger objects are groups of their own."""
+"""Size that completes a group."""
 _IN_HAND_BYTES = 128 << 20
-"""Of loose objects that are fetched ahead, or decoded: a task's share of the node's memory. One
-that is larger comes alone."""
+"""Size of the loose objects that are fetched ahead or being decoded: a task's share of the node's
+memory. A larger object comes alone."""
 
 Fetched = list[tuple[bytes | Exception, float]]
-"""Of each object its bytes, or why there are none, and the seconds it took."""
+"""For each object its bytes, or why there are none, and the seconds that fetching took."""
 
 
 @dataclass
@@ -66,15 +67,15 @@ class _Pass:
 
 @dataclass
 class _File:
-    """What becomes one row, or several: see `_rows`."""
+    """A file, or an error in its place, that `_rows` turns into one row or several."""
 
     columns: dict[str, Any]
-    """Of the source; in a container of the member, too."""
+    """Columns of the source and, in a container, of the member."""
     data: bytes | None = None
     error: Exception | None = None
     of: _Pass | None = None
     ends: bool = False
-    """The last of its pass."""
+    """Marks the end of its pass, and is no file itself."""
 
     @property
     def name(self) -> str:
@@ -83,16 +84,16 @@ class _File:
 
 @dataclass
 class ReadFigures:
-    """What reading took, for those who watch over it."""
+    """What reading took, for monitoring."""
 
     fetch_seconds: float = 0.0
-    """Of all requests together; several run at once."""
+    """Sum over all requests, several of which run at once."""
     fetched_bytes: int = 0
     decode_seconds: float = 0.0
     """CPU seconds of the decoder's process."""
 
     def taken(self) -> dict[str, float]:
-        """The figures since the last time."""
+        """The figures since the last call."""
         figures = dict(vars(self))
         self.fetch_seconds, self.fetched_bytes, self.decode_seconds = 0.0, 0, 0.0
         return figures
@@ -106,11 +107,12 @@ def read_images(
     wanted: Wanted | None = None,
     figures: ReadFigures | None = None,
 ) -> Iterator[pa.Table]:
-    """Tables of `READ_SCHEMA`, up to `rows_per_table` rows each.
+    """Tables of `READ_SCHEMA`, each of up to `rows_per_table` rows.
 
-    objects: rows of `PLAN_SCHEMA`. The loose ones come first, those larger than a film may be after
-    the others, then the shards; each kind in the order given. `wanted`: only these images are
-    decoded and given, for training on the labelled part of an archive. `figures` are added to.
+    objects: rows of `PLAN_SCHEMA`. Loose objects come first (those larger than a film may be after
+    the others), then shards; each kind in the given order. `wanted`: decode and return only these
+    images, for training on the labelled part of an archive. `figures`: what reading took is added
+    to them.
     """
     rows: list[dict[str, Any]] = []
     figures = figures or ReadFigures()
@@ -126,8 +128,8 @@ def read_images(
 def read_files(
     store: Store, objects: pa.Table, settings: ReadSettings
 ) -> Iterator[tuple[str, str | None, bytes]]:
-    """Key, member and bytes of every image file of the objects, containers unpacked; what cannot be
-    read is passed over."""
+    """Key, member and bytes of every file of the objects, with containers unpacked. Leaves out what
+    cannot be read."""
     for file in _files(store, objects, settings, None, ReadFigures()):
         if file.data is not None:
             yield file.columns["image"], file.columns.get("member"), file.data
@@ -201,8 +203,8 @@ def _loose(
     threads = ThreadPoolExecutor(settings.fetch_threads)
     try:
         for group in _groups(sources):
-            # Of small ones a task's all: where storage is on the same cores, they are fetched and
-            # decoded in turns, and each drives the other out of the caches.
+            # Small objects of a task are all fetched before any is decoded. If the storage runs on
+            # the same cores, alternating would make each drive the other out of the caches.
             while waiting and in_hand + _size_of(group) > _IN_HAND_BYTES:
                 size = _size_of(waiting[0][0])
                 yield from _loose_files(*waiting.popleft(), settings, figures)
@@ -212,8 +214,8 @@ def _loose(
         while waiting:
             yield from _loose_files(*waiting.popleft(), settings, figures)
     finally:
-        # Whoever takes no more is not to wait for what was to come: where the store does not
-        # answer, for minutes.
+        # A caller that stops early must not wait for the rest: minutes, if the store does not
+        # answer.
         given_up.set()
         threads.shutdown(cancel_futures=True)
 
@@ -223,7 +225,7 @@ def _size_of(group: list[dict[str, Any]]) -> int:
 
 
 def _groups(sources: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The first ones are small: whoever waits for the first object need not wait for eight."""
+    """Groups of sources to fetch. The first are small, so that the first object comes early."""
     group: list[dict[str, Any]] = []
     size, most = 0, 1
     for source in sources:
@@ -261,7 +263,7 @@ def _loose_files(
         figures.fetch_seconds += seconds
         figures.fetched_bytes += len(data)
         if is_container(data[:HEAD_SIZE], source["image"]):
-            # A shard by its content, whatever its name.
+            # The content says that it is a shard, whatever its name.
             yield from _unpacked(io.BytesIO(data), source, settings, None, _Pass())
         else:
             yield _File(source, data)
@@ -270,8 +272,8 @@ def _loose_files(
 def _large(
     store: Store, source: dict[str, Any], settings: ReadSettings, figures: ReadFigures
 ) -> Iterator[_File]:
-    """Larger than a film may be: a shard whose name does not tell, or refused before its bytes are
-    taken."""
+    """An object larger than a film may be: a shard by its content, or refused before its bytes are
+    fetched."""
     try:
         head = store.read_head(source["image"], HEAD_SIZE, etag=source["source_etag"])
         if not is_container(head, source["image"]):
@@ -300,7 +302,7 @@ def _shard(
             if is_container(head, source["image"]):
                 yield from _unpacked(file, source, settings, wanted, found)
                 return
-            # A film, or nothing, under the name of a shard: read like any other object.
+            # Named like a shard, but not one: read it like any other object.
             settings.limits.check_size(source["source_size_bytes"])
             data = file.read()
     except Exception as error:
@@ -316,15 +318,15 @@ def _unpacked(
     wanted: Wanted | None,
     found: _Pass,
 ) -> Iterator[_File]:
-    """The members of a container, and what ends its pass. Members that were read keep their rows
-    where the rest of the container cannot be walked."""
+    """The members of a container, then the end of its pass. If the container cannot be read to its
+    end, members that were read keep their rows."""
     files = 0
     try:
         for index, name, data in members(file, source["image"], settings.limits, wanted):
             files += 1
             columns = {**source, "member": name, "member_index": index}
             if name == alone_in(source["image"]):
-                del columns["member"]  # a compressed film is the object itself, and has its key
+                del columns["member"]  # a compressed single film has the key of its object
             if isinstance(data, bytes):
                 yield _File(columns, data, of=found)
             elif data is not None:
@@ -353,7 +355,7 @@ def _is_sidecar(key: str, data: bytes) -> bool:
 
 
 def is_sidecar_name(key: str) -> bool:
-    """Whether it is the name of a sheet or note, or of what systems keep in a folder."""
+    """Whether it is the name of a table or note, or of a system file such as Thumbs.db."""
     name = posixpath.basename(alone_in(key)).lower()
     return name.endswith(_SIDECAR_SUFFIXES) or name in _SIDECAR_NAMES
 
@@ -363,7 +365,7 @@ def _reported(error: Exception) -> Exception:
         error = machine_error(error) or error
     if not isinstance(error, ImageError):
         log.error("unforeseen %s while an image was read", type(error).__name__)
-    # The frames it came through hold what they had read, hundreds of megabytes of a bomb, and refer
-    # to one another: it would all stay until the garbage collector comes by.
+    # The traceback's frames hold what they had read, hundreds of megabytes of a bomb, in reference
+    # cycles: it would all stay in memory until the garbage collector runs.
     error.__cause__ = error.__context__ = error.__traceback__ = None
     return error

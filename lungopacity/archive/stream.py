@@ -1,4 +1,4 @@
-"""`read_images` as the first stage of a Ray Data pipeline, for training and for screening alike."""
+"""`read_images` as the first stage of a Ray Data pipeline, for training and for screening."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ if TYPE_CHECKING:
     import ray.data
 
 OBJECTS_PER_TASK = 1024
-"""Loose objects a task at most. Between two tasks a core has nothing to do, and the first films of
-one are decoded before any is scored: with 256, a light network scored a fifth less."""
+"""Most loose objects of one task. A core is idle between two tasks, and the first films of a task
+are decoded before any is scored: with 256, a light network scored a fifth less."""
 _FEWEST_OBJECTS = 32
-"""Of the last tasks."""
+"""Fewest objects of one task, near the end."""
 _EVEN_SHARDS = 4
-"""If a reader has so many shards of the largest one's size, a fifth of the readers' time is lost at
-most: all but one wait for a last one."""
+"""If each reader has work for so many shards of the largest size, at most a fifth of the readers'
+time is lost when all but one wait for the last shard."""
 BLOCK_BYTES = 8 << 20
-"""Blocks between stages. Ray's 128 MiB would hold thousands of images back from the model."""
+"""Size of blocks between stages. Ray's 128 MiB would keep thousands of images from the model."""
 RETRIES = 3
-"""Of a task or actor whose process dies. Ray Data's own default is for ever."""
+"""Retries of a task or actor whose process dies. Ray Data would retry for ever."""
 
 _NO_PROGRESS_S = 2 * 3600.0
-"""Without a block that any stage takes or gives, a pipeline is given up: Ray's own half hour is
+"""A pipeline is given up if no stage takes or gives a block for so long. Ray's own half hour is
 less than one huge shard may take."""
 _NO_NODE_S = 12 * 3600.0
-"""The same where the cluster may grow: a GPU or a spot node may be hours in coming."""
+"""The same on a cluster that may grow: it may take hours to get a GPU or a spot node."""
 
 
 def read_tasks(
     objects: pa.Table, readers: int = 1, most: int = OBJECTS_PER_TASK
 ) -> Iterator[pa.Table]:
-    """Split rows of `PLAN_SCHEMA` into tasks: a shard each, or up to `most` loose objects.
+    """Split rows of `PLAN_SCHEMA` into tasks of one shard, or of up to `most` loose objects.
 
-    `readers`: how many read at once. The largest shards come first and the tasks of loose objects
-    grow smaller toward the end (Polychronopoulos & Kuck 1987), so that all finish together.
+    `readers`: how many tasks run at once. The largest shards come first, and the tasks of loose
+    objects get smaller towards the end (Polychronopoulos & Kuck 1987), so that all readers finish
+    together.
     """
     shards = objects.filter(objects["is_shard"]).sort_by([("source_size_bytes", "descending")])
     for row in range(shards.num_rows):
@@ -60,8 +61,8 @@ def read_tasks(
 
 
 def divide_evenly(objects: pa.Table, readers: int) -> bool:
-    """Whether so many can share the objects of `PLAN_SCHEMA`, no shard being read by two, without
-    most of them waiting for the last shards."""
+    """Whether so many readers can share the objects (`PLAN_SCHEMA`) without most of them waiting
+    for the last shards. Only one reader reads a shard."""
     shards = objects.filter(objects["is_shard"])["source_size_bytes"]
     largest = pa.compute.max(shards).as_py() or 0
     total = pa.compute.sum(objects["source_size_bytes"]).as_py() or 0
@@ -75,19 +76,19 @@ def stream(
     losses: int = 0,
     **options: Any,
 ) -> ray.data.Dataset:
-    """A lazy dataset of the tables that `function` makes of each of `tasks`, in a Ray task of one
-    CPU each. They come on as soon as they have so many bytes. `losses`: so many tasks may fail, of
-    this stage or a later one, and the others go on. options: more of `map_batches`."""
+    """A lazy dataset of the tables that `function` makes of each of `tasks`, each in a Ray task of
+    one CPU. Tables are passed on in blocks of about `block_bytes`. `losses`: how many tasks of this
+    and later stages may fail before the pipeline does. `options`: further ones of `map_batches`."""
     import ray
 
     quiet_ray_data()
-    # from_blocks keeps one block a table, where other sources merge small ones into one task, and
-    # from_arrow first runs a Ray task for each, to ask for its schema.
+    # from_blocks keeps a block for each table. Other sources merge small ones into one task, and
+    # from_arrow first runs a Ray task for each, to get its schema.
     blocks = ray.data.from_blocks(list(tasks))
-    # Of this dataset alone: the caller may have others.
+    # Set only for this dataset: the caller may have others.
     blocks.context.target_max_block_size = block_bytes
     blocks.context.max_errored_blocks = losses
-    # What an actor raises comes as it is: wrapped, it is told as an error of Ray's own.
+    # Without this, Ray wraps what an actor raises, and reports it as an error of its own.
     blocks.context.raise_original_map_exception = True
     blocks.context.execution_no_progress_timeout_s = _NO_NODE_S if may_grow() else _NO_PROGRESS_S
     with quiet_about_remote_arguments():
@@ -103,7 +104,8 @@ def stream(
 
 
 def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    """Run a pipeline of `stream`. Raises `UserError` where nothing moves for hours."""
+    """Run a pipeline of `stream`, and yield its tables. Raises `UserError` if nothing moves for
+    hours."""
     from ray.data.exceptions import ExecutionTimeoutError
 
     try:
@@ -112,8 +114,8 @@ def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
         stages = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
         limit_s = dataset.context.execution_no_progress_timeout_s
         raise UserError(
-            f"nothing came of the pipeline for {limit_s / 3600:g} hours ({'; '.join(stages)}); see "
-            "`ray status`: the cluster may lack what a stage with no active task waits for"
+            f"nothing moved in the pipeline for {limit_s / 3600:g} hours ({'; '.join(stages)}); "
+            "see `ray status`: the cluster may lack what a stage without active tasks waits for"
         ) from error
 
 
@@ -126,8 +128,8 @@ def stream_images(
     block_bytes: int = BLOCK_BYTES,
     losses: int = 0,
 ) -> ray.data.Dataset:
-    """A lazy dataset of `READ_SCHEMA` rows. Each of `tasks` becomes one Ray task of one CPU.
-    `block_bytes`, `losses`: see `stream`."""
+    """A lazy dataset of `READ_SCHEMA` rows. Each of `tasks` becomes a Ray task of one CPU.
+    `wanted`: see `read_images`. `block_bytes`, `losses`: see `stream`."""
     import ray
 
     shared, store = ray.put(wanted), open_store(uri)
@@ -145,7 +147,7 @@ def counted_images(
     *,
     wanted: Wanted | None = None,
 ) -> Generator[pa.Table, None, None]:
-    """`read_images` of a Ray task; what it took is told to Prometheus."""
+    """`read_images` in a Ray task, with its figures reported to Prometheus."""
     from ray.exceptions import RaySystemError
 
     figures = ReadFigures()
@@ -155,5 +157,5 @@ def counted_images(
             for name, value in figures.taken().items():
                 observe.count(name, value)
     except DecoderStartError as error:
-        # Of what a task raises, Ray tries this kind again, on another node if it can.
+        # Ray retries a task that raises this kind of error, on another node if it can.
         raise RaySystemError(error) from error

@@ -1,4 +1,4 @@
-"""The files of a tar, in one forward pass: V7, ustar, GNU, pax."""
+"""Reads the files of a tar (V7, ustar, GNU, pax) in one forward pass."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-# tarfile reads such a header whole, and gives every member what a global one says.
+# tarfile reads a whole extended header into memory, and copies a global one to every member.
 _MAX_EXTENDED_BYTES = 16 * 1024
-# Of one file it may hold access lists and what else a file system keeps. Pythons before 3.11.10 and
-# 3.12.6 searched it with a pattern of quadratic cost (CVE-2024-6232): 5 s for 64 KiB.
+# The extended header of a single file may hold access lists and other attributes. Python before
+# 3.11.10 and 3.12.6 searched it with a pattern of quadratic cost (CVE-2024-6232): 5 s for 64 KiB.
 _IS_QUICK = sys.version_info >= (3, 12, 6) or (3, 11, 10) <= sys.version_info < (3, 12)
 _MAX_PAX_BYTES = 1024 * 1024 if _IS_QUICK else _MAX_EXTENDED_BYTES
 _MAX_NAME = 16 * 1024
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-# Directories, devices, and GNU's listing of a directory and label of a volume: no files.
+# Not files: directories, devices, and GNU's directory listings (D) and volume labels (V).
 _NO_FILES = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"D", b"V")
 
 
 class _Header(tarfile.TarInfo):
-    """Raises where `tarfile` would end in silence: at every broken header but the end mark."""
+    """Raises at every broken header except the end mark, where `tarfile` would end silently."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
@@ -56,25 +56,25 @@ class _Header(tarfile.TarInfo):
 
 
 def tar_entries(file: IO[bytes], meter: Meter, *, forward: bool) -> Iterator[Entry]:
-    """Every file, and every link, in the tar's order.
+    """Every file and every link, in the tar's order.
 
-    `forward`: the file cannot seek back, and hard links cannot be followed. Raises `ImageError`
-    (`corrupt_archive`) or what `tarfile` raises where the tar cannot be walked to its end.
+    `forward`: `file` cannot seek back, so hard links cannot be followed. If the tar cannot be read
+    to its end, raises `ImageError` (`corrupt_archive`) or what `tarfile` raises.
     """
-    # A name in no known encoding must not stop the shard, nor the Arrow column it goes into.
+    # A name that is not UTF-8 must stop neither the shard nor the Arrow column that it goes into.
     with tarfile.open(
         fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace", tarinfo=_Header
     ) as tar:
         places: dict[str, tuple[int, int]] = {}
         end = 0
         while (member := tar.next()) is not None:
-            # tarfile keeps every member it has seen.
+            # tarfile would keep every member in memory.
             tar.members.clear()  # type: ignore[attr-defined]
-            # A pax header may set a size that leads backwards, for ever round.
+            # A pax header may set a size that leads backwards, and so into an endless loop.
             if member.size < 0 or tar.offset < max(end, member.offset_data):
                 raise corrupt("has a header with an impossible size")
             if len(member.name) > _MAX_NAME:
-                raise corrupt(f"has a name of {len(member.name)} letters")
+                raise corrupt(f"has a name of {len(member.name)} characters")
             end = tar.offset
             place = (member.offset_data, member.size)
             if member.type in _LINKS:
@@ -85,7 +85,7 @@ def tar_entries(file: IO[bytes], meter: Meter, *, forward: bool) -> Iterator[Ent
                     places[member.name] = places[member.linkname]
                 yield link
             elif member.issparse():
-                # Its stored part has an end of its own, whatever its map says.
+                # The header says where the stored part ends, whatever the map of its holes says.
                 content = partial(_sparse, tar, member, meter)
                 yield Entry(member.name, member.size, content, alone=True)
             elif member.type not in _NO_FILES:
@@ -99,7 +99,7 @@ def tar_entries(file: IO[bytes], meter: Meter, *, forward: bool) -> Iterator[Ent
 
 
 def _stored(file: IO[bytes], start: int, size: int) -> io.BufferedIOBase:
-    # tarfile's own reader gives nothing of the last kilobytes in front of a cut.
+    # tarfile's own reader loses the last kilobytes before a cut.
     return io.BufferedReader(Forward(_chunks(file, start, size)))
 
 
@@ -124,9 +124,15 @@ def _link(
         if member.type == tarfile.SYMTYPE:
             why = "a symbolic link, which is not followed; put the film itself in its place"
         elif forward:
-            why = "a hard link, which is not followed in a compressed tar; unpack or copy the film"
+            why = (
+                "a hard link, which is not followed in a compressed tar; put the film itself in "
+                "its place"
+            )
         else:
-            why = "a hard link to no plain file in front of it in the tar; copy the film"
+            why = (
+                "a hard link to something else than an earlier plain file of the tar; put the film "
+                "itself in its place"
+            )
         refusal = ImageError(ErrorCode.UNSUPPORTED, Stage.UNPACK, why)
         return Entry(member.name, None, refusal, alone=True)
     return Entry(member.name, place[1], partial(_stored, file, *place), alone=True)

@@ -1,4 +1,4 @@
-"""What the container readers share: signatures, entries, decompression and its bound.
+"""Shared by the container readers: signatures, entries, and decompression with a limit.
 
 Nothing here trusts a length that a file states about itself.
 """
@@ -23,7 +23,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.storage.scratch import NO_ROOM
 
 HEAD_SIZE = 512
-"""Bytes that a signature is looked for in: one tar header."""
+"""The signature is looked for in so many bytes: one tar header."""
 
 TAR_SUFFIXES = (
     ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tz2", ".tar.xz",
@@ -32,15 +32,15 @@ TAR_SUFFIXES = (
 
 _FREE_BYTES = 256 * 1024 * 1024
 _MAX_RATIO = 200
-# Small, because what a decompressor gave before it found damage is lost with the call.
+# Small, because a call that meets damage also loses the bytes that it had unpacked before.
 _STEP = 16 * 1024
 _ZSTD_STEP = 4 * 1024
-# `xz -9` needs 65 MiB; a header may ask for 4 GiB.
+# `xz -9` needs 65 MiB, but a header may ask for 4 GiB.
 _XZ_MEMORY_BYTES = 256 * 1024 * 1024
 
 
 class Kind(StrEnum):
-    """What a container is, by its first bytes."""
+    """The kind of a container, by its first bytes."""
 
     TAR = "tar"
     ZIP = "zip"
@@ -52,7 +52,7 @@ class Kind(StrEnum):
 
 
 _SIGNATURES = (
-    # The marker of a spanned zip that fits one file (APPNOTE 8.5.4) stands before its first header.
+    # A spanned zip that fits in one file has a marker before its first header (APPNOTE 8.5.4).
     (Kind.ZIP, re.compile(rb"PK\x03\x04|PK\x05\x06|PK\x07\x08|PK00PK\x03\x04")),
     (Kind.PARQUET, re.compile(rb"PAR1")),
     (Kind.GZIP, re.compile(rb"\x1f\x8b\x08")),
@@ -61,7 +61,7 @@ _SIGNATURES = (
     (Kind.BZIP2, re.compile(rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)")),
     (Kind.XZ, re.compile(rb"\xfd7zXZ\x00")),
 )
-# Office files are zips too, but they are sheets and letters, never shards of films.
+# Office files are zips, too, but never shards of films.
 _OFFICE = re.compile(
     rb"PK\x03\x04.{26}(\[Content_Types\]|_rels/|docProps/|xl/|word/|ppt/|mimetype)", re.DOTALL
 )
@@ -81,7 +81,7 @@ def _is_tar(head: bytes) -> bool:
         return False
     if head[257:262] == b"ustar":
         return True
-    # Tars from before POSIX have no magic. The sum is right by chance once in about 10^11 files.
+    # Tars from before POSIX have no magic. The checksum is right by chance in 1 of 10^11 files.
     if not _CHECKSUM.fullmatch(head[148:156]):
         return False
     rest = head[:148] + b" " * 8 + head[156:]
@@ -94,25 +94,26 @@ class Entry:
     """One file of a container, not yet read."""
 
     name: str | None
-    """None: that of the container, a compressed file."""
+    """None for the single file in a compressed file: it is named after that."""
     size: int | None
-    """Bytes, as the container states it; None where only reading tells."""
+    """Bytes, as the container states; None if only reading tells."""
     content: Callable[[], io.BufferedIOBase] | ImageError
-    """Opens it, before the next entry is asked for; or why it cannot be opened."""
+    """Opens the file; to be called before the next entry is taken. Or why it cannot be opened."""
     alone: bool
-    """A failure while it is read leaves the rest of the container readable."""
+    """If reading the file fails, the rest of the container can still be read."""
 
 
 def corrupt(what: str) -> ImageError:
-    """The shard itself, or its rest, cannot be read."""
+    """The error of a shard that cannot be read, or not to its end."""
     return ImageError(ErrorCode.CORRUPT_ARCHIVE, Stage.UNPACK, f"the shard {what}")
 
 
 def as_image_error(error: Exception) -> ImageError:
-    """What a library raised, as the error of a row: by its type, for messages quote content."""
+    """The `ImageError` for an exception of a library. It has the exception's type only, because
+    messages may quote the content."""
     if isinstance(error, ImageError):
         return error
-    return machine_error(error) or corrupt(f"cannot be walked to its end ({type(error).__name__})")
+    return machine_error(error) or corrupt(f"cannot be read to its end ({type(error).__name__})")
 
 
 _OF_THE_MACHINE = frozenset(
@@ -122,24 +123,25 @@ _OF_THE_MACHINE = frozenset(
         errno.ENOMEM,
     }
 )  # fmt: skip
-"""Of disks, file servers and limits. Not EINVAL: a place that content names may be none."""
+"""Errors of disks, file servers and limits. Not EINVAL, which an offset in a damaged file causes,
+too."""
 
 
 def machine_error(error: BaseException) -> ImageError | None:
-    """The error of a row where the machine failed, and not the content: another task, or night,
-    may fare better. None for all else."""
+    """The `ImageError` for a failure of the machine instead of the content: another task or night
+    may succeed. None for any other exception."""
     cause: BaseException | None = error
-    # zipfile takes a disk that does not answer for a file that is no zip.
+    # The causes, too: zipfile reports a disk that fails as a file that is not a zip.
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             return _unavailable(
-                "no disk space left to unpack in; free some, or name a larger folder by TMPDIR"
+                "no disk space left to unpack it; free some, or set TMPDIR to a larger folder"
             )
         if isinstance(cause, OSError) and cause.errno in _OF_THE_MACHINE:
             return _unavailable(f"disk error: {os.strerror(cause.errno)}")
-        # Arrow's is of what a damaged page says that it needs.
+        # Arrow raises one for the memory that a damaged page claims to need.
         if isinstance(cause, MemoryError) and not isinstance(cause, pa.ArrowException):
-            return _unavailable("no memory left to read it in")
+            return _unavailable("not enough memory left to read it")
         cause = cause.__cause__ or cause.__context__
     return None
 
@@ -149,21 +151,22 @@ def _unavailable(why: str) -> ImageError:
 
 
 class Allowance:
-    """How far the containers in one object may, together, unpack past `_MAX_RATIO`."""
+    """How many bytes the containers in one object may together unpack beyond `_MAX_RATIO`."""
 
     def __init__(self) -> None:
         self.left_bytes = _FREE_BYTES
 
 
 class Meter:
-    """Compressed bytes taken, and bytes given for them, of one container."""
+    """Compares the compressed bytes of one container with the bytes that they unpack to."""
 
     def __init__(self, allowance: Allowance) -> None:
         self.allowance = allowance
         self._excess_bytes = 0
 
     def add(self, taken: int, given: int) -> None:
-        """Count; raises `ImageError` (`decompression_bomb`), uncounted, where it is too much."""
+        """Count so many compressed and unpacked bytes. If they are too many, counts nothing and
+        raises `ImageError` (`decompression_bomb`)."""
         excess = self._excess_bytes + given - _MAX_RATIO * taken
         if excess > self.allowance.left_bytes:
             raise ImageError(
@@ -174,7 +177,8 @@ class Meter:
         self._excess_bytes = excess
 
     def settle(self) -> None:
-        """The container is done with: a thousand small bombs may do no more than one."""
+        """Charge a finished container to the allowance, so that a thousand small bombs may unpack
+        no more than one."""
         self.allowance.left_bytes -= max(0, self._excess_bytes)
         self._excess_bytes = 0
 
@@ -206,16 +210,16 @@ class _Inflater:
 
     def decompress(self, data: bytes, max_length: int, /) -> bytes:
         given = self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
-        # A full measure may leave output inside zlib though all input is taken.
+        # If the output is full, zlib may hold more of it even if it has taken all input.
         self.needs_input = not self._zlib.unconsumed_tail and len(given) < max_length
         return given
 
 
 def unpacked(file: IO[bytes], kind: Kind, meter: Meter) -> Iterator[bytes]:
-    """The content of a compressed file from its position on, every stream and frame of it.
+    """The content of a compressed file from its position on, with all its streams and frames.
 
-    Raises what the libraries raise where it is damaged or cut, after the bytes in front of the
-    damage; `ImageError` (`decompression_bomb`).
+    If it is damaged or cut, raises what the libraries raise, after the bytes before the damage.
+    Raises `ImageError` (`decompression_bomb`).
     """
     if kind is Kind.ZSTD:
         return _zstd(file, meter)
@@ -228,14 +232,15 @@ def unpacked(file: IO[bytes], kind: Kind, meter: Meter) -> Iterator[bytes]:
 
 
 def inflated(file: IO[bytes], meter: Meter) -> Iterator[bytes]:
-    """One raw deflate stream (RFC 1951); leaves `file` right behind it. Raises as `unpacked`."""
+    """The content of one raw deflate stream (RFC 1951); leaves `file` right after the stream.
+    Raises as `unpacked` does."""
     unpacker = _Inflater(-15)
     yield from _stream(unpacker, b"", file, meter)
     file.seek(-len(unpacker.unused_data), io.SEEK_CUR)
 
 
 def _streams(file: IO[bytes], make: Callable[[], _Unpacker], meter: Meter) -> Iterator[bytes]:
-    # The library's own readers of bzip2 and xz drop what they cannot read after the first stream.
+    # Python's own readers of bzip2 and xz silently drop what they cannot read after one stream.
     waiting = file.read(_STEP)
     while waiting:
         unpacker = make()
@@ -259,7 +264,7 @@ def _stream(unpacker: _Unpacker, waiting: bytes, file: IO[bytes], meter: Meter) 
 
 
 def _zstd(file: IO[bytes], meter: Meter) -> Iterator[bytes]:
-    # Measured on pyarrow 26: a cut frame, junk after a frame and a window above 128 MiB raise
+    # Tested with pyarrow 26: a cut frame, junk after a frame and a window above 128 MiB raise
     # OSError, and a frame of zeros takes no more memory than one step.
     taken = file.tell()
     stream = pa.CompressedInputStream(pa.PythonFile(Lent(file), mode="r"), "zstd")
@@ -270,7 +275,7 @@ def _zstd(file: IO[bytes], meter: Meter) -> Iterator[bytes]:
 
 
 class Lent(io.RawIOBase):
-    """A file for Arrow to read, which closes whatever it was given."""
+    """Wraps a file for Arrow, which would close the file itself."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -292,7 +297,7 @@ class Lent(io.RawIOBase):
 
 
 class Forward(io.RawIOBase):
-    """Chunks as a file that seeks forward, by reading."""
+    """Chunks as a file that can only seek forward, by reading."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -316,7 +321,7 @@ class Forward(io.RawIOBase):
         return size
 
     def _next(self) -> bool:
-        # A generator that has raised looks like one that has ended: the failure must stay one.
+        # After it has raised, a generator looks as if it had ended, so keep the failure.
         if self._failure is not None:
             raise self._failure
         try:

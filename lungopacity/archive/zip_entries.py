@@ -1,4 +1,4 @@
-"""The files of a zip: by its central directory, or, where that is lost, from the front."""
+"""Reads the files of a zip by its central directory or, if that is lost, by their own headers."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ _UNBOUNDED = (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 def zip_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
     """Every file, in the order in which they are stored.
 
-    Raises `ImageError` (`corrupt_archive`) after the members that can be found, where the central
-    directory is unreadable or does not list what the zip begins with.
+    Raises `ImageError` (`corrupt_archive`) after the members that were found, if the central
+    directory cannot be read, states another number of members than it lists, or does not list the
+    member at the beginning of the zip.
     """
     try:
         directory = zipfile.ZipFile(file)
     except Exception as error:
-        # To hold a directory in memory that states too large a size may be asked of it, too.
+        # A MemoryError may also come from a directory that states too large a size.
         if not isinstance(error, MemoryError) and (failed := machine_error(error)) is not None:
             raise failed from error
-        # Foreign by design: whatever zipfile stumbles over, the members may still be there.
+        # Whatever zipfile failed on, the members may still be there.
         yield from _recovered(file, meter)
         raise corrupt("has no readable central directory") from None
     infos = sorted(directory.infolist(), key=lambda info: info.header_offset)
@@ -51,7 +52,7 @@ def zip_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
     for info, following in zip(infos, starts[1:], strict=True):
         yield from _entry(file, info, following, meter)
     if _stated_count(file) not in (len(infos) % 0x10000, _IN_ZIP64_COUNT):
-        # zipfile takes the length of a damaged name or comment for the truth, and reads past some.
+        # zipfile trusts the length of a damaged name or comment, and so skips members.
         raise corrupt("has a directory that lists another number of members than it states")
     file.seek(0)
     if starts[0] > 0 and file.read(4) == _LOCAL_SIGNATURE:
@@ -59,7 +60,8 @@ def zip_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
 
 
 def _stated_count(file: IO[bytes]) -> int:
-    """Entries, as the end record states them (APPNOTE 4.3.16); some writers wrap at 65,536."""
+    """The number of entries that the end record states (APPNOTE 4.3.16). Some writers wrap it at
+    65,536."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - _MAX_END))
     tail = file.read()
@@ -84,7 +86,11 @@ def _refusal(info: zipfile.ZipInfo) -> ImageError | None:
             f"zip compression method {info.compress_type} is not read",
         )
     if stat.S_ISLNK(info.external_attr >> 16):
-        return ImageError(ErrorCode.UNSUPPORTED, Stage.UNPACK, "a link")
+        return ImageError(
+            ErrorCode.UNSUPPORTED,
+            Stage.UNPACK,
+            "a symbolic link, which is not followed; put the film itself in its place",
+        )
     return None
 
 
@@ -97,18 +103,19 @@ def _open(
     start = info.header_offset + _LOCAL.size + name_size + extra_size
     if signature != _LOCAL_SIGNATURE:
         raise _broken("its header is not where the directory says")
-    # No checksum covers a name, but it is stored twice; a wrong one gives a film to someone else.
+    # No checksum covers the name, but it is stored twice. A wrong name would give the film's score
+    # to another patient.
     if _decoded(file.read(name_size), flags) != info.orig_filename:
         raise _broken("its two headers differ")
-    # Members that share bytes unpack one kernel a thousand times (D. Fifield, WOOT 2019).
+    # Overlapping members can unpack the same bytes a thousand times (D. Fifield, WOOT 2019).
     if start + info.compress_size > following:
-        raise _broken("it overlaps the next")
+        raise _broken("it overlaps the next one")
     meter.add(info.compress_size, info.file_size)
     file.seek(start)
     reader = zipfile.ZipExtFile(file, "r", info)
     if info.compress_type not in _UNBOUNDED:
         return reader
-    # zipfile unpacks all that it reads of these at once; 4 KiB of bzip2 can be 82 MB.
+    # zipfile unpacks all it has read of these methods at once; 4 KiB of bzip2 can give 82 MB.
     return io.BufferedReader(Forward(iter(partial(reader.read, 4096), b"")))
 
 
@@ -117,14 +124,14 @@ def _broken(why: str) -> ImageError:
 
 
 def _recovered(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
-    """Members by their local headers, up to the first that is cut or has no findable end."""
+    """Members by their local headers, up to the first that is cut or whose end is unknown."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     position = 4 if file.read(4) in _SPANNED else 0
     while (info := _local_info(file, position)) is not None:
         data_starts = file.tell()
         if info.flag_bits & _STREAMED and not info.compress_size:
-            # Sizes stand behind the data, and only deflate shows where that is.
+            # The sizes come after the data, and only deflate shows where the data end.
             if info.flag_bits & _ENCRYPTED or info.compress_type != zipfile.ZIP_DEFLATED:
                 return
             _measure(file, info, meter)
@@ -160,7 +167,7 @@ def _decoded(name: bytes, flags: int) -> str:
 
 
 def _zip64_sizes(extra: bytes, size: int, packed: int) -> tuple[int, int]:
-    """The sizes, from the Zip64 field (APPNOTE 4.5.3) where the header points to it."""
+    """Size and compressed size, from the Zip64 field (APPNOTE 4.5.3) if the header refers to it."""
     while len(extra) >= 4:
         tag, length = struct.unpack_from("<2H", extra)
         if tag == 1:
@@ -185,7 +192,8 @@ def _measure(file: IO[bytes], info: zipfile.ZipInfo, meter: Meter) -> None:
 
 
 def _skip_descriptor(file: IO[bytes], info: zipfile.ZipInfo) -> None:
-    """Move behind the data descriptor (APPNOTE 4.3.9), whose signature and width are optional."""
+    """Move past the data descriptor (APPNOTE 4.3.9), which may lack its signature, and may have
+    sizes of 4 or 8 bytes."""
     start = file.tell()
     data = file.read(24)
     for signature in (_DESCRIPTOR_SIGNATURE, b""):
@@ -199,4 +207,4 @@ def _skip_descriptor(file: IO[bytes], info: zipfile.ZipInfo) -> None:
             if data.startswith(descriptor):
                 file.seek(start + len(descriptor))
                 return
-    raise corrupt("has a member whose data descriptor does not fit it")
+    raise corrupt("has a member whose data descriptor does not match it")

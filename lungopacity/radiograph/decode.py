@@ -187,6 +187,6 @@ def _plain_film(
     except Exception as error:
         failed = as_image_error(error, decoder_error)
         failed.facts = facts
-        # No error may be its own cause: whoever follows the causes would not come to an end.
+        # An error must not be its own cause: following its causes would never end.
         raise failed from (error if error is not failed else None)
     return None if pixels is None else Radiograph(pixels=pixels, **facts)

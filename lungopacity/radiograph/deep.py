@@ -37,7 +37,7 @@ def is_deep(image: Any, data: bytes, kind: str) -> bool:
 
 
 def decode_deep(image: Any, data: bytes, kind: str) -> tuple[Samples, Samples | None]:
-    """Grey values on a black ground, (height, width), and the colours, (height, width, 3), if any.
+    """Grey values on black, (height, width), and the colours, (height, width, 3), if there are any.
 
     `image`: as Pillow opened it, at the wanted page. Raises `ImageError`.
     """

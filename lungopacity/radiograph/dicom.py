@@ -79,7 +79,7 @@ def decode_dicom(
         except Exception as error:
             failed = as_image_error(error, _header_error)
             failed.facts = {} if failed.code is ErrorCode.NOT_AN_IMAGE else facts
-            # No error may be its own cause: whoever follows the causes would not come to an end.
+            # An error must not be its own cause: following its causes would never end.
             raise failed from (error if error is not failed else None)
         for index in range(min(declared, frames + 1)):
             own = facts if declared == 1 else {**facts, "frame": index}
@@ -225,7 +225,7 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
         return frames, whole
     subsampled = dataset.get("PhotometricInterpretation") == "YBR_FULL_422"
     if subsampled and int(dataset.Columns) % 2:
-        # Two columns share their blue and red, so the last column would read those of the next row.
+        # Two columns share their chroma, so the last one of a row would take that of the next row.
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "YBR_FULL_422 in an odd number of columns"
         )

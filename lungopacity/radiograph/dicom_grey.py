@@ -88,7 +88,7 @@ def _stored_range(dataset: Any) -> tuple[int, int]:
 
 def _padding_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.bool_] | None:
     """The padding pixels outside the image proper (PS3.3 C.7.5.1.1.2), which are shown black and
-    count in no range; None if there are none."""
+    are part of no range; None if there are none."""
     first = dataset.get("PixelPaddingValue")
     if not isinstance(first, int):
         return None

@@ -29,7 +29,8 @@ class ObjectInfo:
 
     @staticmethod
     def gone(key: str) -> ObjectInfo:
-        """A placeholder for an object that no longer exists: reading it fails as `missing`."""
+        """A placeholder for an object that no longer exists: reading it fails as `missing`. Its
+        size is not 0, or it would be reported as `empty`."""
         return ObjectInfo(key, size_bytes=1, etag="", modified_at=datetime.fromtimestamp(0, UTC))
 
 

@@ -245,7 +245,7 @@ def _etag_of(facts: os.stat_result) -> str:
 
 def _time_of(facts: os.stat_result) -> datetime:
     """When the file was last modified, UTC."""
-    # Damaged metadata holds years that `datetime` has not, and some file systems keep them.
+    # Damaged metadata may hold years that `datetime` does not have.
     return datetime.fromtimestamp(min(max(facts.st_mtime, _FIRST_S), _LAST_S), UTC)
 
 

@@ -350,8 +350,8 @@ class S3Store:
         if credentials is None:
             raise UserError(NO_CREDENTIALS)
         options: dict[str, str | None] = {}
-        # A role's credentials expire after hours, and a training may take longer. Arrow finds and
-        # renews these by itself. It would miss other kinds, or prefer other credentials to them.
+        # A role's credentials expire after hours, and a training may take longer: Arrow finds and
+        # renews these by itself. Other kinds it might not find, or it might prefer other ones.
         if credentials.method not in _ROLES or os.environ.get("AWS_ACCESS_KEY_ID"):
             frozen = credentials.get_frozen_credentials()
             options = {

@@ -1,4 +1,4 @@
-"""The decoder's process with codecs that fail on command, as hostile files make C code fail."""
+"""The decoder's process with codecs that fail on command, as C code does on hostile files."""
 
 import ctypes
 import hashlib

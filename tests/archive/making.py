@@ -1,4 +1,4 @@
-"""Containers of every kind that are read, made by the libraries that people make them with."""
+"""Makes containers of every kind that is read, with the libraries that people use."""
 
 import bz2
 import errno
@@ -44,7 +44,7 @@ def make_zip(files: Files, method: int = zipfile.ZIP_STORED) -> bytes:
 
 
 class Pipe(io.RawIOBase):
-    """Makes zipfile write sizes behind the data, as it does into a pipe."""
+    """Makes zipfile write sizes after the data, as it does into a pipe."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -129,7 +129,7 @@ FILMS: Files = [(f"folder/ü {n}.v1.png", noise(n)) for n in range(5)]
 
 
 class FailingDisk(io.BytesIO):
-    """Cannot be read from one place to another."""
+    """A file of which one range cannot be read."""
 
     def __init__(self, data: bytes, begin: int, end: int, number: int = errno.EIO) -> None:
         super().__init__(data)
@@ -151,7 +151,7 @@ class FailingDisk(io.BytesIO):
 
 
 def walk(data: bytes | io.BytesIO, name: str = "x", limits: DecodeLimits = LIMITS, wanted=None):
-    """Names and contents (an error as its code), and the code of the error that ended the walk."""
+    """Names and contents (for an error its code), and the code of the error that ended the walk."""
     rows = []
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     walking = members(file, name, limits, wanted)
@@ -167,5 +167,5 @@ def walk(data: bytes | io.BytesIO, name: str = "x", limits: DecodeLimits = LIMIT
 
 
 def whole_from(kind: str, data: bytes) -> int:
-    """The shortest cut that loses nothing: tars are padded with zeros behind their end mark."""
+    """The shortest length that loses nothing: tars are padded with zeros after their end mark."""
     return len(data.rstrip(b"\0")) // 512 * 512 + 1024 if kind in TARS else len(data)

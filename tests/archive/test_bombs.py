@@ -1,4 +1,4 @@
-"""What unpacks to far more than it is ends early, and alone."""
+"""Files that unpack to far more than their size are stopped early, and cost no other file."""
 
 import gzip
 import time
@@ -74,8 +74,8 @@ def test_many_small_bombs_in_a_zip_count_together():
 
 
 @pytest.mark.usefixtures("small_allowance")
-def test_many_nested_bombs_count_together_and_spare_the_rest():
-    # Each alone may be unpacked.
+def test_many_nested_bombs_count_together_and_do_not_cost_the_rest():
+    # Each of them alone is within the limit.
     bomb = gzip.compress(zeros(1))
     data = make_tar(
         [*((f"{n}.gz", bomb) for n in range(9)), ("z.tar.gz", gzip.compress(make_tar(FILMS)))]
@@ -95,7 +95,7 @@ def test_a_streamed_zip_without_directory_is_bounded():
 
 @pytest.mark.usefixtures("small_allowance")
 @pytest.mark.parametrize(("rows", "dictionary"), [(1, False), (2000, True)])
-def test_a_parquet_that_multiplies_is_stopped(rows, dictionary):
+def test_a_parquet_file_that_multiplies_its_images_is_stopped(rows, dictionary):
     image = noise(0, 100_000) if dictionary else zeros(40)
     table = pa.table({"image": pa.array([image] * rows, pa.binary())})
     data = write_parquet(table, compression="zstd", use_dictionary=dictionary)

@@ -1,4 +1,4 @@
-"""What holds of containers of every kind."""
+"""What is true of containers of every kind."""
 
 import errno
 import gzip
@@ -47,7 +47,7 @@ def test_members_come_in_order_whatever_the_name_of_the_object(kind):
 
 
 @every_kind
-def test_a_container_of_nothing_has_no_members_and_no_error(kind):
+def test_an_empty_container_has_no_members_and_no_error(kind):
     assert walk(KINDS[kind]([]), f"x.{kind}") == ([], None)
 
 
@@ -69,7 +69,7 @@ contents = st.one_of(st.just(b""), st.binary(max_size=3000).map(lambda data: b"\
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(files=st.lists(st.tuples(names, contents), max_size=8))
 @example(files=[("../../a", b"1"), ("/etc/b", b"2"), ("a", b"3"), ("a", b"4"), (" .. .", b"5")])
-def test_any_list_of_members_comes_back(kind, files):
+def test_any_list_of_members_is_read_back(kind, files):
     expected = [(name, data or ErrorCode.EMPTY) for name, data in files]
     assert walk(KINDS[kind](files), f"x.{kind}") == (expected, None)
 
@@ -84,13 +84,13 @@ def test_a_cut_at_any_point_gives_the_readable_members_and_an_error(kind):
         assert ended is ErrorCode.CORRUPT_ARCHIVE, cut
         assert rows == FILMS[: len(rows)], cut
         most = max(most, len(rows))
-    # A Parquet file without its footer, or zstd without its one block, gives nothing.
+    # A Parquet file without its footer, or a zstd file without its only block, gives nothing.
     assert most == (0 if kind in (*PARQUETS, "tar.zst") else len(FILMS))
 
 
 @every_kind
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
-def test_a_disk_that_fails_anywhere_is_no_damage_of_the_container(kind, number):
+def test_a_failing_disk_is_not_reported_as_a_damaged_container(kind, number):
     data = KINDS[kind](FILMS)
     for place in [*range(0, len(data), 512), len(data) - 1]:
         rows, ended = walk(FailingDisk(data, place, place + 1, number), f"x.{kind}")
@@ -120,7 +120,7 @@ def test_no_member_is_half_old_half_new_where_a_shard_on_disk_is_overwritten(kin
 
 
 @pytest.mark.parametrize("kind", [*TARS, *ZIPS])
-def test_every_member_in_front_of_a_cut_is_read(kind):
+def test_every_member_before_a_cut_is_read(kind):
     data = KINDS[kind](FILMS)
     third = data.index(FILMS[3][1][:20] if kind == "stored.zip" else FILMS[3][0].encode())
     rows, ended = walk(data[: third + 100], f"x.{kind}")
@@ -128,7 +128,7 @@ def test_every_member_in_front_of_a_cut_is_read(kind):
 
 
 @pytest.mark.parametrize("kind", COMPRESSED_TARS)
-def test_members_in_front_of_damage_in_a_compressed_tar_are_read(kind):
+def test_members_before_damage_in_a_compressed_tar_are_read(kind):
     films = [(str(n), noise(n, 300_000)) for n in range(8)]  # bzip2 works in blocks of 900 kB
     data = KINDS[kind](films)
     place = len(data) * 3 // 4 + 5000
@@ -144,7 +144,7 @@ def test_members_in_front_of_damage_in_a_compressed_tar_are_read(kind):
 @every_kind
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_never_more_than_an_error(kind, place, bit):
+def test_a_flipped_bit_raises_only_image_errors(kind, place, bit):
     data = bytearray(KINDS[kind](FILMS))
     data[int(place * len(data))] ^= 1 << bit
     rows, ended = walk(bytes(data), f"x.{kind}")
@@ -161,7 +161,7 @@ def test_a_flipped_bit_is_never_more_than_an_error(kind, place, bit):
 @every_kind
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(start=st.floats(0, 1), size=st.integers(1, 600), seed=st.integers(0, 10**6))
-def test_noise_in_the_middle_is_never_more_than_an_error(kind, start, size, seed):
+def test_noise_in_the_middle_raises_only_image_errors(kind, start, size, seed):
     data = bytearray(KINDS[kind](FILMS))
     place = int(start * len(data))
     data[place : place + size] = random.Random(seed).randbytes(size)
@@ -171,13 +171,13 @@ def test_noise_in_the_middle_is_never_more_than_an_error(kind, start, size, seed
 @settings(max_examples=200, deadline=None)
 @given(start=st.sampled_from([data[:8] for data in (k(FILMS) for k in KINDS.values())]),
        rest=st.binary(max_size=1000))  # fmt: skip
-def test_noise_behind_a_signature_is_an_error(start, rest):
+def test_noise_after_a_signature_is_an_error(start, rest):
     rows, ended = walk(start + rest)
     assert ended is not None or rows
 
 
 @every_kind
-def test_names_that_are_not_wanted_come_without_their_content(kind):
+def test_members_that_are_not_wanted_have_no_content(kind):
     rows, ended = walk(KINDS[kind](FILMS), wanted=Wanted(frozenset({FILMS[1][0], "not there"})))
     expected = [(name, data if n == 1 else None) for n, (name, data) in enumerate(FILMS)]
     assert (rows, ended) == (expected, None)
@@ -209,7 +209,7 @@ def test_the_file_stays_open(kind):
 
 
 @every_kind
-def test_a_walk_that_is_given_up_leaves_the_file_open(kind):
+def test_an_abandoned_walk_leaves_the_file_open(kind):
     file = io.BytesIO(KINDS[kind](FILMS))
     walking = members(file, "x", LIMITS)
     next(walking)
@@ -225,7 +225,7 @@ def test_a_member_that_is_too_large_is_a_row_and_the_walk_goes_on(kind):
     assert ended is None
 
 
-def test_an_object_that_is_no_container_is_corrupt():
+def test_an_object_that_is_not_a_container_is_corrupt():
     for data in (b"", b"PK", b"no container at all", bytes(512), encoded(grey_film())):
         assert walk(data, "x.dat") == ([], ErrorCode.CORRUPT_ARCHIVE)
 
@@ -248,7 +248,7 @@ def test_images_are_not_taken_for_containers():
     assert [is_container(data[:512]) for data in images] == [False] * len(images)
 
 
-def test_an_old_tar_is_known_by_its_checksum_alone():
+def test_an_old_tar_is_recognised_by_its_checksum():
     data = bytearray(make_tar([("old.png", b"data")]))
     data[257:265] = bytes(8)
     data[148:156] = b" " * 8
@@ -282,19 +282,19 @@ def test_one_compressed_image_is_one_member(suffix):
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
-def test_a_cut_compressed_image_is_an_error_and_no_image(suffix):
+def test_a_cut_compressed_image_is_an_error_and_not_an_image(suffix):
     data = COMPRESSIONS[suffix](noise(1))
     for cut in [*range(10, len(data), 101), len(data) - 1]:
         assert walk(data[:cut], f"film.{suffix}") == ([], ErrorCode.CORRUPT_ARCHIVE), cut
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
-def test_streams_one_after_another_are_one_content(suffix):
+def test_consecutive_streams_are_one_content(suffix):
     tar = make_tar(FILMS)
     compress = COMPRESSIONS[suffix]
     parts = compress(tar[:3000]) + compress(tar[3000:])
     assert walk(parts) == (FILMS, None)
-    # The library's own readers would drop what follows the first stream in silence.
+    # Python's own readers would silently drop what follows the first stream.
     assert walk(compress(noise(1)) + b"neither stream nor padding") == (
         [],
         ErrorCode.CORRUPT_ARCHIVE,
@@ -303,8 +303,8 @@ def test_streams_one_after_another_are_one_content(suffix):
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
 @pytest.mark.parametrize("size", [1, 40_000])
-def test_zeros_behind_a_stream_are_padding(suffix, size):
-    """As tapes have them, whose blocks are of one size."""
+def test_zeros_after_a_stream_are_padding(suffix, size):
+    """Tapes write them, because their blocks have one size."""
     tar = make_tar(FILMS)
     compress = COMPRESSIONS[suffix]
     assert walk(compress(tar) + bytes(size)) == (FILMS, None)

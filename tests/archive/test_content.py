@@ -1,4 +1,4 @@
-"""What the rows of one file hold."""
+"""The content columns of the rows of one file."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def framed(side: int) -> bytes:
 
 @pytest.fixture
 def scales(monkeypatch):
-    """`at_least` of each time that the file was decoded."""
+    """The value of `at_least` each time the file was decoded."""
     asked = []
 
     def decode(data, *, at_least, **options):
@@ -35,7 +35,7 @@ def scales(monkeypatch):
 
 
 @pytest.mark.parametrize("side", [1700, 2500, 3000])
-def test_a_jpeg_of_a_small_film_in_a_wide_frame_keeps_its_pixels(side, scales):
+def test_a_jpeg_of_a_small_film_in_a_wide_border_is_decoded_at_full_size(side, scales):
     data = framed(side)
     (row,) = content_rows(data, CROPPING)
     whole = one_film(data).pixels
@@ -60,6 +60,6 @@ def test_a_png_of_a_small_film_is_decoded_once(scales):
     assert scales == [192]
 
 
-def test_only_where_a_model_scores_can_what_is_unlike_its_films_be_rejected():
+def test_without_a_model_out_of_distribution_cannot_be_rejected():
     with pytest.raises(UserError, match="'out_of_distribution' is none of blank, colour, "):
         rules_from((), ["blank", "out_of_distribution"])

@@ -1,4 +1,4 @@
-"""Loose objects of a task are fetched ahead of the one that is taken: how many, and until when."""
+"""Loose objects of a task are fetched ahead of the one being read: how many, and for how long."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ def planned_of(sizes: dict[str, int]) -> pa.Table:
     return pa.Table.from_pylist(rows, PLAN_SCHEMA)
 
 
-def test_large_films_are_fetched_ahead_by_their_bytes_and_not_by_their_count():
+def test_large_films_are_fetched_ahead_by_size_and_not_by_count():
     sizes = {f"{number:02d}.dcm": 37_000_000 for number in range(30)} | {"15.dcm": 300_000_000}
 
     class Counting:
@@ -44,7 +44,7 @@ def test_large_films_are_fetched_ahead_by_their_bytes_and_not_by_their_count():
             store.out -= sizes[name]
         came.append(name)
     assert came == list(sizes)
-    # Several at once; the one that is larger than all of them may be, alone.
+    # Several at once; the one above the limit of them all comes alone.
     seen = set(store.seen)
     assert seen <= {37_000_000, 2 * 37_000_000, 3 * 37_000_000, 300_000_000}
     assert seen >= {2 * 37_000_000, 300_000_000}
@@ -79,7 +79,7 @@ def test_the_latency_of_a_store_is_hidden():
     assert store.most > 8
 
 
-def test_who_takes_no_more_does_not_wait_for_what_was_to_come():
+def test_a_caller_that_stops_early_does_not_wait_for_further_fetches():
     class Distant:
         def __init__(self) -> None:
             self.asked = 0
@@ -95,6 +95,6 @@ def test_who_takes_no_more_does_not_wait_for_what_was_to_come():
     next(files)
     before = store.asked
     files.close()
-    # The requests that are under way come to their end, and no other begins: of each thread's group
-    # seven would. While this one waits for its turn, a thread may have begun another.
+    # Requests under way end, and no others begin: seven more would in the group of each thread.
+    # While this thread waits for its turn, another may have begun one.
     assert store.asked <= before + 2 * SETTINGS.fetch_threads

@@ -1,4 +1,4 @@
-"""The smaller part of the fuzz run, and every bomb by its name; see `tests.fuzz` for the whole."""
+"""A small part of the fuzz run, and every bomb by name; see `tests.fuzz` for all of it."""
 
 import gc
 import random
@@ -20,7 +20,7 @@ FIXTURES = own_fixtures()
 
 
 def read(folder: Path, inputs: list[tuple[str, bytes]]) -> list[list[dict]]:
-    """The rows of each of them, read as one task would."""
+    """The rows of each input, read as by one task."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     names = [f"{number:03d}-{name}" for number, (name, _) in enumerate(inputs)]
@@ -43,7 +43,7 @@ def test_fixtures_are_valid_before_they_are_damaged(folder):
         assert broken_conditions(rows) == []
         images = [row for row in rows if row["shard_rows"] is None]
         wrong = [row["error_code"] for row in images if row["status"] != "ok"]
-        # The note beside the films of a container.
+        # The note beside the films in a container.
         assert wrong in ([], ["not_an_image"] * ("notes.txt" in str(images))), fixture
 
 
@@ -68,9 +68,9 @@ PIXELS = [found for found in FIXTURES if found.kind in IMAGE_KINDS]
 @pytest.mark.parametrize("fixture", PIXELS, ids=lambda found: found.name)
 def test_a_cut_image_has_all_of_its_pixels_or_none(folder, fixture):
     data = fixture.data
-    # Everywhere, and right behind what ends a header: there decoders are the most forgiving.
+    # Everywhere, and right after the end of a header, where decoders are most forgiving.
     marks = [at + 2 for at in range(len(data)) if data[at : at + 2] in (b"\xff\x93", b"\xff\x90")]
-    # Inside the last SOP class, too: a cut one is the class of no image.
+    # Also inside the last SOP class: a cut one is not the class of an image.
     marks.append(max(10, data.rfind(b"1.2.840.10008.5.1.4") + 10))
     cuts = [*range(1, len(data), len(data) // 8 + 1), *marks[-9:], len(data) - 3, len(data) - 1]
     whole, *found = read(folder, [(fixture.name, data[:cut]) for cut in (len(data), *cuts)])
@@ -83,18 +83,18 @@ def test_a_cut_image_has_all_of_its_pixels_or_none(folder, fixture):
 
 
 @pytest.mark.parametrize("name", ["grey.jpg", "rgb.jpg", "cmyk.jpg", "turned.jpg", "restarts.jpg"])
-def test_a_jpeg_whose_end_was_put_back_is_not_whole(folder, name):
-    """libjpeg only warns, and fills what is lost with grey."""
+def test_a_cut_jpeg_with_an_end_marker_is_not_taken_for_whole(folder, name):
+    """libjpeg only warns, and fills lost pixels with grey."""
     data = own(name)
-    # Behind the header; some metadata are larger than the pixels.
+    # After the header; some metadata are larger than the pixels.
     first = data.rindex(b"\xff\xda") + 20
     cuts = range(first, len(data) - 8, (len(data) - first) // 10)
     found = read(folder, [(name, data[:cut] + b"\xff\xd9") for cut in cuts])
     assert {row["error_code"] for rows in found for row in rows} <= {"truncated", "corrupt_image"}
 
 
-# What a bomb of each name must become; None is a readable image. Left to the long run: what takes
-# seconds and is told by its neighbours.
+# The error code of each bomb by name; None for a readable image. Bombs that take seconds, and are
+# much like others, are left to the long run.
 BOMBS = {
     "png of zeros, 50,000 x 50,000": {"too_large"},
     "png of one bit, 50,000 x 50,000": {"too_large"},
@@ -131,15 +131,15 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_is_refused_before_it_goes_off(folder, name):
+def test_a_bomb_is_refused_before_it_unpacks(folder, name):
     made = bomb(name)
     (rows,) = read(folder, [(made.name, made.data)])
     assert broken_conditions(rows) == []
     assert {row["error_code"] for row in rows if row["shard_rows"] is None} == BOMBS[name]
 
 
-def test_what_was_unpacked_of_a_bomb_is_not_kept(folder):
-    """Ten of them in one task would be gigabytes."""
+def test_the_unpacked_part_of_a_bomb_is_not_kept_in_memory(folder):
+    """Those of ten bombs in one task would be gigabytes."""
     made = bomb("zstd of zeros")
     read(folder, [(made.name, made.data)])
     gc.collect()

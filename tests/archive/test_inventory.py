@@ -1,4 +1,4 @@
-"""What lies in an archive: listed in parallel, or read from a report that somebody else made."""
+"""The objects of an archive, listed in parallel or read from a report that others made."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bucket_and_prefix(uri: str) -> tuple[str, str]:
 
 
 def report(uri: str, kind: str, rows: list[dict], *, columns=None, change=None, md5=None) -> str:
-    """An S3 Inventory report of the bucket, in a prefix beside the archive; its manifest's URI."""
+    """Write an S3 Inventory report of the bucket beside the archive. Returns its manifest's URI."""
     bucket, prefix = bucket_and_prefix(uri)
     names = list(rows[0]) if columns is None else columns
     if kind == "CSV":
@@ -107,7 +107,7 @@ def read(inventory: str, archive: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("kind", "partition"), [("CSV", "aws"), ("PARQUET", "aws-cn"), ("ORC", "aws-us-gov")]
 )
-def test_a_report_names_the_objects_under_the_archives_prefix(s3_uri, kind, partition):
+def test_a_report_gives_the_objects_under_the_archives_prefix(s3_uri, kind, partition):
     seen: list[int] = []
     change = {"destinationBucket": f"arn:{partition}:s3:::{bucket_and_prefix(s3_uri)[0]}"}
     found = read(report(s3_uri, kind, rows_of(s3_uri), change=change), s3_uri)
@@ -122,7 +122,7 @@ def test_a_report_names_the_objects_under_the_archives_prefix(s3_uri, kind, part
 
 
 @pytest.mark.parametrize("kind", ["CSV", "PARQUET"])
-def test_of_all_versions_the_latest_counts_unless_it_marks_a_deletion(s3_uri, kind):
+def test_only_the_latest_version_counts_unless_it_is_a_delete_marker(s3_uri, kind):
     first, second, *_ = rows_of(s3_uri)
     versions = {"is_latest": True, "is_delete_marker": False}
     rows = [
@@ -138,15 +138,13 @@ def test_of_all_versions_the_latest_counts_unless_it_marks_a_deletion(s3_uri, ki
 @pytest.mark.parametrize(
     ("lacking", "message"),
     [
-        ({"size": None}, "no size of '.*a/1.dcm'; a report needs the fields Size,"),
-        ({"e_tag": None}, "no e_tag of '.*a/1.dcm'"),
-        ({"last_modified_date": None}, "no last_modified of '.*a/1.dcm'"),
+        ({"size": None}, "no size for '.*a/1.dcm'; a report needs the fields Size,"),
+        ({"e_tag": None}, "no e_tag for '.*a/1.dcm'"),
+        ({"last_modified_date": None}, "no last_modified for '.*a/1.dcm'"),
         ({"key": None}, "a row of the inventory has no key"),
     ],
 )
-def test_an_object_whose_facts_are_missing_is_named_and_not_passed_over(
-    s3_uri, kind, lacking, message
-):
+def test_an_object_with_missing_values_is_named_and_not_skipped(s3_uri, kind, lacking, message):
     first, *others = rows_of(s3_uri)
     if kind == "CSV" and "key" in lacking:
         lacking = {"key": ""}
@@ -154,11 +152,11 @@ def test_an_object_whose_facts_are_missing_is_named_and_not_passed_over(
         read(report(s3_uri, kind, [{**first, **lacking}, *others]), s3_uri)
 
 
-def test_what_is_not_of_the_archive_may_lack_facts(s3_uri):
+def test_objects_outside_the_archive_may_lack_values(s3_uri):
     *rows, other, folder = rows_of(s3_uri)
     lacking = {"size": None, "e_tag": None, "last_modified_date": None}
     rows += [{**other, **lacking}, {**folder, "e_tag": None}]
-    # Null where the bucket keeps no versions.
+    # Null if the bucket keeps no versions.
     rows = [{**row, "is_latest": None, "is_delete_marker": None} for row in rows]
     rows[0]["is_latest"] = True
     found = read(report(s3_uri, "PARQUET", rows), s3_uri)
@@ -177,7 +175,7 @@ def test_parquet_times_may_be_milliseconds_since_1970(s3_uri):
     [
         ({"change": {"sourceBucket": "another"}}, "the report is of bucket 'another'"),
         ({"change": {"fileFormat": "XML"}}, "no reader for reports in XML"),
-        ({"change": {"files": None}}, "no manifest of an S3 Inventory report"),
+        ({"change": {"files": None}}, "not the manifest of an S3 Inventory report"),
         ({"md5": "0" * 32}, "differs from the MD5 in the manifest"),
         ({"drop": "e_tag"}, "no column source_etag or etag or e_tag"),
         ({"damage": True}, "the inventory is damaged"),
@@ -185,7 +183,7 @@ def test_parquet_times_may_be_milliseconds_since_1970(s3_uri):
         ({"elsewhere": True}, "names nothing below s3://.*; check --archive"),
     ],
 )
-def test_a_report_that_cannot_be_used_is_named_with_the_mend(s3_uri, options, message):
+def test_a_report_that_cannot_be_used_is_reported(s3_uri, options, message):
     rows = rows_of(s3_uri)
     if options.pop("drop", None):
         rows = [{name: value for name, value in row.items() if name != "e_tag"} for row in rows]
@@ -203,7 +201,7 @@ def test_a_report_that_cannot_be_used_is_named_with_the_mend(s3_uri, options, me
         read(manifest, s3_uri)
 
 
-def test_the_newest_report_of_a_configuration_counts_and_an_old_one_is_warned_of(s3_uri, caplog):
+def test_the_newest_report_of_a_configuration_is_used_with_a_warning_if_it_is_old(s3_uri, caplog):
     store = open_store(f"{s3_uri}-inventory/every-day")
     rows = rows_of(s3_uri)
     for day, number, made in (("10", 1, WHEN), ("09", 2, WHEN), ("11", 3, datetime.now(UTC))):
@@ -217,17 +215,17 @@ def test_the_newest_report_of_a_configuration_counts_and_an_old_one_is_warned_of
     assert not caplog.text
     with pytest.raises(UserError, match="no list lies there, and no report in folders such as"):
         read(f"{s3_uri}-inventory", s3_uri)  # the folder above
-    with pytest.raises(UserError, match=r"is damaged .*; of an S3 Inventory report give manifest"):
+    with pytest.raises(UserError, match=r"is damaged .*; for an S3 Inventory report give its manifest"):
         read(f"{s3_uri}-inventory/data/part", s3_uri)  # its CSV
     with pytest.raises(UserError, match="differs from the MD5"):  # the data are the newest one's
         read(f"{store.uri}/2026-03-10T01-00Z/manifest.json", s3_uri)
-    assert "the report was made on 2026-03-04, and names nothing that came later" in caplog.text
+    assert "the report was made on 2026-03-04, and names nothing newer" in caplog.text
 
 
-def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path, monkeypatch):
+def test_a_parquet_list_gives_the_objects_of_the_archive(tmp_path, monkeypatch):
     archive = take_inventory(_archive(tmp_path))
     pq.write_table(archive.objects.drop_columns("is_shard"), tmp_path / "list.parquet")
-    with monkeypatch.context() as refused:  # as to those who may read a list and nothing else
+    with monkeypatch.context() as refused:  # as for a user who may read the list and nothing else
         refused.delattr(LocalStore, "list")
         assert len(read(str(tmp_path / "list.parquet"), archive.uri)) == 3
     found = read(str(tmp_path / "list.parquet"), archive.uri)
@@ -237,15 +235,15 @@ def test_a_list_in_parquet_stands_for_the_archive_anywhere(tmp_path, monkeypatch
     pq.write_table(archive.objects.slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="names nothing below"):
         read(str(tmp_path / "empty.parquet"), archive.uri)
-    # A key as a URI leads to the same film on disk: it would be screened again by its other name.
+    # A key as a whole URI leads to the same film on disk, which would be screened under two names.
     listed = archive.objects.drop_columns("is_shard")
     uris = pa.array([f"{archive.uri}/{key}" for key in listed["image"].to_pylist()])
     pq.write_table(listed.set_column(0, "image", uris), tmp_path / "uris.parquet")
-    with pytest.raises(UserError, match="its column image names whole URIs; give keys as they are"):
+    with pytest.raises(UserError, match="its column image holds whole URIs; give keys relative to"):
         read(str(tmp_path / "uris.parquet"), archive.uri)
 
 
-def test_what_is_left_out_is_counted_unless_it_is_nothing(tmp_path, caplog):
+def test_objects_that_are_left_out_are_counted_in_the_log_if_there_are_any(tmp_path, caplog):
     caplog.set_level("INFO")
     uri = _archive(tmp_path)
     for prefix, left in (("results/", ["a.tar", "b/2.png", "c.dcm"]), ("b/", ["a.tar", "c.dcm"])):
@@ -259,7 +257,7 @@ def test_what_is_left_out_is_counted_unless_it_is_nothing(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
-def test_a_damaged_list_is_named_wherever_the_damage_lies(tmp_path, compression):
+def test_a_damaged_list_is_reported_wherever_the_damage_is(tmp_path, compression):
     archive = take_inventory(_archive(tmp_path))
     sink = io.BytesIO()
     pq.write_table(archive.objects, sink, compression=compression, write_page_checksum=True)
@@ -272,7 +270,7 @@ def test_a_damaged_list_is_named_wherever_the_damage_lies(tmp_path, compression)
         except UserError as error:
             told.append(str(error))
     assert len(told) > 20
-    # A footer that tells of no rows is a sound list of nothing.
+    # A footer that states no rows makes a sound list of nothing.
     expected = "the inventory is damaged", "names nothing below"
     assert all(any(words in line for words in expected) for line in told), told
 
@@ -284,7 +282,7 @@ def _archive(tmp_path) -> str:
     return store.uri
 
 
-def test_a_large_place_is_listed_by_its_folders_and_every_object_comes_once(s3_uri):
+def test_a_large_archive_is_listed_by_folders_and_every_object_once(s3_uri):
     store = open_store(s3_uri)
     keys = {f"{year}/{day:02d}/{n}.dcm" for year in (2025, 2026) for day in range(25)
             for n in range(20)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which file of an archive a name of the labels means, where none has it whole."""
+"""Which file of an archive a name of the labels means if no file has it as a whole."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lungopacity.archive.names import Wanted, names_by_ending
         ("1.png", "11.png", False),
         ("p1/1.png", "p11/1.png", False),
         ("p1/1.png", "p2/1.png", False),
-        # Of another folder, for all one knows.
+        # It may be of another folder.
         ("train/1.png", "1.png", False),
         ("images/1.png", "masks/1.png", False),
     ],
 )
-def test_a_name_means_a_file_where_one_ends_with_the_other_folder_by_folder(name, file, meant):
+def test_a_name_means_a_file_if_one_ends_with_the_other_by_whole_folders(name, file, meant):
     wanted = Wanted(frozenset([name]), by_ending=True)
     for names in (wanted, pickle.loads(pickle.dumps(wanted))):
         assert names.has(file) == meant
@@ -35,7 +35,7 @@ def test_a_name_means_a_file_where_one_ends_with_the_other_folder_by_folder(name
     assert Wanted(frozenset([name])).has(file) == (name == file)
 
 
-def test_what_could_be_two_files_or_two_names_goes_with_none():
+def test_ambiguous_names_and_files_are_not_matched():
     found, doubts = names_by_ending(
         ["x/1.png", "x/2.png", "y/2.png", "c/b/a/3.png", "other.png"],
         ["1.png", "2.png", "a/3.png", "b/a/3.png", "gone.png"],

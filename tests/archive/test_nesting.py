@@ -43,12 +43,12 @@ def test_a_compressed_film_in_a_container_keeps_its_name(outer):
     assert walk(data, wanted=wanted) == ([(name, b"film"), ("b", None)], None)
 
 
-def test_a_nested_container_without_a_file_has_a_row():
+def test_a_nested_container_without_files_has_a_row():
     data = make_zip([("a", b"1"), ("in.zip", make_zip([])), ("b", b"2")])
     assert walk(data) == ([("a", b"1"), ("in.zip", ErrorCode.EMPTY), ("b", b"2")], None)
 
 
-def test_a_container_in_a_nested_container_is_refused_alone():
+def test_a_container_in_a_nested_container_costs_only_itself():
     inner = make_tar([("1", b"1"), ("deep.zip", make_zip(FILMS)), ("2", b"2")])
     rows, ended = walk(make_zip([("in.tar", inner), ("b", b"3")]))
     refused = ("in.tar/deep.zip", ErrorCode.UNSUPPORTED)
@@ -57,7 +57,7 @@ def test_a_container_in_a_nested_container_is_refused_alone():
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_nested_container_that_has_no_room_to_be_unpacked_is_tried_again(monkeypatch, number):
+def test_a_nested_container_that_the_disk_cannot_hold_is_tried_again(monkeypatch, number):
     class Full(io.BytesIO):
         def write(self, _data: object) -> int:
             raise OSError(number, "No space left on device")
@@ -100,7 +100,7 @@ def test_a_nested_container_may_be_larger_than_an_image_may_be():
 
 
 @pytest.mark.parametrize("outer", ["tar", "tar.gz", "deflated.zip"])
-def test_a_nested_container_is_entered_for_a_wanted_member_alone(outer):
+def test_a_nested_container_is_entered_only_for_a_wanted_member(outer):
     inner = make_tar([("x/1", b"1"), ("x/2", b"2")])
     data = KINDS[outer]([("in", inner), ("other", inner), ("film", b"3"), ("in/x", b"4")])
     rows, ended = walk(data, wanted=Wanted(frozenset({"in/x/2", "film/y"})))

@@ -1,4 +1,4 @@
-"""The phantom archive: physics that holds, labels that nothing betrays, files that are valid."""
+"""The phantom archive: right physics, labels that nothing gives away, valid files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def files_of(root: Path) -> dict[str, bytes]:
 
 
 def images_of(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Every film's bytes by the name that the labels give it."""
+    """The bytes of every film by its name in the labels."""
     found = {}
     for key, data in files.items():
         if key.endswith(".tar"):
@@ -107,7 +107,7 @@ def test_an_opacity_replaces_no_more_air_than_a_chest_holds(kind):
 
 
 @pytest.mark.parametrize("view", ["PA", "AP"])
-def test_lung_is_darker_than_heart_and_abdomen_on_either_side(view):
+def test_lung_is_darker_than_heart_and_abdomen_on_both_sides(view):
     drawn = film(5, view=view).pixels.astype(float) / WHITE
     middle, fifth = SIZE // 2, SIZE // 5
     rows = slice(int(0.42 * SIZE), int(0.55 * SIZE))
@@ -134,7 +134,7 @@ def test_an_ap_film_shows_the_same_heart_wider():
     assert heart_share("AP") > heart_share("PA")
 
 
-def test_films_use_the_twelve_bits_without_drowning_in_black_or_white():
+def test_films_use_the_twelve_bits_without_much_black_or_white():
     for seed in range(4):
         pixels = film(seed).pixels
         assert pixels.dtype == np.uint16
@@ -153,7 +153,7 @@ def test_a_film_too_small_to_show_anything_is_refused():
 # ------------------------------------------------------------------------------------- the labels
 
 
-def test_neither_view_split_format_nor_place_tells_the_label():
+def test_view_split_format_and_place_do_not_depend_on_the_label():
     plan = list(phantom._plan(PhantomSettings(images=4000)))
     overall = np.mean([planned.kind is not None for planned in plan])
     assert overall == pytest.approx(0.45, abs=0.04)
@@ -188,7 +188,7 @@ def test_some_patients_have_films_of_both_labels():
     assert any(len(found) == 2 for found in labels.values())
 
 
-def test_every_image_of_the_archive_has_one_label_row_and_no_name_tells_it(files):
+def test_every_image_has_one_label_row_and_no_name_gives_it_away(files):
     rows = rows_of(files["labels.csv"])
     assert list(rows[0]) == [
         "image",
@@ -210,7 +210,7 @@ def test_every_image_of_the_archive_has_one_label_row_and_no_name_tells_it(files
     assert all(18 <= int(row["patient_age_years"]) <= 89 for row in rows)
 
 
-def test_boxes_lie_within_films_and_belong_to_opacities_alone(files):
+def test_boxes_are_within_films_and_only_on_opacities(files):
     label_of = {row["image"]: row["label"] for row in rows_of(files["labels.csv"])}
     boxed = set()
     for row in rows_of(files["boxes.csv"]):

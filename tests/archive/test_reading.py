@@ -34,7 +34,7 @@ def images(rows: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["a/x.png.gz", "night"])
-def test_a_compressed_film_has_its_key_for_its_name(store_uri, name):
+def test_a_compressed_film_has_the_key_of_its_object(store_uri, name):
     open_store(store_uri).write(name, gzip.compress(encoded(grey_film())))
     open_store(store_uri).write("notes.csv.gz", gzip.compress(b"image,label\n" * 50))
     film, notes = sorted(images(read(store_uri)), key=lambda row: row["status"])
@@ -69,7 +69,7 @@ def test_every_object_has_a_row_with_its_facts(store_uri):
     assert (empty["status"], empty["error_code"]) == ("failed", "empty")
 
 
-def test_sheets_beside_films_are_rejected_and_not_failures(tmp_path):
+def test_tables_and_notes_beside_films_are_rejected_and_not_failures(tmp_path):
     names = ("labels.csv", "Normal.metadata.xlsx", "a/LICENSE", "a/SHA256SUMS", "export.log")
     for name in names:
         open_store(str(tmp_path)).write(name, b"image,label\n")
@@ -80,7 +80,7 @@ def test_sheets_beside_films_are_rejected_and_not_failures(tmp_path):
     ] * (len(names) + 1)
 
 
-def test_what_desktops_leave_beside_films_is_rejected_and_no_failure(tmp_path):
+def test_system_files_beside_films_are_rejected_and_not_failures(tmp_path):
     apple_double = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(200)
     litter = {
         "a/.DS_Store": b"\x00\x00\x00\x01Bud1" + bytes(200),
@@ -102,7 +102,7 @@ def test_what_desktops_leave_beside_films_is_rejected_and_no_failure(tmp_path):
         assert row["status"] == ("rejected" if name in litter else "failed"), name
 
 
-def test_members_of_a_shard_are_images_and_the_shard_is_closed(store_uri):
+def test_members_of_a_shard_have_rows_and_so_has_its_end(store_uri):
     films = {f"Some Label/ü.{number}.png": encoded(grey_film(number)) for number in range(5)}
     store = open_store(store_uri)
     store.write("x.tar", tar({**films, "../../evil.png": b"junk"}))
@@ -126,7 +126,7 @@ def whole_tar() -> bytes:
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_a_cut_shard_gives_its_readable_members_and_one_error_row(tmp_path, share):
     data = whole_tar()
-    # Of its content: zeros fill the end.
+    # A share of its content: zeros fill the end.
     open_store(str(tmp_path)).write("x.tar", data[: int(len(data.rstrip(b"\0")) * share)])
     rows = images(read(str(tmp_path)))
     assert [row["status"] for row in rows[:-1]] == ["ok"] * (len(rows) - 1)
@@ -162,7 +162,7 @@ def test_a_disk_that_fails_while_a_shard_is_read_is_tried_again(tmp_path, monkey
     assert rows[0]["error_message"] == "disk error: Input/output error"
 
 
-def test_only_wanted_images_are_read_where_names_are_given(tmp_path):
+def test_only_wanted_images_are_read_if_names_are_given(tmp_path):
     store = open_store(str(tmp_path))
     store.write("a.png", encoded(grey_film()))
     store.write("b.png", encoded(grey_film()))
@@ -185,7 +185,7 @@ def test_an_object_that_is_gone_or_changed_is_a_row(store_uri):
     assert {row["error_stage"] for row in rows} == {"fetch"}
 
 
-def test_what_is_too_large_is_refused_by_its_listed_size(tmp_path):
+def test_an_object_that_is_too_large_is_refused_by_its_listed_size(tmp_path):
     store = open_store(str(tmp_path))
     store.write("a.png", encoded(grey_film()))
     store.write("x.tar", tar({"b.png": encoded(grey_film())}))
@@ -193,9 +193,7 @@ def test_what_is_too_large_is_refused_by_its_listed_size(tmp_path):
     assert [row["error_code"] for row in images(read(str(tmp_path), settings))] == ["too_large"] * 2
 
 
-def test_a_large_shard_is_known_by_its_content_and_what_is_none_is_not_fetched(
-    store_uri, monkeypatch
-):
+def test_a_large_object_is_fetched_only_if_its_content_says_it_is_a_shard(store_uri, monkeypatch):
     store = open_store(store_uri)
     films = {f"{n}.png": encoded(grey_film(n)) for n in range(5)}
     store.write("films.2024-01", tar(films))
@@ -235,14 +233,14 @@ def test_many_loose_objects_keep_their_order(tmp_path):
     assert [row["image"] for row in read(str(tmp_path))] == names
 
 
-def test_a_place_that_holds_nothing_is_refused(store_uri):
+def test_an_empty_archive_is_refused(store_uri):
     with pytest.raises(UserError, match="nothing lies there"):
         take_inventory(store_uri)
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "study"])
-def test_a_container_is_known_by_its_content(store_uri, name):
-    """A shard by its name, or not: a night's export is often a zip without a suffix."""
+def test_a_container_is_recognised_by_its_content(store_uri, name):
+    """Whether or not its name is that of a shard: an export is often a zip without a suffix."""
     films = {f"{n}.png": encoded(grey_film(n)) for n in range(3)}
     open_store(store_uri).write(name, gzip.compress(tar({**films, "notes.txt": b"hello"})))
     *members, end = read(store_uri)
@@ -252,13 +250,13 @@ def test_a_container_is_known_by_its_content(store_uri, name):
     assert {row["reading"] for row in (*members, end)} == {end["reading"]}
 
 
-def test_a_film_under_the_name_of_a_shard_is_a_film(store_uri):
+def test_a_film_with_the_name_of_a_shard_is_a_film(store_uri):
     open_store(store_uri).write("x.tar", encoded(grey_film()))
     (row,) = read(store_uri)
     assert (row["status"], row["member"], row["reading"]) == ("ok", None, None)
 
 
-def test_frames_of_a_loose_file_are_rows_that_are_closed(store_uri):
+def test_frames_of_a_loose_file_have_rows_and_so_has_its_end(store_uri):
     frames = np.stack([grey_film(seed).astype(np.uint16) * 16 for seed in range(5)])
     data = dicom(frames[0], NumberOfFrames=5, PixelData=frames.astype("<u2").tobytes())
     open_store(store_uri).write("cine.dcm", data)
@@ -281,7 +279,7 @@ def test_frames_of_a_member_count_for_its_shard(tmp_path):
     assert end["shard_rows"] == 5
 
 
-def test_quality_is_a_verdict_in_the_row_and_the_users_rules_decide(tmp_path):
+def test_the_row_has_the_quality_flags_and_the_settings_decide_which_reject(tmp_path):
     store = open_store(str(tmp_path))
     store.write("blank.png", encoded(np.full((200, 200), 90, np.uint8)))
     store.write("good.png", encoded(grey_film()))
@@ -298,7 +296,7 @@ def test_quality_is_a_verdict_in_the_row_and_the_users_rules_decide(tmp_path):
     assert [row["quality_inverted"] for row in rows] == [False, False, True]
 
 
-def test_borders_are_cut_off_what_is_scored_and_not_off_what_is_judged(tmp_path):
+def test_borders_are_cropped_for_the_score_and_not_for_the_quality(tmp_path):
     film = grey_film(height=160, width=160).clip(30, None)
     open_store(str(tmp_path)).write("a.png", encoded(np.pad(film, 150)))
     preprocessing = Preprocessing(image_size=80, crop_borders=True)
@@ -311,7 +309,7 @@ def test_borders_are_cut_off_what_is_scored_and_not_off_what_is_judged(tmp_path)
     assert whole["shown_edges"] == [0, 0, 460, 460]
 
 
-def test_a_view_that_nothing_tells_is_marked(tmp_path):
+def test_an_unknown_view_is_marked(tmp_path):
     store = open_store(str(tmp_path))
     film = grey_film().astype(np.uint16) * 16
     store.write("a.png", encoded(grey_film()))
@@ -321,5 +319,5 @@ def test_a_view_that_nothing_tells_is_marked(tmp_path):
     rows = read(str(tmp_path))
     assert [row["view_unknown"] for row in rows] == [True, True, False, None]
     assert [row["error_code"] for row in rows] == [None, None, None, "lateral_view"]
-    # What the header said is kept beside the refusal.
+    # The row keeps what the header said.
     assert (rows[3]["view_position"], rows[3]["modality"]) == ("LL", "DX")

@@ -1,4 +1,4 @@
-"""How the objects of a plan are shared out among those who read."""
+"""How the objects of a plan are divided among the readers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lungopacity.results.schema import PLAN_SCHEMA
 
 
 def plan(loose: int = 0, shards: tuple[int, ...] = ()) -> pa.Table:
-    """`loose` objects of 1 kB, and shards of so many kB, in turns."""
+    """`loose` objects of 1 kB and shards of so many kB, mixed."""
     sizes = [*((size, True) for size in shards), *[(1, False)] * loose]
     rows = [
         {"image": f"{n:05d}", "source_size_bytes": kilobytes * 1000, "is_shard": is_shard}
@@ -46,7 +46,7 @@ def test_tasks_of_loose_objects_shrink_toward_the_end():
     assert sizes[0] == 1024
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] <= 32
-    # Whoever takes the next task when free: nobody works longer than the smallest task.
+    # If a free reader takes the next task, none works longer than the smallest task.
     busy = [0, 0]
     for size in sizes:
         busy[busy.index(min(busy))] += size
@@ -54,7 +54,7 @@ def test_tasks_of_loose_objects_shrink_toward_the_end():
 
 
 @pytest.mark.parametrize("most", [1, 64])
-def test_tasks_hold_no_more_than_asked_for(most: int):
+def test_tasks_have_at_most_the_given_number_of_objects(most: int):
     sizes = [task.num_rows for task in read_tasks(plan(1000, shards=(5,)), 2, most)]
     assert sum(sizes) == 1001
     assert max(sizes) == most
@@ -66,7 +66,7 @@ def test_a_few_hundred_objects_are_shared_among_all_cpus():
     assert len(sizes) >= 16
 
 
-def test_shards_that_cannot_be_shared_evenly_are_told():
+def test_shards_that_cannot_be_shared_evenly_are_recognised():
     assert divide_evenly(plan(7629), 16)
     assert divide_evenly(plan(0, shards=(50,) * 8), 2)
     assert not divide_evenly(plan(0, shards=(50,) * 7), 2)
@@ -76,10 +76,10 @@ def test_shards_that_cannot_be_shared_evenly_are_told():
     assert divide_evenly(plan(0, shards=(0, 0)), 2)  # sizes that nobody told
 
 
-def test_a_node_where_no_decoder_starts_leaves_its_task_to_another(
+def test_a_task_whose_decoder_does_not_start_is_left_to_another_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Ray tries a task again for an error of its own alone."""
+    """Ray retries a task only for an error of Ray's own."""
     (tmp_path / "a.png").write_bytes(b"x")
     archive = take_inventory(str(tmp_path))
     monkeypatch.setattr(sys, "executable", "/nowhere/python")

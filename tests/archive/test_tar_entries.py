@@ -1,4 +1,4 @@
-"""Tars: links, sparse files, and headers that lie."""
+"""Tars: links, sparse files, and false headers."""
 
 import gzip
 import io
@@ -25,13 +25,13 @@ def test_a_broken_header_in_the_middle_is_noticed():
     assert walk(gzip.compress(bytes(data))) == (FILMS[:3], ErrorCode.CORRUPT_ARCHIVE)
 
 
-def test_tars_one_after_another_are_noticed():
+def test_concatenated_tars_are_noticed():
     data = make_tar(FILMS[:2]) + make_tar(FILMS[2:])
     assert walk(data) == (FILMS[:2], ErrorCode.CORRUPT_ARCHIVE)
     assert walk(zstd(data)) == (FILMS[:2], ErrorCode.CORRUPT_ARCHIVE)
 
 
-def test_a_name_in_no_known_encoding_is_readable():
+def test_a_tar_name_that_is_not_utf8_is_escaped():
     buffer = io.BytesIO()
     with tarfile.open(
         fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1"
@@ -57,7 +57,7 @@ def _info(name: str, kind: bytes = tarfile.REGTYPE, linkname: str = "") -> tarfi
     return info
 
 
-def test_a_link_is_a_second_name_where_it_can_be_followed_and_a_row_where_not():
+def test_a_link_is_a_second_name_if_it_can_be_followed_and_an_error_row_if_not():
     data = _tar_of(
         (_info("a.png"), b"film"),
         (_info("hard", tarfile.LNKTYPE, "a.png"), b""),
@@ -100,8 +100,16 @@ def test_a_hard_link_is_followed_to_a_hard_link():
     [
         (_info("b", tarfile.SYMTYPE, "a"), bytes, "a symbolic link, which is not followed"),
         (_info("b", tarfile.SYMTYPE, "a"), gzip.compress, "a symbolic link, which is not followed"),
-        (_info("b", tarfile.LNKTYPE, "z"), bytes, "a hard link to no plain file in front of it"),
-        (_info("b", tarfile.LNKTYPE, "b"), bytes, "a hard link to no plain file in front of it"),
+        (
+            _info("b", tarfile.LNKTYPE, "z"),
+            bytes,
+            "a hard link to something else than an earlier plain file",
+        ),
+        (
+            _info("b", tarfile.LNKTYPE, "b"),
+            bytes,
+            "a hard link to something else than an earlier plain file",
+        ),
         (_info("b", tarfile.LNKTYPE, "a"), gzip.compress, "a hard link, which is not followed in"),
     ],
 )
@@ -112,11 +120,11 @@ def test_a_link_that_is_not_followed_says_why(link, compress, why):
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
-def test_what_a_file_system_keeps_of_a_film_does_not_end_the_walk(compress, monkeypatch):
+def test_file_attributes_in_a_pax_header_do_not_end_the_walk(compress, monkeypatch):
     infos = [_info(name) for name in "abc"]
     infos[1].pax_headers = {"SCHILY.xattr.user.note": "x" * 20_000}
     data = compress(_tar_of(*((info, b"1") for info in infos), format=tarfile.PAX_FORMAT))
-    # Whatever this Python is allowed.
+    # The limit depends on the version of Python.
     monkeypatch.setattr(tar_entries, "_MAX_PAX_BYTES", 1 << 20)
     assert walk(data) == ([("a", b"1"), ("b", b"1"), ("c", b"1")], None)
     infos[1].pax_headers = {"path": "/".join("x" * 20_000)}
@@ -127,7 +135,7 @@ def test_what_a_file_system_keeps_of_a_film_does_not_end_the_walk(compress, monk
         list(members(io.BytesIO(data), "x.tar", LIMITS))
 
 
-def test_only_what_can_hold_a_film_has_a_row():
+def test_only_members_that_can_hold_a_film_have_rows():
     kinds = (tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
     infos = [(_info(f"no{n}", kind), b"") for n, kind in enumerate(kinds)]
     data = _tar_of(

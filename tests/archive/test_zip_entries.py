@@ -1,4 +1,4 @@
-"""Zips: members that cannot be read, and what no directory names."""
+"""Zips: members that cannot be read, and members that no directory lists."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ from tests.archive.making import FILMS, KINDS, ZIPS, make_zip, noise, walk
 
 def test_directories_of_a_zip_have_no_row():
     assert walk(make_zip([("folder/", b""), ("folder/a", b"1")])) == ([("folder/a", b"1")], None)
-    # One that holds something is none.
+    # One with content is not a directory.
     assert walk(make_zip([("film/", b"1")])) == ([("film/", b"1")], None)
 
 
@@ -28,7 +28,7 @@ def test_members_of_a_zip_come_in_stored_order():
 
 
 @pytest.mark.parametrize("kind", ZIPS)
-def test_a_broken_member_of_a_zip_is_lost_alone(kind):
+def test_a_broken_member_of_a_zip_costs_no_other(kind):
     data = bytearray(KINDS[kind](FILMS))
     place = data.index(FILMS[2][0].encode()) + 700
     data[place : place + 8] = b"\xaa" * 8
@@ -77,12 +77,12 @@ def test_a_link_in_a_zip_is_a_row():
     assert walk(buffer.getvalue()) == ([("link", ErrorCode.UNSUPPORTED)], None)
 
 
-def test_a_zip_behind_a_zip_hides_nothing_in_silence():
+def test_concatenated_zips_are_noticed():
     rows, ended = walk(make_zip(FILMS[:2]) + make_zip(FILMS[2:]))
     assert (rows, ended) == (FILMS[2:], ErrorCode.CORRUPT_ARCHIVE)
 
 
-def test_a_directory_that_hides_a_member_is_noticed():
+def test_a_directory_that_leaves_out_a_member_is_noticed():
     data = bytearray(make_zip(FILMS))
     entry = data.index(b"PK\x01\x02")
     size = data.index(b"PK\x01\x02", entry + 4) - entry
@@ -91,7 +91,7 @@ def test_a_directory_that_hides_a_member_is_noticed():
     assert (rows, ended) == ([FILMS[0], *FILMS[2:]], ErrorCode.CORRUPT_ARCHIVE)
 
 
-def test_a_name_that_differs_between_the_headers_of_a_zip_is_not_believed():
+def test_a_member_whose_two_names_differ_is_an_error():
     data = bytearray(make_zip(FILMS))
     data[data.rindex(FILMS[1][0].encode())] ^= 1
     rows, ended = walk(bytes(data))
@@ -110,13 +110,13 @@ def test_more_members_than_an_end_record_can_count_are_read():
     assert (len(rows), rows[-1], ended) == (65_600, ("65599", ErrorCode.EMPTY), None)
 
 
-def test_a_zip_that_unpacks_itself_is_read():
+def test_a_self_extracting_zip_is_read():
     assert walk(b"MZ" + bytes(600) + make_zip(FILMS), "x.zip") == (FILMS, None)
     assert is_container(b"MZ" + bytes(510), "x.ZIP")
     assert not is_container(b"MZ" + bytes(510), "x.exe")
 
 
-def test_a_spanned_marker_is_no_obstacle():
+def test_a_zip_with_a_spanned_marker_is_read():
     marked = b"PK\x07\x08" + make_zip(FILMS)
     assert is_container(marked[:512])
     assert walk(marked) == (FILMS, None)
@@ -134,7 +134,7 @@ def test_zip64_members_are_recovered():
 
 
 def test_members_that_share_bytes_are_not_unpacked():
-    """David Fifield's bomb: many names for one kernel."""
+    """David Fifield's bomb: many members that share the same bytes."""
     data = make_zip([("kernel", noise(0))])
     start = data.index(b"PK\x01\x02")
     central = data[start : data.index(b"PK\x05\x06")]

@@ -61,7 +61,7 @@ def test_what_an_older_model_cannot_tell_it_cannot_reject(tmp_path):
     labels.write_text("image,label,split\na.png,Normal,test\n")
     refused = pytest.raises(
         UserError,
-        match=r"--reject-quality out_of_distribution: .* does not tell where its training",
+        match=r"--reject-quality out_of_distribution: .* does not hold the distribution of",
     )
     flags = ["out_of_distribution"]
     with refused:
