@@ -1,12 +1,11 @@
-"""What a user would write instead of `lungopacity screen`, each as its own documentation has it.
+"""What a user would write instead of `lungopacity screen`, each way as its documentation shows it.
 
-Each reads loose images that Pillow knows by their suffix, decodes them to grey pixels by its own
-library, shows the network the square that screening shows it, scores in the same precision, and
-writes Parquet: image, p_…, scored_at (seconds). None of them looks at quality, keeps a film that
-cannot be read, checks a digest, or can be stopped and go on; that is what screening does for its
-time.
+Each way reads loose images whose suffix Pillow knows, decodes them to grey pixels with its own
+library, gives the network the same square as screening, scores in the same precision, and writes
+Parquet: image, p_…, scored_at (seconds). None of them checks quality, keeps a row for a film that
+cannot be read, checks a digest, or can be stopped and resumed. Screening spends time on all these.
 
-- `dataloader`: torch's DataLoader, a worker a core, boto3 and Pillow, and a loop.
+- `dataloader`: torch's DataLoader with a worker for each core, boto3 and Pillow, and a loop.
 - `ray-read-images`: `ray.data.read_images`, `map_batches` to squares, `map_batches` with an actor,
   `write_parquet`.
 - `ray-download`: a list of URIs, `download()`, decoding in `map_batches`, the same actor.
@@ -47,12 +46,12 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
-"""What Ray's `read_images` takes for an image; the others are given the same."""
+"""What Ray's `read_images` takes for images. The other ways are given the same."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be scored, and how."""
+    """What to score, and how."""
 
     way: str
     """One of `WAYS`."""
@@ -69,7 +68,7 @@ class Task:
 
 
 class _Model:
-    """The network of a model folder, as one would call it by hand."""
+    """The network of a model folder, called as one would call it by hand."""
 
     def __init__(self, task: Task, threads: int | None = None) -> None:
         """`threads`: None is torch's own choice."""
@@ -80,7 +79,7 @@ class _Model:
         self.trained = load_model(task.model)
         self.device = torch.device("cuda" if task.use_gpu else "cpu")
         if task.use_gpu:
-            exact_float32()  # as ours
+            exact_float32()  # as screening does
         self.half = task.precision == BFLOAT16
         network = self.trained.network().to(self.device)
         self.network: torch.nn.Module = network.to(memory_format=torch.channels_last)
@@ -99,7 +98,7 @@ class _Model:
         return self.trained.spec.probabilities(logits_NK.float().cpu().numpy())
 
     def columns(self, pixels_NHW: Pixels) -> dict[str, Any]:
-        """p_… and scored_at of a batch."""
+        """The columns p_… and scored_at of a batch."""
         probabilities_NK = self(pixels_NHW)
         names = self.trained.spec.class_names
         columns = {
@@ -109,7 +108,7 @@ class _Model:
 
 
 def _square(data: bytes, preprocessing: Preprocessing) -> Pixels:
-    """What the network takes, of a file that Pillow reads."""
+    """The network's input, from a file that Pillow reads."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
@@ -120,7 +119,7 @@ def _square(data: bytes, preprocessing: Preprocessing) -> Pixels:
 
 
 class _Films:
-    """A map-style dataset of torch's DataLoader."""
+    """A map-style dataset for torch's DataLoader."""
 
     def __init__(self, uri: str, keys: list[str], preprocessing: Preprocessing) -> None:
         self.uri, self.keys, self.preprocessing = uri, keys, preprocessing
@@ -155,7 +154,8 @@ def _getter(uri: str) -> Callable[[str], bytes]:
 
 
 def _image_keys(images: str) -> tuple[str, list[str]]:
-    """URI of the root, and keys. Sheets and notes beside films are left out, as a user would."""
+    """URI of the root, and the keys. Tables and notes beside films are left out, as a user would
+    do."""
     archive = take_inventory(images)
     keys = [
         key for key in archive.objects["image"].to_pylist() if key.lower().endswith(IMAGE_SUFFIXES)
@@ -177,7 +177,7 @@ def dataloader(task: Task) -> None:
         batch_size=task.batch_size,
         num_workers=len(os.sched_getaffinity(0)),
         pin_memory=task.use_gpu,
-        # boto3 and a process that was forked from one with threads do not go together.
+        # boto3 does not work in a process that was forked from one with threads.
         multiprocessing_context="spawn",
     )
     tables = [
@@ -198,7 +198,7 @@ def ray_read_images(task: Task) -> None:
         pixels = np.stack([preprocessing.square(film) for film in batch["image"]])
         return {"path": batch["path"], "image": pixels}
 
-    with ray_session(), _told_bytes_moved():
+    with ray_session(), _bytes_moved_printed():
         quiet_ray_data()
         films = ray.data.read_images(
             root, filesystem=filesystem, mode="L", include_paths=True
@@ -219,7 +219,7 @@ def ray_download(task: Task) -> None:
         pixels = np.stack([_square(data, preprocessing) for data in batch["bytes"]])
         return {"uri": batch["uri"], "image": pixels}
 
-    with ray_session(), _told_bytes_moved():
+    with ray_session(), _bytes_moved_printed():
         quiet_ray_data()
         films = (
             ray.data.from_items([{"uri": f"{root}/{key}"} for key in keys])
@@ -241,7 +241,7 @@ def _ray_scored(films: Any, name: str, root: str, task: Task) -> Any:
     gpus = int(ray.cluster_resources().get("GPU", 0)) if task.use_gpu else 0
     cpus = int(ray.cluster_resources()["CPU"])
     actors = gpus or max(1, cpus - 2)
-    # Ray allows an actor as many as CPUs are reserved for it, and one where there are none.
+    # Ray gives an actor as many threads as CPUs are reserved for it, and one if none are.
     threads = max(1, cpus // actors)
 
     class Score:
@@ -257,8 +257,8 @@ def _ray_scored(films: Any, name: str, root: str, task: Task) -> Any:
         Score,
         batch_size=task.batch_size,
         num_gpus=1 if gpus else None,
-        # With a CPU each, as the recipe has it, two CPUs are taken by actors (one plans downloads)
-        # and none is left to read: the job hangs without a word.
+        # If each actor took a CPU, as in the recipe, actors would take both of two CPUs (one plans
+        # downloads) and leave none to read: the job would hang silently.
         num_cpus=0 if cpus <= 2 else 1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         runtime_env=worker_environment(task.use_gpu),
@@ -316,10 +316,10 @@ def daft(task: Task) -> None:
 
 
 def ours(task: Task) -> None:
-    """`lungopacity screen` inside of a Ray that can be asked afterwards what went through it."""
+    """`lungopacity screen` inside a Ray that can be asked afterwards what went through it."""
     from lungopacity.screening.screen import screen
 
-    with ray_session(), _told_bytes_moved():
+    with ray_session(), _bytes_moved_printed():
         screen(
             task.images,
             task.model,
@@ -332,8 +332,8 @@ def ours(task: Task) -> None:
 
 
 @contextmanager
-def _told_bytes_moved() -> Iterator[None]:
-    """Print how many bytes went through Ray in the block, for whoever started us."""
+def _bytes_moved_printed() -> Iterator[None]:
+    """Print how many bytes went through Ray in the block, for the process that started this one."""
     before = bytes_moved()
     yield
     after = bytes_moved()

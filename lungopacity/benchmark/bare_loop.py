@@ -1,11 +1,11 @@
-"""The limit of a machine: one process a core reads, decodes and scores, and nothing else happens.
+"""The limit of a machine: one process for each core reads, decodes and scores, and does no more.
 
-On a GPU each core's process decodes, and all feed one scorer. Whatever it is, it reads, decodes and
-computes by the functions that screening calls, so what screening takes longer is the cost of the
-framework around them, of the rows that it writes, and of its safeguards.
+With a GPU, these processes decode, and all feed one scorer. The loop reads, decodes and computes by
+the same functions as screening. So the additional time of screening is the cost of the framework
+around them, of the rows that it writes, and of its safeguards.
 
-A shard is read by one process, as in screening: of fewer shards than cores, some cores have nothing
-to do.
+A shard is read by one process, as in screening: if there are fewer shards than cores, some cores
+have nothing to do.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WHOLE, READ_HALF, SCORE_HALF = "bare", "bare-read", "bare-score"
 _OBJECTS_PER_TURN = 128
 _TURNS_A_PROCESS = 4
 _FILMS_HELD = 64
-"""Of the forward pass alone, that are scored again and again."""
+"""How many films the forward pass alone scores again and again."""
 
 Name = tuple[str, str | None, int | None]
 """Key, member of a shard, and frame."""
@@ -53,7 +53,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class BareTask:
-    """What is to be scored, and by which of the three ways."""
+    """What to score, and by which of the three ways."""
 
     way: str
     images: str
@@ -67,13 +67,13 @@ class BareTask:
     precision: str = FLOAT32
     """See `Scorer`."""
     films: int = 0
-    """Of the forward pass alone: how many it scores."""
+    """How many films the forward pass alone scores."""
 
 
 def run(task: BareTask, *, one_scorer: bool | None = None) -> None:
     """Score every image and write Parquet files: image, member, frame, p_…, scored_at (seconds).
 
-    `one_scorer`: this process computes what the others decode; None: on a GPU.
+    `one_scorer`: this process scores what the others decode; None: only on a GPU.
     """
     if one_scorer is None:
         one_scorer = task.use_gpu
@@ -106,7 +106,7 @@ def run(task: BareTask, *, one_scorer: bool | None = None) -> None:
 
 
 def _turns_of(objects: pa.Table, processes: int) -> list[pa.Table]:
-    # Small enough that every process has some.
+    # Small enough that every process gets some.
     rows = math.ceil(objects.num_rows / (_TURNS_A_PROCESS * processes))
     rows = max(1, min(_OBJECTS_PER_TURN, rows))
     return [
@@ -119,7 +119,7 @@ def _turns_of(objects: pa.Table, processes: int) -> list[pa.Table]:
 def _check(workers: Sequence[Any]) -> None:
     for worker in workers:
         if worker.exitcode:
-            raise SystemExit(f"a process of the bare loop ended with {worker.exitcode}")
+            raise SystemExit(f"a process of the bare loop ended with exit code {worker.exitcode}")
 
 
 class _Room:
@@ -221,12 +221,13 @@ def _batches(
 def _films(
     uri: str, turns: Sequence[pa.Table], model: TrainedModel, taken: Any
 ) -> Iterator[tuple[Name, Pixels]]:
-    """The films that decode. A turn goes to whichever process is free: no core waits at the end."""
+    """The films that can be decoded. Each turn goes to whichever process is free, so that no core
+    is idle at the end."""
     store, settings = open_store(uri), ReadSettings(model.spec.preprocessing)
     preprocessing = settings.preprocessing
     for turn in _turns(turns, taken):
         for image, member, data in read_files(store, turn, settings):
-            # What cannot be read is passed over, as whole files or as single frames.
+            # Whole files and single frames that cannot be read are skipped.
             with suppress(ImageError):
                 for found in shown_films(data, settings):
                     if not isinstance(found, ImageError):
@@ -247,7 +248,7 @@ def _turns(turns: Sequence[pa.Table], taken: Any) -> Iterator[pa.Table]:
 def _same_films(
     uri: str, turns: Sequence[pa.Table], count: int, model: TrainedModel, taken: Any
 ) -> Iterator[tuple[Name, Pixels]]:
-    """`count` films over all processes, of the pixels of the first few that decode."""
+    """`count` films over all processes: the first few that can be decoded, again and again."""
     alone = multiprocessing.Value("q", 0)
     first = list(islice(_films(uri, turns, model, alone), _FILMS_HELD))
     while first:

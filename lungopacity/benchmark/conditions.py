@@ -1,4 +1,4 @@
-"""Where, when and by which versions figures were measured: without that, none can be compared."""
+"""Where, when and with which versions figures were measured, without which none can be compared."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from lungopacity.words import counted
 
 @dataclass(frozen=True)
 class Conditions:
-    """Of this machine; the figures themselves say what a Ray cluster had."""
+    """Conditions on this machine. The figures themselves say what a Ray cluster had."""
 
     command: str
     measured_at: str
-    """When the last figure was there, in UTC."""
+    """When the last figure was measured, in UTC."""
     cpu: str
-    """Its model."""
+    """Model of the CPU."""
     cores: int
     gpus: tuple[str, ...]
-    """Names of those that torch can use."""
+    """Names of the GPUs that torch can use."""
     versions: dict[str, str]
     compiled: bool = True
-    """Whether installed packages are compiled to bytecode. Else each process compiles what it
-    imports, and starts take three times as long."""
+    """Whether installed packages are compiled to bytecode. If not, each process compiles what it
+    imports, and takes three times as long to start."""
     notice: str = NOTICE
 
     @staticmethod
     def found(command: str) -> Conditions:
-        """Call it when all is measured: it imports torch."""
+        """Call this when everything is measured, because it imports torch."""
         import torch
 
         installed = versions()
@@ -63,8 +63,8 @@ class Conditions:
         ]
         if not self.compiled:
             lines.append(
-                "packages are not compiled to bytecode here, so that each process starts slowly: "
-                "`python -m compileall` of their folder first"
+                "packages are not compiled to bytecode here, so each process starts slowly; run "
+                "`python -m compileall` on their folder first"
             )
         return "\n".join([*lines, self.notice])
 

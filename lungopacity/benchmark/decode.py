@@ -1,7 +1,7 @@
 """Images a second on one core, from the bytes of a file to grey pixels, for each format.
 
-Beside each of ours stands every library that a user would call for it, in its documented best form.
-All run in one process, one after the other, again and again: a busy neighbour slows them all alike.
+Ours is measured beside every library that a user would call for the format, in its documented best
+form. All run in one process, in turns, again and again: a busy neighbour slows them all alike.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class DecodeSpeed:
     format: str
     way: str
     images_per_s: float
-    """Median over the repeats, on one core; of nvJPEG on a GPU, all files in one call."""
+    """Median over the repeats, on one core; for nvJPEG on a GPU, with all files in one call."""
     spread: float
     """Half the range between the quartiles, as a share of the median."""
     max_difference: int
-    """From our pixels, in grey levels of 255; -1 where the size is another."""
+    """From our pixels, in grey levels from 0 to 255; -1 if the size differs."""
 
 
 def decode_speeds(
@@ -60,15 +60,15 @@ def decode_speeds(
 ) -> list[DecodeSpeed]:
     """Measure every format.
 
-    images: URI of films to encode anew in each format; None draws phantoms. `model`: URI of one
-    whose input JPEGs are also decoded straight to; None: of 224 pixels a side. `count`: how many.
-    What cannot be decoded is passed over. Raises `UserError` where nothing is left.
+    images: URI of films to encode in each format; None draws phantoms. `model`: URI of a model;
+    JPEGs are also decoded straight to its input size; None: to 224 pixels a side. `count`: how many
+    films. Films that cannot be decoded are skipped. Raises `UserError` if none is left.
     """
     if count < 1 or repeats < 1:
         raise UserError("--count and --repeats must be at least 1")
     films = list(islice(_phantoms() if images is None else _films(images), count))
     if not films:
-        raise UserError(f"{images}: holds no film that can be decoded")
+        raise UserError(f"{images}: holds no film that can be decoded; give other --images")
     reduced = _REDUCED if model is None else load_model(model).spec.preprocessing.at_least
     formats = _formats(reduced)
     speeds: list[DecodeSpeed] = []
@@ -78,14 +78,14 @@ def decode_speeds(
             found = list(_measured(name, files, ways, repeats))
             speeds += found
             rates = ", ".join(f"{speed.way} {speed.images_per_s:.1f}" for speed in found)
-            # At once, for what is cut short has no table.
+            # Logged at once, because a run that is cut short prints no table.
             log.info("%s: %s images/s", name, rates)
             progress.advance(1)
     return speeds
 
 
 def table(speeds: Sequence[DecodeSpeed]) -> str:
-    """A line for each way; `ratio` is ours to it."""
+    """A line for each way; `ours / it` is our rate over its rate."""
     lines = [
         f"{'format':<24}{'way':<14}{'images/s':>10}{'spread':>9}{'ours / it':>11}{'differs':>9}"
     ]
@@ -197,7 +197,7 @@ def _simplejpeg_reduced(reduced: int) -> Decode:
 
 
 def _smallest(width: int, height: int, reduced: int) -> tuple[int, int]:
-    """What is asked of each: the longer side is to have `reduced` pixels at least."""
+    """The size that each library is asked for: the longer side has at least `reduced` pixels."""
     scale = reduced / max(width, height)
     return round(width * scale), round(height * scale)
 
@@ -267,7 +267,7 @@ def _formats(reduced: int) -> dict[str, tuple[Callable[[Grey], bytes], dict[str,
         "uncompressed": None,
         "deflated": uid.DeflatedExplicitVRLittleEndian,
         "RLE": uid.RLELossless,
-        # Its only encoder has no wheel for every Python; decoding it needs GDCM alone.
+        # The only encoder has no wheels for some Pythons; decoding needs only GDCM.
         **({"JPEG-LS": uid.JPEGLSLossless} if find_spec("jpeg_ls") else {}),
         "JPEG 2000": uid.JPEG2000Lossless,
     }
@@ -297,7 +297,8 @@ def _encoder(image_format: str, **options: Any) -> Callable[[Grey], bytes]:
 
 
 def _png_of_rows(film: Grey) -> bytes:
-    """As OpenCV writes them, and most films of public sets are: no row is filtered by another."""
+    """As OpenCV writes PNGs, and as most films of public sets are: no row is filtered by another
+    row."""
     import imagecodecs
 
     return bytes(imagecodecs.png_encode(film, filter=imagecodecs.PNG.FILTER.SUB))

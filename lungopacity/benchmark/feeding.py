@@ -1,7 +1,7 @@
 """How many cores keep one GPU fed, format by format, and what a million images cost.
 
-Of decoding and the forward pass alone, each at its measured best: fetching, shrinking and what lies
-between them want more cores, see docs/scale.md.
+This counts decoding and the forward pass alone, each at its measured best. Fetching, shrinking and
+what lies between them need more cores; see docs/scale.md.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Feeding:
     format: str
     precision: str
     gpu_images_per_s: float
-    """Of the forward pass, at its best batch size."""
+    """Rate of the forward pass, at its best batch size."""
     cores: float
-    """That decode as many images a second."""
+    """Cores that decode as many images a second."""
     dollars: float
-    """A million images, decoded and scored."""
+    """Cost of decoding and scoring a million images."""
 
 
 def feeding(
@@ -33,8 +33,8 @@ def feeding(
     core_hour: float,
     gpu_hour: float,
 ) -> list[Feeding]:
-    """Of each format that we decode. `scored`: of one model on a GPU. `core_hour`, `gpu_hour`:
-    dollars."""
+    """A row for each format that we decode and each precision. `scored`: speeds of one model on a
+    GPU. `core_hour`, `gpu_hour`: prices in dollars."""
     best: dict[str, float] = {}
     for forward in scored:
         best[forward.precision] = max(best.get(forward.precision, 0.0), forward.images_per_s or 0.0)

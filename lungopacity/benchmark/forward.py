@@ -1,6 +1,6 @@
 """Images a second of the forward pass alone, by batch size and precision, on a GPU or on all cores.
 
-The films lie in the device's memory already: what reading and copying would add is left out.
+The films are already in the device's memory, so reading and copying are not measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 8, 32, 64, 128, 256)
 _LEAST_SECONDS = 0.2
-"""Of one repeat: batches are run until so much has passed."""
+"""A repeat runs batches until this time has passed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ForwardSpeed:
     """bfloat16: by autocast."""
     batch_size: int
     images_per_s: float | None
-    """Median over the repeats; None: the device has not enough memory."""
+    """Median over the repeats; None if the device does not have enough memory."""
 
 
 def forward_speeds(
@@ -48,7 +48,7 @@ def forward_speeds(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     repeats: int = 5,
 ) -> list[ForwardSpeed]:
-    """Each network in a process of its own. Raises `UserError` for what cannot be asked for."""
+    """Measure each network in a process of its own. Raises `UserError` for a wrong argument."""
     for name in networks:
         check_network(name)
     wrong = sorted(set(precisions) - set(PRECISIONS))
@@ -65,14 +65,15 @@ def forward_speeds(
                 )
             speeds += found
             best = max(speed.images_per_s or 0.0 for speed in found)
-            # At once, for what is cut short has no table.
+            # Logged at once, because a run that is cut short prints no table.
             log.info("%s: %.1f images/s at best", name, best)
             progress.advance(1)
     return speeds
 
 
 def speeds_on_gpu(model: str, repeats: int = 5) -> list[ForwardSpeed]:
-    """Of the model folder at this URI, in every precision and batch size. Raises `UserError`."""
+    """Measure the model folder at this URI in every precision and batch size. Raises `UserError`
+    if it cannot be read."""
     return alone(_measured, load_model, model, True, PRECISIONS, BATCH_SIZES, repeats)
 
 
@@ -103,22 +104,22 @@ def _measured(
     speeds = []
     for precision in precisions:
         scorer = Scorer(model, use_gpu=use_gpu, precision=precision)
-        told = torch.cuda.get_device_name() if use_gpu else f"{scorer.threads} CPU threads"
+        on = torch.cuda.get_device_name() if use_gpu else f"{scorer.threads} CPU threads"
         for batch_size in batch_sizes:
             rate = None
             try:
                 batch_NHW = films_NHW[:batch_size].to(device)
-                seconds_a_batch(scorer, batch_NHW)  # untimed: kernels are chosen
+                seconds_a_batch(scorer, batch_NHW)  # untimed, because kernels are chosen here
                 taken = [seconds_a_batch(scorer, batch_NHW) for _ in range(repeats)]
                 rate = batch_size / median(taken)
             except torch.OutOfMemoryError:
                 pass
-            speeds.append(ForwardSpeed(name, told, precision, batch_size, rate))
+            speeds.append(ForwardSpeed(name, on, precision, batch_size, rate))
     return speeds
 
 
 def table(speeds: Sequence[ForwardSpeed]) -> str:
-    """A line for each; the best of a network and precision has a star."""
+    """A line for each; a star marks the best of a network and precision."""
     form = "{:<26}{:<10}{:>7}{:>12} {:<2}{}"
     lines = [form.format("network", "precision", "batch", "images/s", "", "on")]
     best: dict[tuple[str, str], float] = {}

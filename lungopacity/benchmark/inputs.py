@@ -1,4 +1,4 @@
-"""What is measured where the user gives nothing: phantoms, and a network that learnt nothing."""
+"""What is measured if the user gives nothing: phantoms, and an untrained network."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ class Inputs:
     labels: str
     model: str
     notes: list[str] = field(default_factory=list)
-    """Of what was made up."""
+    """What was made up."""
 
 
 @contextmanager
 def scratch_place(output: str | None) -> Iterator[str]:
-    """URI of a new place below `output`, or of a folder of this machine, removed again."""
+    """URI of a new place below `output`, or of a new folder on this machine. It is removed after
+    the block."""
     if output is None:
         with TemporaryDirectory(prefix="lungopacity-") as folder:
             yield folder
@@ -58,10 +59,10 @@ def scratch_place(output: str | None) -> Iterator[str]:
 def made_up(
     images: str | None, model: str | None, *, count: int, output: str | None = None
 ) -> Iterator[Inputs]:
-    """The user's films and model, and what stands in for those that are None.
+    """The user's films and model, with stand-ins for those that are None.
 
-    `count`: phantoms to draw; no DICOM, which the other ways do not read. `output`: see
-    `scratch_place`. Raises `UserError`.
+    `count`: phantoms to draw; those in DICOM, which the other ways do not read, are left out.
+    `output`: see `scratch_place`. Raises `UserError`.
     """
     with scratch_place(output) as place:
         found = Inputs(images or "", "", model or "")
@@ -94,7 +95,7 @@ def _write_phantoms(place: str, count: int) -> tuple[str, str]:
 
 
 def fresh_model(name: str) -> TrainedModel:
-    """A network of this name with first weights, at the size of its recipe."""
+    """A network of this name with initial weights, at the input size of its recipe."""
     card = network_card(name)
     network = build_network(name, 2, {"image_size": card.image_size} if card.fixed_size else {})
     spec = ModelSpec(

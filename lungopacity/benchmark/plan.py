@@ -1,4 +1,4 @@
-"""What planning a night costs, as the archive grows: from an inventory file, against a history."""
+"""What planning a night costs as the archive grows, from an inventory file and a history."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _RULES = Rules(positive_class=CLASSES[1])
 _ROWS_PER_BATCH = 100_000
 _ROWS_PER_FILE = 1_000_000
 _SCREENED = 0.99
-"""Of the archive, by earlier runs; the rest is the night's."""
+"""Share of the archive that earlier runs have screened. The rest is the night's."""
 _WHEN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -60,11 +60,11 @@ class PlanCost:
 def plan_costs(
     sizes: Sequence[int], images: str | None = None, model: str | None = None
 ) -> list[PlanCost]:
-    """Make an archive's inventory and history of each size, and plan one night over it.
+    """Make an inventory and a history of each size, and plan one night over them.
 
-    `images`: URI of an archive that is listed and planned as a first night instead; the sizes do
-    not count then. `model`: URI of the one to plan for; None: one of no folder. Each plan is made
-    in a process of its own, for its memory. Raises `UserError` for a size below 100.
+    `images`: URI of an archive to list and plan as a first night instead; the sizes are then
+    ignored. `model`: URI of the model to plan for; None: a made-up one. Each plan is made in a
+    process of its own, whose memory is measured. Raises `UserError` for a size below 100.
     """
     model_id = "model" if model is None else load_model(model).model_id
     if images is not None:
@@ -108,7 +108,7 @@ def _measured_archive(images: str, model_id: str) -> PlanCost:
 
 
 def _measured(folder: str, keys: int, model_id: str) -> PlanCost:
-    """In a process of its own."""
+    """Runs in a process of its own."""
     archive, results = f"{folder}/archive", open_store(f"{folder}/results")
     began = time.perf_counter()
     inventory = read_inventory(f"{folder}/inventory.parquet", archive)
@@ -135,7 +135,7 @@ def _measured(folder: str, keys: int, model_id: str) -> PlanCost:
 
 def peak_mib_of_process() -> float:
     """Largest resident memory so far."""
-    # Not getrusage: its maximum is handed down from the process that started this one.
+    # Not getrusage, whose maximum is inherited from the process that started this one.
     (line,) = [
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -145,7 +145,7 @@ def peak_mib_of_process() -> float:
 
 
 def _write_archive(folder: Path, keys: int, model_id: str) -> None:
-    """An inventory of so many keys, and one published run over all but the last hundredth."""
+    """An inventory of this many keys, and one published run over all but the last hundredth."""
     with pq.ParquetWriter(folder / "inventory.parquet", _INVENTORY, **PARQUET_OPTIONS) as writer:
         for objects in archive_objects(0, keys):
             writer.write_table(objects.select(_INVENTORY.names))
@@ -187,7 +187,7 @@ _INVENTORY = pa.schema([field for field in PLAN_SCHEMA if field.name != "is_shar
 
 
 def archive_objects(start: int, stop: int, rows: int = _ROWS_PER_BATCH) -> Iterator[pa.Table]:
-    """Keys as archives have them: a folder a study, in no order; etags are MD5 sums."""
+    """Keys as archives have them: a folder for each study, in no order; etags are MD5 sums."""
     with workbench() as (connection, _):
         for at in range(start, stop, rows):
             end = min(stop, at + rows)
@@ -206,7 +206,7 @@ def archive_objects(start: int, stop: int, rows: int = _ROWS_PER_BATCH) -> Itera
 def scored_rows(
     objects: pa.Table, archive: str, schema: pa.Schema, model_id: str = "model"
 ) -> pa.Table:
-    """A row of `schema` for each of the objects, scored at random."""
+    """A row of `schema` for each of the objects, with random scores."""
     count = objects.num_rows
     p_N = np.random.default_rng(count).random(count, np.float32)
     known = {name: objects[name] for name in objects.column_names} | {

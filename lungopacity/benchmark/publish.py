@@ -1,4 +1,4 @@
-"""What publishing a run costs, as the run grows: from part files to the commit record."""
+"""What publishing a run costs as the run grows, from part files to the commit record."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class PublishCost:
     rows: int
     """Images that are published."""
     part_files: int
-    """That the attempts left, of up to 512 rows each."""
+    """Part files that the attempts left, of up to 512 rows each."""
     published_mib: float
-    """Of Parquet."""
+    """Size of the published Parquet files."""
     collect_seconds: float
-    """To fetch the part files, and find that nothing is missing."""
+    """To fetch the part files and find that nothing is missing."""
     seconds: float
-    """Of all: to sort, write, measure and commit, and to remove the part files, too."""
+    """For everything: also to sort, write, measure, commit, and remove the part files."""
     peak_mib: float
     """Largest resident memory of the process that publishes."""
 
@@ -54,7 +54,8 @@ class PublishCost:
 def publish_costs(sizes: Sequence[int]) -> list[PublishCost]:
     """Write the part files of a run of each size, and publish it.
 
-    Each in a process of its own, for its memory. Raises `UserError` for a size below 100.
+    Each run is published in a process of its own, whose memory is measured. Raises `UserError` for
+    a size below 100.
     """
     if min(sizes, default=0) < 100:
         raise UserError("--keys must be at least 100")
@@ -70,7 +71,7 @@ def publish_costs(sizes: Sequence[int]) -> list[PublishCost]:
 
 
 def table(costs: Sequence[PublishCost]) -> str:
-    """The costs as aligned text; `us a row`: microseconds of the whole."""
+    """The costs as aligned text; `us a row`: microseconds in all for each row."""
     titles = ("rows", "parts", "MiB out", "collect s", "all s", "MiB", "us a row")
     lines = ["{:>12} {:>8} {:>9} {:>10} {:>9} {:>7} {:>9}".format(*titles)]
     lines += [
@@ -91,7 +92,7 @@ def _inventory(folder: str, rows: int) -> Inventory:
 
 
 def _write_parts(folder: str, rows: int) -> None:
-    """The plan, and what two attempts at it would have left."""
+    """Write the plan, and the part files that two attempts at it would have left."""
     with TemporaryDirectory(prefix="lungopacity-") as scratch:
         _planned(folder, rows, scratch)
     jobs = [(folder, at, min(rows, at + _ROWS_PER_JOB)) for at in range(0, rows, _ROWS_PER_JOB)]
@@ -101,7 +102,7 @@ def _write_parts(folder: str, rows: int) -> None:
 
 
 def _planned(folder: str, rows: int, scratch: str) -> Plan:
-    """The plan of the one run; when it is asked for again, taken up."""
+    """The plan of the one run. A second call takes the same plan up again."""
     results, rules = open_store(f"{folder}/results"), Rules(_SPEC.positive_class)
     inventory = _inventory(folder, rows)
     return make_plan(results, inventory, "model", "first", Path(scratch), rules=rules)
@@ -117,7 +118,7 @@ def _write_some(job: tuple[str, int, int]) -> None:
 
 
 def _measured(folder: str, rows: int) -> PublishCost:
-    """In a process of its own."""
+    """Runs in a process of its own."""
     results = open_store(f"{folder}/results")
     with TemporaryDirectory(prefix="lungopacity-") as scratch:
         plan = _planned(folder, rows, scratch)

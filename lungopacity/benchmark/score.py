@@ -27,15 +27,15 @@ class ScoreSpeed:
     torch_ms: float
     """Milliseconds a film, in batches; median over the repeats."""
     compiled_ms: float | None
-    """The same of the compiled network; None: ncnn cannot run it."""
+    """The same for the compiled network; None if ncnn cannot run it."""
     differs: float | None
-    """The largest difference of a probability between both."""
+    """The largest difference of a probability between the two."""
 
 
 def score_speeds(networks: Sequence[str], films: int = 64, repeats: int = 5) -> list[ScoreSpeed]:
     """Score the same films of noise in turns, on one thread, in a process for each network.
 
-    `films`: so many, in one batch. Raises `UserError` for an unknown network.
+    `films`: how many, in one batch. Raises `UserError` for an unknown network.
     """
     if films < 1 or repeats < 1:
         raise UserError("--count and --repeats must be at least 1")
@@ -44,7 +44,7 @@ def score_speeds(networks: Sequence[str], films: int = 64, repeats: int = 5) -> 
     speeds = []
     with Progress("Scoring", total=len(networks), unit="networks") as progress:
         for name in networks:
-            # As screening's workers are: what torch frees is kept for the next film.
+            # As in screening's workers, what torch frees is kept for the next film.
             with environment(KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": "1"}):
                 speeds.append(alone(_measured, name, films, repeats))
             progress.advance(1)
@@ -64,7 +64,7 @@ def _measured(name: str, films: int, repeats: int) -> ScoreSpeed:
     except CompileError:
         pass
     seconds: list[list[float]] = [[] for _ in ways]
-    # Once, untimed: memory is taken, and kernels are chosen.
+    # Once untimed, to allocate memory and choose kernels.
     p = [scorer.probabilities(scorer.logits(pixels_NHW, films)) for scorer in ways]
     for _ in range(repeats):
         for scorer, taken in zip(ways, seconds, strict=True):

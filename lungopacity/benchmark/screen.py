@@ -1,7 +1,7 @@
 """Screening beside the bare loop on the same machine, and beside what a user would write instead.
 
-All ways run one after the other, again and again, each in processes of its own, over the same
-images with the same model: a busy neighbour slows them all alike, and ratios of one run hold.
+All ways run in turns, again and again, each in processes of its own, over the same images with the
+same model. A busy neighbour slows them all alike, so the ratios within one benchmark hold.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ALTERNATIVES = ("dataloader", "ray-read-images", "ray-download", "daft")
 WAYS = (*LIMIT, OURS, *ALTERNATIVES)
 _OF_RAY = (OURS, "ours", "ray-read-images", "ray-download")
 _STEADY = (0.1, 0.9)
-"""From the tenth to the ninetieth of a hundred images: start and end do not count."""
+"""Shares of the images between which the rate is steady: start and end do not count."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class _Task:
     """The column whose probabilities are compared."""
     place: Place
     output: str | None
-    """URI of a place for what Ray's ways write; None: a local folder."""
+    """URI of a place that the ways of Ray write to; None: a local folder."""
     precision: str = FLOAT32
-    """Of the ways that have a GPU."""
+    """Of the ways that run on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class _Run:
     steady: float | None
     bytes_moved: float | None
     p: Mapping[bare_loop.Name, float]
-    """Of the positive class."""
+    """Probabilities of the positive class."""
 
-    def told(self) -> str:
+    def in_words(self) -> str:
         whole = f"{self.images / self.taken.seconds:.1f} images/s in {self.taken.seconds:.1f} s"
         return whole if self.steady is None else f"{whole}, steady {self.steady:.1f} images/s"
 
@@ -96,11 +96,11 @@ def screen_speeds(
 ) -> list[ScreenSpeed]:
     """Run every way `repeats` times, in turns.
 
-    images, model: URIs. `limit_s`: a run that takes longer is ended: some ways hang where they have
-    too few CPUs. `batch_size`: None: `batch_size_for` the device. `use_gpu`: None uses what there
-    is. `precision`: of the forward pass, see `Scorer`. `output`: URI of a place for what Ray's ways
-    write, which is removed again; needed where the Ray cluster has several nodes. Raises
-    `UserError` for an unknown way and for nothing to read; of a way that fails, the note says
+    images, model: URIs. `limit_s`: a run that takes longer is ended, because some ways hang if they
+    have too few CPUs. `batch_size`: None: `batch_size_for` the device. `use_gpu`: None uses what
+    there is. `precision`: of the forward pass, see `Scorer`. `output`: URI of a place that the ways
+    of Ray write to, and which is emptied again; needed if the Ray cluster has several nodes. Raises
+    `UserError` for an unknown way and if there is nothing to read; if a way fails, its note says
     so.
     """
     unknown = sorted(set(ways) - set(WAYS))
@@ -123,15 +123,15 @@ def screen_speeds(
     notes = {way: _why_not(way, shards > 0) for way in ways}
     able = [way for way in ways if not notes[way]]
     if bare_loop.WHOLE in able and objects.num_rows == shards < place.cores:
-        notes[bare_loop.WHOLE] = "no limit: it has fewer shards than cores"
+        notes[bare_loop.WHOLE] = "not the limit: there are fewer shards than cores"
     runs = _runs(task, able, repeats, notes)
     bytes_moved = None
     if runs.get(OURS):
-        # Asking Ray needs a Ray that outlives the job: a run that is not timed.
+        # Only a Ray that outlives the job can be asked, so this is another run, and not timed.
         try:
             with _scratch(task, OURS) as (folder, written):
-                told, _ = _started("ours", task, folder, written)
-            bytes_moved = _moved(told)
+                printed, _ = _started("ours", task, folder, written)
+            bytes_moved = _moved(printed)
         except FailedError as error:
             notes[OURS] = notes[OURS] or f"bytes moved: failed: {error}"
     of_bare = runs.get(bare_loop.WHOLE)
@@ -146,7 +146,7 @@ def screen_speeds(
 def _runs(
     task: _Task, ways: Sequence[str], repeats: int, notes: dict[str, str]
 ) -> dict[str, list[_Run]]:
-    """Of each way; one that fails has no further ones, and a note."""
+    """The runs of each way. A way that fails does not run again, and gets a note."""
     runs: dict[str, list[_Run]] = {way: [] for way in ways}
     failed: set[str] = set()
     films = 0
@@ -159,8 +159,8 @@ def _runs(
                     if way not in failed:
                         run = _run(way, task, films)
                         runs[way].append(run)
-                        # At once, for what is cut short has no table.
-                        log.info("%s: %s", way, run.told())
+                        # Logged at once, because a run that is cut short prints no table.
+                        log.info("%s: %s", way, run.in_words())
                 except FailedError as error:
                     failed.add(way)
                     notes[way] = f"failed{f' in repeat {number + 1}' if number else ''}: {error}"
@@ -169,7 +169,7 @@ def _runs(
 
 
 def _films_of(task: _Task, runs: Mapping[str, Sequence[_Run]]) -> int:
-    """How many films can be read: of a run that has read them, or of one that is not timed."""
+    """How many films can be read, from a run that has read them, or from one that is not timed."""
     for way in (bare_loop.WHOLE, bare_loop.READ_HALF):
         if runs.get(way):
             return runs[way][0].images
@@ -187,11 +187,11 @@ def _why_not(way: str, shards: bool) -> str:
 def _run(way: str, task: _Task, films: int) -> _Run:
     """Raises `FailedError`."""
     with _scratch(task, way) as (folder, output):
-        told, taken = _started(way, task, folder, output, films)
+        printed, taken = _started(way, task, folder, output, films)
         rows = _scored_rows(way, output)
         said = last_words(folder / "stderr")
     if not rows.num_rows:
-        # Ours may end with 1 and no rows, where Ray ends its process: its own words tell why.
+        # Ours may end with 1 and no rows if Ray ends its process; its last words say why.
         raise FailedError(
             "scored no image; give some that can be read" + (f" (it said: {said})" if said else "")
         )
@@ -199,7 +199,7 @@ def _run(way: str, task: _Task, films: int) -> _Run:
         images=rows.num_rows,
         taken=taken,
         steady=steady_rate(rows["at"].to_numpy()),
-        bytes_moved=_moved(told),
+        bytes_moved=_moved(printed),
         p=dict(zip(_names(rows), rows[task.positive].to_pylist(), strict=True))
         if task.positive in rows.column_names
         else {},
@@ -207,19 +207,19 @@ def _run(way: str, task: _Task, films: int) -> _Run:
 
 
 def steady_rate(at_N: npt.NDArray[np.float64]) -> float | None:
-    """Images a second without start and end. at_N: the seconds at which they were scored. None: all
-    of them at once, as in a single batch.
+    """Images a second without start and end. at_N: the seconds at which they were scored. None if
+    all were scored at once, as in a single batch.
     """
     finished = np.sort(at_N)
     first, last = (finished[int(share * (len(finished) - 1))] for share in _STEADY)
     if not last > first:
         return None
-    # A batch ends as one: whoever counts the interval before it counts all of it.
+    # The images of a batch share one time, and the interval before it belongs to all of them.
     return float(np.sum((finished > first) & (finished <= last)) / (last - first))
 
 
 def _scored_rows(way: str, output: str) -> pa.Table:
-    """What it wrote of each image, with `at`, the second at which it was scored."""
+    """What the way wrote for each image, with `at`, the second at which it was scored."""
     filesystem, root = open_store(output).arrow_filesystem()
     if way == OURS:
         root = f"{root}/predictions"
@@ -247,7 +247,7 @@ def _names(rows: pa.Table) -> Iterator[bare_loop.Name]:
 
 @contextmanager
 def _scratch(task: _Task, way: str) -> Iterator[tuple[Path, str]]:
-    """A local folder, and the URI of a place for what the way writes. Both are removed."""
+    """A local folder, and the URI of a place that the way writes to. Both are removed."""
     with TemporaryDirectory(prefix="lungopacity-") as name:
         if task.output is None or way not in _OF_RAY:
             folder = Path(name)
@@ -259,7 +259,7 @@ def _scratch(task: _Task, way: str) -> Iterator[tuple[Path, str]]:
 
 
 def _started(way: str, task: _Task, folder: Path, output: str, films: int = 0) -> tuple[str, Taken]:
-    """Run it to its end; what it printed, and what it took. Raises `FailedError`."""
+    """Run the way to its end; return what it printed, and what it used. Raises `FailedError`."""
     place = task.place
     use_gpu = (place.ray_gpus if way in _OF_RAY else place.gpus) > 0
     precision = task.precision if use_gpu else FLOAT32
@@ -269,7 +269,7 @@ def _started(way: str, task: _Task, folder: Path, output: str, films: int = 0) -
         arguments += ["--model", task.model, "--output", output]
         arguments += ["--batch-size", str(task.batch_size)]
         arguments += ["--use-gpu" if use_gpu else "--no-gpu", "--precision", precision]
-        # Score what the others score, and end well whatever could not be read.
+        # Score what the others score, and succeed whatever cannot be read.
         arguments += ["--reject-quality", "none", "--max-failed-fraction", "1"]
         # 1: done, with images that could not be read.
         return run_watched(arguments, environment, task.limit_s, folder / "stderr", good=(0, 1))
@@ -282,7 +282,7 @@ def _started(way: str, task: _Task, folder: Path, output: str, films: int = 0) -
         "use_gpu": use_gpu,
         "precision": precision,
     }
-    # As in the workers of Ray that `lungopacity` starts.
+    # As in the Ray workers that `lungopacity` starts.
     environment |= KEEP_FREED_MEMORY
     module = "alternatives"
     if way in LIMIT:

@@ -1,4 +1,4 @@
-"""The figures of `benchmark screen`, way by way, and the table of them."""
+"""The figures of `benchmark screen` for each way, and the table of them."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ class ScreenSpeed:
 
     way: str
     on: str = ""
-    """How many cores and GPUs it has."""
+    """How many cores and GPUs the way has."""
     images: int = 0
-    """How many got a score: a way may lose some. 0: it has no figures."""
+    """How many got a score: a way may lose some. 0: the way has no figures."""
     images_per_s: float = 0.0
     """Of the whole job, from the start of its process to its end; median over the repeats."""
     spread: float = 0.0
-    """Half the range of that over the repeats, as a share of the median."""
+    """Half the range of `images_per_s` over the repeats, as a share of the median."""
     steady_per_s: float | None = None
-    """From the first tenth of the images to the last; median. None where there were too few."""
+    """Without the first and the last tenth of the images; median. None if there were too few."""
     steady_spread: float | None = None
-    """As `spread`, of that."""
+    """As `spread`, for `steady_per_s`."""
     cpu_busy: float | None = None
-    """Share of the machine's CPU time, the storage server's on the same machine included. None
-    where it runs on several machines."""
+    """Share of the machine's CPU time, including a storage server on the same machine. None if the
+    way runs on several machines."""
     gpu_busy: float | None = None
-    """Share of the time in which a kernel ran; None where nobody tells."""
+    """Share of the time in which a kernel ran; None if it cannot be measured."""
     memory_mib: float | None = None
-    """Largest private memory of all its processes together; None where a Ray cluster was joined,
-    whose processes are not of the way's own."""
+    """Largest private memory of all the way's processes together; None if it joined a running Ray
+    cluster, whose processes are not its own."""
     store_mib: float | None = None
-    """Largest growth of shared memory, where Ray's object store lies."""
+    """Largest growth of shared memory, which holds Ray's object store; None as `memory_mib`."""
     bytes_moved: float | None = None
-    """Through Ray's object store, an image; None where there is no Ray."""
+    """Bytes through Ray's object store for each image; None without Ray."""
     differs: float | None = None
     """Largest difference of a film's probability from the bare loop's."""
     note: str = ""
-    """Why it was not run, or not as often as it should."""
+    """Why the way did not run, or not as often as it should have."""
 
 
 def table(speeds: Sequence[ScreenSpeed]) -> str:
-    """A line for each way; ratios are to the bare loop, where it was run on as many cores and GPUs.
+    """A line for each way; ratios are to the bare loop, if that ran on as many cores and GPUs.
     Notes stand below."""
     bare = next(
         (speed for speed in speeds if speed.way == bare_loop.WHOLE and speed.images),

@@ -1,6 +1,6 @@
 """Training by Ray Train beside the same loop without it: what does the framework cost?
 
-The films are decoded once, for all. Each way trains a few epochs in processes of its own.
+The films are decoded once for all ways. Each way trains a few epochs in processes of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -46,18 +47,18 @@ class TrainSpeed:
 
     way: str
     on: str = ""
-    """Of what it had how much."""
+    """How many cores or GPUs the way has."""
     epochs: int = 0
-    """That were timed; the first of each repeat is not. 0: it has no figures."""
+    """Epochs that were timed, without the first of each repeat. 0: the way has no figures."""
     images_per_s: float = 0.0
-    """Training films an epoch, over its seconds from report to report: validation and checkpoint
-    included. Median."""
+    """Training films in an epoch over its seconds from report to report, with validation and
+    checkpoint. Median."""
     spread: float = 0.0
     """Half the range between the quartiles, as a share of the median."""
     step_images_per_s: float = 0.0
-    """The same of the steps alone. Median."""
+    """The same for the training steps alone. Median."""
     note: str = ""
-    """Why it was not run, or not as often as it should."""
+    """Why the way did not run, or not as often as it should have."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,14 @@ def train_speeds(
     use_gpu: bool | None = None,
     output: str | None = None,
 ) -> list[TrainSpeed]:
-    """Train without Ray and with so many workers, in turns.
+    """Train without Ray and with each number of workers, in turns.
 
-    images, labels, image_size: as of `train`. `model`: the name of a network, or the URI of a model
-    folder, whose network is trained anew. `workers`: None is 1, and 2 where there is as much;
-    numbers that do not fit are left out with a note. `precisions`: of the training settings, each
-    measured. `use_gpu`: None uses what there is. `output`: URI of a place for checkpoints, which
-    are removed again; needed where the Ray cluster has several nodes. Raises `UserError`.
+    images, labels, image_size: as for `train`. `model`: the name of a network, or the URI of a
+    model folder, whose network is trained anew. `workers`: None is 1, and 2 if the cluster is large
+    enough; numbers that do not fit are left out with a note. `precisions`: of the training
+    settings, each of which is measured. `use_gpu`: None uses what there is. `output`: URI of a
+    place for checkpoints, which are removed again; needed if the Ray cluster has several nodes.
+    Raises `UserError`.
     """
     if epochs < 2 or repeats < 1 or min(workers or [1]) < 1:
         raise UserError("--epochs must be at least 2, --repeats and --workers at least 1")
@@ -126,9 +128,9 @@ def train_speeds(
                         try:
                             history = _history(way, data, films, output)[1:]
                             rows.setdefault(way.name, []).extend(history)
-                            told = _speed(way, history, len(films.train), "")
-                            # At once, for what is cut short has no table.
-                            log.info("%s: %.1f images/s", way.name, told.images_per_s)
+                            speed = _speed(way, history, len(films.train), "")
+                            # Logged at once, because a run that is cut short prints no table.
+                            log.info("%s: %.1f images/s", way.name, speed.images_per_s)
                         except UserError as error:
                             notes[way.name] = f"failed: {error}"
                     progress.advance(1)
@@ -141,7 +143,7 @@ def train_speeds(
 
 
 def _network_of(model: str) -> tuple[str, Mapping[str, str]]:
-    """Its name, and settings as words."""
+    """The network's name, and its settings as words."""
     if model in NETWORK_NAMES or not (os.sep in model or Path(model).exists()):
         check_network(model)
         return model, {}
@@ -159,7 +161,7 @@ def _ways(
     precisions: Sequence[str],
     output: str | None,
 ) -> list[_Way]:
-    """Checked before anything is trained. Raises `UserError`."""
+    """The ways to train, checked before anything is trained. Raises `UserError`."""
     import ray
 
     kind = "GPU" if settings.use_gpu else "CPU"
@@ -200,14 +202,14 @@ def _ways(
                 ways.append(_Way(name, note=str(error)))
                 continue
             if number > 1 and nodes == 1 and not missing:
-                # What of the price of several is torch's, and not Ray's.
+                # Shows which part of the cost of several workers is torch's, not Ray's.
                 ways.append(_Way(f"{BARE}, {number}{of}", on, shared, is_bare=True))
             ways.append(_Way(name, on, shared))
     return ways
 
 
 def _history(way: _Way, data: Any, films: Films, output: str | None) -> list[dict[str, Any]]:
-    """A row an epoch. Raises `UserError`."""
+    """A row for each epoch. Raises `UserError`."""
     assert way.settings is not None
     if way.is_bare:
         return _bare(films, way.settings)
@@ -255,7 +257,7 @@ def _speed(way: _Way, rows: list[dict[str, Any]], images: int, note: str) -> Tra
 
 
 def _bare(films: Films, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """The history of the loop in processes of its own, one a worker."""
+    """The history of the loop, in processes of its own, one for each worker."""
     network = build_network(settings.model, films.classes, settings.model_settings)
     given_first = first_tensors(network, settings)
     first = None if given_first is None else dict(given_first.tensors)
@@ -265,6 +267,7 @@ def _bare(films: Films, settings: TrainingSettings) -> list[dict[str, Any]]:
             subprocess.Popen(
                 [sys.executable, "-m", "lungopacity.benchmark.train", folder, str(rank)],
                 env=os.environ | ({} if settings.use_gpu else KEEP_FREED_MEMORY),
+                stdin=subprocess.PIPE,
             )
             for rank in range(settings.workers)
         ]
@@ -273,19 +276,32 @@ def _bare(films: Films, settings: TrainingSettings) -> list[dict[str, Any]]:
             while None in codes:
                 time.sleep(_LOOK_S)
                 codes = [worker.poll() for worker in workers]
-                # The others would wait for one that is gone.
+                # The others would wait for the one that is gone.
                 if failed := [code for code in codes if code]:
-                    raise UserError(f"the loop without Ray ended with {failed[0]}; see above")
+                    raise UserError(
+                        f"the loop without Ray ended with exit code {failed[0]}; its error is above"
+                    )
         finally:
             for worker in workers:
                 worker.kill()
-                worker.wait()
+                worker.communicate()  # and close its pipe
         history: list[dict[str, Any]] = pickle.loads((Path(folder) / "told").read_bytes())
     return history
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it ends, even if that is killed: the operating
+    system then closes the pipe that is this one's standard input."""
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class _WithoutRay(Worker):
-    """One of as many processes, which found one another through a file."""
+    """One of several processes, which found one another through a file."""
 
     def together(self, network: torch.nn.Module) -> torch.nn.Module:
         if self.workers == 1:
@@ -324,4 +340,5 @@ def _learn_without_ray(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
+    _end_with_parent()
     _learn_without_ray(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Processes that are run to their end, and what they and all that they start take meanwhile."""
+"""Processes that are run to their end, and what they and all that they start use meanwhile."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 
 _SAMPLE_S = 1.0
 _GRACE_S = 5.0
-"""For a process that is told to end, before it is made to."""
+"""Time that a process has to end by itself before it is killed."""
 
 
 class FailedError(Exception):
-    """A process did not do what it was started for, and why."""
+    """A process did not do what it was started for; the message says why."""
 
 
 @dataclass
 class Taken:
-    """Seconds, CPU, GPU and memory of a process and all that it starts."""
+    """Seconds, CPU, GPU and memory that a process and all that it starts used."""
 
     seconds: float = 0.0
     busy: float = 0.0
@@ -40,7 +40,7 @@ class Taken:
     store_mib: float = 0.0
     """Largest growth of shared memory."""
     gpu: list[float] = field(default_factory=list)
-    """Shares of the time in which a kernel ran, second by second; none where no one tells."""
+    """Shares of the time in which a kernel ran, second by second; empty if they are not known."""
 
 
 def run_watched(
@@ -50,12 +50,12 @@ def run_watched(
     log: Path,
     good: Sequence[int] = (0,),
 ) -> tuple[str, Taken]:
-    """Run Python with these arguments; what it printed, and what it took.
+    """Run Python with these arguments, and return what it printed and what it used.
 
-    `log`: where its standard error goes. `good`: its exit codes. Raises `FailedError`. Whatever
-    ends the wait for it, ends it and all that it has started.
+    `log`: where its standard error goes. `good`: its exit codes if it succeeds. Raises
+    `FailedError`. If the wait is interrupted, the process and all that it has started are ended.
     """
-    gpu_busy()  # imports torch, which is not to count
+    gpu_busy()  # imports torch, whose import must not count
     with log.open("wb") as errors:
         process = psutil.Popen(
             [sys.executable, *arguments],
@@ -75,7 +75,7 @@ def run_watched(
             if process.poll() is None:
                 _end(process)
     if process.returncode not in good:
-        raise FailedError(last_words(log) or f"ended with {process.returncode}")
+        raise FailedError(last_words(log) or f"ended with exit code {process.returncode}")
     return printed.decode(errors="replace"), taken
 
 
@@ -99,7 +99,7 @@ def _end(process: psutil.Popen) -> None:
 
 @contextmanager
 def _watched(process: psutil.Process) -> Iterator[Taken]:
-    """Watch it for the block."""
+    """Watch the process for the block."""
     taken, ended = Taken(), threading.Event()
     shared, cpu, began = _shared_bytes(), psutil.cpu_times(), time.monotonic()
 
@@ -126,8 +126,8 @@ def _watched(process: psutil.Process) -> Iterator[Taken]:
 
 
 def gpu_busy() -> float | None:
-    """Of the last moment, on average over this machine's GPUs; None where there are none, and where
-    it is not told: without nvidia-ml-py, or of a part of a GPU (MIG)."""
+    """Share of the last moment in which a kernel ran, averaged over this machine's GPUs. None if
+    there are none, or if it is not known: without nvidia-ml-py, or for a part of a GPU (MIG)."""
     import torch
 
     if not torch.cuda.is_available():
@@ -136,17 +136,17 @@ def gpu_busy() -> float | None:
         gpus = range(torch.cuda.device_count())
         return mean(torch.cuda.utilization(gpu) for gpu in gpus) / 100
     except ModuleNotFoundError:
-        _say_what_is_missing()
+        _warn_of_missing_nvml()
         return None
     except Exception:
-        # NVML's own errors among others, which cannot be named where it is not installed.
+        # Among others NVML's own errors, which cannot be named if it is not installed.
         return None
 
 
 @cache
-def _say_what_is_missing() -> None:
-    """Once."""
-    log.warning("how busy the GPUs are is not told: pip install nvidia-ml-py")
+def _warn_of_missing_nvml() -> None:
+    """Warns only once."""
+    log.warning("cannot measure how busy the GPUs are; pip install nvidia-ml-py")
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:
@@ -157,12 +157,12 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _private_bytes(process: psutil.Process) -> int:
-    # What smaps would tell exactly takes the kernel so long that it slows down what is measured.
+    # smaps would be exact, but takes the kernel so long that it slows down what is measured.
     try:
-        told = process.memory_info()
+        used = process.memory_info()
     except psutil.Error:
         return 0
-    return int(told.rss - getattr(told, "shared", 0))
+    return int(used.rss - getattr(used, "shared", 0))
 
 
 def _shared_bytes() -> int:

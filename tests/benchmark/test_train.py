@@ -1,9 +1,13 @@
 import json
+import os
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
+import psutil
 import pytest
 import ray
 
@@ -109,5 +113,41 @@ def test_a_loop_that_ends_early_is_told(tmp_path, monkeypatch):
     waiting.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(waiting))
     films = SimpleNamespace(classes=2)
-    with pytest.raises(UserError, match="the loop without Ray ended with 3"):
+    with pytest.raises(UserError, match="the loop without Ray ended with exit code 3"):
         _bare(films, replace(TrainingSettings(), workers=2))
+
+
+def test_a_loop_ends_with_the_benchmark_even_if_that_is_killed(tmp_path):
+    started = (
+        "from dataclasses import replace\n"
+        "from lungopacity.benchmark.train import _bare\n"
+        "from lungopacity.training.fit import films_of\n"
+        "from tests.training.blobs import SMALL_RUN, blob_films\n"
+        "_bare(films_of(blob_films()), replace(SMALL_RUN, workers=2, epochs=10**6))"
+    )
+    benchmark = psutil.Popen(
+        [sys.executable, "-c", started],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path)},
+    )
+    loops: list[psutil.Process] = []
+    try:
+        while len(loops) < 2 and benchmark.poll() is None:
+            time.sleep(0.05)
+            loops = benchmark.children()
+        benchmark.kill()
+        benchmark.wait()
+        assert len(loops) == 2
+        deadline = time.monotonic() + 120
+        while any(map(_runs, loops)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(_runs, loops))
+    finally:
+        for process in (benchmark, *loops):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -61,7 +61,7 @@ def test_a_gpu_that_does_not_tell_fails_nothing(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.cuda, "utilization", not_installed)
     assert watched.gpu_busy() is watched.gpu_busy() is None
-    assert caplog.text.count("is not told: pip install nvidia-ml-py") == 1
+    assert caplog.text.count("how busy the GPUs are; pip install nvidia-ml-py") == 1
 
 
 def test_what_a_process_took_is_told_and_why_it_failed(tmp_path, monkeypatch):
