@@ -15,8 +15,8 @@ from tests.fault_proxy import FaultProxy, fault_proxy
 
 # Before anything imports ray: see lungopacity.runtime.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# By default Ray's workers have a niceness of 15: whatever else the machine does, as a test beside
-# this one, would get thirty times as much of a core, and the tests with Ray wait for it.
+# Ray's workers have a niceness of 15 by default. Whatever else the machine does, such as the other
+# test process, would get thirty times as much of a core, and the tests with Ray would wait.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 _BUCKET = "tests"
@@ -24,13 +24,14 @@ _SLOW = ("integration", "faults", "benchmark", "training")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Folders of long files first: at the end, no core is left idle for minutes."""
+    """Run the folders of long files first, so that no core is idle for minutes at the end."""
     items.sort(key=lambda item: item.path.parent.name not in _SLOW)
 
 
 @pytest.fixture(autouse=True)
 def _log_lines_for_people() -> Iterator[None]:
-    """A test that asks for JSON leaves no later one with it, whether it passes or not."""
+    """A test that asks for JSON log lines, whether it passes or not, leaves no later test with
+    them."""
     yield
     if logs_as_json():
         log_lines("text")
@@ -38,7 +39,8 @@ def _log_lines_for_people() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
-    """One server, with its AWS variables set, for the whole run: Ray's processes inherit them."""
+    """One server for the whole run. Its AWS variables are set, so that Ray's processes inherit
+    them."""
     with LocalS3(tmp_path_factory.mktemp("s3")) as server, server.as_environment():
         server.create_bucket(_BUCKET)
         yield server
@@ -52,7 +54,7 @@ def s3_uri(s3_server: LocalS3) -> str:
 
 @pytest.fixture
 def proxy(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """One in front of the server, for this process alone, whose waits are short."""
+    """A proxy in front of the server, for this process alone, whose waits are short."""
     monkeypatch.setattr("lungopacity.storage.s3._BACKOFF_S", 0.005)
     monkeypatch.setattr("lungopacity.storage.outage._PAUSE_S", 0.2)
     with fault_proxy(s3_server.endpoint_url) as running:

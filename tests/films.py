@@ -1,4 +1,4 @@
-"""Small films of the tests' own making."""
+"""Small films that tests make for themselves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lungopacity.radiograph import DecodeLimits, Radiograph, decode_radiographs
 
 
 def grey_film(seed: int = 0, height: int = 120, width: int = 100) -> npt.NDArray[np.uint8]:
-    """(height, width) uint8, smooth enough for JPEG to keep it, with a bright spine: it raises no
+    """(height, width) uint8, smooth enough for JPEG to preserve, with a bright spine. It raises no
     quality flag."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 120, (6, 7), dtype=np.uint8)

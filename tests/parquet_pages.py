@@ -1,4 +1,4 @@
-"""A look at the pages of Parquet files."""
+"""Damage to the pages of Parquet files, and the checksums that reveal it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The radiographs that never enter the repository; tests that need them skip without."""
+"""The real radiographs, which never enter the repository. Without them, tests that need them are
+skipped."""
 
 from pathlib import Path
 
@@ -10,7 +11,7 @@ LUNG_FIELDS = _DATA / "lung-fields"
 
 
 def needs_real_data(test):
-    """Mark, and skip without the data."""
+    """Mark the test, and skip it without the data."""
     skip = pytest.mark.skipif(
         not LUNG_FIELDS.is_dir(), reason="no real radiographs beside the checkout"
     )

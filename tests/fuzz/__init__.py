@@ -1,1 +1,1 @@
-"""Damaged files through the whole of reading; `python -m tests.fuzz` tells more."""
+"""Damaged files through the whole of reading; see `tests/fuzz/__main__.py`."""

@@ -2,11 +2,12 @@
 
     python -m tests.fuzz --inputs 20000 --seed 0
 
-Every input must give rows with a status and a code, end no process, take at most 2 GiB and 10 s (of
-CPU: the clock tells as much of what else the machine does).
-An input is known by its seed and number: `--first 1234 --inputs 1` makes and reads that one again,
-given the same fixtures (DICOM files beside the checkout are among them where they are present; the
-digest of all of them is printed). What crashed a decoder, was slow or broke a condition is kept
+Every input must give rows with a status and a code, must end no process, and may take at most 2 GiB
+and 10 s (of CPU time, because clock time depends on what else the machine does).
+
+Seed and number determine an input: `--first 1234 --inputs 1` makes and reads that one again, given
+the same fixtures. These include the DICOM files beside the checkout, if there are any; a digest of
+all fixtures is printed. Inputs that crashed a decoder, were slow or broke a condition are kept
 under `--folder`.
 """
 

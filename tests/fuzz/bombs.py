@@ -1,4 +1,4 @@
-"""Small files that unpack to giants, or keep a decoder for ever."""
+"""Small files that unpack to giants, or keep a decoder busy forever."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MIB = 1 << 20
 
 
 def _zeros(size: int, wbits: int) -> bytes:
-    """`size` zeros, deflated: raw (-15), with a header of zlib (15) or gzip (31)."""
+    """`size` zeros, deflated: raw (-15), or with a zlib (15) or gzip (31) header."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
-    # After a full flush the same zeros become the same bytes again.
+    # After a full flush, the same zeros are compressed to the same bytes again.
     rest = packer.compress(bytes(size % MIB)) + packer.flush()
     raw = block * (size // MIB) + rest
     if wbits == -15:
@@ -73,7 +73,7 @@ def _png_with(name: bytes, content: bytes) -> bytes:
 
 
 def _zip_around(packed: bytes, method: int, size: int, checksum: int = 0) -> bytes:
-    """A zip with one member, packed already, that states this size."""
+    """A zip with one member, already compressed, that states this size."""
     data = bytearray(zipped({"a.png": packed}, zipfile.ZIP_STORED))
     for header, places in ((0, (8, 14, 22)), (data.index(b"PK\x01\x02"), (10, 16, 24))):
         for place, form, value in zip(
@@ -90,14 +90,14 @@ def _zip_of_zeros(size: int) -> bytes:
 
 
 def _zip_that_hides(size: int, method: int) -> bytes:
-    """One that states a size much smaller than what it unpacks to."""
+    """A zip that states a much smaller size than it unpacks to."""
     data = zipped({"a.png": bytes(size)}, method)
     start, end = 30 + len("a.png"), data.index(b"PK\x01\x02")
     return _zip_around(data[start:end], method, 100_000)
 
 
 def _zip_of_overlapping(count: int = 1000) -> bytes:
-    """A kernel of zeros that every member shares (D. Fifield, WOOT 2019)."""
+    """A zip whose members all share one kernel of zeros (D. Fifield, WOOT 2019)."""
     kernel = zipped({"a": bytes(16 * MIB)})
     start, end = kernel.index(b"PK\x01\x02"), kernel.index(b"PK\x05\x06")
     entry = kernel[start:end]
@@ -120,17 +120,16 @@ def _tiff_bomb(compression: str, side: int) -> bytes:
 
 
 def _tiff_pages(count: int, side: int) -> bytes:
-    """Pages that all share the strip of the first."""
+    """A TIFF whose pages all share the strip of the first."""
     data = bytearray(encoded(np.zeros((side, side), np.uint8), "TIFF", compression="tiff_lzw"))
     (at,) = struct.unpack_from("<I", data, 4)
     (entries,) = struct.unpack_from("<H", data, at)
     directory = bytes(data[at : at + 2 + 12 * entries])
     data += b"\0" * (len(data) % 2)
-    for number in range(count - 1):
+    for _number in range(count - 1):
         struct.pack_into("<I", data, at + len(directory), len(data))
         at = len(data)
         data += directory + bytes(4)
-        assert number < count
     return bytes(data)
 
 
@@ -143,7 +142,7 @@ def _tiff_in_a_circle() -> bytes:
 
 
 def _jpeg_of_scans(count: int, side: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again: each one walks all blocks."""
+    """A progressive JPEG whose last scan is repeated: each scan walks all blocks."""
     data = encoded(np.zeros((side, side), np.uint8), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * count + data[-2:]
@@ -169,7 +168,7 @@ def own(name: str) -> bytes:
 
 
 def _jpeg_ls_cut() -> bytes:
-    """Its header, and a part of its pixels: of a whole DICOM object."""
+    """The start of a JPEG-LS frame from a DICOM object: its header and a part of its pixels."""
     dataset = pydicom.dcmread(io.BytesIO(own("jpeg-ls.dcm")))
     return get_frame(dataset.PixelData, 0, number_of_frames=1)[:1000]
 
@@ -228,7 +227,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "gzip in gzip": ("gz", lambda: gzip.compress(_zeros(1024 * MIB, 31), mtime=0)),
     "gzip of many streams": ("gz", lambda: gzip.compress(b"", mtime=0) * 100_000),
     "zstd of zeros": ("zst", lambda: zstd_packed(bytes(512 * MIB))),
-    # Streams behind one another, which unpack as one.
+    # Concatenated streams, which unpack as one.
     "xz of zeros": ("xz", lambda: lzma.compress(bytes(32 * MIB), preset=0) * 12),
     "bzip2 of zeros": ("bz2", lambda: bz2.compress(bytes(32 * MIB), 9) * 12),
     "tar of a bomb": ("tar.gz", lambda: gzip.compress(tar({"a.gz": _zeros(1024 * MIB, 31)}))),
@@ -276,7 +275,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
         lambda: _encapsulated(_jpeg_of_scans(4_000, 4_000), JPEGBaseline8Bit, 4_000, 1),
     ),
 }  # fmt: skip
-"""What is small and declares, or becomes, something huge: suffix, and how it is made."""
+"""Small files that declare, or unpack to, something huge: the suffix, and what makes the file."""
 
 
 @cache

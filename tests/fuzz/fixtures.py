@@ -51,7 +51,7 @@ class Fixture:
 
     kind: str
     name: str
-    """With the suffix that such a file has."""
+    """With the usual suffix of such a file."""
     data: bytes = field(repr=False)
 
     @property
@@ -61,7 +61,7 @@ class Fixture:
 
 def _pictures() -> Iterator[Fixture]:
     grey = grey_film(1, 140, 110)
-    # A tint that an eye does not see: colour would be rejected.
+    # A tint too faint to see, because colour would be rejected.
     rgb = np.stack([grey, grey // 16 * 15 + 8, grey // 16 * 15], axis=-1)
     deep = grey.astype(np.uint16) * 257
     picture = Image.fromarray(grey)
@@ -170,7 +170,7 @@ def _big_endian(stored: np.ndarray) -> pydicom.Dataset:
 def written(dataset: pydicom.Dataset, syntax: UID) -> bytes:
     buffer = io.BytesIO()
     dataset.file_meta.TransferSyntaxUID = syntax
-    list(dataset.iterall())  # parsed, or pydicom writes elements in the encoding it found them in
+    list(dataset.iterall())  # unparsed, pydicom would write elements in their old encoding
     if syntax.is_compressed and syntax != DeflatedExplicitVRLittleEndian:
         dataset["PixelData"].is_undefined_length = True
         dataset["PixelData"].VR = "OB"
@@ -185,7 +185,7 @@ def written(dataset: pydicom.Dataset, syntax: UID) -> bytes:
 
 
 def _foreign_objects() -> Iterator[Fixture]:
-    """What pydicom ships, and what lies beside the checkout."""
+    """DICOM files that pydicom ships, and those beside the checkout."""
     known = get_testdata_file("CT_small.dcm", download=False)
     folders = [(Path(known).parent, "pydicom"), (DICOM_FOLDER, "beside")]
     for folder, origin in folders:
@@ -257,5 +257,5 @@ def own_fixtures() -> tuple[Fixture, ...]:
 
 @cache
 def all_fixtures() -> tuple[Fixture, ...]:
-    """Own ones twice: pydicom's many objects are not to crowd them out."""
+    """Our own fixtures twice, so that pydicom's many objects do not crowd them out."""
     return (*own_fixtures(), *own_fixtures(), *_foreign_objects())

@@ -17,7 +17,8 @@ from tests.fuzz.bombs import BOMBS, bomb
 from tests.fuzz.fixtures import Fixture, all_fixtures
 from tests.fuzz.mutations import MUTATIONS, Random, flipped, lengthened, truncated
 
-# All that can be decoded is: a film that is rejected for its header would spare the decoders.
+# Everything that can be decoded is decoded: films rejected for their headers would not reach the
+# decoders.
 SETTINGS = ReadSettings(Preprocessing(image_size=32), accept=ACCEPTABLE, reject_quality=frozenset())
 # A folder does not lose, hide or change its files while it is read.
 _IMPOSSIBLE = {
@@ -37,7 +38,7 @@ class Input:
 
 
 def mutated(rng: Random, fixtures: tuple[Fixture, ...]) -> Input:
-    """A fixture, damaged; now and then one that is as it was, or has another's name."""
+    """A damaged fixture; now and then one that is undamaged, or has the suffix of another."""
     fixture = rng.choice(fixtures)
     mutation = rng.choice(MUTATIONS)
     whole = rng.randrange(100) == 0
@@ -49,11 +50,11 @@ def mutated(rng: Random, fixtures: tuple[Fixture, ...]) -> Input:
 
 
 def input_of(seed: int, number: int) -> Input:
-    """The input of this number: nothing else decides it."""
+    """The input with this number. Only seed, number and fixtures determine it."""
     rng = Random(f"{seed}/{number}")
     names = sorted(BOMBS)
     if number < len(names):
-        # Every bomb once as it is; later ones are damaged, too.
+        # Each bomb once undamaged; later ones are damaged, too.
         found = bomb(names[number])
         return Input("bomb", names[number], found.name, found.data)
     if rng.randrange(150) == 0:
@@ -64,7 +65,8 @@ def input_of(seed: int, number: int) -> Input:
 
 
 def rows_of(folder: Path, objects: pa.Table, settings: ReadSettings = SETTINGS) -> list[dict]:
-    """What a Ray task makes of these objects. Raises `AssertionError` for another schema."""
+    """The rows that a Ray task makes of these objects. Raises `AssertionError` if their schema is
+    wrong."""
     store = take_inventory(str(folder)).store
     rows = []
     for table in read_images(store, objects, settings):
@@ -74,7 +76,7 @@ def rows_of(folder: Path, objects: pa.Table, settings: ReadSettings = SETTINGS) 
 
 
 def broken_conditions(rows: list[dict], settings: ReadSettings = SETTINGS) -> list[str]:
-    """What is wrong with the rows of one object; empty where nothing is."""
+    """What is wrong with the rows of one object; empty if nothing is."""
     images = [row for row in rows if row["shard_rows"] is None]
     found = [] if images else ["no row"]
     for row in images:

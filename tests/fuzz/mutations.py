@@ -1,4 +1,4 @@
-"""What damage, lies and haste make of a valid file."""
+"""The ways in which a valid file is damaged or made to lie."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Mutation = Callable[[Random, Fixture, tuple[Fixture, ...]], bytes]
 
 
 def _place(rng: Random, data: bytes) -> int:
-    """Anywhere; every other time near the front, where headers are."""
+    """A random place; every other time it is near the front, where headers are."""
     return rng.randrange(min(len(data), 512 if rng.randrange(2) else len(data)) or 1)
 
 
@@ -46,7 +46,7 @@ def spliced(rng: Random, fixture: Fixture, fixtures: tuple[Fixture, ...]) -> byt
 
 
 def lengthened(rng: Random, fixture: Fixture, _: tuple[Fixture, ...]) -> bytes:
-    """Fields of 2, 4 and 8 bytes set to what a length must never be."""
+    """Set fields of 2, 4 and 8 bytes to values that a length must never have."""
     data = bytearray(fixture.data)
     for _number in range(1 + rng.randrange(4)):
         size, place = rng.choice((2, 4, 8)), _place(rng, data)
@@ -79,7 +79,7 @@ _GIANT_NUMBERS = (*_GIANT_SIDES, 1 << 20, 2**31 - 1, 2**31, 2**32 - 1)
 
 
 def giant(rng: Random, fixture: Fixture, fixtures: tuple[Fixture, ...]) -> bytes:
-    """What the header declares, made huge (or nothing), and the rest left valid."""
+    """Make what the header declares huge (or nothing), and leave the rest valid."""
     try:
         match fixture.kind:
             case "png":
@@ -99,7 +99,7 @@ def giant(rng: Random, fixture: Fixture, fixtures: tuple[Fixture, ...]) -> bytes
             case "zip":
                 return _giant_zip(rng, fixture.data)
     except Exception:
-        # A foreign object that pydicom reads and cannot write: the blunt way, then.
+        # pydicom reads some foreign objects that it cannot write; they get the blunt way below.
         pass
     return lengthened(rng, fixture, fixtures)
 
@@ -127,7 +127,7 @@ def sized_jpeg2000(data: bytes, width: int, height: int) -> bytes:
 
 
 def with_tiff_tags(data: bytes, values: dict[int, int]) -> bytes:
-    """Tags of the first directory set to a value, as LONG."""
+    """Set tags of the first directory to a value, as LONG."""
     changed, order = bytearray(data), "<" if data[:2] == b"II" else ">"
     (at,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, at)
@@ -198,7 +198,7 @@ def _giant_dicom(rng: Random, data: bytes) -> bytes:
         length = struct.pack("<I", rng.choice((*_GIANT_NUMBERS, 2, 4, 1000)))
         return data[:at] + length + data[at + 4 :]
     if choice == 1:
-        # One encoding under the name of another, in the same place.
+        # Name another encoding than the pixels have, in the same place.
         name = b"\x02\x00\x10\x00UI"
         at = data.index(name) + 6
         (length,) = struct.unpack_from("<H", data, at)
@@ -217,7 +217,7 @@ def _giant_dicom(rng: Random, data: bytes) -> bytes:
 
 
 def _with_a_damaged_frame(rng: Random, data: bytes) -> bytes:
-    """Coded pixels cut or damaged, inside an object that is whole."""
+    """Cut or damage the encoded pixels inside an object that is otherwise whole."""
     dataset = pydicom.dcmread(io.BytesIO(data))
     frame = get_frame(dataset.PixelData, 0, number_of_frames=int(dataset.get("NumberOfFrames", 1)))
     fixture = Fixture("frame", "frame", frame)

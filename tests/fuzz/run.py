@@ -1,4 +1,4 @@
-"""The run itself: every input in a process of its own, measured, and told in a table."""
+"""The run itself: reads every input in another process, measures it, and prints tables."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ class Outcome:
     seconds: float = 0.0
     """By the clock."""
     cpu_seconds: float = 0.0
-    """Of both processes: what it would take on a machine with nothing else to do."""
+    """Of both processes: what it would take on an otherwise idle machine."""
     own_bytes: int = 0
-    """Peak of the process that reads."""
+    """Peak memory of the process that reads."""
     decoder_bytes: int = 0
+    """Peak memory of the decoder's process."""
     broken: list[str] = field(default_factory=list)
 
 
@@ -81,7 +82,7 @@ def _decoder_pids() -> list[int]:
 
 
 def _cpu_seconds(pids: list[int]) -> float:
-    """Of this process, its children that have ended, and those running."""
+    """CPU time of this process, its children that have ended, and those still running (`pids`)."""
     used = sum(os.times()[:4])
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -102,7 +103,7 @@ def _read_alone(folder: Path, objects: pa.Table, outcome: Outcome) -> list[dict]
     after = _decoder_pids()
     outcome.decoder_bytes = max(map(_peak_bytes, after), default=0)
     if before and before != after:
-        # That of a process that has died is known only to its parent.
+        # The peak of a process that has died is known only to its parent.
         died = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         outcome.decoder_bytes = max(outcome.decoder_bytes, died)
     outcome.outcome = outcome_of(rows)
@@ -110,14 +111,14 @@ def _read_alone(folder: Path, objects: pa.Table, outcome: Outcome) -> list[dict]
     outcome.broken += broken_conditions(rows)
     timed_out = any(row["error_code"] == ErrorCode.DECODER_TIMEOUT for row in rows)
     if outcome.cpu_seconds > MAX_SECONDS or timed_out:
-        outcome.broken.append(f"took {outcome.seconds:.1f} s")
+        outcome.broken.append(f"took {outcome.cpu_seconds:.1f} s of CPU")
     if max(outcome.own_bytes, outcome.decoder_bytes) > MAX_MEMORY_BYTES:
         outcome.broken.append("took more than 2 GiB")
     return rows
 
 
 def _work(connection: Connection) -> None:
-    """Read what lies in the folders that come in, each object alone and then all as one task has
+    """Read the objects of each folder that comes in, first each alone, then all as one task reads
     them: the rows must be the same, whatever the neighbours do to the decoder."""
     faulthandler.enable()
     logging.disable(logging.CRITICAL)
@@ -152,8 +153,8 @@ def _without_reading(rows: list[dict]) -> list[dict]:
 
 
 class _Reader:
-    """The reading process, and another in its place where one has died. Inputs are made outside it:
-    its memory is to be that of reading."""
+    """The reading process, and its replacement when it has died. Inputs are made outside it, so
+    that its memory is that of reading."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -166,7 +167,7 @@ class _Reader:
         self._end()
 
     def read(self, folder: Path, outcomes: list[Outcome]) -> Iterator[Outcome]:
-        """The outcomes filled in; one comes again where the whole batch tells more of it."""
+        """Yield the outcomes, filled in. One comes again if reading the whole batch adds to it."""
         while outcomes:
             if self._worker is None:
                 self._start()
@@ -186,12 +187,12 @@ class _Reader:
                         at = found
             except (EOFError, OSError, TimeoutError) as error:
                 exit_code = self._end()
-                told = "hangs" if isinstance(error, TimeoutError) else f"died ({exit_code})"
+                ended = "hangs" if isinstance(error, TimeoutError) else f"died ({exit_code})"
                 lost = at if isinstance(at, int) else at.stop - 1
                 (guilty,) = (outcome for outcome in outcomes if outcome.number == lost)
                 guilty.outcome = "ended the process"
                 what = "" if isinstance(at, int) else f" while {at} were read together"
-                guilty.broken.append(f"the reading process {told}{what}")
+                guilty.broken.append(f"the reading process {ended}{what}")
                 yield guilty
                 for outcome in outcomes:
                     if outcome.number <= lost:
