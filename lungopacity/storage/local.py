@@ -274,8 +274,8 @@ def _leads_back(folder: Path) -> bool:
 
 
 class _UnalteredFile(io.FileIO):
-    """A file that raises `changed` when it no longer has the etag, also after it was opened: of a
-    file that is overwritten in place, half of what was read may be one film, half another."""
+    """A file that raises `changed` once it no longer has the etag, even after it was opened. If it
+    is overwritten in place, what was read may be half of one film and half of another."""
 
     def __init__(self, path: Path, etag: str | None) -> None:
         # Without O_NONBLOCK, opening a pipe waits for a writer, maybe for ever.
@@ -283,7 +283,7 @@ class _UnalteredFile(io.FileIO):
         self._etag = etag
 
     def check(self) -> None:
-        """Raises `ImageError` (`changed`)."""
+        """Raises `ImageError` (`changed`) if the file no longer has the etag."""
         if self._etag is not None and _etag_of(os.fstat(self.fileno())) != self._etag:
             raise changed()
 

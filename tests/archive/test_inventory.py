@@ -215,7 +215,9 @@ def test_the_newest_report_of_a_configuration_is_used_with_a_warning_if_it_is_ol
     assert not caplog.text
     with pytest.raises(UserError, match="no list lies there, and no report in folders such as"):
         read(f"{s3_uri}-inventory", s3_uri)  # the folder above
-    with pytest.raises(UserError, match=r"is damaged .*; for an S3 Inventory report give its manifest"):
+    with pytest.raises(
+        UserError, match=r"is damaged .*; for an S3 Inventory report give its manifest"
+    ):
         read(f"{s3_uri}-inventory/data/part", s3_uri)  # its CSV
     with pytest.raises(UserError, match="differs from the MD5"):  # the data are the newest one's
         read(f"{store.uri}/2026-03-10T01-00Z/manifest.json", s3_uri)
