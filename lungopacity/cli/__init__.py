@@ -112,8 +112,8 @@ def _with_the_name_here(error: click.NoSuchOption) -> click.NoSuchOption:
     here = _NAMED_ELSEWHERE.get(error.option_name)
     if not any(here in option.opts for option in options):
         return error
-    told = f"No such option '{error.option_name}'. Did you mean '{here}'?"
-    return click.NoSuchOption(error.option_name, told, ctx=error.ctx)
+    message = f"No such option '{error.option_name}'. Did you mean '{here}'?"
+    return click.NoSuchOption(error.option_name, message, ctx=error.ctx)
 
 
 def _tell(line: str) -> None:
@@ -123,9 +123,9 @@ def _tell(line: str) -> None:
 
 def _one_line(error: BaseException) -> str:
     """The message for the user."""
-    told = foreseen(error)
-    if told is not None:
-        return told
+    message = foreseen(error)
+    if message is not None:
+        return message
     raised = error
     while isinstance(inner := getattr(raised, "cause", None), BaseException):
         raised = inner

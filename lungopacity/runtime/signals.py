@@ -54,7 +54,7 @@ def end_if_told() -> None:
     """For long loops, because Python drops what a signal handler raises inside a destructor. Raises
     `SystemExit` after a SIGTERM, `KeyboardInterrupt` after Ctrl-C."""
     if _here.told_by == signal.SIGINT:
-        _here.told_by = None  # once: Python may go on to something else
+        _here.told_by = None  # raised only once, because Python may go on to something else
         raise KeyboardInterrupt
     if _here.told_by is not None:
         raise SystemExit(code_of_signal())
