@@ -1,1 +1,1 @@
-"""What screening leaves behind: the schemas, the folder and its commit records, SQL."""
+"""The output of screening: its schemas, the results folder with its commit records, and SQL."""

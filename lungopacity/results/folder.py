@@ -1,15 +1,15 @@
-"""The results folder: where things lie in it, and which runs count.
+"""The results folder: its layout, and which runs count.
 
     predictions/screened_on=YYYY-MM-DD/<run_id>-<attempt>-NNNNN.parquet
-    metrics/<run_id>-….parquet
-    explanations/<run_id>/<content_sha256>.png      of positive films, where they were asked for;
-                                                    of a frame <content_sha256>-<frame>.png
+    metrics/<run_id>-<attempt>.parquet
+    explanations/<run_id>/<content_sha256>.png      with --explain, pictures of positive films;
+                                                    <content_sha256>-<frame>.png of a frame
     runs/<run_id>.json                  the commit record, written last
     status.json                         how the newest night went
-    _work/<run_id>/…                    what is being written; no reader looks here
+    _work/<run_id>/…                    work in progress; readers never look here
 
-A file that no commit record names does not exist for a reader. Runs follow each other by the
-`sequence` in their records, not by any clock: clocks differ between machines, and are set back.
+Readers ignore files that no commit record names. Runs are ordered by the `sequence` in their
+records, not by a clock: clocks differ between machines, and can be set back.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ METRICS = "metrics"
 EXPLANATIONS = "explanations"
 WORK = "_work"
 STATUS = "status.json"
-"""What became of the newest night. `ray job submit` tells no exit code."""
+"""How the newest night went, because `ray job submit` does not pass on the exit code."""
 
-# Of keys below the results folder. The first group is the run's id.
+# Patterns of keys in the results folder. The first group is the run's id.
 PREDICTIONS_FILE = (
     rf"{PREDICTIONS}/screened_on=\d{{4}}-\d\d-\d\d/([^/]+)-[0-9a-f]{{8}}-\d{{5}}\.parquet"
 )
@@ -51,76 +51,74 @@ RESULTS_FILE = (
     rf"(?:^|/)(?:{PREDICTIONS_FILE}|{METRICS_FILE}|{PICTURE_FILE}|{WORK_FILE}"
     rf"|{RUNS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}-[0-9a-f]{{8}}\.json|{LOCKS}/nightly\.json)$"
 )
-"""Of keys below any results folder, wherever that lies. So narrow that no film of anybody bears
-such a name by chance; status.json, and records of runs that were named by hand, are not told."""
+"""Pattern of keys in any results folder, wherever that is. It is so narrow that no film has such a
+name by chance. It does not match status.json, or records of runs with a hand-made id."""
 
 _READ_THREADS = 16
 
 
 def refuse_other_folder(store: Store) -> None:
-    """Raises `UserError` where nothing lies that a folder of results has: a slip in `--results`,
-    of which nobody is to be told that all is in order there."""
+    """Raises `UserError` if the folder holds nothing that a results folder has. With a mistyped
+    `--results`, a command must not report that all is well."""
     prefixes = (*(f"{folder}/" for folder in (RUNS, PREDICTIONS, METRICS, WORK, LOCKS)), STATUS)
     if all(next(iter(store.list(prefix)), None) is None for prefix in prefixes):
-        raise UserError(
-            f"{store.uri}: no results lie there; give the --output of `lungopacity screen`"
-        )
+        raise UserError(f"{store.uri}: no results there; give the --output of `lungopacity screen`")
 
 
 def run_key(run_id: str) -> str:
-    """Key of the commit record."""
+    """Key of the run's commit record."""
     return f"{RUNS}/{run_id}.json"
 
 
 def work_prefix(run_id: str) -> str:
-    """Key prefix of what the run writes before it is published."""
+    """Key prefix of the files that the run writes before it is published."""
     return f"{WORK}/{run_id}/"
 
 
 def predictions_key(screened_on: str, run_id: str, attempt: str, number: int) -> str:
-    """Key of a file of rows. attempt: 8 hex digits. Matches `PREDICTIONS_FILE`."""
+    """Key of a predictions file. attempt: 8 hex digits. Matches `PREDICTIONS_FILE`."""
     return f"{PREDICTIONS}/screened_on={screened_on}/{run_id}-{attempt}-{number:05d}.parquet"
 
 
 def metrics_key(run_id: str, attempt: str) -> str:
-    """Key of a file of figures. attempt: 8 hex digits. Matches `METRICS_FILE`."""
+    """Key of a metrics file. attempt: 8 hex digits. Matches `METRICS_FILE`."""
     return f"{METRICS}/{run_id}-{attempt}.parquet"
 
 
 def plan_name(number: int, file: Path) -> str:
-    """Name of a file of a plan, see `plan_key`, by its place in the plan and its content."""
+    """Name of a plan file for `plan_key`, made of its content's hash and its number in the plan."""
     return f"plan-{_sha256(file)}-{number:05d}"
 
 
 def plan_key(run_id: str, name: str) -> str:
-    """Key of a file of the run's plan. Matches `WORK_FILE`."""
+    """Key of a plan file. Matches `WORK_FILE`."""
     return f"{work_prefix(run_id)}{name}.parquet"
 
 
 def attempt_prefix(run_id: str) -> str:
-    """Key prefix of what one attempt at the run writes, a new one each time. Matches
-    `WORK_FILE`."""
+    """Key prefix of the part files of one attempt at the run; each call returns a new one. Keys
+    below it match `WORK_FILE`."""
     return f"{work_prefix(run_id)}attempt={uuid.uuid4().hex}/"
 
 
 def part_key(attempt: str, data: bytes) -> str:
-    """Key of a part file, below an `attempt_prefix`, by its content. Matches `WORK_FILE`."""
+    """Key of a part file with this content. attempt: an `attempt_prefix`. Matches `WORK_FILE`."""
     return f"{attempt}{hashlib.sha256(data).hexdigest()}.parquet"
 
 
 def work_file(store: Store, key: str, target: Path) -> Path | None:
-    """A file of a plan, or a part file, on this machine, see `Store.local_file`; None where its
-    content is not the one that it is named by.
+    """A plan file or part file as a local file, see `Store.local_file`; None if its content does
+    not match the hash in its name.
 
-    A disk may lose the end of a file with its power, or a bit with its age, and DuckDB compares no
-    checksum: another probability would be read without a word. Raises as `Store.local_file` does.
+    A disk may lose the end of a file in a power failure, or a bit with age. DuckDB checks no
+    checksums, so it would silently read another probability. Raises as `Store.local_file` does.
     """
     file = store.local_file(key, target)
     try:
         return file if _sha256(file) in key else None
     except OSError as error:
-        told = error.strerror or type(error).__name__
-        raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, told) from error
+        message = error.strerror or type(error).__name__
+        raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, message) from error
 
 
 def _sha256(file: Path) -> str:
@@ -129,21 +127,21 @@ def _sha256(file: Path) -> str:
 
 
 def start_key(run_id: str) -> str:
-    """Key of what the run was started with: it is unfinished while this lies there."""
+    """Key of the file that says how the run was started. The run is unfinished while it exists."""
     return f"{work_prefix(run_id)}run.json"
 
 
 def explanation_key(run_id: str, content_sha256: str, frame: int | None) -> str:
-    """Key of a film's picture. Named by its content: whoever writes it again writes the same, and
-    an object's name, which may be that of a patient, does not come out by it."""
-    of = "" if frame is None else f"-{frame}"
-    return f"{EXPLANATIONS}/{run_id}/{content_sha256}{of}.png"
+    """Key of a film's picture. It is named by the film's content, so that a second attempt writes
+    the same file, and because the name of an object may be that of a patient."""
+    suffix = "" if frame is None else f"-{frame}"
+    return f"{EXPLANATIONS}/{run_id}/{content_sha256}{suffix}.png"
 
 
 def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
-    """Write the commit record: from this moment on readers see the run, whole, as the newest.
+    """Write the commit record: from then on, readers see the whole run, as the newest.
 
-    Raises `UserError` where a run of this id is already there, and where a file that the record
+    Raises `UserError` if a run with this id is already published, or if a file that the record
     names is gone.
     """
     attempt = uuid.uuid4().hex
@@ -159,14 +157,15 @@ def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
     try:
         store.write(run_key(run_id), data, if_absent=True)
     except ConflictError as error:
-        # An answer that was lost on its way is asked for again, and then finds our own record.
+        # If the answer to our own write was lost, the retry finds our own record.
         if _parsed(store, run_key(run_id)).get("attempt") == attempt:
             return
         raise published_meanwhile(run_id) from error
 
 
 def _check_files(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
-    """A record that names files which somebody has swept away would break every later query."""
+    """Raises `UserError` if a file that the record names is gone, as `clean` may have removed it:
+    such a record would break every later query."""
     files = [*record.get("files", ()), *filter(None, [record.get("metrics_file")])]
     with ThreadPoolExecutor(_READ_THREADS) as threads:
         found = list(threads.map(lambda file: store.head(file["key"]), files))
@@ -179,14 +178,14 @@ def _check_files(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
 
 
 def published_meanwhile(run_id: str) -> UserError:
-    """Two jobs worked on one run, and the other one was first."""
+    """The error if two jobs worked on one run, and the other was first."""
     return UserError(
-        f"run '{run_id}' was published by another job meanwhile; nothing of it was changed"
+        f"run '{run_id}' was published by another job meanwhile; that run was not changed"
     )
 
 
 def read_run(store: Store, run_id: str) -> dict[str, Any] | None:
-    """The commit record, or None where there is no such run."""
+    """The commit record, or None if no such run is published. Raises as `read_runs` does."""
     if store.head(run_key(run_id)) is None:
         return None
     return _parsed(store, run_key(run_id))
@@ -197,14 +196,14 @@ def read_runs(store: Store) -> list[dict[str, Any]]:
     keys = [item.key for item in store.list(f"{RUNS}/") if item.key.endswith(".json")]
     with ThreadPoolExecutor(_READ_THREADS) as threads:
         records = list(threads.map(lambda key: _parsed(store, key), keys))
-    # The first runs ever had no sequence; they come first.
+    # The earliest runs have no sequence; they come first.
     return sorted(
         records, key=lambda run: (run.get("sequence", 0), run["started_at"], run["run_id"])
     )
 
 
 def newest_sequence(runs: Iterable[Mapping[str, Any]]) -> int:
-    """The highest `sequence` of commit records; 0 where there is none."""
+    """The highest `sequence` of the commit records; 0 if there are none."""
     return max((run.get("sequence", 0) for run in runs), default=0)
 
 
@@ -214,18 +213,18 @@ def _parsed(store: Store, key: str) -> dict[str, Any]:
         version = record["schema_version"]
         if version > SCHEMA_VERSION:
             raise UserError(
-                f"{store.uri}/{key}: results schema {version} is newer than this lungopacity reads "
-                f"({SCHEMA_VERSION}); upgrade lungopacity"
+                f"{store.uri}/{key}: results schema {version} is newer than this lungopacity can "
+                f"read ({SCHEMA_VERSION}); upgrade lungopacity"
             )
         _check_record(record)
         if "positive_class" not in record:
-            # The first runs ever did not tell; it was what `train` still takes where none is given.
+            # Not in the earliest records. Runs then used what is still the default of `train`.
             names = record["class_names"]
             record["positive_class"] = "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
     except (ImageError, ValueError, TypeError, LookupError) as error:
-        mend = error.mend if isinstance(error, ImageError) else "restore it"
+        fix = error.mend if isinstance(error, ImageError) else "restore it"
         raise UserError(
-            f"{store.uri}/{key}: the commit record cannot be read ({_said(error)}); {mend}"
+            f"{store.uri}/{key}: the commit record cannot be read ({_reason(error)}); {fix}"
         ) from error
     return dict(record)
 
@@ -252,27 +251,28 @@ _MORE_FIELDS: dict[str, type | UnionType] = {
     "settings": dict,
     "versions": dict,
 }
-"""Those that records of older versions may lack."""
+"""Fields that records of older versions may lack."""
 
 
 def _check_record(record: Mapping[str, Any]) -> None:
-    """Whatever reads a record relies on this. Raises `ValueError` and `LookupError`."""
-    there = {name: kind for name, kind in _MORE_FIELDS.items() if name in record}
-    for name, kind in {**_FIELDS, **there}.items():
+    """Check the fields and types that readers of a record rely on. Raises `ValueError`,
+    `LookupError` or `TypeError`."""
+    present = {name: kind for name, kind in _MORE_FIELDS.items() if name in record}
+    for name, kind in {**_FIELDS, **present}.items():
         if not isinstance(record[name], kind):
             raise ValueError(f"'{name}' is {json.dumps(record[name])[:40]}")
     for name in ("started_at", "finished_at"):
         datetime.fromisoformat(record[name])
     texts = [file["key"] for file in (*record["files"], record["metrics_file"])]
     if not all(isinstance(text, str) for text in (*texts, *record["class_names"])):
-        raise ValueError("names that are no text")
+        raise ValueError("a name is not a text")
     if not all(isinstance(count, int) for count in record["counts"].values()):
-        raise ValueError("counts that are no numbers")
+        raise ValueError("a count is not a whole number")
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, ImageError):
         return error.message
     if isinstance(error, KeyError):
         return f"it has no {error}"
-    return "it is no JSON object of ours" if isinstance(error, TypeError) else str(error)
+    return "it is not a commit record" if isinstance(error, TypeError) else str(error)

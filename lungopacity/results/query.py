@@ -1,4 +1,4 @@
-"""SQL over committed runs: the views `predictions`, `latest`, `metrics` and `runs`."""
+"""SQL over published runs: the views `predictions`, `latest`, `metrics` and `runs`."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _RUNS_SCHEMA = pa.schema(
 )
 """`record` is the whole commit record as JSON."""
 
-# All rows of one object come from one run: a shard that could not be opened one night has one row
-# then, and the next night a row for each member.
-# Models that decide about different classes may have one id: a row tells which class its decision
-# is about. `places` lies where SHOW TABLES does not look. `threshold` asks it, too.
+# `latest` takes all rows of an object from one run: a shard that could not be opened one night has
+# a single row for that night, and a row per member for the next.
+# Models with different positive classes may have the same id, so each row names the positive class.
+# `places` is in a schema of its own, which SHOW TABLES does not list. `threshold` uses it, too.
 _LATEST = """
 CREATE SCHEMA internal;
 CREATE TABLE internal.places AS SELECT * FROM run_places;
@@ -55,9 +55,9 @@ CREATE VIEW latest AS SELECT * EXCLUDE (place) FROM (
 
 
 def query(results_uri: str, sql: str) -> pa.Table:
-    """The answer of DuckDB to `sql`. No other file or network is within its reach.
+    """DuckDB's answer to `sql`. The SQL can access no other files and no network.
 
-    Raises `UserError` for SQL that DuckDB refuses, and for a results folder that cannot be read.
+    Raises `UserError` for SQL that DuckDB refuses, and if the results folder cannot be read.
     """
     import duckdb
 
@@ -75,7 +75,7 @@ def query(results_uri: str, sql: str) -> pa.Table:
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_external_access = false")
         try:
-            _check_question([one.type.name for one in connection.extract_statements(sql)])
+            _check_statements([one.type.name for one in connection.extract_statements(sql)])
             return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
             if _OF_A_FILE in str(error):
@@ -83,23 +83,22 @@ def query(results_uri: str, sql: str) -> pa.Table:
             raise UserError(f"SQL: {_first_lines(str(error))}") from error
 
 
-def _check_question(kinds: Sequence[str]) -> None:
-    """kinds: of the statements, as DuckDB names them."""
+def _check_statements(kinds: Sequence[str]) -> None:
+    """kinds: types of the statements, as DuckDB names them. Raises `UserError` unless there is
+    exactly one, a SELECT."""
     if kinds == ["MULTI"]:
-        raise UserError("SQL: PIVOT needs the values by name, as PIVOT … ON column IN ('a', 'b')")
+        raise UserError("SQL: PIVOT must list the values: PIVOT … ON column IN ('a', 'b')")
     if len(kinds) != 1:
-        raise UserError(
-            f"SQL: {len(kinds)} questions; one is answered at a time, begin with SELECT"
-        )
+        raise UserError(f"SQL: {len(kinds)} statements; give a single one that begins with SELECT")
     if kinds != ["SELECT"]:
-        raise UserError(f"SQL: {kinds[0]} is not answered; begin with SELECT")
+        raise UserError(f"SQL: {kinds[0]} is not allowed; begin with SELECT")
 
 
 @contextmanager
 def files_of_runs(store: Store) -> Iterator[None]:
-    """Around the reading of what commit records name.
+    """A block that reads files named by commit records.
 
-    Raises `UserError` where a file cannot be read.
+    Raises `UserError` if one cannot be read.
     """
     import duckdb
 
@@ -114,26 +113,29 @@ def files_of_runs(store: Store) -> Iterator[None]:
 
 
 _OF_A_FILE = "reading the stream registered"
-"""DuckDB's words where Arrow, which reads the files for it, could not."""
-_PASSES = re.compile(r"AWS Error (?!NO_SUCH_KEY|RESOURCE_NOT_FOUND)|\[errno (?!2\])", re.IGNORECASE)
-"""Arrow's words where the storage did not give a file; of one that is damaged it has others."""
+"""DuckDB's words if Arrow, which reads the files for it, failed."""
+_MAY_PASS = re.compile(
+    r"AWS Error (?!NO_SUCH_KEY|RESOURCE_NOT_FOUND)|\[errno (?!2\])", re.IGNORECASE
+)
+"""Arrow's words if the storage did not return a file that may be there and sound."""
 
 
 def _unreadable(store: Store, error: Exception) -> UserError:
-    told = first_line(error)
+    reason = first_line(error)
     if is_full_disk(error):
         return UserError(
-            f"{store.uri}: the published runs cannot be worked through ({told}); free memory and "
-            "space, or name a larger folder by TMPDIR"
+            f"{store.uri}: not enough memory or disk space to read the published runs ({reason}); "
+            "free some, or set TMPDIR to a folder with more space"
         )
-    mend = "try again; check the network and permissions" if _PASSES.search(told) else "restore it"
+    may_pass = _MAY_PASS.search(reason)
+    fix = "try again; check the network and permissions" if may_pass else "restore it"
     return UserError(
-        f"{store.uri}: a file that a commit record names cannot be read ({told}); {mend}"
+        f"{store.uri}: a file that a commit record names cannot be read ({reason}); {fix}"
     )
 
 
 def runs(results_uri: str) -> pa.Table:
-    """The published runs, oldest first. Raises `UserError` where there is none."""
+    """The published runs, oldest first. Raises `UserError` if there are none."""
     return _runs_table(_committed(open_store(results_uri)))
 
 
@@ -141,13 +143,13 @@ def _committed(store: Store) -> list[dict[str, Any]]:
     records = read_runs(store)
     if not records:
         raise UserError(
-            f"{store.uri}: no finished run lies there; give the --output of `lungopacity screen`"
+            f"{store.uri}: no published run there; give the --output of `lungopacity screen`"
         )
     return records
 
 
 def _runs_table(runs: Iterable[dict[str, Any]]) -> pa.Table:
-    """Commit records as a table, one row a run."""
+    """Commit records as a table, one row per run."""
     rows = []
     for run in runs:
         row = {name: run.get(name) for name in _RUNS_SCHEMA.names}
@@ -158,8 +160,8 @@ def _runs_table(runs: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def run_places(runs: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """`run_id`, `place`, its place in the order of publishing, as `read_runs` gives them, and
-    `positive_class`, which the run's decisions are about."""
+    """One row per run: `run_id`, `place` (its index in `runs`, which are ordered as by `read_runs`)
+    and `positive_class` (the class that the run's decisions are about)."""
     return pa.table(
         {
             "run_id": pa.array([run["run_id"] for run in runs], pa.string()),
@@ -170,8 +172,8 @@ def run_places(runs: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def predictions_of(store: Store, runs: Sequence[Mapping[str, Any]]) -> pa.dataset.Dataset:
-    """The rows of these runs, with their `screened_on`. Damaged pages raise when they are read."""
-    # Models with other classes have other columns; a row has nulls in those of the others.
+    """The rows of these runs, with the column `screened_on`. Damaged pages raise when read."""
+    # Models with other classes have other columns; a row has nulls in the columns of other models.
     schema = pa.unify_schemas([predictions_schema(run["class_names"]) for run in (*runs, _NO_RUN)])
     files = [file["key"] for run in runs for file in run["files"]]
     partition = pa.field("screened_on", pa.date32())

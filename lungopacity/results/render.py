@@ -1,4 +1,4 @@
-"""An Arrow table as text or bytes for the command line."""
+"""Render an Arrow table as text or bytes for the command line."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lungopacity.words import printable
 
 
 def rendered(table: pa.Table, output_format: str) -> bytes:
-    """The table as `table` (aligned text), `csv`, `json` (one object a line) or `parquet`.
+    """The table as `table` (aligned text), `csv`, `json` (one object per line) or `parquet`.
 
-    Raises `UserError` where the format has no way to tell a column.
+    Raises `UserError` if the format cannot represent a column.
     """
     write = {"csv": _csv, "json": _json, "parquet": _parquet, "table": _aligned}[output_format]
     try:
         return write(table)
-    # Python has no dates before year 1 nor after 9999.
+    # Python has no dates before year 1 or after year 9999.
     except (pa.ArrowException, OverflowError, ValueError) as error:
         raise UserError(
-            f"column {_refused(table, write)} cannot be told as {output_format}; choose another "
-            "--format, as json, or cast it: CAST(… AS VARCHAR)"
+            f"column {_refused(table, write)} cannot be written as {output_format}; choose another "
+            "--format, such as json, or cast it: CAST(… AS VARCHAR)"
         ) from error
 
 
@@ -53,7 +53,9 @@ def _csv(table: pa.Table) -> bytes:
 def _json(table: pa.Table) -> bytes:
     (name, times), *_ = [*Counter(table.column_names).most_common(1), ("", 0)]
     if times > 1:
-        raise UserError(f"column '{name}' occurs {times} times, in JSON it can once; rename by AS")
+        raise UserError(
+            f"column '{name}' occurs {times} times, but JSON allows it once; rename it with AS"
+        )
     lines = (json.dumps(_finite(row), default=str, allow_nan=False) for row in table.to_pylist())
     return "".join(f"{line}\n" for line in lines).encode()
 
@@ -63,7 +65,7 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for what JSON has no number for: NaN and the infinities."""
+    """The value with None for NaN and infinities, which JSON cannot represent."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

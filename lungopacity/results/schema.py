@@ -1,6 +1,6 @@
-"""The Arrow schemas of every table that is written. Every writer takes them from here.
+"""The Arrow schemas of every table that is written. Every writer takes its schema from here.
 
-No column is ever null-typed: a night without a failure must not change the type of `error_code`.
+No column is ever null-typed: a night without failures must not change the type of `error_code`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from lungopacity.errors import NOTICE, UserError
 from lungopacity.radiograph.quality import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
 
 SCHEMA_VERSION = 2
-"""Raised when a column changes its name, type or meaning."""
+"""Incremented when a column changes its name, type or meaning."""
 METADATA = {"notice": NOTICE, "schema_version": str(SCHEMA_VERSION)}
-"""Of every table that is kept or handed out."""
+"""Metadata of every table that is kept or handed out."""
 
 _TIME = pa.timestamp("us", tz="UTC")
 
@@ -29,8 +29,8 @@ SOURCE_FIELDS: tuple[pa.Field, ...] = (
     pa.field("source_size_bytes", pa.int64(), nullable=False),
     pa.field("source_modified_at", _TIME, nullable=False),
 )
-"""Which image: the object of the archive (its key), and inside a shard the member and its place; in
-a file of several frames the frame, from 0."""
+"""Which image it is: the object in the archive (its key); inside a shard, the member and its index;
+in a file of several frames, the frame, counted from 0."""
 
 CONTENT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("content_sha256", pa.string()),
@@ -53,17 +53,17 @@ CONTENT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("error_message", pa.string()),
     *(pa.field(f"quality_{flag}", pa.bool_()) for flag in QUALITY_FLAGS),
 )
-"""What was found in its bytes, or why not."""
+"""What was found in the image's bytes, or why it could not be read."""
 
 SHARD_FIELDS: tuple[pa.Field, ...] = (
     pa.field("reading", pa.string()),
     pa.field("shard_rows", pa.int32()),
 )
-"""How publishing tells a whole shard from a part of one, or from parts of two.
+"""How publishing recognises whether a shard was read completely in one pass.
 
-All rows of one pass over an object of several images have the same `reading`; null for others.
-`shard_rows` is null but for the one row that closes the pass, which is no image: it counts the rows
-of the pass.
+All rows of one pass over an object of several images share a `reading`; it is null for other
+objects. `shard_rows` is set only in the row that closes the pass: the number of other rows in the
+pass. That row is not an image.
 """
 
 READ_SCHEMA = pa.schema(
@@ -77,15 +77,16 @@ READ_SCHEMA = pa.schema(
         *SHARD_FIELDS,
     ]
 )
-"""Between reading and scoring. `pixels`: image_size² bytes, row by row, null without an image; in
-their middle `shown_height` x `shown_width` are of the film, the rest is padding. `shown_edges`:
-left, top, right and bottom of what is shown, in pixels of the stored image."""
+"""Rows between reading and scoring. `pixels`: image_size² bytes, row by row; null without an image.
+The `shown_height` x `shown_width` pixels in the middle show the film, the rest is padding.
+`shown_edges`: left, top, right and bottom of the part that is shown, in pixels of the stored image.
+"""
 
 PLAN_SCHEMA = pa.schema([*SOURCE_FIELDS[:1], *SOURCE_FIELDS[4:], pa.field("is_shard", pa.bool_())])
-"""The inventory, and what is read of it: one row an object."""
+"""An inventory, or objects to read: one row per object."""
 
 PLANNED_SCHEMA = PLAN_SCHEMA.append(pa.field("repeated", pa.bool_(), nullable=False))
-"""A plan; `repeated`: a published run has tried the object already, as it is now."""
+"""A plan. `repeated`: a published run has already tried the object with its present content."""
 
 METRICS_SCHEMA = pa.schema(
     [
@@ -104,7 +105,7 @@ METRICS_SCHEMA = pa.schema(
     ],
     metadata=METADATA,
 )
-"""One row a figure; what each column says is told by `evaluation.metrics.Metric`."""
+"""One row per value. `evaluation.metrics.Metric` describes the columns."""
 
 EXPLANATIONS_SCHEMA = pa.schema(
     [
@@ -136,19 +137,20 @@ EXPLANATIONS_SCHEMA = pa.schema(
     ],
     metadata=METADATA,
 )
-"""Of `lungopacity explain`, one row an image. `p`: of the positive class. `peak_x`, `peak_y`: the
-map's highest place, in pixels of the film as it is stored, null of a map of zeros. `overlay`: key
-of the picture below the output. From `hit` on: see `Pointing`; null without boxes."""
+"""explain.parquet of `lungopacity explain`, one row per image. `p`: probability of the positive
+class. `peak_x`, `peak_y`: the map's highest point, in pixels of the stored film; null if the map is
+all zeros. `overlay`: key of the picture below the output. `hit` and the columns after it: see
+`Pointing`; null without boxes."""
 
 
 _CONTENT = {field.name: field for field in CONTENT_FIELDS}
 
 
 def evaluation_schema(class_names: Sequence[str]) -> pa.Schema:
-    """`predictions.parquet` of an evaluation's report: one row an image that was scored.
+    """`predictions.parquet` in the report of an evaluation: one row per scored image.
 
-    `source`: the object that the image lies in. `patient_cluster`: a number for each patient, that
-    means nothing in another report. `decision`, and what follows it: as in screening.
+    `source`: the object that holds the image. `patient_cluster`: a number for each patient, valid
+    only in this report. `decision` and the columns after it: as in screening.
     """
     return pa.schema(
         [
@@ -174,24 +176,24 @@ def evaluation_schema(class_names: Sequence[str]) -> pa.Schema:
 
 
 def class_column(prefix: str, class_name: str) -> str:
-    """`p_Lung_Opacity`: a column that SQL takes without quotes, for any class name."""
+    """A column name that needs no quotes in SQL, for any class name: `p_Lung_Opacity`."""
     return f"{prefix}_{re.sub(r'[^0-9A-Za-z_]', '_', class_name)}"
 
 
 def check_class_columns(class_names: Sequence[str]) -> None:
-    """Raises `UserError` where two class names give the same column."""
+    """Raises `UserError` if two class names give the same column."""
     seen: dict[str, str] = {}
     for name in class_names:
         first = seen.setdefault(class_column("p", name), name)
         if first != name:
             raise UserError(
-                f"the model's classes '{first}' and '{name}' both have the column "
-                f"{class_column('p', name)}; train again and rename one, as --classes LABEL=Name"
+                f"the model's classes '{first}' and '{name}' would share the column "
+                f"{class_column('p', name)}; train again and rename one with --classes LABEL=Name"
             )
 
 
 def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
-    """What a model with these classes says of a film. Raises as `check_class_columns`."""
+    """Columns of the scores of a model with these classes. Raises as `check_class_columns`."""
     check_class_columns(class_names)
     return [
         *(pa.field(class_column("p", name), pa.float32()) for name in class_names),
@@ -206,7 +208,7 @@ def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
 
 
 def predictions_schema(class_names: Sequence[str]) -> pa.Schema:
-    """One row an image of the plan, readable or not."""
+    """Published predictions: one row per image of the plan, readable or not."""
     return pa.schema(
         [
             pa.field("run_id", pa.string(), nullable=False),
@@ -223,7 +225,7 @@ def predictions_schema(class_names: Sequence[str]) -> pa.Schema:
 
 
 def part_schema(class_names: Sequence[str]) -> pa.Schema:
-    """Part files under `_work/`: what the model stage gives; publishing adds the run's columns."""
+    """Part files under `_work/`: output of the model stage. Publishing adds the run's columns."""
     return pa.schema(
         [
             pa.field("screened_at", _TIME, nullable=False),

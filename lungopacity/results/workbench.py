@@ -1,4 +1,4 @@
-"""DuckDB for tables of any size: beyond its share of memory it works on disk."""
+"""DuckDB for tables of any size: beyond its memory limit it spills to disk."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _ROWS_PER_BATCH = 50_000
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A Parquet file of a part of a query's answer."""
+    """A Parquet file with part of a query's answer."""
 
     path: Path
     rows: int
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Whether it tells that there was no room for a file, as the error of Python, Arrow or DuckDB
-    does. DuckDB runs out of memory where it can put nothing more on disk."""
+    """Whether an error of Python, Arrow or DuckDB means that the disk is full. DuckDB runs out of
+    memory when it can spill nothing more to disk."""
     import duckdb
 
     if isinstance(error, duckdb.Error) and not isinstance(error, duckdb.OutOfMemoryException):
@@ -44,9 +44,9 @@ def is_full_disk(error: Exception) -> bool:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """An empty folder on this machine, gone after the block.
+    """An empty local folder, removed after the block.
 
-    Raises `UserError` where the block finds no room on disk.
+    Raises `UserError` if the disk is full in the block.
     """
     with scratch() as folder:
         try:
@@ -56,16 +56,16 @@ def temporary_folder() -> Iterator[Path]:
                 raise
             raise UserError(
                 f"temporary files cannot be written: no space left in {folder.parent}; free "
-                "some, or name a larger folder by TMPDIR"
+                "some, or set TMPDIR to a folder with more space"
             ) from error
 
 
 @contextmanager
 def workbench() -> Iterator[tuple[Any, Path]]:
-    """A DuckDB connection, and an empty folder on this machine; both gone after the block. Raises
-    `UserError` as `temporary_folder` does.
+    """A DuckDB connection and an empty local folder, both gone after the block. Raises as
+    `temporary_folder` does.
 
-    Tables lie in a file of that folder, and so does what a sort or a join cannot hold in memory.
+    The folder also holds DuckDB's tables, and what a sort or a join cannot hold in memory.
     """
     import duckdb
 
@@ -73,21 +73,21 @@ def workbench() -> Iterator[tuple[Any, Path]]:
         connection.execute(f"SET memory_limit = '{_MEMORY}'")
         connection.execute(f"SET temp_directory = {quoted(folder / 'spill')}")
         connection.execute("SET TimeZone = 'UTC'")
-        # Every order that matters is asked for by name.
+        # Every query that needs an order has an ORDER BY.
         connection.execute("SET preserve_insertion_order = false")
         yield connection, folder
 
 
 def quoted(text: object) -> str:
-    """An SQL string."""
+    """The text as an SQL string literal."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
 def view_of_files(connection: Any, name: str, paths: Sequence[Path], schema: pa.Schema) -> None:
-    """Make the schema's columns of local Parquet files a view; an empty one where there is none."""
+    """Create a view of local Parquet files with the schema's columns; empty without files."""
     if paths:
         columns = ", ".join(f'"{column}"' for column in schema.names)
-        # Else a folder above them, as of a lake's `modality=CR`, would give a column its value.
+        # hive_partitioning off: a parent folder such as `modality=CR` would override that column.
         files = f"read_parquet([{', '.join(map(quoted, paths))}], hive_partitioning = false)"
         connection.execute(f"CREATE VIEW {name} AS SELECT {columns} FROM {files}")
     else:
@@ -103,7 +103,7 @@ def export(
     change: Callable[[pa.Table], pa.Table] | None = None,
     rows_per_file: int = _ROWS_PER_FILE,
 ) -> list[ExportedFile]:
-    """Write the answer as `<folder>/<stem>-NNNNN.parquet`, in its order, with this schema.
+    """Write the answer to `sql`, in its order, as `<folder>/<stem>-NNNNN.parquet` with this schema.
 
     `change` is applied to each piece of up to 50,000 rows.
     """
@@ -133,7 +133,7 @@ def export(
 
 
 def spool(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> int:
-    """Write the tables, as they come, to one local Parquet file; returns how many rows."""
+    """Write the tables to one local Parquet file as they come; returns the number of rows."""
     rows = 0
     with pq.ParquetWriter(path, schema, compression="lz4") as writer:
         for table in tables:

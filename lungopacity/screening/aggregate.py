@@ -1,4 +1,4 @@
-"""A run's own metrics: what was read, found, and how fast; against labels where there are any."""
+"""The metrics of a run: what was read, what was found, how fast, and agreement with any labels."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 _HISTOGRAM_BINS = 20
 _MOST_DRAWN = 200_000_000
-"""Films times replicates of the bootstrap: beyond, fewer are drawn, so that a run is published in
-minutes whatever its labels."""
+"""Largest product of films and bootstrap replicates. For more films, fewer replicates are drawn, so
+that publishing takes minutes however many labels there are."""
 _FEWEST_REPLICATES = 200
-"""Of which five lie beyond each end of the interval."""
+"""Five of them lie beyond each end of the interval."""
 _SCORED = f"WHERE status = {quoted(Status.OK.value)}"
 
 
@@ -38,8 +38,8 @@ def run_metrics(
 ) -> list[Metric]:
     """Counts, errors by code, quality flags, rate of positives, score histogram, images a second.
 
-    predictions: DuckDB relation of `predictions_schema`, of any size. `resumed`: earlier attempts
-    have screened a part of them, which took none of these seconds: there is no speed to tell.
+    predictions: DuckDB relation of `predictions_schema`, of any size. `seconds`: time of this
+    attempt. `resumed`: earlier attempts screened part of the images, so no speed is given.
     """
 
     def asked(sql: str) -> list[tuple[Any, ...]]:
@@ -66,7 +66,7 @@ def run_metrics(
     ]
     decisions = dict(asked(f"SELECT decision, count(*) FROM predictions {_SCORED} GROUP BY ALL"))
     metrics += _decision_rates(decisions)
-    # The last bin holds 1.0, too.
+    # The last bin includes 1.0.
     score = class_column("p", spec.positive_class)
     bins = dict(
         asked(
@@ -88,16 +88,18 @@ def label_metrics(
     known_films: Collection[str] = (),
     point_films: Collection[str] = (),
 ) -> list[Metric]:
-    """Metrics against the labels, over all and by view position, sex and age, as `evaluate` makes
-    them, with intervals over patients.
+    """Metrics against the labels, over all and by view position, sex and age, with intervals over
+    patients, computed as `evaluate` does.
 
-    Of the readable images whose label is one of the model's classes; empty where there is none.
-    Those in `known_films`, content_sha256 of what the model learnt from or was chosen by, would
-    flatter it: they are left out, and counted as `films_known_to_model`. Those in `point_films`,
-    which the operating point was picked on, flatter its decisions alone: they stay, and are counted
-    as `films_operating_point_picked_on`.
-    predictions: as for `run_metrics`. labels: as `read_labels` gives them; what they say of
-    view, sex and age goes before the header, as in `evaluate`.
+    They cover the scored images whose label stands for one of the model's classes; empty if there
+    are none. predictions: as for `run_metrics`. labels: as `read_labels` returns them; their view,
+    sex and age take precedence over the header's, as in `evaluate`.
+
+    `known_films`: content_sha256 of the films that the model was trained, selected or calibrated
+    on. On these the model looks too good, so they are left out and counted as
+    `films_known_to_model`. `point_films`: the films that the operating point was picked on. On
+    these only the decisions look too good, so they stay and are counted as
+    `films_operating_point_picked_on`.
     """
     columns = [class_column("p", name) for name in spec.class_names]
     known = ", ".join(quoted(label) for label in spec.class_of_label)
@@ -142,11 +144,12 @@ def label_metrics(
 
 
 def warn_of_useless_labels(
-    predictions: Any, spec: ModelSpec, labels: pd.DataFrame, *, names_may_be_told: bool
+    predictions: Any, spec: ModelSpec, labels: pd.DataFrame, *, may_quote_names: bool
 ) -> None:
-    """Log where not one label can be measured against: names or classes are written differently.
+    """Warn if no label can be used, because names or classes are written differently.
 
-    predictions, labels: as for `label_metrics`.
+    predictions, labels: as for `label_metrics`. `may_quote_names`: whether the warning may quote
+    names of images.
     """
     known = ", ".join(quoted(label) for label in spec.class_of_label)
     ((images, labelled, of_classes, image, label),) = predictions.query(
@@ -156,11 +159,11 @@ def warn_of_useless_labels(
     ).fetchall()
     if images and not labelled:
         named = labels["image"].min()
-        such = f": they name {named!r}, the images {image!r}" if names_may_be_told else ""
-        log.warning("the labels match none of %d images%s", images, such)
+        example = f": the labels name {named!r}, an image is {image!r}" if may_quote_names else ""
+        log.warning("the labels match none of %d images%s", images, example)
     elif labelled and not of_classes:
         log.warning(
-            "none of %d labels is one of the model's classes: they say %r, the model %s",
+            "none of %d labels is one of the model's classes: one label is %r, the model knows %s",
             labelled,
             label,
             ", ".join(spec.class_of_label),
@@ -168,7 +171,7 @@ def warn_of_useless_labels(
 
 
 def _decision_rates(decisions: Mapping[str, int]) -> list[Metric]:
-    """None where nothing was decided: there is no rate of nothing."""
+    """The fraction of each decision among all; empty if nothing was decided."""
     n = sum(decisions.values())
     rates = []
     for decision in ("negative", "review", "positive") if n else ():

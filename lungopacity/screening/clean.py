@@ -1,5 +1,5 @@
-"""Sweep what killed jobs left in a results folder, and nothing that a commit record names; and what
-they left in the temporary folder of this machine."""
+"""Remove what killed jobs left in a results folder and in this machine's temporary folder. Files
+that a commit record names are never removed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from lungopacity.storage.scratch import left_behind
 OLDER_THAN_DAYS = 7.0
 _OLDEST_DAYS = 36500
 _AT_WORK = timedelta(hours=1)
-"""What a run has written so recently, it may be about to publish."""
+"""A run whose newest file is younger may still be at work."""
 _PUBLISHED_WORK = "work of published runs"
 _LOCK = "locks"
-# The names that we give, and nothing else: a slip in --results must not cost anybody's files.
+# Only names that we give: a mistake in --results must not delete anybody else's files.
 _ROWS_OR_FIGURES = (re.compile(PREDICTIONS_FILE), re.compile(METRICS_FILE))
 _PICTURE = re.compile(PICTURE_FILE)
 _WORK = (re.compile(WORK_FILE), re.compile(rf"{WORK}/([^/]+)/(?:.*/)?\.tmp-[^/]+"))
@@ -46,11 +46,11 @@ _HALF_WRITTEN = re.compile(
 
 @dataclass(frozen=True)
 class Swept:
-    """What was removed, or on a dry run would be."""
+    """What was removed, or with `dry_run` would be."""
 
     results: str
     files: Counter[str] = field(default_factory=Counter)
-    """By kind: `work of published runs`, `work of unfinished runs`, …"""
+    """Number of files by kind: `work of published runs`, `work of unfinished runs`, …"""
     size_bytes: int = 0
     dry_run: bool = False
 
@@ -58,15 +58,15 @@ class Swept:
 def clean(
     results: str, *, older_than_days: float = OLDER_THAN_DAYS, dry_run: bool = False
 ) -> Swept:
-    """Remove work of published runs, and what is older than so many days of: unfinished runs,
-    files that no commit record names, locks, and half-written files.
+    """Remove the work files of published runs, and these if they are older than `older_than_days`:
+    unfinished runs, files that no commit record names, locks, and half-written files.
 
-    On this machine also folders that killed jobs left a day ago in the temporary folder.
+    Also removes folders that killed jobs left in this machine's temporary folder a day ago or
+    earlier.
 
-    An unfinished run that is removed can no longer be taken up. What was written within the last
-    hour may be of a job that is at work, and stays, as does a lease that may still be held. Raises
-    `UserError`, as where no results lie; also where something cannot be removed, after all else
-    was.
+    An unfinished run that is removed can no longer be resumed. A run that wrote anything within the
+    last hour may be at work, and stays; so does a lease that may still be held. Raises `UserError`
+    if the URI holds no results, and if some files could not be removed, after removing the others.
     """
     if not 0 <= older_than_days <= _OLDEST_DAYS:
         raise UserError(
@@ -74,7 +74,7 @@ def clean(
         )
     store = open_store(results)
     refuse_other_folder(store)
-    # The files first, the records after: a run that is published meanwhile keeps its files.
+    # Files are listed before the records are read: a run published in between keeps its files.
     found = list(store.list())
     files, size_bytes = _temporary_folders(dry_run)
     records = read_runs(store)
@@ -90,13 +90,15 @@ def clean(
         size_bytes += item.size_bytes
     if kept:
         raise UserError(
-            f"{len(kept)} files cannot be removed, as {kept[0]}; {files.total()} others were"
+            f"{len(kept)} files could not be removed, the first being {kept[0]}; "
+            f"{files.total()} others were removed"
         )
     return Swept(store.uri, files, size_bytes, dry_run)
 
 
 def _temporary_folders(dry_run: bool) -> tuple[Counter[str], int]:
-    """Sweep this machine; what was removed, by kind, and its bytes."""
+    """Clean this machine's temporary folder. Returns the number of folders removed, by kind, and
+    their size in bytes."""
     files: Counter[str] = Counter()
     size_bytes = 0
     for folder in left_behind():
@@ -113,12 +115,13 @@ def _left_over(
     store: Store,
     age: timedelta,
 ) -> Iterator[tuple[str, ObjectInfo]]:
-    """Kind, and object, of what may be removed. found: all objects of the results. records: of the
-    published runs."""
+    """Yields the kind and the object of everything that may be removed. found: all objects in the
+    results. records: commit records of the published runs. age: the least age of what is removed,
+    except for work of published runs."""
     now = store.now()
     published = {run["run_id"] for run in records}
     named = {file["key"] for run in records for file in (*run["files"], run["metrics_file"])}
-    # A run that is at work writes part files all the time: its youngest file tells its age.
+    # A running job keeps writing part files, so the age of a run is that of its newest file.
     newest: dict[str, datetime] = {}
     for item in found:
         run_id = _run_of(item.key)
@@ -133,11 +136,11 @@ def _left_over(
 
 
 def _kind(item: ObjectInfo, published: set[str], named: set[str]) -> str | None:
-    """What the object is left over from; None where it is none of ours, or in use."""
+    """The kind of a leftover; None if the object is not ours, or is in use."""
     run_id = _run_named(item.key, _WORK)
     if run_id is not None:
         return _PUBLISHED_WORK if run_id in published else "work of unfinished runs"
-    # Only beside published runs: without one, this may be no results folder at all.
+    # Only if there are published runs: otherwise this may not be a results folder at all.
     if published and _run_named(item.key, _ROWS_OR_FIGURES) is not None:
         return None if item.key in named else "files of runs that were never published"
     run_id = _run_named(item.key, [_PICTURE])
@@ -149,11 +152,11 @@ def _kind(item: ObjectInfo, published: set[str], named: set[str]) -> str | None:
 
 
 def _run_of(key: str) -> str | None:
-    """The run that a file is of: of its work, a picture, predictions or metrics."""
+    """Id of the run that a file of work, pictures, predictions or metrics belongs to."""
     return _run_named(key, [*_WORK, *_ROWS_OR_FIGURES, _PICTURE])
 
 
 def _run_named(key: str, patterns: Iterable[re.Pattern[str]]) -> str | None:
-    """The run's id in the key, where it is of one of the patterns."""
+    """The run id in the key, if the key matches one of the patterns."""
     found = filter(None, (pattern.fullmatch(key) for pattern in patterns))
     return next((match[1] for match in found), None)

@@ -1,7 +1,7 @@
-"""Pictures of where the model saw what it calls positive, written beside the results.
+"""Pictures of where the model sees the positive class, written to the results folder.
 
-The model stage draws them, for it has film and network in hand; they travel with the rows to the
-writer, which puts them before the rows that name them.
+The model stage draws them, because it holds both the film and the network. They travel with the
+rows to the writer, which writes each picture before the row that names it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lungopacity.results.schema import class_column
 from lungopacity.storage import Store
 
 PICTURE = "explanation_png"
-"""The column that they travel in; no file has it."""
+"""The column that holds pictures on their way to the writer; no file has it."""
 _SIDE = 224
-"""Pixels. With the strip below, a picture has less than 256 and 30 to 40 kB."""
+"""Pixels. With the strip below, a picture is less than 256 pixels high and takes 30 to 40 kB."""
 _WRITE_THREADS = 8
 _FACTS = ["content_sha256", "frame", "shown_height", "shown_width", "synthetic"]
 
 
 @dataclass(frozen=True)
 class Explainer:
-    """Of one run."""
+    """Draws the pictures of one run."""
 
     run_id: str
 
@@ -41,9 +41,10 @@ class Explainer:
         scores: dict[str, pa.Array],
         shown_N: npt.NDArray[np.bool_],
     ) -> dict[str, pa.Array]:
-        """`explanation` and its picture for those of n films that `shown_N` says, null for others.
+        """The columns `explanation` and `PICTURE` of N films: filled where `shown_N` is true, null
+        elsewhere.
 
-        scorer: of the model. films: their rows of `READ_SCHEMA`. scores: their score columns.
+        scorer: the model's `Scorer`. films: N rows of `READ_SCHEMA`. scores: their score columns.
         """
         from lungopacity.evaluation.overlay import Caption, overlay_png
         from lungopacity.evaluation.pointing import peak_of
@@ -78,9 +79,9 @@ class Explainer:
 
 
 def write_pictures(results: Store, rows: pa.Table) -> pa.Table:
-    """Write the pictures that travel with the rows, and take them out of these.
+    """Write the pictures in the column `PICTURE`, and return the rows without that column.
 
-    Raises `UserError` where one cannot be written.
+    Raises `UserError` if one cannot be written.
     """
     if PICTURE not in rows.column_names:
         return rows

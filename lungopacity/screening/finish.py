@@ -1,4 +1,4 @@
-"""The last step of a run: its rows, metrics and drift are published, and then it counts."""
+"""The last step of a run: publish its rows, metrics and drift."""
 
 from __future__ import annotations
 
@@ -42,68 +42,69 @@ class ScreeningResult:
     rejected: int
     failed: int
     repeated: int
-    """Images of objects that a published run has tried already, as they are."""
+    """Images of objects that an earlier run tried with the same content."""
     failed_again: int
-    """Of them, those that could not be read this time either."""
+    """Those of the repeated images that could not be read this time either."""
     positive: int
-    """Decided positive at the operating point."""
+    """Images decided positive at the operating point."""
     review: int
-    """Decided neither positive nor negative: a person is to look."""
+    """Images decided neither positive nor negative: a person should look at them."""
     explained: int
-    """Of the positive ones, those with a picture of where the model saw it."""
+    """Positive images with a picture of where the model sees the positive class."""
     synthetic: bool
     seconds: float
-    """Of this attempt, inventory to commit."""
+    """Time of this attempt, from the inventory until the rows are written."""
     metrics: list[Metric]
     max_failed_fraction: float = MAX_FAILED_FRACTION
     drift: tuple[Shift, ...] = ()
     """Against the job's baseline, if it has one."""
     labelled: int | None = None
-    """Images that the job's labels name; None where it has none."""
+    """Images that the job's labels name; None if the job has no labels."""
     of_classes: int = 0
-    """Of them, those whose label is one that the model tells."""
+    """Labelled images whose label stands for one of the model's classes."""
     operating_point: str | None = None
-    """Its name, where it was not the model's own choice."""
+    """The name of the operating point; None is the model's own choice."""
     known_to_model: int = 0
-    """Scored images of those, which the model learnt from or was chosen by: in no figure against
-    the labels."""
+    """Labelled, scored images that the model was trained, selected or calibrated on. Metrics
+    against the labels leave them out."""
     picked_on: int = 0
-    """Films in the figures against the labels that the operating point was picked on."""
+    """Films in the metrics against the labels that the operating point was picked on."""
 
     @property
     def images_per_s(self) -> float | None:
-        """None of a run that was taken up again: not all of its images are of this attempt."""
+        """None for a resumed run, because earlier attempts screened part of its images."""
         return metric_value(self.metrics, "images_per_s")
 
     @property
     def broken(self) -> bool:
-        """More images failed than may. Those that were tried before do not count: an object that
-        can never be read would call every quiet night broken."""
+        """Whether more images failed than `max_failed_fraction` allows. Images that were tried
+        before do not count: an unreadable object would make every quiet night broken."""
         failed, images = self.failed - self.failed_again, self.images - self.repeated
         return failed > self.max_failed_fraction * images
 
     @property
     def nothing_scored(self) -> bool:
-        """There were images, and not one has a score: a device may tag or invert all its films.
-        Those that fail again do not count: they would say so of every quiet night."""
+        """Whether there were images and none got a score: a device may have begun to tag or invert
+        all its films. Images that fail again do not count, or every quiet night would raise this.
+        """
         return self.images > self.failed_again and self.ok == 0
 
     @property
     def exit_code(self) -> int:
-        """0: every image was read. 1: some could not be, or not one was scored. 2: too many could
-        not be."""
+        """0: every image was read. 1: some could not be read, or none was scored. 2: too many could
+        not be read."""
         return 2 if self.broken else 1 if self.failed or self.nothing_scored else 0
 
 
 def publish_run(
     job: ScreeningJob, plan: Plan, began: float, before_commit: Callable[[], None] | None
 ) -> ScreeningResult:
-    """Write predictions, metrics and the commit record: with that one the run is published.
+    """Write predictions, metrics and the commit record. Writing the record publishes the run.
 
     `began`, `before_commit`: see `run_job`.
     """
     start = plan.start
-    log.info("run %s is put together and published", start.run_id)
+    log.info("run %s: collecting its rows and publishing them", start.run_id)
     with collect(job.results, plan, job.model.spec.class_names) as collected:
         collected.finish(synthetic_model=job.model.spec.synthetic)
         labels = _labelled(collected, job)
@@ -111,14 +112,14 @@ def publish_run(
         result = _result(job, plan, collected, labels, time.monotonic() - began)
     if result.known_to_model:
         log.warning(
-            "the model learnt from or was chosen by %d labelled films: they are left out of the "
-            "figures against the labels",
+            "the model was trained, selected or calibrated on %d of the labelled films: metrics "
+            "against the labels leave them out",
             result.known_to_model,
         )
     if result.picked_on:
         log.warning(
-            "operating point %s was picked on %d of the films in the figures against the labels: "
-            "those of its decisions flatter",
+            "operating point %s was picked on %d of the films in the metrics against the labels: "
+            "those that depend on its decisions are too good",
             result.operating_point,
             result.picked_on,
         )
@@ -139,14 +140,14 @@ def _result(
     labels: pd.DataFrame | None,
     seconds: float,
 ) -> ScreeningResult:
-    """What there is to say of the rows. labels: as `_labelled` gives them."""
+    """Count and measure the collected rows. `labels`: as `_labelled` returns them."""
     spec, start = job.model.spec, plan.start
     predictions = collected.connection.table("final")
     metrics = run_metrics(predictions, spec, seconds, resumed=plan.resumed)
     if job.labels is not None and labels is not None:
         metrics += label_metrics(predictions, spec, labels, job.known_films, job.point_films)
         warn_of_useless_labels(
-            predictions, spec, job.labels, names_may_be_told=not job.rules.hash_keys
+            predictions, spec, job.labels, may_quote_names=not job.rules.hash_keys
         )
     ((repeated, failed_again),) = collected.connection.execute(
         "SELECT count(*), count(*) FILTER (status = 'failed') FROM final "
@@ -193,16 +194,17 @@ def _result(
 
 
 def _labelled(collected: Collected, job: ScreeningJob) -> pd.DataFrame | None:
-    """Label the images; the labels that have one, named as in the archive."""
+    """Write the labels to the collected rows. Returns the labels that match an image, with `image`
+    named as in the archive."""
     if job.labels is None:
         return None
     labels, doubts = collected.label(job.labels)
     if doubts:
-        such = "" if job.rules.hash_keys else f", as {doubts[0]}"
+        example = "" if job.rules.hash_keys else f" (such as: {doubts[0]})"
         log.warning(
-            "%d names of the labels do not tell which image they mean%s: it has no label",
+            "%d matches between labels and images are ambiguous%s: these images get no label",
             len(doubts),
-            such,
+            example,
         )
     return labels
 

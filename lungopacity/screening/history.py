@@ -1,4 +1,4 @@
-"""What published runs have screened already, so that a night screens the rest."""
+"""What published runs have already screened, so that a night screens only the rest."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _POINT = ("threshold", "review_from")
 
 @dataclass(frozen=True)
 class History:
-    """Published runs over one archive with one model, that decided about one class, and whose names
-    can be compared with a listing's.
+    """Published runs over one archive with one model and positive class, whose names of objects can
+    be compared with a listing.
 
-    An object is screened when its newest rows are of its present etag and size, and need no other
-    attempt: none of them failed by the storage's fault, or by one of another version, and none was
-    rejected by other rules than those of today. What another operating point decided stays; a
-    warning counts it.
+    An object counts as screened if its newest rows have its present etag and size, and none of them
+    needs another attempt. A row does if it failed for a reason of the storage, if it failed under
+    another version of lungopacity with a code of `OF_VERSION`, or if it was rejected by other rules
+    than today's. Decisions made at another operating point stay; a warning counts them.
     """
 
     results: Store
@@ -60,7 +60,7 @@ class History:
     def load(self, connection: Any) -> None:
         """Create the table `screened` (name, version, again, place) in DuckDB; see `_number`.
 
-        Raises `UserError` where a file that a commit record names cannot be read.
+        Raises `UserError` if a file that a commit record names cannot be read.
         """
         other_rules = self._that_differ_in(_RULES)
         connection.register("run_places", run_places(self.runs))
@@ -69,8 +69,8 @@ class History:
             [run["run_id"] for run in self.runs if of_other_version(run)], pa.string()
         )
         connection.register("other_version", pa.table({"run_id": other_version}))
-        # place * 2 + again: the largest is of the newest run, and odd if any of its rows asks for
-        # another attempt.
+        # The largest place * 2 + again comes from the newest run, and is odd if any of its rows
+        # needs another attempt.
         with files_of_runs(self.results):
             connection.register("history", predictions_of(self.results, self.runs))
             connection.execute(f"""
@@ -94,7 +94,7 @@ class History:
             connection.create_function("hashed", self.pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
 
     def _that_differ_in(self, names: Sequence[str]) -> list[str]:
-        """Ids of the runs with other rules than those of today."""
+        """Ids of the runs whose rules of these names differ from today's."""
         return [
             run["run_id"]
             for run in self.runs
@@ -112,15 +112,17 @@ class History:
         ).fetchall()
         if objects:
             log.warning(
-                "%d objects were decided at another operating point, and stay so: a night screens "
-                "what is new; `lungopacity screen` decides all anew",
+                "%d objects keep decisions made at another operating point: a night screens only "
+                "what is new; `lungopacity screen` decides all again",
                 objects,
             )
 
     def to_screen(self, listed: str) -> str:
-        """SQL of the rows of the table `listed` that have to be screened; after `load`.
+        """SQL that selects the rows of the table `listed` that have to be screened. Call `load`
+        first.
 
-        `tried`: place of the newest run that tried the object as it is now; null where none did.
+        Column `tried`: place of the newest run that tried the object with its present content; null
+        if none did.
         """
         name = "image" if self.pseudonyms is None else "hashed(image)"
         return f"""
@@ -131,11 +133,11 @@ class History:
 
 
 def is_of_kind(run: Mapping[str, Any], archive: str, model_id: str, rules: Rules) -> bool:
-    """Whether the published run is over the archive with the model, decided about the class of the
-    rules, and names objects as they do.
+    """Whether the published run has this archive and model, the positive class of the rules, and
+    names objects as the rules do.
 
-    Results whose names are hashed, or hashed under another key, cannot be compared with plain ones:
-    a change of that screens the archive again.
+    Plain names, hashed names and names hashed with another key cannot be compared: changing between
+    them screens the archive again.
     """
     hashed = _settings(run).get("key_map") is not None
     return (
@@ -147,7 +149,8 @@ def is_of_kind(run: Mapping[str, Any], archive: str, model_id: str, rules: Rules
 
 
 def of_other_version(run: Mapping[str, Any]) -> bool:
-    """Whether another version of lungopacity made the run: what it failed at, this one may not."""
+    """Whether another version of lungopacity made the run: this one may read what that could
+    not."""
     then: object = run.get("versions", {}).get("lungopacity")
     return then != versions()["lungopacity"]
 
@@ -157,9 +160,9 @@ def _listed(codes: Collection[ErrorCode]) -> str:
 
 
 def _number(text: str) -> str:
-    """SQL of a 128-bit number for a text. Ten million names of any length join and group as
-    numbers in a third of the time and without going to disk; that any two of 10^10 share a number
-    has the chance 10^-19."""
+    """SQL that hashes a text to a 128-bit number. As numbers, ten million names of any length join
+    and group in a third of the time and without going to disk. Among 10^10 names, the chance that
+    any two share a number is 10^-19."""
     return f"md5_number({text})"
 
 
@@ -167,6 +170,6 @@ _VERSION = _number("source_etag || ':' || source_size_bytes")
 
 
 def _settings(run: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a commit record; the first version had none."""
+    """The settings in a commit record; records of the first version have none."""
     settings: Mapping[str, Any] = run.get("settings", {})
     return settings

@@ -1,4 +1,4 @@
-"""What a screening run is asked for, read and checked before anything is listed."""
+"""The settings of a screening run, read and checked before the archive is listed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAX_FAILED_FRACTION = 0.05
 
 
 class ScreeningOptions(TypedDict, total=False):
-    """What `screen` and `nightly` hand on; see `screening_job`."""
+    """Options that `screen` and `nightly` pass on; see `screening_job`."""
 
     accept: Sequence[str]
     reject_quality: Sequence[str] | None
@@ -55,7 +55,7 @@ class ScreeningOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ScreeningJob:
-    """What to score, with what and by which rules; checked."""
+    """The checked settings of a run: model, results folder, rules and resources."""
 
     model_uri: str
     model: TrainedModel
@@ -69,28 +69,29 @@ class ScreeningJob:
     gpus_per_actor: float = 1.0
     model_actors: int | None = None
     known_films: frozenset[str] = frozenset()
-    """Of a job with labels, see `films_known_to`: no figure against the labels counts them."""
+    """With labels: see `films_known_to`. Metrics against the labels leave these films out."""
     point_films: frozenset[str] = frozenset()
-    """Of a job with labels, see `films_of_site_point`: its decisions on them are flattered."""
+    """With labels: see `films_of_site_point`. Decisions on these films are better than on others,
+    because the operating point was picked on them."""
     operating_point: str | None = None
-    """Its name, where it is not the model's own choice."""
+    """The name of the operating point; None is the model's own choice."""
     baseline: Sample | None = None
-    """Of the run that scores and mixes are compared with."""
+    """Sample of the run that drift is measured against."""
     explain: bool = False
     """Write a picture of each positive film, see `Explainer`."""
     precision: str = FLOAT32
     """Of the forward pass, one of `PRECISIONS`."""
     noted: Mapping[str, Any] = field(default_factory=dict)
-    """More for the commit record."""
+    """Further fields of the commit record."""
 
     @property
     def written(self) -> tuple[str, ...]:
-        """URIs of the places that are written to."""
+        """URIs of the places that the run writes to."""
         return (self.results.uri,) if self.key_map is None else (self.results.uri, self.key_map)
 
     @property
     def key_map(self) -> str | None:
-        """URI of the folder that keeps the names of objects; None where they are not hashed."""
+        """URI of the folder that keeps the names behind hashes; None if names are not hashed."""
         return None if self.pseudonyms is None else self.pseudonyms.key_map
 
     @property
@@ -131,21 +132,21 @@ def screening_job(
     precision: str = FLOAT32,
     noted: Mapping[str, Any] | None = None,
 ) -> ScreeningJob:
-    """Read and check what a run needs, before anything is listed.
+    """Read and check the settings of a run, before the archive is listed.
 
-    `accept`: of `radiograph.ACCEPTABLE`, what to score all the same.
+    `accept`: codes of `radiograph.ACCEPTABLE`; films that would be rejected with them are scored.
     `reject_quality`: quality flags that reject a film; None is the default, () is none.
-    `max_failed_fraction`: of images that cannot be read, above which the run is called broken.
-    `hmac_key`: URI of a file with the key for `patient_hmac` and `study_hmac`. `hash_keys`: names
-    of objects are hashed, too; `key_map`: folder that keeps the names (default: beside `output`).
-    `operating_point`: name of one that the model folder has; None is its own choice. `explain`:
-    a picture of each positive film is written below `explanations/`.
-    `batch_size`: images a forward pass; None: `batch_size_for` the device.
-    `precision`: float32, or on GPUs bfloat16, whose scores are a little different.
-    `labels`: a labels file, for metrics, which leave out the films that the model learnt from or
-    was chosen by, and count those that a site's operating point was picked on. `baseline`: id of a
-    published run of the same model, to measure drift against. `use_gpu`: None uses what the cluster
-    has. `gpus_per_actor`, `model_actors`: see `ScoringResources.of_cluster`. Raises `UserError`.
+    `max_failed_fraction`: the run counts as broken if a larger fraction of the images cannot be
+    read. `hmac_key`: URI of a file with the key for `patient_hmac` and `study_hmac`. `hash_keys`:
+    hash the names of objects, too; `key_map`: folder that keeps the names (default: beside
+    `output`). `operating_point`: name of one in the model folder; None is the model's own choice.
+    `explain`: write a picture of each positive film below `explanations/`. `batch_size`: images per
+    forward pass; None is `batch_size_for` the device. `precision`: float32, or on GPUs bfloat16,
+    whose scores differ slightly. `labels`: a labels file, for metrics. Metrics leave out the films
+    that the model was trained, selected or calibrated on, and count those that a site's operating
+    point was picked on. `baseline`: id of a published run of the same model, to measure drift
+    against. `use_gpu`: None uses GPUs if the cluster has any. `gpus_per_actor`, `model_actors`: see
+    `ScoringResources.of_cluster`. Raises `UserError`.
     """
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
@@ -156,7 +157,7 @@ def screening_job(
     if hash_keys and hmac_key is None:
         raise UserError("--hash-keys needs --hmac-key FILE")
     if key_map is not None and not hash_keys:
-        raise UserError("--key-map is for --hash-keys; give both or none")
+        raise UserError("--key-map needs --hash-keys; give both or neither")
     trained = with_operating_point(model, load_model(model), operating_point)
     read_settings = settings_of_model(model, trained, accept, reject_quality)
     check_class_columns(trained.spec.class_names)
@@ -167,7 +168,7 @@ def screening_job(
             hmac_key, _key_map(results.uri, key_map) if hash_keys else None
         )
     return ScreeningJob(
-        # The record names it: whoever reads that is in another folder.
+        # Absolute, because the commit record names it and may be read from another folder.
         model_uri=open_store(model).uri,
         model=trained,
         results=results,
@@ -194,7 +195,7 @@ def screening_job(
 
 
 def _point_films(uri: str, model: TrainedModel, name: str | None) -> frozenset[str]:
-    """See `films_of_site_point`; none of the model's own points."""
+    """Films that a site's operating point was picked on; none for the model's own points."""
     if name is None or name in model.spec.operating_points:
         return frozenset()
     return films_of_site_point(uri, name)
@@ -204,20 +205,21 @@ def _key_map(results: str, given: str | None) -> str:
     """URI of the folder that keeps the names behind hashes. Raises `UserError`."""
     if given is None and results.startswith("s3://") and "/" not in results.removeprefix("s3://"):
         raise UserError(
-            f"{results}: the results take the whole bucket; say with --key-map URI where "
-            "--hash-keys is to keep the names"
+            f"{results}: the results take up the whole bucket; give --key-map URI, a folder "
+            "elsewhere for the names that --hash-keys hides"
         )
     kept = open_store(given or f"{results}-key-map").uri
     if below(kept, results) is not None:
         raise UserError(
-            f"--key-map {kept} lies inside the results, and whoever may query them is not to see "
-            "the names; choose another place"
+            f"--key-map {kept} lies inside the results, where everyone who may query them could "
+            "see the names; choose another place"
         )
     return kept
 
 
 def _baseline(results: Store, run_id: str, model: TrainedModel) -> Sample:
-    """What drift is measured against. Raises `UserError` where the model has no such run."""
+    """The sample that drift is measured against. Raises `UserError` if there is no such run, or it
+    is of another model."""
     record = read_run(results, run_id)
     if record is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What of a run has landed so far: for the line of progress, and for Prometheus."""
+"""Count the part files written so far, for the progress line and for Prometheus."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lungopacity.screening.parts import OBJECTS
 
 
 class Landed:
-    """Of one round over the objects of a run that have no result yet, however many files list them.
+    """Progress of one round over the objects of a run that have no result yet.
 
     `with Landed(planned, files) as landed: landed.add(part)`.
     """
@@ -26,8 +26,9 @@ class Landed:
     def __init__(
         self, planned: int, files: Sequence[Path], go_on_or_raise: Callable[[], None] = lambda: None
     ) -> None:
-        """planned: objects of the whole run. files: `PLAN_SCHEMA`, what is still to do.
-        `go_on_or_raise`: may end the round with each part."""
+        """planned: number of objects in the whole run. files: Parquet files of `PLAN_SCHEMA`, the
+        objects of this round. `go_on_or_raise`: called for each part; may raise to end the round.
+        """
         self.planned = planned
         self.go_on_or_raise = go_on_or_raise
         is_shard = [pq.read_table(path, columns=["is_shard"])["is_shard"] for path in files]
@@ -35,7 +36,7 @@ class Landed:
         self.with_shards = any(True in column.unique().to_pylist() for column in is_shard)
         self.objects = 0
         self.images: Counter[str] = Counter()
-        # How many images a shard holds is known only once it has been read.
+        # The number of images in a shard is known only once it has been read.
         self.progress = Progress(
             "Screening",
             total=None if self.with_shards else self.to_do,
@@ -55,11 +56,11 @@ class Landed:
         self.progress.__exit__(kind, error, trace)
 
     def add(self, part: Counter[str]) -> None:
-        """part: counts of a part file that has landed, as `screen_objects` yields them."""
+        """part: counts of a part file that was written, as `screen_objects` yields them."""
         self.go_on_or_raise()
         self.objects += part[OBJECTS]
         self.images += Counter({status: part[status] for status in Status})
-        # All each time: Ray tells a gauge to Prometheus once after it was set.
+        # Every gauge is set each time, because Ray exports a gauge only once after it was set.
         observe.gauge("objects_planned", self.planned)
         observe.gauge("objects_waiting", self.to_do - self.objects)
         observe.gauge("images_done", self.images.total())

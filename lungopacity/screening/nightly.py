@@ -1,4 +1,4 @@
-"""Every night: what no run has screened yet, once, whatever became of the nights before."""
+"""Nightly screening: every object that no run has screened yet, once, even after failed nights."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Night:
-    """What a night did, or on a dry run would do."""
+    """What a night did, or with `dry_run` would do."""
 
     results: str
     runs: tuple[ScreeningResult, ...]
-    """First one that an earlier night left unfinished, if any; then tonight's own."""
+    """First the finished runs of earlier nights, if any; then tonight's own."""
     planned: int | None = None
-    """Of a dry run: objects that a night would screen in its own run, those of `unfinished` ones
-    among them, which it would screen there."""
+    """Only of a dry run: at most how many objects tonight's own run would screen. The objects of
+    `unfinished` runs are counted, although those runs would screen them."""
     unfinished: tuple[str, ...] = ()
-    """Of a dry run: ids of runs that a night would finish first."""
+    """Only of a dry run: ids of runs that the night would finish first."""
 
     @property
     def exit_code(self) -> int:
@@ -56,24 +56,24 @@ def nightly(
     dry_run: bool = False,
     **options: Unpack[ScreeningOptions],
 ) -> Night:
-    """Screen what no published run has screened with this model, and say so in `status.json`.
+    """Screen what no published run has screened with this model, and report in `status.json`.
 
     archive, model, results: URIs. `inventory`: see `read_inventory`. `max_images`: at most so many
-    objects tonight; the next night goes on. options: those of `screening_job`. Raises `UserError`,
-    also where another night is at work on these results.
+    objects tonight; the next night continues. options: see `screening_job`. Raises `UserError`,
+    also if another night is working on these results.
     """
     if max_images is not None and max_images < 1:
         raise UserError(f"--max-images must be at least 1, not {max_images}")
     store = open_store(results)
-    # Before the lease: it is a file in the results already.
+    # Checked before the lease, because that already writes a file to the results.
     inside(archive, [store.uri])
     if dry_run:
         return _rehearsed(store, archive, model, results, inventory, max_images, options)
-    # Of an archive of one object the URI is its name, which whoever may read the results is not to
-    # see where names are hashed.
-    told = None if options.get("hash_keys") else open_store(archive).uri
-    with Lease(store, "nightly", f"nightly screening of {told or 'an archive'}") as lease:
-        status = _Status(store, told, lease)
+    # If names are hashed, readers of the results must not see them, and the URI of an archive that
+    # is a single object is its name.
+    shown = None if options.get("hash_keys") else open_store(archive).uri
+    with Lease(store, "nightly", f"nightly screening of {shown or 'an archive'}") as lease:
+        status = _Status(store, shown, lease)
         runs: list[ScreeningResult] = []
         check = partial(_check, lease, runs)
         try:
@@ -84,22 +84,21 @@ def nightly(
                 before_commit=check,
                 go_on_or_raise=partial(_check_if_taken_over, lease, runs),
                 on_published=runs.append,
-                go_on="the next night goes on with run {}",
+                go_on="the next night continues run {}",
             )
             for start in _unfinished(job, inventory_at(archive, inventory, job.written).uri):
                 if not _may_be_finished(job, start):
                     continue
-                log.info("run %s of an earlier night is finished first", start.run_id)
+                log.info("first finishing run %s of an earlier night", start.run_id)
                 try:
                     objects = Inventory(start.archive, iter(()))
                     publish(objects, time.monotonic(), run_id=start.run_id)
                 except Exception as error:
-                    # What stops all work stops tonight's own run, too; what stops this one alone
-                    # must not stop every night.
+                    # A cause that stops all work will stop tonight's own run, too. One that stops
+                    # only this run must not stop every night.
                     check()
                     log.warning(
-                        "run %s could not be finished, and its objects are left to tonight's own "
-                        "run: %s",
+                        "run %s could not be finished; tonight's own run screens its objects: %s",
                         start.run_id,
                         error if isinstance(error, UserError) else type(error).__name__,
                     )
@@ -109,7 +108,7 @@ def nightly(
             history = _history(job, listed.uri)
             publish(listed, began, limit=max_images, history=history, nightly=True)
         except BaseException as error:
-            exit_code, why = _ended(error, names_may_be_told=not options.get("hash_keys"))
+            exit_code, why = _ended(error, may_quote_names=not options.get("hash_keys"))
             status.write("failed", exit_code, runs, why)
             raise
         night = Night(store.uri, tuple(runs))
@@ -118,18 +117,19 @@ def nightly(
 
 
 def _check(lease: Lease, runs: Sequence[ScreeningResult]) -> None:
-    """Raises `UserError` where the lease was lost; then nothing more may be published."""
+    """Raises `UserError` if the lease was lost: nothing more may be published then."""
     try:
         lease.check()
     except UserError as error:
         published = f"only {' and '.join(run.run_id for run in runs)}" if runs else "nothing"
         raise UserError(
-            f"{error}; {published} was published, and the next night goes on with what is done"
+            f"{error}; {published} was published; the next night continues from there"
         ) from error
 
 
 def _check_if_taken_over(lease: Lease, runs: Sequence[ScreeningResult]) -> None:
-    """As `_check`, where another job is known to hold the lease: hours of work would be in vain."""
+    """As `_check`, but only if another job is known to hold the lease: going on for hours would be
+    in vain."""
     if lease.taken_over:
         _check(lease, runs)
 
@@ -162,7 +162,7 @@ def _history(job: ScreeningJob, archive: str) -> History:
 
 
 def _unfinished(job: ScreeningJob, archive: str) -> list[RunStart]:
-    """Runs that earlier nights left behind over this archive, with this model, about this class.
+    """Unfinished runs of earlier nights over this archive, with this model and positive class.
 
     archive: `Inventory.uri`.
     """
@@ -176,50 +176,51 @@ def _unfinished(job: ScreeningJob, archive: str) -> list[RunStart]:
 
 
 def _may_be_finished(job: ScreeningJob, start: RunStart) -> bool:
-    """Whether the run can be published as it was begun, as the newest; a warning says why not."""
+    """Whether the run can be published with the rules it was started with, as the newest run. If
+    not, a warning says why."""
     others = job.rules.that_differ(start.rules.settings())
     later = published_later(job.results, start)
     if others:
-        why = f"it was begun with another {', '.join(others)}"
+        why = f"it was started with another {', '.join(others)}"
     elif later is not None:
-        why = f"run {later} was published since, and is newer"
+        why = f"run {later} was published since then"
     else:
         return True
     log.warning(
-        "run %s of an earlier night is not finished, and its objects are screened anew: %s",
+        "run %s of an earlier night will not be finished, and its objects are screened again: %s",
         start.run_id,
         why,
     )
     return False
 
 
-def _ended(error: BaseException, *, names_may_be_told: bool) -> tuple[int, str]:
-    """The exit code of a night that does not finish, and why."""
+def _ended(error: BaseException, *, may_quote_names: bool) -> tuple[int, str]:
+    """The exit code of a night that does not finish, and the reason."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "ended by Ctrl-C; the next night goes on"
+        return 130, "ended by Ctrl-C; the next night continues"
     if isinstance(error, SystemExit):
-        # Ray ends it with 1: by itself, or where a SIGTERM comes while Ray is asked for an object.
+        # Ray exits with 1 by itself, and also if a SIGTERM arrives while it gets an object.
         if 143 in (error.code, code_of_signal()):
-            return 143, "ended by SIGTERM; the next night goes on"
-        return 2, f"Ray ended this command (exit code {error.code}); the next night goes on"
-    told = foreseen(error)
-    if told is not None:
-        # Whoever may read the results is not to see names that are hashed in them.
-        return 2, told if names_may_be_told else "stopped; the job's log says why"
-    return 2, f"unforeseen {type(error).__name__}; the job's log says more"
+            return 143, "ended by SIGTERM; the next night continues"
+        return 2, f"Ray ended this command (exit code {error.code}); the next night continues"
+    message = foreseen(error)
+    if message is not None:
+        # If names are hashed, readers of the results must not see them in a message.
+        return 2, message if may_quote_names else "stopped; the job's log says why"
+    return 2, f"unforeseen {type(error).__name__}; see the job's log"
 
 
 class _Status:
     """`status.json`: written when a night begins, and when it ends.
 
-    Not by one that has lost its lease: the file is of the night that took it over.
+    A night that has lost its lease does not write: the file belongs to the night that took over.
     """
 
     def __init__(self, store: Store, archive: str | None, lease: Lease) -> None:
         self.store = store
         self.lease = lease
         self.archive = archive
-        """Its URI, and None while it may not be told."""
+        """URI of the archive; None if it must not be shown."""
         self.started_at = _now()
         self.write("running", None, [])
 
@@ -249,17 +250,17 @@ class _Status:
             "review": sum(run.review for run in runs),
             "broken": any(run.broken for run in runs),
             "nothing_scored": [run.run_id for run in runs if run.nothing_scored],
-            "drift": {run.run_id: [_told(shift) for shift in run.drift] for run in runs},
+            "drift": {run.run_id: [_entry(shift) for shift in run.drift] for run in runs},
         }
         try:
             if self.lease.held():
                 self.store.write(STATUS, json.dumps(document, indent=2, allow_nan=False).encode())
         except UserError as error:
-            # The night itself counts; this is only its echo.
+            # The night's results count; the status file is only a report.
             log.warning("%s could not be written: %s", STATUS, error)
 
 
-def _told(shift: Shift) -> dict[str, Any]:
+def _entry(shift: Shift) -> dict[str, Any]:
     return {
         "of": shift.name,
         "verdict": shift.verdict,

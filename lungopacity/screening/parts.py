@@ -1,4 +1,4 @@
-"""Scored rows to part files under `_work/`, and what the driver is told of each."""
+"""Write scored rows to part files under `_work/`, and report each file to the driver."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lungopacity.storage.parquet import parquet_bytes
 
 OBJECTS = "objects"
 ROWS_PER_PART = 512
-"""What a killed job loses of finished work at most, of each writer; publishing merges the small
+"""The most finished rows that each writer of a killed job can lose. Publishing merges the small
 files."""
 
 
 class WriteParts:
-    """Tables of `part_schema` to part files, and a report of each to the driver."""
+    """Writes tables of `part_schema` to part files; returns a report of each for the driver."""
 
     def __init__(self, results: Store, attempt: str) -> None:
         self.results, self.attempt = results, attempt
@@ -35,7 +35,7 @@ class WriteParts:
             data = parquet_bytes(rows)
             self.results.write(part_key(self.attempt, data), data)
         except UserError as error:
-            # As a row: of what a worker raises, Ray hands on the text of a traceback alone.
+            # Reported as a row: of a worker's exception, Ray passes on only the traceback's text.
             return _part_report({}, error=str(error))
         images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
         codes = images["error_code"].to_pylist()
@@ -43,7 +43,7 @@ class WriteParts:
         for (status, code), number in found.items():
             observe.count("images", number, {"status": status, "error_code": code or ""})
         counts = Counter(images["status"].to_pylist())
-        # An object is done with its one row, or with the row that closes the pass over it.
+        # An object is finished with its only row, or with the row that closes the pass over it.
         ends = pa.compute.or_(
             pa.compute.is_valid(rows["shard_rows"]), pa.compute.is_null(rows["reading"])
         )
@@ -52,7 +52,7 @@ class WriteParts:
 
 
 def _part_report(counts: Mapping[str, int], error: str | None = None) -> pa.Table:
-    """What the driver is told of a part file; `error`: why it did not land."""
+    """The report of a part file for the driver; `error`: why the file could not be written."""
     columns = {name: [counts.get(name, 0)] for name in (*map(str, Status), OBJECTS)}
     return pa.table({**columns, "error": pa.array([error], pa.string())})
 
@@ -60,9 +60,9 @@ def _part_report(counts: Mapping[str, int], error: str | None = None) -> pa.Tabl
 def write_crashed(
     results: Store, attempt: str, objects: pa.Table, class_names: Sequence[str]
 ) -> None:
-    """Rows for objects of `PLAN_SCHEMA` of which no process that read them came to its end."""
-    told = "each process that read it died, or was ended, before it was done"
-    failed = error_columns(ImageError(ErrorCode.READER_CRASH, Stage.UNPACK, told))
+    """Write failed rows for objects of `PLAN_SCHEMA` that killed every process that read them."""
+    message = "each process that read it died, or was ended, before it was done"
+    failed = error_columns(ImageError(ErrorCode.READER_CRASH, Stage.UNPACK, message))
     failed["screened_at"] = datetime.now(UTC)
     rows = [{**row, **failed} for row in objects.to_pylist()]
     data = parquet_bytes(pa.Table.from_pylist(rows, schema=part_schema(class_names)))

@@ -1,9 +1,10 @@
 """The Ray Data pipeline: read ▶ score ▶ part files. Nothing else moves images.
 
-On CPUs one task does all three for some of the objects, so that no pixel leaves its process. On
-GPUs, and where single shards are too large for that, each stage has processes of its own. Attempts
-write freely under `_work/`; `publish` makes the truth of what they wrote. So a task that Ray runs
-twice does no harm, and the driver holds no image and no row: a few numbers a part file.
+On CPUs, one task does all three steps for its share of the objects, so no pixels leave its process.
+On GPUs, or if single shards are too large to share out evenly, each stage has its own processes.
+Attempts write freely under `_work/`; `publish` picks one row for each image from what they wrote.
+So a task that Ray runs twice does no harm, and the driver holds no images or rows, only a few
+numbers for each part file.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 
 _MODELS_A_WRITER = 8
 _LARGEST_BATCH_BYTES = 64 << 20
-"""Of pixels. Each reading task holds two such, and Ray's store several of each task."""
+"""Of pixels. Each reading task holds two such batches, and Ray's object store holds several per
+task."""
 
 
 def screen_objects(
@@ -62,12 +64,12 @@ def screen_objects(
     losses: int = 0,
     most: int = OBJECTS_PER_TASK,
 ) -> Iterator[Counter[str]]:
-    """Screen the objects of `PLAN_SCHEMA`; yields, for each part file that has landed, its counts
-    of images (`ok`, `rejected`, `failed`) and of finished `objects`. `explainer`: positive films
-    get pictures. `precision`: see `Scorer`. `losses`: see `stream`; what is lost has no rows.
-    `most`: loose objects that are a task, and are lost together.
+    """Screen the objects of `PLAN_SCHEMA`. Yields, for each part file that was written, its counts
+    of images (`ok`, `rejected`, `failed`) and of finished `objects`.
 
-    Raises `UserError` where part files cannot be written, or where nothing moves for hours.
+    `explainer`: draws a picture of each positive film. `precision`: see `Scorer`. `losses`: see
+    `stream`; the objects of a lost task have no rows. `most`: at most so many loose objects per
+    task. Raises `UserError` if part files cannot be written, or if nothing moves for hours.
     """
     import ray
 
@@ -85,7 +87,8 @@ def screen_objects(
         parts = stream(
             read_tasks(objects, cpus, most),
             _together(archive_uri, settings, scoring, results, attempt, batch_size),
-            # Each report by itself: of a large shard, the driver would hear at its end alone.
+            # Each report is a block of its own. Otherwise the driver would hear nothing of a large
+            # shard before its end.
             block_bytes=1,
             losses=losses,
             runtime_env=worker_environment(use_gpu=False),
@@ -101,13 +104,15 @@ def screen_objects(
 def _whole_batches(
     settings: ReadSettings, batch_bytes: int, batch_size: int
 ) -> tuple[ReadSettings, int]:
-    """How to read so that a block holds whole batches, and its `block_bytes`. Else Ray would give
-    the model two blocks of 192 films as batches of 256 and 128, for it shares no block between two
-    tasks: a fifth more forward passes."""
+    """Read settings for which a block holds whole batches, and the `block_bytes` to use.
+
+    Ray shares no block between two tasks. It would give the model two blocks of 192 films as
+    batches of 256 and 128, which costs a fifth more forward passes.
+    """
     if batch_bytes > _LARGEST_BATCH_BYTES:
         return settings, BLOCK_BYTES
     batches = -(-BLOCK_BYTES // batch_bytes)
-    # Ray gives a block on once it has more bytes than this; of half as many more, it cuts it.
+    # Ray hands a block on once it is larger than this, and splits one that is half as large again.
     return replace(settings, rows_per_table=batch_size), int((batches - 0.2) * batch_bytes)
 
 
@@ -119,15 +124,15 @@ def _together(
     attempt: str,
     batch_size: int,
 ) -> Callable[[pa.Table], Iterator[pa.Table]]:
-    """What a task does with some of the objects: read, score and write them. Gives the reports of
-    `WriteParts`. `scoring`: of `ScoreImages`."""
+    """The function of a task that reads, scores and writes its objects, and yields the reports of
+    `WriteParts`. `scoring`: arguments of `ScoreImages`."""
     store, settings = open_store(archive_uri), replace(settings, rows_per_table=batch_size)
 
     def screen(objects: pa.Table) -> Iterator[pa.Table]:
         score, write = _scorer_of(attempt, scoring), WriteParts(results, attempt)
         scored: list[pa.Table] = []
-        # What comes next is fetched meanwhile, but not decoded: as many tasks run as there are
-        # cores, and two that take turns on one drive each other out of its caches.
+        # The next films are fetched meanwhile, but not decoded: there are as many tasks as cores,
+        # and two jobs that alternate on one core evict each other's data from its caches.
         with closing(counted_images(store, objects, settings)) as tables:
             for table in tables:
                 scored.append(score(table))
@@ -135,7 +140,7 @@ def _together(
                     report = write(pa.concat_tables(scored))
                     yield report
                     if report["error"][0].is_valid:
-                        return  # the driver will stop all
+                        return  # the driver stops the run
                     scored = []
         if scored:
             yield write(pa.concat_tables(scored))
@@ -144,16 +149,16 @@ def _together(
 
 
 _kept: tuple[str, ScoreImages] | None = None
-"""The attempt that this process works for, and its scorer."""
+"""The attempt that this process last worked for, and its scorer."""
 
 
 def _scorer_of(attempt: str, scoring: tuple[Any, ...]) -> ScoreImages:
-    """Of this process, kept for its next task."""
+    """The scorer of this process, kept for its next task."""
     global _kept
     if _kept is None or _kept[0] != attempt:
-        _kept = None  # two need not fit into memory
+        _kept = None  # freed first: two scorers may not fit into memory
         model, resources, *rest = scoring
-        # As many tasks run as there are CPUs.
+        # There are as many tasks as CPUs.
         _kept = attempt, ScoreImages(model, replace(resources, threads=1), *rest)
     return _kept[1]
 
@@ -166,7 +171,8 @@ def _apart(
     resources: ScoringResources,
     batch_size: int,
 ) -> ray.data.Dataset:
-    """Reports of part files of the images, scored and written by actors of their own."""
+    """Score and write the images in separate actors; the dataset holds the reports of
+    `WriteParts`. `scoring`: arguments of `ScoreImages`."""
     import ray
 
     with quiet_about_remote_arguments():
@@ -184,9 +190,9 @@ def _apart(
             max_task_retries=RETRIES,
             runtime_env=worker_environment(resources.use_gpu),
         )
-        # Actors, for Ray ends a worker that had no task for a second, and a new one takes two
-        # seconds of CPU time: as tasks, these cost a fifth of a small machine. No CPU of their own:
-        # they wait on storage, and must run however busy the other stages are.
+        # Actors, because Ray ends a worker that had no task for a second, and starting a new one
+        # takes two seconds of CPU time: as tasks, writers took a fifth of a small machine. They
+        # reserve no CPU: they wait on storage, and must run however busy the other stages are.
         return scored.map_batches(
             WriteParts,
             fn_constructor_args=(results, attempt),

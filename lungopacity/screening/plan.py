@@ -1,4 +1,4 @@
-"""What a run has to screen, kept under `_work/` so that a killed run can go on where it stopped."""
+"""The plan of a run: the objects to screen, kept under `_work/` so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -46,35 +46,36 @@ _COLUMNS = hashlib.sha256(
         ]
     ).encode()
 ).hexdigest()[:16]
-"""What this version writes below `_work/`, but for the model's classes. A version with a column
-more, or with other names of files, could not put its part files and those of before together."""
+"""Identifies the columns and file names that this version writes under `_work/`, except the columns
+of the model's classes. A version that writes others cannot merge its part files with older ones."""
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a run was started with; a later attempt under the same id must be given the same."""
+    """What a run was started with. A later attempt with the same id must use the same archive,
+    model and rules."""
 
     run_id: str
     model_id: str
     archive: str
     started_at: str
-    """ISO 8601, UTC. Its date is the run's partition, also when the run ends after midnight."""
+    """ISO 8601, UTC. Its date is the run's partition, even if the run ends after midnight."""
     objects: int
     """How many are planned."""
     files: tuple[str, ...]
-    """Names of the files that hold the plan, each by its content: two jobs that plan one run write
-    none of one name that differ."""
+    """Names of the files that hold the plan. A name contains the hash of the content, so two jobs
+    that plan the same run never overwrite each other's files with different content."""
     rules: Rules
     nightly: bool = False
-    """Whether a later night may take it up by itself."""
+    """Whether a later night may resume the run."""
     columns: str = ""
-    """Of its files, see `_COLUMNS`."""
+    """`_COLUMNS` of the version that planned the run."""
     after: int = 0
-    """`newest_sequence` when it was planned: what was published later may be of the same objects,
-    and newer."""
+    """`newest_sequence` at planning time. Runs published later may hold newer rows of the same
+    objects."""
     published: bool = False
-    """Its commit record was written. Whoever withdraws the run deletes the record: what is left of
-    the work must not publish it once more."""
+    """Whether the commit record was written. Deleting the record withdraws a run; work files that
+    are left must not publish it again."""
 
     @property
     def screened_on(self) -> str:
@@ -87,7 +88,7 @@ class Plan:
 
     start: RunStart
     files: tuple[Path, ...]
-    """On this machine: `PLANNED_SCHEMA`, sorted by `image`, up to a million objects each."""
+    """Local files of `PLANNED_SCHEMA`, sorted by `image`, up to a million objects each."""
     resumed: bool
 
     @property
@@ -97,7 +98,7 @@ class Plan:
 
 
 def new_run_id(model_id: str) -> str:
-    """Sorts by time. 32 random bits keep apart the runs that start in one second."""
+    """A new id. Ids sort by time; 32 random bits distinguish runs that start in the same second."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model_id[:8]}-{uuid.uuid4().hex[:8]}"
 
 
@@ -113,22 +114,21 @@ def make_plan(
     history: History | None = None,
     nightly: bool = False,
 ) -> Plan:
-    """Plan the run, or take up the plan of an attempt under this id that was not published.
+    """Plan the run, or load the plan of an earlier, unpublished attempt with this id.
 
-    `folder`: on this machine, for the plan's files. `limit`: only so many objects, see `choose`.
-    `history`: leaves out what published runs have screened. `nightly`: marks the run as one
-    that a later night may take up. Raises `UserError` where the run
-    is published already, or was started with another archive, model or other `rules`, and where
-    the inventory names an object twice.
+    `folder`: a local folder for the plan's files. `limit`: at most so many objects, see `choose`.
+    `history`: published runs, whose objects are left out. `nightly`: marks the run as one that a
+    later night may resume. Raises `UserError` if the run is already published, if it was started
+    with another archive, model or other `rules`, or if the inventory names an object twice.
     """
     check_name(run_id, "run id")
     if read_run(results, run_id) is not None:
         raise UserError(
-            f"run '{run_id}' is published already in {results.uri}; choose another --run-id"
+            f"run '{run_id}' is already published in {results.uri}; choose another --run-id"
         )
     start = read_start(results, run_id)
     if start is None:
-        # Before the objects are chosen: what is published meanwhile counts as later.
+        # Read before the objects are chosen, so that a run published meanwhile counts as later.
         after = newest_sequence(read_runs(results)) if history is None else history.newest
         files = choose(inventory, folder, limit, history)
         start = RunStart(
@@ -146,11 +146,11 @@ def make_plan(
         for name, file in zip(start.files, files, strict=True):
             results.write(plan_key(run_id, name), file.path.read_bytes())
         try:
-            # Last: whoever finds it finds the whole plan.
+            # Written last: where it exists, the plan is complete.
             results.write(start_key(run_id), json.dumps(asdict(start)).encode(), if_absent=True)
             return Plan(start, tuple(file.path for file in files), resumed=False)
         except ConflictError:
-            # Another job plans the same run at this moment, and was first: its plan counts.
+            # Another job planned the same run at the same time and was first: its plan counts.
             start = read_start(results, run_id)
             if start is None:
                 raise published_meanwhile(run_id) from None
@@ -158,8 +158,8 @@ def make_plan(
     later = published_later(results, start)
     if later is not None:
         log.warning(
-            "run %s was published since run %s was begun; what this one has screened will count as "
-            "newer all the same",
+            "run %s was published after run %s began; the rows of the resumed run will still count "
+            "as the newer ones",
             later,
             run_id,
         )
@@ -167,9 +167,9 @@ def make_plan(
 
 
 def read_start(results: Store, run_id: str) -> RunStart | None:
-    """What an unpublished run was started with; None where no such run was planned.
+    """What an unpublished run was started with; None if no such run was planned.
 
-    Raises `UserError` where this version cannot go on with it, and where it was published before.
+    Raises `UserError` if this version cannot resume the run, or if it was published before.
     """
     key = start_key(run_id)
     if results.head(key) is None:
@@ -177,33 +177,33 @@ def read_start(results: Store, run_id: str) -> RunStart | None:
     start = _start_at(results, key)
     if start is None:
         raise UserError(
-            f"run '{run_id}' cannot be taken up again: {results.uri}/{key} is damaged or of "
+            f"run '{run_id}' cannot be resumed: {results.uri}/{key} is damaged or was written by "
             "another version of lungopacity; choose another --run-id"
         )
     if start.published:
         raise UserError(
-            f"run '{run_id}' was published before, and {results.uri}/{work_prefix(run_id)} still "
-            "has its work; choose another --run-id"
+            f"run '{run_id}' was published before, and its work files are still in "
+            f"{results.uri}/{work_prefix(run_id)}; choose another --run-id"
         )
     return start
 
 
 def mark_published(results: Store, start: RunStart) -> None:
-    """Note, where the work of a run lies, that nobody is to go on with it."""
+    """Record beside the run's work files that the run was published, so that none resumes it."""
     key = start_key(start.run_id)
     results.write(key, json.dumps(asdict(replace(start, published=True))).encode())
 
 
 def _start_at(results: Store, key: str) -> RunStart | None:
-    """None where it is damaged or of another version. Raises `UserError` where the storage does not
-    tell."""
+    """The start at `key`; None if it is damaged or was written by another version. Raises
+    `UserError` if the storage does not answer."""
     try:
-        told = json.loads(results.read(key))
-        told |= {"files": tuple(told["files"]), "rules": Rules.of(told["rules"])}
-        start = RunStart(**told)
+        fields = json.loads(results.read(key))
+        fields |= {"files": tuple(fields["files"]), "rules": Rules.of(fields["rules"])}
+        start = RunStart(**fields)
     except (ImageError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, ImageError) and error.may_pass:
-            # It may hold the work of hours.
+            # Not None, which would give up what may be hours of work.
             raise UserError(
                 f"{results.uri}/{key}: cannot be read ({error.message}); try again"
             ) from error
@@ -214,8 +214,8 @@ def _start_at(results: Store, key: str) -> RunStart | None:
 def unfinished_runs(results: Store) -> list[RunStart]:
     """Runs that were planned and are not published, oldest first.
 
-    Without those that cannot be taken up: no run has published their objects, so that the next
-    plan holds them anyway. A warning names them.
+    Runs that cannot be resumed are left out, with a warning: no run has published their objects, so
+    the next plan includes them anyway.
     """
     starts = []
     for item in results.list(f"{WORK}/"):
@@ -225,8 +225,9 @@ def unfinished_runs(results: Store) -> list[RunStart]:
         start = _start_at(results, item.key)
         if start is None:
             log.warning(
-                "%s/%s is damaged or of another version of lungopacity: this run is not finished, "
-                "its objects are screened anew, and `lungopacity clean` will remove it",
+                "%s/%s is damaged or was written by another version of lungopacity: this run "
+                "cannot be resumed, its objects are screened again, and `lungopacity clean` will "
+                "remove it",
                 results.uri,
                 item.key,
             )
@@ -237,7 +238,7 @@ def unfinished_runs(results: Store) -> list[RunStart]:
 
 def published_later(results: Store, start: RunStart) -> str | None:
     """Id of the newest run of the same kind (see `is_of_kind`) that was published after this one
-    was planned; None where there is none."""
+    was planned; None if there is none."""
     later = [
         run["run_id"]
         for run in read_runs(results)
@@ -248,8 +249,8 @@ def published_later(results: Store, start: RunStart) -> str | None:
 
 
 def unfinished_table(results_uri: str) -> pa.Table:
-    """`unfinished_runs`, a row each: with what id, archive and model `screen` may go on. Raises
-    `UserError` where no results lie."""
+    """`unfinished_runs` as a table, one row per run: the id, archive and model that `screen` needs
+    to resume it. Raises `UserError` if the URI holds no results."""
     store = open_store(results_uri)
     refuse_other_folder(store)
     starts = unfinished_runs(store)
@@ -260,9 +261,9 @@ def unfinished_table(results_uri: str) -> pa.Table:
 def choose(
     inventory: Inventory, folder: Path, limit: int | None, history: History | None
 ) -> list[ExportedFile]:
-    """Files in `folder` of the objects to screen: `PLANNED_SCHEMA`, sorted by key.
+    """Write the objects to screen to files in `folder`: `PLANNED_SCHEMA`, sorted by key.
 
-    Where `limit` leaves some out, these are what was tried most recently, then the last by key: or
+    `limit` keeps untried objects first, then those tried longest ago, each group by key. Otherwise
     objects that fail every night would keep all others waiting for ever.
     """
     listed = folder / "inventory.parquet"
@@ -275,13 +276,14 @@ def choose(
         ).fetchall()
         if twice:
             raise UserError(
-                f"the inventory names {counted(twice, 'object')} more than once; take it again"
+                f"the inventory names {counted(twice, 'object')} more than once; make a new "
+                "inventory"
             )
         chosen = "SELECT *, NULL AS tried FROM listed"
         if history is not None:
             if history.runs:
                 runs = counted(len(history.runs), "published run")
-                log.info("leaving out what was screened by %s", runs)
+                log.info("leaving out the objects that %s screened", runs)
             history.load(connection)
             chosen = history.to_screen("listed")
         if limit is not None:
@@ -307,22 +309,22 @@ def _check_same(start: RunStart, archive: str, model_id: str, rules: Rules) -> N
     ):
         if then != now:
             raise UserError(
-                f"run '{start.run_id}' was begun with {name} {then}, not {now}; "
-                "give the same, or choose another --run-id"
+                f"run '{start.run_id}' was started with {name} {then}, not {now}; "
+                "use the same, or choose another --run-id"
             )
 
 
 def _taken_up(results: Store, start: RunStart, folder: Path) -> Iterator[Path]:
     for name in start.files:
         key = plan_key(start.run_id, name)
-        cannot = f"run '{start.run_id}' cannot be taken up again: {results.uri}/{key}:"
+        cannot = f"run '{start.run_id}' cannot be resumed: {results.uri}/{key}:"
         try:
             file = work_file(results, key, folder / f"{name}.parquet")
         except ImageError as error:
             if read_run(results, start.run_id) is not None:
                 raise published_meanwhile(start.run_id) from error
-            mend = "try again" if error.may_pass else "choose another --run-id"
-            raise UserError(f"{cannot} {error.message}; {mend}") from error
+            fix = "try again" if error.may_pass else "choose another --run-id"
+            raise UserError(f"{cannot} {error.message}; {fix}") from error
         if file is None:
             raise UserError(f"{cannot} is damaged; choose another --run-id")
         yield file

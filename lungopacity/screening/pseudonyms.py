@@ -1,6 +1,7 @@
-"""Names that identify nobody: HMAC-SHA-256 under a key that only the user holds.
+"""Pseudonyms: HMAC-SHA-256 of a name, with a key that only the user holds.
 
-A plain hash of a patient's id is undone by hashing every id there is; without the key this is not.
+A plain hash of a patient id can be undone by hashing every possible id. Without the key, an HMAC
+cannot.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ _MAP_SCHEMA = pa.schema([("hashed", pa.string()), ("name", pa.string())], metada
 
 @dataclass(frozen=True)
 class Pseudonyms:
-    """The user's key, and what is done with it."""
+    """The user's key, and the hashing of names with it."""
 
     key: bytes = field(repr=False)
     key_map: str | None = None
-    """URI of the folder that keeps the names of hashed objects; None leaves names as they are."""
+    """URI of the folder that keeps the names behind hashes; None leaves names of objects as they
+    are."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells two keys apart, and nothing of either: 16 hex digits for the run's record."""
+        """16 hex digits for the commit record. They distinguish keys without revealing them."""
         return self.hashed("lungopacity key fingerprint")[:16]
 
     def hashed(self, name: str) -> str:
@@ -55,9 +57,10 @@ class Pseudonyms:
 
 
 def read_pseudonyms(key_uri: str, key_map: str | None) -> Pseudonyms:
-    """The key in the file `key_uri`; white space at its ends does not count.
+    """Read the key from the file `key_uri`; leading and trailing white space is removed. `key_map`:
+    see `Pseudonyms`.
 
-    Raises `UserError` where it cannot be read, or is shorter than 16 bytes.
+    Raises `UserError` if the key cannot be read, or is shorter than 16 bytes.
     """
     parent, name = split_uri(key_uri)
     try:
@@ -66,28 +69,29 @@ def read_pseudonyms(key_uri: str, key_map: str | None) -> Pseudonyms:
         raise UserError(f"{key_uri}: the key cannot be read: {error.message}") from error
     if len(key) < _MIN_KEY_BYTES:
         raise UserError(
-            f"{key_uri}: the key has {len(key)} bytes, at least {_MIN_KEY_BYTES} are needed; "
+            f"{key_uri}: the key has {len(key)} bytes, but needs at least {_MIN_KEY_BYTES}; "
             "make one with `(umask 077; openssl rand -hex 32 > FILE)`"
         )
     return Pseudonyms(key, key_map)
 
 
 def write_key_map(uri: str, run_id: str, names: Mapping[str, str]) -> None:
-    """Keep the names behind a run's hashes in `<uri>/<run_id>.parquet`, on disk for this user
-    alone."""
+    """Write the names behind a run's hashes to `<uri>/<run_id>.parquet`. On disk, only this user
+    may read the file."""
     columns = {"hashed": list(names), "name": list(names.values())}
     data = parquet_bytes(pa.table(columns, schema=_MAP_SCHEMA))
     open_store(uri).write(f"{run_id}.parquet", data, private=True)
 
 
 def read_key_map(uri: str, run_id: str) -> dict[str, str]:
-    """What `write_key_map` kept. Raises `UserError` where it is gone or damaged."""
+    """Name by hash, as `write_key_map` wrote them. Raises `UserError` if the file is gone or
+    damaged."""
     try:
         data = open_store(uri).read(f"{run_id}.parquet")
         table = pq.read_table(
             pa.BufferReader(data), schema=_MAP_SCHEMA, page_checksum_verification=True
         )
-    # Arrow has both for a damaged file.
+    # Arrow raises either of the latter two for a damaged file.
     except (ImageError, pa.ArrowException, OSError) as error:
         raise UserError(
             f"{uri}/{run_id}.parquet: the names behind the hashes cannot be read; restore the file"

@@ -1,4 +1,5 @@
-"""Part files of all attempts to one published run: each image of the plan once, or nothing."""
+"""Merge the part files of all attempts into one published run: each image of the plan exactly once,
+or no run at all."""
 
 from __future__ import annotations
 
@@ -38,9 +39,9 @@ log = logging.getLogger(__name__)
 _FETCH_THREADS = 16
 _DELETE_THREADS = 16
 
-# Rows of one pass over an object have its `reading`; the passes of two attempts are never mixed,
-# for they may have met different content. A pass is whole when it has as many rows as the marker
-# at its end counts; of whole passes the first one counts.
+# All rows of one pass over a shard share a `reading`. Rows of two passes are never mixed, because
+# the passes may have read different content. A pass is whole if it has as many rows as its closing
+# row counts. The first whole pass is the one that is published.
 _WHOLE_READINGS = """
 CREATE TABLE whole AS
 SELECT image, arg_min(reading, ended) AS reading FROM (
@@ -60,8 +61,8 @@ CREATE TABLE done AS
 SELECT image FROM written WHERE reading IS NULL
 UNION SELECT image FROM whole"""
 
-# An object that one attempt could not read, and another read as several images, is the latter. Of
-# repeats a readable one counts, then the earliest.
+# If one attempt could not read an object and another read it as several images, the several images
+# count. Of repeated rows, a scored one counts, then the earliest.
 _ROWS = """
 CREATE TABLE final AS
 SELECT {columns} FROM (
@@ -74,7 +75,7 @@ SELECT {columns} FROM (
     ) = 1
 )"""
 
-# Several frames of one file share its name, and its label.
+# All frames of a file share its name and its label.
 _NAMES = """
 CREATE TABLE names AS
 SELECT coalesce(member, image) AS name, min(image) AS object,
@@ -84,7 +85,7 @@ FROM final GROUP BY name"""
 
 @dataclass(frozen=True)
 class Collected:
-    """What the attempts have written so far, in DuckDB."""
+    """What the attempts have written so far, as DuckDB tables."""
 
     plan: Plan
     class_names: tuple[str, ...]
@@ -92,8 +93,8 @@ class Collected:
     folder: Path
 
     def missing(self, folder: Path, stem: str) -> list[Path]:
-        """Files of the objects that still have to be screened, sorted as `Plan.files`; none if all
-        are done. `folder` is the caller's."""
+        """Write the objects that still have to be screened to files in `folder`, sorted as
+        `Plan.files`. Returns no files if all objects are done."""
         files = export(
             self.connection,
             "SELECT * FROM plan ANTI JOIN done USING (image) ORDER BY image",
@@ -104,10 +105,10 @@ class Collected:
         return [file.path for file in files]
 
     def finish(self, *, synthetic_model: bool) -> None:
-        """Make the table `final`: a row of `predictions_schema` for each image of the plan, without
-        labels.
+        """Create the table `final`: a row of `predictions_schema` for each image of the plan,
+        without labels.
 
-        Raises `RuntimeError` where objects of the table and of the plan differ: nothing may be
+        Raises `RuntimeError` if the objects in the table and in the plan differ: nothing may be
         published then.
         """
         start = self.plan.start
@@ -130,23 +131,25 @@ class Collected:
             "       (SELECT count(*) FROM plan ANTI JOIN final USING (image))"
         ).fetchall()
         if unplanned or missing:
-            raise RuntimeError(f"{unplanned} objects are not of the plan, {missing} have no row")
+            raise RuntimeError(f"{unplanned} objects are not in the plan, {missing} have no row")
 
     def label(self, labels: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-        """Give each image of `final` its label.
+        """Write the label of each image to the table `final`.
 
-        labels: as `read_labels` gives them. A name that no image has whole means the image that
-        `names_by_ending` finds. The rows of labels that have an image, `image` as it is named in
-        the archive; and what there is to say of names that do not tell which image they mean: these
-        give none a label.
+        labels: as `read_labels` returns them. A name in the labels that is not the full name of an
+        image is matched by `names_by_ending`. Returns the labels that have an image, with `image`
+        named as in the archive, and a line of text for each ambiguous match. Ambiguous matches give
+        no label.
         """
-        self.connection.register("told", pa.table({"name": pa.array(labels["image"], pa.string())}))
+        self.connection.register(
+            "named", pa.table({"name": pa.array(labels["image"], pa.string())})
+        )
         self.connection.execute(_NAMES)
         whole = self.connection.execute(
-            "SELECT * FROM names SEMI JOIN told USING (name)"
+            "SELECT * FROM names SEMI JOIN named USING (name)"
         ).fetchall()
         others = self.connection.sql(
-            "SELECT name FROM names ANTI JOIN told USING (name) WHERE files = 1 ORDER BY name"
+            "SELECT name FROM names ANTI JOIN named USING (name) WHERE files = 1 ORDER BY name"
         )
         name_of, doubts = names_by_ending(
             (name for batch in others.to_arrow_reader() for name in batch["name"].to_pylist()),
@@ -156,7 +159,7 @@ class Collected:
             if files == 1:
                 name_of[name] = name
             else:
-                doubts.append(f"{name} is in {container} and in another")
+                doubts.append(f"{name} is in {container} and in another object")
         known = pd.DataFrame({"image": name_of.values(), "file": name_of.keys()}, dtype=object)
         found = labels.merge(known, on="image")
         found = found.assign(image=found.pop("file"))
@@ -171,10 +174,10 @@ class Collected:
         return found, doubts
 
     def write(self, results: Store, pseudonyms: Pseudonyms | None) -> list[dict[str, Any]]:
-        """Put the compact files of the table `final`, sorted by `image`; each one's key, rows and
-        hash.
+        """Write the table `final` to the results as compact files, sorted by `image`. Returns the
+        key, number of rows and SHA-256 of each file.
 
-        `pseudonyms`: with a key map, names of objects are hashed in the files.
+        `pseudonyms`: if they have a key map, names of objects are hashed in the files.
         """
         start = self.plan.start
         names: dict[str, str] = {}
@@ -190,8 +193,8 @@ class Collected:
             return rows
 
         if pseudonyms is not None and pseudonyms.key_map is not None:
-            # The order of the names, and the moment at which each was screened, which follows it,
-            # would tell which name may hide behind which.
+            # Sorting by name would hint at which name is behind which hash. So would the time at
+            # which each object was screened, because that roughly follows the order of the names.
             self.connection.create_function("hashed", pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
             rows = (
                 "SELECT final.* REPLACE ((SELECT max(screened_at) FROM final) AS screened_at)"
@@ -209,10 +212,10 @@ class Collected:
                 published,
             )
         if pseudonyms is not None and pseudonyms.key_map is not None:
-            # Before the results: hashes without a map would be of no use to anyone.
+            # Written before the results: hashes without a map would be of no use.
             write_key_map(pseudonyms.key_map, start.run_id, names)
-        # Named by this attempt: another job that publishes the same run writes other files, and
-        # the record of the one that comes first names what nobody else has touched.
+        # A random part in the names: another job that publishes the same run writes other files,
+        # so nobody else touches the files that the winner's commit record names.
         attempt = uuid.uuid4().hex[:8]
         files = []
         for number, file in enumerate(exported):
@@ -228,9 +231,9 @@ class Collected:
 def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[Collected]:
     """Read every part file of the run.
 
-    One that is damaged counts as never written: its objects are missing. Raises `UserError` where
-    another job has published the run meanwhile, and removed them; and where one cannot be read for
-    another reason.
+    A damaged part file counts as never written: its objects are missing. Raises `UserError` if
+    another job has published the run meanwhile, or if a part file cannot be read for another
+    reason.
     """
     with workbench() as (connection, folder):
         keys = [
@@ -238,7 +241,8 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
             for item in results.list(f"{plan.work}attempt=")
             if item.key.endswith(".parquet")
         ]
-        # After the listing: whoever publishes removes the parts, and they would seem to be lost.
+        # Checked after the listing: a job that publishes removes the part files, and their rows
+        # would seem to be missing.
         if read_run(results, plan.start.run_id) is not None:
             raise published_meanwhile(plan.start.run_id)
         parts = folder / "parts"
@@ -257,8 +261,7 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
                         local.append(path)
                     else:
                         log.warning(
-                            "%s/%s is damaged, and counts as never written: what it held is "
-                            "screened again",
+                            "%s/%s is damaged and is ignored: the objects in it are screened again",
                             results.uri,
                             key,
                         )
@@ -266,37 +269,40 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
         except ImageError as error:
             if read_run(results, plan.start.run_id) is not None:
                 raise published_meanwhile(plan.start.run_id) from error
-            mend = "take the run up again" + (
-                "" if error.may_pass else " without it: what it held is screened again"
+            fix = (
+                "resume the run to try again"
+                if error.may_pass
+                else "move it away and resume the run to screen its objects again"
             )
             raise UserError(
                 f"{results.uri}/{key}: this part file of run '{plan.start.run_id}' cannot be read "
-                f"({error.message}); it is kept: {mend}"
+                f"({error.message}); {fix}"
             ) from error
         try:
             view_of_files(connection, "written", local, part_schema(class_names))
             view_of_files(connection, "plan", plan.files, PLANNED_SCHEMA)
             connection.execute(_WHOLE_READINGS)
             connection.execute(_DONE)
-            # Most columns of the files are read only now, by those who ask for them.
+            # DuckDB reads most columns of the files only when the block asks for them.
             yield Collected(plan, tuple(class_names), connection, folder)
         except duckdb.Error as error:
             if is_full_disk(error):
                 raise
-            # In a folder, these are the files themselves.
+            # With results on disk, `local` holds the part files themselves, not copies, and the job
+            # that published may have removed them.
             if read_run(results, plan.start.run_id) is not None:
                 raise published_meanwhile(plan.start.run_id) from error
             raise UserError(
-                f"run '{plan.start.run_id}' cannot go on: its plan, or a part file below "
+                f"run '{plan.start.run_id}' cannot continue: its plan, or a part file in "
                 f"{plan.work}, cannot be read ({first_line(error)}); choose another --run-id"
             ) from error
 
 
 def remove_work(results: Store, plan: Plan) -> None:
-    """Delete what the attempts wrote; the run is published, whatever becomes of this."""
+    """Delete the work files of a published run. A failure is logged: the run stays published."""
     try:
-        # First, for it takes one request, and no right to delete: or a run whose record is deleted,
-        # to withdraw it, would look like one that was never published.
+        # Done first, because it takes one request and no right to delete. Without the mark, a run
+        # withdrawn by deleting its record would look like one that was never published.
         mark_published(results, plan.start)
         start = start_key(plan.start.run_id)
         keys = [item.key for item in results.list(plan.work) if item.key != start]
@@ -306,13 +312,13 @@ def remove_work(results: Store, plan: Plan) -> None:
         ):
             for _ in threads.map(results.delete, keys):
                 progress.advance(1)
-            # Last: while it lies there, nobody takes what is left for the work of a new run.
+            # Deleted last: while it exists, nothing takes the remaining files for a new run's work.
             results.delete(start)
             progress.advance(1)
     except UserError as error:
-        # Some may write and not remove.
+        # Some users may write but not delete.
         log.warning(
-            "the run is published; its work could not be removed (%s), `lungopacity clean` will do "
-            "it where it may",
+            "the run is published, but its work files could not be removed (%s); run "
+            "`lungopacity clean` with the right to delete",
             error,
         )

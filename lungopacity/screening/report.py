@@ -1,4 +1,4 @@
-"""A finished run, told on a terminal."""
+"""Summaries of runs, nights and clean-ups for the terminal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _DRIFT = {
 
 
 def night_summary(night: Night) -> str:
-    """What a night did, or on a dry run would do."""
+    """What a night did, or with `--dry-run` would do."""
     if night.planned is None:
         return "\n".join(summary(run) for run in night.runs)
-    lines = [f"a night would first finish run {run_id} of before" for run_id in night.unfinished]
-    # What those runs publish, it would not screen again.
+    lines = [f"a night would first finish the earlier run {name}" for name in night.unfinished]
+    # "At most", because what those runs publish would not be screened again.
     most = "then screen at most" if night.unfinished else "a night would screen"
     lines.append(f"{most} {night.planned} objects; nothing was written (--dry-run)")
     return "\n".join([*lines, NOTICE])
@@ -30,7 +30,7 @@ def clean_summary(swept: Swept) -> str:
     """What was removed, by kind."""
     done = "would be removed (--dry-run)" if swept.dry_run else "removed"
     if not swept.files:
-        return f"nothing to sweep in {swept.results}"
+        return f"nothing to remove in {swept.results}"
     lines = [f"{sum(swept.files.values())} files, {swept.size_bytes / 1e6:.1f} MB, {done}"]
     return "\n".join([*lines, *(f"  {kind}: {count}" for kind, count in swept.files.items())])
 
@@ -41,7 +41,7 @@ def _point(result: ScreeningResult) -> str:
 
 
 def summary(result: ScreeningResult) -> str:
-    """A few lines: what was read, what was found, how fast, where it lies."""
+    """A few lines: where the results are, what was read, what was found, how fast."""
     lines = [
         f"run {result.run_id} published in {result.results}"
         + (" (synthetic)" if result.synthetic else ""),
@@ -55,7 +55,7 @@ def summary(result: ScreeningResult) -> str:
     ]
     if result.failed_again:
         lines.insert(
-            2, f"  again     {result.failed_again} of these could not be read before either"
+            2, f"  again     {result.failed_again} of these could not be read before, either"
         )
     lines += [
         f"  {metric.class_name}: {metric.value:.0f}"
@@ -78,7 +78,7 @@ def summary(result: ScreeningResult) -> str:
         )
     lines += [
         f"  drift     {shift.name}: {_DRIFT[shift.verdict]} ("
-        # As in status.json: of too few it is a figure of chance, or none.
+        # As in status.json: for too few images the PSI is chance, or cannot be computed.
         + ("" if shift.verdict == "too_few" else f"PSI {shift.psi:.3f}, ")
         + f"{shift.n} images)"
         for shift in result.drift
@@ -88,7 +88,7 @@ def summary(result: ScreeningResult) -> str:
             f"  labels    match {result.labelled} of {result.images} images, "
             f"{result.of_classes} with one of the model's classes"
             + (
-                f"; {result.known_to_model} that it learnt from or was chosen by are left out"
+                f"; {result.known_to_model} that it was trained or selected on are left out"
                 if result.known_to_model
                 else ""
             )
@@ -96,7 +96,7 @@ def summary(result: ScreeningResult) -> str:
     if result.picked_on:
         lines.append(
             f"  FLATTERED {_point(result)} was picked on {result.picked_on} of these films: judge "
-            "its decisions by others"
+            "its decisions on other films"
         )
     accuracy = metric_value(result.metrics, "accuracy")
     if accuracy is not None:

@@ -1,4 +1,4 @@
-"""Screen again what a published run could not read for a reason that may have passed."""
+"""Screen again what a published run could not read for a reason that may no longer apply."""
 
 from __future__ import annotations
 
@@ -42,15 +42,14 @@ def retry(
     gpus_per_actor: float = 1.0,
     model_actors: int | None = None,
 ) -> ScreeningResult | None:
-    """Publish a run over the objects of `run_id` that failed by the fault of the storage, or of
-    another version of lungopacity, and that no later run has read as they are now; None: there are
-    none.
+    """Screen the objects of a run that failed with a code of `OF_STORAGE`, or under another version
+    of lungopacity with one of `OF_VERSION`, and publish them as a new run.
 
-    The run that is retried stays as it is; the new one names it as `retry_of`, and the view
-    `latest` of `query` shows its rows instead. `model`: where the model of that run lies now, if it
-    was moved. `hmac_key`: the same as the run had, if it had one. `precision`: another than the
-    run's, as where there is no GPU for its own. `gpus_per_actor`, `model_actors`: as in screening.
-    Raises `UserError`.
+    Objects that a later run has read with their present content are left out. Returns None if no
+    objects are left. The old run stays as it is. The new one names it as `retry_of`, and the view
+    `latest` of `query` shows the new rows. `model`: the URI of the run's model, if that was moved.
+    `hmac_key`: the run's own, if it had one. `precision`: another than the run's, for example if
+    there is no GPU now. `gpus_per_actor`, `model_actors`: as in screening. Raises `UserError`.
     """
     began = time.monotonic()
     store = open_store(results)
@@ -64,7 +63,7 @@ def retry(
         results,
         accept=settings.get("accept", ()),
         reject_quality=settings.get("reject_quality"),
-        # As of a night: what failed before and fails again does not make a run a broken one.
+        # As in a nightly run, objects that fail again do not make the run broken.
         max_failed_fraction=1.0,
         hmac_key=hmac_key,
         hash_keys=settings.get("key_map") is not None,
@@ -85,15 +84,15 @@ def retry(
     listed = _not_read_since(job, _as_they_are_now(record["archive"], failed))
     if listed is None:
         return None
-    return run_job(job, listed, began, go_on="the same command begins anew")
+    return run_job(job, listed, began, go_on="run the same command again to start over")
 
 
 def _no_model(run_id: str) -> str:
-    raise UserError(f"run '{run_id}' does not say where its model lies; give --model URI")
+    raise UserError(f"run '{run_id}' does not record where its model is; give --model URI")
 
 
 def left_alone(results: str, run_id: str) -> Mapping[str, int]:
-    """Images of the run that could not be read, and that `retry` does not try, by code."""
+    """Number of failed images of the run that `retry` does not try again, by error code."""
     store = open_store(results)
     return _failed(store, _record_of(store, run_id))[1]
 
@@ -108,7 +107,8 @@ def _record_of(store: Store, run_id: str) -> dict[str, Any]:
 
 
 def _failed(store: Store, record: dict[str, Any]) -> tuple[list[str], Mapping[str, int]]:
-    """Names of the objects to try again, as the run published them; and codes of the others."""
+    """Names of the objects to try again, as the run published them; and how many other images
+    failed, by error code."""
     with files_of_runs(store):
         rows = predictions_of(store, [record]).to_table(columns=["image", "status", "error_code"])
     rows = rows.filter(pc.equal(rows["status"], Status.FAILED.value))
@@ -124,7 +124,7 @@ def _named(hashes: list[str], key_map: str, run_id: str) -> list[str]:
     lacking = sum(hashed not in names for hashed in hashes)
     if lacking:
         raise UserError(
-            f"{key_map}/{run_id}.parquet: lacks {lacking} of the names that the run hashed; "
+            f"{key_map}/{run_id}.parquet: {lacking} of the names that the run hashed are missing; "
             "restore the file"
         )
     return [names[hashed] for hashed in hashes]
@@ -133,28 +133,29 @@ def _named(hashes: list[str], key_map: str, run_id: str) -> list[str]:
 def _check_same(job: ScreeningJob, record: dict[str, Any], settings: dict[str, Any]) -> None:
     if job.model.model_id != record["model_id"]:
         raise UserError(
-            f"{job.model_uri} holds model {job.model.model_id}, the run was made with "
-            f"{record['model_id']}; give that one as --model"
+            f"{job.model_uri} holds model {job.model.model_id}, but the run used "
+            f"{record['model_id']}; give the URI of that model as --model"
         )
-    # Its rows will stand beside the others of the run. The first records of all do not tell more.
+    # The new rows will be read together with the run's other rows, so their decisions must agree.
+    # The earliest records lack some of these settings.
     then = {**settings, "positive_class": record["positive_class"]}
     for name, now in job.rules.settings().items():
         if name in ("positive_class", "threshold", "review_from") and then.get(name, now) != now:
             raise UserError(
-                f"the run decided with {name} {then[name]}, {job.model_uri} does with {now}; give "
-                "the model folder of then as --model, or screen again"
+                f"the run decided with {name} {then[name]}, but {job.model_uri} now has {now}; "
+                "give the model folder that the run used as --model, or screen again"
             )
     fingerprint = settings.get("hmac_key_fingerprint")
     if job.rules.hmac_key_fingerprint != fingerprint:
         raise UserError(
             f"the run was made {'with another' if fingerprint else 'without a'} key for names; "
-            f"{'give that one as' if fingerprint else 'leave out'} --hmac-key"
+            f"{'give that key as' if fingerprint else 'leave out'} --hmac-key"
         )
 
 
 def _as_they_are_now(archive: str, keys: list[str]) -> Inventory:
-    """The objects with the etags of today. One that is gone, or forbidden, keeps a row: reading it
-    will say so. Raises `UserError` where none of them may be seen."""
+    """The objects with their present etags. One that is gone or forbidden stays in the list, and
+    reading it will give the error. Raises `UserError` if none of them can be looked up."""
     store = open_store(archive)
     refusals: list[UserError] = []
 
@@ -173,8 +174,8 @@ def _as_they_are_now(archive: str, keys: list[str]) -> Inventory:
 
 
 def _not_read_since(job: ScreeningJob, listed: Inventory) -> Inventory | None:
-    """Those that no later run has read: its rows must not give way to a failure of today, nor to
-    what an older operating point decides. None where later runs have read them all."""
+    """The objects that no later run has read; None if later runs have read all. The rows of a later
+    run must not be replaced by a failure of today, or by decisions at an older operating point."""
     history = History.read(job.results, listed.uri, job.model.model_id, job.rules, job.pseudonyms)
     with temporary_folder() as folder:
         files = choose(listed, folder, None, history)

@@ -1,4 +1,4 @@
-"""By which rules a run screens: what two attempts at one run must agree in."""
+"""The rules by which a run screens: two attempts at one run must have the same."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from lungopacity.models.scorer import FLOAT32
 
 @dataclass(frozen=True)
 class Rules:
-    """Part of a run's start and of its commit record."""
+    """Settings that change what a run publishes. Part of a run's start and of its commit record."""
 
     positive_class: str
-    """Of models that differ in it alone the id is the same."""
+    """A rule, because models that differ only in their positive class have the same id."""
     accept: tuple[str, ...] = ()
-    """Error codes of what is scored all the same, sorted."""
+    """Error codes that do not keep a film from being scored, sorted."""
     reject_quality: tuple[str, ...] = ()
     """Quality flags that reject a film, sorted."""
     hmac_key_fingerprint: str | None = None
     hash_keys: bool = False
     """Whether names of objects are hashed, too."""
     operating_point: str | None = None
-    """Its name, where it is not the model's own choice."""
+    """The name of the operating point; None is the model's own choice."""
     threshold: float = 0.5
     review_from: float | None = None
     explain: bool = False
     precision: str = FLOAT32
 
     def settings(self) -> dict[str, Any]:
-        """By name, as JSON gives them back."""
+        """The rules by name, with lists for tuples, as they come back from JSON."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -38,7 +38,7 @@ class Rules:
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Rules:
-        """The rules behind `settings()`. Raises `TypeError` where these are of another version."""
+        """The inverse of `settings`. Raises `TypeError` if another version wrote them."""
         given: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in settings.items()
@@ -46,5 +46,5 @@ class Rules:
         return Rules(**given)
 
     def that_differ(self, settings: Mapping[str, Any]) -> list[str]:
-        """Names of the rules that the settings of another run tell otherwise, or not at all."""
+        """Names of the rules that are different, or missing, in the settings of another run."""
         return [name for name, value in self.settings().items() if settings.get(name) != value]

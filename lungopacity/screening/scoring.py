@@ -1,4 +1,4 @@
-"""Pixels to rows: scores, decisions and distances of the films of a table."""
+"""From pixels to rows: scores, decisions and distances of the films in a table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ _DISTANCE = "out_of_distribution_score"
 
 
 class ScoreImages:
-    """Tables of `READ_SCHEMA` to tables of `part_schema`. One in a process, on a device."""
+    """Turns tables of `READ_SCHEMA` into tables of `part_schema`. One per process, on one device.
+
+    `model`: a Ray reference to a `TrainedModel`. `reject_unlike`: reject films that are flagged
+    `out_of_distribution`.
+    """
 
     def __init__(
         self,
@@ -40,12 +44,12 @@ class ScoreImages:
         self.use_gpu = resources.use_gpu
         self.reject_unlike = reject_unlike
         self.explainer = explainer
-        self.unstarted: Exception | None = None
+        self.start_error: Exception | None = None
         try:
             self._start(model, resources.threads, precision)
         except Exception as error:
-            # Raised by the first call: of what __init__ raises, Ray hands on a text alone.
-            self.unstarted = self._told(error)
+            # Raised by the first call: of an exception in __init__, Ray passes on only the text.
+            self.start_error = self._explained(error)
 
     def _start(self, model: Any, threads: int | None, precision: str) -> None:
         import ray
@@ -59,18 +63,19 @@ class ScoreImages:
             self.schema = self.schema.append(pa.field(PICTURE, pa.binary()))
 
     def __call__(self, read: pa.Table) -> pa.Table:
-        if self.unstarted is not None:
-            raise self.unstarted
+        if self.start_error is not None:
+            raise self.start_error
         try:
             return self._scored(read)
         except Exception as error:
-            told = self._told(error)
-            if told is error:
+            explained = self._explained(error)
+            if explained is error:
                 raise
-            raise told from error
+            raise explained from error
 
-    def _told(self, error: Exception) -> Exception:
-        """The error, or of one of the GPU what mends it."""
+    def _explained(self, error: Exception) -> Exception:
+        """The error itself; or for an error of the GPU, one that says what to do or that Ray
+        retries."""
         if not self.use_gpu:
             return error
         import torch
@@ -79,8 +84,8 @@ class ScoreImages:
         line = first_line(error).rstrip(".")
         if not torch.cuda.is_available():
             return UserError(
-                f"torch cannot use a node's GPU: {line}; see `lungopacity doctor` "
-                "there, or use --no-gpu"
+                f"torch cannot use a node's GPU: {line}; run `lungopacity doctor` "
+                "on that node, or use --no-gpu"
             )
         if isinstance(error, torch.OutOfMemoryError):
             return UserError(
@@ -88,7 +93,7 @@ class ScoreImages:
                 "or fewer copies of the model on it (--gpus-per-actor 1)"
             )
         if isinstance(error, torch.AcceleratorError):
-            # As with a lost node: the next round starts the actor anew, perhaps on another GPU.
+            # Handled like a lost node: the next round starts a new actor, perhaps on another GPU.
             lost: Exception = RaySystemError(line)
             return lost
         return error
@@ -167,9 +172,9 @@ class ScoreImages:
 
 
 def _pixels(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-    """All bytes of those films that have any, one after the other: a view where they lie in one
-    piece. As objects of Python they would be copied twice, which takes as long as a GPU's whole
-    forward pass."""
+    """The pixel bytes of all films that have any, one after the other. Not copied if they are
+    contiguous: as Python objects they would be copied twice, which takes as long as the whole
+    forward pass of a GPU."""
     parts = [np.empty(0, np.uint8)]
     for chunk in column.drop_null().chunks:
         _, offsets, data = chunk.buffers()
@@ -192,7 +197,7 @@ def _distance_columns(unlike_N: npt.NDArray[np.float32] | None, count: int) -> d
 
 
 def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """The user wants no score of a film that is unlike the training films."""
+    """The columns, with films that are unlike the training films rejected and without scores."""
     error = error_columns(ImageError(ErrorCode.POOR_QUALITY, Stage.SCORE, OUT_OF_DISTRIBUTION))
     scores = ("p_", "logit_", "predicted_label", "decision", "ensemble_disagreement", "explanation")
     unlike = pa.compute.fill_null(columns[f"quality_{OUT_OF_DISTRIBUTION}"], False)
@@ -203,7 +208,7 @@ def _without_unlike(columns: dict[str, Any], schema: pa.Schema) -> dict[str, Any
 def _instead(
     columns: dict[str, Any], where: pa.Array, values: dict[str, Any], schema: pa.Schema
 ) -> dict[str, Any]:
-    """The columns, with these values in the rows that `where` says."""
+    """The columns, with `values` in the rows where `where` is true."""
     return columns | {
         name: pa.compute.if_else(where, pa.scalar(value, schema.field(name).type), columns[name])
         for name, value in values.items()

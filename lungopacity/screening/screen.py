@@ -1,4 +1,4 @@
-"""Screen an archive: inventory ▶ plan ▶ pipeline ▶ publish. The whole journey reads here."""
+"""Screen an archive: inventory ▶ plan ▶ pipeline ▶ publish. All steps are called from here."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ log = logging.getLogger(__name__)
 
 _FEWER_OBJECTS = 64
 _ROUNDS = (OBJECTS_PER_TASK, _FEWER_OBJECTS, 1)
-"""Loose objects a task, in each round of the pipeline. A node that is lost can leave a shard half
-read, and Ray goes on elsewhere; an object that ends every process that reads it takes fewer others
-with it each time."""
+"""Loose objects per task, in each round of the pipeline. A later round reads what a lost node left
+undone. It also isolates an object that kills every process that reads it: each round, that object
+takes fewer others with it."""
 _LOSSES = 100
-"""Tasks that may be lost in each round but the first. More, and it is no object's fault."""
+"""Tasks that may be lost in each round after the first. If more are lost, no object is to blame."""
 _FEW_OBJECTS = 10_000
-"""Not too dear to be a task each."""
+"""At most so many objects get a task each in the last round; for more, that takes too long."""
 
 
 def screen(
@@ -67,10 +67,10 @@ def screen(
 ) -> ScreeningResult:
     """Score every image of an archive and publish one run to a results folder.
 
-    archive, model, output: URIs. `inventory`: URI of a list that stands in for listing the archive,
-    see `read_inventory`. `run_id`: give the id of a killed run to go on with it. `limit`:
-    only the first so many objects by key. options: those of `screening_job`. Raises `UserError`;
-    unreadable images raise nothing, they are rows.
+    archive, model, output: URIs. `inventory`: URI of a list that is read instead of listing the
+    archive, see `read_inventory`. `run_id`: the id of a killed run resumes that run. `limit`:
+    screen only the first `limit` objects by key. options: see `screening_job`. Raises `UserError`.
+    Unreadable images raise nothing: they become rows.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
@@ -78,13 +78,13 @@ def screen(
     job = screening_job(model, output, **options)
     if run_id is not None and (limit or inventory) and read_start(job.results, run_id) is not None:
         log.warning(
-            "run %s goes on with the objects that it was planned with; --limit and --inventory "
-            "change nothing",
+            "run %s continues with the objects it was planned with; --limit and --inventory have "
+            "no effect",
             run_id,
         )
-    # Its first object is looked for at once: a wrong archive is told before Ray starts.
+    # This already looks for the first object, so a wrong archive is reported before Ray starts.
     listed = inventory_at(archive, inventory, job.written)
-    # Not so in `nightly`: a night may find nothing to do, and then it needs no Ray.
+    # `nightly` does not start Ray ahead: a night with nothing to do needs no Ray.
     with ray_ahead():
         return run_job(job, listed, began, run_id=run_id, limit=limit)
 
@@ -92,11 +92,10 @@ def screen(
 def inventory_at(
     archive: str, inventory: str | None = None, written: Sequence[str] = ()
 ) -> Inventory:
-    """List the archive, or read the list that is given for it; with progress.
+    """List the archive, or read the list at `inventory`, and show progress.
 
-    `written`: see `inside`; what lies there is left out, and so are the files of other results, as
-    of another model, or of a copy.
-    Raises `UserError`.
+    `written`: URIs that screening writes to, see `inside`. Objects there are left out, and so are
+    objects named like files of any other results folder. Raises `UserError`.
     """
     ours = inside(archive, written)
     progress = Progress("Listing the archive", unit="objects")
@@ -110,26 +109,27 @@ def inventory_at(
         shown = without(
             shown,
             partial(pc.starts_with, pattern=prefix),
-            f"lie below {prefix}: what screening writes is no film",
+            f"lie below {prefix}: what screening writes is not a film",
         )
-    # By their names: to look into a folder would cost a request each.
+    # By name, because looking into each folder would cost a request.
     return without(
         shown,
         partial(pc.match_substring_regex, pattern=RESULTS_FILE),
-        "bear the names of files of results",
+        "are named like files of a results folder",
     )
 
 
 def inside(archive: str, written: Sequence[str]) -> list[str]:
-    """Key prefixes of the places inside the archive that are written to.
+    """Key prefixes of those places in `written` that lie inside the archive.
 
-    `written`: their URIs. Raises `UserError` where one is the archive itself.
+    `written`: URIs that screening writes to. Raises `UserError` if one is the archive itself.
     """
     root = open_store(archive).uri
     found = [below(place, root) for place in written]
     if "" in found:
         raise UserError(
-            f"{root}: the archive is what is written to, too; choose another place for the results"
+            f"{root}: results cannot be written to the archive itself; choose another place for "
+            "them"
         )
     return [prefix for prefix in found if prefix]
 
@@ -146,24 +146,26 @@ def run_job(
     go_on_or_raise: Callable[[], None] = lambda: None,
     on_published: Callable[[ScreeningResult], None] | None = None,
     nightly: bool = False,
-    go_on: str = "go on with --run-id {} and the same options",
+    go_on: str = "resume it with --run-id {} and the same options",
 ) -> ScreeningResult:
     """Plan, screen and publish one run over the objects of the inventory.
 
-    `began`: `time.monotonic()` at the start. `run_id`, `limit`: see `screen`. `history`: what needs
-    no screening. `before_commit` may raise, and then nothing is published; so may
-    `go_on_or_raise`, which is asked with each part file. `on_published` is called at once when the
-    run is published, before its work is removed. `nightly`: see `make_plan`. `go_on`: what the user
-    is told to do where the run, whose id stands for {}, is not finished. Raises `UserError`.
+    `began`: `time.monotonic()` at the start. `run_id`, `limit`: see `screen`. `history`: published
+    runs, whose objects need no screening. `go_on_or_raise` is called after each part file,
+    `before_commit` just before publishing; if either raises, nothing is published. `on_published`
+    is called as soon as the run is published, before its work files are removed. `nightly`: see
+    `make_plan`. `go_on`: what to tell the user to do if the run does not finish; {} stands for
+    its id. Raises `UserError`.
     """
     model_id = job.model.model_id
     run_id = run_id or new_run_id(model_id)
     observe.set_run(run_id)
     if job.key_map is not None:
-        # It is written last: after a night's work it would be late to hear that it cannot be.
+        # The key map is written last. If that cannot work, say so before hours of screening.
         check_writable(job.key_map, private=True)
     if job.use_gpu or job.model_actors is not None or job.precision != FLOAT32:
-        # Only the cluster knows, and a plan that cannot be screened would be left behind.
+        # Only the cluster knows what it has. Ask before a plan is written that could never be
+        # screened.
         with ray_session():
             use_gpu = resolve_gpu(job.use_gpu)
             check_precision(job.precision, use_gpu)
@@ -186,7 +188,7 @@ def run_job(
             plan.start.objects,
             plan.start.archive,
             model_id,
-            " (taken up again)" if plan.resumed else "",
+            " (resumed)" if plan.resumed else "",
         )
         go_on = go_on.format(run_id)
         try:
@@ -203,7 +205,7 @@ def run_job(
         remove_work(job.results, plan)
     except (KeyboardInterrupt, SystemExit):
         log.warning(
-            "stopped; run %s is published, and `lungopacity clean` removes the rest of its work",
+            "stopped; run %s is published; `lungopacity clean` removes the rest of its work files",
             run_id,
         )
         raise
@@ -217,29 +219,34 @@ def _screen_what_is_missing(
     go_on: str,
     go_on_or_raise: Callable[[], None],
 ) -> list[str]:
-    """Until every object of the plan has its rows in part files; what devices scored them, see
-    `ScoringResources`. `folder`: for lists of the rest. `go_on`: the mend where some have none.
-    `go_on_or_raise`: is asked with each part file.
+    """Run the pipeline until every object of the plan has rows in part files. Returns the devices
+    that scored, see `ScoringResources.devices`.
 
-    A million objects at a time: the driver's memory does not grow with the archive. One that ends
-    every process that reads it is found out in the last round, where each is by itself.
+    `folder`: for the lists of missing objects. `go_on`: what to do if some get no rows.
+    `go_on_or_raise`: called after each part file.
+
+    The pipeline takes up to a million objects at a time, so the driver's memory does not grow with
+    the archive. The last round gives each object a task of its own, and so finds the object that
+    kills every process that reads it.
     """
     class_names = job.model.spec.class_names
     todo = list(plan.files)
     if plan.resumed:
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, "resumed")
-        log.info("%d of %d objects are still to do", _rows(todo), plan.start.objects)
+        log.info("%d of %d objects are left to screen", _rows(todo), plan.start.objects)
     devices: set[str] = set()
     for number, most in enumerate(_ROUNDS):
         if not todo:
             break
         if number:
-            log.warning("%d objects were lost on the way and are read again", _rows(todo))
+            log.warning(
+                "%d objects were lost with their task or node: reading them again", _rows(todo)
+            )
         losses = _LOSSES if number else 0
         if most == 1 and _rows(todo) > _FEW_OBJECTS:
             most = _FEWER_OBJECTS
-        given_up = len(todo)
+        interrupted = len(todo)
         with Landed(plan.start.objects, todo, go_on_or_raise) as landed:
             for path in todo:
                 with _surviving_lost_nodes():
@@ -247,12 +254,12 @@ def _screen_what_is_missing(
                     devices |= _run_pipeline(
                         job, plan, objects, losses=losses, most=most, landed=landed
                     )
-                    given_up -= 1
+                    interrupted -= 1
         with collect(job.results, plan, class_names) as collected:
             todo = collected.missing(folder, f"round-{number}")
-    if todo and most == 1 and not given_up:
+    if todo and most == 1 and not interrupted:
         crashing = counted(_rows(todo), "object")
-        log.warning("%s crashed every reader, and got the code reader_crash", crashing)
+        log.warning("%s crashed every reader: error code reader_crash", crashing)
         for path in todo:
             attempt = attempt_prefix(plan.start.run_id)
             write_crashed(job.results, attempt, pq.read_table(path), class_names)
@@ -266,24 +273,25 @@ def _screen_what_is_missing(
 
 @contextmanager
 def _surviving_lost_nodes() -> Iterator[None]:
-    """A node that goes takes actors with it, and Ray Data may give up then; the next round reads
-    what is missing. What a task of ours raises is no such thing, but where it could not work."""
+    """Log a failure that comes from Ray, as when a lost node takes actors with it, and carry on:
+    the next round reads what is missing. What our own code raised in a worker is raised here."""
     try:
         yield
     except Exception as error:
-        # Not sooner: another thread may be importing Ray, and two at once see half of it.
+        # Imported only here: another thread may be importing Ray, and two concurrent imports see a
+        # half-initialised module.
         from ray.exceptions import RayError, RayTaskError
 
         cause = error.cause if isinstance(error, RayTaskError) else error
-        # Below it, Ray Data writes its own advice.
-        told = first_line(cause)
+        # Ray Data adds its own advice below the first line.
+        message = first_line(cause)
         if isinstance(cause, UserError):
-            raise UserError(told) from error
-        # Of an actor that does not start, Ray keeps the text alone of what it raised.
+            raise UserError(message) from error
+        # When an actor does not start, Ray keeps only the text of what our code raised.
         is_ours = getattr(cause, "actor_init_failed", False)
         if is_ours or not isinstance(cause, RayError):
             raise
-        log.warning("Ray lost what it was working on (%s: %s)", type(cause).__name__, told)
+        log.warning("Ray lost the work in progress (%s: %s)", type(cause).__name__, message)
 
 
 def _rows(files: Sequence[Path]) -> int:
@@ -291,8 +299,8 @@ def _rows(files: Sequence[Path]) -> int:
 
 
 def as_run(model: TrainedModel, use_gpu: bool | None) -> TrainedModel:
-    """The model without its compiled network where it runs on GPUs, or where CPUs cannot load it.
-    The actors would find that out, too, but nobody reads their logs."""
+    """The model, without its compiled network if GPUs are asked for or this CPU cannot load it.
+    The actors would notice too, but nobody reads their logs."""
     if use_gpu or loaded(model) is None:
         return replace(model, compiled=None)
     return model
@@ -301,9 +309,9 @@ def as_run(model: TrainedModel, use_gpu: bool | None) -> TrainedModel:
 def _run_pipeline(
     job: ScreeningJob, plan: Plan, todo: pa.Table, *, losses: int, most: int, landed: Landed
 ) -> set[str]:
-    """The devices that scored."""
+    """Screen the objects `todo` of `PLAN_SCHEMA`; returns the devices that scored."""
     devices: set[str] = set()
-    model = as_run(job.model, job.use_gpu)  # while Ray starts
+    model = as_run(job.model, job.use_gpu)  # before `ray_session`: Ray starts meanwhile
     with ray_session():
         use_gpu = resolve_gpu(job.use_gpu)
         if use_gpu:
@@ -324,7 +332,7 @@ def _run_pipeline(
             most=most,
         ):
             end_if_told()
-            # Now: at the end an autoscaler may have taken the nodes away.
+            # Asked now, because an autoscaler may have removed the nodes by the end.
             devices = devices or set(resources.devices())
             landed.add(part)
         return devices

@@ -65,7 +65,7 @@ MISTAKES = {
     "a map without hashing": (
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
          "--key-map", "{place}/map"],
-        "--key-map is for --hash-keys",
+        "--key-map needs --hash-keys",
     ),
     "no key": (
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",
@@ -192,7 +192,7 @@ MISTAKES = {
          "--split", "test"],
         "--split test: is of --labels; give --labels FILE",
     ),
-    "no run": (["query", "--results", "{out}", "SELECT 1"], "no finished run lies there"),
+    "no run": (["query", "--results", "{out}", "SELECT 1"], "no published run there"),
     "unknown command": (["screem"], "No such command 'screem'"),
     "missing option": (["screen", "--archive", "x"], "Missing option '--model'"),
 }  # fmt: skip

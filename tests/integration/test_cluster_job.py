@@ -87,7 +87,7 @@ def test_a_submitted_job_screens_an_s3_archive_once_and_everyone_can_read_it(
     # The job's own exit code is 1, for the broken film; `ray job submit` says 1 for any failure.
     assert "first: 1" in done.stdout
     assert "corrupt_image: 1" in done.stdout
-    assert "published already" in told
+    assert "already published" in told
     assert "second: 1" in done.stdout
 
     (run,) = runs(results).to_pylist()

@@ -137,7 +137,7 @@ def test_a_newer_schema_is_refused_with_the_reason(tmp_path):
     store = open_store(str(tmp_path))
     record = json.loads(store.read(run_key("one"))) | {"schema_version": 99}
     store.write(run_key("one"), json.dumps(record).encode())
-    with pytest.raises(UserError, match="schema 99 is newer than this lungopacity reads"):
+    with pytest.raises(UserError, match="schema 99 is newer than this lungopacity can read"):
         query(str(tmp_path), "SELECT 1")
 
 
@@ -183,7 +183,7 @@ def test_class_names_become_columns_that_need_no_quotes():
     names = predictions_schema(["Normal", "COVID-19"]).names
     assert {"p_COVID_19", "logit_COVID_19"} <= set(names)
     with pytest.raises(
-        UserError, match="'COVID-19' and 'COVID 19' both have the column p_COVID_19"
+        UserError, match="'COVID-19' and 'COVID 19' would share the column p_COVID_19"
     ):
         predictions_schema(["COVID-19", "COVID 19"])
 
@@ -202,8 +202,8 @@ def test_a_predictions_file_that_is_gone_is_said(tmp_path):
         (PermissionError(13, "Permission denied"), "try again"),
         (duckdb.InvalidInputException("reading the stream registered as 'p' failed: IOError: AWS "
                                       "Error SLOW_DOWN during GetObject"), "try again"),
-        (duckdb.OutOfMemoryException("failed to allocate"), "by TMPDIR"),
-        (duckdb.IOException("Could not write file: No space left on device"), "by TMPDIR"),
+        (duckdb.OutOfMemoryException("failed to allocate"), "or set TMPDIR"),
+        (duckdb.IOException("Could not write file: No space left on device"), "or set TMPDIR"),
         (FileNotFoundError("x.parquet"), "restore it"),
         (FileNotFoundError(2, "No such file"), "restore it"),
         (OSError("could not verify page integrity"), "restore it"),
@@ -331,7 +331,7 @@ def test_what_a_format_cannot_tell_is_named_with_the_mend(tmp_path, sql, formats
     answer = query(str(tmp_path), f"SELECT 1 AS one, {sql} AS odd")
     for output_format in formats:
         with pytest.raises(
-            UserError, match=rf"column 'odd' \(.* cannot be told as {output_format}"
+            UserError, match=rf"column 'odd' \(.* cannot be written as {output_format}"
         ):
             rendered(answer, output_format)
     if "csv" not in formats:
@@ -344,17 +344,17 @@ def test_columns_of_one_name_are_refused_where_one_would_hide_the_other(tmp_path
     write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
     answer = query(str(tmp_path), "SELECT 1 AS a, 2 AS a")
     assert rendered(answer, "csv") == b'"a","a"\n1,2\n'
-    with pytest.raises(UserError, match="column 'a' occurs 2 times, in JSON it can once"):
+    with pytest.raises(UserError, match="column 'a' occurs 2 times, but JSON allows it once"):
         rendered(answer, "json")
 
 
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
-        ("", "0 questions; one is answered at a time"),
-        ("SELECT 1; SELECT 2", "2 questions; one is answered at a time"),
-        ("EXPLAIN SELECT 1", "EXPLAIN is not answered; begin with SELECT"),
-        ("PIVOT runs ON model_id USING sum(ok)", r"PIVOT needs the values by name, as .* IN \("),
+        ("", "0 statements; give a single one"),
+        ("SELECT 1; SELECT 2", "2 statements; give a single one"),
+        ("EXPLAIN SELECT 1", "EXPLAIN is not allowed; begin with SELECT"),
+        ("PIVOT runs ON model_id USING sum(ok)", r"PIVOT must list the values: .* IN \("),
     ],
 )
 def test_what_is_no_question_is_told_why(tmp_path, sql, message):

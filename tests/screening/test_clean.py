@@ -129,7 +129,7 @@ def test_the_command_says_what_it_did(results, capfd):
     assert main(["clean", "--results", results.uri, "--older-than", "0"]) == 0
     assert "work of unfinished runs: 3" in capfd.readouterr().out
     assert main(["clean", "--results", results.uri]) == 0
-    assert "nothing to sweep" in capfd.readouterr().out
+    assert "nothing to remove" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("days", [-1, float("nan"), float("inf"), 1e9, 1e300])
@@ -148,7 +148,7 @@ def test_what_may_not_be_removed_keeps_nothing_else(results, monkeypatch):
         delete(store, key)
 
     monkeypatch.setattr(type(results), "delete", refusing)
-    with pytest.raises(UserError, match=r"3 files cannot be removed, as .*denied\); 8 others"):
+    with pytest.raises(UserError, match=r"3 files could not be removed, .*denied\); 8 others"):
         clean(results.uri, older_than_days=0)
     assert keys(results) == KEPT | {key for key in LEFT if key.startswith("_work/b/")}
 
@@ -215,7 +215,7 @@ def test_what_a_killed_job_left_on_this_machine_goes_and_nothing_else_there(tmp_
 
 
 def test_a_slip_in_the_place_is_told_and_makes_no_folder(tmp_path):
-    with pytest.raises(UserError, match="typo: no results lie there; give the --output"):
+    with pytest.raises(UserError, match="typo: no results there; give the --output"):
         clean(str(tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
 
@@ -224,7 +224,7 @@ def test_of_a_folder_of_something_else_is_not_said_that_all_is_swept(store_uri):
     store = open_store(store_uri)
     store.write("film.png", b"x")
     store.write("runs.csv", b"x")
-    with pytest.raises(UserError, match="no results lie there; give the --output"):
+    with pytest.raises(UserError, match="no results there; give the --output"):
         clean(store_uri)
     assert main(["runs", "--results", store_uri, "--unfinished"]) == 2
     store.write("status.json", b"{}")

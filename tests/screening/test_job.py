@@ -16,7 +16,7 @@ from tests.results.records import record_of
 
 def test_classes_that_would_share_a_column_are_refused(tmp_path):
     write_tiny_model(str(tmp_path / "model"), class_names=("a-b", "a_b"), positive_class="a_b")
-    with pytest.raises(UserError, match="classes 'a-b' and 'a_b' both have the column p_a_b;"):
+    with pytest.raises(UserError, match="classes 'a-b' and 'a_b' would share the column p_a_b;"):
         screening_job(str(tmp_path / "model"), str(tmp_path / "results"))
 
 

@@ -118,7 +118,7 @@ def test_an_object_that_ends_its_process_costs_its_own_row(tmp_path, monkeypatch
     write_tiny_model(str(tmp_path / "model"))
     run = lungopacity.screen(store.uri, str(tmp_path / "model"), str(tmp_path / "results"))
     assert (run.ok, run.failed) == (2, 1)
-    assert "Ray lost what it was working on (WorkerCrashedError: The worker died" in caplog.text
+    assert "Ray lost the work in progress (WorkerCrashedError: The worker died" in caplog.text
     rows = lungopacity.query(run.results, "SELECT image FROM predictions WHERE status = 'failed'")
     assert rows["image"].to_pylist() == ["bad.tar"]
 

@@ -140,7 +140,7 @@ def test_whatever_row_is_lost_its_object_is_missing(tmp_path, lost):
 def test_a_row_that_is_not_of_the_plan_is_never_published(tmp_path):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a"), row("z")])
-    with pytest.raises(RuntimeError, match="1 objects are not of the plan"):
+    with pytest.raises(RuntimeError, match="1 objects are not in the plan"):
         final(store, plan)
 
 
@@ -272,7 +272,7 @@ def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_p
     assert sorted(found["image"]) == ["1.png", "4.png", "x/2.png"]
     assert sorted(doubts) == [
         "3.png may be x/3.png or y/3.png",
-        "5.png is in a.tar and in another",
+        "5.png is in a.tar and in another object",
     ]
 
 
@@ -336,7 +336,7 @@ def test_a_part_file_that_is_damaged_counts_as_never_written(store_uri, tmp_path
     (bad,) = [item.key for item in store.list(f"{plan.work}attempt=0/")]
     store.write(bad, damaged(store.read(bad)))
     assert missing(store, plan, tmp_path) == ["a", "x.tar"]
-    assert f"{store.uri}/{bad} is damaged, and counts as never written" in caplog.text
+    assert f"{store.uri}/{bad} is damaged and is ignored" in caplog.text
 
 
 @pytest.mark.parametrize("damaged", ["part", "plan"])
@@ -346,7 +346,7 @@ def test_what_cannot_be_read_is_named_with_the_mend(tmp_path, damaged):
         write_part(store, plan, pa.table({"image": ["of another version"]}))
     else:
         plan.files[0].write_bytes(b"PAR1 no more")
-    said = r"run 'run' cannot go on: its plan, or a part file below _work/run/, cannot be read \("
+    said = r"run 'run' cannot continue: its plan, or a part file in _work/run/, cannot be read \("
     with pytest.raises(UserError, match=said), collect(store, plan, CLASSES):
         pass
 
@@ -357,18 +357,18 @@ def test_a_full_disk_costs_no_run(tmp_path, monkeypatch):
 
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     monkeypatch.setattr("lungopacity.screening.publish.view_of_files", full)
-    with pytest.raises(UserError, match="free some, or name"), collect(store, plan, CLASSES):
+    with pytest.raises(UserError, match="free some, or set TMPDIR"), collect(store, plan, CLASSES):
         pass
 
 
 @pytest.mark.parametrize(
-    ("code", "mend"),
+    ("code", "fix"),
     [
-        (ErrorCode.TIMEOUT, "take the run up again$"),
-        (ErrorCode.FORBIDDEN, "take the run up again without it: what it held is screened again"),
+        (ErrorCode.TIMEOUT, "resume the run to try again"),
+        (ErrorCode.FORBIDDEN, "move it away and resume the run to screen its objects again"),
     ],
 )
-def test_work_that_the_storage_does_not_give_is_kept_and_named(tmp_path, code, mend):
+def test_work_that_the_storage_does_not_give_is_kept_and_named(tmp_path, code, fix):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a")])
 
@@ -378,7 +378,7 @@ def test_work_that_the_storage_does_not_give_is_kept_and_named(tmp_path, code, m
     store.local_file = late
     said = (
         r"/attempt=0/[0-9a-f]{64}\.parquet: this part file of run 'run' cannot be read "
-        rf"\(no answer in time\); it is kept: {mend}"
+        rf"\(no answer in time\); {fix}"
     )
     with pytest.raises(UserError, match=said), collect(store, plan, CLASSES):
         pass

@@ -129,5 +129,5 @@ def test_what_a_gpu_raises_is_told_with_its_mend_or_tried_again(monkeypatch, rai
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_gpu_that_torch_cannot_use_is_told_by_the_first_call():
     stage = ScoreImages(tiny_model(), ON_GPU, False, None, "float32")
-    with pytest.raises(UserError, match=r"torch cannot use a node's GPU: .*; see `lungopacity"):
+    with pytest.raises(UserError, match=r"torch cannot use a node's GPU: .*; run `lungopacity"):
         stage(read_rows(FILMS[:1]))

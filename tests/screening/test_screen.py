@@ -28,7 +28,7 @@ def test_objects_that_are_lost_are_read_again_and_then_told(place, monkeypatch, 
     monkeypatch.setattr(screen, "_run_pipeline", lost)
     with pytest.raises(UserError, match="4 of 4 objects have no result after 3 rounds; nothing"):
         place.night()
-    assert caplog.text.count("4 objects were lost on the way and are read again") == 2
+    assert caplog.text.count("4 objects were lost with their task or node: reading them again") == 2
     assert not list(place.store.list("runs/"))
 
 
@@ -54,7 +54,7 @@ def test_an_object_that_is_lost_each_time_gets_a_row_and_keeps_no_other_waiting(
     assert (finished.ok, finished.failed) == (3, 1)
     assert (own.ok, own.failed, own.failed_again, own.exit_code) == (1, 1, 1, 1)
     assert rounds[-1] == (1, 100, 1)
-    assert "1 object crashed every reader, and got the code reader_crash" in caplog.text
+    assert "1 object crashed every reader: error code reader_crash" in caplog.text
     lost = query(place.results, "SELECT image FROM latest WHERE error_code = 'reader_crash'")
     assert lost["image"].to_pylist() == ["Adams.png"]
 
@@ -71,14 +71,14 @@ def test_a_run_that_is_stopped_says_how_to_go_on(place, monkeypatch, caplog, cap
     monkeypatch.setattr(screen, "ray_ahead", nullcontext)
     with pytest.raises(type(end)):
         lungopacity.screen(place.archive.uri, place.model, place.results, run_id="mine")
-    assert "stopped; go on with --run-id mine and the same options" in caplog.text
+    assert "stopped; resume it with --run-id mine and the same options" in caplog.text
     # Not by the night, which goes on by itself, nor where --run-id means another run.
     with pytest.raises(type(end)):
         place.night()
     with pytest.raises(type(end)):
         lungopacity.retry(place.results, done)
-    assert "stopped; the next night goes on with run 2" in caplog.text
-    assert "stopped; the same command begins anew" in caplog.text
+    assert "stopped; the next night continues run 2" in caplog.text
+    assert "stopped; run the same command again to start over" in caplog.text
     assert main(["runs", "--results", place.results, "--unfinished"]) == 0
     _, _, *begun, notice = capfd.readouterr().out.splitlines()
     assert notice == NOTICE
@@ -90,7 +90,7 @@ def test_a_lost_node_is_survived_and_an_error_of_ours_is_not(caplog):
 
     with screen._surviving_lost_nodes():
         raise NodeDiedError("gone")
-    assert "Ray lost what it was working on (NodeDiedError: gone)" in caplog.text
+    assert "Ray lost the work in progress (NodeDiedError: gone)" in caplog.text
     no_decoder = RaySystemError(DecoderStartError("the decoder's process does not start"))
     with screen._surviving_lost_nodes():
         raise RayTaskError("f", "a traceback", no_decoder)
@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_says_that_it_keeps_its_objects(place, caplog, monkey
     )
     assert result.images == 4
     assert read_run(place.store, "killed")["devices"] == []  # this attempt scored nothing
-    assert "--limit and --inventory change nothing" in caplog.text
+    assert "--limit and --inventory have no effect" in caplog.text
 
 
 def test_the_compiled_network_is_looked_at_on_cpus_alone(caplog):

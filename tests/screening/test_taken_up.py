@@ -59,11 +59,11 @@ def test_a_run_of_before_is_not_published_over_what_is_newer(place, caplog):
     # With other options it cannot be finished.
     (between,) = place.night(explain=True).runs
     assert between.ok == 4
-    assert "killed of an earlier night is not finished" in caplog.text
-    assert "screened anew: it was begun with another explain" in caplog.text
+    assert "killed of an earlier night will not be finished" in caplog.text
+    assert "screened again: it was started with another explain" in caplog.text
     (own,) = place.night(max_images=1).runs
     assert (own.images, own.exit_code, place.status()["broken"]) == (0, 0, False)
-    assert f"screened anew: run {between.run_id} was published since" in caplog.text
+    assert f"screened again: run {between.run_id} was published since then" in caplog.text
     told = query(place.results, "SELECT DISTINCT run_id, status FROM latest").to_pylist()
     assert told == [{"run_id": between.run_id, "status": "ok"}]
 
@@ -71,16 +71,16 @@ def test_a_run_of_before_is_not_published_over_what_is_newer(place, caplog):
 def test_a_run_that_is_taken_up_by_hand_warns_of_what_is_newer(place, monkeypatch, caplog):
     monkeypatch.setattr(screen, "ray_ahead", nullcontext)
     place.killed()
-    assert "published since" not in caplog.text
+    assert "was published after" not in caplog.text
     run = lungopacity.screen(place.archive.uri, place.model, place.results)
     lungopacity.screen(place.archive.uri, place.model, place.results, run_id="killed")
-    assert f"run {run.run_id} was published since run killed was begun" in caplog.text
+    assert f"run {run.run_id} was published after run killed began" in caplog.text
 
 
 def test_what_an_unfinished_run_has_counts_at_most_on_a_dry_run(place):
     place.killed()
     assert night_summary(place.night(dry_run=True)).splitlines()[:2] == [
-        "a night would first finish run killed of before",
+        "a night would first finish the earlier run killed",
         "then screen at most 4 objects; nothing was written (--dry-run)",
     ]
 
@@ -94,7 +94,7 @@ def test_a_run_of_before_that_cannot_be_taken_up_does_not_stop_the_night(place, 
     place.store.write(f"{plan.work}run.json", start)
     (own,) = place.night().runs
     assert (own.images, own.exit_code) == (4, 0)
-    assert "_work/killed/run.json is damaged or of another version" in caplog.text
+    assert "_work/killed/run.json is damaged or was written by another version" in caplog.text
 
 
 def test_a_run_of_before_that_the_storage_does_not_give_at_the_moment_is_kept(place, monkeypatch):

@@ -33,8 +33,8 @@ def test_every_long_stage_of_a_night_is_told(place, monkeypatch, caplog):
     place.night()
     place.night()
     stages = [
-        "Listing the archive: 4 objects", "leaving out what was screened by 1 published run\n",
-        "is put together and published", "Collecting: 1 of 1 files",
+        "Listing the archive: 4 objects", "leaving out the objects that 1 published run screened\n",
+        "collecting its rows and publishing them", "Collecting: 1 of 1 files",
         "Publishing: 4 of 4 images", "Removing its work: 3 of 3 files",
     ]  # fmt: skip
     assert [stage for stage in stages if stage not in caplog.text] == []
@@ -75,17 +75,17 @@ def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "ended by Ctrl-C; the next night goes on"),
-        (SystemExit(143), 143, "ended by SIGTERM; the next night goes on"),
+        (KeyboardInterrupt(), 130, "ended by Ctrl-C; the next night continues"),
+        (SystemExit(143), 143, "ended by SIGTERM; the next night continues"),
         # Its own 1, or none, would pass for a night that is done.
-        (SystemExit(1), 2, "Ray ended this command (exit code 1); the next night goes on"),
-        (SystemExit(None), 2, "Ray ended this command (exit code None); the next night goes on"),
+        (SystemExit(1), 2, "Ray ended this command (exit code 1); the next night continues"),
+        (SystemExit(None), 2, "Ray ended this command (exit code None); the next night continues"),
         (
             ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer"),
             2,
             "the storage failed: no answer; try again",
         ),
-        (ZeroDivisionError("of Adams"), 2, "unforeseen ZeroDivisionError; the job's log says more"),
+        (ZeroDivisionError("of Adams"), 2, "unforeseen ZeroDivisionError; see the job's log"),
     ],
 )
 def test_a_night_that_is_ended_tells_by_what(place, monkeypatch, error, code, message):
@@ -134,13 +134,15 @@ def test_a_night_that_may_not_remove_its_work_is_published_all_the_same(place, m
     assert (run.images, run.exit_code) == (4, 0)
     told = place.status()
     assert (told["state"], told["runs"], told["positive"]) == ("finished", [run.run_id], 4)
-    assert "the run is published; its work could not be removed (_work/" in caplog.text
+    assert "the run is published, but its work files could not be removed (_work/" in caplog.text
     assert place.night().runs[0].images == 0
     # Withdrawn, it does not come back with the rows that it was withdrawn for.
     place.store.delete(f"runs/{run.run_id}.json")
     assert unfinished_runs(place.store) == []
     monkeypatch.setattr(screen, "ray_ahead", nullcontext)
-    with pytest.raises(UserError, match=r"was published before, and .*_work/.* still has its work"):
+    with pytest.raises(
+        UserError, match=r"was published before, and its work files are still in .*_work/"
+    ):
         lungopacity.screen(place.archive.uri, place.model, place.results, run_id=run.run_id)
     (anew,) = place.night().runs
     assert (anew.run_id != run.run_id, anew.images) == (True, 4)
@@ -162,7 +164,7 @@ def test_a_night_that_is_ended_while_its_work_is_removed_tells_what_it_published
     told = place.status()
     (published,) = query(place.results, "SELECT run_id FROM runs")["run_id"].to_pylist()
     assert (told["state"], told["runs"], told["positive"]) == ("failed", [published], 4)
-    assert f"run {published} is published, and `lungopacity clean` removes the rest" in caplog.text
+    assert f"run {published} is published; `lungopacity clean` removes the rest" in caplog.text
 
 
 def _taken_over(place) -> None:
@@ -197,9 +199,7 @@ def test_a_night_that_lost_its_lease_stops_at_once_and_tells_what_it_published(p
         pytest.fail("nobody ended it")
 
     monkeypatch.setattr(screen, "_run_pipeline", screening)
-    with pytest.raises(
-        UserError, match=r"taken it over\); only killed was published, and the next"
-    ):
+    with pytest.raises(UserError, match=r"taken it over\); only killed was published; the next"):
         place.night()
 
 
@@ -208,9 +208,10 @@ def test_a_night_that_lost_its_lease_stops_at_once_and_tells_what_it_published(p
     [
         ("Adams.png,Normal\nBaker.png,Edema\nEvans.png,Normal", (2, 1), ""),
         ("films/Adams.png,Normal", (0, 0),
-         "match none of 4 images: they name 'films/Adams.png', the images 'Adams.png'"),
-        ("Adams.png,pneumonia", (1, 0), "they say 'pneumonia', the model Normal, Lung_Opacity"),
-        ("Adams.png,Normal\nDavis.png,Normal", (2, 2), "was chosen by 1 labelled films"),
+         "the labels name 'films/Adams.png', an image is 'Adams.png'"),
+        ("Adams.png,pneumonia", (1, 0),
+         "one label is 'pneumonia', the model knows Normal, Lung_Opacity"),
+        ("Adams.png,Normal\nDavis.png,Normal", (2, 2), "calibrated on 1 of the labelled films"),
     ],
 )  # fmt: skip
 def test_labels_that_match_nothing_or_measure_nothing_are_told(
@@ -221,7 +222,7 @@ def test_labels_that_match_nothing_or_measure_nothing_are_told(
     assert (run.labelled, run.of_classes) == told
     line = f"labels    match {told[0]} of 4 images, {told[1]} with one of the model's classes"
     known = "Davis" in labels
-    line += "; 1 that it learnt from or was chosen by are left out" if known else ""
+    line += "; 1 that it was trained or selected on are left out" if known else ""
     assert f"{line}\n" in summary(run)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == bool(warning)
@@ -236,9 +237,9 @@ def test_films_that_the_point_in_use_was_picked_on_are_told(place, tmp_path, cap
     (tmp_path / "labels.csv").write_text("image,label\nAdams.png,Normal\nBaker.png,Normal\n")
     (run,) = place.night(labels=str(tmp_path / "labels.csv"), operating_point=point).runs
     assert run.picked_on == (point is not None)
-    told = "operating point our-site was picked on 1 of these films: judge its decisions by others"
+    told = "operating point our-site was picked on 1 of these films: judge its decisions on other"
     assert (told in summary(run)) == (point is not None)
-    warning = "operating point our-site was picked on 1 of the films in the figures against"
+    warning = "operating point our-site was picked on 1 of the films in the metrics against"
     assert (warning in caplog.text) == (point is not None)
 
 
