@@ -1,1 +1,1 @@
-"""Metrics with intervals, the paper's table beside ours, figures, and the evaluation journey."""
+"""Measure models on labelled films: metrics with intervals, reports, comparisons and audits."""

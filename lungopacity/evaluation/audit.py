@@ -1,5 +1,5 @@
-"""Whether labelled films can be trusted to measure a model: copies, torn patients, conflicting
-labels, and what gives the label away without a look at the lungs.
+"""Audit labelled films before they measure a model: copies, patients in two splits, conflicting
+labels, and facts that predict the label without a look at the lungs.
 
 Array names carry their shape: N images, H height, W width.
 """
@@ -30,84 +30,88 @@ from lungopacity.storage.probe import check_writable
 from lungopacity.words import printable
 
 SIDE = 64
-"""Of the films that are compared, in pixels."""
+"""Side of the films when they are compared, in pixels."""
 READ_SIDE = 224
-"""Of the films as they are read: black borders are found to a pixel of these."""
+"""Side of the films as they are read, in pixels. Black borders are found at this resolution."""
 NEAR_BITS = 6
-"""Of the 64 of a perceptual hash: two films that differ in more are no copies of each other."""
+"""Two films whose 64-bit perceptual hashes differ in more bits are not copies of each other."""
 NEAR_CORRELATION = 0.99
-"""Of two films of 64 x 64 pixels. Of 7,629 lung-field films no two reach it: those of two patients
-0.978 at most, of one patient 0.988."""
-NOT_LOOKED_FOR = "films that are turned, of inverted grey values, or cut to a part"
+"""Least correlation of near copies at 64 x 64 pixels. No two of 7,629 lung-field films reach it:
+films of two patients have at most 0.978, of one patient 0.988."""
+NOT_LOOKED_FOR = "films that are rotated, inverted, or cropped to a part"
 SUSPICIOUS_AUC = 0.7
-"""Of a fact that knows nothing of the lungs: from here on a model may live on it."""
+"""AUC of a fact that is not about the lungs, from which on a model may rely on that fact."""
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Two labelled images that show one film."""
+    """Two labelled images that show the same film."""
 
     first: str
     second: str
     kind: str
-    """exact: the same bytes; near: pixels that are all but the same."""
+    """exact: the same bytes; near: almost the same pixels."""
     splits: tuple[str, str]
     labels: tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found."""
+    """What an audit found."""
 
     images: int
     unreadable: int
     rejected: int
-    """Read, and left out by a rule."""
+    """Films that were read, and left out by a rule."""
     blank: int
-    """Films of one grey value, or nearly, where no rule leaves them out. They are no near copies:
-    each looks like any other."""
+    """Films of one grey value, or nearly, if no rule leaves them out. They do not count as near
+    copies, because all blank films look alike."""
     torn_patients: int
     """Patients with films in more than one split."""
     unknown_patients: int
-    """Films without a patient: whether they are torn cannot be known."""
+    """Films without a patient id, which cannot be checked for that."""
     copies: tuple[Copies, ...]
     shortcuts: tuple[Shortcut, ...]
-    """Of each class that was tried against the rest."""
+    """For each class that was tested against the rest."""
     positive_class: str | None
-    """The one that was tried; None: each."""
+    """The class that was tested; None if each was."""
     intervals: str
-    """How the 95 % intervals were made."""
+    """How the 95 % intervals were computed."""
     split_given: bool
-    """The labels have splits; without, they are those that `train` makes."""
+    """Whether the labels have splits. If not, the splits are those that `train` would make."""
 
     @property
     def leaking(self) -> tuple[Copies, ...]:
-        """Copies on two sides of a split."""
+        """Copies in two different splits."""
         return tuple(pair for pair in self.copies if len(set(pair.splits)) > 1)
 
     @property
     def conflicts(self) -> tuple[Copies, ...]:
-        """Copies with two labels: at least one is wrong."""
+        """Copies with two different labels, of which at least one is wrong."""
         return tuple(pair for pair in self.copies if len(set(pair.labels)) > 1)
 
     @property
     def leaks(self) -> bool:
-        """Whether any figure of a model on these splits would flatter it."""
+        """Whether splits share patients or films, which makes every model look too good."""
         return bool(self.torn_patients or self.leaking)
 
     def summary(self) -> str:
-        """What was found, a line each, the worst first."""
+        """The findings as text for a terminal."""
         kinds = [pair.kind for pair in self.copies]
         lines = [
             f"{self.images} labelled images, {self.unreadable} more unreadable"
             + (f", {self.rejected} rejected" if self.rejected else ""),
             f"patients in two splits: {self.torn_patients}"
-            + (f" ({self.unknown_patients} films name none)" if self.unknown_patients else ""),
+            + (
+                f" ({self.unknown_patients} films have no patient_id)"
+                if self.unknown_patients
+                else ""
+            ),
             f"copies: {kinds.count('exact')} exact, {kinds.count('near')} near; across splits: "
             f"{len(self.leaking)}; with two labels: {len(self.conflicts)}",
             f"  (not looked for: {NOT_LOOKED_FOR})",
             *(
-                [f"blank films: {self.blank}; look at them, or leave them out: --reject-quality"]
+                [f"blank films: {self.blank}; look at them, or leave them out (--reject-quality)"]
                 if self.blank
                 else []
             ),
@@ -118,19 +122,19 @@ class Audit:
                 )
                 for pair in list(dict.fromkeys([*self.leaking, *self.conflicts]))[:10]
             ),
-            f"AUC for {self.positive_class or 'the class told best'} of what does not look at the "
-            "lungs",
+            f"AUC for {self.positive_class or 'the class predicted best'} of facts that are not "
+            "about the lungs",
             f"(95 % intervals: {self.intervals}):",
         ]
         for item in self._highest():
             interval = "" if item.ci_low is None else f" ({item.ci_low:.3f} to {item.ci_high:.3f})"
-            warning = "  <- a model may live on it" if item.auc >= SUSPICIOUS_AUC else ""
+            warning = "  <- a model may rely on it" if item.auc >= SUSPICIOUS_AUC else ""
             of = "" if self.positive_class else f" for {item.class_name}"
             lines.append(f"  {item.fact:27} {item.auc:.3f}{interval}{of}{warning}")
         return "\n".join([*lines, self._verdict(), NOTICE])
 
     def _highest(self) -> Iterator[Shortcut]:
-        """Of each fact, of the class that it tells best."""
+        """For each fact, the shortcut of the class that it predicts best."""
         for fact in dict.fromkeys(item.fact for item in self.shortcuts):
             yield max((s for s in self.shortcuts if s.fact == fact), key=lambda item: item.auc)
 
@@ -139,7 +143,8 @@ class Audit:
         one = "one patient_id and one split"
         if not self.split_given:
             parts[0] += (
-                ", across the splits that `train` makes of these classes (the labels have none)"
+                ", across the splits that `train` would make of these classes (the labels have "
+                "none)"
             )
             one = "one patient_id"
         if self.leaking:
@@ -149,7 +154,7 @@ class Audit:
         return "; ".join(parts)
 
     def to_json(self) -> str:
-        """Everything."""
+        """All findings, for audit.json."""
         return json.dumps({"notice": NOTICE, **asdict(self), "leaks": self.leaks}, indent=2)
 
 
@@ -164,13 +169,14 @@ def audit(
     accept: Sequence[str] = (),
     reject_quality: Sequence[str] | None = None,
 ) -> Audit:
-    """Read every labelled film once, small, and look for what would flatter a model.
+    """Read every labelled film once, at low resolution, and look for what would make a model look
+    too good.
 
-    images, labels: as for training; None of `classes` takes every label as one. `positive_class`:
-    whose shortcuts are looked for; None takes each of more than two classes, of two Lung_Opacity
-    or else the last. `output`: URI of a folder for audit.json. `by`: columns of the labels to try
-    as predictors of the label, besides view, sex, age and `site`: see `subgroups`. Raises
-    `UserError`.
+    images, labels: as for training. `classes`: as for training; None makes each label a class.
+    `positive_class`: the class whose shortcuts are looked for; None is each class if there are more
+    than two, else Lung_Opacity or the last. `output`: URI of a folder for audit.json. `by`: columns
+    of the labels to test as predictors of the label, besides view, sex, age and `site`: see
+    `subgroups`. Raises `UserError`.
     """
     check_columns(by)
     accepted, rejecting = rules_from(accept, reject_quality)
@@ -182,9 +188,9 @@ def audit(
     frame = select_classes(frame, label_map, labels)
     split_given = bool(frame["split"].notna().all())
     frame = assign_splits(frame, labels)
-    told = _told(frame, by, labels)
-    # It must not meet the columns of what is read.
-    frame = frame.drop(columns=[name for name in told if name != "split"])
+    facts = _facts_of_labels(frame, by, labels)
+    # Dropped, because they could clash with the columns that reading adds.
+    frame = frame.drop(columns=[name for name in facts if name != "split"])
     rules = ReadSettings(Preprocessing(READ_SIDE), accept=accepted, reject_quality=rejecting)
     if output is not None:
         check_writable(output)
@@ -192,7 +198,7 @@ def audit(
         data = load_pixels(images, frame, names, rules, labels)
     small = replace(data, pixels_NHW=_squares(data.pixels_NHW, Preprocessing(SIDE)))
     resampling = Resampling.of(data.images["patient_id"].tolist())
-    told = told.loc[data.images["image"]]
+    facts = facts.loc[data.images["image"]]
     found = Audit(
         images=len(data.images),
         unreadable=len(data.unreadable),
@@ -204,7 +210,7 @@ def audit(
         shortcuts=tuple(
             shortcut
             for name in (names if positive is None else [positive])
-            for shortcut in shortcuts_of(small, name, told, resampling)
+            for shortcut in shortcuts_of(small, name, facts, resampling)
         ),
         positive_class=positive,
         intervals=resampling.described(),
@@ -216,25 +222,26 @@ def audit(
 
 
 def _positive_class(names: Sequence[str], asked: str | None) -> str | None:
-    """The one whose shortcuts are looked for; None: each. Raises `UserError` for one that is
-    none."""
+    """The class whose shortcuts are looked for; None is each. Raises `UserError` for an unknown
+    class."""
     if asked is None and len(names) == 2:
         return "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
     if asked is not None and asked not in names:
         raise UserError(
-            f"positive class '{asked}' is none of the classes ({', '.join(names)}); give one of "
-            "them as --positive-class"
+            f"positive class '{asked}' is not one of the classes ({', '.join(names)}); give one "
+            "of them as --positive-class"
         )
     return asked
 
 
-def _told(frame: pd.DataFrame, by: Sequence[str], labels: str) -> pd.DataFrame:
-    """What the labels alone tell of each image: `site`, of however many, and what is asked for."""
+def _facts_of_labels(frame: pd.DataFrame, by: Sequence[str], labels: str) -> pd.DataFrame:
+    """The columns of the labels file to test, a row per image: `site`, however many there are, and
+    those of `by`."""
     columns = [name for name in by if name != SITE]
-    told = column_groups(frame.drop(columns=SITE, errors="ignore"), columns, labels)
+    facts = column_groups(frame.drop(columns=SITE, errors="ignore"), columns, labels)
     if SITE in frame:
-        told.insert(0, SITE, frame[SITE].to_numpy())
-    return told
+        facts.insert(0, SITE, frame[SITE].to_numpy())
+    return facts
 
 
 def _torn(images: pd.DataFrame) -> int:
@@ -248,11 +255,11 @@ def _copies(data: LabelledPixels) -> Iterator[Copies]:
     for rows in frame.groupby("content_sha256").indices.values():
         exact |= {(int(rows[0]), int(row)) for row in rows[1:]}
     judged = np.flatnonzero(~frame["quality_blank"].to_numpy(bool))
-    # Where there is no blank film, without a copy of them all: of 100,000 films 5 GB.
+    # Without blank films the array is not copied: 100,000 films take 5 GB.
     pixels_NHW = data.pixels_NHW[judged] if len(judged) < len(frame) else data.pixels_NHW
     pairs_near = near_pairs(pixels_NHW)
     near = {(int(judged[first]), int(judged[second])) for first, second in pairs_near} - exact
-    # Of films that are exact copies of each other, one is enough to compare with.
+    # Of films that are exact copies of each other, only one is compared with others.
     repeated = {second for _, second in exact}
     near = {pair for pair in near if not repeated & set(pair)}
     for kind, pairs in (("exact", exact), ("near", near)):
@@ -268,23 +275,24 @@ def _copies(data: LabelledPixels) -> Iterator[Copies]:
 
 
 def perceptual_hashes(pixels_NHW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """(n,) uint64: the signs of the lowest 8 x 8 frequencies against their median (Zauner 2010,
-    Implementation and Benchmarking of Perceptual Image Hash Functions, section 3.2.2)."""
+    """(N,) uint64: for each of the lowest 8 x 8 frequencies, whether it exceeds their median
+    (Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions, section
+    3.2.2)."""
     from scipy.fft import dctn
 
     low_NHW = dctn(pixels_NHW.astype(np.float32), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
-    # The first is the mean brightness; its sign says nothing.
+    # The first frequency is the mean brightness, so the median leaves it out.
     bits_NB = low_NHW > np.median(low_NHW[:, 1:], axis=1, keepdims=True)
     return np.packbits(bits_NB, axis=1).view(">u8").astype(np.uint64).ravel()
 
 
 def near_pairs(pixels_NHW: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
-    """Pairs of rows whose films are all but the same: made lighter, smaller, compressed anew,
-    mirrored, or set into a black border (of lung-field films four in five of these).
+    """Pairs of rows whose films are almost the same: brightened, resized, recompressed, mirrored,
+    or set into a black border (of lung-field films, it finds four in five of the latter).
 
-    pixels_NHW: of `READ_SIDE`, as they are. They are compared as they are, and without their black
-    borders; with each other, and with the mirror image. Candidates by their hashes, then by the
-    correlation of their pixels.
+    pixels_NHW: films of side `READ_SIDE`. They are compared with and without their black borders,
+    with each other and with the mirror images. Similar hashes make candidates; the correlation of
+    their pixels decides.
     """
     found: set[tuple[int, int]] = set()
     with Progress("Comparing images", 4 * len(pixels_NHW), "comparisons") as progress:
@@ -301,7 +309,7 @@ def near_pairs(pixels_NHW: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
 def _squares(
     pixels_NHW: npt.NDArray[np.uint8], preprocessing: Preprocessing
 ) -> npt.NDArray[np.uint8]:
-    """(n, image_size, image_size) uint8: each film once more, by other settings."""
+    """(N, image_size, image_size) uint8: each film preprocessed again with these settings."""
     size = preprocessing.image_size
     squares_NHW = np.empty((len(pixels_NHW), size, size), np.uint8)
     for row, film_HW in enumerate(pixels_NHW):
@@ -312,7 +320,7 @@ def _squares(
 def _alike(
     first_NHW: npt.NDArray[np.uint8], second_NHW: npt.NDArray[np.uint8]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Each row of the first, and the later rows of the second that are all but its film."""
+    """Yields each row of the first, with the later rows of the second that show almost its film."""
     first_N, second_N = perceptual_hashes(first_NHW), perceptual_hashes(second_NHW)
     for row in range(len(first_N)):
         differ = np.bitwise_count(second_N[row + 1 :] ^ first_N[row])
@@ -324,9 +332,9 @@ def _alike(
 def correlations(
     film_HW: npt.NDArray[np.uint8], others_MHW: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float32]:
-    """(M,) of a film's pixels with those of each other. Of a film of one grey value, which has
-    none, 1 where the other is the same, else 0."""
-    # Together: of 100,000 lung-field films ten million pairs have hashes as near as that.
+    """(M,) correlation of a film's pixels with those of each other film. If either has a single
+    grey value, it is not defined: 1 if both are the same, else 0."""
+    # Computed in one go: of 100,000 lung-field films, ten million pairs have hashes that near.
     a_F = film_HW.astype(np.float32).ravel()
     others_MF = others_MHW.reshape(len(others_MHW), film_HW.size).astype(np.float32)
     a_F -= a_F.mean()

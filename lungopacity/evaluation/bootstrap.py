@@ -1,14 +1,14 @@
-"""Percentile bootstrap over patients: how far a figure would move with other patients.
+"""Percentile bootstrap over patients: how far a metric would vary with other patients.
 
-Films of one patient resemble each other, so an interval that takes every film for new evidence is
-too narrow. Patients are drawn with replacement, each with all of their films (the cluster bootstrap
-of Field & Welsh 2007, Journal of the Royal Statistical Society B 69:369), and the interval runs
-from the 2.5th to the 97.5th percentile of the figure's replicates (Efron & Tibshirani 1993, An
+Films of one patient resemble each other, so an interval that treats films as independent is too
+narrow. Patients are drawn with replacement, each with all of their films (the cluster bootstrap of
+Field & Welsh 2007, Journal of the Royal Statistical Society B 69:369), and the interval runs from
+the 2.5th to the 97.5th percentile of the metric's replicates (Efron & Tibshirani 1993, An
 Introduction to the Bootstrap, ch. 13).
 
-A replicate is a weight for each film, how often its patient was drawn: nothing is copied or sorted
-anew. Array names carry their shape: N films, P patients, R replicates, S different scores in rising
-order, G points of a grid.
+A replicate is a weight for each film: how often its patient was drawn. So no data are copied or
+sorted again. Array names carry their shape: N films, P patients, R replicates, S distinct scores in
+ascending order, G points of a grid.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ import pandas as pd
 from lungopacity.evaluation.metrics import Floats
 
 REPLICATES = 1000
-"""Enough for percentiles of 95 % (Efron & Tibshirani 1993, section 14.5)."""
+"""Enough for 95 % percentile intervals (Efron & Tibshirani 1993, section 14.5)."""
 
 _BLOCK = 2_000_000
-"""Weights at a time: 16 MB."""
+"""Number of weights held at a time: 16 MB."""
 _LEAST_DEFINED = 0.95
-"""Of the replicates; an interval of fewer would tell of the lucky ones alone."""
+"""Least fraction of the replicates that must define a metric. An interval of fewer would cover only
+the favourable draws."""
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """Which film is of which patient, and how the patients are drawn."""
+    """Which films belong to which patient, and how patients are drawn."""
 
     patient_N: npt.NDArray[np.int64]
-    """Number of each film's patient, 0 … P-1, in the order in which they come."""
+    """Number of each film's patient, 0 … P-1, numbered by first appearance."""
     replicates: int = REPLICATES
     seed: int = 0
     """The same seed draws the same patients."""
@@ -49,9 +50,9 @@ class Resampling:
     def of(
         patients: Sequence[str | None], replicates: int = REPLICATES, seed: int = 0
     ) -> Resampling:
-        """patients: who each film is of; a film of nobody known is a patient of its own."""
+        """patients: the patient id of each film; a film without one counts as its own patient."""
         known_N = pd.notna(np.asarray(patients, dtype=object))
-        # A tuple equals no name, and each film's is its own.
+        # A tuple equals no id, and each film gets another tuple.
         names = [
             name if known else (row,)
             for row, (name, known) in enumerate(zip(patients, known_N, strict=True))
@@ -61,13 +62,13 @@ class Resampling:
         return Resampling(np.array(patient_N, dtype=np.int64), replicates, seed)
 
     def rows(self, rows: npt.NDArray[np.int64]) -> Resampling:
-        """Of these films alone, and their patients."""
+        """The resampling of only these films and their patients."""
         patient_N = np.unique(self.patient_N[rows], return_inverse=True)[1]
         return replace(self, patient_N=patient_N.astype(np.int64))
 
     @property
     def patients(self) -> int:
-        """How many there are."""
+        """The number of patients."""
         return int(self.patient_N.max()) + 1 if len(self.patient_N) else 0
 
     @property
@@ -76,14 +77,14 @@ class Resampling:
         return self.patients < len(self.patient_N)
 
     def described(self) -> str:
-        """How intervals are made of it, for a report."""
+        """One line for a report: how intervals are computed from this resampling."""
         return (
             f"percentile bootstrap over {self.patients:,} patients of {len(self.patient_N):,} "
             f"films, {self.replicates:,} replicates, seed {self.seed}"
         )
 
     def weights(self) -> Iterator[npt.NDArray[np.float64]]:
-        """How often each film is drawn, whole numbers (R, N), some of the replicates at a time."""
+        """How often each film is drawn, whole numbers (R, N), in blocks of replicates."""
         rng = np.random.default_rng(self.seed)
         patients, films = self.patients, len(self.patient_N)
         if films == 0:
@@ -98,10 +99,10 @@ class Resampling:
 
 
 def percentile_interval(values_R: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
-    """The middle 95 % of the replicates of a figure.
+    """The middle 95 % of the replicates of a metric.
 
-    None and None where more than 1 in 20 does not define it (NaN), or where all are equal: a sample
-    without a single mistake does not show how many there may be.
+    None and None if more than 1 in 20 replicates are undefined (NaN), or if all are equal: a sample
+    without a single mistake does not show how many mistakes there may be.
     """
     defined = values_R[np.isfinite(values_R)]
     if len(defined) == 0 or len(defined) < _LEAST_DEFINED * len(values_R):
@@ -117,8 +118,8 @@ def weighted_auc(
 ) -> npt.NDArray[np.float64]:
     """(R,) AUC of scores that are higher for positives, under each row of weights.
 
-    The weighted share of pairs in the right order, equal scores counting half; NaN where only one
-    kind has weight.
+    It is the weighted share of pairs in the right order, with equal scores counting half; NaN if
+    only positives or only negatives have weight.
     """
     return auc_of(*by_score(positive_N, scores_N, weights_RN))
 
@@ -126,8 +127,8 @@ def weighted_auc(
 def weighted_average_precision(
     positive_N: npt.NDArray[np.bool_], scores_N: Floats, weights_RN: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """(R,) mean precision over the steps in recall, under each row of weights; NaN without a
-    positive."""
+    """(R,) average precision, the mean precision over the steps in recall, under each row of
+    weights; NaN without positives."""
     return average_precision_of(*by_score(positive_N, scores_N, weights_RN))
 
 
@@ -139,7 +140,7 @@ def by_score(
 
 
 class Ranking:
-    """Films by their scores: sorted once, for all replicates."""
+    """Films sorted by their scores, once for all replicates."""
 
     def __init__(self, positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> None:
         self._order_N = np.argsort(scores_N, kind="stable")
@@ -151,7 +152,7 @@ class Ranking:
     def by_score(
         self, weights_RN: npt.NDArray[np.float64]
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """(R, S) weight of the positives, and of the negatives, at each different score, rising."""
+        """(R, S) weights of the positives, and of the negatives, at each distinct score."""
         weights_RS = weights_RN[:, self._order_N]
         positives_RS = weights_RS * self._positive_N
         weights_RS -= positives_RS
@@ -164,7 +165,7 @@ class Ranking:
 def auc_of(
     positives_RS: npt.NDArray[np.float64], negatives_RS: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """(R,) of what `Ranking.by_score` gives; see `weighted_auc`."""
+    """(R,) AUC from the output of `Ranking.by_score`; see `weighted_auc`."""
     below_RS = negatives_RS.cumsum(axis=1) - negatives_RS / 2
     pairs_R = positives_RS.sum(axis=1) * negatives_RS.sum(axis=1)
     return ratio(np.einsum("rs,rs->r", positives_RS, below_RS), pairs_R)
@@ -173,10 +174,11 @@ def auc_of(
 def average_precision_of(
     positives_RS: npt.NDArray[np.float64], negatives_RS: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """(R,) of what `Ranking.by_score` gives; see `weighted_average_precision`."""
+    """(R,) average precision from the output of `Ranking.by_score`; see
+    `weighted_average_precision`."""
     hits_RS = positives_RS[:, ::-1].cumsum(axis=1)[:, ::-1]
     called_RS = hits_RS + negatives_RS[:, ::-1].cumsum(axis=1)[:, ::-1]
-    # Where nothing is called positive, no positive is found either: the step is of no height.
+    # Where nothing is called positive, recall does not step: the precision there does not matter.
     precision_RS = np.divide(hits_RS, called_RS, out=called_RS, where=called_RS > 0)
     steps_R = np.einsum("rs,rs->r", positives_RS, precision_RS)
     return ratio(steps_R, positives_RS.sum(axis=1))
@@ -185,7 +187,7 @@ def average_precision_of(
 def ratio(
     part_R: npt.NDArray[np.float64], whole_R: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """part / whole, NaN where the whole is 0."""
+    """part / whole; NaN where the whole is 0."""
     found: npt.NDArray[np.float64] = np.divide(
         part_R, whole_R, out=np.full(part_R.shape, np.nan), where=whole_R > 0
     )
@@ -207,9 +209,9 @@ _GRID_G = np.linspace(0, 1, 201)
 def roc_band(
     positive_N: npt.NDArray[np.bool_], scores_N: Floats, resampling: Resampling
 ) -> Band | None:
-    """Of the true positive rate at each false positive rate: the replicates' curves, averaged
-    vertically (Fawcett 2006, Pattern Recognition Letters 27:861, algorithm 3). None without both
-    kinds."""
+    """The band of the true positive rate at each false positive rate, over the replicates' curves
+    (vertical averaging: Fawcett 2006, Pattern Recognition Letters 27:861, algorithm 3). None
+    without positives or without negatives."""
     curves = []
     for weights_RN in resampling.weights():
         for positives_S, negatives_S in zip(
@@ -218,7 +220,8 @@ def roc_band(
             hits_S = np.append(0.0, positives_S[::-1].cumsum())
             false_S = np.append(0.0, negatives_S[::-1].cumsum())
             if hits_S[-1] and false_S[-1]:
-                # Of the points at one false positive rate np.interp takes the last, the highest.
+                # Of several points at one false positive rate, np.interp takes the last, which is
+                # the highest.
                 rates_S = false_S / false_S[-1]
                 curves.append(np.interp(_GRID_G, rates_S, hits_S / hits_S[-1]))
     return _band(curves)
@@ -227,7 +230,8 @@ def roc_band(
 def precision_recall_band(
     positive_N: npt.NDArray[np.bool_], scores_N: Floats, resampling: Resampling
 ) -> Band | None:
-    """Of the precision at each recall, the steps of average precision. None without a positive."""
+    """The band of the precision at each recall, in the steps of average precision. None without
+    positives."""
     curves = []
     for weights_RN in resampling.weights():
         for positives_S, negatives_S in zip(
@@ -236,7 +240,7 @@ def precision_recall_band(
             hits_S = positives_S[::-1].cumsum()
             if hits_S[-1]:
                 called_S = hits_S + negatives_S[::-1].cumsum()
-                # The first threshold that reaches the recall, as a step of the curve.
+                # The step of the curve at the first threshold that reaches this recall.
                 reached_G = np.searchsorted(hits_S / hits_S[-1], np.maximum(_GRID_G, 1e-9))
                 curves.append((hits_S / np.maximum(called_S, 1))[reached_G])
     return _band(curves)

@@ -1,8 +1,8 @@
-"""The model card: what a model is, learnt from and earned, as measured, in Markdown.
+"""The model card in Markdown: what a model is, what it was trained on, and how it measured.
 
-Sections after Mitchell et al. 2019 (Model Cards for Model Reporting, arXiv:1810.03993); in brackets
-the items of CLAIM that a line answers: see `claim`. Each of the 42 is answered once, or listed as
-open: only people can answer it, or the folder does not tell.
+The sections follow Mitchell et al. 2019 (Model Cards for Model Reporting, arXiv:1810.03993).
+Brackets hold the items of CLAIM that a line answers, see `claim`. Each of the 42 items is answered
+once or listed as open: either only people can answer it, or the model folder does not record it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lungopacity.evaluation.table import FEWEST, Gap, flatters, uncompared_figur
 from lungopacity.models import ENSEMBLE, ModelSpec
 
 _MOST_LABELS = 10
-"""That are told by name."""
+"""The most labels that the card lists by name."""
 
 _OF_DECISIONS = ("positive_predictive_value", "negative_predictive_value", "review_rate")
 
@@ -38,12 +38,11 @@ def model_card(
     gaps: Sequence[Gap],
     picked_on: Mapping[str, int],
 ) -> str:
-    """The card of a model that was evaluated on `split`; `metrics` and `gaps` are those of the
-    evaluation.
+    """The card of a model that was evaluated on `split`.
 
-    flags_unlike: it tells films unlike its training films, which older folders do not. unreadable,
-    unknown_patients: of its films. rejected: how many, by error code. intervals: how
-    theirs were made. picked_on: as in `EvaluationResult`.
+    metrics, gaps, unreadable, unknown_patients, intervals, picked_on: as in `EvaluationResult`.
+    flags_unlike: whether the model flags films unlike its training films; models of older folders
+    do not. rejected: number of rejected films by error code.
     """
     card = "\n".join(
         [
@@ -60,14 +59,14 @@ def model_card(
             "## Data",
             *_data(spec),
             "",
-            f"## What it earned on the split '{split}'",
+            f"## Results on the split '{split}'",
             *_results(spec, metrics, unreadable, rejected, unknown_patients, intervals, picked_on),
             "",
             "## Subgroups",
             *_subgroups(spec, metrics, gaps),
             "",
             "## Open items of CLAIM",
-            "Whoever publishes figures of this model has to tell, by the numbers of CLAIM:",
+            "Whoever publishes results of this model has to report these, by the numbers of CLAIM:",
             "",
         ]
     )
@@ -77,19 +76,19 @@ def model_card(
 
 def _model(spec: ModelSpec) -> Iterator[str]:
     training = spec.training
-    yield "- Kind of technology [1]: a neural network that learnt from labelled films"
+    yield "- Kind of technology [1]: a neural network trained on labelled films"
     if spec.architecture == ENSEMBLE:
         yield "- Network [22]: an ensemble"
         yield from _members(spec)
     else:
         settings = _words(spec.architecture_settings)
-        yield f"- Network [22, 27]: {spec.architecture}, by itself, settings {settings}"
+        yield f"- Network [22, 27]: a single {spec.architecture}, settings {settings}"
     pixels = spec.preprocessing
     size = pixels.image_size
     cut = "black borders cut away, " if pixels.crop_borders else ""
     scaled = f"(value / 255 - {pixels.mean:g}) / {pixels.std:g}"
     if spec.architecture == ENSEMBLE:
-        scaled = "each member makes of it what its line tells"
+        scaled = "each member then resizes and scales it as its line says"
     yield (
         f"- Input [9]: one grey channel, {size} x {size} pixels, {cut}the aspect ratio kept and "
         f"padded black; {scaled}"
@@ -98,54 +97,53 @@ def _model(spec: ModelSpec) -> Iterator[str]:
     yield f"- Classes [11]: {names}; decisions are about {spec.positive_class}"
     merged = {label: name for label, name in spec.label_map.items() if label != name}
     if merged:
-        told = ", ".join(f"{label} as {name}" for label, name in merged.items())
-        yield f"- Labels were merged or renamed: {told}"
+        listed = ", ".join(f"{label} as {name}" for label, name in merged.items())
+        yield f"- Labels were merged or renamed: {listed}"
     versions = training.get("versions", {})
     if versions:
         yield f"- Software [23]: {_words(versions)}"
     if training.get("on_cpus"):
         yield f"- {training['on_cpus']}"
-    weights = _first_weights(training)
+    weights = _initial_weights(training)
     if weights:
-        yield f"- First weights [24]: {weights}"
-    learnt = _learnt(training)
-    if learnt:
-        yield f"- Training [25]: {learnt}; every setting is in model.json"
-        yield (
-            f"- Kept [26]: epoch {training['best_epoch']}, that of the lowest loss on validation"
-        )
+        yield f"- Initial weights [24]: {weights}"
+    duration = _duration(training)
+    if duration:
+        yield f"- Training [25]: {duration}; every setting is in model.json"
+        yield (f"- Kept [26]: epoch {training['best_epoch']}, which had the lowest validation loss")
     biases = ""
     if spec.class_biases is not None:
         each = zip(spec.class_names, spec.class_biases, strict=True)
         biases = ", plus biases of " + ", ".join(f"{bias:+.3f} for {name}" for name, bias in each)
     yield (
-        f"- Calibration: logits over a temperature of {spec.temperature:.3f}{biases}; fitted "
-        "to the validation split" + (" and its shares of the classes" if biases else "")
+        f"- Calibration: logits divided by a temperature of {spec.temperature:.3f}{biases}; fitted "
+        "to the validation split" + (" and its class shares" if biases else "")
     )
 
 
 def _members(spec: ModelSpec) -> Iterator[str]:
     members = spec.architecture_settings["members"]
     trainings = spec.training.get("members") or [{}] * len(members)
-    items = ["24"] if all(map(_first_weights, trainings)) else []
-    items += ["25", "26"] if all(map(_learnt, trainings)) else []
+    items = ["24"] if all(map(_initial_weights, trainings)) else []
+    items += ["25", "26"] if all(map(_duration, trainings)) else []
     yield (
-        f"- Members [{', '.join([*items, '27'])}]: the mean of their calibrated logits counts; "
-        "each has kept its epoch of the lowest loss on validation; every setting is in model.json"
+        f"- Members [{', '.join([*items, '27'])}]: the ensemble takes the mean of their calibrated "
+        "logits; each member is the epoch with its lowest validation loss; every setting is in "
+        "model.json"
     )
     for member, training in zip(members, trainings, strict=True):
-        told = [
+        parts = [
             f"  - {member['architecture']} {member['model_id']}, {member['image_size']} px, "
             f"(value / 255 - {member['mean']:g}) / {member['std']:g}"
         ]
-        weights, learnt = _first_weights(training), _learnt(training)
-        told += [f"first weights: {weights}"] if weights else []
-        told += [f"{learnt}, epoch {training['best_epoch']} kept"] if learnt else []
-        yield "; ".join(told)
+        weights, duration = _initial_weights(training), _duration(training)
+        parts += [f"initial weights: {weights}"] if weights else []
+        parts += [f"{duration}, epoch {training['best_epoch']} kept"] if duration else []
+        yield "; ".join(parts)
 
 
-def _learnt(training: Mapping[str, Any]) -> str | None:
-    """For how long, in short; None where nobody noted it."""
+def _duration(training: Mapping[str, Any]) -> str | None:
+    """Epochs, batch size and seed; None if they were not recorded."""
     settings = training.get("settings", {})
     if "epochs" not in settings:
         return None
@@ -156,8 +154,8 @@ def _learnt(training: Mapping[str, Any]) -> str | None:
     )
 
 
-def _first_weights(training: Mapping[str, Any]) -> str | None:
-    """Where they are from; None where nobody noted it."""
+def _initial_weights(training: Mapping[str, Any]) -> str | None:
+    """Where they are from; None if that was not recorded."""
     if "weights" not in training:
         return None
     weights = training["weights"]
@@ -169,30 +167,32 @@ def _use(spec: ModelSpec, metrics: Sequence[Metric], flags_unlike: bool) -> Iter
     films = "chest radiographs" if "wrong_body_part" not in accepted else "radiographs"
     frontal = "frontal " if "lateral_view" not in accepted else ""
     yield (
-        f"- Intended use [3]: made to sort {frontal}{films}{' of adults' if adults else ''}, like "
-        f"those that it learnt from, by the probability of {spec.positive_class} in research. Not "
-        "for diagnosis, triage or treatment."
+        f"- Intended use [3]: research; sorts {frontal}{films}{' of adults' if adults else ''} "
+        f"that are like its training films by the probability of {spec.positive_class}. Not for "
+        "diagnosis, triage or treatment."
     )
     unfit = ["children"] if adults else []
     unfit += ["lateral views"] if frontal else []
     unfit += ["other body parts"] if films == "chest radiographs" else []
     flagged = "which are flagged `quality_out_of_distribution`"
     if not flags_unlike:
-        flagged = "which this model does not flag: its folder does not tell where those lie"
+        flagged = "which this model does not flag: its folder does not describe the training films"
     unfit.append(f"films unlike the training films, {flagged}")
     labels = _labels_left_out(spec)
-    unfit += [f"films as of the labels {', '.join(labels)}, which it never saw"] if labels else []
-    yield f"- Out of its scope [38]: {'; '.join(unfit)}."
+    unfit += (
+        [f"films with the labels {', '.join(labels)}, which were not trained on"] if labels else []
+    )
+    yield f"- Out of scope [38]: {'; '.join(unfit)}."
     if not adults:
-        yield "- The ages are not all known, or not all of adults: see the subgroups."
+        yield "- Some ages are unknown, or not of adults: see the subgroups."
     yield (
-        "- Scores are calibrated for a population like the validation split. Where disease is "
-        "rarer or films differ, pick a threshold anew (`lungopacity threshold`)."
+        "- Scores are calibrated for a population like the validation split. If disease is rarer "
+        "or films differ, pick a new threshold (`lungopacity threshold`)."
     )
 
 
 def _accepted(spec: ModelSpec) -> frozenset[str]:
-    """What its training, or that of a member, took in against the rules (`--accept`)."""
+    """The codes of `--accept` in its training, or in that of any member."""
     trainings = [spec.training, *(spec.training.get("members") or [])]
     return frozenset(
         code for training in trainings for code in training.get("provenance", {}).get("accept", [])
@@ -208,7 +208,7 @@ def _adults_alone(metrics: Sequence[Metric]) -> bool:
 def _data(spec: ModelSpec) -> Iterator[str]:
     data = spec.training.get("data", {})
     yield (
-        "- Splits [20, 21]: by patient; the test split is read by no training."
+        "- Splits [20, 21]: by patient; training never reads the test split."
         + _of_unknown(data.get("unknown_patients", 0))
     )
     counts: Mapping[str, Mapping[str, int]] = data.get("images", {})
@@ -228,7 +228,7 @@ def _data(spec: ModelSpec) -> Iterator[str]:
 
 
 def _labels_left_out(spec: ModelSpec) -> list[str]:
-    """The commonest first; behind the `_MOST_LABELS` commonest, how many more there are."""
+    """Labels that no class has, the most common first; after `_MOST_LABELS`, how many more."""
     counts: Counter[str] = Counter()
     for each in spec.training.get("data", {}).get("left_out", {}).get("labels", {}).values():
         counts.update(each)
@@ -238,17 +238,17 @@ def _labels_left_out(spec: ModelSpec) -> list[str]:
 
 
 def _left_out(counts: Mapping[str, Mapping[str, Any]]) -> str:
-    """Films by split."""
-    told = []
+    """The films left out of each split, as text."""
+    parts = []
     for split, each in counts["labels"].items():
         common = Counter(each).most_common(_MOST_LABELS)
         words = [f"{count:,} {label}" for label, count in common]
         rest = sum(each.values()) - sum(count for _, count in common)
         words += [f"{rest:,} of other labels"] if rest else []
-        told.append(f"of no class, {split}: {', '.join(words)}")
+        parts.append(f"of no class, {split}: {', '.join(words)}")
     for split, count in counts["unreadable"].items():
-        told.append(f"not to be read, or rejected, {split}: {count:,}")
-    return "; ".join(told) or "no labelled film"
+        parts.append(f"unreadable or rejected, {split}: {count:,}")
+    return "; ".join(parts) or "no labelled film"
 
 
 def _results(
@@ -261,17 +261,17 @@ def _results(
     picked_on: Mapping[str, int],
 ) -> Iterator[str]:
     overall = [item for item in metrics if item.group == "all"]
-    yield f"{unreadable} labelled films could not be read and are in no figure [13]."
+    yield f"{unreadable} labelled films could not be read and are in no metric [13]."
     if rejected:
         codes = ", ".join(f"{count} {code}" for code, count in sorted(rejected.items()))
-        yield f"Nor are {sum(rejected.values())} that were read and rejected: {codes}."
+        yield f"{sum(rejected.values())} were read and rejected, and are in none either: {codes}."
     yield ""
     yield f"95 % intervals [29]: {intervals}." + _of_unknown(unknown_patients)
     yield ""
     yield (
-        "Accuracy, recall, specificity, precision and f1 are of the most probable class; what is "
-        "decided at an operating point stands below. Of all classes, roc auc is the mean, brier "
-        "the sum (0 to 2), and the expected calibration error that of the predicted class; log "
+        "Accuracy, recall, specificity, precision and f1 are of the most probable class; decisions "
+        "at an operating point are in the next table. Over all classes, roc auc is the mean, brier "
+        "the sum (0 to 2), and the expected calibration error that of the predicted class. Log "
         "loss is in nats."
     )
     yield ""
@@ -313,9 +313,9 @@ def _results(
             among = f"; {flatters(picked_on[name])}" if name in picked_on else ""
             yield f"- {name}: positive from {point.threshold:.4f}{review}; {point.chosen_by}{among}"
     if spec.metrics:
-        told = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in spec.metrics.items())
+        listed = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in spec.metrics.items())
         yield ""
-        yield f"On the validation split, by which it was chosen and calibrated: {told}."
+        yield f"On the validation split, on which it was selected and calibrated: {listed}."
 
 
 def _subgroups(spec: ModelSpec, metrics: Sequence[Metric], gaps: Sequence[Gap]) -> Iterator[str]:
@@ -326,27 +326,27 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric], gaps: Sequence[Gap]) 
         if group != "all" and metric == "roc_auc" and class_name == spec.positive_class
     ]
     if not found:
-        yield "The labels and headers say nothing to form subgroups of."
+        yield "Labels and headers hold nothing to form subgroups by."
         return
     point = deciding_point(spec.operating_points, spec.operating_point)
-    told: set[str] = set()
+    listed: set[str] = set()
     for gap in gaps:
-        if gap.figure in told:
+        if gap.figure in listed:
             continue
-        told.add(gap.figure)
+        listed.add(gap.figure)
         worst, best = (
             f"{item.group.partition('=')[2]} {with_interval(item)}, {item.n:,} films"
             for item in (gap.worst, gap.best)
         )
         yield (
-            f"- The largest gap in {gap.figure} is by {gap.column}: {worst}; {best}; between them "
+            f"- The largest gap in {gap.figure} is by {gap.column}: {worst}; {best}; difference "
             f"{gap.size_words}."
         )
     uncompared = uncompared_figures(metrics, gaps)
     if uncompared:
         yield (
-            f"- Not compared, for fewer than two subgroups have {FEWEST} patients of the kind that "
-            f"counts, and an interval: {'; '.join(uncompared)}."
+            f"- Not compared, because fewer than two subgroups have an interval and {FEWEST} "
+            f"patients that count: {'; '.join(uncompared)}."
         )
     yield ""
     yield (
@@ -365,7 +365,7 @@ def _subgroups(spec: ModelSpec, metrics: Sequence[Metric], gaps: Sequence[Gap]) 
 
 
 def _of_unknown(patients: int) -> str:
-    return f" {patients:,} films name no patient; each counts as one." if patients else ""
+    return f" {patients:,} films have no patient_id; each counts as a patient." if patients else ""
 
 
 def _row(item: Metric) -> str:

@@ -1,11 +1,12 @@
-"""Two models on the same films: which is better, and whether the difference could be chance.
+"""Compare two models on the same films: which is better, and whether the difference may be chance.
 
 * AUC: DeLong, DeLong & Clarke-Pearson 1988, Biometrics 44:837, for two correlated curves.
 * Accuracy, sensitivity and specificity: the exact test of McNemar 1947, Psychometrika 12:153, on
   the films that one of the two gets right and the other wrong.
 
-Both take every film for a patient of its own. Where patients have several, the differences also
-have intervals of the bootstrap over patients (`bootstrap`), in which both models see the same ones.
+Both tests treat every film as a patient of its own. If patients have several films, the differences
+also get intervals from the bootstrap over patients (`bootstrap`), which draws the same patients for
+both models.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ log = logging.getLogger(__name__)
 
 _Z_95 = NormalDist().inv_cdf(0.975)
 _ROUNDING = 1e-12
-"""Of a share in float64. Two shares of n films that differ do so by 1 / 2n or more."""
+"""Rounding error of a share in float64. Different shares of n films differ by at least 1 / 2n."""
 _COLUMNS = {"image", "label", "predicted_label", "model_id", "synthetic"}
-"""Of a report's predictions, besides a score a class."""
+"""Required columns of a report's predictions.parquet, besides a score for each class."""
 Share = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
-"""(N, 2) which films each model gets right, and (N,) the films of which that is a share."""
+"""(N, 2) the films that each model gets right, and (N,) the films that the share is out of."""
 
 
 @dataclass(frozen=True)
 class AucDifference:
-    """Of the first and second model's areas under the ROC curve."""
+    """The areas under the ROC curve of the first and second model."""
 
     first: float
     second: float
@@ -56,15 +57,15 @@ class AucDifference:
     """Second minus first."""
     ci_low: float | None
     ci_high: float | None
-    """Its 95 % interval."""
+    """The 95 % interval of the difference."""
     p_value: float | None
-    """Two-sided; 1 where the two never differ. Of differences without any spread neither can be
-    told, nor of fewer than two films of a kind: None."""
+    """Two-sided; 1 if the two never differ. It and the interval are None if the differences have no
+    spread, or if there are fewer than two films of a kind."""
 
 
 @dataclass(frozen=True)
 class ShareDifference:
-    """Of the first and second model's shares of films that each gets right."""
+    """The shares of films that the first and second model get right."""
 
     first: float
     second: float
@@ -91,39 +92,40 @@ class ClusteredDifference:
     sensitivity_ci_high: float | None
     specificity_ci_low: float | None
     specificity_ci_high: float | None
-    """None where the replicates show none, as of models that never differ."""
+    """None if the replicates give no interval, as for models that never differ."""
     intervals: str
-    """How they were made."""
+    """How the intervals were computed."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the images that both reports hold."""
+    """Two models on the images that both reports have."""
 
     first_model: str
     second_model: str
     images: int
     first_images: int
     second_images: int
-    """Of each report: films that one alone holds are in no figure here."""
+    """Images of each report. Those that only one report has are not compared."""
     positive_class: str
     first_decided_at: str | None
     second_decided_at: str | None
-    """The names of the operating points. None where a report is too old to tell."""
+    """The names of the operating points; None if a report is too old to record it."""
     first_picked_on: int
     second_picked_on: int
-    """Of each report, on how many of its films its point was picked: they flatter its decisions."""
+    """For each report, the number of its films that its operating point was picked on. On these its
+    decisions look too good."""
     synthetic: bool
     auc: AucDifference
     accuracy: ShareDifference
     """Of the most probable class."""
     sensitivity: ShareDifference | None
-    """Of the films of the positive class, those decided positive: each at its report's operating
-    point. None where the reports decide about different classes, or one is too old to tell."""
+    """The share of positive films that are decided positive, each at its report's operating point.
+    None if the reports have different positive classes, or if one is too old to have decisions."""
     specificity: ShareDifference | None
-    """Of the other films, those not decided positive."""
+    """The share of the other films that are not decided positive."""
     clustered: ClusteredDifference | None
-    """None where no patient has more than one film, or the reports are too old to tell."""
+    """None if no patient has more than one film, or if the reports are too old to say."""
 
     def summary(self) -> str:
         """A few lines for a terminal."""
@@ -134,9 +136,9 @@ class Comparison:
                 + self._of_how_many()
                 + (" (synthetic)" if self.synthetic else ""),
                 f"  AUC of {self.positive_class}  {auc.first:.4f} and {auc.second:.4f}, difference "
-                f"{auc.difference:+.4f}{_told(auc.ci_low, auc.ci_high)}, DeLong p "
-                + ("cannot be told" if auc.p_value is None else f"= {auc.p_value:.3g}"),
-                *(_told_share(name, share) for name, share in self._shares().items()),
+                f"{auc.difference:+.4f}{_interval(auc.ci_low, auc.ci_high)}, DeLong p "
+                + ("is undefined" if auc.p_value is None else f"= {auc.p_value:.3g}"),
+                *(_share_line(name, share) for name, share in self._shares().items()),
                 *self._points(),
                 *self._clustered(),
                 NOTICE,
@@ -144,30 +146,32 @@ class Comparison:
         )
 
     def _of_how_many(self) -> str:
-        """Where a report holds films that the other does not."""
+        """Empty unless a report has films that the other does not."""
         each = (self.first_images, self.second_images)
         return (
             ""
             if each == (self.images, self.images)
-            else " that both hold, of {} and {}".format(*each)
+            else " that both have, of {} and {}".format(*each)
         )
 
     def _points(self) -> list[str]:
-        """Where decisions are compared, and the reports tell where they were made."""
+        """Lines about the operating points, if decisions are compared and the points are known."""
         first, second = self.first_decided_at, self.second_decided_at
         if self.sensitivity is None or first is None or second is None:
             return []
-        told = [f"  sensitivity, specificity: the first decided at {first}, the second at {second}"]
+        lines = [
+            f"  sensitivity, specificity: the first decided at {first}, the second at {second}"
+        ]
         for which, films in (("first", self.first_picked_on), ("second", self.second_picked_on)):
             if films:
-                told.append(
+                lines.append(
                     f"  the {which}'s was picked on {films} films of its report: its decisions "
-                    "flatter"
+                    "look too good"
                 )
-        return told
+        return lines
 
     def _shares(self) -> dict[str, ShareDifference]:
-        """Those that both reports tell, by name."""
+        """The shares that both reports have, by name."""
         of_decisions = {"sensitivity": self.sensitivity, "specificity": self.specificity}
         known = {name: share for name, share in of_decisions.items() if share is not None}
         return {"accuracy": self.accuracy, **known}
@@ -181,25 +185,26 @@ class Comparison:
         bounds = vars(found)
         return [
             f"  some of the {found.patients} patients have several films, which DeLong and McNemar "
-            "take for independent",
+            "treat as independent",
             *(
                 f"  over patients: {name} difference {difference:+.4f}"
-                + _told(bounds[f"{name.lower()}_ci_low"], bounds[f"{name.lower()}_ci_high"])
+                + _interval(bounds[f"{name.lower()}_ci_low"], bounds[f"{name.lower()}_ci_high"])
                 for name, difference in differences.items()
             ),
             f"  ({found.intervals})",
         ]
 
     def to_json(self) -> str:
-        """Everything."""
+        """All fields."""
         return json.dumps({"notice": NOTICE, **asdict(self)}, indent=2)
 
 
 def compare(first: str, second: str) -> Comparison:
-    """Compare two reports of `evaluate`, by the images that they share.
+    """Compare two reports of `evaluate` on the images that they share. first, second: their URIs.
 
-    Raises `UserError` where a report cannot be read, the labels differ, the classes or the bytes of
-    an image, where they share no image, or where a class does not occur.
+    Raises `UserError` if a report cannot be read, if the reports differ in their classes, or in the
+    label or the bytes of an image, if they share no image, or if the shared images are all of the
+    positive class, or none is.
     """
     one, other = _read(first), _read(second)
     classes = [{name for name in frame.columns if name.startswith("p_")} for frame in (one, other)]
@@ -209,12 +214,12 @@ def compare(first: str, second: str) -> Comparison:
     if both.empty:
         raise UserError(f"{first} and {second} share no image; evaluate both on the same split")
     if "content_sha256_second" in both:
-        # Not so where a report is too old to tell.
+        # Reports of older versions lack this column.
         others = both.loc[both["content_sha256"] != both["content_sha256_second"], "image"]
         if len(others):
             raise UserError(
-                f"{first} and {second}: {len(others)} of {len(both)} images of one name are not of "
-                f"the same bytes, as {others.iloc[0]}; evaluate both on the same films"
+                f"{first} and {second}: {len(others)} of {len(both)} images with the same name "
+                f"have different bytes, such as {others.iloc[0]}; evaluate both on the same films"
             )
     if (both["label"] != both["label_second"]).any():
         raise UserError(f"{first} and {second} label some images differently; use the same labels")
@@ -231,7 +236,11 @@ def compare(first: str, second: str) -> Comparison:
         both = both.drop(columns=["decision", "decision_second"], errors="ignore")
     positive_N = (both["label"] == positive).to_numpy()
     if positive_N.all() or not positive_N.any():
-        raise UserError(f"the shared images are all, or none of them, {positive}")
+        which = "all" if positive_N.all() else "none"
+        raise UserError(
+            f"{which} of the images that the reports share are {positive}; evaluate both on films "
+            "of either kind"
+        )
     column = class_column("p", positive)
     scores_N2 = both[[column, f"{column}_second"]].to_numpy(np.float64)
     shares = _shares_of(both, positive_N)
@@ -259,12 +268,12 @@ def compare(first: str, second: str) -> Comparison:
 
 
 def _shares_of(both: pd.DataFrame, positive_N: npt.NDArray[np.bool_]) -> dict[str, Share]:
-    """Accuracy, and of reports that tell their decisions sensitivity and specificity."""
+    """Accuracy; if both reports have decisions, also sensitivity and specificity."""
     predicted_N2 = both[["predicted_label", "predicted_label_second"]].to_numpy()
     right_N2 = predicted_N2 == both["label"].to_numpy()[:, None]
     shares = {"accuracy": (right_N2, np.ones_like(positive_N))}
     if {"decision", "decision_second"} <= set(both):
-        # What is under review is not positive, as in `decision_shares`.
+        # A film under review does not count as positive, as in `decision_shares`.
         called_N2 = both[["decision", "decision_second"]].to_numpy() == "positive"
         shares["sensitivity"] = called_N2, positive_N
         shares["specificity"] = ~called_N2, ~positive_N
@@ -274,7 +283,7 @@ def _shares_of(both: pd.DataFrame, positive_N: npt.NDArray[np.bool_]) -> dict[st
 def auc_difference(
     positive_N: npt.NDArray[np.bool_], first_N: Floats, second_N: Floats
 ) -> AucDifference:
-    """DeLong's test of two models' scores of the same images, higher for positives."""
+    """DeLong's test of two models' scores of the same images; scores are higher for positives."""
     first, second = (roc_auc(positive_N, scores).value for scores in (first_N, second_N))
     of_positives, of_negatives = (
         np.subtract(*parts)
@@ -286,11 +295,11 @@ def auc_difference(
     if len(of_positives) < 2 or len(of_negatives) < 2:
         return AucDifference(first, second, difference, None, None, None)
     if max(np.ptp(of_positives), np.ptp(of_negatives)) < _ROUNDING:
-        # Two models that rank all alike; or a difference that is the same with every film left
-        # out, of which the spread that the test rests on cannot be told.
+        # Either both models rank all films alike; or leaving out any film gives the same
+        # difference, so that its spread, which the test needs, cannot be estimated.
         same = abs(difference) < _ROUNDING
         return AucDifference(first, second, difference, None, None, 1.0 if same else None)
-    # The variance of a difference of paired components is that of the differences.
+    # The components are paired, so the variance of the difference is that of their differences.
     error = math.sqrt(
         of_positives.var(ddof=1) / len(of_positives) + of_negatives.var(ddof=1) / len(of_negatives)
     )
@@ -300,7 +309,7 @@ def auc_difference(
 
 
 def share_difference(right_N2: npt.NDArray[np.bool_]) -> ShareDifference:
-    """McNemar's exact test; a column a model: whether it is right."""
+    """McNemar's exact test. right_N2: whether each model (a column) is right on each film."""
     only_first = int((right_N2[:, 0] & ~right_N2[:, 1]).sum())
     only_second = int((right_N2[:, 1] & ~right_N2[:, 0]).sum())
     differ = only_first + only_second
@@ -315,8 +324,8 @@ def clustered_difference(
     shares: Mapping[str, Share],
     resampling: Resampling,
 ) -> ClusteredDifference | None:
-    """The differences of the AUC and of each share with patients drawn anew; a column a model. None
-    without clusters."""
+    """Bootstrap intervals over patients of the differences in AUC and in each share. scores_N2: a
+    column per model. None if every patient has one film."""
     if not resampling.clustered:
         return None
     drawn: dict[str, list[npt.NDArray[np.float64]]] = {}
@@ -339,25 +348,25 @@ def clustered_difference(
 
 
 def _patients(both: pd.DataFrame) -> Resampling:
-    """As the report that knows more films to be of one patient numbers them: the other's labels may
-    name none, and the number of one means nothing in the other."""
-    told = [
+    """The patients, as numbered by the report that groups the films into fewer patients: the other
+    report's labels may have had no patient ids. The two numberings are unrelated."""
+    known = [
         Resampling.of([None if pd.isna(n) else str(n) for n in both[column]])
         for column in ("patient_cluster", "patient_cluster_second")
         if column in both
     ]
-    return min(told, key=lambda one: one.patients, default=Resampling.of([None] * len(both)))
+    return min(known, key=lambda one: one.patients, default=Resampling.of([None] * len(both)))
 
 
-def _told_share(name: str, share: ShareDifference) -> str:
+def _share_line(name: str, share: ShareDifference) -> str:
     return (
-        f"  {name}  {share.first:.4f} and {share.second:.4f}; right alone: the first "
-        f"on {counted(share.only_first_right, 'film')}, the second on {share.only_second_right}, "
-        f"McNemar p = {share.p_value:.3g}"
+        f"  {name}  {share.first:.4f} and {share.second:.4f}; only the first is right on "
+        f"{counted(share.only_first_right, 'film')}, only the second on "
+        f"{share.only_second_right}, McNemar p = {share.p_value:.3g}"
     )
 
 
-def _told(low: float | None, high: float | None) -> str:
+def _interval(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return " (no interval)"
     return f" (95 % interval {low:+.4f} to {high:+.4f})"
@@ -368,21 +377,21 @@ def _read(report: str) -> pd.DataFrame:
         data = open_store(report).read("predictions.parquet")
         frame = pd.read_parquet(io.BytesIO(data))
         if _COLUMNS - set(frame.columns):
-            raise ValueError("of another kind")
+            raise ValueError("not the predictions of an evaluation")
     except (ImageError, OSError, ValueError) as error:
         if isinstance(error, ImageError) and error.code is not ErrorCode.MISSING:
             raise UserError(
                 f"{report}: the report cannot be read ({error.message}); try again"
             ) from error
         raise UserError(
-            f"{report}: no report lies there; give the --output of `lungopacity evaluate`"
+            f"{report}: no report there; give the --output of `lungopacity evaluate`"
         ) from error
     return frame.drop_duplicates("image")
 
 
 def _facts(report: str) -> tuple[str, str | None, int]:
-    """The class that it decides about, the operating point's name, where it tells, and on how many
-    of its films that was picked."""
+    """The report's positive class, the name of its operating point (None if not recorded), and the
+    number of its films that the point was picked on."""
     try:
         facts = json.loads(open_store(report).read("evaluation.json"))
         positive, decided_at = str(facts["positive_class"]), facts.get("decided_at")

@@ -1,7 +1,7 @@
 """ROC and precision-recall curves, with bands over patients and the model's operating points.
 
-Arguments `labels` and `probabilities` are as `metrics.check_scores` takes them, which raises
-`ValueError`; `title` names the model and the images, and `note` is appended to the notice.
+Arguments `labels` and `probabilities` must pass `metrics.check_scores`, which raises `ValueError`.
+`title` names the model and the images; `note` is appended to the notice.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from lungopacity.models import OperatingPoint
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _EDGES = ("black", *COLOURS)
-"""Of the markers; after the first eight points, the shapes come again in the next colour."""
+"""Edge colours of markers; after every eight points, the shapes repeat in the next colour."""
 _BAND_ALPHA = 0.18
 _BAND_TITLE = "Pointwise 95 % band over patients"
 _SQUARE_INCHES = 6.9
@@ -62,12 +62,12 @@ def roc_figure(
     resampling: Resampling | None = None,
     points: Mapping[str, Mapping[str, OperatingPoint]] | None = None,
 ) -> Figure:
-    """One curve a class against the rest, with its AUC and 95 % interval.
+    """One curve per class against the rest, with its AUC and 95 % interval.
 
-    resampling: the patients; with them the curves have bands, and intervals are the bootstrap's;
-    without, DeLong's. points: of a class, its operating points by name, marked where they lie on
-    these images. A class that no image or every image has is named in the legend as undefined,
-    without a curve.
+    resampling: the patients. With it, curves have bands and intervals are the bootstrap's; without
+    it, intervals are DeLong's. points: for each class, its operating points by name; each is marked
+    at its sensitivity and specificity on these images. A class of no image, or of every image, has
+    no curve: the legend says that its AUC is undefined.
     """
     check_scores(labels, probabilities, class_names)
     figure = new_figure(title, note)
@@ -111,10 +111,10 @@ def precision_recall_figure(
     *,
     resampling: Resampling | None = None,
 ) -> Figure:
-    """One curve a class against the rest, with its average precision and its share of the images.
+    """One curve per class against the rest, with its average precision and its share of the images.
 
-    resampling: as for `roc_figure`. A class that no image has is named in the legend as undefined,
-    without a curve.
+    resampling: as for `roc_figure`. A class of no image has no curve: the legend says that its
+    average precision is undefined.
     """
     check_scores(labels, probabilities, class_names)
     figure = new_figure(title, note)
@@ -140,8 +140,9 @@ def precision_recall_figure(
             label += _interval(bounds)
             _draw_band(axes, precision_recall_band(positive, scores, resampling), index)
         style = line(index)
-        # scikit-learn gives recall from 1 down. Each precision is held down to the next recall, as
-        # in average precision's sum; straight lines promise too much (Davis & Goadrich 2006).
+        # scikit-learn returns recall in descending order. Each precision is held until the next
+        # recall, as in the sum of average precision; straight lines are too optimistic (Davis &
+        # Goadrich 2006).
         axes.plot(recall, precision, drawstyle="steps-post", label=label, **style)
         axes.axhline(
             share,
@@ -157,7 +158,7 @@ def precision_recall_figure(
 
 
 def _square(axes: Axes) -> None:
-    """The unit square, with a rim so that a curve along its edge is seen whole."""
+    """Show the unit square, with a margin so that a curve along its edge is fully visible."""
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.set_box_aspect(1)
@@ -168,7 +169,7 @@ def _square(axes: Axes) -> None:
 
 
 def _legend_below(figure: Figure, axes: Axes, below: Axes, *, banded: bool) -> None:
-    """The legend of `axes`, below them: inside it would hide the curve of a poor model."""
+    """Draw the legend of `axes` below them: inside, it would hide the curve of a poor model."""
     if banded:
         axes.fill_between([], [], color=GREY, alpha=_BAND_ALPHA, linewidth=0, label=_BAND_TITLE)
     handles, labels = axes.get_legend_handles_labels()
@@ -196,8 +197,8 @@ def _mark_points(
     positive: npt.NDArray[np.bool_],
     scores: Floats,
 ) -> None:
-    """Each point in a shape and colour that no other has, hollow, so that two at one place are both
-    seen."""
+    """Mark each point with its own shape and colour. Markers are hollow, so that two at the same
+    place are both visible."""
     of = short(class_name)
     for place, (name, point) in enumerate(points.items()):
         called = scores >= point.threshold

@@ -1,9 +1,9 @@
-"""Whether tonight's films and scores are still those of a night that was found good.
+"""Drift: whether tonight's films and scores still resemble those of a baseline run.
 
 Population stability index: PSI = Σ (p - q) ln(p / q) over bins. Without drift, PSI / (1/n + 1/m)
 is χ²-distributed with bins - 1 degrees of freedom (Yurdakul and Naranjo, Statistical properties of
-the population stability index, Journal of Risk Model Validation 14(3), 2020), which says how large
-a PSI a small night gives by chance alone.
+the population stability index, Journal of Risk Model Validation 14(3), 2020). This gives the PSI
+that a small night may reach by chance alone.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ import numpy.typing as npt
 from lungopacity.evaluation.metrics import Metric, wilson_interval
 
 PSI_LIMIT = 0.2
-"""Above it, a shift is commonly called significant."""
+"""A PSI above this is commonly called a significant shift."""
 KS_LIMIT = 0.2
 _KS_P_VALUE = 0.001
 _CONFIDENCE = 0.95
 _SCORE_BINS = 10
 _HEADERS = ("view_position", "modality")
 MIXES = ("status", *_HEADERS)
-"""Columns whose values are compared as shares; a missing value counts as one."""
+"""Columns whose distributions of values are compared; a missing value counts as a value."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What drift compares of a run."""
+    """The data of a run that drift compares."""
 
     scores_N: npt.NDArray[np.float32]
     """Positive-class probabilities of the scored images."""
     mixes: Mapping[str, Mapping[str | None, int]]
-    """For each of `MIXES`, how many images have each value; of `_HEADERS`, of those that could be
-    read: a header that nobody saw is none without a view."""
+    """For each of `MIXES`, the number of images with each value. `_HEADERS` count only images that
+    could be read: of the others, the header is unknown, which is not the same as a missing value.
+    """
 
     @staticmethod
     def of(predictions: Any, score_column: str, failed_again: int) -> Sample:
-        """predictions: DuckDB relation of `predictions_schema`. failed_again: images of it that
-        could not be read in an earlier run either, and tell nothing new: not counted."""
+        """predictions: DuckDB relation of `predictions_schema`. failed_again: number of its failed
+        images that could not be read in an earlier run either. They say nothing new, and are not
+        counted."""
 
         def counts(name: str, which: str) -> Counter[str | None]:
             sql = f"SELECT {name}, count(*) FROM predictions {which} GROUP BY {name}"
@@ -77,7 +79,7 @@ class Shift:
 
     @property
     def verdict(self) -> str:
-        """`too_few` to say, where chance alone may exceed the limit; `drifted`; or `stable`."""
+        """`too_few` if chance alone may exceed the limit, else `drifted` or `stable`."""
         if self.by_chance > PSI_LIMIT:
             return "too_few"
         apart = (
@@ -89,16 +91,16 @@ class Shift:
 
 
 def psi(baseline_B: Sequence[int], current_B: Sequence[int]) -> tuple[float, float]:
-    """The index of two histograms over the same bins, and what chance exceeds 1 time in 20.
+    """The PSI of two histograms over the same bins, and the PSI that chance exceeds 1 time in 20.
 
-    Half an image is added to every bin: an empty one would make it infinite. NaN and infinity where
-    a sample is empty.
+    Half an image is added to every bin, because an empty bin would make the PSI infinite. If a
+    sample is empty: NaN and infinity.
     """
     n, m = sum(baseline_B), sum(current_B)
     bins = len(baseline_B)
     if n == 0 or m == 0:
         return float("nan"), float("inf")
-    # Not above: half a second, which a night without a baseline would pay, too.
+    # Imported here because it takes half a second, which a night without a baseline can save.
     from scipy.stats import chi2
 
     p_B = (np.asarray(current_B) + 0.5) / (m + 0.5 * bins)
@@ -109,7 +111,7 @@ def psi(baseline_B: Sequence[int], current_B: Sequence[int]) -> tuple[float, flo
 
 
 def shifts(baseline: Sample, current: Sample) -> list[Shift]:
-    """Each comparison: scores in the baseline's tenths, and the mixes."""
+    """Compare the scores, binned by the baseline's deciles, and each of `MIXES`."""
     found = [_score_shift(baseline.scores_N, current.scores_N)]
     for name in MIXES:
         before, now = baseline.mixes[name], current.mixes[name]
@@ -124,10 +126,10 @@ def shifts(baseline: Sample, current: Sample) -> list[Shift]:
 def _score_shift(baseline_N: npt.NDArray[np.float32], current_M: npt.NDArray[np.float32]) -> Shift:
     if len(baseline_N) == 0 or len(current_M) == 0:
         return Shift("score", float("nan"), float("inf"), len(current_M))
-    tenths = np.quantile(baseline_N, np.linspace(0, 1, _SCORE_BINS + 1)[1:-1])
-    edges, times = np.unique(tenths, return_counts=True)
-    # A score that so many films have has a bin of its own, up to the next number there is: in one
-    # with the scores above it, films that move there would be no shift.
+    deciles = np.quantile(baseline_N, np.linspace(0, 1, _SCORE_BINS + 1)[1:-1])
+    edges, times = np.unique(deciles, return_counts=True)
+    # A score that is several deciles at once gets a bin of its own, which ends at the next larger
+    # float. In a bin shared with higher scores, films that move between the two would be no shift.
     edges = np.union1d(edges, np.nextafter(edges[times > 1], np.inf, dtype=edges.dtype))
     counts = [
         np.bincount(np.searchsorted(edges, scores, side="right"), minlength=len(edges) + 1).tolist()
@@ -143,7 +145,7 @@ def _score_shift(baseline_N: npt.NDArray[np.float32], current_M: npt.NDArray[np.
 
 
 def drift_metrics(found: Sequence[Shift], baseline: Sample, current: Sample) -> list[Metric]:
-    """The comparisons as rows of the metrics table; those without a value are left out."""
+    """The comparisons as metrics; undefined values are left out."""
     metrics = []
     for shift in found:
         for metric, value in (

@@ -1,4 +1,4 @@
-"""Measure a model on labelled images it has not seen, and write the report."""
+"""Measure a model on labelled images that it has not seen, and write the report."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from lungopacity.storage import open_store
 log = logging.getLogger(__name__)
 
 _BATCH = 64
-"""Films of one forward pass, after which the progress is told."""
+"""Films per forward pass; progress is shown after each."""
 
 
 def evaluate(
@@ -74,15 +74,15 @@ def evaluate(
     reject_quality: Sequence[str] | None = None,
     use_gpu: bool | None = None,
 ) -> EvaluationResult:
-    """Score the labelled images of one split and write metrics, scores and figures to `output`, in
-    place of an older report there.
+    """Score the labelled images of one split and write metrics, scores and figures to `output`,
+    replacing an older report there.
 
-    Where the labels carry no split, it is the one that training made of them.
-    `split`: train, validation, test or all. `by`: columns of the labels to form subgroups of,
-    besides view, sex, age and `site`: see `subgroups`. `operating_point`: the name of the one that
-    decides; those of the model and of sites are all measured. `accept`, `reject_quality`: as in
-    screening; what is rejected is left out. Raises `UserError`, also where films of the test split
-    are known to the model by their bytes.
+    `split`: train, validation, test or all. If the labels have no splits, those that training made
+    of the same labels are used. `by`: columns of the labels to form subgroups by, besides view,
+    sex, age and `site`: see `subgroups`. `operating_point`: name of the operating point for the
+    decisions; all points of the model and of sites are measured. `accept`, `reject_quality`: as in
+    screening; rejected films are left out. Raises `UserError`, also if the model was trained,
+    selected or calibrated on a film of the test split, by its bytes.
     """
     check_columns(by)
     own = load_model(model)
@@ -98,11 +98,11 @@ def evaluate(
         data = load_pixels(images, chosen, spec.class_names, rules, labels)
         check_contents(data.images, labels)
         _check_unseen(data.images, films_known_to(model), split, labels)
-        said = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
-    _check_sound(said, data.images)
+        scores = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
+    _check_sound(scores, data.images)
     if OUT_OF_DISTRIBUTION in rules.reject_quality:
-        data, said = _without_unlike(data, said, labels)
-    scored = _scored_images(data, said, spec, points)
+        data, scores = _without_unlike(data, scores, labels)
+    scored = _scored_images(data, scores, spec, points)
     digests = data.images["content_sha256"]
     among = {name: digests.isin(list(films_of_site_point(model, name))).sum() for name in of_sites}
     resampling = Resampling.of(data.images["patient_id"].tolist())
@@ -129,9 +129,9 @@ def evaluate(
     )
     store = open_store(output)
     store.delete(EVALUATION)
-    write_tables(store, result, data, resampling, said, spec.operating_point)
+    write_tables(store, result, data, resampling, scores, spec.operating_point)
     with_sites = replace(spec, operating_points={**spec.operating_points, **of_sites})
-    store.write("model_card.md", _card(with_sites, result, data, said).encode())
+    store.write("model_card.md", _card(with_sites, result, data, scores).encode())
     write_figures(store, result, scored, resampling, read_history(model))
     store.write(EVALUATION, result.to_json().encode())
     return result
@@ -140,50 +140,51 @@ def evaluate(
 def _chosen_films(
     labels: str, spec: ModelSpec, split: str, by: Sequence[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of the labels to evaluate, and the subgroups of their further columns, by image."""
+    """The rows of the labels to evaluate, and the subgroups by further columns, as `column_groups`
+    returns them."""
     chosen = labels_of_split(labels, spec, split, by)
     further = column_groups(chosen, by, labels)
-    # What was only kept to form subgroups must not meet the columns of what is read.
+    # Columns for subgroups are dropped, because they could clash with columns that reading adds.
     return chosen.drop(columns=[name for name in further if name != "split"]), further
 
 
 def _without_unlike(
-    data: LabelledPixels, said: ModelScores, labels: str
+    data: LabelledPixels, scores: ModelScores, labels: str
 ) -> tuple[LabelledPixels, ModelScores]:
-    """Without the films that are unlike the training films. Raises `UserError` where none is
+    """Leave out the films that are unlike the training films. Raises `UserError` if none is
     left."""
-    assert said.unlike_N is not None  # see `settings_of_model`
-    like = np.flatnonzero(~(said.unlike_N > 1))
+    assert scores.unlike_N is not None  # `settings_of_model` refuses such models
+    like = np.flatnonzero(~(scores.unlike_N > 1))
     if not len(like):
         raise UserError(f"{labels}: every film is {OUT_OF_DISTRIBUTION}; see --reject-quality")
-    return data.without_unlike(like), said.rows(like)
+    return data.without_unlike(like), scores.rows(like)
 
 
 def _scored_images(
     data: LabelledPixels,
-    said: ModelScores,
+    scores: ModelScores,
     spec: ModelSpec,
     points: Mapping[str, OperatingPoint],
 ) -> ScoredImages:
     return ScoredImages(
         data.labels_N,
-        said.probabilities_NK.astype(np.float64),
+        scores.probabilities_NK.astype(np.float64),
         spec.class_names,
         spec.positive_class,
-        softmax(said.logits_NK),
+        softmax(scores.logits_NK),
         points,
     )
 
 
 def _card(
-    spec: ModelSpec, result: EvaluationResult, data: LabelledPixels, said: ModelScores
+    spec: ModelSpec, result: EvaluationResult, data: LabelledPixels, scores: ModelScores
 ) -> str:
     return model_card(
         spec,
         result.model_id,
         result.metrics,
         split=result.split,
-        flags_unlike=said.unlike_N is not None,
+        flags_unlike=scores.unlike_N is not None,
         unreadable=result.unreadable,
         rejected=Counter(data.rejected["error_code"]),
         unknown_patients=result.unknown_patients,
@@ -196,50 +197,61 @@ def _card(
 def labels_of_split(
     labels: str, spec: ModelSpec, split: str, by: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """The rows of a labels file that are of the model's classes and of one split, or of `all`.
+    """The rows of a labels file with the model's classes, of one split or of `all`.
 
-    by: further columns, see `read_labels`. Raises `UserError` where there is no row, or where a
-    patient is in two splits.
+    by: further columns, see `read_labels`. Raises `UserError` if there are no rows, or if a patient
+    is in two splits.
     """
     frame = select_classes(read_labels(labels, by), spec.class_of_label, labels, learning=False)
-    # Where labels have no validation split, training took its films from train.
+    # If labels have no validation split, training took validation films from train, never from
+    # test: a test split in the labels is used as it is.
     given = frame["split"].notna().all() and split == "test"
     if split != "all" and not given:
         frame = assign_splits(frame, labels, spec.split_seed)
     check_patients(frame, labels)
     chosen = frame if split == "all" else frame[frame["split"] == split].reset_index(drop=True)
     if chosen.empty:
-        raise UserError(f"{labels}: no image in split '{split}'; give --split all or another")
+        raise UserError(
+            f"{labels}: no images in split '{split}'; give --split all or another split"
+        )
     return chosen
 
 
 def _check_unseen(images: pd.DataFrame, known: frozenset[str], split: str, labels: str) -> None:
-    """Raises `UserError` where films of the test split are known to the model: training never read
-    that split, so nothing else can tell copies, or labels whose splits have moved."""
+    """Raises `UserError` if the model was trained, selected or calibrated on films of the test
+    split. Then these are copies of other films, or the splits have changed since training, which
+    nothing else would reveal."""
     seen = images.loc[images["content_sha256"].isin(list(known)), "image"]
     if split == "test" and len(seen):
         raise UserError(
-            f"{labels}: {len(seen)} of {len(images)} films of the test split are films that the "
-            f"model learnt from or was chosen by, as {seen.iloc[0]}; give the labels that it was "
-            "trained with, or a split column, and remove copies (`lungopacity audit` finds them)"
+            f"{labels}: the model was trained, selected or calibrated on {len(seen)} of "
+            f"{len(images)} films of the test split, such as {seen.iloc[0]}; give the labels that "
+            "it was trained with, or a split column, and remove copies (`lungopacity audit` finds "
+            "them)"
         )
     if split == "all" and len(seen):
-        log.warning("the model learnt from or was chosen by %d of %d films", len(seen), len(images))
+        log.warning(
+            "the model was trained, selected or calibrated on %d of %d films: on these it looks "
+            "too good",
+            len(seen),
+            len(images),
+        )
 
 
-def _check_sound(said: ModelScores, images: pd.DataFrame) -> None:
-    """Raises `UserError` where a score is no number: figures of the other films would flatter."""
-    broken_N = np.asarray(~np.isfinite(said.logits_NK).all(axis=1))
+def _check_sound(scores: ModelScores, images: pd.DataFrame) -> None:
+    """Raises `UserError` if a score is NaN or infinite: metrics of the other films alone could look
+    too good."""
+    broken_N = np.asarray(~np.isfinite(scores.logits_NK).all(axis=1))
     if broken_N.any():
         raise UserError(
-            f"the model's scores of {broken_N.sum()} of {len(broken_N)} films are no numbers, as "
-            f"of {images['image'][broken_N].iloc[0]}: the GPU or the model is at fault; try "
+            f"the model's scores of {broken_N.sum()} of {len(broken_N)} films are not numbers, "
+            f"such as {images['image'][broken_N].iloc[0]}: the GPU or the model is at fault; try "
             "--no-gpu, or train again"
         )
 
 
 def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: bool) -> ModelScores:
-    """In a Ray task: the driver of a submitted job may have no GPU."""
+    """Score the films in a Ray task, because the driver of a submitted job may have no GPU."""
     import ray
 
     require_resources(cpus=1, gpus=1 if use_gpu else 0, what="evaluation")
@@ -267,13 +279,13 @@ def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: boo
 
 
 def _groups(data: LabelledPixels, further: pd.DataFrame) -> dict[str, list[str | None]]:
-    """The subgroups of every report, and those of `further`, by column."""
+    """The subgroup of each image, by column: those of every report, and those of `further`."""
     facts = {
         name: [None if pd.isna(value) else value for value in data.images[name]]
         for name in FACT_COLUMNS
     }
     asked, groups = further.loc[data.images["image"]], fact_groups(facts)
-    # An `age` of the labels is not that of our bands.
+    # A labels column may be named like one of ours, such as `age`, with other values.
     return groups | {
         f"{name} of the labels" if name in groups else str(name): asked[name].tolist()
         for name in asked

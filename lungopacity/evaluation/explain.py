@@ -1,7 +1,7 @@
-"""Show where on films a model sees the positive class, and whether readers' boxes lie there.
+"""Show where on films a model sees the positive class, and whether readers' boxes agree.
 
-Runs in this process, without a cluster: a handful of films should not wait for one. Of a whole
-archive, `screen --explain` explains the positive films.
+Runs in this process, because a handful of films should not wait for a cluster. For a whole archive,
+`screen --explain` explains the positive films.
 """
 
 from __future__ import annotations
@@ -56,11 +56,10 @@ from lungopacity.storage.parquet import parquet_bytes
 log = logging.getLogger(__name__)
 
 _SIDE = 512
-"""Of a picture, in pixels."""
+"""Longer side of a picture, in pixels."""
 _FILMS_AT_ONCE = 16
-# With names in theirs: of before.
 _PICTURE = re.compile(r"overlays/[A-Za-z0-9._-]*-[0-9a-f]{12}(?:-\d+)?\.png")
-"""See `_file_name`."""
+"""Keys of pictures, including those of older versions, which hold the names of objects."""
 Row = dict[str, Any]
 
 
@@ -79,19 +78,18 @@ def explain(
     use_gpu: bool | None = None,
 ) -> ExplanationResult:
     """Write a picture of each image with its class activation map, `explain.parquet` and metrics,
-    in place of older ones there.
+    replacing an older report there.
 
-    model, output: URIs. images: URIs of archives, shards or single images. `labels`: only the
-    images of one `split` of a labels file, by default of its test split. `boxes`: a boxes file
-    (`read_boxes`), for the pointing game. `limit`: only the first so many images.
-    `operating_point`, `accept`, `reject_quality`: as in screening. `use_gpu`: None uses one where
-    this machine has it. Raises `UserError`; an image that cannot be read raises nothing, it is a
-    row.
+    model, output: URIs. images: URIs of archives, shards or single images. `labels`: explain only
+    the images of one `split` of this labels file, by default of the test split. `boxes`: a boxes
+    file (`read_boxes`), for the pointing game. `limit`: only the first `limit` images.
+    `operating_point`, `accept`, `reject_quality`: as in screening. `use_gpu`: None uses a GPU if
+    this machine has one. Raises `UserError`. An unreadable image raises nothing: it becomes a row.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
     if labels is None and split is not None:
-        raise UserError(f"--split {split}: is of --labels; give --labels FILE, or leave it out")
+        raise UserError(f"--split {split}: needs --labels FILE; give it, or leave --split out")
     split = split or "test"
     check_output(output, EVALUATION)
     trained = with_operating_point(model, load_model(model), operating_point)
@@ -122,7 +120,8 @@ def explain(
 
 
 def _explained(explainer: _Explainer, films: Iterator[Row], total: int | None) -> list[Row]:
-    """The films' rows; their pictures are written, in place of an older report's."""
+    """Write the films' pictures; returns their rows. Before the first, the `EXPLANATION` file of an
+    older report is deleted."""
     rows: list[Row] = []
     with Progress("Explaining", total=total) as progress:
         for batch in _batches(films):
@@ -138,14 +137,19 @@ def _explained(explainer: _Explainer, films: Iterator[Row], total: int | None) -
 def _warn_of_known(rows: list[Row], known: frozenset[str]) -> None:
     seen = sum(row["content_sha256"] in known for row in rows)
     if seen:
-        log.warning("the model learnt from or was chosen by %d of %d films", seen, len(rows))
+        log.warning(
+            "the model was trained, selected or calibrated on %d of %d films: on these it looks "
+            "too good",
+            seen,
+            len(rows),
+        )
 
 
 def _read(
     uris: Sequence[str], settings: ReadSettings, wanted: Wanted | None = None
 ) -> Iterator[Row]:
-    """The rows of `READ_SCHEMA` that are images, in the order of their keys; loose ones first. With
-    `name`, the file's, and `file`, which no other file has."""
+    """The rows of `READ_SCHEMA` that are images, ordered by key, loose images first. Two fields are
+    added: `name`, the file's name in the archive, and `file`, which is unique for each file."""
     for uri in uris:
         archive = take_inventory(uri)
         for table in read_images(archive.store, archive.objects, settings, wanted=wanted):
@@ -158,11 +162,12 @@ def _read(
 def _labelled(
     uris: Sequence[str], settings: ReadSettings, names: frozenset[str], labels: str
 ) -> list[Row]:
-    """The rows that the labels name, whole or by their endings, with `name` as they have it, and
-    those of shards that cannot be read.
+    """The rows that the labels name, in full or by their endings, with `name` as in the labels; and
+    the rows of shards that cannot be read.
 
-    Raises `UserError` where a name may mean two files, or two names one, and where none is found.
-    All are read before one is shown: what is found last may be what a name means, too.
+    Raises `UserError` if a name may mean two files or two names the same file, and if no image is
+    found. All images are read before any is explained, because the last one may make a name
+    ambiguous.
     """
     where = ", ".join(uris)
     with Progress("Reading images", total=len(names)) as progress:
@@ -183,20 +188,20 @@ def _labelled(
                 row | {"name": name_of[row["name"]]} for row in others if row["name"] in name_of
             ]
     file_of: dict[str, object] = {}
-    # One file may be several frames.
+    # Several frames of one file are not a conflict.
     twice = {
         row["name"] for row in rows if file_of.setdefault(row["name"], row["file"]) != row["file"]
     }
     if twice & names:
         raise UserError(
-            f"{where}: {len(twice & names)} labelled names occur more than once, as "
-            f"{min(twice & names)}; the label could belong to either"
+            f"{where}: {len(twice & names)} labelled names occur more than once, such as "
+            f"{min(twice & names)}; give --images that hold each name once"
         )
     if not rows:
         raise UserError(
-            f"{labels}: none of {len(names)} labelled images is in {where}, as {min(names)}; "
-            "`image` must be the key under --images, the member's name in a shard, or the end of "
-            "one of these, folder by folder"
+            f"{labels}: none of {len(names)} labelled images is in {where}, such as {min(names)}; "
+            "`image` must be the key under --images, the member's name in a shard, or the last "
+            "folders and file name of one of these"
         )
     return rows
 
@@ -207,7 +212,7 @@ def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 class _Explainer:
-    """The model, and where what it says goes."""
+    """Scores films, writes their pictures, and collects what the metrics need."""
 
     def __init__(
         self,
@@ -234,17 +239,18 @@ class _Explainer:
         self.reject_unlike = reject_unlike
         self.rows = 0
         self.pointings: list[tuple[Pointing, str, str | None]] = []
-        """Of the images with boxes, with what was decided of each, and its patient."""
+        """Of each image with boxes: the comparison, the decision, and the patient id."""
 
     def explained(self, batch: list[Row]) -> list[Row]:
-        """The batch as rows of `EXPLANATIONS_SCHEMA`; the pictures are written."""
+        """Write the pictures of the batch; returns its rows of `EXPLANATIONS_SCHEMA`."""
         for row in batch:
             row["place"] = self.rows
             self.rows += 1
         spec = self.model.spec
         size = spec.preprocessing.image_size
         read = [row for row in batch if row["pixels"] is not None]
-        joined = bytearray(b"".join(row["pixels"] for row in read))  # torch warns of read-only ones
+        # A bytearray, because torch warns about read-only arrays.
+        joined = bytearray(b"".join(row["pixels"] for row in read))
         pixels_NHW = np.frombuffer(joined, np.uint8).reshape(-1, size, size)
         scores = self.scorer.scores(pixels_NHW)
         films = []
@@ -260,7 +266,7 @@ class _Explainer:
         unlike_N = self.scorer.out_of_distribution(scores.features_NF)
         rejected_N = np.zeros(len(films), bool)
         if self.reject_unlike:
-            assert unlike_N is not None  # see `settings_of_model`
+            assert unlike_N is not None  # `settings_of_model` refuses such models
             rejected_N = unlike_N[scores.are_numbers] > 1
         error = ImageError(ErrorCode.POOR_QUALITY, Stage.SCORE, OUT_OF_DISTRIBUTION)
         for row, pixels, p, activation, rejected in zip(
@@ -276,18 +282,18 @@ class _Explainer:
     def _shown(
         self, row: Row, pixels: npt.NDArray[np.uint8], activation: npt.NDArray[np.float32]
     ) -> Row:
-        """Write one film's picture; its columns."""
+        """Write one film's picture; returns its columns."""
         spec = self.model.spec
         height, width = row["shown_height"], row["shown_width"]
         film = spec.preprocessing.unpad(pixels, height, width)
         activation = spec.preprocessing.unpad(activation, height, width)
         left, top, right, bottom = row["shown_edges"]
         corner = np.array([left, top])
-        # Pixels of the stored image to one of what is shown, across and down.
+        # Pixels of the stored image per pixel shown, in x and y.
         ratio = np.array([(right - left) / width, (bottom - top) / height])
         peak = peak_of(activation)
-        # Pictures are handed on, and an object's name, which may be that of a patient, is not to go
-        # with them: their rows tell it.
+        # Pictures are passed on to others, so their keys must not hold the name of an object, which
+        # may be that of a patient. The rows link both.
         key = f"overlays/{row['place']:05d}-{row['content_sha256'][:12]}.png"
         columns: Row = {"overlay": key}
         if peak is not None:
@@ -309,13 +315,13 @@ class _Explainer:
         return columns | {"synthetic": synthetic}
 
     def _row(self, row: Row) -> Row:
-        """Of `EXPLANATIONS_SCHEMA`."""
+        """The fields of `EXPLANATIONS_SCHEMA`."""
         known = {"model_id": self.model.model_id, "label": self.label_of.get(row["name"])}
         return {name: row.get(name) for name in EXPLANATIONS_SCHEMA.names} | known
 
     def absent(self, names: frozenset[str]) -> list[Row]:
-        """Rows of labelled images that no archive has."""
-        error = ImageError(ErrorCode.MISSING, Stage.FETCH, "labelled, and in none of --images")
+        """Rows of labelled images that are in none of the archives."""
+        error = ImageError(ErrorCode.MISSING, Stage.FETCH, "labelled, but in none of --images")
         return [
             self._row({"image": name, "name": name, **error_columns(error)})
             for name in sorted(names)
@@ -338,8 +344,8 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
     )
     if explainer.boxes_of and not pointings:
         log.warning(
-            "none of the %d images of the boxes file was explained, as %s; `image` must be as the "
-            "labels have it, or else the key under --images, or the member's name in a shard",
+            "none of the %d images in the boxes file was explained, such as %s; `image` must be as "
+            "in the labels, or the key under --images, or the member's name in a shard",
             len(explainer.boxes_of),
             min(explainer.boxes_of),
         )
@@ -357,19 +363,19 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
         metrics=metrics,
         table=table,
     )
-    told = metrics_table(metrics, "explain", model.model_id, synthetic=result.synthetic)
+    measured = metrics_table(metrics, "explain", model.model_id, synthetic=result.synthetic)
     shown = set(table["overlay"].to_pylist())
     for item in list(store.list("overlays/")):
         if _PICTURE.fullmatch(item.key) and item.key not in shown:
             store.delete(item.key)
-    store.write("metrics.parquet", parquet_bytes(told))
+    store.write("metrics.parquet", parquet_bytes(measured))
     store.write("explain.parquet", parquet_bytes(table))
     store.write(EXPLANATION, result.to_json().encode())
     return result
 
 
 def _by_image(labels: pd.DataFrame | None, column: str) -> dict[str, str]:
-    """What the labels say of each image, where they do."""
+    """The column's value by image, without missing values."""
     if labels is None:
         return {}
     known = labels[labels[column].notna()]
@@ -377,7 +383,7 @@ def _by_image(labels: pd.DataFrame | None, column: str) -> dict[str, str]:
 
 
 def _file(row: Row) -> str:
-    """The file's name in the archive."""
+    """The file's name: the member in a shard, else the key."""
     return str(row["image"] if row["member"] is None else row["member"])
 
 

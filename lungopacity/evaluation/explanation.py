@@ -1,4 +1,4 @@
-"""What `explain` found, told as text and as JSON."""
+"""The result of `explain`, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lungopacity.evaluation.metrics import Metric
 
 @dataclass(frozen=True)
 class ExplanationResult:
-    """What was explained, and where it lies."""
+    """What was explained, and where the report is."""
 
     model_id: str
     output: str
@@ -25,13 +25,13 @@ class ExplanationResult:
     with_boxes: int
     """Explained images that have boxes."""
     unknown_patients: int
-    """Of these, those whose patient no label tells; each counts as one."""
+    """Images with boxes for which the labels give no patient id; each counts as a patient."""
     intervals: str
-    """How the 95 % intervals were made; empty without boxes."""
+    """How the 95 % intervals were computed; empty without boxes."""
     synthetic: bool
     metrics: list[Metric]
     table: pa.Table
-    """`EXPLANATIONS_SCHEMA`, one row an image."""
+    """Of `EXPLANATIONS_SCHEMA`, one row per image."""
 
     @property
     def exit_code(self) -> int:
@@ -39,20 +39,20 @@ class ExplanationResult:
         return 1 if self.failed else 0
 
     def value(self, metric: str, group: str = "all") -> float:
-        """Raises `KeyError` where it was not measured."""
+        """The value of a metric. Raises `KeyError` if it was not measured."""
         for item in self.metrics:
             if (item.metric, item.group) == (metric, group):
                 return item.value
         raise KeyError((metric, group))
 
     def summary(self) -> str:
-        """Counts, the pointing game beside chance, and where the files are."""
+        """Counts, the pointing game compared with chance, and where the files are."""
         lines = [
             f"model {self.model_id}: {self.explained} images explained, {self.rejected} rejected, "
             f"{self.failed} could not be read" + (", synthetic" if self.synthetic else "")
         ]
         lines += [
-            f"  {_told(group.group, group.n)}\n{_shares(self, group.group)}"
+            f"  {_heading(group.group, group.n)}\n{_shares(self, group.group)}"
             for group in self.metrics
             if group.metric == "pointing_game"
         ]
@@ -60,7 +60,7 @@ class ExplanationResult:
             unknown = self.unknown_patients
             lines.append(
                 f"  95 % intervals: {self.intervals}"
-                + (f"; {unknown} films name no patient" if unknown else "")
+                + (f"; {unknown} films have no patient_id" if unknown else "")
             )
         return "\n".join([*lines, f"pictures and explain.parquet in {self.output}", NOTICE])
 
@@ -81,7 +81,7 @@ class ExplanationResult:
         return json.dumps({"notice": NOTICE, **facts, "metrics": rows}, indent=2)
 
 
-def _told(group: str, n: int) -> str:
+def _heading(group: str, n: int) -> str:
     films = f"{n} films with boxes" if n != 1 else "1 film with boxes"
     return films if group == "all" else f"{films}, decided positive"
 
@@ -96,7 +96,7 @@ def _shares(result: ExplanationResult, group: str) -> str:
     tolerant = "pointing_game_with_tolerance"
     return "\n".join(
         [
-            share("highest place in a box", "pointing_game", "pointing_game_chance")
+            share("highest point in a box", "pointing_game", "pointing_game_chance")
             + f", off black {of_group['pointing_game_chance_not_black'].value:.3f}",
             share("  within 15 pixels of 224", tolerant, f"{tolerant}_chance"),
             f"    {'share of the map in boxes':34}{_figure(of_group['energy_in_boxes'])}",

@@ -1,16 +1,16 @@
-"""Every metric of labelled images, over all and in subgroups, with intervals over patients: of an
-evaluation, and of a screened run that has labels.
+"""Every metric of labelled images, over all and in subgroups, with intervals over patients.
+Evaluation and screening with labels both use this module.
 
-Which interval a figure has, `ci_method`:
+The interval of a metric (`ci_method`):
 
-* `bootstrap`: the percentile bootstrap over patients, of every figure but the counts. In a subgroup
-  the same replicates are taken, so that how many of its patients are drawn varies, too.
-* `wilson_patients`: of a proportion that is 0 or 1, which no resampling moves. Wilson's interval as
-  if each patient were one film: wide rather than narrow.
-* none: fewer than 19 of 20 replicates define the figure, or all give the same.
+* `bootstrap`: the percentile bootstrap over patients, for every metric except counts. Subgroups use
+  the same draws, so the number of their patients that are drawn varies, too.
+* `wilson_patients`: for a proportion of 0 or 1, which resampling cannot change. It is Wilson's
+  interval as if each patient were one film, so rather too wide than too narrow.
+* none: if fewer than 19 of 20 replicates define the metric, or if all give the same value.
 
-The expected calibration error sums what is left of chance in each bin, and resampling adds chance
-of its own: its replicates are moved until their mean is the value.
+Noise in each bin makes the expected calibration error larger, and resampling adds noise of its own.
+So the replicates of that metric are shifted to have the measured value as their mean.
 
 Sources: Brier 1950, Monthly Weather Review 78:1 (probability score); Guo, Pleiss, Sun & Weinberger
 2017, ICML, arXiv:1706.04599 (expected calibration error).
@@ -62,22 +62,23 @@ _BRIER_BEFORE = "brier_before_temperature"
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Labelled images, and what a model says of them; row i of each array is the same image."""
+    """Labelled images and a model's scores of them; row i of each array is the same image."""
 
     labels_N: Integers
     """Index into `class_names`."""
     probabilities_NK: Floats
-    """As `metrics.check_scores` takes them: float64, of the very float32 that is published. Divided
-    by their sums, which are off by a rounding, those that are equal there would be ranked here."""
+    """The published float32 values as float64; they must pass `metrics.check_scores`. They are not
+    normalised again: their sums are off by rounding errors, and dividing by them would rank images
+    that have equal published scores."""
     class_names: tuple[str, ...]
     positive: str
     """The class that decisions are about."""
     uncalibrated_NK: Floats | None = None
-    """The probabilities without the temperature."""
+    """The probabilities before calibration by the temperature."""
     points: Mapping[str, OperatingPoint] = field(default_factory=dict)
 
     def rows(self, rows: npt.NDArray[np.int64]) -> ScoredImages:
-        """These images alone."""
+        """Only these images."""
         before = self.uncalibrated_NK
         return replace(
             self,
@@ -88,7 +89,7 @@ class ScoredImages:
 
     @property
     def positive_index(self) -> int:
-        """Of the positive class among the names."""
+        """Index of the positive class in `class_names`."""
         return self.class_names.index(self.positive)
 
 
@@ -97,23 +98,23 @@ def measure(
     groups: Mapping[str, Sequence[str | None]],
     resampling: Resampling,
 ) -> list[Metric]:
-    """Every metric of all images and of each subgroup, with the intervals of this module. The
-    predicted class is the most probable one; what is not defined is NaN.
+    """Every metric over all images and in each subgroup, with intervals as described above. The
+    predicted class is the most probable one; undefined values are NaN.
 
-    Over all classes: accuracy, balanced_accuracy (mean recall), roc_auc (mean over the classes, one
-    against the rest), brier (Brier's own score, the sum over the classes of squared differences:
-    0 … 2), log_loss (nats), expected_calibration_error. Per class: support, precision, recall, f1,
-    specificity, roc_auc, average_precision. Per pair of classes: confusion, named
-    `true=A,predicted=B`. Of the positive class: brier_binary, the mean squared difference of its
-    own probability alone, 0 … 1 (of two classes it is half of brier), and
-    expected_calibration_error of its own probability, not the predicted class's. Of the
-    probabilities without the temperature: brier_before_temperature, and
-    expected_calibration_error_before_temperature of the predicted and of the positive class. At
-    each operating point, by its name: what `decision_shares` says.
+    * Over all classes: accuracy, balanced_accuracy (mean recall), roc_auc (mean over the classes,
+      one against the rest), brier (Brier's own score, the sum of squared differences over the
+      classes: 0 … 2), log_loss (nats), expected_calibration_error.
+    * Per class: support, precision, recall, f1, specificity, roc_auc, average_precision.
+    * Per pair of classes: confusion, named `true=A,predicted=B`.
+    * Of the positive class's probability: brier_binary, the mean squared difference, 0 … 1 (with
+      two classes, half of brier), and expected_calibration_error.
+    * Of the probabilities before calibration: brier_before_temperature, and
+      expected_calibration_error_before_temperature for the predicted and for the positive class.
+    * At each operating point, by its name: the metrics of `decision_shares`.
 
-    groups: column name to one value an image; None stands as `unknown`. Each image is in one group
-    of each column, `column=value`. Raises `ValueError` as `check_scores` does, where a column has
-    another length than the labels, and for a positive class that is none.
+    groups: one value per image for each column name; None becomes `unknown`. In each column, an
+    image belongs to the group `column=value`. Raises `ValueError` as `check_scores` does, if a
+    column and the labels differ in length, and for an unknown positive class.
     """
     return _measured(scored, groups, resampling)[0]
 
@@ -126,12 +127,12 @@ def measure_with_gaps(
 ) -> tuple[list[Metric], tuple[Gap, ...]]:
     """`measure`, and the `largest_gaps` between subgroups with intervals over patients.
 
-    point: the name of the operating point that decides.
+    point: the name of the operating point whose decisions are compared.
     """
     metrics, replicates = _measured(scored, groups, resampling)
 
     def bounded(gap: Gap) -> Gap:
-        # Both groups' replicates are of the same draws.
+        # The replicates of both groups come from the same draws, so they can be subtracted.
         worst_R, best_R = (
             replicates[item.group][item.metric, item.class_name] for item in (gap.worst, gap.best)
         )
@@ -147,12 +148,13 @@ def _measured(
     groups: Mapping[str, Sequence[str | None]],
     resampling: Resampling,
 ) -> tuple[list[Metric], dict[str, dict[Key, npt.NDArray[np.float64]]]]:
-    """The metrics, and of each group the replicates of each."""
+    """The metrics, and for each group the replicates of each metric."""
     check_scores(scored.labels_N, scored.probabilities_NK, scored.class_names)
     if scored.positive not in scored.class_names:
-        raise ValueError(f"positive class '{scored.positive}' is none of {scored.class_names}")
+        raise ValueError(f"positive class '{scored.positive}' is not in {scored.class_names}")
     n = len(scored.labels_N)
-    # A column at a time, each with the same draws: what they hold of a million films is 0.6 GB.
+    # One column at a time, each with the same draws: the groups of one column take 0.6 GB for a
+    # million films.
     partitions = [[("all", np.arange(n))]]
     partitions += [list(group_rows({name: values}, n)) for name, values in groups.items()]
     metrics: list[Metric] = []
@@ -180,9 +182,10 @@ def _measured(
 def ratio_metrics(
     ratios: Mapping[Key, tuple[Sums, Sums]], resampling: Resampling, group: str = "all"
 ) -> list[Metric]:
-    """Shares and means of one image or more, with the intervals of this module.
+    """Shares and means over at least one image, with intervals as `measure` computes them.
 
-    ratios: what each image adds to the part and to the whole; of a proportion both are bool.
+    ratios: for each metric, what each image adds to the numerator and to the denominator; for a
+    proportion, both are bool.
     """
     sums_NF = _columns(ratios)
     sums_RF = np.concatenate([weights_RN @ sums_NF for weights_RN in resampling.weights()])
@@ -204,7 +207,7 @@ def _with_interval(
 ) -> Metric:
     key = (item.metric, item.class_name)
     of_N = proportions.get(key)
-    # Of numbers from 0, a tenth of the time that `np.unique` takes.
+    # Ten times as fast as `np.unique`.
     patients = int(np.count_nonzero(np.bincount(patient_N if of_N is None else patient_N[of_N])))
     item = replace(item, ci_low=None, ci_high=None, ci_method=None, patients=patients)
     if key not in replicates:
@@ -221,9 +224,10 @@ def _with_interval(
 
 
 class Statistics:
-    """The metrics of some images as functions of a weight for each image.
+    """The metrics of some images as functions of the images' weights.
 
-    All but AUC and average precision are ratios of weighted sums over the images, or made of such.
+    All except AUC and average precision are ratios of weighted sums over the images, or are
+    computed from such sums.
     """
 
     def __init__(self, scored: ScoredImages) -> None:
@@ -240,17 +244,17 @@ class Statistics:
             if shares_NK is not None
         }
         self.proportions = _proportions(self._ratios)
-        """Of the metrics that are shares of images: which images they are shares of."""
+        """For each metric that is a share of images: the images in its denominator."""
         self._rankings = [
             Ranking(self._true_NK[:, index], scored.probabilities_NK[:, index])
             for index in range(len(scored.class_names))
         ]
-        # One product with the weights gives every sum.
+        # All sums side by side, so that a single matrix product with the weights computes them.
         gaps = [gaps_N for gaps_NB in self._gaps_NB.values() for gaps_N in gaps_NB.T]
         self._sums_NF = _columns(self._ratios, gaps)
 
     def under(self, weights_RN: npt.NDArray[np.float64]) -> dict[Key, npt.NDArray[np.float64]]:
-        """(R,) of each metric, one value for each row of weights; NaN where it is not defined."""
+        """(R,) values of each metric, one for each row of weights; NaN where undefined."""
         sums_RF = weights_RN @ self._sums_NF
         found = _ratios_of_sums(self._ratios, sums_RF)
         weight_R = weights_RN.sum(axis=1)
@@ -269,7 +273,7 @@ class Statistics:
         return found
 
     def values(self, group: str) -> Iterator[Metric]:
-        """Each metric of the images as they are, every one once."""
+        """Each metric with every image counted once."""
         films = len(self._true_NK)
         for (name, of), values_R in self.under(np.ones((1, films))).items():
             of_N = self.proportions.get((name, of))
@@ -277,7 +281,7 @@ class Statistics:
             yield Metric(group, name, of, float(values_R[0]), None, None, n)
 
     def counts(self, group: str) -> Iterator[Metric]:
-        """support and confusion."""
+        """The metrics support and confusion."""
         names, films = self._scored.class_names, len(self._true_NK)
         predicted_N = self._scored.probabilities_NK.argmax(axis=1)
         matrix_KK = confusion_matrix(self._scored.labels_N, predicted_N, len(names))
@@ -289,12 +293,13 @@ class Statistics:
                 yield Metric(group, "confusion", cell, float(count), None, None, films)
 
     def _ratios_of(self, scored: ScoredImages) -> dict[Key, tuple[Sums, Sums]]:
-        """What each image adds to the part and to the whole; of a proportion both are bool."""
+        """For each metric, what each image adds to the numerator and to the denominator; for a
+        proportion, both are bool."""
         true_NK, exact_NK = self._true_NK, scored.probabilities_NK.astype(np.float64)
         predicted_NK = exact_NK.argmax(axis=1)[:, None] == np.arange(len(scored.class_names))
         all_N = np.ones(len(exact_NK), np.bool_)
         squares_NK = (exact_NK - true_NK) ** 2
-        # As scikit-learn's log_loss: no probability is smaller than the step of float64.
+        # As in scikit-learn's log_loss, no probability is smaller than the epsilon of float64.
         shares_NK = (exact_NK / exact_NK.sum(axis=1, keepdims=True)).clip(np.finfo(np.float64).eps)
         found: dict[Key, tuple[Sums, Sums]] = {
             ("accuracy", None): ((true_NK & predicted_NK).any(axis=1), all_N),
@@ -322,7 +327,7 @@ class Statistics:
 def _columns(
     ratios: Mapping[Key, tuple[Sums, Sums]], further: Sequence[Sums] = ()
 ) -> npt.NDArray[np.float64]:
-    """(N, F) the part and the whole of each, side by side, and what else there is."""
+    """(N, F) the numerator and the denominator of each metric side by side, then `further`."""
     sums = [sums_N for pair in ratios.values() for sums_N in pair]
     return np.stack([*sums, *further], axis=1, dtype=np.float64)
 
@@ -330,7 +335,7 @@ def _columns(
 def _ratios_of_sums(
     keys: Iterable[Key], sums_RF: npt.NDArray[np.float64]
 ) -> dict[Key, npt.NDArray[np.float64]]:
-    """(R,) of each key. sums_RF: of `_columns`, and what stands behind them."""
+    """(R,) ratio of each key. sums_RF: weighted sums of the columns of `_columns`."""
     return {
         key: ratio(sums_RF[:, 2 * place], sums_RF[:, 2 * place + 1])
         for place, key in enumerate(keys)
@@ -340,7 +345,7 @@ def _ratios_of_sums(
 def _proportions(
     ratios: Mapping[Key, tuple[Sums, Sums]],
 ) -> dict[Key, npt.NDArray[np.bool_]]:
-    """Of those that are shares of images: which images they are shares of."""
+    """For each metric that is a share of images: the images in its denominator."""
     return {
         key: of_N.astype(np.bool_)
         for key, (part_N, of_N) in ratios.items()
@@ -349,7 +354,7 @@ def _proportions(
 
 
 def _squares(labels_N: Integers, probabilities_NK: Floats) -> npt.NDArray[np.float64]:
-    """(N,) Brier's own score of each image."""
+    """(N,) Brier's own score of each image, the sum over the classes."""
     true_NK = labels_N[:, None] == np.arange(probabilities_NK.shape[1])
     squares_N: npt.NDArray[np.float64] = ((probabilities_NK - true_NK) ** 2).sum(axis=1)
     return squares_N
@@ -358,7 +363,7 @@ def _squares(labels_N: Integers, probabilities_NK: Floats) -> npt.NDArray[np.flo
 def _gaps(
     labels_N: Integers, probabilities_NK: Floats, index: int | None
 ) -> npt.NDArray[np.float64]:
-    """(N, B) what each image adds to the gap between its bin's share of the class and mean
+    """(N, B) what each image adds to its bin's gap between the share of the class and the mean
     probability. index: as for `binned`."""
     probability_N, is_true_N, bin_N = binned(labels_N, probabilities_NK, index)
     gaps_NB = np.zeros((len(labels_N), CALIBRATION_BINS))

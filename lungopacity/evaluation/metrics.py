@@ -1,7 +1,7 @@
-"""What metrics are made of: one measured value, the AUC, calibration bins, confusion, intervals.
+"""Building blocks of metrics: a measured value, the AUC, calibration bins, confusion, intervals.
 
-`measure` makes every metric of labelled images of these. No class is taken for the positive one
-unless it is named. Array names carry their shape: N images, K classes, B bins.
+`measure` computes all metrics of labelled images from these. No class counts as positive unless the
+caller names it. Array names carry their shape: N images, K classes, B bins.
 
 Sources:
 
@@ -27,12 +27,12 @@ Floats = npt.NDArray[np.floating]
 Integers = npt.NDArray[np.integer]
 
 CALIBRATION_BINS = 15
-"""Of equal width, as Guo et al. 2017 report."""
+"""Number of bins of equal width, as Guo et al. 2017 report."""
 
 _Z_95 = NormalDist().inv_cdf(0.975)
 _SUM_TOLERANCE = 1e-4
 _ROUNDING = 1e-18
-"""Of a variance of shares, in float64."""
+"""Rounding error of a variance of shares in float64."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,23 @@ class Metric:
     """One measured value, a row of the metrics table."""
 
     group: str
-    """`all`, or the subgroup as `view_position=PA`."""
+    """`all`, or a subgroup such as `view_position=PA`."""
     metric: str
     class_name: str | None
-    """Which class against the rest, or which confusion cell; None where all classes enter."""
+    """The class against the rest, or another name that the metric is for: a confusion cell, an
+    operating point, an error code, …; None if the metric is over all."""
     value: float
-    """NaN where it is not defined, as the AUC of a class that no image has."""
+    """NaN if undefined, such as the AUC of a class that no image has."""
     ci_low: float | None
     ci_high: float | None
-    """The 95 % interval; None where there is none."""
+    """The 95 % interval; None if there is none."""
     n: int
-    """Images it is computed over: of a proportion the denominator, else all of the group."""
+    """Number of images: the denominator of a proportion, else all images of the group."""
     ci_method: str | None = None
-    """Of the interval: `bootstrap` draws patients, and `wilson_patients` counts them
-    (`evaluation.measure`); `wilson` takes each image for a patient of its own. None where there is
-    none."""
+    """How the interval was computed: `bootstrap` draws patients, `wilson_patients` counts them (see
+    `evaluation.measure`), and `wilson` counts each image as a patient. None without interval."""
     patients: int | None = None
-    """Of whom the n images are; None where nobody counted them."""
+    """Number of patients of the n images; None if they were not counted."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,26 @@ class RocAuc:
     """Area under the ROC curve, 0 … 1, and its 95 % interval."""
 
     value: float
-    """NaN where one of the two kinds does not occur."""
+    """NaN without positives or without negatives."""
     ci_low: float | None
     ci_high: float | None
-    """None where no variance can be estimated: fewer than two of a kind, a value of 0 or 1, or all
+    """None if no variance can be estimated: fewer than two of a kind, a value of 0 or 1, or all
     scores tied."""
 
 
 @dataclass(frozen=True)
 class CalibrationBins:
-    """Images binned by a probability, as `binned` says; bin b is (b / B, (b + 1) / B]."""
+    """Images binned by a probability, see `binned`; bin b is (b / B, (b + 1) / B]."""
 
     count_B: npt.NDArray[np.int64]
     correct_B: npt.NDArray[np.int64]
-    """Of how many of them the class is the true one."""
+    """Number of images of the bin for which the class is the true one."""
     confidence_B: npt.NDArray[np.float64]
-    """Mean of the probability; NaN in an empty bin."""
+    """Mean probability in the bin; NaN in an empty bin."""
 
     @property
     def expected_calibration_error(self) -> float:
-        """Mean over the images of |share of the class - probability| of their bin; NaN without
+        """Mean over the images of |share of the class - mean probability| in their bin; NaN without
         images."""
         n = int(self.count_B.sum())
         if n == 0:
@@ -94,10 +94,10 @@ class CalibrationBins:
 
 
 def check_scores(labels_N: Integers, probabilities_NK: Floats, class_names: Sequence[str]) -> None:
-    """Raise `ValueError` unless labels and probabilities are what this module computes with.
+    """Raises `ValueError` unless labels and probabilities are valid.
 
     labels_N: integers 0 … K-1. probabilities_NK: floats 0 … 1 whose rows sum to 1 (within 1e-4,
-    which rounding to float32 stays below). class_names: K different names, K at least 2.
+    more than any rounding to float32). class_names: K different names, K at least 2.
     """
     classes = len(class_names)
     if classes < 2 or len(set(class_names)) < classes:
@@ -111,7 +111,7 @@ def check_scores(labels_N: Integers, probabilities_NK: Floats, class_names: Sequ
     _check_classes("labels", labels_N, classes)
     if not np.isfinite(probabilities_NK).all():
         raise ValueError("probabilities hold NaN or infinity")
-    # Those above 1 do not sum to 1.
+    # A value above 1 fails the check of the sums.
     if (probabilities_NK < 0).any():
         raise ValueError("probabilities lie below 0")
     if (np.abs(probabilities_NK.sum(axis=1, dtype=np.float64) - 1) > _SUM_TOLERANCE).any():
@@ -121,8 +121,8 @@ def check_scores(labels_N: Integers, probabilities_NK: Floats, class_names: Sequ
 def group_rows(
     groups: Mapping[str, Sequence[str | None]], n: int
 ) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
-    """Each subgroup as `column=value`, and the rows of its images. None stands as
-    `unknown`. Raises `ValueError` where a column has not n values."""
+    """Each subgroup as `column=value`, with the rows of its images. None becomes `unknown`. Raises
+    `ValueError` if a column does not have n values."""
     for column, values in groups.items():
         if len(values) != n:
             raise ValueError(f"column {column} has {len(values)} values, not {n}")
@@ -134,7 +134,7 @@ def group_rows(
 def age_band(years: float) -> str:
     """The age group of a patient. Raises `ValueError` for a negative age or NaN."""
     if not years >= 0:
-        raise ValueError(f"an age of {years} years is none")
+        raise ValueError(f"{years} years is not an age")
     for limit, band in ((18, "under-18"), (40, "18-39"), (65, "40-64"), (90, "65-89")):
         if years < limit:
             return band
@@ -166,7 +166,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     share, z2 = successes / n, _Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
-    # At 0 and n a bound is exactly 0 or 1; rounding can leave it a hair outside, or within.
+    # At 0 and n, a bound is exactly 0 or 1, but rounding can shift it slightly.
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
@@ -186,7 +186,7 @@ def roc_auc(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> RocAuc:
         return RocAuc(auc, None, None)
     variance = negatives_below.var(ddof=1) / m + positives_above.var(ddof=1) / n
     if variance < _ROUNDING:
-        # As of scores that are all tied: they show no spread, and not that there is none.
+        # For example, all scores are tied: then the sample does not show the spread.
         return RocAuc(auc, None, None)
     logit = math.log(auc / (1 - auc))
     half = _Z_95 * math.sqrt(variance) / (auc * (1 - auc))
@@ -196,8 +196,9 @@ def roc_auc(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> RocAuc:
 def roc_components(
     positive_N: npt.NDArray[np.bool_], scores_N: Floats
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """DeLong's components: of each positive the share of negatives that score below it, and of each
-    negative the share of positives above it; equal scores count half. Both kinds must occur."""
+    """DeLong's components: for each positive, the share of negatives that score below it, and for
+    each negative, the share of positives above it. Equal scores count half. There must be positives
+    and negatives."""
     positives, negatives = scores_N[positive_N], scores_N[~positive_N]
     m, n = len(positives), len(negatives)
     ranks = _midranks(np.concatenate([positives, negatives]))
@@ -205,18 +206,17 @@ def roc_components(
 
 
 def average_precision(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> float:
-    """Mean of the precision over the steps in recall; NaN where there is no positive."""
+    """Mean precision over the steps in recall; NaN without positives."""
     from sklearn.metrics import average_precision_score
 
-    # Without a positive scikit-learn returns 0, which would read as the worst of scores.
+    # Without positives, scikit-learn returns 0, which would look like the worst score.
     return float(average_precision_score(positive_N, scores_N)) if positive_N.any() else math.nan
 
 
 def calibration_bins(
     labels_N: Integers, probabilities_NK: Floats, index: int | None = None
 ) -> CalibrationBins:
-    """The 15 bins of Guo et al. 2017; arguments as `check_scores` has passed them. index: see
-    `binned`."""
+    """The 15 bins of Guo et al. 2017. Arguments must pass `check_scores`; index: see `binned`."""
     probability_N, is_true_N, bin_N = binned(labels_N, probabilities_NK, index)
     count_B = np.bincount(bin_N, minlength=CALIBRATION_BINS)
     sum_B = np.bincount(bin_N, probability_N, CALIBRATION_BINS)
@@ -232,20 +232,21 @@ def calibration_bins(
 def binned(
     labels_N: Integers, probabilities_NK: Floats, index: int | None = None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Of each image a class's probability, whether that class is the true one, and the bin, 0 … 14.
+    """For each image, a class's probability, whether that class is the true one, and the bin, 0 to
+    14.
 
-    index: the class, whose probabilities lie anywhere in 0 … 1: what a threshold is set on; None:
-    of each image the predicted one, as Guo et al. 2017.
+    index: the class, for example the one that a threshold is set on; None takes each image's
+    predicted class, as Guo et al. 2017 do.
     """
     class_N = probabilities_NK.argmax(axis=1) if index is None else np.full(len(labels_N), index)
     probability_N = probabilities_NK[np.arange(len(labels_N)), class_N].astype(np.float64)
-    # A sum of roundings can leave a probability just above 1: it belongs to the last bin.
+    # Rounding errors can leave a probability just above 1: it belongs to the last bin.
     place_N = np.ceil(probability_N * CALIBRATION_BINS).astype(np.int64)
     return probability_N, class_N == labels_N, place_N.clip(1, CALIBRATION_BINS) - 1
 
 
 def _midranks(values: Floats) -> npt.NDArray[np.float64]:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Ranks from 1; equal values share the mean of their ranks."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: npt.NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[which]
     return ranks

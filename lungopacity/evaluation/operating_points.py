@@ -1,6 +1,6 @@
-"""Where a score becomes a decision: rules for a threshold, on labelled scores.
+"""Operating points: rules that pick the threshold for decisions from labelled scores.
 
-Array names carry their shape: N images, S different scores in rising order.
+Array names carry their shape: N images, S thresholds in ascending order.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ RULES = {
     "youden": "the highest sensitivity + specificity - 1 (Youden 1950)",
     "sensitivity=0.95": "at least this sensitivity, and then the highest specificity",
     "specificity=0.95": "at least this specificity, and then the highest sensitivity",
-    "cost=5": "the least cost, a missed opacity costing five false alarms",
-    "cost=5@0.02": "the same where 2 % of the films have one, and not as many as here",
+    "cost=5": "the least cost, if a missed opacity costs as much as five false alarms",
+    "cost=5@0.02": "the same, if 2 % of the films have an opacity instead of the share here",
     "band=0.99,0.95": "positive from a specificity of 0.95, review from a sensitivity of 0.99",
 }
-"""Of `pick`: how each is written, and what it does."""
+"""The rules of `pick`: an example of each, and what it does."""
 
 STANDARD = ("youden", "sensitivity=0.95", "specificity=0.95", "cost=5", "band=0.99,0.95")
-"""What every model folder has."""
+"""The rules whose operating points every model folder has."""
 
 FEWEST_IMAGES = 30
-"""Of each kind: below, a threshold is mostly chance."""
+"""Fewest images of either kind: with fewer, a threshold is mostly chance."""
 _HIGHEST_COST = 1e6
-"""Of a missed opacity, in false alarms. Beyond, sums of both are rounded to those of one alone."""
+"""Highest cost of a missed opacity, in false alarms. With more, rounding would lose the cost of the
+false alarms."""
 _ROUNDING = 1e-12
-"""Of shares of whole numbers of films, in float64."""
+"""Rounding error of a share of films in float64."""
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """Each threshold that the scores offer, and what it achieves."""
+    """Each possible threshold, with its sensitivity and specificity."""
 
     threshold_S: npt.NDArray[np.float64]
     sensitivity_S: npt.NDArray[np.float64]
@@ -48,7 +49,8 @@ class _Curve:
         scores_S, which_N = np.unique(scores_N.astype(np.float64), return_inverse=True)
         positives = np.bincount(which_N, positive_N, len(scores_S))
         negatives = np.bincount(which_N, ~positive_N, len(scores_S))
-        # Midway to the next lower score: no score stands on it, and rounding decides nothing.
+        # Halfway to the next lower score, so that no score equals a threshold and rounding does not
+        # matter.
         threshold_S = (np.concatenate([[0.0], scores_S[:-1]]) + scores_S) / 2
         # Entry i is positive from score i upwards.
         sensitivity_S = positives[::-1].cumsum()[::-1] / positives.sum()
@@ -59,15 +61,16 @@ class _Curve:
         return _Curve(threshold_S, sensitivity_S, specificity_S)
 
     def at_sensitivity(self, least: float) -> int:
-        """Of those that reach it (the lowest of all reaches 1), the highest specificity, and of
-        thresholds that have it the most sensitive."""
+        """Index of the threshold with the highest specificity among those that reach this
+        sensitivity (the lowest threshold reaches 1); of several, the most sensitive."""
         reached = np.flatnonzero(self.sensitivity_S >= least - _ROUNDING)
         highest = self.specificity_S[reached[-1]]
         return int(np.flatnonzero(self.specificity_S >= highest - _ROUNDING)[0])
 
     def at_specificity(self, least: float) -> int:
-        """Of those that reach it, the highest sensitivity, and of thresholds that have it the most
-        specific; the highest threshold where scores of 1 prevent it."""
+        """Index of the threshold with the highest sensitivity among those that reach this
+        specificity; of several, the most specific. If scores of 1 keep all from reaching it, the
+        highest threshold."""
         reached = np.flatnonzero(self.specificity_S >= least - _ROUNDING)
         if not len(reached):
             return len(self.specificity_S) - 1
@@ -81,12 +84,12 @@ def pick(
     positive_N: npt.NDArray[np.bool_],
     where: str = "validation",
 ) -> OperatingPoint:
-    """The threshold by one of `RULES`.
+    """Pick a threshold by one of `RULES`.
 
-    probabilities_N: of the positive class, calibrated. positive_N: whether it is the true one. Of
-    thresholds that do equally well, the most sensitive; by specificity=… the most specific.
-    `where`: which images they are, in words. Raises `UserError` for another rule, and where not
-    both kinds of image occur.
+    probabilities_N: calibrated, of the positive class. positive_N: whether it is the true class. Of
+    thresholds that do equally well, the most sensitive is taken; with specificity=…, the most
+    specific. `where`: the images in words, for `chosen_by`. Raises `UserError` for an unknown rule,
+    and without positive or without negative images.
     """
     name, numbers = _parsed(rule)
     if not positive_N.any() or positive_N.all():
@@ -109,7 +112,7 @@ def pick(
         found = int(np.argmin(np.round(cost_S, 9)))
     else:
         review, found = curve.at_sensitivity(numbers[0]), curve.at_specificity(numbers[1])
-        # A model so good that it reaches both at one threshold needs no band.
+        # If one threshold reaches both, no band is needed.
         review = None if review >= found else review
     return OperatingPoint(
         threshold=float(curve.threshold_S[found]),
@@ -122,7 +125,7 @@ def pick(
 
 
 def check_rule(rule: str) -> None:
-    """Raises `UserError` for what is none of `RULES`."""
+    """Raises `UserError` for an unknown rule."""
     _parsed(rule)
 
 
@@ -147,12 +150,12 @@ def _parsed(rule: str) -> tuple[str, list[float]]:
     except (KeyError, ValueError):
         fits = False
     if not fits:
-        raise UserError(f"'{rule}' is no rule for a threshold; give one as {' or '.join(RULES)}")
+        raise UserError(f"'{rule}' is not a rule; give one such as {' or '.join(RULES)}")
     return name, numbers
 
 
 def deciding_point(points: Mapping[str, OperatingPoint], decides: OperatingPoint) -> str:
-    """The name of the one that decides; `default` where it has none."""
+    """The name of the operating point `decides` in `points`; `default` if it has none."""
     return next((name for name in points if points[name] == decides), "default")
 
 
@@ -161,10 +164,11 @@ def decision_shares(
     positive_N: npt.NDArray[np.bool_],
     point: OperatingPoint,
 ) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
-    """What is reported of an operating point: by name, which images count, and out of which.
+    """The metrics of an operating point: for each name, the images that count, and the images they
+    are counted among.
 
-    What is under review is neither positive nor negative: decision_sensitivity and
-    decision_specificity take it for not positive, decision_sensitivity_with_review for found.
+    An image under review is neither positive nor negative: decision_sensitivity and
+    decision_specificity count it as not positive, decision_sensitivity_with_review as found.
     """
     decided_N = probabilities_N >= point.threshold
     from_N = decided_N if point.review_from is None else probabilities_N >= point.review_from

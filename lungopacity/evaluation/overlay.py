@@ -1,8 +1,8 @@
-"""A film with its class activation map, as a picture for people.
+"""Draw a film with its class activation map, as a picture for people.
 
-The film is as the network took it, enlarged; the map lies over it in a perceptually uniform colour
-map, more opaque where it is higher. A strip below says what was decided, and what the picture is
-not for. Nothing else is written into it: no name of an object, no text of a header.
+The picture shows the film as the network gets it, enlarged, under the map in a perceptually uniform
+colour map that is more opaque where the map is higher. A strip below holds the probability, the
+decision and the notice. No name of an object and no text of a header is drawn.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lungopacity.errors import NOTICE
 
 _COLOUR_MAP = "inferno"
 _OPACITY = 0.55
-"""Of the highest place; of others the share that their value is."""
-# Of Okabe & Ito 2008; inferno has no blue that light.
+"""Opacity where the map is 1; elsewhere in proportion to the map."""
+# From Okabe & Ito 2008. The colour map inferno has no blue as light as this.
 _BOX_COLOUR = (86, 180, 233)
 _PEAK_COLOUR = (255, 255, 255)
 _HALO = (0, 0, 0)
@@ -31,7 +31,7 @@ _TEXT, _QUIET_TEXT = (240, 240, 240), (170, 170, 170)
 
 @dataclass(frozen=True)
 class Caption:
-    """What the strip says."""
+    """The text of the strip."""
 
     positive_class: str
     probability: float
@@ -54,11 +54,11 @@ def overlay_png(
     boxes: npt.NDArray[np.float64] | None = None,
     peak: tuple[float, float] | None = None,
 ) -> bytes:
-    """The picture as PNG; its longer side, the strip not counted, has `side` pixels.
+    """The picture as PNG; its longer side without the strip has `side` pixels.
 
     film: (height, width). activation: the same shape, 0 … 1. boxes: (m, 4) x, y, width and height
-    in the film's pixels, outlined. peak: x and y there, ringed. The same arguments give the same
-    bytes.
+    in the film's pixels; drawn as outlines. peak: x and y in the film's pixels; drawn as a ring.
+    The same arguments give the same bytes.
     """
     assert film.shape == activation.shape, (film.shape, activation.shape)
     height, width = film.shape
@@ -77,20 +77,20 @@ def overlay_png(
     if peak is not None:
         _ringed(draw, peak[0] * scale, peak[1] * scale, max(3.0, side / 80))
     buffer = io.BytesIO()
-    # Not optimised: that makes files 6 % smaller, and takes ten times as long.
+    # Not optimised: optimising makes files 6 % smaller, but takes ten times as long.
     _with_strip(picture, caption, side).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _resized(values: npt.NDArray[np.float32], size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """0 … 1 stays 0 … 1."""
+    """Resize values of 0 … 1, and clip to that range again."""
     resized = Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     return np.asarray(resized, np.float32).clip(0, 1)
 
 
 @cache
 def _colours() -> npt.NDArray[np.float32]:
-    """(256, 3), 0 … 1."""
+    """The colour map, (256, 3), 0 … 1."""
     from matplotlib import colormaps
 
     table: npt.NDArray[np.float32] = colormaps[_COLOUR_MAP](np.arange(256))[:, :3]
@@ -112,7 +112,8 @@ def _ringed(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float) -> Non
 
 
 def _with_strip(picture: Image.Image, caption: Caption, side: int) -> Image.Image:
-    """The strip is as wide as its text needs, and a narrow film stands in its middle."""
+    """Add the strip below the picture. It is at least as wide as its text; a narrower picture is
+    centred."""
     sizes = [max(_LEAST_FONT, side / share) for share in (22, 28)]
     fonts = [ImageFont.load_default(size) for size in sizes]
     margin = max(4, side // 64)

@@ -1,4 +1,4 @@
-"""Table 1 of the paper whose classical CNN this project follows, beside measured figures."""
+"""Table 1 of the paper whose classical CNN this project follows, next to measured values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAPER_ACCURACY = 0.9293
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """How one class was told from the rest, each 0 … 1; NaN where it is not defined."""
+    """Precision, recall and F1 of one class against the rest, each 0 … 1; NaN if undefined."""
 
     precision: float
     recall: float
@@ -25,7 +25,7 @@ PAPER_CLASSES = {
     "normal": ClassFigures(precision=0.92, recall=0.97, f1=0.95),
     "lung opacity": ClassFigures(precision=0.95, recall=0.85, f1=0.90),
 }
-"""By class name, in lower case and with spaces; rounded to two digits by the paper."""
+"""By class name, in lower case and with spaces. The paper rounds to two digits."""
 
 _NAME_WIDTH = 24
 _COLUMNS = ("precision", "recall", "f1")
@@ -33,15 +33,15 @@ _COLUMNS = ("precision", "recall", "f1")
 
 @dataclass(frozen=True)
 class Table1Row:
-    """One class: what was measured, and what the paper reports."""
+    """One class: the measured values, and those that the paper reports."""
 
     class_name: str
     measured: ClassFigures
     paper: ClassFigures | None
-    """None where the model's classes are not the paper's two."""
+    """None if the model's classes are not the paper's two."""
     low: ClassFigures
     high: ClassFigures
-    """Of the measured figures' 95 % intervals; NaN where there is none."""
+    """Bounds of the 95 % intervals of the measured values; NaN if there is none."""
 
     @property
     def difference(self) -> ClassFigures | None:
@@ -56,10 +56,10 @@ class Table1Row:
 
 
 def table1(metrics: Sequence[Metric], class_names: Sequence[str]) -> list[Table1Row]:
-    """A row a class, in the order of `class_names`, from the metrics over all images.
+    """One row per class, in the order of `class_names`, from the metrics over all images.
 
-    `Lung_Opacity` and `lung opacity` are the same class. Raises `ValueError` where precision,
-    recall or f1 of a class is not among the metrics.
+    `Lung_Opacity` and `lung opacity` are the same class. Raises `ValueError` if precision, recall
+    or f1 of a class is not among the metrics.
     """
     found = {
         (metric.class_name, metric.metric): metric for metric in metrics if metric.group == "all"
@@ -85,9 +85,9 @@ def table1(metrics: Sequence[Metric], class_names: Sequence[str]) -> list[Table1
 
 
 def format_table1(rows: Sequence[Table1Row]) -> str:
-    """Plain text, lines of at most 100 columns: measured, paper and difference of each figure (the
-    latter two where the classes are the paper's), and below them the 95 % interval of what was
-    measured."""
+    """Plain text with lines of at most 100 columns: for each value the measured one, the paper's
+    and their difference (the latter two only if the classes are the paper's), and below it the
+    95 % interval of the measured value."""
     comparable = any(row.paper for row in rows)
     heading = " " * _NAME_WIDTH + "".join(f"  {column:^22}" for column in _COLUMNS)
     paper, difference = ("paper", "diff") if comparable else ("", "")
@@ -102,11 +102,11 @@ def format_table1(rows: Sequence[Table1Row]) -> str:
             cells.append(f"  {measured:>6} {paper:>6} {difference:>8}")
         lines.append((f"{_fitted(row.class_name):{_NAME_WIDTH}}" + "".join(cells)).rstrip())
         bounds = [(getattr(row.low, column), getattr(row.high, column)) for column in _COLUMNS]
-        told = ["" if math.isnan(low) else f"{low:.4f} to {high:.4f}" for low, high in bounds]
-        if any(told):
+        cells = ["" if math.isnan(low) else f"{low:.4f} to {high:.4f}" for low, high in bounds]
+        if any(cells):
             lines.append(
                 (
-                    f"{'  95 % interval':{_NAME_WIDTH}}" + "".join(f"  {cell:22}" for cell in told)
+                    f"{'  95 % interval':{_NAME_WIDTH}}" + "".join(f"  {cell:22}" for cell in cells)
                 ).rstrip()
             )
     if comparable:

@@ -1,7 +1,7 @@
-"""Figures of an evaluation and of a training, but for its curves (`curves`).
+"""Figures of an evaluation and of a training; ROC and precision-recall curves are in `curves`.
 
-Arguments `labels` and `probabilities` are as `metrics.check_scores` takes them, which raises
-`ValueError`; `title` names the model and the images, and `note` is appended to the notice.
+Arguments `labels` and `probabilities` must pass `metrics.check_scores`, which raises `ValueError`.
+`title` names the model and the images; `note` is appended to the notice.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ _HISTORY_COLUMNS = (
 def confusion_matrix_figure(
     matrix: Integers, class_names: Sequence[str], title: str, note: str = ""
 ) -> Figure:
-    """Counts, and shares of the true class, in a grid of true (rows) by predicted class.
+    """Counts, and shares of the true class, in a grid of true classes (rows) by predicted classes.
 
-    matrix: counts, int (K, K), as `metrics.confusion_matrix` gives it; else `ValueError`.
+    matrix: int (K, K) counts, as `metrics.confusion_matrix` returns them; raises `ValueError` for
+    another shape.
     """
     classes = len(class_names)
     if matrix.shape != (classes, classes):
@@ -97,19 +98,20 @@ def reliability_figure(
     uncalibrated: Floats | None = None,
     resampling: Resampling | None = None,
 ) -> Figure:
-    """How often what has a probability is so, above the number of images in each bin: of the
-    predicted class's probability, and beside it of the class `positive`, which decisions are about.
+    """Reliability diagrams: the share of images that are of a class, by its probability, above the
+    number of images in each bin. One is for the predicted class, and one for the class `positive`
+    if it is given.
 
-    The bins and the expected calibration error are those of `metrics.calibration_bins`; bars are
-    95 % intervals over the patients of each bin, as `measure` makes them. uncalibrated: the
-    probabilities without the temperature, as a second, lighter line. resampling: the patients;
-    None: each image is of another.
+    Bins and expected calibration error are those of `metrics.calibration_bins`. Error bars are 95 %
+    intervals over the patients of each bin, as `measure` computes them. uncalibrated: the
+    probabilities before calibration, drawn as a second, lighter line. resampling: the patients;
+    None counts each image as a patient.
     """
     check_scores(labels, probabilities, class_names)
     figure = new_figure(title, note)
     indices = [None] if positive is None else [None, list(class_names).index(positive)]
     grid = figure.add_gridspec(3, len(indices), height_ratios=(3, 1, 0.2))
-    # No predicted class of K is less probable than 1 / K.
+    # The predicted one of K classes has a probability of at least 1 / K.
     least = math.floor(CALIBRATION_BINS / len(class_names)) / CALIBRATION_BINS
     for column, index in enumerate(indices):
         above = figure.add_subplot(grid[0, column])
@@ -131,7 +133,7 @@ def reliability_figure(
         if not column:
             above.set_ylabel("Share of images that are of the class", fontsize=11)
             handles, words = above.get_legend_handles_labels()
-    # Inside it would hide bars: these curves leave no corner free that is known before.
+    # Below the plots: no corner of them is sure to be free.
     legend = figure.add_subplot(grid[2, :])
     legend.axis("off")
     legend.legend(handles, words, loc="center", ncols=3, fontsize=9, frameon=False)
@@ -142,7 +144,7 @@ def reliability_figure(
 def _draw_reliability(
     axes: Axes, bins: CalibrationBins, bars: Sequence[Metric], before: CalibrationBins | None
 ) -> None:
-    """bars: of the filled bins."""
+    """bars: the share and its interval in each bin that has images."""
     filled = np.flatnonzero(bins.count_B)
     share = bins.correct_B[filled] / bins.count_B[filled]
     limits = np.array([[item.ci_low, item.ci_high] for item in bars], float).reshape(-1, 2)
@@ -150,7 +152,8 @@ def _draw_reliability(
     axes.errorbar(
         bins.confidence_B[filled],
         share,
-        # A share of 0 or 1 is its own limit but for rounding, and matplotlib refuses -1e-17.
+        # `abs`, because a bound that equals the share may be off by rounding, and matplotlib
+        # refuses -1e-17.
         yerr=np.abs(limits.T - share),
         marker="o",
         capsize=3,
@@ -189,7 +192,7 @@ def _shares(
     index: int | None,
     resampling: Resampling | None,
 ) -> list[Metric]:
-    """Of the images in each bin that has some, those that are of the class."""
+    """For each bin that has images, the share that are of the class, with its interval."""
     patients = Resampling.of([None] * len(labels)) if resampling is None else resampling
     _, is_true_N, bin_N = binned(labels, probabilities, index)
     bars = []
@@ -201,10 +204,11 @@ def _shares(
 
 
 def history_figure(history: pd.DataFrame, title: str, note: str = "") -> Figure:
-    """Loss and accuracy by epoch, training and validation, with the epoch whose weights were kept.
+    """Training and validation loss and accuracy by epoch; the epoch whose weights were kept is
+    marked.
 
     history: columns epoch, train_loss, validation_loss (nats), train_accuracy, validation_accuracy
-    (0 … 1), a row an epoch. Raises `ValueError` where one is missing or there is no row.
+    (0 … 1), one row per epoch. Raises `ValueError` if a column is missing or there are no rows.
     """
     missing = [column for column in _HISTORY_COLUMNS if column not in history.columns]
     if missing or history.empty:

@@ -1,8 +1,8 @@
 """How well class activation maps agree with readers' boxes.
 
-The pointing game (Zhang et al. 2018, arXiv:1608.00507): the highest place of the map lies in a box,
-or does not. The energy-based one (Wang et al. 2020, arXiv:1910.01279): the share of the map that
-lies in boxes. Both stand beside what chance gives: the share of the film that its boxes cover.
+The pointing game (Zhang et al. 2018, arXiv:1608.00507): whether the highest point of the map lies
+in a box. The energy-based pointing game (Wang et al. 2020, arXiv:1910.01279): the share of the map
+that lies in boxes. Both are compared with chance: the share of the film that its boxes cover.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ from lungopacity.evaluation.measure import ratio_metrics
 from lungopacity.evaluation.metrics import Metric
 
 TOLERANCE = 15 / 224
-"""Of the film's shorter side, by which a point may miss a box: 15 pixels where it has 224, as the
-papers count."""
+"""Distance by which a point may miss a box, as a fraction of the film's shorter side. The papers
+allow 15 pixels of 224."""
 _NOT_BLACK = 8
-"""Grey values below are taken for what was blacked out or collimated."""
+"""Pixels with a lower grey value count as blacked out or collimated."""
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Pointing:
-    """One film that has boxes."""
+    """How the map of one film agrees with its boxes."""
 
     hit: bool
-    """The highest place lies in a box. A map of zeros has none, and misses."""
+    """Whether the highest point lies in a box. A map of zeros has no such point, and misses."""
     hit_with_tolerance: bool
     energy: float
-    """Share of the map's sum that lies in boxes, 0 … 1; 0 of a map of zeros."""
+    """Share of the map's sum that lies in boxes, 0 … 1; 0 for a map of zeros."""
     chance: float
     """Share of the pixels shown that lie in boxes: how often a random point hits."""
     chance_with_tolerance: float
     chance_not_black: float
-    """The same among pixels that are not black: of films cut to the lung fields, a point there."""
+    """`chance` among the pixels that are not black, such as the lungs of films cut to the lung
+    fields."""
 
 
 def peak_of(activation: npt.NDArray[np.float32]) -> tuple[float, float] | None:
-    """x and y of the highest place, in pixels from the film's left and top; None of a map of zeros.
+    """x and y of the highest point, in pixels from the film's left and top; None for a map of
+    zeros.
 
-    activation: (height, width), 0 … 1. Interpolation repeats the outermost places up to the edges:
-    of pixels that are all the highest, it is the one nearest to the middle of the film.
+    activation: (height, width), 0 … 1. Interpolation repeats the outermost values up to the edges.
+    So if several pixels are the highest, the one nearest to the film's centre is taken.
     """
     highest = float(activation.max(initial=0.0))
     if highest <= 0:
@@ -65,8 +67,8 @@ def point(
 ) -> Pointing:
     """Compare a map with the film's boxes.
 
-    activation, film: (height, width), of what the network is shown. boxes: (m, 4) x, y, width and
-    height in their pixels, one at least. tolerance: in their pixels.
+    activation, film: (height, width), the part that the network is shown. boxes: (m, 4) x, y, width
+    and height in pixels of that part, at least one box. tolerance: in the same pixels.
     """
     assert len(boxes), "a film without boxes has nothing to point at"
     distance = _distance_to_boxes(film.shape, boxes)
@@ -89,7 +91,7 @@ def point(
 def pointing_metrics(
     films: Sequence[Pointing], resampling: Resampling, group: str = "all"
 ) -> list[Metric]:
-    """The metrics of films with boxes, with the intervals of `measure`; none of no films.
+    """The metrics of films with boxes, with intervals as in `measure`; empty without films.
 
     resampling: the films' patients.
     """
@@ -112,7 +114,7 @@ def pointing_metrics(
 def _distance_to_boxes(
     shape: tuple[int, ...], boxes: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Of each pixel's middle to the nearest box, 0 inside of it; in pixels."""
+    """Distance in pixels from the centre of each pixel to the nearest box; 0 inside a box."""
     rows, columns = np.arange(shape[0])[:, None] + 0.5, np.arange(shape[1])[None, :] + 0.5
     nearest = np.full(shape, np.inf)
     for x, y, width, height in boxes:

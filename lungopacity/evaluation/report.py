@@ -1,4 +1,4 @@
-"""The report of an evaluation: what was measured, in words, tables and figures."""
+"""The report of an evaluation, as text, tables and figures."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from lungopacity.storage import Store, open_store
 from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.storage.probe import check_writable
 
-_MOST_TOLD = 10
+_MOST_LISTED = 10
 EVALUATION = "evaluation.json"
 EXPLANATION = "explain.json"
-"""Written last: what lies beside it is whole, and of one report."""
+"""Files that are written last: if one exists, the report beside it is complete."""
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What a model says of images; row i of each array is the same image."""
+    """A model's output for images; row i of each array is the same image."""
 
     logits_NK: npt.NDArray[np.float32]
-    """Raw."""
+    """Before calibration."""
     probabilities_NK: npt.NDArray[np.float32]
     """Calibrated."""
     disagreement_N: npt.NDArray[np.float32] | None
@@ -57,7 +57,7 @@ class ModelScores:
     """See `Scorer.out_of_distribution`."""
 
     def rows(self, rows: npt.NDArray[np.int64]) -> ModelScores:
-        """Of these images alone."""
+        """Only these images."""
         return ModelScores(
             self.logits_NK[rows],
             self.probabilities_NK[rows],
@@ -67,7 +67,7 @@ class ModelScores:
 
     @classmethod
     def joined(cls, parts: Sequence[ModelScores]) -> ModelScores:
-        """Those of all images, part by part."""
+        """The parts, concatenated."""
         columns: dict[str, Any] = {}
         for name in vars(parts[0]):
             column = [getattr(part, name) for part in parts]
@@ -77,34 +77,34 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What was measured, and where the report lies."""
+    """What was measured, and where the report is."""
 
     model_id: str
     output: str
     split: str
     images: int
     unreadable: int
-    """Labelled images of the split that could not be read: not in the figures."""
+    """Labelled images of the split that could not be read. No metric counts them."""
     rejected: int
-    """Those that were read, and that a rule left out: not in the figures either."""
+    """Labelled images that were read but left out by a rule. No metric counts them either."""
     patients: int
-    """Of whom the images are; an image without patient_id counts as a patient of its own."""
+    """Number of patients; an image without patient_id counts as a patient of its own."""
     unknown_patients: int
     """Images without patient_id."""
     intervals: str
-    """How the 95 % intervals were made."""
+    """How the 95 % intervals were computed."""
     synthetic: bool
     class_names: tuple[str, ...]
     positive_class: str
     operating_point: str | None
-    """The name of the one that decided, where it was asked for; None: the model's own."""
+    """The name of the operating point that was asked for; None is the model's own choice."""
     decided_at: str
-    """Its name, or that of the model's own: decisions of subgroups are compared at it."""
+    """The name of the operating point that made the decisions. Subgroups are compared at it."""
     metrics: list[Metric]
     gaps: tuple[Gap, ...] = ()
-    """Between subgroups, the largest first."""
+    """Gaps between subgroups, the largest first."""
     picked_on: Mapping[str, int] = field(default_factory=dict)
-    """Of each site's operating point that was picked on some of these films: on how many."""
+    """For each site's operating point that was picked on some of these films, on how many."""
 
     @property
     def exit_code(self) -> int:
@@ -112,24 +112,28 @@ class EvaluationResult:
         return 1 if self.unreadable else 0
 
     def value(self, metric: str, class_name: str | None = None) -> float:
-        """Over all images. Raises `KeyError` where it was not measured."""
+        """The value of a metric over all images. Raises `KeyError` if it was not measured."""
         value = metric_value(self.metrics, metric, class_name)
         if value is None:
             raise KeyError((metric, class_name))
         return value
 
     def summary(self) -> str:
-        """Table 1 of the paper with this model beside it, and where the files are."""
+        """Table 1 of the paper next to this model, further metrics, and where the files are."""
         lines = [
             f"model {self.model_id} on {self.images} images of split '{self.split}'"
             + (f", {self.unreadable} unreadable" if self.unreadable else "")
             + (f", {self.rejected} rejected" if self.rejected else "")
             + (", synthetic" if self.synthetic else ""),
             f"95 % intervals: {self.intervals}"
-            + (f"; {self.unknown_patients} films name no patient" if self.unknown_patients else ""),
+            + (
+                f"; {self.unknown_patients} films have no patient_id"
+                if self.unknown_patients
+                else ""
+            ),
             format_table1(table1(self.metrics, self.class_names)),
         ]
-        told = {
+        shown = {
             ("accuracy", None): "accuracy",
             ("balanced_accuracy", None): "balanced accuracy",
             ("roc_auc", self.positive_class): f"AUC {self.positive_class}",
@@ -146,7 +150,7 @@ class EvaluationResult:
         support = [f"{i.value:.0f} {i.class_name}" for i in self.metrics if _is_support(i)]
         lines += [_row("films", ", ".join(support))] if support else []
         lines += [
-            _row(name, with_interval(overall[key])) for key, name in told.items() if key in overall
+            _row(name, with_interval(overall[key])) for key, name in shown.items() if key in overall
         ]
         lines += self._decisions()
         if self.operating_point is not None:
@@ -154,7 +158,7 @@ class EvaluationResult:
         lines += [
             _row(
                 f"{gap.figure} by {gap.column}",
-                f"{_of_group(gap.worst)}; {_of_group(gap.best)}; between them {gap.size_words}",
+                f"{_of_group(gap.worst)}; {_of_group(gap.best)}; difference {gap.size_words}",
             )
             for gap in self.gaps
         ]
@@ -162,13 +166,13 @@ class EvaluationResult:
         lines += [_row("too few patients to compare", "; ".join(uncompared))] if uncompared else []
         few = uncompared_groups(self.metrics, self.positive_class, self.decided_at)
         if few:
-            words = [f"{item.group} ({_films(item)})" for item in few[:_MOST_TOLD]]
-            words += [f"and {len(few) - _MOST_TOLD} more"] if len(few) > _MOST_TOLD else []
-            lines.append(_row("few patients, or of one kind", ", ".join(words)))
+            words = [f"{item.group} ({_films(item)})" for item in few[:_MOST_LISTED]]
+            words += [f"and {len(few) - _MOST_LISTED} more"] if len(few) > _MOST_LISTED else []
+            lines.append(_row("few patients, or of one class", ", ".join(words)))
         return "\n".join([*lines, f"report in {self.output}", NOTICE])
 
     def _decisions(self) -> list[str]:
-        """A line for each operating point, two of one with a band."""
+        """A line for each operating point, two if it has a band."""
         points = [
             item.class_name
             for item in self.metrics
@@ -177,7 +181,7 @@ class EvaluationResult:
         lines = []
         for name in points:
             of_point = (i for i in self.metrics if _whole(i) and i.class_name == name)
-            names = (f"at {name}", "  with those under review")
+            names = (f"at {name}", "  review counted as found")
             lines += [
                 _row(name, words)
                 for name, words in zip(names, decision_words(of_point), strict=False)
@@ -187,7 +191,7 @@ class EvaluationResult:
         return lines
 
     def to_json(self) -> str:
-        """Everything, undefined values as null."""
+        """All fields, with undefined values as null."""
         rows = [
             {key: _finite(value) for key, value in vars(metric).items()} for metric in self.metrics
         ]
@@ -197,10 +201,12 @@ class EvaluationResult:
 
 
 def check_output(output: str, holds_not: str) -> None:
-    """Raises `UserError` where nothing can be written, or a report of another kind lies there: it
-    has a metrics.parquet, too."""
+    """Raises `UserError` if `output` cannot be written to, or holds a report of the other kind,
+    whose metrics.parquet would be overwritten. holds_not: the last file of the other kind."""
     if open_store(output).head(holds_not) is not None:
-        raise UserError(f"{output}: holds a report with {holds_not}; choose another --output")
+        raise UserError(
+            f"{output}: holds another kind of report ({holds_not}); choose another --output"
+        )
     check_writable(output)
 
 
@@ -209,34 +215,35 @@ def write_tables(
     result: EvaluationResult,
     data: LabelledPixels,
     resampling: Resampling,
-    said: ModelScores,
+    scores: ModelScores,
     point: OperatingPoint,
 ) -> None:
-    """metrics.parquet, predictions.parquet (a row an image, decided at `point`) and table1.txt."""
+    """Write metrics.parquet, predictions.parquet (one row per image, decided at `point`) and
+    table1.txt."""
     run_id = f"evaluation-{result.split}"
     table = metrics_table(result.metrics, run_id, result.model_id, synthetic=result.synthetic)
     frame = data.images.assign(model_id=result.model_id, synthetic=result.synthetic)
-    # Above 89 an age identifies (HIPAA safe harbour): 90 stands for all of them.
+    # An age above 89 may identify a person (HIPAA safe harbour), so 90 stands for all of them.
     ages = pd.to_numeric(frame["patient_age_years"], errors="coerce")
     frame["patient_age_years"] = np.floor(ages.clip(upper=90))
-    # Who the patient is does not belong into a report; which films are of one, `compare` needs.
+    # A report must not name patients, but `compare` needs to know which films share one.
     frame["patient_cluster"] = resampling.patient_N
     frame = frame.drop(columns="patient_id")
     for index, name in enumerate(result.class_names):
-        frame[class_column("p", name)] = said.probabilities_NK[:, index]
-        frame[class_column("logit", name)] = said.logits_NK[:, index]
-    predicted = said.probabilities_NK.argmax(axis=1)
+        frame[class_column("p", name)] = scores.probabilities_NK[:, index]
+        frame[class_column("logit", name)] = scores.logits_NK[:, index]
+    predicted = scores.probabilities_NK.argmax(axis=1)
     frame["predicted_label"] = [result.class_names[index] for index in predicted]
-    p_N = said.probabilities_NK[:, result.class_names.index(result.positive_class)]
+    p_N = scores.probabilities_NK[:, result.class_names.index(result.positive_class)]
     frame["decision"] = [point.decide(float(p)) for p in p_N]
-    frame["ensemble_disagreement"] = said.disagreement_N
-    frame["out_of_distribution_score"] = said.unlike_N
+    frame["ensemble_disagreement"] = scores.disagreement_N
+    frame["out_of_distribution_score"] = scores.unlike_N
     schema = evaluation_schema(result.class_names)
-    scores = pa.Table.from_pandas(frame, schema, preserve_index=False)
-    # Without what it remembers of pandas.
-    scores = scores.replace_schema_metadata(schema.metadata)
+    predictions = pa.Table.from_pandas(frame, schema, preserve_index=False)
+    # Removes the metadata that pandas adds.
+    predictions = predictions.replace_schema_metadata(schema.metadata)
     store.write("metrics.parquet", parquet_bytes(table))
-    store.write("predictions.parquet", parquet_bytes(scores))
+    store.write("predictions.parquet", parquet_bytes(predictions))
     store.write("table1.txt", (result.summary() + "\n").encode())
 
 
@@ -247,8 +254,8 @@ def write_figures(
     resampling: Resampling,
     history_parquet: bytes | None,
 ) -> None:
-    """Each figure as PNG and SVG, in place of those of an older report. history_parquet: of the
-    training, where it is known."""
+    """Write each figure as PNG and SVG, replacing those of an older report. history_parquet: the
+    training history, if the model folder has it."""
     labels_N, exact_NK, names = scored.labels_N, scored.probabilities_NK, result.class_names
     note = "synthetic" if result.synthetic else ""
     title = f"{result.model_id} · {result.split} · n = {result.images}"
@@ -295,7 +302,7 @@ def _is_support(item: Metric) -> bool:
 
 
 def _row(name: str, words: str) -> str:
-    """A line of the summary; a name may be longer than its place."""
+    """A line of the summary; a longer name shifts the words to the right."""
     return f"{name:31} {words}"
 
 

@@ -1,8 +1,9 @@
-"""What tells the label of a film without a look at the lungs: the view, the scanner, the border.
+"""Shortcuts: facts that predict a film's label without a look at the lungs, such as the view, the
+scanner or the border.
 
-Each fact is tried on films of other patients than it was counted on, and its AUC has an interval
-over patients (`bootstrap`). Array names carry their shape: N images, R replicates, S different
-scores in rising order, H height, W width, F pixels.
+Each fact is tested on films of other patients than it was fitted on, and its AUC has an interval
+over patients (`bootstrap`). Array names carry their shape: N images, R replicates, S distinct
+scores in ascending order, H height, W width, F pixels.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from lungopacity.progress import Progress
 log = logging.getLogger(__name__)
 
 _BORDER = 0.15
-"""Of the film's side, on each of the four sides, is what the border probe sees."""
+"""Width of the border that the border probe sees, on each side, as a fraction of the side."""
 _FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """How well one fact alone tells a class from the rest, on films it has not seen."""
+    """How well one fact alone tells a class from the rest, on films that it was not fitted on."""
 
     fact: str
     class_name: str
@@ -46,19 +47,19 @@ class Shortcut:
     ci_high: float | None
     n: int
     ci_method: str | None
-    """Of the interval; None where there is none."""
+    """How the interval was computed; None if there is none."""
 
 
 def shortcuts_of(
     data: LabelledPixels,
     class_name: str,
-    told: pd.DataFrame,
+    of_labels: pd.DataFrame,
     resampling: Resampling,
 ) -> Iterator[Shortcut]:
-    """Of each fact that differs between the films.
+    """Yields a shortcut for each fact that differs between the films.
 
-    class_name: which is told from the others. told: what the labels alone tell, a column a fact
-    and a row a film. resampling: of their patients.
+    class_name: the class to tell from the others. of_labels: facts from the labels, one column per
+    fact and one row per film. resampling: the films' patients.
     """
     positive_N = data.labels_N == data.class_names.index(class_name)
     if not positive_N.any() or positive_N.all():
@@ -67,7 +68,11 @@ def shortcuts_of(
     patients = frame["patient_id"].fillna("image " + frame["image"]).to_numpy(str)
     of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
     if min(of_kind) < 2:
-        log.warning("one patient has all films of a kind: nothing can be tried on others")
+        log.warning(
+            "class %s: one patient has all its films, or all others, so no shortcut can be tested "
+            "on other patients",
+            class_name,
+        )
         return
     fold_N = _folds(positive_N, patients)
 
@@ -80,7 +85,7 @@ def shortcuts_of(
         method = None if low is None else "bootstrap"
         return Shortcut(fact, class_name, values, float(value), low, high, known, method)
 
-    for fact, values in _facts(frame, told).items():
+    for fact, values in _facts(frame, of_labels).items():
         known_N = np.array([value is not None for value in values])
         if len({value for value in values if value is not None}) < 2:
             continue
@@ -97,11 +102,11 @@ def auc_within_folds(
     fold_N: npt.NDArray[np.int64],
     weights_RN: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.float64]:
-    """(R,) AUC over the pairs of films of one fold, under each row of weights; NaN without a pair.
+    """(R,) AUC over the pairs of films within a fold, under each row of weights; NaN without pairs.
 
-    Where a fold has more positives than another, its films were scored from fewer. Counted, pairs
-    of films of two folds would push the AUC of a fact that tells nothing below 0.5 (Airola et al.
-    2011, Computational Statistics & Data Analysis 55:1828).
+    If a fold has more positives, its films were scored by folds with fewer. So pairs across folds
+    would push the AUC of a useless fact below 0.5, and are not counted (Airola et al. 2011,
+    Computational Statistics & Data Analysis 55:1828).
     """
     right_R, pairs_R = np.zeros((2, len(weights_RN)))
     for fold in np.unique(fold_N):
@@ -113,8 +118,8 @@ def auc_within_folds(
     return ratio(right_R, pairs_R)
 
 
-def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None]]:
-    """What is known of each film beside its pixels, None where it is not."""
+def _facts(frame: pd.DataFrame, of_labels: pd.DataFrame) -> dict[str, list[str | None]]:
+    """What is known of each film besides its pixels; None where it is unknown."""
 
     def words(values: pd.Series) -> list[str | None]:
         return [None if pd.isna(value) else str(value) for value in values]
@@ -124,7 +129,7 @@ def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None
         "view_position": words(frame["view_position"]),
         "patient_sex": words(frame["patient_sex"]),
         "age": [None if pd.isna(age) else age_band(float(age)) for age in ages],
-        # Loose films are objects of their own, and say nothing of each other.
+        # Skipped for loose films: each is an object of its own.
         "shard": words(frame["source"]) if frame["source"].nunique() < len(frame) / 2 else [],
         "format": words(frame["format"]),
         "rows x columns": [
@@ -133,9 +138,10 @@ def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None
         ],
         "photometric_interpretation": words(frame["photometric_interpretation"]),
     }
-    # A `format` of the labels is not the files'.
+    # A labels column may be named like a fact of the files, such as `format`.
     further = {
-        f"{name} of the labels" if name in read else str(name): words(told[name]) for name in told
+        f"{name} of the labels" if name in read else str(name): words(of_labels[name])
+        for name in of_labels
     }
     return further | read
 
@@ -143,15 +149,15 @@ def _facts(frame: pd.DataFrame, told: pd.DataFrame) -> dict[str, list[str | None
 def _folds(
     positive_N: npt.NDArray[np.bool_], patients: npt.NDArray[np.str_]
 ) -> npt.NDArray[np.int64]:
-    """Of each film the fold in which it is tried, with all films of its patient. Each fold has a
-    patient of either kind, if there are as many."""
+    """The fold in which each film is tested; all films of a patient are in the same fold. Each fold
+    has patients with and without positive films, if there are enough."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     of_kind = (len(set(patients[positive_N])), len(set(patients[~positive_N])))
     splits = StratifiedGroupKFold(n_splits=min(_FOLDS, *of_kind), shuffle=True, random_state=0)
     fold_N = np.zeros(len(positive_N), np.int64)
     with warnings.catch_warnings():
-        # A single film of a kind is in one fold alone.
+        # scikit-learn warns if a kind has fewer films than there are folds.
         warnings.filterwarnings("ignore", "The least populated class")
         for fold, (_, test) in enumerate(splits.split(positive_N, positive_N, patients)):
             fold_N[test] = fold
@@ -163,8 +169,8 @@ def _rates(
     positive_N: npt.NDArray[np.bool_],
     fold_N: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.float64], int]:
-    """For each film the share of positives among other folds' films of the same value; and how many
-    values there are."""
+    """For each film, the share of positives among the films of other folds with the same value; and
+    the number of values."""
     named = pd.Series(["unknown" if value is None else value for value in values])
     scores_N = np.zeros(len(named))
     for fold in np.unique(fold_N):
@@ -181,8 +187,8 @@ def _border_scores(
     fold_N: npt.NDArray[np.int64],
     title: str,
 ) -> npt.NDArray[np.float64]:
-    """Of a logistic regression that sees the border alone, on patients that it has not seen.
-    title: of the progress."""
+    """Scores of a logistic regression on the border's pixels, on patients that it was not fitted
+    on. title: of the progress line."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -198,7 +204,7 @@ def _border_scores(
         for fold in folds:
             test = fold_N == fold
             if len(set(positive_N[~test])) < 2:
-                continue  # nothing to be learnt from
+                continue  # it cannot be fitted to one kind
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
             probe.fit(seen_NF[~test], positive_N[~test])
             scores_N[test] = probe.decision_function(seen_NF[test])

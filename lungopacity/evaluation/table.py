@@ -1,4 +1,4 @@
-"""Metrics as the tidy table that evaluation and screening both write."""
+"""Metrics as the table that evaluation and screening both write, and gaps between subgroups."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def metrics_table(
 def metric_value(
     metrics: Sequence[Metric], name: str, class_name: str | None = None
 ) -> float | None:
-    """The value over all images of one metric, or None where it was not measured."""
+    """The value of one metric over all images, or None if it was not measured."""
     for metric in metrics:
         if (metric.group, metric.metric, metric.class_name) == ("all", name, class_name):
             return metric.value
@@ -61,50 +61,51 @@ def _figure(value: float, low: float | None, high: float | None) -> str:
 
 
 def decision_words(metrics: Iterable[Metric]) -> list[str]:
-    """`sensitivity 0.9123 (…), specificity …` of the figures of one operating point; if it has a
-    band, then the same of what review adds."""
+    """`sensitivity 0.9123 (…), specificity …` from the metrics of one operating point; if it has a
+    band, a second text with review counted as found."""
     found = {item.metric: with_interval(item) for item in metrics}
-    told = [
+    words = [
         f"sensitivity {found['decision_sensitivity']}, specificity {found['decision_specificity']}"
     ]
     if "review_rate" in found:
-        told.append(
+        words.append(
             f"sensitivity {found['decision_sensitivity_with_review']}, negative predictive value "
             f"{found['negative_predictive_value']}, under review {found['review_rate']}"
         )
-    return told
+    return words
 
 
 def flatters(films: int) -> str:
-    """Of an operating point that was picked on so many of the evaluated films."""
-    return f"picked on {films} of these films: its figures flatter"
+    """A remark on an operating point that was picked on so many of the evaluated films."""
+    return f"picked on {films} of these films: its metrics look too good"
 
 
 FEWEST = 30
-"""Patients of a subgroup that is compared with others: between a handful any gap is chance."""
+"""Fewest patients of a subgroup that is compared with others: with a few, any gap is chance."""
 
 _COMPARED = {
     "roc_auc": "AUC",
     "decision_sensitivity": "sensitivity",
     "decision_specificity": "specificity",
 }
-"""Scores that are shifted in one group, as by another scanner, keep their AUC: decisions tell."""
+"""Sensitivity and specificity are compared, too, because scores that are shifted in one group, as
+by another scanner, keep their AUC."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """The two subgroups of one column between which a model differs most in one figure."""
+    """The two subgroups of one column between which a model differs most in one metric."""
 
     worst: Metric
     best: Metric
     ci_low: float | None = None
     ci_high: float | None = None
-    """The 95 % interval of `size` between these two. That they are the two of all which differ
-    most, it does not count."""
+    """The 95 % interval of `size` between these two. It does not account for having picked the two
+    that differ most."""
 
     @property
     def column(self) -> str:
-        """What the subgroups are of."""
+        """The column that forms the subgroups."""
         return self.best.group.partition("=")[0]
 
     @property
@@ -114,7 +115,7 @@ class Gap:
 
     @property
     def size(self) -> float:
-        """Of the figure."""
+        """The difference of the metric, best minus worst."""
         return self.best.value - self.worst.value
 
     @property
@@ -136,16 +137,15 @@ class Gap:
 
 
 def largest_gaps(metrics: Sequence[Metric], positive: str, point: str) -> list[Gap]:
-    """The gap of each column of subgroups in AUC, and in the decisions at an operating point, the
-    largest first.
+    """The gap of each column of subgroups in AUC, sensitivity and specificity, the largest first.
 
-    positive: the class that decisions are about. point: the name of the one that decides. Figures
-    of fewer than `FEWEST` patients (of images, where nobody counted them) are left out, and those
-    without an interval; but for an AUC that no draw moves, as of 1, where as many patients have
-    films of either kind.
+    positive: the class that decisions are about. point: the name of the operating point for the
+    decisions. Metrics of fewer than `FEWEST` patients (images, if patients were not counted) are
+    left out, and so are those without an interval. An AUC without an interval because no draw
+    changes it, such as 1, stays if enough patients have films of either kind.
     """
     gaps = [
-        # Of equal ones the first and the last: two groups, and not one twice.
+        # If all are equal, the first and the last: two groups, not the same one twice.
         Gap(min(items, key=lambda item: item.value), max(items[::-1], key=lambda item: item.value))
         for items in _comparable(metrics, positive, point)
         if len(items) > 1
@@ -154,26 +154,26 @@ def largest_gaps(metrics: Sequence[Metric], positive: str, point: str) -> list[G
 
 
 def uncompared_figures(metrics: Sequence[Metric], gaps: Sequence[Gap]) -> list[str]:
-    """`sensitivity by view_position, age`: of each figure the columns of two subgroups or more of
-    which no gap tells: fewer than two have `FEWEST` patients that count, and an interval."""
+    """The columns with several subgroups but no gap in a metric, because fewer than two subgroups
+    have `FEWEST` patients that count, and an interval: `sensitivity by view_position, age`."""
     groups = dict.fromkeys(item.group for item in metrics if item.group != "all")
     columns = Counter(group.partition("=")[0] for group in groups)
-    told = {(gap.figure, gap.column) for gap in gaps}
+    compared = {(gap.figure, gap.column) for gap in gaps}
     left = {
-        figure: [name for name in columns if columns[name] > 1 and (figure, name) not in told]
+        figure: [name for name in columns if columns[name] > 1 and (figure, name) not in compared]
         for figure in _COMPARED.values()
     }
     return [f"{figure} by {', '.join(names)}" for figure, names in left.items() if names]
 
 
 def uncompared_groups(metrics: Sequence[Metric], positive: str, point: str) -> list[Metric]:
-    """The accuracy of each subgroup that no gap tells of, for it has few patients, or films of
-    one kind."""
+    """The accuracy of each subgroup that could not be compared, because it has few patients, or
+    only films with or only films without the positive class."""
     compared = {
         item.group
         for items in _comparable(metrics, positive, point)
         for item in items
-        # One whose AUC is known lacks nothing but another to compare it with.
+        # A group with an AUC had enough patients; it only lacks another group.
         if len(items) > 1 or item.metric == "roc_auc"
     }
     return [
@@ -184,7 +184,7 @@ def uncompared_groups(metrics: Sequence[Metric], positive: str, point: str) -> l
 
 
 def _comparable(metrics: Sequence[Metric], positive: str, point: str) -> Iterable[list[Metric]]:
-    """Of each column of subgroups and figure, the subgroups of which enough is known."""
+    """The metrics that can be compared, one list for each column of subgroups and metric."""
     enough = [
         item
         for item in metrics
@@ -196,7 +196,7 @@ def _comparable(metrics: Sequence[Metric], positive: str, point: str) -> Iterabl
     kinds = [item.group for item in enough if item.metric != "roc_auc"]
     found: dict[tuple[str, str], list[Metric]] = {}
     for item in enough:
-        # Sensitivity and specificity of enough patients: they have films of either kind.
+        # Both sensitivity and specificity have enough patients: there are enough of either kind.
         of_both = item.metric == "roc_auc" and kinds.count(item.group) == 2
         if item.ci_low is not None or of_both:
             found.setdefault((item.group.partition("=")[0], item.metric), []).append(item)
@@ -206,7 +206,7 @@ def _comparable(metrics: Sequence[Metric], positive: str, point: str) -> Iterabl
 def fact_groups(facts: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:
     """The subgroups that every evaluation reports.
 
-    facts: `view_position`, `patient_sex` and `patient_age_years`, one value or None an image.
+    facts: `view_position`, `patient_sex` and `patient_age_years`, one value or None per image.
     """
     ages = facts["patient_age_years"]
     return {

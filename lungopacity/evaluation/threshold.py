@@ -1,5 +1,6 @@
-"""A new operating point of a model: picked from what a site has screened and labelled, or by
-another rule from the validation films, kept in the model folder, and of use to this model alone."""
+"""Pick a new operating point of a model, from films that a site has screened and labelled, or by
+another rule from the validation films. It is kept in the model folder and is valid only for this
+model."""
 
 from __future__ import annotations
 
@@ -41,41 +42,41 @@ from lungopacity.results.workbench import quoted
 
 log = logging.getLogger(__name__)
 
-_MOST_TOLD = 5
+_MOST_LISTED = 5
 _FILM = ["archive", "object", "member_index"]
 
 
 @dataclass(frozen=True)
 class PickedPoint(OperatingPoint):
-    """An operating point, and how sure its figures are."""
+    """An operating point, with its metrics and the films that were not counted."""
 
     metrics: tuple[Metric, ...] = ()
     """Of the decisions on the images that it was picked on, with intervals over patients."""
     intervals: str = ""
-    """How they were made."""
+    """How the intervals were computed."""
     unknown_patients: int = 0
-    """Images of no known patient; each counts as one."""
+    """Images without a known patient; each counts as a patient."""
     left_out: int = 0
-    """Labelled images that the model learnt from or was chosen by."""
+    """Labelled images that the model was trained, selected or calibrated on."""
     of_no_class: Mapping[str, int] = field(default_factory=dict)
-    """Images by a label that means no class of the model: the figures do not count them."""
+    """Number of images by label, for labels that stand for no class of the model. Not counted."""
     unscored: int = 0
     """Labelled images that were rejected, or could not be read."""
     absent: int = 0
-    """Images of the labels file that the results do not have: no run of theirs met them."""
+    """Images of the labels file that are not in the results."""
 
     def summary(self) -> str:
-        """Where it decides, and what that achieved."""
+        """The thresholds, and the metrics of the decisions."""
         review = "" if self.review_from is None else f", review from {self.review_from:.4f}"
         shares, *with_review = decision_words(self.metrics)
         unknown = self.unknown_patients
         return "\n".join(
             [
                 f"positive from {self.threshold:.4f}{review}; {shares} on {self.images} films",
-                *(f"with those under review: {words}" for words in with_review),
+                *(f"review counted as found: {words}" for words in with_review),
                 f"95 % intervals: {self.intervals}"
-                + (f"; {unknown} films name no patient" if unknown else "")
-                + "; of the films that it was picked on: `evaluate` measures it on others",
+                + (f"; {unknown} films have no known patient" if unknown else "")
+                + "; on the films that it was picked on: use `evaluate` to measure it on others",
                 *_not_counted(self),
             ]
         )
@@ -90,16 +91,18 @@ def threshold(
     run_id: str | None = None,
     labels: str | None = None,
 ) -> PickedPoint:
-    """Pick by `rule` and keep under `name` in the model folder; screen with it by that name.
+    """Pick an operating point by `rule`, and keep it as `name` in the model folder.
 
-    results: URI of a results folder, of which this model's newest scores of each image count, or
-    those of one `run_id`; None: the validation films that the model folder keeps, as the points of
-    training are picked. `labels`: a labels file; None takes the labels that the runs were given.
-    Of a results folder, films that the model learnt from or was chosen by are left out, and those
-    whose label is of no class of it; both are counted, with those that have no score, and images of
-    the labels file that no run has met. Who a patient is, `patient_id` of the labels tells, or else
-    `patient_hmac`. Raises `UserError` where no scores of this model have labels, or less than
-    `FEWEST_IMAGES` films are of either kind, where the name is taken, or the rule is none.
+    results: URI of a results folder. The model's newest score of each image counts, or that of
+    `run_id`. None takes the validation films that the model folder keeps, as training does for its
+    points. `labels`: a labels file; None takes the labels that the runs were given. Patients are
+    told apart by `patient_id` of the labels, or else `patient_hmac`.
+
+    Left out, and counted in the result: films of the results that the model was trained, selected
+    or calibrated on, films whose label is of no class, films without a score, and images of the
+    labels file that are not in the results. Raises `UserError` if no scores of this model have
+    labels, if there are fewer than `FEWEST_IMAGES` films of either kind, if the name is taken, or
+    for an unknown rule.
     """
     check_rule(rule)
     trained = load_model(model)
@@ -108,7 +111,7 @@ def threshold(
     films = _films(model, trained, results, run_id, labels)
     positive_N, positive = films.positive_N, trained.spec.positive_class
     _check_enough(films, trained.spec)
-    # In float64, as a decision is made: a threshold may lie between two scores of float32.
+    # In float64, as in decisions: a threshold may lie between two neighbouring float32 scores.
     p_N = films.rows["p"].to_numpy(np.float64)
     point = pick(rule, p_N, positive_N, films.where)
     resampling = Resampling.of(films.rows["patient"].tolist())
@@ -131,16 +134,16 @@ def threshold(
 
 @dataclass(frozen=True)
 class _Films:
-    """What a threshold is picked on, and what of the labelled films is not."""
+    """The films that a threshold is picked on, and how many were left out."""
 
     rows: pd.DataFrame
-    """`label`, `p` of the positive class and `patient`, a row a film."""
+    """`label`, `p` of the positive class, `patient` and `content_sha256`, one row per film."""
     positive_N: npt.NDArray[np.bool_]
-    """Whether its class is the positive one."""
+    """Whether the film's class is the positive one."""
     whose: str
-    """Which films they are, for a message."""
+    """The beginning of a message: which films they are."""
     where: str
-    """The same, for `chosen_by`."""
+    """Which films they are, for `chosen_by`."""
     left_out: int
     of_no_class: dict[str, int]
     unscored: int
@@ -149,12 +152,12 @@ class _Films:
 
 
 def _not_counted(films: PickedPoint | _Films) -> list[str]:
-    """A line, if labelled films are in no figure."""
+    """A line about the labelled films that are not counted, if there are any."""
     several = sorted(films.of_no_class.items(), key=lambda item: -item[1])
-    words = [f"{count} labelled {shown(label)}" for label, count in several[:_MOST_TOLD]]
-    rest = sum(count for _, count in several[_MOST_TOLD:])
+    words = [f"{count} labelled {shown(label)}" for label, count in several[:_MOST_LISTED]]
+    rest = sum(count for _, count in several[_MOST_LISTED:])
     words += [f"{rest} of other labels"] if rest else []
-    words += [f"{films.left_out} that the model knows"] if films.left_out else []
+    words += [f"{films.left_out} that the model was trained on"] if films.left_out else []
     words += [f"{films.unscored} rejected or unreadable"] if films.unscored else []
     words += [f"{films.absent} that the results do not have"] if films.absent else []
     return [f"labelled films not counted: {', '.join(words)}"] if words else []
@@ -163,7 +166,8 @@ def _not_counted(films: PickedPoint | _Films) -> list[str]:
 def _films(
     model: str, trained: TrainedModel, results: str | None, run_id: str | None, labels: str | None
 ) -> _Films:
-    """Those with a score and a class, but for what the model knows; what is left out is told."""
+    """The films that have a score and a class, and that the model was not trained, selected or
+    calibrated on. Warnings count what is left out."""
     spec, unscored, absent = trained.spec, 0, 0
     if results is None:
         films, whose = _validation(model, trained), f"{model}: of its validation films"
@@ -175,8 +179,8 @@ def _films(
     of_no_class = dict(Counter(films.loc[~of_class, "label"]))
     if of_no_class or unscored:
         log.warning(
-            "left out: %d films whose label is of no class of the model, %d labelled films that "
-            "were rejected or could not be read",
+            "left out: %d films whose label is of none of the model's classes, and %d labelled "
+            "films that were rejected or could not be read",
             sum(of_no_class.values()),
             unscored,
         )
@@ -185,7 +189,8 @@ def _films(
     left_out, rows = int(known.sum()), rows[~known]
     if left_out:
         log.warning(
-            "the model learnt from or was chosen by %d of %d labelled films: they are left out",
+            "left out: %d of %d labelled films, on which the model was trained, selected or "
+            "calibrated",
             left_out,
             left_out + len(rows),
         )
@@ -197,19 +202,19 @@ def _films(
 
 
 def _with_scores(films: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """The frames that have one, and how many films have none in any frame."""
+    """The frames that have a score, and the number of films without a score in any frame."""
     scored = films["p"].notna()
     by_film = scored.groupby([films[name] for name in _FILM], dropna=False)
     return films[scored], int((~by_film.any()).sum())
 
 
 def _check_enough(films: _Films, spec: ModelSpec) -> None:
-    """Raises `UserError` for less than `FEWEST_IMAGES` films of either kind."""
+    """Raises `UserError` for fewer than `FEWEST_IMAGES` films of either kind."""
     counts = (int(films.positive_N.sum()), int((~films.positive_N).sum()))
     if min(counts) < FEWEST_IMAGES:
         raise UserError(
             films.whose
-            + (", but did not learn from," if films.left_out else "")
+            + (", but was not trained on," if films.left_out else "")
             + f" {counts[0]} are labelled {spec.positive_class} and {counts[1]} otherwise; "
             + "; ".join([f"{FEWEST_IMAGES} of each are needed", *_not_counted(films)])
             + (
@@ -226,8 +231,8 @@ def _warn_of_few_patients(
     patients = [len(set(resampling.patient_N[kind_N])) for kind_N in (positive_N, ~positive_N)]
     if min(patients) < FEWEST_IMAGES:
         log.warning(
-            "the films are of %d patients with %s and %d without: of fewer than %d, a threshold is "
-            "mostly chance",
+            "the films are of %d patients with %s and %d without: with fewer than %d, a threshold "
+            "is mostly chance",
             patients[0],
             positive,
             patients[1],
@@ -238,9 +243,9 @@ def _warn_of_few_patients(
 def _labelled(
     trained: TrainedModel, results: str, run_id: str | None, labels: str | None
 ) -> tuple[pd.DataFrame, int]:
-    """`name`, `content_sha256`, `patient`, `label` and `p` of the positive class, null of a film
-    without a score, as a data frame; one row a frame. `_FILM` says which frames are of one film.
-    And how many images of the labels file the results do not have."""
+    """A data frame of labelled films, and the number of images in the labels file that are not in
+    the results. Columns: `name`, `content_sha256`, `patient`, `label` and `p` of the positive
+    class, null without a score. One row per frame; the columns `_FILM` identify the film."""
     column = class_column("p", trained.spec.positive_class)
     of_runs = f"model_id = {quoted(trained.model_id)}"
     if run_id is not None:
@@ -253,29 +258,29 @@ def _labelled(
         "arg_max(content_sha256, place) FILTER (status = 'ok') AS content_sha256, "
         "arg_max(patient_hmac, place) AS patient, "
         f"arg_max({column}, place) AS p FROM ("
-        # The order of publishing: clocks are set back, and differ between machines.
+        # `place` is the order of publishing: clocks differ between machines, and can be set back.
         "SELECT predictions.*, place FROM predictions JOIN internal.places USING (run_id) "
         f"WHERE {chosen} "
-        # Of what the object holds now: an older film's score is none of the one that followed.
+        # Only scores of the object's present content: it may have held another film before.
         "QUALIFY source_etag = first_value(source_etag) "
         "OVER (PARTITION BY archive, image ORDER BY place DESC)"
         ") GROUP BY archive, image, member_index, frame",
     ).to_pandas()
     if frame["p"].isna().all():
         raise UserError(
-            f"{results}: has no scores of model {trained.model_id}"
+            f"{results}: no scores of model {trained.model_id}"
             + (" with labels" if labels is None else "")
             + (f" in run '{run_id}'" if run_id else "")
-            + "; screen with it first and see `lungopacity runs`"
+            + "; screen with this model first (`lungopacity runs` lists the runs)"
             + (", or give --labels" if labels is None else "")
         )
     if labels is None:
         return frame, 0
-    told = read_labels(labels)[["image", "label", "patient_id"]]
-    name_of = label_names(frame["name"], told["image"], labels, results)
+    labelled = read_labels(labels)[["image", "label", "patient_id"]]
+    name_of = label_names(frame["name"], labelled["image"], labels, results)
     called = pd.Series([name_of.get(name) for name in frame["name"]], dtype=object)
     both = frame.drop(columns="label").assign(image=called)
-    both = both.merge(told, on="image")
+    both = both.merge(labelled, on="image")
     if both.empty:
         hashed = _names_are_hashed(results, of_runs)
         raise UserError(
@@ -285,23 +290,26 @@ def _labelled(
                 f"in {results} names are hashed (--hash-keys): give the labels to `screen`, which "
                 "joins them before it hashes, and leave --labels out here"
                 if hashed
-                else f"it names {told['image'].min()!r}, {results} {frame['name'].min()!r}"
+                else f"it names {labelled['image'].min()!r}, but {results} has "
+                f"{frame['name'].min()!r}; use the names of the results"
             )
         )
-    # Frames of one film share its name.
+    # Frames of one film share its name, so each film is checked once.
     films = both.drop_duplicates(_FILM)
     twice = films.loc[films["image"].duplicated(), "name"]
     if len(twice):
         raise UserError(
-            f"{labels}: {len(twice)} names are each of several films of {results}, as "
-            f"{twice.min()}; give the --run-id of one archive's run, or label by other names"
+            f"{labels}: {len(twice)} names belong to several films of {results}, such as "
+            f"{twice.min()}; give the --run-id of one archive's run, or use other names in the "
+            "labels"
         )
     patient = both["patient_id"].where(both["patient_id"].notna(), both["patient"])
-    return both.assign(patient=patient), len(told) - both["image"].nunique()
+    return both.assign(patient=patient), len(labelled) - both["image"].nunique()
 
 
 def _validation(model: str, trained: TrainedModel) -> pd.DataFrame:
-    """The same frame of the validation films; the folder does not say whose they are."""
+    """Label, score and content_sha256 of the validation films. The model folder does not record
+    their patients."""
     spec = trained.spec
     kept = pd.read_parquet(io.BytesIO(read_validation(model)))
     logits_VK = kept[[f"logit_{name}" for name in spec.class_names]].to_numpy()
@@ -310,7 +318,7 @@ def _validation(model: str, trained: TrainedModel) -> pd.DataFrame:
 
 
 def _names_are_hashed(results: str, of_runs: str) -> bool:
-    """Whether a run that fits the condition hashed them."""
+    """Whether any run that fits the SQL condition hashed the names of objects."""
     records = query(results, f"SELECT record FROM runs WHERE {of_runs}")["record"].to_pylist()
     settings = [json.loads(record).get("settings", {}) for record in records]
     return any(one.get("key_map") is not None for one in settings)

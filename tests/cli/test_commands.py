@@ -202,18 +202,18 @@ def test_evaluate_writes_its_report(place, capfd):
     lines = (place / "report" / "table1.txt").read_text().splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("at ours "))
     assert re.match(
-        r"  with those under review +sensitivity 1\.0.*, under review 1\.0", lines[at + 1]
+        r"  review counted as found +sensitivity 1\.0.*, under review 1\.0", lines[at + 1]
     )
     card = (place / "report" / "model_card.md").read_text()
     assert (report["decided_at"], report["unknown_patients"]) == ("ours", 2)
-    assert lines[1].endswith("; 2 films name no patient")
+    assert lines[1].endswith("; 2 films have no patient_id")
     # On these very films one was picked, and the other not.
-    flatters = "picked on 2 of these films: its figures flatter"
+    flatters = "picked on 2 of these films: its metrics look too good"
     assert report["picked_on"] == {"ours": 2}
-    assert [number for number, line in enumerate(lines) if "flatter" in line] == [at + 2]
+    assert [number for number, line in enumerate(lines) if "too good" in line] == [at + 2]
     assert lines[at + 2].endswith(f"   {flatters}")
     assert f"- ours: positive from 1.0000, review from 0.0000; cost=5 here; {flatters}\n" in card
-    assert card.count("flatter") == 1
+    assert card.count("too good") == 1
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -229,8 +229,8 @@ def test_evaluate_tests_on_no_film_that_the_model_knows(place, capfd):
     options += ["--labels", place / "labels.csv"]
     code, _, err = run(capfd, "evaluate", *options, "--output", place / "report")
     assert code == 2
-    assert "1 of 2 films of the test split are films that the model learnt from" in err
-    assert "as 7.png; give the labels that it was trained with" in err
+    assert "calibrated on 1 of 2 films of the test split" in err
+    assert "such as 7.png; give the labels that it was trained with" in err
     assert not (place / "report").exists()
     # A class may be absent: its figures are not defined.
     labels = pd.read_csv(place / "labels.csv")
@@ -243,13 +243,13 @@ def test_evaluate_tests_on_no_film_that_the_model_knows(place, capfd):
     assert code == 0
     assert "on 7 images of split 'all', 1 rejected" in out
     assert "1 of 8 labelled images are left out (poor_quality: 1)" in err
-    assert "the model learnt from or was chosen by 1 of 8 films" in err
+    assert "the model was trained, selected or calibrated on 1 of 8 films" in err
     assert "no image of class 'Normal'" in err
     assert re.search(r"\nAUC Lung_Opacity +not defined\n", out)
     code, out, err = run(capfd, "explain", *options, "--output", place / "pictures", "--json")
     assert code == 0
     assert [json.loads(out)[name] for name in ("explained", "rejected")] == [1, 1]
-    assert "the model learnt from or was chosen by 1 of 2 films" in err
+    assert "the model was trained, selected or calibrated on 1 of 2 films" in err
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -272,7 +272,7 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
     )  # fmt: skip
     assert code == 0
     assert "percentile bootstrap over 4 patients of 8 films" in out
-    assert "few patients, or of one kind" in out
+    assert "few patients, or of one class" in out
     metrics = pq.read_table(place / "wide" / "metrics.parquet").to_pandas()
     assert set(metrics["group"]) >= {
         "all", "site=North", "site=South", "manufacturer=Fuji", "manufacturer=GE",

@@ -170,7 +170,7 @@ MISTAKES = {
     "empty split": (
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
          "--labels", "{place}/only-train.csv", "--output", "{out}"],
-        "no image in split 'test'",
+        "no images in split 'test'",
     ),
     "no such column": (
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
@@ -180,7 +180,7 @@ MISTAKES = {
     "subgroups of patients": (
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
          "--labels", "{place}/labels.csv", "--output", "{out}", "--by", "patient_id"],
-        "--by patient_id: forms no subgroups",
+        "--by patient_id: cannot form subgroups",
     ),
     "labels name absent files": (
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive",
@@ -190,7 +190,7 @@ MISTAKES = {
     "split without labels": (
         ["explain", "--model", "{place}/model", "--images", "{place}/archive", "--output", "{out}",
          "--split", "test"],
-        "--split test: is of --labels; give --labels FILE",
+        "--split test: needs --labels FILE",
     ),
     "no run": (["query", "--results", "{out}", "SELECT 1"], "no published run there"),
     "unknown command": (["screem"], "No such command 'screem'"),

@@ -138,12 +138,14 @@ def test_the_card_tells_how_the_model_was_made():
 def test_the_card_tells_of_the_training_films():
     card = card_of()
     lines = section(card, "Data")
-    assert "read by no training. 12 films name no patient; each counts as one." in card
+    assert (
+        "never reads the test split. 12 films have no patient_id; each counts as a patient." in card
+    )
     assert "| train | 2,200 | 2,038 |" in lines
     assert not any(line.startswith("| test |") for line in lines)
     assert (
         "- Left out of training [10, 33]: of no class, train: 1,100 Not_Normal, 3 TB; of no class, "
-        "validation: 348 Not_Normal; not to be read, or rejected, train: 2"
+        "validation: 348 Not_Normal; unreadable or rejected, train: 2"
     ) in lines
 
 
@@ -151,24 +153,28 @@ def test_the_card_tells_which_films_are_in_no_figure():
     card = card_of(
         unreadable=3, rejected={"poor_quality": 2, "lateral_view": 10}, unknown_patients=7
     )
-    lines = section(card, "What it earned")
-    assert "3 labelled films could not be read and are in no figure [13]." in lines
-    assert "Nor are 12 that were read and rejected: 10 lateral_view, 2 poor_quality." in lines
-    assert "95 % intervals [29]: by counting. 7 films name no patient; each counts as one." in lines
+    lines = section(card, "Results")
+    assert "3 labelled films could not be read and are in no metric [13]." in lines
+    assert (
+        "12 were read and rejected, and are in none either: 10 lateral_view, 2 poor_quality."
+        in lines
+    )
+    unknown = "7 films have no patient_id; each counts as a patient."
+    assert f"95 % intervals [29]: by counting. {unknown}" in lines
 
 
 def test_the_card_has_each_figure_with_its_interval():
-    lines = section(card_of(), "What it earned")
+    lines = section(card_of(), "Results")
     assert "| accuracy | all | 0.9123 | 0.9000 to 0.9200 | 798 |" in lines
     assert "| brier binary | Lung_Opacity | 0.0800 | 0.0500 to 0.1000 | 798 |" in lines
     assert "| brier before temperature | all | 0.2000 | 0.1000 to 0.3000 | 798 |" in lines
     assert "| recall | Normal | not defined |  | 0 |" in lines
-    told = "chosen and calibrated: auc 0.9800, expected calibration error 0.0200."
+    told = "selected and calibrated: auc 0.9800, expected calibration error 0.0200."
     assert told in lines[-1] or told in lines[-2]
 
 
 def test_the_card_has_a_row_for_what_each_operating_point_decides():
-    lines = section(card_of(), "What it earned")
+    lines = section(card_of(), "Results")
     assert "| sensitivity=0.95 | sensitivity | 0.9510 | 0.9200 to 0.9700 | 331 |" in lines
     assert "| band | sensitivity with review | 0.9900 | 0.9500 to 1.0000 | 331 |" in lines
     assert "| band | negative predictive value | 0.9800 | 0.9500 to 1.0000 | 300 |" in lines
@@ -180,15 +186,15 @@ def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
     lines = section(card_of(), "Subgroups")
     assert lines[0] == (
         "- The largest gap in AUC is by view_position: PA 0.9412 (0.9200 to 0.9600), 440 films; "
-        "AP 0.9812 (0.9700 to 0.9900), 358 films; between them 0.0400 (0.0010 to 0.0900)."
+        "AP 0.9812 (0.9700 to 0.9900), 358 films; difference 0.0400 (0.0010 to 0.0900)."
     )
     assert lines[1].startswith(
         "- The largest gap in sensitivity is by view_position: PA 0.9000 (0.8000 to 0.9500), "
-        "70 films; AP 0.9100 (0.8000 to 0.9500), 80 films; between them"
+        "70 films; AP 0.9100 (0.8000 to 0.9500), 80 films; difference"
     )
     assert lines[2] == (
-        "- Not compared, for fewer than two subgroups have 30 patients of the kind that counts, "
-        "and an interval: sensitivity by patient_sex; specificity by patient_sex, view_position."
+        "- Not compared, because fewer than two subgroups have an interval and 30 patients that "
+        "count: sensitivity by patient_sex; specificity by patient_sex, view_position."
     )
     assert "| sensitivity at youden | specificity at youden | films | patients |" in lines[4]
     assert (
@@ -215,21 +221,21 @@ def of_ages(*bands):
 
 def test_what_the_model_is_for_follows_from_its_films():
     use, scope, *_ = section(card_of(metrics=of_ages("18-39", "90+")), "Intended use")
-    assert "made to sort frontal chest radiographs of adults, like those that it learnt" in use
-    assert scope.startswith("- Out of its scope [38]: children; lateral views; other body parts;")
-    assert "training films, which are flagged `quality_out_of_distribution`; films as of" in scope
-    assert scope.endswith("films as of the labels Not_Normal, TB, which it never saw.")
+    assert "research; sorts frontal chest radiographs of adults that are like its" in use
+    assert scope.startswith("- Out of scope [38]: children; lateral views; other body parts;")
+    assert "training films, which are flagged `quality_out_of_distribution`; films with" in scope
+    assert scope.endswith("films with the labels Not_Normal, TB, which were not trained on.")
     for metrics in ([], of_ages("under-18", "18-39"), of_ages("18-39", "unknown")):
         use, scope, ages, *_ = section(card_of(metrics=metrics), "Intended use")
         assert "adults" not in use
         assert "children" not in scope
-        assert "not all of adults" in ages
+        assert "Some ages are unknown, or not of adults" in ages
     taken = {"provenance": {"accept": ["lateral_view", "wrong_body_part"]}}
     for training in (taken, {"members": [{}, taken]}):
         card = card_of(replace(SPEC, training=training), of_ages("18-39"))
         use, scope, *_ = section(card, "Intended use")
-        assert "made to sort radiographs of adults" in use
-        assert scope.startswith("- Out of its scope [38]: children; films unlike the training")
+        assert "sorts radiographs of adults" in use
+        assert scope.startswith("- Out of scope [38]: children; films unlike the training")
 
 
 def test_a_card_of_many_labels_names_the_commonest_and_counts_the_rest():
@@ -238,8 +244,8 @@ def test_a_card_of_many_labels_names_the_commonest_and_counts_the_rest():
     data = {"fingerprint": "abc", "left_out": left_out}
     card = plain_card(replace(SPEC, training={"data": data}))
     assert ", 91 Finding 9, 179 of other labels\n" in card
-    assert "films as of the labels Finding 0, Finding 1, " in card
-    assert "Finding 9, 2 more, which it never saw." in card
+    assert "films with the labels Finding 0, Finding 1, " in card
+    assert "Finding 9, 2 more, which were not trained on." in card
 
 
 def test_a_card_tells_the_biases_of_several_classes():
@@ -249,15 +255,15 @@ def test_a_card_tells_the_biases_of_several_classes():
         class_biases=(0.1, -0.25, 0.15),
     )
     told = "plus biases of +0.100 for Normal, -0.250 for Lung_Opacity, +0.150 for TB; fitted to "
-    assert f"{told}the validation split and its shares of the classes\n" in plain_card(spec)
+    assert f"{told}the validation split and its class shares\n" in plain_card(spec)
     assert "fitted to the validation split\n" in plain_card(SPEC)
 
 
 def test_a_model_of_which_little_is_known_has_a_card_too():
     card = plain_card(tiny_model(synthetic=True).spec, split="all", flags_unlike=False)
-    assert "name no patient" not in card
+    assert "have no patient_id" not in card
     assert "Trained on synthetic films" in card
-    assert "nothing to form subgroups" in card
+    assert "nothing to form subgroups by" in card
     assert "films unlike the training films, which this model does not flag: its folder" in card
     check_items(card)
     assert {10, 24, 25, 26, 30, 33, 34, 35} <= set(left_open(card))
@@ -289,21 +295,23 @@ def test_the_card_of_an_ensemble_tells_what_its_members_began_with():
     card = plain_card(spec, [item for item in METRICS if item.group == "patient_sex=F"])
     lines = card.splitlines()
     assert (
-        f"  - efficientnet-lite0 {'a' * 16}, 224 px, (value / 255 - 0.449) / 0.226; first weights: "
-        "ImageNet, from a package; licence: Apache-2.0; 1 epoch, batches of 32, seed 1, epoch 1 "
-        "kept"
+        f"  - efficientnet-lite0 {'a' * 16}, 224 px, (value / 255 - 0.449) / 0.226; initial "
+        "weights: ImageNet, from a package; licence: Apache-2.0; 1 epoch, batches of 32, seed 1, "
+        "epoch 1 kept"
     ) in lines
-    assert f"  - cov-net {'a' * 16}, 224 px, {scaled}; first weights: drawn at random" in lines
+    assert f"  - cov-net {'a' * 16}, 224 px, {scaled}; initial weights: drawn at random" in lines
     check_items(card)
     assert {24, 25, 26} <= set(left_open(card))  # of two members nobody knows
     known = replace(spec, training={"members": [spec.training["members"][0]] * 3})
     told = plain_card(known)
-    assert "- Members [24, 25, 26, 27]: the mean of their calibrated logits counts" in told
+    assert (
+        "- Members [24, 25, 26, 27]: the ensemble takes the mean of their calibrated logits" in told
+    )
     check_items(told)
     assert f"  - efficientnet-lite0 {'a' * 16}, 96 px, {scaled}" in lines
     assert (
         "- Input [9]: one grey channel, 224 x 224 pixels, black borders cut away, the aspect ratio "
-        "kept and padded black; each member makes of it what its line tells\n"
+        "kept and padded black; each member then resizes and scales it as its line says\n"
     ) in card
 
 
@@ -342,8 +350,8 @@ def test_a_report_tells_the_gap_between_subgroups_and_those_of_too_few_patients(
     assert f"\ntoo few patients to compare     {not_told}" in told
     # The name is longer than its place.
     assert "\nat the-hospital-by-the-river-2026 sensitivity 0.9" in told
-    assert "n = 440; AP 0.9812 (0.9700 to 0.9900), n = 358; between them 0.0400 (0.0100 to" in told
-    assert "few patients, or of one kind" in told
+    assert "n = 440; AP 0.9812 (0.9700 to 0.9900), n = 358; difference 0.0400 (0.0100 to" in told
+    assert "few patients, or of one class" in told
     assert "site=B (n = 40 of 2 patients)" in told
     (found,) = json.loads(result.to_json())["gaps"]
     assert found.pop("size") == pytest.approx(0.04)

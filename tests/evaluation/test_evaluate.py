@@ -48,7 +48,9 @@ def test_a_model_that_gives_no_numbers_is_told_with_a_film():
     images = pd.DataFrame({"image": ["a.png", "b.png", "c.png"]})
     _check_sound(ModelScores(logits_NK, logits_NK, None, None), images)
     logits_NK[1, 1] = np.nan
-    with pytest.raises(UserError, match=r"1 of 3 films are no numbers, as of b\.png: the GPU or"):
+    with pytest.raises(
+        UserError, match=r"1 of 3 films are not numbers, such as b\.png: the GPU or"
+    ):
         _check_sound(ModelScores(logits_NK, logits_NK, None, None), images)
 
 

@@ -123,15 +123,16 @@ def test_p_is_that_of_the_scorer_and_the_boxes_are_in_the_films_own_pixels(tmp_p
         _, title, exact, tolerant, *_ = again.summary().splitlines()
         assert title == "  1 film with boxes"
         for line, start, of in (
-            (exact, "highest place in a box", "pointing_game_chance"),
+            (exact, "highest point in a box", "pointing_game_chance"),
             (tolerant, "  within 15 pixels of 224", "pointing_game_with_tolerance_chance"),
         ):
             assert line.startswith(f"    {start} ")
             assert f"; chance {again.value(of):.3f}" in line
         # It is under review, and not decided positive.
         assert {item.group for item in again.metrics} == {"all"}
-        assert "over 1 patients of 1 films, 1,000 replicates, seed 0; 1 films name no patient" in (
-            again.summary()
+        assert (
+            "over 1 patients of 1 films, 1,000 replicates, seed 0; 1 films have no patient_id"
+            in (again.summary())
         )
     with pytest.raises(KeyError):
         result.value("pointing_game")
@@ -242,7 +243,7 @@ def test_what_cannot_be_read_has_a_row_and_the_exit_code(tmp_path, capfd):
         [*labelled, "--output", str(tmp_path / "three"), "--boxes", str(tmp_path / "boxes.csv")]
     )
     assert code == 1
-    assert "none of the 1 images of the boxes file was explained" in capfd.readouterr().err
+    assert "none of the 1 images in the boxes file was explained" in capfd.readouterr().err
     rows = pq.read_table(tmp_path / "three" / "explain.parquet").to_pylist()
     assert [(row["member"] or row["image"], row["label"], row["error_code"]) for row in rows] == [
         ("in.png", "Normal", None),
@@ -295,7 +296,7 @@ def test_nothing_of_an_older_report_is_left_beside_a_new_one(tmp_path):
     assert pq.read_table(out / "explain.parquet")["image"].to_pylist() == ["a.png"]
     # What evaluate writes is not mixed with it.
     (out / "evaluation.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds a report with evaluation\.json; choose another"):
+    with pytest.raises(UserError, match=r"kind of report \(evaluation\.json\); choose another"):
         lungopacity.explain(model, [films.uri], str(out))
 
 
@@ -307,7 +308,10 @@ def test_mistakes_are_said(tmp_path, phantoms):
     films = [f"{phantoms}/archive"]
     for options, message in (
         ({"limit": 0}, "--limit must be at least 1"),
-        ({"labels": str(tmp_path / "labels.csv")}, "none of 1 labelled images is in .*, as x.png"),
+        (
+            {"labels": str(tmp_path / "labels.csv")},
+            "none of 1 labelled images is in .*, such as x.png",
+        ),
         ({"boxes": str(tmp_path / "none.csv")}, "boxes cannot be read"),
         ({"use_gpu": True}, "--use-gpu: this machine has no GPU"),
         ({"operating_point": "no"}, "has no operating point 'no'"),

@@ -332,7 +332,7 @@ def test_figures_of_what_does_not_fit_are_refused():
         classification_metrics(LABELS, SCORES, ("Normal", "Normal"))
     with pytest.raises(ValueError, match="column view_position has 1 values, not 8"):
         classification_metrics(LABELS, SCORES, NAMES, groups={"view_position": ["PA"]})
-    with pytest.raises(ValueError, match="an age of nan years is none"):
+    with pytest.raises(ValueError, match="nan years is not an age"):
         age_band(float("nan"))
     with pytest.raises(ValueError, match="differ"):
         confusion_matrix(LABELS, LABELS[:1], 2)

@@ -199,9 +199,7 @@ def test_a_model_that_needs_no_band_has_none() -> None:
     "cost=5@0 cost=5@1".split(),
 )
 def test_another_rule_is_refused_with_those_there_are(rule) -> None:
-    with pytest.raises(
-        UserError, match="is no rule for a threshold; give one as youden or"
-    ) as error:
+    with pytest.raises(UserError, match="is not a rule; give one such as youden or") as error:
         pick(rule, *films(20))
     assert "\n" not in str(error.value)
 

@@ -87,7 +87,7 @@ def test_a_sites_threshold_is_picked_kept_and_decides(site):
     assert 0 < again.positive == (rows["decision"] == "positive").sum()
     record = lungopacity.query(results, "SELECT record FROM runs WHERE run_id = 'second'")
     assert json.loads(record["record"][0].as_py())["settings"]["operating_point"] == "ours"
-    with pytest.raises(UserError, match=r"90 names are each of several films .*, as x/00\.png"):
+    with pytest.raises(UserError, match=r"90 names belong to several films .*, such as x/00\.png"):
         lungopacity.threshold(model, results, "youden", "mixed", labels=str(site / "labels.csv"))
 
 
@@ -112,8 +112,8 @@ def test_labels_may_come_later_and_from_a_file(site, tmp_path, capfd):
     share = r"0\.\d{4} \(0\.\d{4} to [01]\.\d{4}\)"
     assert re.search(f"; sensitivity {share}, specificity {share} on {FILMS} films\n", out)
     assert "95 % intervals: percentile bootstrap over 10 patients of 90 films" in out
-    assert "name no patient" not in out
-    assert "of 10 patients with Lung_Opacity and 10 without: of fewer than 30, a threshold" in err
+    assert "no known patient" not in out
+    assert "of 10 patients with Lung_Opacity and 10 without: with fewer than 30, a threshold" in err
 
 
 def test_films_that_the_model_learnt_from_set_no_threshold(site, tmp_path, caplog):
@@ -128,9 +128,9 @@ def test_films_that_the_model_learnt_from_set_no_threshold(site, tmp_path, caplo
                 model, results, "youden", "ours", run_id="first", labels=labels
             )
             assert (point.images, point.left_out) == (FILMS - 2, 2)
-            assert "learnt from or was chosen by 2 of 90 labelled films" in caplog.text
+            assert "left out: 2 of 90 labelled films, on which the model" in caplog.text
         else:
-            with pytest.raises(UserError, match="but did not learn from, 29 are labelled"):
+            with pytest.raises(UserError, match="but was not trained on, 29 are labelled"):
                 lungopacity.threshold(
                     model, results, "youden", "ours", run_id="first", labels=labels
                 )
@@ -179,7 +179,7 @@ def test_labelled_films_that_set_no_threshold_are_told(site, tmp_path, caplog):
         run_id="first", labels=str(tmp_path / "labels.csv"),
     )  # fmt: skip
     assert point.images == FILMS - 3
-    assert "left out: 3 films whose label is of no class of the model, 1 labelled" in caplog.text
+    assert "left out: 3 films whose label is of none of the model's classes, and 1" in caplog.text
     told = "2 labelled Not_Normal, 1 labelled Lung Opacity, 1 rejected or unreadable, "
     told += "1 that the results do not have"
     assert point.summary().endswith(f"\nlabelled films not counted: {told}")
@@ -228,7 +228,7 @@ def test_what_gives_no_threshold_is_refused(site, tmp_path):
     few.assign(label=" " + few["label"]).to_csv(tmp_path / "spaced.csv", index=False)
     write_tiny_model(str(tmp_path / "other"), seed=5)
     for arguments, options, said in (
-        ((model, results, "best", "x"), {}, "no rule"),
+        ((model, results, "best", "x"), {}, "is not a rule"),
         (
             (model, results, "youden", "x"),
             {"run_id": "absent"},
@@ -248,7 +248,7 @@ def test_what_gives_no_threshold_is_refused(site, tmp_path):
         (
             (model, results, "youden", "x"),
             {"run_id": "absent", "labels": str(tmp_path / "few.csv")},
-            "in run 'absent'; screen with it first and see `lungopacity runs`$",
+            "in run 'absent'; screen with this model first .* lists the runs",
         ),
         (
             (model, results, "youden", "x"),

@@ -107,7 +107,7 @@ def test_what_cannot_be_retried_is_said_so(place):
         lungopacity.retry(str(place / "results"), "never")
     restless_night(place)
     write_tiny_model(str(place / "other"), seed=5)
-    with pytest.raises(UserError, match="the run was made with"):
+    with pytest.raises(UserError, match="but the run used"):
         lungopacity.retry(str(place / "results"), "night", model=str(place / "other"))
     with pytest.raises(UserError, match="without a key"):
         lungopacity.retry(str(place / "results"), "night", hmac_key=str(place / "key"))
