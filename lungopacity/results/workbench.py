@@ -101,9 +101,9 @@ def export(
     folder: Path,
     stem: str,
     change: Callable[[pa.Table], pa.Table] | None = None,
-    rows_per_file: int = _ROWS_PER_FILE,
 ) -> list[ExportedFile]:
-    """Write the answer to `sql`, in its order, as `<folder>/<stem>-NNNNN.parquet` with this schema.
+    """Write the answer to `sql`, in its order, as `<folder>/<stem>-NNNNN.parquet` with this schema,
+    up to a million rows each.
 
     `change` is applied to each piece of up to 50,000 rows.
     """
@@ -117,7 +117,7 @@ def export(
             while table.num_rows:
                 if writer is None:
                     path = folder / f"{stem}-{len(files):05d}.parquet"
-                    writer, room = pq.ParquetWriter(path, schema, **PARQUET_OPTIONS), rows_per_file
+                    writer, room = pq.ParquetWriter(path, schema, **PARQUET_OPTIONS), _ROWS_PER_FILE
                     files.append(ExportedFile(path, 0))
                 piece, table = table.slice(0, room), table.slice(room)
                 writer.write_table(piece)
@@ -132,11 +132,8 @@ def export(
     return files
 
 
-def spool(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> int:
-    """Write the tables to one local Parquet file as they come; returns the number of rows."""
-    rows = 0
+def spool(tables: Iterator[pa.Table], schema: pa.Schema, path: Path) -> None:
+    """Write the tables to one local Parquet file as they come."""
     with pq.ParquetWriter(path, schema, compression="lz4") as writer:
         for table in tables:
             writer.write_table(table)
-            rows += table.num_rows
-    return rows

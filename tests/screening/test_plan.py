@@ -52,6 +52,17 @@ def test_the_plan_is_the_inventory_in_order_or_its_first_objects(archive, store_
     assert first.start.objects == 2
 
 
+def test_a_plan_of_more_objects_than_a_file_holds_has_several_files(
+    archive, store_uri, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("lungopacity.results.workbench._ROWS_PER_FILE", 2)
+    results = open_store(store_uri)
+    for number in (1, 2):  # planned, and loaded from the results
+        plan = planned(results, archive, "model", "one", tmp_path / str(number))
+        images = [pq.read_table(path)["image"].to_pylist() for path in plan.files]
+        assert images == [["a.png", "b.png"], ["c.tar"]]
+
+
 def test_a_killed_runs_plan_is_taken_up_even_when_the_archive_grew(archive, store_uri, tmp_path):
     results = open_store(store_uri)
     first = planned(results, archive, "model", "one", tmp_path / "1")
