@@ -312,7 +312,8 @@ def _validation(model: str, trained: TrainedModel) -> pd.DataFrame:
     their patients."""
     spec = trained.spec
     kept = pd.read_parquet(io.BytesIO(read_validation(model)))
-    logits_VK = kept[[f"logit_{name}" for name in spec.class_names]].to_numpy()
+    # By place, because older folders name the columns otherwise.
+    logits_VK = kept.drop(columns=["content_sha256", "label"]).to_numpy()
     p_V = spec.probabilities(logits_VK)[:, spec.positive_index]
     return kept[["content_sha256", "label"]].assign(p=p_V, patient=None)
 

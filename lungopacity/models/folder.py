@@ -108,13 +108,13 @@ def validation_parquet(
     digests: Sequence[str],
     labels: Sequence[str],
     logits_VK: npt.NDArray[np.float32],
-    class_names: Sequence[str],
+    logit_columns: Sequence[str],
 ) -> bytes:
     """The file `validation.parquet`. digests: content_sha256 of the films; labels: their classes;
-    logits_VK: raw, (films, classes)."""
+    logits_VK: raw, (films, classes); logit_columns: what the column of each class is called."""
     columns = {"content_sha256": pa.array(digests, pa.string()), "label": pa.array(labels)}
-    for index, name in enumerate(class_names):
-        columns[f"logit_{name}"] = pa.array(logits_VK[:, index], pa.float32())
+    for index, name in enumerate(logit_columns):
+        columns[name] = pa.array(logits_VK[:, index], pa.float32())
     return parquet_bytes(pa.table(columns).replace_schema_metadata({"notice": NOTICE}))
 
 

@@ -165,7 +165,7 @@ def evaluation_schema(class_names: Sequence[str]) -> pa.Schema:
             _CONTENT["synthetic"],
             pa.field("patient_cluster", pa.int64(), nullable=False),
             *(pa.field(class_column("p", name), pa.float32()) for name in class_names),
-            *(pa.field(class_column("logit", name), pa.float32()) for name in class_names),
+            *(pa.field(name, pa.float32()) for name in logit_columns(class_names)),
             pa.field("predicted_label", pa.string(), nullable=False),
             pa.field("decision", pa.string(), nullable=False),
             pa.field("ensemble_disagreement", pa.float32()),
@@ -178,6 +178,11 @@ def evaluation_schema(class_names: Sequence[str]) -> pa.Schema:
 def class_column(prefix: str, class_name: str) -> str:
     """A column name that needs no quotes in SQL, for any class name: `p_Lung_Opacity`."""
     return f"{prefix}_{re.sub(r'[^0-9A-Za-z_]', '_', class_name)}"
+
+
+def logit_columns(class_names: Sequence[str]) -> list[str]:
+    """The columns of raw logits, in the order of the classes."""
+    return [class_column("logit", name) for name in class_names]
 
 
 def check_class_columns(class_names: Sequence[str]) -> None:
@@ -197,7 +202,7 @@ def score_fields(class_names: Sequence[str]) -> list[pa.Field]:
     check_class_columns(class_names)
     return [
         *(pa.field(class_column("p", name), pa.float32()) for name in class_names),
-        *(pa.field(class_column("logit", name), pa.float32()) for name in class_names),
+        *(pa.field(name, pa.float32()) for name in logit_columns(class_names)),
         pa.field("predicted_label", pa.string()),
         pa.field("decision", pa.string()),
         pa.field("ensemble_disagreement", pa.float32()),

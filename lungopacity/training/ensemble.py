@@ -27,6 +27,7 @@ from lungopacity.models.distribution import JointDistribution, TrainingDistribut
 from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSettings, member_prefix
 from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.radiograph import Preprocessing
+from lungopacity.results.schema import logit_columns
 from lungopacity.runtime import versions
 from lungopacity.training.calibrate import calibrate, warn_of_few
 
@@ -89,7 +90,7 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
         output,
         model,
         validation_parquet=validation_parquet(
-            list(digests), list(class_V), mean_VK, first.class_names
+            list(digests), list(class_V), mean_VK, logit_columns(first.class_names)
         ),
         training_films_parquet=_training_films(models),
     )
@@ -148,12 +149,12 @@ def _member(model: TrainedModel) -> EnsembleMember:
 
 
 def _calibrated_logits(uri: str, model: TrainedModel) -> pd.DataFrame:
-    """Calibrated logits of the validation films, a column per class, sorted by the index
-    (content_sha256, label)."""
+    """Calibrated logits of the validation films, a column per class in their order, sorted by the
+    index (content_sha256, label)."""
     frame = pd.read_parquet(io.BytesIO(read_validation(uri)))
-    columns = [f"logit_{name}" for name in model.spec.class_names]
-    raw = frame.set_index(["content_sha256", "label"])[columns].sort_index()
-    return pd.DataFrame(model.spec.calibrated(raw.to_numpy()), raw.index, columns)
+    raw = frame.set_index(["content_sha256", "label"]).sort_index()
+    # By place, because older folders name the columns otherwise.
+    return pd.DataFrame(model.spec.calibrated(raw.to_numpy()), raw.index)
 
 
 def members_of(model: TrainedModel) -> list[TrainedModel]:

@@ -37,7 +37,7 @@ from lungopacity.models import (
 )
 from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.models.pretrained import FirstWeights, first_weights, take_weights
-from lungopacity.results.schema import METADATA
+from lungopacity.results.schema import METADATA, logit_columns
 from lungopacity.runtime import require_resources, versions
 from lungopacity.storage import join_uri, open_store
 from lungopacity.storage.lease import LEASE_S, Lease
@@ -269,7 +269,7 @@ def _save(
             chosen_by,
             [data.class_names[label] for label in data.labels_N[films.validation]],
             kept.logits_VK,
-            data.class_names,
+            logit_columns(data.class_names),
         ),
         training_films_parquet([*learnt, *sorted(before - {*learnt, *chosen_by})]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from lungopacity.models import (
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film
 
-WORDS = "Normal,COVID+Viral_Pneumonia=Infection,Lung_Opacity,Not_Normal,Effusion,-TB"
-NAMES = ["Normal", "Infection", "Lung_Opacity", "Not_Normal", "Effusion"]
-CLASS_OF = {"COVID": "Infection", "Viral_Pneumonia": "Infection"}
+WORDS = "Normal,COVID+Viral_Pneumonia=Viral infection,Lung_Opacity,Not_Normal,Effusion,-TB"
+NAMES = ["Normal", "Viral infection", "Lung_Opacity", "Not_Normal", "Effusion"]
+COLUMNS = ["Normal", "Viral_infection", "Lung_Opacity", "Not_Normal", "Effusion"]
+CLASS_OF = {"COVID": "Viral infection", "Viral_Pneumonia": "Viral infection"}
 LABELS = ["Normal", "COVID", "Viral_Pneumonia", "Lung_Opacity", "Not_Normal", "TB", "Effusion"]
 FILMS = {"train": 16, "validation": 8, "test": 6}
 """Of each label."""
@@ -43,8 +45,8 @@ def write_films(folder: Path) -> None:
 
 
 def check_scores(rows: pd.DataFrame) -> None:
-    assert [name for name in rows if name.startswith("p_")] == [f"p_{name}" for name in NAMES]
-    p_NK = rows[[f"p_{name}" for name in NAMES]].to_numpy()
+    assert [name for name in rows if name.startswith("p_")] == [f"p_{name}" for name in COLUMNS]
+    p_NK = rows[[f"p_{name}" for name in COLUMNS]].to_numpy()
     np.testing.assert_allclose(p_NK.sum(axis=1), 1, atol=1e-5)
     assert rows["predicted_label"].tolist() == [NAMES[index] for index in p_NK.argmax(axis=1)]
 
@@ -64,10 +66,12 @@ def test_five_classes_train_evaluate_go_together_and_screen(tmp_path) -> None:
     assert (list(trained.spec.class_names), trained.spec.positive_class) == (NAMES, "Lung_Opacity")
     assert trained.spec.class_biases is not None
     assert len(trained.spec.class_biases) == 5
+    kept = pd.read_parquet(io.BytesIO(read_validation(model)))
+    assert list(kept) == ["content_sha256", "label", *(f"logit_{one}" for one in COLUMNS)]
 
     report = lungopacity.evaluate(model, [films], labels, str(tmp_path / "report"))
     assert report.images == 36
-    assert report.value("support", "Infection") == 12
+    assert report.value("support", "Viral infection") == 12
     assert report.value("accuracy") > 0.6
     for metric in ("precision", "recall", "f1", "specificity", "roc_auc", "average_precision"):
         assert all(0 <= report.value(metric, name) <= 1 for name in NAMES)
@@ -77,7 +81,7 @@ def test_five_classes_train_evaluate_go_together_and_screen(tmp_path) -> None:
         for name in ("table1.txt", "model_card.md", "roc.svg")
     )
     assert all(f"\n{name} " in table and name in card and name in figure for name in NAMES)
-    assert "COVID as Infection" in card
+    assert "COVID as Viral infection" in card
     assert "TB" not in table + figure
     assert "of no class, train: 16 TB; of no class, validation: 8 TB" in card
     for name in ("confusion_matrix", "roc", "precision_recall", "reliability", "history"):
