@@ -1,4 +1,4 @@
-"""An audit of labelled films in which the faults were planted."""
+"""Audits of labelled films with planted faults."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def darker_and_smaller(film: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_films_without_a_fault_are_passed_and_a_shortcut_is_named(tmp_path):
+def test_sound_films_pass_and_a_shortcut_is_named(tmp_path):
     archive, labels = write_films(tmp_path)
     found = lungopacity.audit([archive], labels, output=str(tmp_path / "report"))
     assert not found.leaks
@@ -188,14 +188,14 @@ def test_each_of_three_classes_is_told_from_the_rest(tmp_path, monkeypatch, posi
     assert found.positive_class == positive
 
 
-def test_a_positive_class_that_is_none_is_refused(tmp_path):
+def test_an_unknown_positive_class_is_refused(tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("image,label,split\na,Normal,train\nb,Lung_Opacity,train\n")
     with pytest.raises(UserError, match=r"'Lung_opacity' is not one of .*Lung_Opacity, Normal"):
         lungopacity.audit([str(tmp_path)], str(labels), positive_class="Lung_opacity")
 
 
-def test_a_predictor_that_is_none_is_refused(tmp_path):
+def test_an_unusable_predictor_is_refused(tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("image,label,split\na,Normal,train\nb,Lung_Opacity,train\n")
     with pytest.raises(UserError, match=r"--by patient_id: cannot form subgroups"):
@@ -306,7 +306,7 @@ def test_a_hash_is_of_64_bits_and_bears_brightness():
     assert np.bitwise_count(hashes[0] ^ hashes[2]) > 50
 
 
-def test_a_torn_patient_alone_is_leakage():
+def test_a_patient_in_two_splits_alone_is_leakage():
     found = Audit(
         images=10, unreadable=0, rejected=0, blank=0, torn_patients=0, unknown_patients=0,
         copies=(), shortcuts=(), positive_class="Lung_Opacity", intervals="", split_given=True,

@@ -1,4 +1,4 @@
-"""Intervals over patients: against other libraries' figures, and against the truth."""
+"""Intervals over patients, compared with other libraries and with known truth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card tells what was measured, and what only people can tell."""
+"""The model card: measured values, and the items that only people can answer."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def card_of(spec=SPEC, metrics=METRICS, rejected=None, unreadable=0, unknown_pat
 
 
 def plain_card(spec, metrics=(), *, split="test", flags_unlike=True):
-    """Of films of which nothing but these metrics is to be told."""
+    """A card with these metrics and nothing else about the films."""
     return model_card(
         spec,
         "0" * 16,
@@ -149,7 +149,7 @@ def test_the_card_tells_of_the_training_films():
     ) in lines
 
 
-def test_the_card_tells_which_films_are_in_no_figure():
+def test_the_card_tells_which_films_are_in_no_metric():
     card = card_of(
         unreadable=3, rejected={"poor_quality": 2, "lateral_view": 10}, unknown_patients=7
     )

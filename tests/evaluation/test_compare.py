@@ -72,7 +72,7 @@ def test_models_that_never_differ_are_equal():
     assert share_difference(np.ones((5, 2), bool)).p_value == 1
 
 
-def test_of_a_difference_without_spread_or_of_one_film_no_p_value_is_told():
+def test_a_difference_without_spread_or_of_one_film_has_no_p_value():
     positive = np.arange(40) < 20
     perfect = auc_difference(positive, 1.0 - positive, 1.0 * positive)
     assert perfect.difference == 1
@@ -276,7 +276,7 @@ def test_decisions_about_different_classes_are_not_compared(tmp_path, capfd):
     assert "decides about Lung_Opacity and" in told.err
 
 
-def test_a_p_value_that_cannot_be_told_is_said_to_be_so(tmp_path, capfd):
+def test_an_undefined_p_value_is_reported_as_such(tmp_path, capfd):
     """The second model ranks all as the first does, and the other way round."""
     positive = np.arange(60) % 3 == 0
     uris = [
@@ -288,7 +288,7 @@ def test_a_p_value_that_cannot_be_told_is_said_to_be_so(tmp_path, capfd):
     assert "difference -1.0000 (no interval), DeLong p is undefined\n" in told
 
 
-def test_where_each_patient_has_one_film_the_tests_alone_are_told(tmp_path, capfd):
+def test_with_one_film_per_patient_only_the_tests_are_reported(tmp_path, capfd):
     first = report(str(tmp_path / "1"), "aaa", 1)
     second = report(str(tmp_path / "2"), "bbb", 2, patient_cluster=np.arange(60)[::-1])
     found, told = told_of(first, second, capfd)
@@ -318,14 +318,14 @@ def test_the_second_report_can_tell_the_patients_and_equal_models_have_no_interv
         ({"content_sha256": "x"}, r"60 of 60 images with the same name .*, such as 0\.png"),
     ],
 )
-def test_reports_that_cannot_be_compared_are_told_why(tmp_path, change, message):
+def test_reports_that_cannot_be_compared_are_refused_with_the_reason(tmp_path, change, message):
     first = report(str(tmp_path / "1"), "aaa", 1)
     second = report(str(tmp_path / "2"), "bbb", 2, **change)
     with pytest.raises(UserError, match=message):
         compare(first, second)
 
 
-def test_what_is_no_report_is_told(tmp_path):
+def test_a_folder_without_report_is_refused(tmp_path):
     first = report(str(tmp_path / "1"), "aaa", 1)
     with pytest.raises(UserError, match="no report there"):
         compare(first, str(tmp_path / "none"))

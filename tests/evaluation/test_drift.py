@@ -68,7 +68,7 @@ def test_a_shift_of_scores_views_or_failures_is_found_and_named():
 
 
 @pytest.mark.parametrize("n", [0, 1, 30])
-def test_a_small_night_is_too_few_to_say(n):
+def test_a_small_night_has_too_few_images_for_a_verdict(n):
     rng = np.random.default_rng(2)
     before, now = sample(rng.beta(2, 5, 4000)), sample(rng.beta(9, 1, n))
     found = shifts(before, now)

@@ -43,7 +43,7 @@ def test_a_class_may_be_absent_but_not_all_of_them(tmp_path, caplog):
         labels_of_split(uri, tiny_model().spec, "all")
 
 
-def test_a_model_that_gives_no_numbers_is_told_with_a_film():
+def test_scores_that_are_not_numbers_are_refused_with_a_film():
     logits_NK = np.zeros((3, 2), np.float32)
     images = pd.DataFrame({"image": ["a.png", "b.png", "c.png"]})
     _check_sound(ModelScores(logits_NK, logits_NK, None, None), images)
@@ -71,7 +71,7 @@ def test_films_of_one_published_score_are_ranked_alike():
     assert metric_value(metrics, "roc_auc", "Lung_Opacity") == 0.75
 
 
-def test_what_is_told_of_before_the_temperature_is_of_the_raw_logits():
+def test_metrics_before_the_temperature_are_of_the_raw_logits():
     logits_NK = np.array([[2, -1], [0.5, 3]], np.float32)
     spec = tiny_model(temperature=3.0, class_biases=(0.5, -0.5)).spec
     said = ModelScores(logits_NK, spec.probabilities(logits_NK), None, None)

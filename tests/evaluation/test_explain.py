@@ -300,7 +300,7 @@ def test_nothing_of_an_older_report_is_left_beside_a_new_one(tmp_path):
         lungopacity.explain(model, [films.uri], str(out))
 
 
-def test_mistakes_are_said(tmp_path, phantoms):
+def test_mistakes_are_refused_with_the_reason(tmp_path, phantoms):
     write_tiny_model(str(tmp_path / "model"))
     (tmp_path / "labels.csv").write_text(
         "image,label,split\nx.png,Normal,test\ny.png,Lung_Opacity,train\n"

@@ -222,7 +222,7 @@ def test_delongs_variance_is_that_of_the_direct_formula():
 
 
 @pytest.mark.parametrize("positives", [1, 2])
-def test_of_one_film_of_a_kind_no_interval_is_told(positives):
+def test_one_film_of_a_kind_gives_no_interval(positives):
     scores = np.array([0.4, 0.9, 0.1, 0.3, 0.5, 0.2])
     for positive_N in (np.arange(6) < positives, np.arange(6) >= positives):
         found = roc_auc(positive_N, scores)
@@ -231,7 +231,7 @@ def test_of_one_film_of_a_kind_no_interval_is_told(positives):
 
 
 @pytest.mark.parametrize("negatives", [20, 3])
-def test_of_scores_that_are_all_tied_no_interval_is_told(negatives):
+def test_tied_scores_give_no_interval(negatives):
     found = roc_auc(np.arange(20 + negatives) < 20, np.full(20 + negatives, 0.3))
     assert (found.value, found.ci_low, found.ci_high) == (0.5, None, None)
 
@@ -322,12 +322,12 @@ def test_age_bands_meet_without_a_gap(years, band):
         (np.array([0.0]), two_class([0.5]), "labels are float64, not integers"),
     ],
 )
-def test_scores_that_are_none_are_refused(labels, probabilities, message):
+def test_invalid_scores_are_refused(labels, probabilities, message):
     with pytest.raises(ValueError, match=message):
         classification_metrics(labels, probabilities, NAMES)
 
 
-def test_figures_of_what_does_not_fit_are_refused():
+def test_arguments_that_do_not_fit_each_other_are_refused():
     with pytest.raises(ValueError, match="two or more different class names"):
         classification_metrics(LABELS, SCORES, ("Normal", "Normal"))
     with pytest.raises(ValueError, match="column view_position has 1 values, not 8"):
@@ -338,7 +338,7 @@ def test_figures_of_what_does_not_fit_are_refused():
         confusion_matrix(LABELS, LABELS[:1], 2)
 
 
-def test_a_positive_class_that_is_none_is_refused():
+def test_an_unknown_positive_class_is_refused():
     with pytest.raises(ValueError, match="positive class 'COVID'"):
         classification_metrics(LABELS, SCORES, NAMES, positive="COVID")
 

@@ -1,4 +1,4 @@
-"""What tells the label without a look at the lungs, of films that were made to tell it."""
+"""Shortcuts in films that were made to have them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_few_films_are_tried_as_far_as_they_go(positives, negatives, films):
         assert found["view_position"].auc == 1.0
 
 
-def test_a_fact_that_tells_nothing_is_told_as_chance():
+def test_the_auc_of_a_useless_fact_is_that_of_chance():
     rng = np.random.default_rng(0)
     told = {f"fact {number}": rng.choice(["a", "b"], 30) for number in range(100)}
     found = found_in(10, 20, 1, **told)
@@ -104,7 +104,7 @@ def test_more_films_of_the_same_patients_are_no_more_evidence():
     assert widths[1] > 0.8 * widths[0]
 
 
-def test_of_which_class_a_border_is_read_is_told_where_it_takes_long(monkeypatch, caplog):
+def test_slow_reading_of_borders_logs_the_class(monkeypatch, caplog):
     for least in (60.0, 0.0):
         monkeypatch.setattr(progress, "_QUICK_S", least)
         with caplog.at_level("INFO"):

@@ -88,7 +88,7 @@ def test_columns_of_every_report_are_not_taken_twice(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["patient_id", "image", "label"])
-def test_who_a_patient_is_forms_no_subgroup(column):
+def test_patient_ids_form_no_subgroups(column):
     with pytest.raises(UserError, match=f"--by {column}: cannot form subgroups"):
         check_columns(["site", column])
 

@@ -168,7 +168,7 @@ def test_without_results_another_rule_is_applied_to_the_validation_films(tmp_pat
         assert said in capfd.readouterr().err
 
 
-def test_labelled_films_that_set_no_threshold_are_told(site, tmp_path, caplog):
+def test_labelled_films_that_set_no_threshold_are_counted(site, tmp_path, caplog):
     labels = pd.read_csv(site / "labels.csv")
     labels.loc[[1, 2, 4], "label"] = ["Not_Normal", "Lung Opacity", "Not_Normal"]
     labels.loc[FILMS] = ["broken.png", "Normal"]
@@ -220,7 +220,7 @@ def test_a_name_is_given_once_and_must_be_one(site):
             lungopacity.threshold(model, results, "sensitivity=0.8", name, run_id="first")
 
 
-def test_what_gives_no_threshold_is_refused(site, tmp_path):
+def test_input_that_gives_no_threshold_is_refused(site, tmp_path):
     model, results = str(site / "model"), str(site / "results")
     few = pd.read_csv(site / "labels.csv").head(40)
     few.to_csv(tmp_path / "few.csv", index=False)

@@ -1,4 +1,4 @@
-"""Names of the files of results."""
+"""Names of the files in a results folder."""
 
 from __future__ import annotations
 

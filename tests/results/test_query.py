@@ -188,7 +188,7 @@ def test_class_names_become_columns_that_need_no_quotes():
         predictions_schema(["COVID-19", "COVID 19"])
 
 
-def test_a_predictions_file_that_is_gone_is_said(tmp_path):
+def test_a_missing_predictions_file_is_reported(tmp_path):
     write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
     open_store(str(tmp_path)).delete("predictions/screened_on=2026-03-04/one-00000.parquet")
     with pytest.raises(UserError, match="one-00000"):
@@ -210,7 +210,7 @@ def test_a_predictions_file_that_is_gone_is_said(tmp_path):
         (pa.ArrowInvalid("magic bytes not found"), "restore it"),
     ],
 )  # fmt: skip
-def test_the_mend_of_what_may_pass_costs_no_run(tmp_path, error, mend):
+def test_no_advice_on_an_unreadable_file_is_to_remove_it(tmp_path, error, mend):
     store = open_store(str(tmp_path))
     with pytest.raises(UserError, match=mend) as told, files_of_runs(store):
         raise error
@@ -284,7 +284,7 @@ def test_other_readers_find_the_columns_of_all_models(tmp_path, monkeypatch):
     assert set(pandas_table["screened_on"]) == {"2026-03-04"}
 
 
-def test_a_flipped_byte_in_a_published_file_is_no_answer(store_uri):
+def test_a_flipped_byte_in_a_published_file_is_an_error(store_uri):
     write_run(store_uri, "one", ("Normal", "Lung_Opacity"), 500)
     store = open_store(store_uri)
     (item,) = store.list("predictions/")
@@ -326,7 +326,7 @@ def test_a_name_neither_tears_the_table_nor_commands_the_terminal():
         ("TIMESTAMP 'infinity'", ["table", "json"]),
     ],
 )
-def test_what_a_format_cannot_tell_is_named_with_the_mend(tmp_path, sql, formats):
+def test_a_column_that_a_format_cannot_write_is_named_with_what_to_do(tmp_path, sql, formats):
     write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
     answer = query(str(tmp_path), f"SELECT 1 AS one, {sql} AS odd")
     for output_format in formats:
@@ -357,7 +357,7 @@ def test_columns_of_one_name_are_refused_where_one_would_hide_the_other(tmp_path
         ("PIVOT runs ON model_id USING sum(ok)", r"PIVOT must list the values: .* IN \("),
     ],
 )
-def test_what_is_no_question_is_told_why(tmp_path, sql, message):
+def test_refused_sql_is_explained(tmp_path, sql, message):
     write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
     with pytest.raises(UserError, match=message):
         query(str(tmp_path), sql)

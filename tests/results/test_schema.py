@@ -1,4 +1,4 @@
-"""What the tables that are kept say of themselves."""
+"""The metadata of the tables that are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of screening share. What a film scores does not matter to them."""
+"""Fixtures for tests of screening in which the scores do not matter."""
 
 from __future__ import annotations
 

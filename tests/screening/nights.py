@@ -27,8 +27,8 @@ from tests.models.tiny import write_tiny_model
 
 
 class Place:
-    """An archive of four objects, a model that learnt from the last, results, and what each object
-    is said to be."""
+    """An archive of four objects, a model that was trained on the last, a results folder, and the
+    outcome that each object is to have."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,7 +42,7 @@ class Place:
         self.failing: dict[str, str] = {}
         """Error codes by object."""
         self.decisions: dict[str, str] = {}
-        """By object, where it is not positive."""
+        """Decisions by object; those that are missing are positive."""
 
     def night(self, **options) -> Night:
         return nightly(self.archive.uri, self.model, self.results, **options)

@@ -79,7 +79,7 @@ def keys(store) -> set[str]:
 
 
 @pytest.mark.usefixtures("hours_later")
-def test_what_is_left_over_goes_and_what_counts_stays(results):
+def test_leftovers_are_removed_and_published_files_stay(results):
     rehearsed = clean(results.uri, older_than_days=0, dry_run=True)
     assert keys(results) == KEPT | set(LEFT)
     swept = clean(results.uri, older_than_days=0)
@@ -133,13 +133,13 @@ def test_the_command_says_what_it_did(results, capfd):
 
 
 @pytest.mark.parametrize("days", [-1, float("nan"), float("inf"), 1e9, 1e300])
-def test_an_age_that_is_none_is_refused(tmp_path, days):
+def test_an_invalid_age_is_refused(tmp_path, days):
     with pytest.raises(UserError, match="--older-than must be from 0 to 36500 days, not"):
         clean(str(tmp_path), older_than_days=days)
 
 
 @pytest.mark.usefixtures("hours_later")
-def test_what_may_not_be_removed_keeps_nothing_else(results, monkeypatch):
+def test_a_file_that_cannot_be_removed_does_not_keep_the_others(results, monkeypatch):
     delete = type(results).delete
 
     def refusing(store, key):
@@ -153,7 +153,7 @@ def test_what_may_not_be_removed_keeps_nothing_else(results, monkeypatch):
     assert keys(results) == KEPT | {key for key in LEFT if key.startswith("_work/b/")}
 
 
-def test_where_no_run_was_ever_published_nothing_but_work_goes(store_uri, monkeypatch):
+def test_without_published_runs_only_work_files_are_removed(store_uri, monkeypatch):
     """A slip in --results: a bucket of somebody else's, with a folder that is named alike."""
     store = open_store(store_uri)
     theirs = {"predictions/screened_on=2026-01-01/x-00000.parquet", "metrics/x.parquet", "a.dcm"}
@@ -214,13 +214,13 @@ def test_what_a_killed_job_left_on_this_machine_goes_and_nothing_else_there(tmp_
     assert not at_work.exists()
 
 
-def test_a_slip_in_the_place_is_told_and_makes_no_folder(tmp_path):
+def test_a_mistyped_results_uri_is_reported_and_creates_no_folder(tmp_path):
     with pytest.raises(UserError, match="typo: no results there; give the --output"):
         clean(str(tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
 
 
-def test_of_a_folder_of_something_else_is_not_said_that_all_is_swept(store_uri):
+def test_a_folder_without_results_is_refused_rather_than_called_clean(store_uri):
     store = open_store(store_uri)
     store.write("film.png", b"x")
     store.write("runs.csv", b"x")

@@ -1,4 +1,4 @@
-"""What the counts of a run come to."""
+"""What follows from the counts of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lungopacity.screening.finish import ScreeningResult
         (100, 0, 0, 100, 0, 1),  # or was rejected
     ],
 )
-def test_what_failed_before_calls_no_night_broken_and_hides_no_new_failure(
+def test_old_failures_make_no_night_broken_and_hide_no_new_failure(
     images: int, ok: int, failed: int, of_before: int, failed_again: int, exit_code: int
 ) -> None:
     result = ScreeningResult(

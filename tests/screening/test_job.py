@@ -1,4 +1,4 @@
-"""What a run is asked for, refused before anything is listed."""
+"""Settings that are refused before the archive is listed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_no_cluster_could_give_is_refused_before_anything_is_listed(options
         screening_job("no model", "no results", **options)
 
 
-def test_what_an_older_model_cannot_tell_it_cannot_reject(tmp_path):
+def test_a_model_without_distribution_cannot_reject_films_unlike_its_own(tmp_path):
     """Its folder does not say where its training films lie: no film would be rejected."""
     model, output = str(tmp_path / "model"), str(tmp_path / "output")
     write_tiny_model(model)

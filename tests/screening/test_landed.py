@@ -1,4 +1,4 @@
-"""What is told of a run while its parts land."""
+"""The progress line and the gauges of a run while its part files are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lungopacity.results.schema import PLAN_SCHEMA
 from lungopacity.screening.landed import Landed
 
 
-def test_figures_and_progress_are_of_all_files_of_a_round(tmp_path, monkeypatch, caplog):
+def test_gauges_and_progress_cover_all_files_of_a_round(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     figures: dict[str, float] = {}
     monkeypatch.setattr(observe, "gauge", figures.__setitem__)

@@ -1,4 +1,4 @@
-"""Nights without Ray: their bookkeeping. What a film scores does not matter here."""
+"""The bookkeeping of nights, without Ray. Scores do not matter here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.models.tiny import write_tiny_model
 from tests.test_readme import RESULTS, rows_of, words_in
 
 
-def test_a_full_disk_of_the_driver_is_told_with_the_mend(place, monkeypatch):
+def test_a_full_disk_of_the_driver_is_reported_with_what_to_do(place, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -35,7 +35,7 @@ def test_a_full_disk_of_the_driver_is_told_with_the_mend(place, monkeypatch):
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_results_inside_the_archive_are_no_films(place, hidden, tmp_path, caplog, listed):
+def test_results_inside_the_archive_are_not_screened(place, hidden, tmp_path, caplog, listed):
     caplog.set_level("INFO")
     place.results = f"{place.archive.uri}/results"
     place.store = open_store(place.results)
@@ -50,8 +50,8 @@ def test_results_inside_the_archive_are_no_films(place, hidden, tmp_path, caplog
     assert f"objects of {place.archive.uri} are left out, which lie below results/" in caplog.text
 
 
-def test_results_of_before_inside_the_archive_are_no_films(place, caplog):
-    """Of another command, or a copy: they do not lie where this one writes to."""
+def test_other_results_inside_the_archive_are_not_screened(place, caplog):
+    """Results of another command, or a copy, in a place that this command does not write to."""
     caplog.set_level("INFO")
     place.night()
     place.killed()
@@ -128,8 +128,8 @@ def test_hashed_names_lie_in_the_order_of_their_hashes(place, hidden):
     ]  # fmt: skip
 
 
-def test_a_night_over_one_object_tells_no_name_that_is_hashed(place, hidden, monkeypatch):
-    """Neither when it ends nor while it works, when its lock and its status can be read."""
+def test_a_night_over_one_object_does_not_reveal_its_hashed_name(place, hidden, monkeypatch):
+    """Neither after it ends, nor while it works and its lock and status can be read."""
     work, seen = place.write_parts, []
 
     def write_parts(*arguments):
@@ -145,7 +145,7 @@ def test_a_night_over_one_object_tells_no_name_that_is_hashed(place, hidden, mon
 
 
 def test_an_object_that_is_as_it_once_was_is_screened_again(place):
-    """Restored from a backup: what was screened long ago is not what `latest` shows."""
+    """An object restored from a backup: `latest` shows the newer content, not this one."""
     place.night()
     film = place.folder / "archive" / "Adams.png"
     written = film.stat()
@@ -191,7 +191,7 @@ def test_the_same_model_with_another_positive_class_decides_everything_anew(plac
     assert place.night().runs[0].images == 0
 
 
-def test_what_another_operating_point_decided_is_counted(place, tmp_path, caplog):
+def test_decisions_at_another_operating_point_are_counted(place, tmp_path, caplog):
     place.failing["Adams.png"] = "timeout"
     place.night()
     first = place.model
@@ -267,7 +267,7 @@ def test_what_another_version_failed_at_is_tried_again_once(place, monkeypatch):
     assert [place.night().runs[0].images for _ in range(2)] == [2, 0]
 
 
-def test_an_object_that_may_not_be_seen_stops_no_retry(place, monkeypatch):
+def test_a_forbidden_object_does_not_stop_a_retry(place, monkeypatch):
     place.failing = {"Adams.png": "forbidden", "Baker.png": "missing"}
     (run,) = place.night(max_failed_fraction=1).runs
     head = LocalStore.head
@@ -286,7 +286,7 @@ def test_an_object_that_may_not_be_seen_stops_no_retry(place, monkeypatch):
         lungopacity.retry(place.results, again.run_id)
 
 
-def test_a_key_map_that_lacks_a_name_is_told(place, hidden):
+def test_a_key_map_without_a_name_is_reported(place, hidden):
     place.failing = {"Adams.png": "timeout"}
     (run,) = place.night(**hidden, max_failed_fraction=1).runs
     write_key_map(f"{place.results}-key-map", run.run_id, {})
@@ -294,7 +294,7 @@ def test_a_key_map_that_lacks_a_name_is_told(place, hidden):
         lungopacity.retry(place.results, run.run_id, hmac_key=hidden["hmac_key"])
 
 
-def test_an_object_that_is_never_given_does_not_call_every_night_broken(place):
+def test_an_object_that_is_never_readable_does_not_make_every_night_broken(place):
     place.failing = {"Adams.png": "forbidden"}
     (first,) = place.night(max_failed_fraction=0.5).runs
     assert (first.failed, first.failed_again, first.exit_code) == (1, 0, 1)
@@ -371,7 +371,7 @@ def test_what_a_later_run_has_read_is_not_retried_and_stays_the_newest(place, mo
         assert lungopacity.retry(place.results, run.run_id, **key).failed == 1
 
 
-def test_every_field_of_a_commit_record_is_told(place, monkeypatch):
+def test_every_field_of_a_commit_record_is_documented(place, monkeypatch):
     monkeypatch.setattr(screen, "done_with_ray", lambda: None)
     place.failing["Adams.png"] = "timeout"
     (run,) = place.night(max_failed_fraction=1.0).runs

@@ -143,7 +143,7 @@ def test_an_inventory_that_names_an_object_twice_is_refused(archive, tmp_path):
         make_plan(open_store(str(tmp_path / "r")), twice, "model", "one", tmp_path, rules=RULES)
 
 
-def test_a_full_disk_is_told_with_the_mend(archive):
+def test_a_full_disk_is_reported_with_what_to_do(archive):
     mend = pytest.raises(UserError, match=r"no space left in .*; free some, or set TMPDIR to")
     with mend, temporary_folder() as folder:
         (folder / "inventory.parquet").symlink_to("/dev/full")
@@ -157,7 +157,7 @@ def test_a_full_disk_is_told_with_the_mend(archive):
 
 
 @pytest.mark.parametrize("run_id", ["", "a/b", "../x", ".hidden", "x" * 101, "a b"])
-def test_a_run_id_that_is_no_file_name_is_refused(archive, tmp_path, run_id):
+def test_a_run_id_that_is_not_a_file_name_is_refused(archive, tmp_path, run_id):
     with pytest.raises(UserError, match="run id"):
         planned(open_store(str(tmp_path / "r")), archive, "model", run_id, tmp_path / "1")
 

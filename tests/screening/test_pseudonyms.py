@@ -83,7 +83,7 @@ def test_the_fingerprint_tells_keys_apart_and_the_key_is_never_printed():
     ("content", "message"),
     [(None, "the key cannot be read: no such file"), (b"  short\n", "the key has 5 bytes")],
 )
-def test_a_key_that_is_none_is_refused(tmp_path, content, message):
+def test_an_invalid_key_is_refused(tmp_path, content, message):
     path = tmp_path / "key"
     if content is not None:
         path.write_bytes(content)

@@ -49,7 +49,7 @@ def missing(store, plan: Plan, folder: Path) -> list[str]:
 
 
 def final(store, plan: Plan, *, synthetic_model: bool = False) -> pa.Table:
-    """The rows that would be published. Raises where they are not those of the plan."""
+    """The rows that would be published. Raises if they are not those of the plan."""
     with collect(store, plan, CLASSES) as collected:
         collected.finish(synthetic_model=synthetic_model)
         return collected.connection.sql(
@@ -287,7 +287,7 @@ def test_two_that_publish_one_run_do_not_touch_each_others_files(tmp_path):
     assert len(set(written)) == 2
 
 
-def test_whoever_finds_the_parts_gone_is_told_that_the_run_is_published(tmp_path):
+def test_missing_part_files_of_a_published_run_are_reported_as_such(tmp_path):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a")])
     store.write("metrics/run.parquet", b"")
@@ -301,7 +301,7 @@ def test_whoever_finds_the_parts_gone_is_told_that_the_run_is_published(tmp_path
         pass
 
 
-def test_whoever_loses_the_parts_while_it_reads_them_is_told_so_too(tmp_path):
+def test_part_files_that_vanish_while_read_are_reported_as_such(tmp_path):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a")])
     store.write("metrics/run.parquet", b"")
@@ -317,7 +317,7 @@ def test_whoever_loses_the_parts_while_it_reads_them_is_told_so_too(tmp_path):
 
 
 def _with_another_score(data: bytes) -> bytes:
-    """Still a Parquet file, which DuckDB reads without a word."""
+    """The damaged file is still valid Parquet, which DuckDB would read silently."""
     other = data.replace(np.float32(0.75).tobytes(), np.float32(0.25).tobytes())
     assert pq.read_table(pa.BufferReader(other))["p_Lung_Opacity"][0].as_py() == 0.25
     return other
@@ -340,7 +340,7 @@ def test_a_part_file_that_is_damaged_counts_as_never_written(store_uri, tmp_path
 
 
 @pytest.mark.parametrize("damaged", ["part", "plan"])
-def test_what_cannot_be_read_is_named_with_the_mend(tmp_path, damaged):
+def test_an_unreadable_work_file_is_named_with_what_to_do(tmp_path, damaged):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     if damaged == "part":
         write_part(store, plan, pa.table({"image": ["of another version"]}))
@@ -368,7 +368,7 @@ def test_a_full_disk_costs_no_run(tmp_path, monkeypatch):
         (ErrorCode.FORBIDDEN, "move it away and resume the run to screen its objects again"),
     ],
 )
-def test_work_that_the_storage_does_not_give_is_kept_and_named(tmp_path, code, fix):
+def test_a_part_file_that_the_storage_does_not_return_is_kept_and_named(tmp_path, code, fix):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
     write_parts(store, plan, [row("a")])
 
@@ -384,7 +384,7 @@ def test_work_that_the_storage_does_not_give_is_kept_and_named(tmp_path, code, f
         pass
 
 
-def test_what_a_model_of_phantoms_says_is_marked_in_every_row(tmp_path):
+def test_every_row_of_a_synthetic_model_is_marked(tmp_path):
     store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a", "b"], [])
     write_parts(store, plan, [row("a", synthetic=False), row("b", status="failed")])
     assert final(store, plan)["synthetic"].to_pylist() == [False, None]

@@ -1,4 +1,4 @@
-"""What the model stage makes of films, without Ray."""
+"""The rows that the model stage makes of films, without Ray."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_films_have_their_own_scores_however_their_rows_lie_in_memory():
 
 
 @pytest.mark.parametrize(("broken", "reject_unlike"), [("logits_NK", False), ("features_NF", True)])
-def test_a_score_that_is_no_number_is_a_failure_and_no_decision(monkeypatch, broken, reject_unlike):
+def test_a_score_that_is_not_a_number_is_a_failure_without_decision(
+    monkeypatch, broken, reject_unlike
+):
     model = with_distribution(tiny_model(), FILMS)
     stage = ScoreImages(model, ON_CPU, reject_unlike, Explainer("r"), "float32")
     exact = stage.scorer.scores
@@ -107,7 +109,7 @@ def test_a_film_unlike_those_of_training_is_flagged_or_has_no_score_where_told(r
         (ValueError("ours"), (ValueError, "ours")),
     ],
 )
-def test_what_a_gpu_raises_is_told_with_its_mend_or_tried_again(monkeypatch, raised, expected):
+def test_an_error_of_a_gpu_is_explained_or_tried_again(monkeypatch, raised, expected):
     def fails(*_: object, **__: object) -> None:
         raise raised
 
@@ -127,7 +129,7 @@ def test_what_a_gpu_raises_is_told_with_its_mend_or_tried_again(monkeypatch, rai
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_a_gpu_that_torch_cannot_use_is_told_by_the_first_call():
+def test_a_gpu_that_torch_cannot_use_is_reported_by_the_first_call():
     stage = ScoreImages(tiny_model(), ON_GPU, False, None, "float32")
     with pytest.raises(UserError, match=r"torch cannot use a node's GPU: .*; run `lungopacity"):
         stage(read_rows(FILMS[:1]))

@@ -1,4 +1,4 @@
-"""What becomes of a run whose pipeline does not finish, without Ray."""
+"""Runs whose pipeline does not finish, without Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lungopacity.screening.screen import as_run
 from tests.models.tiny import tiny_model
 
 
-def test_objects_that_are_lost_are_read_again_and_then_told(place, monkeypatch, caplog):
+def test_lost_objects_are_read_again_and_then_reported(place, monkeypatch, caplog):
     from ray.exceptions import NodeDiedError
 
     def lost(*_, **__):
@@ -60,7 +60,7 @@ def test_an_object_that_is_lost_each_time_gets_a_row_and_keeps_no_other_waiting(
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(143)])
-def test_a_run_that_is_stopped_says_how_to_go_on(place, monkeypatch, caplog, capfd, end):
+def test_a_stopped_run_says_how_to_resume_it(place, monkeypatch, caplog, capfd, end):
     def stopped(*_, **__):
         raise end
 
@@ -101,7 +101,7 @@ def test_a_lost_node_is_survived_and_an_error_of_ours_is_not(caplog):
             raise error
 
 
-def test_a_run_that_goes_on_says_that_it_keeps_its_objects(place, caplog, monkeypatch):
+def test_a_resumed_run_says_that_it_keeps_its_objects(place, caplog, monkeypatch):
     monkeypatch.setattr(screen, "ray_ahead", nullcontext)
     place.killed()
     result = lungopacity.screen(
@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_says_that_it_keeps_its_objects(place, caplog, monkey
     assert "--limit and --inventory have no effect" in caplog.text
 
 
-def test_the_compiled_network_is_looked_at_on_cpus_alone(caplog):
+def test_the_compiled_network_is_used_only_on_cpus(caplog):
     broken = to_bytes([CompiledNetwork(b"7767517\n1 1\nNoSuchLayer a 0 1 in0\n", b"")])
     model = replace(tiny_model(), compiled=broken)
     assert as_run(model, use_gpu=True).compiled is None

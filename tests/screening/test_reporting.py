@@ -1,4 +1,4 @@
-"""What a night, its runs and `status.json` tell of how it went."""
+"""What a night reports: log lines, the summaries of its runs, and `status.json`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lungopacity.storage import LocalStore
 from lungopacity.storage.lease import Lease
 
 
-def test_every_long_stage_of_a_night_is_told(place, monkeypatch, caplog):
+def test_every_long_stage_of_a_night_is_logged(place, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(progress, "_QUICK_S", 0.0)
     place.night()
@@ -40,7 +40,7 @@ def test_every_long_stage_of_a_night_is_told(place, monkeypatch, caplog):
     assert [stage for stage in stages if stage not in caplog.text] == []
 
 
-def test_films_that_a_person_is_to_look_at_are_told_wherever_positive_ones_are(place):
+def test_films_under_review_are_reported_wherever_positive_ones_are(place):
     model = load_model(place.model)
     save_operating_point(place.model, model, "our-site", OperatingPoint(0.9, review_from=0.5))
     place.decisions = {"Adams.png": "review", "Baker.png": "review", "Clark.png": "negative"}
@@ -51,7 +51,7 @@ def test_films_that_a_person_is_to_look_at_are_told_wherever_positive_ones_are(p
     assert told == [{"positive": 1, "review": 2}]
 
 
-def test_a_night_that_rejects_everything_is_told(place):
+def test_a_night_that_rejects_everything_is_reported(place):
     place.failing = {item.key: "wrong_body_part" for item in place.archive.list()}
     (run,) = place.night().runs
     assert (run.rejected, run.exit_code) == (4, 1)
@@ -62,7 +62,7 @@ def test_a_night_that_rejects_everything_is_told(place):
     assert place.status()["nothing_scored"] == []
 
 
-def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
+def test_a_failed_night_reports_what_it_had_published(place, tmp_path):
     place.killed()
     with pytest.raises(UserError, match="no list lies there"):
         place.night(inventory=str(tmp_path / "none.parquet"))
@@ -88,7 +88,7 @@ def test_a_night_that_fails_tells_what_it_had_published(place, tmp_path):
         (ZeroDivisionError("of Adams"), 2, "unforeseen ZeroDivisionError; see the job's log"),
     ],
 )
-def test_a_night_that_is_ended_tells_by_what(place, monkeypatch, error, code, message):
+def test_an_ended_night_reports_what_ended_it(place, monkeypatch, error, code, message):
     def ended(*_, **__):
         raise error
 
@@ -99,7 +99,7 @@ def test_a_night_that_is_ended_tells_by_what(place, monkeypatch, error, code, me
     assert (told["state"], told["exit_code"], told["message"]) == ("failed", code, message)
 
 
-def test_a_night_that_ray_ends_because_of_a_sigterm_tells_of_that(place, monkeypatch):
+def test_a_night_that_ray_ends_because_of_a_sigterm_reports_the_sigterm(place, monkeypatch):
     def ended(*_, **__):
         signals._here.told_by = signal.SIGTERM
         raise SystemExit(1)
@@ -148,7 +148,7 @@ def test_a_night_that_may_not_remove_its_work_is_published_all_the_same(place, m
     assert (anew.run_id != run.run_id, anew.images) == (True, 4)
 
 
-def test_a_night_that_is_ended_while_its_work_is_removed_tells_what_it_published(
+def test_a_night_that_is_ended_while_its_work_is_removed_reports_its_run(
     place, monkeypatch, caplog
 ):
     delete = LocalStore.delete
@@ -184,7 +184,7 @@ def test_a_night_that_lost_its_lease_leaves_the_status_to_the_other(place, monke
     assert place.status() == {"state": "of another"}
 
 
-def test_a_night_that_lost_its_lease_stops_at_once_and_tells_what_it_published(place, monkeypatch):
+def test_a_night_that_lost_its_lease_stops_at_once_and_reports_its_runs(place, monkeypatch):
     place.killed()
     place.archive.write("Evans.png", b"new")
     monkeypatch.setattr(nightly, "Lease", partial(Lease, seconds=0.5))
@@ -214,7 +214,7 @@ def test_a_night_that_lost_its_lease_stops_at_once_and_tells_what_it_published(p
         ("Adams.png,Normal\nDavis.png,Normal", (2, 2), "calibrated on 1 of the labelled films"),
     ],
 )  # fmt: skip
-def test_labels_that_match_nothing_or_measure_nothing_are_told(
+def test_labels_that_match_nothing_or_measure_nothing_are_reported(
     place, tmp_path, caplog, labels, told, warning
 ):
     (tmp_path / "labels.csv").write_text(f"image,label\n{labels}\n")
@@ -230,7 +230,7 @@ def test_labels_that_match_nothing_or_measure_nothing_are_told(
 
 
 @pytest.mark.parametrize("point", ["our-site", None])
-def test_films_that_the_point_in_use_was_picked_on_are_told(place, tmp_path, caplog, point):
+def test_films_that_the_point_in_use_was_picked_on_are_reported(place, tmp_path, caplog, point):
     digest = hashlib.sha256(b"Adams.png").hexdigest()
     model = load_model(place.model)
     save_operating_point(place.model, model, "our-site", OperatingPoint(0.5), [digest])
@@ -252,7 +252,7 @@ def test_the_warning_of_labels_names_nobody_where_names_are_hashed(place, hidden
 
 
 @pytest.mark.parametrize("damage", ["gone", "damaged"])
-def test_predictions_that_cannot_be_read_are_named_with_the_mend(place, damage):
+def test_unreadable_predictions_are_reported_with_what_to_do(place, damage):
     run = place.night().runs[0]
     (key,) = [item.key for item in place.store.list("predictions/")]
     if damage == "gone":

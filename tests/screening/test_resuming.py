@@ -1,4 +1,4 @@
-"""Nights that find runs which an earlier one began and did not publish."""
+"""Nights that find unfinished runs of earlier ones."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_a_killed_night_is_finished_first(place, tmp_path):
     assert speeds.to_pylist() == [{"images_per_s": None}]
 
 
-def test_a_run_that_no_night_began_is_left_to_whoever_did(place):
-    """It may be at work at this moment, and has no lease."""
+def test_a_night_does_not_finish_runs_of_other_commands(place):
+    """Such a run may be at work, and holds no lease."""
     place.killed(nightly=False)
     (own,) = place.night().runs
     assert own.images == 4
@@ -51,8 +51,8 @@ def test_a_killed_night_over_one_shard_is_finished_too(place):
     assert [run.images for run in nightly(shard, place.model, place.results).runs] == [1, 0]
 
 
-def test_a_run_of_before_is_not_published_over_what_is_newer(place, caplog):
-    """Its rows would be the newest, though another night has read the same objects since."""
+def test_an_unfinished_run_is_not_published_over_newer_rows(place, caplog):
+    """Its rows would count as newest, although a later night has read the same objects."""
     place.failing = {"Adams.png": "timeout", "Baker.png": "timeout"}
     place.killed()
     place.failing = {}
@@ -68,7 +68,7 @@ def test_a_run_of_before_is_not_published_over_what_is_newer(place, caplog):
     assert told == [{"run_id": between.run_id, "status": "ok"}]
 
 
-def test_a_run_that_is_taken_up_by_hand_warns_of_what_is_newer(place, monkeypatch, caplog):
+def test_resuming_a_run_by_hand_warns_of_newer_runs(place, monkeypatch, caplog):
     monkeypatch.setattr(screen, "ray_ahead", nullcontext)
     place.killed()
     assert "was published after" not in caplog.text
@@ -77,7 +77,7 @@ def test_a_run_that_is_taken_up_by_hand_warns_of_what_is_newer(place, monkeypatc
     assert f"run {run.run_id} was published after run killed began" in caplog.text
 
 
-def test_what_an_unfinished_run_has_counts_at_most_on_a_dry_run(place):
+def test_a_dry_run_counts_the_objects_of_unfinished_runs_at_most(place):
     place.killed()
     assert night_summary(place.night(dry_run=True)).splitlines()[:2] == [
         "a night would first finish the earlier run killed",
@@ -86,7 +86,7 @@ def test_what_an_unfinished_run_has_counts_at_most_on_a_dry_run(place):
 
 
 @pytest.mark.parametrize("start", [b"{}", b"not json", "of another version"])
-def test_a_run_of_before_that_cannot_be_taken_up_does_not_stop_the_night(place, start, caplog):
+def test_a_run_that_cannot_be_resumed_does_not_stop_the_night(place, start, caplog):
     plan = place.killed(change=lambda rows: rows.drop_columns("ensemble_disagreement"))
     if isinstance(start, str):
         told = json.loads(place.store.read(f"{plan.work}run.json"))
@@ -97,7 +97,7 @@ def test_a_run_of_before_that_cannot_be_taken_up_does_not_stop_the_night(place, 
     assert "_work/killed/run.json is damaged or was written by another version" in caplog.text
 
 
-def test_a_run_of_before_that_the_storage_does_not_give_at_the_moment_is_kept(place, monkeypatch):
+def test_an_unfinished_run_that_the_storage_does_not_return_now_is_kept(place, monkeypatch):
     plan = place.killed()
     opened = LocalStore.open_local
 
@@ -114,7 +114,7 @@ def test_a_run_of_before_that_the_storage_does_not_give_at_the_moment_is_kept(pl
 
 
 @pytest.mark.parametrize("damage", ["a column too few", "a plan", "a defect"])
-def test_a_run_of_before_whose_files_cannot_be_read_does_not_stop_the_night(
+def test_an_unfinished_run_with_unreadable_files_does_not_stop_the_night(
     place, caplog, monkeypatch, damage
 ):
     lacking = damage == "a column too few"
