@@ -278,7 +278,7 @@ def test_what_cannot_be_read_has_a_row_and_the_exit_code(tmp_path, capfd):
     others = open_store(str(tmp_path / "others"))
     others.write("x.tar", tar({"in.png": encoded(grey_film(7))}))
     assert main([*labelled, "--images", others.uri, "--output", str(tmp_path / "six")]) == 2
-    assert "1 labelled names occur more than once, such as in.png; the" in capfd.readouterr().err
+    assert "1 labelled names occur more than once, such as in.png; give" in capfd.readouterr().err
 
 
 def test_nothing_of_an_older_report_is_left_beside_a_new_one(tmp_path):

@@ -215,7 +215,11 @@ def _an_hour_ahead(results: str) -> None:
 def test_a_name_is_given_once_and_must_be_one(site):
     model, results = str(site / "model"), str(site / "results")
     lungopacity.threshold(model, results, "youden", "taken", run_id="first")
-    for name, said in (("taken", "already; choose another --name"), ("../x", "letters, digits"), ("", "letters")):
+    for name, said in (
+        ("taken", "already; choose another --name"),
+        ("../x", "letters, digits"),
+        ("", "letters"),
+    ):
         with pytest.raises(UserError, match=said):
             lungopacity.threshold(model, results, "sensitivity=0.8", name, run_id="first")
 
