@@ -85,7 +85,7 @@ def test_of_a_jpeg_too_the_other_ways_show_the_network_what_screening_shows_it()
 @pytest.mark.usefixtures("ray_cluster")
 def test_bytes_moved_are_those_of_one_run(capfd):
     for _ in range(2):
-        with alternatives._told_bytes_moved():
+        with alternatives._bytes_moved_printed():
             ray.put(np.zeros(1_000_000, np.uint8))
     first, second = map(screen._moved, capfd.readouterr().out.splitlines())
     assert first == second == pytest.approx(1_000_000, rel=0.01)
