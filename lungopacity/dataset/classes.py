@@ -14,18 +14,15 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
     words: `A` makes label A a class; `A+B=Name` merges the labels A and B into the class Name;
     `A=Name` renames A; `-A` leaves A out. If all words leave labels out, every other label of
     `known` is a class, in alphabetical order. known: all labels that occur. Raises `UserError` for
-    words that leave out a label that does not occur, that give fewer than two classes, that put a
-    label into two classes, that give two classes the same column of the results, or that name a
-    class after a label that is not in it.
+    words that leave out or merge a label that does not occur, that give fewer than two classes,
+    that put a label into two classes, that give two classes the same column of the results, or that
+    name a class after a label that is not in it.
     """
     found: dict[str, str] = {}
     dropped = {word[1:].strip() for word in words if word.startswith("-")}
     for label in sorted(dropped - set(known)):
         # A typing error: the label that was meant would be learnt as a class.
-        raise UserError(
-            f"--classes: there is no label '{label}' to leave out; the labels are "
-            f"{', '.join(sorted(known))}"
-        )
+        raise _unknown(label, "leave out", known)
     kept = [word for word in words if not word.startswith("-")]
     if not kept:
         return classes_of_all(set(known) - dropped)
@@ -40,6 +37,9 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
                 raise UserError(f"--classes: label '{label}' is given to two classes")
             if label in dropped:
                 raise UserError(f"--classes: label '{label}' is both given and left out")
+            if len(labels) > 1 and label not in known:
+                # The class would lack the films of the label that was meant.
+                raise _unknown(label, "merge", known)
             found[label] = name
     for name in dict.fromkeys(found.values()):
         # Labels with a class's own name count as that class later, so they would be back in it.
@@ -55,6 +55,13 @@ def classes_of_all(known: Collection[str]) -> dict[str, str]:
     """Makes each label a class of its own, in alphabetical order, even if it contains + or =.
     Raises `UserError` as `classes_of_labels` does."""
     return _checked({label: label for label in sorted(known)})
+
+
+def _unknown(label: str, purpose: str, known: Sequence[str]) -> UserError:
+    return UserError(
+        f"--classes: there is no label '{label}' to {purpose}; the labels are "
+        f"{', '.join(sorted(known))}"
+    )
 
 
 def _checked(found: dict[str, str]) -> dict[str, str]:

@@ -50,6 +50,10 @@ def test_each_class_name_occurs_once():
         (["Normal", "COVID=Not_Normal"], "'Not_Normal' is also a label"),
         (["-Not_normal"], "no label 'Not_normal' to leave out; the labels are COVID, Normal, Not"),
         (["Normal", "COVID", "-Flu"], "no label 'Flu' to leave out"),
+        (
+            ["Normal", "COVID+Viral Pneumonia=Infection"],
+            "no label 'Viral Pneumonia' to merge; the labels are COVID, Normal, Not_Normal, Viral_P",
+        ),
     ],
 )
 def test_words_that_give_no_valid_classes_are_refused(words, said):
