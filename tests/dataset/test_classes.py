@@ -52,7 +52,7 @@ def test_each_class_name_occurs_once():
         (["Normal", "COVID", "-Flu"], "no label 'Flu' to leave out"),
         (
             ["Normal", "COVID+Viral Pneumonia=Infection"],
-            "no label 'Viral Pneumonia' to merge; the labels are COVID, Normal, Not_Normal, Viral_P",
+            "no label 'Viral Pneumonia' to merge; the labels are COVID, Normal, Not_N",
         ),
     ],
 )
