@@ -101,14 +101,27 @@ def test_a_race_for_an_expired_lease_has_one_winner(store_uri):
 
 
 def test_a_job_that_lost_its_lease_may_not_publish(store_uri):
+    store, others = open_store(store_uri), json.dumps({"token": "x"}).encode()
     with lease(store_uri) as held:
-        open_store(store_uri).write("_lock/nightly.json", json.dumps({"token": "x"}).encode())
+        store.write("_lock/nightly.json", others)
         with pytest.raises(UserError, match="another job has taken it over"):
             held.check()
         held._thread.join(20)  # the renewing thread notices, too
         assert held.taken_over
-    # And the job does not remove the other's lease.
-    assert open_store(store_uri).head("_lock/nightly.json") is not None
+    # And the job does not remove the other's lease, nor if it notices only as it ends.
+    assert store.head("_lock/nightly.json") is not None
+    store.delete("_lock/nightly.json")
+    with lease(store_uri, 60.0):
+        store.write("_lock/nightly.json", others)
+    assert store.head("_lock/nightly.json") is not None
+
+
+def test_a_job_whose_lease_is_gone_may_not_publish(tmp_path):
+    """Another job took it for dead, and has not written its own lease yet."""
+    with lease(str(tmp_path), 60.0) as held:
+        held.store.delete(held.key)
+        with pytest.raises(UserError, match="another job has taken it over"):
+            held.check()
 
 
 def test_a_clock_that_was_set_back_does_not_lock_for_ever(tmp_path):
@@ -148,6 +161,23 @@ def test_a_takeover_that_another_job_wins_is_refused(tmp_path, monkeypatch, capl
     with pytest.raises(UserError, match="another job is at work there: unknown"):
         second._take()
     assert "is taken over" in caplog.text
+
+
+def test_a_lease_that_is_released_and_taken_again_is_refused(tmp_path):
+    """The waiting job looked for it in between."""
+    first, second, third = (lease(str(tmp_path), 60.0) for _ in range(3))
+    first._take()
+
+    def in_between(key: str) -> None:
+        del second.store.head
+        second.store.delete(key)
+        assert second.store.head(key) is None
+        third._take()
+
+    second.store.head = in_between
+    with pytest.raises(UserError, match="another job is at work"):
+        second._take()
+    third.check()
 
 
 def test_a_holder_that_renews_at_the_last_moment_keeps_its_lease(tmp_path):

@@ -66,10 +66,10 @@ def test_the_cpu_time_of_decoding_is_reported():
     assert 0.7 * taken < told < taken
 
 
-def test_tickets_without_bytes_keep_their_place():
-    files = [("a", None), ("b", FILM), ("c", None), ("d", None), ("e", FILM)]
-    with borrowed_decoder(SETTINGS) as decoder:
-        found = [(ticket, len(rows)) for ticket, rows in decoder.rows(files)]
+@pytest.mark.parametrize("data", [FILM, b"CRASH"])
+def test_tickets_without_bytes_keep_their_place(crashing, data):
+    files = [("a", None), ("b", data), ("c", None), ("d", None), ("e", FILM)]
+    found = [(ticket, len(rows)) for ticket, rows in crashing.rows(files)]
     assert found == [("a", 0), ("b", 1), ("c", 0), ("d", 0), ("e", 1)]
 
 
@@ -110,8 +110,9 @@ def test_each_of_many_crashing_files_is_found(crashing):
     ]  # fmt: skip
 
 
-def test_the_message_names_the_signal(crashing):
+def test_the_message_names_the_signal_and_what_codecs_write_is_not_shown(crashing, capfd):
     ((_, (row,)),) = list(crashing.rows([(0, b"CRASH")]))
+    assert capfd.readouterr() == ("", "")
     assert row["error_message"] == f"the decoder's process died (signal {int(signal.SIGSEGV)})"
     assert (row["status"], row["error_stage"]) == ("failed", "decode")
 
@@ -158,21 +159,24 @@ def test_frames_before_one_that_crashes_keep_their_rows(crashing):
     assert [len(rows) for rows in found] == [1, 3, 1]
     assert found[1][:2] == list(content_rows(data, SETTINGS))[:2]
     assert found[1][2]["error_code"] == "decoder_crash"
+    assert found[1][2]["error_message"].endswith("; later frames were not tried")
     assert (found[1][2]["frame"], found[1][2]["content_sha256"]) == (2, sha256(data).hexdigest())
 
 
-def test_a_file_that_cannot_be_passed_on_does_not_mix_up_the_rows(monkeypatch):
+@pytest.mark.parametrize("again", [False, True], ids=["at first", "after a crash"])
+def test_a_file_that_cannot_be_passed_on_does_not_mix_up_the_rows(crashing, monkeypatch, again):
     files = [encoded(grey_film(seed)) for seed in range(4)]
+    if again:
+        files[1] = b"CRASH"
     real, calls = os.pwrite, itertools.count()
 
     def full(*arguments):
-        if next(calls) == 1:
+        if next(calls) == (4 if again else 1):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*arguments)
 
-    with borrowed_decoder(SETTINGS) as decoder:
-        monkeypatch.setattr(os, "pwrite", full)
-        found = [rows for _, rows in decoder.rows(enumerate(files))]
+    monkeypatch.setattr(os, "pwrite", full)
+    found = [rows for _, rows in crashing.rows(enumerate(files))]
     assert [row.get("error_code") for (row,) in found] == [None, "unavailable", None, None]
     assert [row["content_sha256"] for (row,) in found] == [
         sha256(data).hexdigest() for data in files
@@ -231,9 +235,31 @@ def test_a_reader_that_stops_early_leaves_no_rows_for_the_next():
         assert codes(decoder, [b"junk"]) == ["not_an_image"]
 
 
-def test_a_process_that_cannot_start_is_an_error():
-    decoder = Decoder(SETTINGS, (sys.executable, "-c", "raise SystemExit(7)"))
-    with pytest.raises(DecoderStartError, match=r"does not start \(exit code 7\)"):
+def test_one_idle_decoder_is_kept_and_for_its_own_settings_only():
+    with borrowed_decoder(SETTINGS) as decoder:
+        list(decoder.rows([(0, FILM)]))
+    with borrowed_decoder(SETTINGS) as again:
+        assert again is decoder
+    process = decoder._process
+    assert process.poll() is None
+    with borrowed_decoder(ReadSettings(Preprocessing(image_size=64))) as other:
+        assert other is not decoder
+    assert process.poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ((sys.executable, "-c", "raise SystemExit(7)"), "exit code 7"),
+        (("sleep", "60"), "signal 9"),
+        (("/no/such/command",), "No such file or directory"),
+    ],
+)
+def test_a_process_that_cannot_start_is_an_error(command, why, monkeypatch):
+    if "sleep" in command:
+        monkeypatch.setattr("lungopacity.archive.decoder._START_SECONDS", 0.2)
+    decoder = Decoder(SETTINGS, command)
+    with pytest.raises(DecoderStartError, match=rf"does not start \({why}\)"):
         list(decoder.rows([(0, FILM)]))
     decoder.close()
 

@@ -57,6 +57,7 @@ def test_counts_rates_codes_and_speed():
     assert metric_value(metrics, "images_rejected") == 1
     assert metric_value(metrics, "error_code", "truncated") == 2
     assert metric_value(metrics, "error_code", "not_an_image") == 1
+    assert len([m for m in metrics if m.metric == "error_code"]) == 2
     assert metric_value(metrics, "decision_rate", "positive") == 0.75
     assert metric_value(metrics, "quality_flag", "low_contrast") == 2
     assert metric_value(metrics, "quality_flag", "out_of_distribution") == 1
@@ -65,6 +66,11 @@ def test_counts_rates_codes_and_speed():
     assert metric_value(metrics, "decision_rate", "review") == 0
     assert metric_value(metrics, "seconds") == 3.5
     assert metric_value(metrics, "images_per_s") == 2.0
+    # A part of the images took none of these seconds.
+    resumed = run_metrics(
+        predictions(*(dict(row) for row in MIXED)), SPEC, seconds=3.5, resumed=True
+    )
+    assert metric_value(resumed, "images_per_s") is None
     (rate,) = [m for m in metrics if (m.metric, m.class_name) == ("decision_rate", "positive")]
     assert rate.ci_low < 0.75 < rate.ci_high
     assert rate.n == 4
@@ -112,16 +118,17 @@ def test_metrics_against_labels_count_what_can_be_judged():
 
 
 def test_labels_of_members_are_those_of_their_own_names_and_of_the_class_that_decides():
-    spec = replace(SPEC, positive_class="Normal")
+    spec = replace(SPEC, positive_class="Normal", label_map={"Healthy": "Normal"})
     table = predictions(
         {"p": 0.9, "label": "Lung_Opacity", "image": "x.tar", "member": "a.png"},
-        {"p": 0.1, "label": "Normal", "image": "x.tar", "member": "b.png"},
+        {"p": 0.9, "label": "Healthy", "image": "x.tar", "member": "b.png"},
     )
-    told = labels("a.png", "b.png", patient_sex=["F", "M"])
+    # In another order, and with one that has no image.
+    told = labels("c.png", "b.png", "a.png", patient_sex=["M", "M", "F"])
     metrics = label_metrics(table, spec, told)
-    assert {m.group: m.n for m in metrics if m.metric == "accuracy"} == {
-        "all": 2, "patient_sex=F": 1, "patient_sex=M": 1,
-        "view_position=unknown": 2, "age=unknown": 2,
+    assert {m.group: (m.value, m.n) for m in metrics if m.metric == "accuracy"} == {
+        "all": (0.5, 2), "patient_sex=F": (1, 1), "patient_sex=M": (0, 1),
+        "view_position=unknown": (0.5, 2), "age=unknown": (0.5, 2),
     }  # fmt: skip
     assert metric_value(metrics, "films_known_to_model") == 0
     assert {m.class_name for m in metrics if m.metric == "brier_binary"} == {"Normal"}

@@ -244,9 +244,12 @@ def test_films_that_the_point_in_use_was_picked_on_are_reported(place, tmp_path,
 
 
 def test_the_warning_of_labels_names_nobody_where_names_are_hashed(place, hidden, tmp_path, caplog):
-    (tmp_path / "labels.csv").write_text("image,label\nDoe_John.png,Normal\n")
+    for folder in ("x", "y"):
+        place.archive.write(f"{folder}/Doe_Jane.png", b"x")
+    (tmp_path / "labels.csv").write_text("image,label\nDoe_John.png,Normal\nDoe_Jane.png,Normal\n")
     place.night(**hidden, labels=str(tmp_path / "labels.csv"))
-    assert "match none of 4 images" in caplog.text
+    assert "match none of 6 images" in caplog.text
+    assert "1 matches between labels and images are ambiguous: these images get no" in caplog.text
     assert "Doe" not in caplog.text
     assert "Adams" not in caplog.text
 
