@@ -115,7 +115,7 @@ def test_the_status_names_nobody_where_names_are_hashed(place, hidden, tmp_path)
     listed = pa.concat_tables(list_archive(place.archive.uri).tables).to_pylist()
     listed[0]["source_etag"] = None
     pq.write_table(pa.Table.from_pylist(listed), tmp_path / "list.parquet")
-    with pytest.raises(UserError, match=r"has no e_tag of 'Adams\.png'"):
+    with pytest.raises(UserError, match=r"has no e_tag for 'Adams\.png'"):
         place.night(**hidden, inventory=str(tmp_path / "list.parquet"))
     told = place.status()
     assert (told["exit_code"], told["message"]) == (2, "stopped; the job's log says why")
