@@ -9,7 +9,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import (
+    ClientError,
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+)
 
 from lungopacity.errors import ErrorCode
 from lungopacity.storage import open_store, outage
@@ -72,6 +77,22 @@ def test_a_request_that_never_gets_through_is_given_up_even_if_others_do(monkeyp
     with pytest.raises(EndpointConnectionError):
         outage.patiently("http://films", request)
     assert asked[-1] - asked[0] > 0.9
+
+
+@pytest.mark.parametrize(
+    "silence", [ConnectionClosedError, ConnectTimeoutError, EndpointConnectionError]
+)
+def test_a_server_that_refuses_a_request_is_back(monkeypatch, silence):
+    monkeypatch.setattr(outage, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(outage, "_silent_since", {"http://films": None})
+    answers = iter([silence(endpoint_url="http://films")] * 2 + [ClientError({}, "GetObject")])
+
+    def request() -> None:
+        raise next(answers)
+
+    with pytest.raises(ClientError):
+        outage.patiently("http://films", request)
+    assert outage._silent_since == {"http://films": None}
 
 
 IN_ANOTHER_PROCESS = """

@@ -331,11 +331,16 @@ def test_refuses_first_weights_that_learnt_from_a_validation_film(
 def test_a_training_that_starts_beside_unfinished_ones_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for run in ("old", "new"):
-        folder = tmp_path / "_training" / run / "checkpoint_1"
+    for place, history in (
+        ("old/checkpoint_1", '[{"epoch": 1}]'),
+        ("new/checkpoint_10", '[{"epoch": 1}, {"epoch": 2}]'),
+        ("new/checkpoint_11", '[{"epoch": 1}, {"ep'),  # it was killed as it wrote this
+        ("new/checkpoint_9", '[{"epoch": 1}]'),
+    ):
+        folder = tmp_path / "_training" / place
         folder.mkdir(parents=True)
-        (folder / "history.json").write_text('[{"epoch": 1}]')
-    assert rows_of_before(str(tmp_path), "new") == [{"epoch": 1}]
+        (folder / "history.json").write_text(history)
+    assert rows_of_before(str(tmp_path), "new") == [{"epoch": 1}, {"epoch": 2}]
     assert caplog.text == ""
     assert rows_of_before(str(tmp_path), "third") == []
     assert "holds 2 unfinished trainings with other settings, films, splits" in caplog.text

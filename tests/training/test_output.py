@@ -124,7 +124,12 @@ def test_a_model_is_finished_even_if_its_checkpoints_cannot_be_removed(
 
 
 def test_lasting_disk_errors_are_user_errors_and_others_are_not() -> None:
-    for number, told in ((errno.EROFS, "Read-only file system"), (errno.EDQUOT, "quota exceeded")):
+    for number, told in (
+        (errno.EROFS, "Read-only file system"),
+        (errno.EDQUOT, "quota exceeded"),
+        (errno.EACCES, "Permission denied"),
+        (errno.EPERM, "not permitted"),
+    ):
         with (
             pytest.raises(UserError, match=rf"^/out/m: a checkpoint cannot be .*{told}\); free"),
             lasting_disk_errors("/out/m"),
