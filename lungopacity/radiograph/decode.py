@@ -184,9 +184,9 @@ def _plain_film(
     try:
         limits.check_pixels(header.rows, header.columns)
         pixels = decode()
+    except ImageError as error:
+        error.facts = facts
+        raise
     except Exception as error:
-        failed = as_image_error(error, decoder_error)
-        failed.facts = facts
-        # An error must not be its own cause: following its causes would never end.
-        raise failed from (error if error is not failed else None)
+        raise as_image_error(error, decoder_error, facts) from error
     return None if pixels is None else Radiograph(pixels=pixels, **facts)

@@ -76,11 +76,13 @@ def decode_dicom(
             _check_pixel_data(dataset, is_cut)
             check_wanted(dataset, facts, accept)
             declared, frames = _frames(dataset, limits)
+        except ImageError as error:
+            error.facts = {} if error.code is ErrorCode.NOT_AN_IMAGE else facts
+            raise
         except Exception as error:
-            failed = as_image_error(error, _header_error)
-            failed.facts = {} if failed.code is ErrorCode.NOT_AN_IMAGE else facts
-            # An error must not be its own cause: following its causes would never end.
-            raise failed from (error if error is not failed else None)
+            # Bound to no name: this frame would keep the error, its traceback this frame and what
+            # was inflated, and the next file would find no memory left.
+            raise as_image_error(error, _header_error, facts) from error
         for index in range(min(declared, frames + 1)):
             own = facts if declared == 1 else {**facts, "frame": index}
             try:
@@ -89,9 +91,7 @@ def decode_dicom(
                     raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, _FEWER)
                 yield _radiograph(dataset, index, own, limits)
             except Exception as error:
-                failed = as_image_error(error, _pixel_error)
-                failed.facts = own
-                yield failed
+                yield as_image_error(error, _pixel_error, own)
 
 
 def _read(data: bytes, limits: DecodeLimits) -> Any:

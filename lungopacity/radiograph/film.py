@@ -112,14 +112,22 @@ class DecodeLimits:
             )
 
 
-def as_image_error(error: Exception, otherwise: Callable[[Exception], ImageError]) -> ImageError:
+def as_image_error(
+    error: Exception,
+    otherwise: Callable[[Exception], ImageError],
+    facts: Mapping[str, object] | None = None,
+) -> ImageError:
     """The `ImageError` for a film whose decoding raised `error`. `otherwise`: translates the errors
-    of a decoder."""
+    of a decoder. `facts`: columns of its row, which replace those that `error` has."""
     if isinstance(error, ImageError):
-        return error
-    if isinstance(error, MemoryError):
-        return ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "needs more memory than allowed")
-    return otherwise(error)
+        found = error
+    elif isinstance(error, MemoryError):
+        found = ImageError(ErrorCode.TOO_LARGE, Stage.DECODE, "needs more memory than allowed")
+    else:
+        found = otherwise(error)
+    if facts is not None:
+        found.facts = dict(facts)
+    return found
 
 
 def sides(rows: int, columns: int) -> dict[str, int]:

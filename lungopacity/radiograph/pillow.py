@@ -136,8 +136,7 @@ def _each(
             pixels, coloured = page.decode()
             yield Radiograph(pixels=pixels, coloured_fraction=coloured, **facts)
         except Exception as error:
-            failed = as_image_error(error, decoder_error)
-            failed.facts = facts
+            failed = as_image_error(error, decoder_error, facts)
             yield failed
             if failed.code is ErrorCode.DECOMPRESSION_BOMB:
                 return

@@ -1,6 +1,8 @@
 """Which DICOM objects are not scored, and the facts that are read from headers."""
 
+import gc
 import io
+import sys
 import zlib
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from pydicom.uid import (
 
 from lungopacity.errors import REJECTING, ErrorCode, ImageError
 from lungopacity.radiograph import DecodeLimits, decode_radiographs
-from tests.films import dicom, one_film
+from tests.films import dicom, encoded, grey_film, one_film
 from tests.radiograph.dicom_files import (
     RAMP,
     code_of,
@@ -160,12 +162,12 @@ def test_presentation_states_and_key_object_selections_have_their_own_codes(sop_
     assert code_of(without(dicom(RAMP, SOPClassUID=sop_class), "PixelData")) is code
 
 
-def deflated_bomb() -> bytes:
+def deflated_zeros(size_bytes: int) -> bytes:
     data = in_syntax(DeflatedExplicitVRLittleEndian)
     start = data.index(b"\x02\x00\x10\x00") + 8 + 22
     start = next(at for at in range(start, len(data)) if _inflates(data[at:]))
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return data[:start] + packer.compress(bytes(200 << 20)) + packer.flush()
+    return data[:start] + packer.compress(bytes(size_bytes)) + packer.flush()
 
 
 def _inflates(data: bytes) -> bool:
@@ -206,13 +208,13 @@ def test_junk_after_the_pixels_does_not_cost_the_film(junk):
 
 def test_a_deflated_bomb_is_not_inflated():
     limits = DecodeLimits(max_size_bytes=1 << 20)
-    assert code_of(deflated_bomb(), limits) is ErrorCode.DECOMPRESSION_BOMB
+    assert code_of(deflated_zeros(200 << 20), limits) is ErrorCode.DECOMPRESSION_BOMB
 
 
 def test_a_dicom_object_with_an_unreadable_header_has_its_format_and_other_bytes_have_none():
     junk = b"\x08\x00\x00\x00" + bytes(200)
     facts = {}
-    for data in (deflated_bomb(), junk):
+    for data in (deflated_zeros(200 << 20), junk):
         with pytest.raises(ImageError) as caught:
             list(decode_radiographs(data, limits=DecodeLimits(max_size_bytes=1 << 20)))
         facts[caught.value.code] = caught.value.facts
@@ -220,6 +222,37 @@ def test_a_dicom_object_with_an_unreadable_header_has_its_format_and_other_bytes
         ErrorCode.DECOMPRESSION_BOMB: {"format": "dicom"},
         ErrorCode.NOT_AN_IMAGE: {},
     }
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(deflated_zeros(1 << 20), id="deflated zeros"),
+        pytest.param(dicom(RAMP, PhotometricInterpretation="SOMETHING"), id="header"),
+        pytest.param(dicom(RAMP)[:-500], id="pixels"),
+        pytest.param(encoded(grey_film())[:-50], id="png"),
+        pytest.param(encoded(grey_film(), "JPEG")[:-50], id="jpeg"),
+    ],
+)
+def test_a_file_that_cannot_be_decoded_stays_in_no_cycle_of_references(data):
+    """Else it takes memory from the next files until the garbage collector runs."""
+
+    def tried() -> ErrorCode:
+        try:
+            (found,) = decode_radiographs(data, limits=DecodeLimits())
+        except ImageError as error:
+            return error.code
+        return found.code
+
+    tried()  # pydicom keeps something of its first file
+    gc.collect()
+    gc.disable()
+    try:
+        references = sys.getrefcount(data)
+        assert tried() in (ErrorCode.CORRUPT_IMAGE, ErrorCode.TRUNCATED)
+        assert sys.getrefcount(data) == references
+    finally:
+        gc.enable()
 
 
 def test_an_unknown_transfer_syntax_has_its_code():
