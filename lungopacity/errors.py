@@ -185,7 +185,7 @@ class ImageError(Exception):
         return self.code in (ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE)
 
     @property
-    def mend(self) -> str:
+    def advice(self) -> str:
         """What to do where the object is a file of ours that nothing can replace."""
         is_damaged = self.code in (ErrorCode.MISSING, ErrorCode.DIGEST_MISMATCH)
         return "restore it" if is_damaged else "try again; check the network and its permissions"

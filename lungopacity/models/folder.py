@@ -252,7 +252,7 @@ def _verified_files(store: Store, uri: str) -> dict[str, bytes]:
         files = {name: store.read(name) for name in expected}
     except ImageError as error:
         raise UserError(
-            f"{uri}: cannot be read completely ({error.message}); {error.mend}"
+            f"{uri}: cannot be read completely ({error.message}); {error.advice}"
         ) from error
     except (KeyError, ValueError) as error:
         raise UserError(

@@ -222,7 +222,7 @@ def _parsed(store: Store, key: str) -> dict[str, Any]:
             names = record["class_names"]
             record["positive_class"] = "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
     except (ImageError, ValueError, TypeError, LookupError) as error:
-        fix = error.mend if isinstance(error, ImageError) else "restore it"
+        fix = error.advice if isinstance(error, ImageError) else "restore it"
         raise UserError(
             f"{store.uri}/{key}: the commit record cannot be read ({_reason(error)}); {fix}"
         ) from error

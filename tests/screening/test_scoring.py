@@ -75,7 +75,7 @@ def test_a_score_that_is_not_a_number_is_a_failure_without_decision(
     told = [tuple(row[f"error_{key}"] for key in ("code", "stage")) for row in rows]
     assert told == [("empty", "fetch"), (None, None), ("internal", "score"), (None, None)]
     assert [row["status"] for row in rows] == ["failed", "ok", "failed", "ok"]
-    assert "no number" in rows[2]["error_message"]
+    assert "not a number" in rows[2]["error_message"]
     scored = [field.name for field in score_fields(model.spec.class_names)]
     assert {rows[2][name] for name in (*scored, "explanation_png")} == {None}
     for place in (1, 3):
