@@ -1,6 +1,6 @@
 # make demo    the main job on a phantom archive, on this machine alone
 # make test    every test
-# make fuzz    20,000 damaged files through fetching and decoding, about 21 minutes
+# make fuzz    20,000 damaged files through fetching and decoding, 4 to 10 minutes
 # make faults  kill -9, lost nodes, bad networks, full disks: writes docs/reliability.md, 11 to 21 minutes
 # make check   format, lint, types, import direction
 # Each command sets itself up: it makes a .venv from requirements.lock.

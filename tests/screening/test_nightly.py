@@ -314,6 +314,13 @@ def test_an_object_that_is_never_readable_does_not_make_every_night_broken(place
     assert (night.failed, night.failed_again, night.exit_code) == (2, 1, 2)
     assert place.status()["nothing_scored"] == [night.run_id]
     assert (place.status()["counts"]["failed"], place.status()["failed_again"]) == (2, 1)
+    del place.failing["Adams.png"]
+    (cured,) = place.night(max_failed_fraction=0.5).runs
+    recorded = []
+    for run in (first, quiet, night, cured):
+        record = json.loads(place.store.read(f"runs/{run.run_id}.json"))
+        recorded.append((record["failed_again"], record["broken"]))
+    assert recorded == [(0, False), (1, False), (1, True), (1, False)]
 
 
 def test_a_run_is_retried_from_another_folder_than_its_model_was_named_in(place, monkeypatch):
