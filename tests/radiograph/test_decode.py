@@ -370,18 +370,6 @@ def test_the_fast_jpeg_decoder_gives_the_same_pixels_as_pillow(monkeypatch):
     assert dict(fast.facts()) == dict(slow.facts())
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.floats(0, 1))
-def test_a_png_cut_anywhere_is_never_a_film_with_missing_rows(seed, share):
-    film = np.random.default_rng(seed).integers(0, 256, (50, 40), np.uint8)
-    data = encoded(film)
-    try:
-        found = one_film(data[: int(share * len(data))])
-    except ImageError:
-        return
-    np.testing.assert_array_equal(found.pixels, film)
-
-
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "BMP"])
 def test_of_several_images_in_a_row_the_first_is_the_film(image_format):
     """Phones and editors append thumbnails, depth maps and notes, which must not cost the film."""

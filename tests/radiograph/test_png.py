@@ -353,3 +353,15 @@ def test_damage_in_16_bits_in_colour_has_its_code():
     giant = data[:12] + b"IHDR" + (50_000).to_bytes(4, "big") * 2 + data[24:29]
     giant += zlib.crc32(giant[12:29]).to_bytes(4, "big") + data[33:]
     assert code_of(giant) is ErrorCode.TOO_LARGE
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0, 1))
+def test_a_png_cut_anywhere_is_never_a_film_with_missing_rows(seed, share):
+    film = np.random.default_rng(seed).integers(0, 256, (50, 40), np.uint8)
+    data = encoded(film)
+    try:
+        found = one_film(data[: int(share * len(data))])
+    except ImageError:
+        return
+    np.testing.assert_array_equal(found.pixels, film)
