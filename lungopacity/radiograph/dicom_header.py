@@ -50,23 +50,103 @@ _OTHER_VIEWS = _LATERAL_VIEWS | _DECUBITUS_AND_OBLIQUE
 _LATERAL = re.compile(r"(L|R|LT|RT|X|XT)?LAT(ERALE?)?(L|R|LT|RT)?")
 """LLAT, RTLAT, LATERALE, …, but not words such as BILATERAL."""
 _DECUBITUS = re.compile(r"DECUB\w*")
-# View Code Sequence, CID 4010: SNOMED-RT ids in older objects, SNOMED CT in newer ones.
-_VIEW_CODES = {
-    **{"R-10206": "AP", "399348003": "AP", "R-10214": "PA", "272479007": "PA"},
-    **{"R-10236": "LL", "399173006": "LL", "R-10232": "RL", "399198007": "RL"},
-    **{"R-10228": "LATERAL", "399067008": "LATERAL", "R-10224": "LLO", "R-10222": "RLO"},
-}
+
+
+def _by_code(lines: str) -> dict[str, str]:
+    """The term of each code. Each line has a term, and its codes in SNOMED-RT, which older objects
+    have, and in SNOMED CT."""
+    rows = map(str.split, lines.strip().splitlines())
+    return {code: term for term, *codes in rows for code in codes}
+
+
+# View Code Sequence, PS3.16 CID 4010. DX objects must have it, even if empty; they may lack View
+# Position.
+_VIEW_CODES = _by_code("""
+    AP R-10206 399348003
+    PA R-10214 R-40888 272479007
+    LL R-10236 399173006
+    RL R-10232 399198007
+    LATERAL R-102CD 399067008 R-10228 399352003 R-10224 399260004 R-10222 G-A145 30730003
+    LAO R-10220 399135007
+    RAO R-10218 R-40985 399356000
+    LPO R-10212 399006002
+    RPO R-10210 399038007
+    OBLIQUE R-102C1 399182000 R-10208 399312000 R-10216 399059000 R-10204 399160007
+    OBLIQUE R-10234 399236003 R-10238 399184004 R-40783 260427002 R-40782 260426006
+""")
 _CHEST = re.compile(r"CHEST|THORA|TORAX|TÓRAX|LUNG|\bCXR\b|BRUSTKORB|POUMON|PECHO")
-# PS3.16 Annex L, as far as radiography rooms meet them. A term outside this list counts as none:
-# hospitals write their own words here, and sometimes names.
-_OTHER_BODY_PARTS = frozenset(
-    """ABDOMEN ANKLE ARM BREAST BUTTOCK CALCANEUS CALF CAROTID CEREBELLUM CLAVICLE COCCYX COLON
-    CSPINE CTSPINE EAR ELBOW EXTREMITY EYE FACE FEMUR FINGER FOOT FOREARM HAND HEAD HIP
-    HUMERUS JAW KIDNEY KNEE LEG LIVER LSPINE LSSPINE MAXILLA MANDIBLE NASOPHARYNX NECK NOSE
-    ORBIT PANCREAS PATELLA PELVIS PHANTOM RADIUS RADIUSULNA SACRUM SCALP SCAPULA SHOULDER
-    SKULL SPINE SSPINE STOMACH TARSUS TESTIS THIGH THUMB TIBIA TIBIAFIBULA TLSPINE TOE TONGUE
-    TSPINE ULNA WHOLEBODY WHOLESPINE WRIST ZYGOMA""".split()
-)
+# Anatomic Region Sequence, PS3.16 CID 4031, with the terms of Annex L. DX objects must have it,
+# even if empty; they may lack Body Part Examined.
+_REGION_CODES = _by_code("""
+    CHEST T-D3000 51185008 816094009 T-28000 39607008 T-280A0 86598002 R-FAB52 417437006
+    CHEST R-FAB53 416152001 R-FAB54 416319003 R-FAB55 416550000 R-FAB56 416775004
+    SPINE T-D04FF 421060004 T-11501 122494005 T-11502 122495006 T-11503 122496007
+    SPINE T-D00F7 297171002 1217257000 T-D00F8 297172009 1217256009 T-11AD0 54735007
+    SPINE T-D00F9 297173004 1217253001
+    ABDOMEN T-D4000 113345001 818981001
+    ABDOMENPELVIS R-FAB57 416949008 818982008
+    ACJOINT T-15420 85856004
+    ANKLE T-15750 70258002
+    CALCANEUS T-12770 80144004
+    CLAVICLE T-12310 51299004
+    COCCYX T-11BF0 64688005
+    ELBOW T-15430 16953009
+    EXTREMITY T-D0300 66019005
+    FEMUR T-12710 71341001
+    FIBULA T-12750 87342007
+    FINGER T-D8800 7569003
+    FOOT T-D9700 56459004
+    FOREARM T-D8500 14975008
+    HAND T-D8700 85562004
+    HEAD T-D1100 69536005 T-11196 91397008 T-22000 2095001
+    HEADNECK T-D1000 774007
+    HIP T-15710 24136001 T-D2500 29836001
+    HUMERUS T-12410 85050009
+    ILIUM T-12340 22356005
+    JAW T-D1213 661005
+    KNEE T-D9200 72696002
+    LOWERLEG T-D9400 30021000
+    LOWERLIMB T-D9000 61685007
+    MANDIBLE T-11180 91609006
+    MASTOID T-11133 59066005
+    MAXILLA T-11170 70925003
+    NECK T-D1600 45048000
+    NOSE T-11149 74386004
+    ORBIT T-D14AE 363654007
+    PATELLA T-12730 64234005
+    PELVIS T-D6000 12921003 816092008
+    PELVISLOWEXTREMT R-FAB58 416631005 1231522001
+    PHANTOM 113681 R-FE0C7 706342009
+    RIB T-11300 113197003
+    SCAPULA T-12280 79601000
+    SCJOINT T-15610 7844006
+    SELLA T-D1460 42575006
+    SESAMOID T-12980 58742003
+    SHOULDER T-D2220 16982005
+    SIJOINT T-15680 39723000
+    SKULL T-11100 89546000
+    STERNUM T-11210 56873002
+    THIGH T-D9100 68367000
+    THUMB T-D8810 76505004
+    TMJ T-15290 53620006
+    TOE T-D9800 29707007
+    UPPERARM T-D8200 40983000
+    UPPERLIMB T-D8000 53120007
+    WHOLEBODY T-D0010 38266002
+    WRIST T-15460 74670003
+    ZYGOMA T-11166 13881006
+""")
+# These and further terms of Annex L, as far as radiography rooms meet them. A term outside this
+# list counts as none: hospitals write their own words here, and sometimes names.
+_OTHER_BODY_PARTS = (
+    frozenset(_REGION_CODES.values())
+    | frozenset(
+        """ARM BLADDER BREAST BUTTOCK CALF CAROTID CEREBELLUM COLON CSPINE CTSPINE EAR EYE FACE
+        IAC KIDNEY LARYNX LEG LIVER LSPINE LSSPINE NASOPHARYNX PANCREAS RADIUS RADIUSULNA SACRUM
+        SCALP SSPINE STOMACH TARSUS TESTIS TIBIA TIBIAFIBULA TLSPINE TONGUE TSPINE ULNA
+        WHOLESPINE""".split()
+    )
+) - {"CHEST"}
 
 _BY_SOP_CLASS = {
     "1.2.840.10008.1.3.10": (ErrorCode.DICOMDIR, "the directory of a DICOM medium"),
@@ -185,14 +265,10 @@ def _body_part(dataset: Any) -> str | None:
         return "SPINE"  # a thoracic spine is not a chest
     if _CHEST.search(text):
         return "CHEST"
-    if text:
-        # "HAND LT" and "Left-Hand" are a hand, too.
-        words = [word for word in re.split(r"[^A-Z]+", text) if word in _OTHER_BODY_PARTS]
-        joined = re.sub(r"[^A-Z]", "", text)
-        return words[0] if words else joined if joined in _OTHER_BODY_PARTS else None
-    # Anatomic Region Sequence, CID 4031: thorax, chest, lung. Others are not mapped.
-    codes = {"T-D3000", "51185008", "816094009", "T-28000", "39607008"}
-    return "CHEST" if _sequence_code(dataset, "AnatomicRegionSequence") in codes else None
+    # "HAND LT" and "Left-Hand" are a hand, too.
+    words = (*re.split(r"[^A-Z]+", text), re.sub(r"[^A-Z]", "", text))
+    named = next((word for word in words if word in _OTHER_BODY_PARTS), None)
+    return named or _REGION_CODES.get(_sequence_code(dataset, "AnatomicRegionSequence"))
 
 
 def _view_position(dataset: Any) -> str | None:

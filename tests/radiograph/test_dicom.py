@@ -31,6 +31,13 @@ from tests.real_data import DICOM_FOLDER, needs_real_data
 
 DX_FOR_PROCESSING = pydicom.uid.DigitalXRayImageStorageForProcessing
 
+
+def coded(value: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue = value
+    return item
+
+
 # ------------------------------------------------------------ what is not scored
 
 
@@ -49,6 +56,8 @@ DX_FOR_PROCESSING = pydicom.uid.DigitalXRayImageStorageForProcessing
         ({"BodyPartExamined": "HAND"}, ErrorCode.WRONG_BODY_PART),
         ({"BodyPartExamined": "Left Knee"}, ErrorCode.WRONG_BODY_PART),
         ({"BodyPartExamined": "THORACIC SPINE"}, ErrorCode.WRONG_BODY_PART),
+        ({"BodyPartExamined": "ABDOMENPELVIS"}, ErrorCode.WRONG_BODY_PART),
+        ({"BodyPartExamined": "STERNUM"}, ErrorCode.WRONG_BODY_PART),
         ({"PresentationIntentType": "FOR PROCESSING"}, ErrorCode.FOR_PROCESSING),
         ({"SOPClassUID": DX_FOR_PROCESSING}, ErrorCode.FOR_PROCESSING),
         ({"Modality": "CT"}, ErrorCode.WRONG_MODALITY),
@@ -67,12 +76,32 @@ def test_a_header_that_names_no_frontal_chest_film_rejects_it_unless_accepted(el
     assert code_of(data) is code, "asking once is not asking for ever"
 
 
-def test_a_coded_view_is_recognised():
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator = "399173006", "SCT"
-    assert code_of(dicom(RAMP, ViewCodeSequence=[item])) is ErrorCode.LATERAL_VIEW
-    item.CodeValue = "R-10214"
-    assert one_film(dicom(RAMP, ViewCodeSequence=[item])).view_position == "PA"
+@pytest.mark.parametrize(
+    ("code", "view"),
+    [
+        ("R-10214", "PA"),
+        ("272479007", "PA"),
+        ("R-10206", "AP"),
+        ("399173006", "LL"),
+        ("R-102CD", "LATERAL"),
+        ("R-10224", "LATERAL"),  # medial-lateral
+        ("R-10222", "LATERAL"),  # sagittal
+        ("R-10218", "RAO"),
+        ("399135007", "LAO"),
+        ("399182000", "OBLIQUE"),
+        ("R-10202", None),  # frontal, which says neither AP nor PA
+    ],
+)
+def test_a_coded_view_is_recognised(code, view):
+    film = one_film(
+        dicom(RAMP, ViewCodeSequence=[coded(code)]), accept=frozenset({ErrorCode.LATERAL_VIEW})
+    )
+    assert film.view_position == view
+
+
+def test_a_coded_view_that_is_not_frontal_is_rejected():
+    for code in ("R-102CD", "399067008", "399356000"):
+        assert code_of(dicom(RAMP, ViewCodeSequence=[coded(code)])) is ErrorCode.LATERAL_VIEW
 
 
 @pytest.mark.parametrize(
@@ -110,12 +139,6 @@ def test_a_film_is_scored_if_the_header_says_nothing_or_chest(elements):
         assert one_film(dicom(RAMP, **elements)).pixels.shape == RAMP.shape
 
 
-def region(code: str) -> Dataset:
-    item = Dataset()
-    item.CodeValue = code
-    return item
-
-
 @pytest.mark.parametrize(
     ("elements", "expected"),
     [
@@ -123,13 +146,24 @@ def region(code: str) -> Dataset:
         ({"BodyPartExamined": "PORT CHEST"}, "CHEST"),
         ({"BodyPartExamined": "CHEST ABDOMEN"}, "CHEST"),
         ({"BodyPartExamined": "SOMETHING ELSE"}, None),
-        ({"AnatomicRegionSequence": [region("51185008")]}, "CHEST"),
-        ({"AnatomicRegionSequence": [region("69536005")]}, None),  # the head
+        ({"BodyPartExamined": "UPPERARM"}, "UPPERARM"),
+        ({"BodyPartExamined": "SI JOINT"}, "SIJOINT"),
+        ({"AnatomicRegionSequence": [coded("51185008")]}, "CHEST"),
+        ({"AnatomicRegionSequence": [coded("R-FAB55")]}, "CHEST"),  # and the abdomen
+        ({"AnatomicRegionSequence": [coded("T-D8700")]}, "HAND"),
+        ({"AnatomicRegionSequence": [coded("69536005")]}, "HEAD"),
+        ({"AnatomicRegionSequence": [coded("T-11502")]}, "SPINE"),  # thoracic
+        ({"AnatomicRegionSequence": [coded("80891009")]}, None),  # the heart, on chest films, too
+        (
+            {"BodyPartExamined": "RECHTS", "AnatomicRegionSequence": [coded("T-D8700")]},
+            "HAND",
+        ),
     ],
 )
 def test_the_body_part_is_read_from_the_header(elements, expected):
+    accept = frozenset({ErrorCode.WRONG_BODY_PART})
     with pydicom.config.disable_value_validation():
-        assert one_film(dicom(RAMP, **elements)).body_part == expected
+        assert one_film(dicom(RAMP, **elements), accept=accept).body_part == expected
 
 
 @pytest.mark.parametrize(
