@@ -148,6 +148,10 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
         frame = get_frame(dataset.PixelData, index, number_of_frames=frames)
         header = read_header(frame)
         _check_frame(frame, header, dataset, limits)
+        if header is not None and header.colours is not None:
+            # Some encoders convert RGB to luma and chroma, and leave RGB in the header. Chroma taken
+            # for green and blue would rob the film of most of its contrast.
+            dataset.PhotometricInterpretation = header.colours
         if header is not None and _is_plain_jpeg(dataset, header):
             grey = decode_grey_jpeg(frame, header)
             if grey is not None:

@@ -14,7 +14,9 @@ from lungopacity.radiograph.jpeg2000 import is_jpeg_2000, siz_of
 
 END_OF_IMAGE = b"\xff\xd9"
 
-_APP1 = 0xE1
+_APP0, _APP1, _APP14 = 0xE0, 0xE1, 0xEE
+_ADOBE_COLOURS = {0: "RGB", 1: "YBR_FULL"}
+"""Colours of three components, by the transform in Adobe's marker (T.872, 6.5.3)."""
 _JPEG_LS = 0xF7
 _COMMENT = 0xFE
 # Start of scan, with the length that follows from its number of components (T.81 B.2.3). Coded
@@ -48,6 +50,8 @@ class JpegHeader:
     is_jpeg_ls: bool = False
     is_arithmetic: bool = False
     """Arithmetic coding instead of Huffman codes."""
+    colours: str | None = None
+    """RGB or YBR_FULL if the codestream itself tells; None if it does not, and for JFIF."""
 
 
 def read_header(frame: bytes) -> JpegHeader | None:
@@ -61,7 +65,8 @@ def read_header(frame: bytes) -> JpegHeader | None:
     if frame[:2] != b"\xff\xd8":
         return None
     comments: list[bytes] = []
-    may_be_turned, at = False, 2
+    adobe: int | None = None
+    may_be_turned, is_jfif, at = False, False, 2
     while at + 10 <= len(frame) and frame[at] == 0xFF:
         marker = frame[at + 1]
         if marker == 0xFF:  # a fill byte
@@ -72,6 +77,12 @@ def read_header(frame: bytes) -> JpegHeader | None:
             rows, columns = (int.from_bytes(frame[at + i : at + i + 2], "big") for i in (5, 7))
             progressive = marker in _PROGRESSIVE
             bits, components = frame[at + 4], frame[at + 9]
+            samplings = set(frame[at + 11 : at + 10 + 3 * components : 3])
+            colours = None
+            if components == 3 and not is_jfif and marker != _JPEG_LS:
+                # Nobody gives green or blue fewer samples than red.
+                unmarked = "YBR_FULL" if len(samplings) > 1 else None
+                colours = unmarked if adobe is None else _ADOBE_COLOURS.get(adobe)
             return JpegHeader(
                 rows,
                 columns,
@@ -82,7 +93,11 @@ def read_header(frame: bytes) -> JpegHeader | None:
                 tuple(comments),
                 is_jpeg_ls=marker == _JPEG_LS,
                 is_arithmetic=marker in _ARITHMETIC,
+                colours=colours,
             )
+        is_jfif = is_jfif or (marker == _APP0 and frame[at + 4 : at + 9] == b"JFIF\0")
+        if marker == _APP14 and frame[at + 4 : at + 9] == b"Adobe" and end >= at + 16:
+            adobe = frame[at + 15]
         may_be_turned = may_be_turned or marker == _APP1
         if marker == _COMMENT:
             comments.append(frame[at + 4 : end])

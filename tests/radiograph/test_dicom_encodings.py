@@ -185,6 +185,32 @@ def test_compressed_colours_need_no_planar_configuration():
     assert np.abs(one_film(data).pixels.astype(int) - rgb[..., 0]).max() <= 4
 
 
+ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
+
+
+@pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL_422"])
+@pytest.mark.parametrize(
+    ("marker", "options"),
+    [
+        pytest.param(b"", {"subsampling": 2}, id="subsampled"),
+        pytest.param(ADOBE + b"\1", {"subsampling": 0}, id="adobe-ycc"),
+        pytest.param(ADOBE + b"\0", {"keep_rgb": True}, id="adobe-rgb"),
+    ],
+)
+def test_a_jpeg_that_tells_its_colours_is_believed(photometric, marker, options):
+    jpeg = encoded(RGB, "JPEG", quality=98, **options)
+    first = 4 + int.from_bytes(jpeg[4:6], "big")  # in place of Pillow's own marker
+    frame = jpeg[:2] + marker + jpeg[first:]
+    # As from other writers, whose components are not called R, G and B.
+    at, scan = frame.index(b"\xff\xc0"), frame.index(b"\xff\xda")
+    numbered = bytearray(frame)
+    numbered[at + 10 : at + 19 : 3] = numbered[scan + 5 : scan + 11 : 2] = b"\1\2\3"
+    elements = COLOUR | {"PhotometricInterpretation": photometric}
+    found = one_film(of_codestreams([bytes(numbered)], JPEGBaseline8Bit, RAMP.shape, **elements))
+    assert np.abs(found.pixels.astype(int) - RGB[..., 0]).max() <= 4
+    assert found.photometric_interpretation == photometric, "as in the header"
+
+
 RGB = np.repeat((RAMP // 16).astype(np.uint8)[..., None], 3, axis=-1)
 ENCODERS = {
     JPEGBaseline8Bit: imagecodecs.jpeg8_encode,
