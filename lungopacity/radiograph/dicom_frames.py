@@ -149,8 +149,8 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
         header = read_header(frame)
         _check_frame(frame, header, dataset, limits)
         if header is not None and header.colours is not None:
-            # Some encoders convert RGB to luma and chroma, and leave RGB in the header. Chroma taken
-            # for green and blue would rob the film of most of its contrast.
+            # Some encoders convert RGB to luma and chroma, and leave RGB in the header. With chroma
+            # for green and blue, a film would lose most of its contrast.
             dataset.PhotometricInterpretation = header.colours
         if header is not None and _is_plain_jpeg(dataset, header):
             grey = decode_grey_jpeg(frame, header)
