@@ -148,11 +148,8 @@ class Comparison:
     def _of_how_many(self) -> str:
         """Empty unless a report has films that the other does not."""
         each = (self.first_images, self.second_images)
-        return (
-            ""
-            if each == (self.images, self.images)
-            else " that both have, of {} and {}".format(*each)
-        )
+        same = each == (self.images, self.images)
+        return "" if same else " that both have, of {} and {}".format(*each)
 
     def _points(self) -> list[str]:
         """Lines about the operating points, if decisions are compared and the points are known."""
@@ -303,7 +300,8 @@ def auc_difference(
     error = math.sqrt(
         of_positives.var(ddof=1) / len(of_positives) + of_negatives.var(ddof=1) / len(of_negatives)
     )
-    p_value = 2 * NormalDist().cdf(-abs(difference) / error)
+    # Not `NormalDist.cdf`, which is 0 from 8.3 standard errors on.
+    p_value = math.erfc(abs(difference) / error / math.sqrt(2))
     half = _Z_95 * error
     return AucDifference(first, second, difference, difference - half, difference + half, p_value)
 

@@ -54,6 +54,16 @@ def test_delong_is_that_of_the_paper(seed):
     assert back.p_value == pytest.approx(found.p_value)
 
 
+def test_a_difference_of_many_standard_errors_has_a_small_p_value_rather_than_none():
+    rng = np.random.default_rng(0)
+    positive = np.arange(400) < 200
+    first, second = rng.normal(size=400), 3 * positive + rng.normal(size=400)
+    found = auc_difference(positive, first, second)
+    assert 0 < found.p_value < 1e-16
+    expected = kernel_delong(positive, first, second)[2]
+    assert found.p_value == pytest.approx(expected, rel=1e-6, abs=0)
+
+
 def test_of_equal_models_one_in_twenty_differs_by_chance():
     rng, significant = np.random.default_rng(1), 0
     for _ in range(400):
