@@ -87,7 +87,8 @@ def shortcuts_of(
 
     for fact, values in _facts(frame, of_labels).items():
         known_N = np.array([value is not None for value in values])
-        if len({value for value in values if value is not None}) < 2:
+        # That it is known of some films only tells, too, where these come from.
+        if len(set(values)) < 2:
             continue
         scores_N, seen = _rates(values, positive_N, fold_N)
         yield tried(fact, seen, int(known_N.sum()), scores_N)

@@ -94,6 +94,11 @@ def test_what_the_labels_tell_is_tried_beside_what_the_files_do():
     assert (found["scanner"].values, found["scanner"].n) == (3, 39)
 
 
+def test_a_fact_that_is_known_of_the_films_of_one_class_alone_is_a_shortcut():
+    found = found_in(10, 10, 2, site=["North"] * 20 + [None] * 20)
+    assert (found["site"].auc, found["site"].values, found["site"].n) == (1.0, 2, 20)
+
+
 def test_more_films_of_the_same_patients_are_no_more_evidence():
     scanners = np.array(["GE"] * 7 + ["Fuji"] * 10 + ["GE"] * 3)
     widths = []
