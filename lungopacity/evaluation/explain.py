@@ -50,7 +50,7 @@ from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import EXPLANATIONS_SCHEMA
 from lungopacity.runtime import end_if_told
-from lungopacity.storage import Store, open_store
+from lungopacity.storage import open_store
 from lungopacity.storage.parquet import parquet_bytes
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def explain(
         chosen = chosen.head(limit)
     explainer = _Explainer(
         trained,
-        open_store(output),
+        output,
         chosen,
         None if boxes is None else read_boxes(boxes),
         _gpu(use_gpu),
@@ -114,7 +114,7 @@ def explain(
     films_read = _labelled(images, settings, names, uri)
     rows = _explained(explainer, iter(films_read), len(films_read))
     rows += explainer.absent(names - {row["name"] for row in films_read})
-    if split == "test":
+    if split in ("test", "all"):
         _warn_of_known(rows, films_known_to(model))
     return _written(explainer, rows)
 
@@ -217,7 +217,7 @@ class _Explainer:
     def __init__(
         self,
         model: TrainedModel,
-        store: Store,
+        output: str,
         labels: pd.DataFrame | None,
         boxes: pd.DataFrame | None,
         use_gpu: bool,
@@ -227,7 +227,8 @@ class _Explainer:
         from lungopacity.models.scorer import Scorer
 
         self.model = model
-        self.store = store
+        self.output = output
+        self.store = open_store(output)
         self.label_of = _by_image(labels, "label")
         self.patient_of = _by_image(labels, "patient_id")
         self.boxes_of = {
@@ -351,7 +352,7 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
         )
     result = ExplanationResult(
         model_id=model.model_id,
-        output=store.uri,
+        output=explainer.output,
         positive_class=model.spec.positive_class,
         explained=statuses.count(Status.OK.value),
         rejected=statuses.count(Status.REJECTED.value),

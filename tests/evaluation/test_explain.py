@@ -196,6 +196,13 @@ def test_what_was_cut_away_is_counted_when_places_are_told(tmp_path):
         assert found.value("pointing_game") == float(hit)
 
 
+def test_the_output_is_named_as_it_was_given(phantoms, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", f"{phantoms}/model", "--images", f"{phantoms}/archive", "--limit", "1"]
+    assert main(["explain", *options, "--output", "out"]) == 0
+    assert "\npictures and explain.parquet in out\n" in capfd.readouterr().out
+
+
 def test_one_loose_image_is_an_archive_of_one(store_uri, tmp_path):
     store = open_store(store_uri)
     store.write("films/deep/a film.png", encoded(grey_film(3)))
