@@ -2,9 +2,9 @@
 
 ncnn computes 3 x 3 convolutions by minimal filtering (Winograd; Lavin & Gray 2016,
 arXiv:1509.09308), one film at a time, so that activations stay in the cache. Its scores equal
-torch's up to rounding, at 1.2 to 1.6 times the speed for most networks (docs/benchmarks.md), and a
-process that scores without torch starts two seconds sooner. pnnx, by the authors of ncnn,
-translates the network.
+torch's up to rounding, and a process that scores without torch starts two seconds sooner. Which of
+the two is faster depends on the network and the CPU (docs/benchmarks.md). pnnx, by the authors of
+ncnn, translates the network.
 
 Array names carry their shape: N films, H height, W width, F features, M members, K classes.
 """
