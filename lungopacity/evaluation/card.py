@@ -12,16 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lungopacity.errors import NOTICE
+from lungopacity.evaluation.card_tables import line, of_unknown, results, subgroups
 from lungopacity.evaluation.claim import left_open
 from lungopacity.evaluation.metrics import Metric, age_band
-from lungopacity.evaluation.operating_points import deciding_point
-from lungopacity.evaluation.table import FEWEST, Gap, flatters, uncompared_figures, with_interval
+from lungopacity.evaluation.table import Gap, knows
 from lungopacity.models import ENSEMBLE, ModelSpec
 
 _MOST_LABELS = 10
 """The most labels that the card lists by name."""
-
-_OF_DECISIONS = ("positive_predictive_value", "negative_predictive_value", "review_rate")
 
 
 def model_card(
@@ -36,13 +34,14 @@ def model_card(
     unknown_patients: int,
     intervals: str,
     gaps: Sequence[Gap],
+    known_to_model: int,
     picked_on: Mapping[str, int],
 ) -> str:
     """The card of a model that was evaluated on `split`.
 
-    metrics, gaps, unreadable, unknown_patients, intervals, picked_on: as in `EvaluationResult`.
-    flags_unlike: whether the model flags films unlike its training films; models of older folders
-    do not. rejected: number of rejected films by error code.
+    metrics, gaps, unreadable, unknown_patients, intervals, known_to_model, picked_on: as in
+    `EvaluationResult`. flags_unlike: whether the model flags films unlike its training films;
+    models of older folders do not. rejected: number of rejected films by error code.
     """
     card = "\n".join(
         [
@@ -60,10 +59,11 @@ def model_card(
             *_data(spec),
             "",
             f"## Results on the split '{split}'",
-            *_results(spec, metrics, unreadable, rejected, unknown_patients, intervals, picked_on),
+            *([f"**Note: {knows(known_to_model)}.**", ""] if known_to_model else []),
+            *results(spec, metrics, unreadable, rejected, unknown_patients, intervals, picked_on),
             "",
             "## Subgroups",
-            *_subgroups(spec, metrics, gaps),
+            *subgroups(spec, metrics, gaps),
             "",
             "## Open items of CLAIM",
             "Whoever publishes results of this model has to report these, by the numbers of CLAIM:",
@@ -209,17 +209,16 @@ def _data(spec: ModelSpec) -> Iterator[str]:
     data = spec.training.get("data", {})
     yield (
         "- Splits [20, 21]: by patient; training never reads the test split."
-        + _of_unknown(data.get("unknown_patients", 0))
+        + of_unknown(data.get("unknown_patients", 0))
     )
     counts: Mapping[str, Mapping[str, int]] = data.get("images", {})
     if counts:
         yield ""
-        yield f"| split | {' | '.join(spec.class_names)} |"
+        yield line("split", *spec.class_names)
         yield f"|---|{'---:|' * len(spec.class_names)}"
         for split, each in counts.items():
             if any(each.values()):
-                cells = " | ".join(f"{each[name]:,}" for name in spec.class_names)
-                yield f"| {split} | {cells} |"
+                yield line(split, *(f"{each[name]:,}" for name in spec.class_names))
         yield ""
     if "left_out" in data:
         yield f"- Left out of training [10, 33]: {_left_out(data['left_out'])}"
@@ -249,142 +248,6 @@ def _left_out(counts: Mapping[str, Mapping[str, Any]]) -> str:
     for split, count in counts["unreadable"].items():
         parts.append(f"unreadable or rejected, {split}: {count:,}")
     return "; ".join(parts) or "no labelled film"
-
-
-def _results(
-    spec: ModelSpec,
-    metrics: Sequence[Metric],
-    unreadable: int,
-    rejected: Mapping[str, int],
-    unknown_patients: int,
-    intervals: str,
-    picked_on: Mapping[str, int],
-) -> Iterator[str]:
-    overall = [item for item in metrics if item.group == "all"]
-    yield f"{unreadable} labelled films could not be read and are in no metric [13]."
-    if rejected:
-        codes = ", ".join(f"{count} {code}" for code, count in sorted(rejected.items()))
-        yield f"{sum(rejected.values())} were read and rejected, and are in none either: {codes}."
-    yield ""
-    yield f"95 % intervals [29]: {intervals}." + _of_unknown(unknown_patients)
-    yield ""
-    yield (
-        "Accuracy, recall, specificity, precision and f1 are of the most probable class; decisions "
-        "at an operating point are in the next table. Over all classes, roc auc is the mean, brier "
-        "the sum (0 to 2), and the expected calibration error that of the predicted class. Log "
-        "loss is in nats."
-    )
-    yield ""
-    yield "| metric [28, 36] | of | value | 95 % interval | films |"
-    yield "|---|---|---:|---|---:|"
-    shown = (
-        "accuracy",
-        "balanced_accuracy",
-        "roc_auc",
-        "average_precision",
-        "recall",
-        "specificity",
-        "precision",
-        "f1",
-        "brier_binary",
-        "brier",
-        "brier_before_temperature",
-        "log_loss",
-        "expected_calibration_error",
-        "expected_calibration_error_before_temperature",
-    )
-    for name in shown:
-        yield from (_row(item) for item in overall if item.metric == name)
-    decided = [
-        item
-        for item in overall
-        if item.metric.startswith("decision_") or item.metric in _OF_DECISIONS
-    ]
-    if decided:
-        yield ""
-        yield "| operating point | decision | value | 95 % interval | films |"
-        yield "|---|---|---:|---|---:|"
-        for item in decided:
-            what = item.metric.removeprefix("decision_").replace("_", " ")
-            yield _line(str(item.class_name), what, _value(item), _interval(item), f"{item.n:,}")
-        yield ""
-        for name, point in spec.operating_points.items():
-            review = "" if point.review_from is None else f", review from {point.review_from:.4f}"
-            among = f"; {flatters(picked_on[name])}" if name in picked_on else ""
-            yield f"- {name}: positive from {point.threshold:.4f}{review}; {point.chosen_by}{among}"
-    if spec.metrics:
-        listed = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in spec.metrics.items())
-        yield ""
-        yield f"On the validation split, on which it was selected and calibrated: {listed}."
-
-
-def _subgroups(spec: ModelSpec, metrics: Sequence[Metric], gaps: Sequence[Gap]) -> Iterator[str]:
-    named = {(item.group, item.metric, item.class_name): item for item in metrics}
-    found = [
-        item
-        for (group, metric, class_name), item in named.items()
-        if group != "all" and metric == "roc_auc" and class_name == spec.positive_class
-    ]
-    if not found:
-        yield "Labels and headers hold nothing to form subgroups by."
-        return
-    point = deciding_point(spec.operating_points, spec.operating_point)
-    listed: set[str] = set()
-    for gap in gaps:
-        if gap.figure in listed:
-            continue
-        listed.add(gap.figure)
-        worst, best = (
-            f"{item.group.partition('=')[2]} {with_interval(item)}, {item.n:,} films"
-            for item in (gap.worst, gap.best)
-        )
-        yield (
-            f"- The largest gap in {gap.figure} is by {gap.column}: {worst}; {best}; difference "
-            f"{gap.size_words}."
-        )
-    uncompared = uncompared_figures(metrics, gaps)
-    if uncompared:
-        yield (
-            f"- Not compared, because fewer than two subgroups have an interval and {FEWEST} "
-            f"patients that count: {'; '.join(uncompared)}."
-        )
-    yield ""
-    yield (
-        f"| subgroup [30] | AUC for {spec.positive_class} | sensitivity at {point} | "
-        f"specificity at {point} | films | patients |"
-    )
-    yield "|---|---|---|---|---:|---:|"
-    for item in found:
-        shares = [
-            named.get((item.group, f"decision_{share}", point))
-            for share in ("sensitivity", "specificity")
-        ]
-        cells = ["" if one is None else with_interval(one) for one in (item, *shares)]
-        patients = "" if item.patients is None else f"{item.patients:,}"
-        yield _line(item.group.replace("|", "\\|"), *cells, f"{item.n:,}", patients)
-
-
-def _of_unknown(patients: int) -> str:
-    return f" {patients:,} films have no patient_id; each counts as a patient." if patients else ""
-
-
-def _row(item: Metric) -> str:
-    name, of = item.metric.replace("_", " "), item.class_name or "all"
-    return _line(name, of, _value(item), _interval(item), f"{item.n:,}")
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _value(item: Metric) -> str:
-    return "not defined" if item.value != item.value else f"{item.value:.4f}"
-
-
-def _interval(item: Metric) -> str:
-    if item.ci_low is None or item.ci_high is None:
-        return ""
-    return f"{item.ci_low:.4f} to {item.ci_high:.4f}"
 
 
 def _words(settings: Mapping[str, Any]) -> str:

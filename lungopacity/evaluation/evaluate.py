@@ -97,7 +97,8 @@ def evaluate(
     with ray_session():
         data = load_pixels(images, chosen, spec.class_names, rules, labels)
         check_contents(data.images, labels)
-        _check_unseen(data.images, films_known_to(model), split, labels)
+        known = films_known_to(model)
+        _check_unseen(data.images, known, split, labels)
         scores = _scores(trained, data.pixels_NHW, resolve_gpu(use_gpu))
     _check_sound(scores, data.images)
     if OUT_OF_DISTRIBUTION in rules.reject_quality:
@@ -125,6 +126,7 @@ def evaluate(
         decided_at=decided_at,
         metrics=metrics,
         gaps=gaps,
+        known_to_model=int(digests.isin(list(known)).sum()),
         picked_on={name: int(count) for name, count in among.items() if count},
     )
     store = open_store(output)
@@ -190,6 +192,7 @@ def _card(
         unknown_patients=result.unknown_patients,
         intervals=result.intervals,
         gaps=result.gaps,
+        known_to_model=result.known_to_model,
         picked_on=result.picked_on,
     )
 

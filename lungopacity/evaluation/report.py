@@ -22,9 +22,11 @@ from lungopacity.evaluation.measure import ScoredImages
 from lungopacity.evaluation.metrics import Metric, confusion_matrix
 from lungopacity.evaluation.paper import format_table1, table1
 from lungopacity.evaluation.table import (
+    PICKED_GAPS,
     Gap,
     decision_words,
     flatters,
+    knows,
     metric_value,
     metrics_table,
     uncompared_figures,
@@ -103,6 +105,8 @@ class EvaluationResult:
     metrics: list[Metric]
     gaps: tuple[Gap, ...] = ()
     """Gaps between subgroups, the largest first."""
+    known_to_model: int = 0
+    """Images that the model was trained, selected or calibrated on; none in a test split."""
     picked_on: Mapping[str, int] = field(default_factory=dict)
     """For each site's operating point that was picked on some of these films, on how many."""
 
@@ -125,6 +129,7 @@ class EvaluationResult:
             + (f", {self.unreadable} unreadable" if self.unreadable else "")
             + (f", {self.rejected} rejected" if self.rejected else "")
             + (", synthetic" if self.synthetic else ""),
+            *([knows(self.known_to_model)] if self.known_to_model else []),
             f"95 % intervals: {self.intervals}"
             + (
                 f"; {self.unknown_patients} films have no patient_id"
@@ -162,6 +167,7 @@ class EvaluationResult:
             )
             for gap in self.gaps
         ]
+        lines += [_row("", PICKED_GAPS)] if self.gaps else []
         uncompared = uncompared_figures(self.metrics, self.gaps)
         lines += [_row("too few patients to compare", "; ".join(uncompared))] if uncompared else []
         few = uncompared_groups(self.metrics, self.positive_class, self.decided_at)

@@ -80,8 +80,22 @@ def flatters(films: int) -> str:
     return f"picked on {films} of these films: its metrics look too good"
 
 
+def knows(films: int) -> str:
+    """A remark on a model that knows so many of the evaluated films."""
+    return (
+        f"the model was trained, selected or calibrated on {films} of these films: its metrics "
+        "look too good"
+    )
+
+
 FEWEST = 30
 """Fewest patients of a subgroup that is compared with others: with a few, any gap is chance."""
+
+PICKED_GAPS = (
+    "differences are between the two subgroups that differ most, which their intervals do not "
+    "account for"
+)
+"""A remark on gaps."""
 
 _COMPARED = {
     "roc_auc": "AUC",

@@ -246,7 +246,15 @@ def test_evaluate_tests_on_no_film_that_the_model_knows(place, capfd):
     assert "the model was trained, selected or calibrated on 1 of 8 films" in err
     assert "no image of class 'Normal'" in err
     assert re.search(r"\nAUC Lung_Opacity +not defined\n", out)
-    code, out, err = run(capfd, "explain", *options, "--output", place / "pictures", "--json")
+    # Who reads the report later is told, too.
+    known = "the model was trained, selected or calibrated on 1 of these films: its metrics look"
+    assert out.splitlines()[1].startswith(known)
+    assert f"\n**Note: {known} too good.**\n" in (place / "all" / "model_card.md").read_text()
+    assert json.loads((place / "all" / "evaluation.json").read_text())["known_to_model"] == 1
+    options += ["--output", place / "pictures"]
+    code, _, err = run(capfd, "explain", *options, "--split", "all")
+    assert "the model was trained, selected or calibrated on 1 of 8 films" in err
+    code, out, err = run(capfd, "explain", *options, "--json")
     assert code == 0
     assert [json.loads(out)[name] for name in ("explained", "rejected")] == [1, 1]
     assert "the model was trained, selected or calibrated on 1 of 2 films" in err

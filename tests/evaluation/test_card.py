@@ -18,6 +18,7 @@ from lungopacity.radiograph import Preprocessing
 from tests.models.tiny import tiny_model
 
 METRICS = [
+    Metric("all", "support", "Lung_Opacity", 331.0, None, None, 798),
     Metric("all", "accuracy", None, 0.9123, 0.9, 0.92, 798),
     Metric("all", "brier_binary", "Lung_Opacity", 0.08, 0.05, 0.1, 798),
     Metric("all", "brier_before_temperature", None, 0.2, 0.1, 0.3, 798),
@@ -79,7 +80,7 @@ SPEC = replace(
 )
 
 
-def card_of(spec=SPEC, metrics=METRICS, rejected=None, unreadable=0, unknown_patients=0):
+def card_of(spec=SPEC, metrics=METRICS, rejected=None, unreadable=0, unknown_patients=0, known=0):
     return model_card(
         spec,
         "0123456789abcdef",
@@ -94,6 +95,7 @@ def card_of(spec=SPEC, metrics=METRICS, rejected=None, unreadable=0, unknown_pat
             replace(gap, ci_low=0.001, ci_high=0.09)
             for gap in largest_gaps(metrics, "Lung_Opacity", "youden")
         ],
+        known_to_model=known,
         picked_on={},
     )
 
@@ -111,6 +113,7 @@ def plain_card(spec, metrics=(), *, split="test", flags_unlike=True):
         unknown_patients=0,
         intervals="none",
         gaps=[],
+        known_to_model=0,
         picked_on={},
     )
 
@@ -173,6 +176,35 @@ def test_the_card_has_each_figure_with_its_interval():
     assert told in lines[-1] or told in lines[-2]
 
 
+def test_the_card_tells_the_share_on_which_predictive_values_depend():
+    told = "and predictive values hold for this share of Lung_Opacity: 331 of 798 films.\n"
+    assert told in card_of()
+    assert "predictive values hold" not in plain_card(SPEC)
+
+
+def test_the_card_tells_of_films_that_the_model_knows_before_any_metric():
+    note, _, unreadable, *_ = section(card_of(known=120), "Results")
+    assert "calibrated on 120 of these films: its metrics look too good.**" in note
+    assert unreadable == section(card_of(), "Results")[0]
+
+
+def test_a_class_name_does_not_divide_a_cell():
+    spec = replace(
+        tiny_model().spec,
+        class_names=("Normal", "Mass|Nodule"),
+        positive_class="Mass|Nodule",
+        training={
+            "data": {"fingerprint": "x", "images": {"train": {"Normal": 5, "Mass|Nodule": 6}}}
+        },
+    )
+    metrics = [Metric("all", "recall", "Mass|Nodule", 0.5, 0.4, 0.6, 10)]
+    metrics += [Metric("site=A", "roc_auc", "Mass|Nodule", 0.9, 0.8, 0.95, 10)]
+    lines = plain_card(spec, metrics).splitlines()
+    assert r"| split | Normal | Mass\|Nodule |" in lines
+    assert r"| recall | Mass\|Nodule | 0.5000 | 0.4000 to 0.6000 | 10 |" in lines
+    assert any(line.startswith(r"| subgroup [30] | AUC for Mass\|Nodule | sens") for line in lines)
+
+
 def test_the_card_has_a_row_for_what_each_operating_point_decides():
     lines = section(card_of(), "Results")
     assert "| sensitivity=0.95 | sensitivity | 0.9510 | 0.9200 to 0.9700 | 331 |" in lines
@@ -193,10 +225,14 @@ def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
         "70 films; AP 0.9100 (0.8000 to 0.9500), 80 films; difference"
     )
     assert lines[2] == (
+        "- Differences are between the two subgroups that differ most, which their intervals do "
+        "not account for."
+    )
+    assert lines[3] == (
         "- Not compared, because fewer than two subgroups have an interval and 30 patients that "
         "count: sensitivity by patient_sex; specificity by patient_sex, view_position."
     )
-    assert "| sensitivity at youden | specificity at youden | films | patients |" in lines[4]
+    assert "| sensitivity at youden | specificity at youden | films | patients |" in lines[5]
     assert (
         "| view_position=PA | 0.9412 (0.9200 to 0.9600) | 0.9000 (0.8000 to 0.9500) | not defined "
         "| 440 | 368 |"
@@ -344,6 +380,7 @@ def test_a_report_tells_the_gap_between_subgroups_and_those_of_too_few_patients(
         "youden", [*views, few, *named], (replace(gap, ci_low=0.01, ci_high=0.07),),
     )  # fmt: skip
     told = result.summary()
+    assert told.count("differ most, which their intervals do not account for\n") == 1
     assert "\nfilms                           70 Normal, 20 Lung_Opacity_or_a_long_name\n" in told
     # A gap of decisions that 19 patients do not tell is not passed over.
     not_told = "sensitivity by view_position; specificity by view_position\n"
