@@ -1,9 +1,10 @@
 """Maps stored DICOM values to grey, by the pipeline of PS3.4 N.2 in its order.
 
-Pixel padding ▶ Modality LUT or rescale ▶ VOI LUT or window ▶ Presentation LUT (MONOCHROME1) ▶
-aspect ratio. Values of up to 16 bits go through a table, once per value instead of once per pixel:
-the same numbers, several times as fast. pydicom's own LUT functions are not used: version 3.0 turns
-a film with a falling rescale and a window into its negative, and wraps tables of 8-bit entries.
+Pixel padding and display shutter ▶ Modality LUT or rescale ▶ VOI LUT or window ▶ Presentation LUT
+(MONOCHROME1) ▶ aspect ratio. Values of up to 16 bits go through a table, once per value instead of
+once per pixel: the same numbers, several times as fast. pydicom's own LUT functions are not used:
+version 3.0 turns a film with a falling rescale and a window into its negative, and wraps tables of
+8-bit entries.
 
 An empty element, as de-identification leaves it, counts as absent. One that cannot be read is an
 error.
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from pydicom.uid import HTJ2K, JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph.dicom_shutter import outside_shutter
 from lungopacity.radiograph.grey import look_up, own_range, stretch_to_uint8
 
 _MAX_TABLE_BITS = 16
@@ -46,8 +48,8 @@ def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
             "the header's PhotometricInterpretation names no polarity",
         )
     stored = _without_unused_bits(stored, dataset)
-    padding = _padding_of(stored, dataset)
-    used = stored if padding is None or padding.all() else stored[~padding]
+    hidden = _hidden(stored, dataset)
+    used = stored if hidden is None or hidden.all() else stored[~hidden]
     grey = _windowed(stored, used, dataset)
     if photometric == "MONOCHROME1":
         # MONOCHROME1 shows its smallest value as white (PS3.3 C.7.6.3.1.2). Presentation LUT Shape
@@ -56,9 +58,18 @@ def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
         # breaks that, PhotometricInterpretation counts, which every image must have: the shape
         # decides only in presentation states (C.11.6).
         grey = 255 - grey
-    if padding is not None:
-        grey[padding] = 0
+    if hidden is not None:
+        grey[hidden] = 0
     return grey
+
+
+def _hidden(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.bool_] | None:
+    """The pixels that are shown black and are part of no range; None if there are none."""
+    padding = _padding_of(stored, dataset)
+    outside = outside_shutter(dataset, stored.shape)
+    if padding is None or outside is None:
+        return outside if padding is None else padding
+    return padding | outside
 
 
 def _without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[Any]:
@@ -87,8 +98,7 @@ def _stored_range(dataset: Any) -> tuple[int, int]:
 
 
 def _padding_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.bool_] | None:
-    """The padding pixels outside the image proper (PS3.3 C.7.5.1.1.2), which are shown black and
-    are part of no range; None if there are none."""
+    """The padding pixels outside the image proper (PS3.3 C.7.5.1.1.2); None if there are none."""
     first = dataset.get("PixelPaddingValue")
     if not isinstance(first, int):
         return None
