@@ -304,6 +304,16 @@ def test_json_has_null_where_it_has_no_number():
     assert lines == [{"value": None, "list": [None]}, {"value": 1.5, "list": [2.0]}]
 
 
+def test_a_table_does_not_round_counts():
+    table = pa.table({"value": [12345678.0, 0.123456789, float("nan"), 1e300]})
+    assert rendered(table, "table").decode().split()[2:] == [
+        "12345678",
+        "0.123457",
+        "nan",
+        "1e+300",
+    ]
+
+
 def test_a_name_neither_tears_the_table_nor_commands_the_terminal():
     table = pa.table({"image": ["a\nb.png", "\x1b[31mred.png", "é.png"], "n": [1, 2, 3]})
     assert rendered(table, "table").decode().splitlines()[2:] == [
