@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -66,7 +67,8 @@ def query(results_uri: str, sql: str) -> pa.Table:
     with files_of_runs(store):
         predictions, metrics = predictions_of(store, records), _metrics(store, records)
     with duckdb.connect() as connection:
-        connection.register("predictions", predictions)
+        rows = connection.from_arrow(predictions)
+        rows.project(_columns(predictions.schema.names, rows.columns)).create_view("predictions")
         connection.register("metrics", metrics)
         connection.register("runs", _runs_table(records))
         connection.register("run_places", run_places(records))
@@ -78,9 +80,24 @@ def query(results_uri: str, sql: str) -> pa.Table:
             _check_statements([one.type.name for one in connection.extract_statements(sql)])
             return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
-            if _OF_A_FILE in str(error):
+            if _OF_A_FILE.search(str(error)):
                 raise _unreadable(store, error) from error
             raise UserError(f"SQL: {_first_lines(str(error))}") from error
+
+
+def _columns(written: Sequence[str], names: Sequence[str]) -> str:
+    """SQL that selects every column, but makes one of those whose names differ only in case: SQL
+    ignores case, so all but the first of them could not be asked for.
+
+    written: names of the columns in the files. names: as DuckDB calls them, no two alike.
+    """
+    same: defaultdict[str, list[str]] = defaultdict(list)
+    for in_files, name in zip(written, names, strict=True):
+        same[in_files.lower()].append(f'"{name}"')
+    return ", ".join(
+        alike[0] if len(alike) == 1 else f"coalesce({', '.join(alike)}) AS {alike[0]}"
+        for alike in same.values()
+    )
 
 
 def _check_statements(kinds: Sequence[str]) -> None:
@@ -106,13 +123,13 @@ def files_of_runs(store: Store) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, duckdb.Error) as error:
         if isinstance(error, duckdb.Error) and not (
-            _OF_A_FILE in str(error) or is_full_disk(error)
+            _OF_A_FILE.search(str(error)) or is_full_disk(error)
         ):
             raise
         raise _unreadable(store, error) from error
 
 
-_OF_A_FILE = "reading the stream registered"
+_OF_A_FILE = re.compile("reading the (stream registered|Arrow source)")
 """DuckDB's words if Arrow, which reads the files for it, failed."""
 _MAY_PASS = re.compile(
     r"AWS Error (?!NO_SUCH_KEY|RESOURCE_NOT_FOUND)|\[errno (?!2\])", re.IGNORECASE

@@ -99,6 +99,21 @@ def test_runs_of_models_with_other_classes_stand_in_one_table(tmp_path):
     assert str(answer[0]["day"]) == "2026-03-04"
 
 
+def test_columns_of_models_that_write_their_classes_in_another_case_are_one(tmp_path):
+    """SQL ignores case: two columns would hide the scores of one of the models."""
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 2)
+    write_run(str(tmp_path), "two", ("normal", "lung_opacity"), 1, model_id="n")
+    answer = query(
+        str(tmp_path),
+        "SELECT run_id, count(p_lung_opacity) AS n FROM latest GROUP BY ALL ORDER BY 1",
+    )
+    assert answer.to_pylist() == [{"run_id": "one", "n": 2}, {"run_id": "two", "n": 1}]
+    columns = query(str(tmp_path), "SELECT * FROM predictions").column_names
+    assert [name for name in columns if name.lower().startswith("p_")] == [
+        "p_Normal", "p_Lung_Opacity",
+    ]  # fmt: skip
+
+
 def test_times_are_utc_and_columns_are_typed(tmp_path):
     write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
     answer = query(
