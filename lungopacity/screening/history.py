@@ -108,7 +108,7 @@ class History:
         connection.register("other_points", pa.table({"run_id": others}))
         ((objects,),) = connection.execute(
             "SELECT count(*) FROM screened JOIN run_places USING (place) "
-            "SEMI JOIN other_points USING (run_id)"
+            "SEMI JOIN other_points USING (run_id) WHERE NOT again"
         ).fetchall()
         if objects:
             log.warning(
