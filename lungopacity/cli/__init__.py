@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ended:
         end_if_told()  # Ray loses the exit code if the signal came during a `ray.get`
         # Ray's own exit code is 1, which here means that the job is done.
-        _tell(f"error: Ray ended this command (exit code {ended.code}); try again")
+        _tell(f"Ray ended this command (exit code {ended.code}); try again", "error: ")
         return 2
     except click.ClickException as error:
         if isinstance(error, click.NoSuchOption):
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(DEBUG_VARIABLE):
             # Not raised: Python would exit with 1, which here means that the job is done.
             traceback.print_exc()
-        _tell(f"error: {_one_line(error)}")
+        _tell(_one_line(error), "error: ")
         return 2
 
 
@@ -116,9 +116,10 @@ def _with_the_name_here(error: click.NoSuchOption) -> click.NoSuchOption:
     return click.NoSuchOption(error.option_name, message, ctx=error.ctx)
 
 
-def _tell(line: str) -> None:
-    if not tell_end(line):
-        click.echo(printable(line), err=True)
+def _tell(why: str, kind: str = "") -> None:
+    """Say why the command ends. `kind` is for people: JSON lines have a level."""
+    if not tell_end(why):
+        click.echo(kind + printable(why), err=True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -105,7 +105,7 @@ def test_for_collectors_the_last_line_and_warnings_are_objects_too(monkeypatch, 
     monkeypatch.setattr("lungopacity.results.query.open_store", broken)
     monkeypatch.setenv("LUNGOPACITY_LOG_FORMAT", "json")
     for arguments, said in (
-        (["runs", "--results", "x"], ["odd\nfile", "error: nothing there; look elsewhere"]),
+        (["runs", "--results", "x"], ["odd\nfile", "nothing there; look elsewhere"]),
         (["runs"], ["Missing option '--results'"]),
         (["run"], ["No such command 'run'"]),
     ):
@@ -114,6 +114,7 @@ def test_for_collectors_the_last_line_and_warnings_are_objects_too(monkeypatch, 
         lines = [json.loads(line) for line in err.splitlines()]
         assert [line["level"] for line in lines] == ["WARNING"] * (len(said) - 1) + ["ERROR"]
         assert all(part in line["message"] for part, line in zip(said, lines, strict=True))
+        assert not lines[-1]["message"].startswith("error:")
 
 
 def test_for_people_a_warning_is_a_line_without_escapes(monkeypatch, capfd):
