@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Unpack
 
@@ -38,7 +39,7 @@ from lungopacity.screening.pipeline import screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, read_start
 from lungopacity.screening.publish import collect, remove_work
 from lungopacity.screening.resources import ScoringResources, batch_size_for
-from lungopacity.storage import open_store
+from lungopacity.storage import LocalStore, open_store
 from lungopacity.storage.probe import check_writable
 from lungopacity.words import counted
 
@@ -111,6 +112,12 @@ def inventory_at(
             partial(pc.starts_with, pattern=prefix),
             f"lie below {prefix}: what screening writes is not a film",
         )
+    if isinstance(open_store(found.uri), LocalStore):
+        shown = without(
+            shown,
+            _linked_to(found.uri, written),
+            "symbolic links lead to: what screening writes is not a film",
+        )
     # By name, because looking into each folder would cost a request.
     return without(
         shown,
@@ -126,12 +133,33 @@ def inside(archive: str, written: Sequence[str]) -> list[str]:
     """
     root = open_store(archive).uri
     found = [below(place, root) for place in written]
-    if "" in found:
+    if "" in found or _real(root) in map(_real, written):
         raise UserError(
             f"{root}: results cannot be written to the archive itself; choose another place for "
             "them"
         )
     return [prefix for prefix in found if prefix]
+
+
+def _linked_to(root: str, written: Sequence[str]) -> Callable[[pa.ChunkedArray], pa.Array]:
+    """A function from keys below the local folder `root` to whether they lie in one of the places,
+    also if only a symbolic link leads there."""
+    # An archive may itself lie in the results.
+    places = [_real(place) for place in written if below(_real(root), _real(place)) is None]
+
+    @cache
+    def is_ours(folder: str) -> bool:
+        real = _real(f"{root}/{folder}")
+        return any(below(real, place) is not None for place in places)
+
+    return lambda keys: pa.array(
+        [is_ours(key.rpartition("/")[0]) for key in keys.to_pylist()], pa.bool_()
+    )
+
+
+def _real(uri: str) -> str:
+    """The URI; of a local path the same place without symbolic links."""
+    return uri if uri.startswith("s3://") else os.path.realpath(uri)
 
 
 def run_job(

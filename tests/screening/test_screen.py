@@ -16,6 +16,7 @@ from lungopacity.results.folder import read_run
 from lungopacity.results.query import query, runs
 from lungopacity.screening import screen
 from lungopacity.screening.screen import as_run
+from lungopacity.storage import open_store
 from tests.models.tiny import tiny_model
 
 
@@ -110,6 +111,31 @@ def test_a_resumed_run_says_that_it_keeps_its_objects(place, caplog, monkeypatch
     assert result.images == 4
     assert read_run(place.store, "killed")["devices"] == []  # this attempt scored nothing
     assert "--limit and --inventory have no effect" in caplog.text
+
+
+def test_results_that_links_lead_to_are_not_screened(place, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "archive/of last year").symlink_to(tmp_path / "results")
+    assert [place.night().runs[0].images for _ in range(2)] == [4, 0]
+    assert "are left out, which symbolic links lead to: what screening writes" in caplog.text
+
+
+def test_results_in_an_archive_that_a_link_leads_to_are_not_screened(place, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "archive")
+    archive, place.archive = place.archive.uri, open_store(str(tmp_path / "link"))
+    place.results = archive
+    with pytest.raises(UserError, match="results cannot be written to the archive itself"):
+        place.night()
+    place.results = f"{archive}/results"
+    place.store = open_store(place.results)
+    assert [place.night().runs[0].images for _ in range(2)] == [4, 0]
+
+
+def test_an_archive_in_the_folder_of_its_results_is_screened(place, tmp_path):
+    place.results = str(tmp_path)
+    place.store = open_store(place.results)
+    assert [place.night().runs[0].images for _ in range(2)] == [4, 0]
 
 
 def test_the_compiled_network_is_used_only_on_cpus(caplog):
