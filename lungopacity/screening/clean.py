@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -26,7 +27,7 @@ from lungopacity.results.folder import (
     refuse_other_folder,
 )
 from lungopacity.storage import ObjectInfo, Store, open_store
-from lungopacity.storage.lease import LEASE_S, LOCKS
+from lungopacity.storage.lease import LEASE_S, LOCKS, remove_if_same
 from lungopacity.storage.scratch import left_behind
 
 OLDER_THAN_DAYS = 7.0
@@ -81,8 +82,12 @@ def clean(
     kept: list[str] = []
     for kind, item in _left_over(found, records, store, timedelta(days=older_than_days)):
         try:
-            if not dry_run:
+            if dry_run:
+                pass
+            elif kind != _LOCK:
                 store.delete(item.key)
+            elif not remove_if_same(store, item.key, item.etag):
+                continue  # a night has taken it over since it was listed
         except UserError as error:
             kept.append(f"{item.key} ({error})")
             continue
@@ -103,7 +108,8 @@ def _temporary_folders(dry_run: bool) -> tuple[Counter[str], int]:
     size_bytes = 0
     for folder in left_behind():
         files["temporary folders of killed jobs"] += 1
-        size_bytes += sum(item.lstat().st_size for item in folder.rglob("*") if item.is_file())
+        with suppress(FileNotFoundError):  # `clean` of other results may be removing it, too
+            size_bytes += sum(item.lstat().st_size for item in folder.rglob("*") if item.is_file())
         if not dry_run:
             shutil.rmtree(folder, ignore_errors=True)
     return files, size_bytes

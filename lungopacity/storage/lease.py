@@ -142,12 +142,7 @@ class Lease:
             found = self.store.head(self.key)
             if found is None or found.etag != etag:
                 return
-        # This write makes any later renewal fail, so the delete cannot remove a live lease.
-        try:
-            self.store.write(self.key, b"{}", if_match=etag)
-            self.store.delete(self.key)
-        except ConflictError:
-            pass
+        remove_if_same(self.store, self.key, etag)
 
     def _held(self, age: timedelta) -> str:
         return (
@@ -238,6 +233,18 @@ class Lease:
                 self._renew()
             except UserError as error:
                 log.warning("the lease could not be renewed: %s", error)
+
+
+def remove_if_same(store: Store, key: str, etag: str) -> bool:
+    """Remove a lease that has expired, unless it no longer has this etag: then somebody renewed it
+    or took it over. Returns whether it was removed. Raises `UserError` if the storage refuses."""
+    try:
+        # This makes any later renewal fail, so the delete cannot remove a live lease.
+        store.write(key, b"{}", if_match=etag)
+    except ConflictError:
+        return False
+    store.delete(key)
+    return True
 
 
 def _in_s(age: timedelta) -> str:

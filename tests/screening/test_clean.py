@@ -1,6 +1,8 @@
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run
 from lungopacity.screening.clean import clean
 from lungopacity.storage import open_store
+from lungopacity.storage.lease import Lease
 from lungopacity.storage.scratch import scratch
 from tests.results.records import record_of
 
@@ -212,6 +215,37 @@ def test_what_a_killed_job_left_on_this_machine_goes_and_nothing_else_there(tmp_
             "lungopacity-just-killed", "lungopacity-results", "other", at_work.name,
         }  # fmt: skip
     assert not at_work.exists()
+
+
+@pytest.mark.usefixtures("hours_later")
+def test_a_lease_that_a_night_takes_over_meanwhile_stays(results, monkeypatch):
+    """A large folder is listed for minutes."""
+    listed, lease = type(results).list, Lease(results, "nightly", "a night")
+    with ExitStack() as night:
+
+        def slowly(store, prefix=""):
+            found = list(listed(store, prefix))
+            if not prefix:
+                night.enter_context(lease)
+            return iter(found)
+
+        monkeypatch.setattr(type(results), "list", slowly)
+        assert "locks" not in clean(results.uri, older_than_days=0).files
+        assert lease.held()
+
+
+def test_two_may_clean_one_temporary_folder(tmp_path, temporary):
+    open_store(str(tmp_path / "results")).write("status.json", b"x")
+    for number in range(200):
+        left = temporary / f"lungopacity-{number}"
+        (left / "spill").mkdir(parents=True)
+        for part in range(20):
+            (left / f"spill/{part}").touch()
+        (left / ".at-work").touch()
+        os.utime(left / ".at-work", (0, 0))
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(clean, [str(tmp_path / "results")] * 4))
+    assert not list(temporary.iterdir())
 
 
 def test_a_mistyped_results_uri_is_reported_and_creates_no_folder(tmp_path):
