@@ -52,6 +52,9 @@ def runs(results: str, unfinished: bool) -> int:
         table = unfinished_table(results)
     else:
         table = published(results).drop_columns("record")
-    sys.stdout.buffer.write(rendered(table, "table"))
+    if table.num_rows:
+        sys.stdout.buffer.write(rendered(table, "table"))
+    else:
+        click.echo("no run is unfinished")
     click.echo(NOTICE)
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lungopacity.cli import main
-from lungopacity.errors import UserError
+from lungopacity.errors import NOTICE, UserError
 from lungopacity.results.folder import commit_run
 from lungopacity.screening.clean import clean
 from lungopacity.storage import open_store
@@ -254,7 +254,7 @@ def test_a_mistyped_results_uri_is_reported_and_creates_no_folder(tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-def test_a_folder_without_results_is_refused_rather_than_called_clean(store_uri):
+def test_a_folder_without_results_is_refused_rather_than_called_clean(store_uri, capfd):
     store = open_store(store_uri)
     store.write("film.png", b"x")
     store.write("runs.csv", b"x")
@@ -264,3 +264,4 @@ def test_a_folder_without_results_is_refused_rather_than_called_clean(store_uri)
     store.write("status.json", b"{}")
     assert not clean(store_uri).files
     assert main(["runs", "--results", store_uri, "--unfinished"]) == 0
+    assert capfd.readouterr().out == f"no run is unfinished\n{NOTICE}\n"
