@@ -16,7 +16,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -24,17 +23,22 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.stats import binomtest
 
-from lungopacity.errors import NOTICE, ErrorCode, ImageError, UserError
+from lungopacity.errors import ErrorCode, ImageError, UserError
 from lungopacity.evaluation.bootstrap import (
     Resampling,
     percentile_interval,
     ratio,
     weighted_auc,
 )
+from lungopacity.evaluation.comparison import (
+    AucDifference,
+    ClusteredDifference,
+    Comparison,
+    ShareDifference,
+)
 from lungopacity.evaluation.metrics import Floats, roc_auc, roc_components
 from lungopacity.results.schema import class_column
 from lungopacity.storage import open_store
-from lungopacity.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -45,155 +49,6 @@ _COLUMNS = {"image", "label", "predicted_label", "model_id", "synthetic"}
 """Required columns of a report's predictions.parquet, besides a score for each class."""
 Share = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 """(N, 2) the films that each model gets right, and (N,) the films that the share is out of."""
-
-
-@dataclass(frozen=True)
-class AucDifference:
-    """The areas under the ROC curve of the first and second model."""
-
-    first: float
-    second: float
-    difference: float
-    """Second minus first."""
-    ci_low: float | None
-    ci_high: float | None
-    """The 95 % interval of the difference."""
-    p_value: float | None
-    """Two-sided; 1 if the two never differ. It and the interval are None if the differences have no
-    spread, or if there are fewer than two films of a kind."""
-
-
-@dataclass(frozen=True)
-class ShareDifference:
-    """The shares of films that the first and second model get right."""
-
-    first: float
-    second: float
-    only_first_right: int
-    only_second_right: int
-    p_value: float
-
-    @property
-    def difference(self) -> float:
-        """Second minus first."""
-        return self.second - self.first
-
-
-@dataclass(frozen=True)
-class ClusteredDifference:
-    """95 % intervals of the differences, second minus first, over patients."""
-
-    patients: int
-    auc_ci_low: float | None
-    auc_ci_high: float | None
-    accuracy_ci_low: float | None
-    accuracy_ci_high: float | None
-    sensitivity_ci_low: float | None
-    sensitivity_ci_high: float | None
-    specificity_ci_low: float | None
-    specificity_ci_high: float | None
-    """None if the replicates give no interval, as for models that never differ."""
-    intervals: str
-    """How the intervals were computed."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two models on the images that both reports have."""
-
-    first_model: str
-    second_model: str
-    images: int
-    first_images: int
-    second_images: int
-    """Images of each report. Those that only one report has are not compared."""
-    positive_class: str
-    first_decided_at: str | None
-    second_decided_at: str | None
-    """The names of the operating points; None if a report is too old to record it."""
-    first_picked_on: int
-    second_picked_on: int
-    """For each report, the number of its films that its operating point was picked on. On these its
-    decisions look too good."""
-    synthetic: bool
-    auc: AucDifference
-    accuracy: ShareDifference
-    """Of the most probable class."""
-    sensitivity: ShareDifference | None
-    """The share of positive films that are decided positive, each at its report's operating point.
-    None if the reports have different positive classes, or if one is too old to have decisions."""
-    specificity: ShareDifference | None
-    """The share of the other films that are not decided positive."""
-    clustered: ClusteredDifference | None
-    """None if no patient has more than one film, or if the reports are too old to say."""
-
-    def summary(self) -> str:
-        """A few lines for a terminal."""
-        auc = self.auc
-        return "\n".join(
-            [
-                f"first {self.first_model}, second {self.second_model}: {self.images} images"
-                + self._of_how_many()
-                + (" (synthetic)" if self.synthetic else ""),
-                f"  AUC of {self.positive_class}  {auc.first:.4f} and {auc.second:.4f}, difference "
-                f"{auc.difference:+.4f}{_interval(auc.ci_low, auc.ci_high)}, DeLong p "
-                + ("is undefined" if auc.p_value is None else f"= {auc.p_value:.3g}"),
-                *(_share_line(name, share) for name, share in self._shares().items()),
-                *self._points(),
-                *self._clustered(),
-                NOTICE,
-            ]
-        )
-
-    def _of_how_many(self) -> str:
-        """Empty unless a report has films that the other does not."""
-        each = (self.first_images, self.second_images)
-        same = each == (self.images, self.images)
-        return "" if same else " that both have, of {} and {}".format(*each)
-
-    def _points(self) -> list[str]:
-        """Lines about the operating points, if decisions are compared and the points are known."""
-        first, second = self.first_decided_at, self.second_decided_at
-        if self.sensitivity is None or first is None or second is None:
-            return []
-        lines = [
-            f"  sensitivity, specificity: the first decided at {first}, the second at {second}"
-        ]
-        for which, films in (("first", self.first_picked_on), ("second", self.second_picked_on)):
-            if films:
-                lines.append(
-                    f"  the {which}'s was picked on {films} films of its report: its decisions "
-                    "look too good"
-                )
-        return lines
-
-    def _shares(self) -> dict[str, ShareDifference]:
-        """The shares that both reports have, by name."""
-        of_decisions = {"sensitivity": self.sensitivity, "specificity": self.specificity}
-        known = {name: share for name, share in of_decisions.items() if share is not None}
-        return {"accuracy": self.accuracy, **known}
-
-    def _clustered(self) -> list[str]:
-        found = self.clustered
-        if found is None:
-            return []
-        differences = {"AUC": self.auc.difference}
-        differences |= {name: share.difference for name, share in self._shares().items()}
-        bounds = vars(found)
-        return [
-            f"  some of the {found.patients} patients have several films, which DeLong and McNemar "
-            "treat as independent",
-            *(
-                f"  over patients: {name} difference {difference:+.4f}"
-                + _interval(bounds[f"{name.lower()}_ci_low"], bounds[f"{name.lower()}_ci_high"])
-                for name, difference in differences.items()
-            ),
-            f"  ({found.intervals})",
-        ]
-
-    def to_json(self) -> str:
-        """All fields."""
-        return json.dumps({"notice": NOTICE, **asdict(self)}, indent=2)
 
 
 def compare(first: str, second: str) -> Comparison:
@@ -220,8 +75,8 @@ def compare(first: str, second: str) -> Comparison:
             )
     if (both["label"] != both["label_second"]).any():
         raise UserError(f"{first} and {second} label some images differently; use the same labels")
-    positive, decided_at, picked_on = _facts(first)
-    other_positive, other_decided_at, other_picked_on = _facts(second)
+    positive, decided_at, picked_on, known = _facts(first)
+    other_positive, other_decided_at, other_picked_on, other_known = _facts(second)
     if other_positive != positive:
         log.warning(
             "%s decides about %s and %s about %s: their decisions are not compared",
@@ -255,6 +110,8 @@ def compare(first: str, second: str) -> Comparison:
         second_decided_at=other_decided_at,
         first_picked_on=picked_on,
         second_picked_on=other_picked_on,
+        first_known=known,
+        second_known=other_known,
         synthetic=bool(both["synthetic"].any() or both["synthetic_second"].any()),
         auc=auc_difference(positive_N, scores_N2[:, 0], scores_N2[:, 1]),
         accuracy=differences["accuracy"],
@@ -356,20 +213,6 @@ def _patients(both: pd.DataFrame) -> Resampling:
     return min(known, key=lambda one: one.patients, default=Resampling.of([None] * len(both)))
 
 
-def _share_line(name: str, share: ShareDifference) -> str:
-    return (
-        f"  {name}  {share.first:.4f} and {share.second:.4f}; only the first is right on "
-        f"{counted(share.only_first_right, 'film')}, only the second on "
-        f"{share.only_second_right}, McNemar p = {share.p_value:.3g}"
-    )
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return " (no interval)"
-    return f" (95 % interval {low:+.4f} to {high:+.4f})"
-
-
 def _read(report: str) -> pd.DataFrame:
     try:
         data = open_store(report).read("predictions.parquet")
@@ -387,12 +230,13 @@ def _read(report: str) -> pd.DataFrame:
     return frame.drop_duplicates("image")
 
 
-def _facts(report: str) -> tuple[str, str | None, int]:
+def _facts(report: str) -> tuple[str, str | None, int, int]:
     """The report's positive class, the name of its operating point (None if not recorded), and the
-    number of its films that the point was picked on."""
+    numbers of its films that the point was picked on and that the model knows."""
     try:
         facts = json.loads(open_store(report).read("evaluation.json"))
         positive, decided_at = str(facts["positive_class"]), facts.get("decided_at")
-        return positive, decided_at, facts.get("picked_on", {}).get(decided_at, 0)
+        picked_on = facts.get("picked_on", {}).get(decided_at, 0)
+        return positive, decided_at, picked_on, facts.get("known_to_model", 0)
     except (ImageError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{report}/evaluation.json cannot be read; evaluate again") from error

@@ -270,6 +270,17 @@ def test_decisions_are_compared_among_those_with_and_without_an_opacity(tmp_path
     assert found["specificity"]["second"] < found["specificity"]["first"]
 
 
+def test_a_model_that_knows_films_of_its_report_is_told(tmp_path, capfd):
+    first, second = (report(str(tmp_path / str(n)), f"m{n}", n) for n in (1, 2))
+    facts = {"positive_class": "Lung_Opacity", "known_to_model": 40}
+    open_store(second).write("evaluation.json", json.dumps(facts).encode())
+    found, told = told_of(first, second, capfd)
+    assert (found["first_known"], found["second_known"]) == (0, 40)
+    known = "the second was trained, selected or calibrated on 40 films of its report"
+    assert f"\n  {known}: it looks too good\n" in told
+    assert told.count("too good") == 1
+
+
 def test_decisions_about_different_classes_are_not_compared(tmp_path, capfd):
     """The second model calls each normal film positive: of its class, and not of the first's."""
     first, second = (
