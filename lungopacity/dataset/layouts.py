@@ -101,11 +101,13 @@ LAYOUTS = {
         FROM classes""",
     ),
     "nih": Layout(
-        "NIH ChestX-ray14: entries = Data_Entry_2017.csv",
+        "NIH ChestX-ray14: entries = Data_Entry_2017.csv or Data_Entry_2017_v2020.csv",
         ("entries",),
         """
         SELECT "Image Index" AS image, "Patient ID" AS patient_id,
-               "View Position" AS view_position, "Patient Gender" AS patient_sex,
+               "View Position" AS view_position,
+               -- Gender in the release of 2017, Sex in that of 2020
+               COLUMNS('^Patient (Gender|Sex)$') AS patient_sex,
                TRY_CAST(regexp_extract("Patient Age"::VARCHAR, '[0-9]+') AS INTEGER)
                    // CASE right("Patient Age"::VARCHAR, 1)
                       WHEN 'M' THEN 12 WHEN 'W' THEN 52 WHEN 'D' THEN 365 ELSE 1 END

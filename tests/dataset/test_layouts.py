@@ -94,6 +94,17 @@ def test_facts_about_patients_are_taken_from_the_tables(tmp_path):
     assert padchest["view_position"].tolist() == ["PA", "AP", "PA"]
 
 
+def test_both_releases_of_nihs_table_give_the_same_labels(tmp_path):
+    """That of 2020 calls the sex by another name."""
+    (tmp_path / "2017.csv").write_text(TABLES["nih"])
+    (tmp_path / "2020.csv").write_text(TABLES["nih"].replace("Patient Gender", "Patient Sex"))
+    first, second = (
+        labels_of_layout("nih", {"entries": str(tmp_path / f"{year}.csv")}) for year in (2017, 2020)
+    )
+    assert first["patient_sex"].tolist() == ["M", "F", "F"]
+    assert first.equals(second)
+
+
 def test_a_word_for_a_missing_value_affects_only_that_value(tmp_path):
     rows = TABLES["padchest"] + "z.png,None,20140915,PA,None,None,['normal']\n"
     (tmp_path / "p.csv").write_text(rows)
