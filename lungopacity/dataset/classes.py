@@ -11,12 +11,12 @@ from lungopacity.results.schema import class_column
 def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     """Label to class, in the order of the classes; labels that are left out are not in it.
 
-    words: `A` makes label A a class; `A+B=Name` merges the labels A and B into the class Name;
-    `A=Name` renames A; `-A` leaves A out. If all words leave labels out, every other label of
-    `known` is a class, in alphabetical order. known: all labels that occur. Raises `UserError` for
-    words that leave out or merge a label that does not occur, that give fewer than two classes,
-    that put a label into two classes, that give two classes the same column of the results, or that
-    name a class after a label that is not in it.
+    words: `A` makes label A a class; `A+B=Name` merges the labels A and B into the class Name, and
+    so do `A=Name` and `B=Name`; `A=Name` alone renames A; `-A` leaves A out. If all words leave
+    labels out, every other label of `known` is a class, in alphabetical order. known: all labels
+    that occur. Raises `UserError` for words that leave out or merge a label that does not occur,
+    that give fewer than two classes, that put a label into two classes, that give two classes the
+    same column of the results, or that name a class after a label that is not in it.
     """
     found: dict[str, str] = {}
     dropped = {word[1:].strip() for word in words if word.startswith("-")}
@@ -37,10 +37,11 @@ def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, s
                 raise UserError(f"--classes: label '{label}' is given to two classes")
             if label in dropped:
                 raise UserError(f"--classes: label '{label}' is both given and left out")
-            if len(labels) > 1 and label not in known:
-                # The class would lack the films of the label that was meant.
-                raise _unknown(label, "merge", known)
             found[label] = name
+    for label, name in found.items():
+        if label not in known and list(found.values()).count(name) > 1:
+            # The class would lack the films of the label that was meant.
+            raise _unknown(label, "merge", known)
     for name in dict.fromkeys(found.values()):
         # Labels with a class's own name count as that class later, so they would be back in it.
         if name in known and name not in found:

@@ -23,7 +23,10 @@ KNOWN = ("Normal", "COVID", "Viral_Pneumonia", "Not_Normal")
         ),
         (["COVID", "-Not_Normal", "Normal"], {"COVID": "COVID", "Normal": "Normal"}),
         # Two words may give the same class.
-        (["A=C", "B=C", "D"], {"A": "C", "B": "C", "D": "D"}),
+        (
+            ["COVID=C", "Viral_Pneumonia=C", "D"],
+            {"COVID": "C", "Viral_Pneumonia": "C", "D": "D"},
+        ),
     ],
 )
 def test_words_become_a_map_in_the_order_of_the_classes(words, found):
@@ -53,6 +56,10 @@ def test_each_class_name_occurs_once():
         (
             ["Normal", "COVID+Viral Pneumonia=Infection"],
             "no label 'Viral Pneumonia' to merge; the labels are COVID, Normal, Not_N",
+        ),
+        (
+            ["Normal", "COVID=Infection", "Viral Pneumonia=Infection"],
+            "no label 'Viral Pneumonia' to merge",
         ),
     ],
 )
