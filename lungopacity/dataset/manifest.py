@@ -104,8 +104,8 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
 
 def _check_spelling(frame: pd.DataFrame, uri: str, by: Sequence[str]) -> None:
     """Raises `UserError` for a column such as `Split`: if it were ignored, films would silently be
-    split again."""
-    for column in ("image", "label", "split", "patient_id", *FACT_COLUMNS):
+    split again, or an audit would not look for shortcuts by `site`."""
+    for column in ("image", "label", "split", "patient_id", *FACT_COLUMNS, SITE):
         for name in map(str, frame.columns):
             if column not in frame and name not in by and name.strip().lower() == column:
                 raise UserError(f"{uri}: has a column '{name}'; spell it '{column}'")

@@ -134,6 +134,7 @@ def test_whole_numbers_with_gaps_keep_all_their_digits(tmp_path):
         ("Image,label\na,Normal\n", "has a column 'Image'; spell it 'image'"),
         ("image, label\na,Normal\n", "has a column ' label'; spell it 'label'"),
         ("image,label,Split\na,Normal,test\n", "has a column 'Split'; spell it 'split'"),
+        ("image,label,Site\na,Normal,A\n", "has a column 'Site'; spell it 'site'"),
         ("", "is empty"),
         ("\n \n", "is empty"),
         ('image,label\na,"Normal\nb,Normal\n', "neither CSV nor Parquet|line 3"),
