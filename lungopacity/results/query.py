@@ -16,7 +16,7 @@ import pyarrow.dataset
 from lungopacity.errors import UserError, first_line
 from lungopacity.results.folder import read_runs
 from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
-from lungopacity.results.workbench import is_full_disk
+from lungopacity.results.workbench import is_full_disk, quoted, temporary_folder
 from lungopacity.storage import Store, open_store
 
 _NO_RUN = {"class_names": ()}
@@ -66,7 +66,9 @@ def query(results_uri: str, sql: str) -> pa.Table:
     records = _committed(store)
     with files_of_runs(store):
         predictions, metrics = predictions_of(store, records), _metrics(store, records)
-    with duckdb.connect() as connection:
+    with temporary_folder() as folder, duckdb.connect() as connection:
+        # Otherwise DuckDB spills rows, with names of objects, to the current folder.
+        connection.execute(f"SET temp_directory = {quoted(folder / 'spill')}")
         rows = connection.from_arrow(predictions)
         rows.project(_columns(predictions.schema.names, rows.columns)).create_view("predictions")
         connection.register("metrics", metrics)

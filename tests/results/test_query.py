@@ -1,4 +1,5 @@
 import json
+import tempfile
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import pytest
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.results.folder import commit_run, run_key
 from lungopacity.results.query import files_of_runs, query, runs
-from lungopacity.results.render import rendered
 from lungopacity.results.schema import METRICS_SCHEMA, class_column, predictions_schema
 from lungopacity.results.workbench import workbench
 from lungopacity.screening.clean import clean
@@ -138,6 +138,12 @@ def test_no_file_outside_the_results_can_be_read(tmp_path):
         with pytest.raises(UserError, match=r"^SQL: "):
             query(str(tmp_path / "r"), sql)
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_what_does_not_fit_into_memory_goes_to_the_temporary_folder(tmp_path):
+    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
+    (spill,) = query(str(tmp_path), "SELECT current_setting('temp_directory') s").to_pylist()
+    assert spill["s"].startswith(f"{tempfile.gettempdir()}/lungopacity-")
 
 
 def test_folders_above_the_results_give_no_column_its_value(tmp_path):
@@ -310,67 +316,6 @@ def test_a_flipped_byte_in_a_published_file_is_an_error(store_uri):
     store.write(item.key, bytes(data))
     with pytest.raises(UserError, match="cannot be read"):
         query(store_uri, "SELECT image FROM predictions")
-
-
-def test_json_has_null_where_it_has_no_number():
-    table = pa.table({"value": [float("nan"), 1.5], "list": [[float("inf")], [2.0]]})
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in
-             rendered(table, "json").splitlines()]  # fmt: skip
-    assert lines == [{"value": None, "list": [None]}, {"value": 1.5, "list": [2.0]}]
-
-
-def test_a_table_does_not_round_counts():
-    table = pa.table({"value": [12345678.0, 0.123456789, float("nan"), 1e300]})
-    assert rendered(table, "table").decode().split()[2:] == [
-        "12345678",
-        "0.123457",
-        "nan",
-        "1e+300",
-    ]
-
-
-def test_a_name_neither_tears_the_table_nor_commands_the_terminal():
-    table = pa.table({"image": ["a\nb.png", "\x1b[31mred.png", "é.png"], "n": [1, 2, 3]})
-    assert rendered(table, "table").decode().splitlines()[2:] == [
-        r"a\nb.png         1",
-        r"\x1b[31mred.png  2",
-        r"é.png            3",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("sql", "formats"),
-    [
-        ("[1, 2]", ["csv"]),
-        ("{'x': 1}", ["csv"]),
-        ("map {'k': 1}", ["csv"]),
-        ("INTERVAL 1 DAY", ["csv", "parquet"]),
-        ("union_value(a := 1)", ["csv", "parquet"]),
-        ("DATE '10000-01-01'", ["table", "json"]),
-        ("DATE '0044-03-15 (BC)'", ["table", "json"]),
-        ("TIMESTAMP 'infinity'", ["table", "json"]),
-    ],
-)
-def test_a_column_that_a_format_cannot_write_is_named_with_what_to_do(tmp_path, sql, formats):
-    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
-    answer = query(str(tmp_path), f"SELECT 1 AS one, {sql} AS odd")
-    for output_format in formats:
-        with pytest.raises(
-            UserError, match=rf"column 'odd' \(.* cannot be written as {output_format}"
-        ):
-            rendered(answer, output_format)
-    if "csv" not in formats:
-        assert rendered(answer, "csv")
-    as_text = query(str(tmp_path), f"SELECT CAST({sql} AS VARCHAR) AS odd")
-    assert all(rendered(as_text, name) for name in ("table", "csv", "json", "parquet"))
-
-
-def test_columns_of_one_name_are_refused_where_one_would_hide_the_other(tmp_path):
-    write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
-    answer = query(str(tmp_path), "SELECT 1 AS a, 2 AS a")
-    assert rendered(answer, "csv") == b'"a","a"\n1,2\n'
-    with pytest.raises(UserError, match="column 'a' occurs 2 times, but JSON allows it once"):
-        rendered(answer, "json")
 
 
 @pytest.mark.parametrize(
