@@ -129,17 +129,15 @@ class Progress:
     def per_second(self) -> float:
         return self.done / max(1e-9, time.monotonic() - self._started)
 
-    def advance(self, count: int, note: str = "", total: int | None = None) -> None:
-        """`count` more are done. `note` ends the line; `total` corrects the total."""
+    def advance(self, count: int, note: str = "") -> None:
+        """`count` more are done. `note` ends the line."""
         self.done += count
         self.note = note or self.note
-        self.total = total if total is not None else self.total
         if self._bar is not None:
             self._show()
             self._bar.update(
                 self._task,
                 completed=self.done,
-                total=self.total,
                 note=self.note,
                 rate=self._rate,
             )

@@ -23,6 +23,7 @@ from lungopacity.archive.phantom_opacity import (
     OpacityKind,
     add_opacities,
     smooth_noise,
+    soft_step,
 )
 
 View = Literal["PA", "AP"]
@@ -132,11 +133,6 @@ def _chord(r2: Array, full: float) -> Array:
     return np.asarray(full * np.sqrt(np.maximum(1 - r2, 0)))
 
 
-def _step(distance: Array, softness: float) -> Array:
-    """0 … 1 as `distance` (cm) goes from negative to positive, over about `softness` cm."""
-    return 1 / (1 + np.exp(np.clip(-distance / softness, -30, 30)))
-
-
 class _Thorax:
     """One patient in front of the detector: pixel coordinates, and the maps of path lengths."""
 
@@ -177,7 +173,7 @@ class _Thorax:
         lower = self.dome_y + (0.9 if side > 0 else 0.0)
         dome = lower + np.float32(rng.uniform(0.07, 0.11)) * (x - 6.0) ** 2
         # There is lung behind the dome, too: its shadow ends over a few millimetres, then fades.
-        return path * (0.92 * _step(dome - y, 0.16) + 0.08 * _step(dome + 2.0 - y, 0.9))
+        return path * (0.92 * soft_step(dome - y, 0.16) + 0.08 * soft_step(dome + 2.0 - y, 0.9))
 
     def lung_fields(self) -> list[LungField]:
         """The lungs, as `add_opacities` takes them."""
@@ -201,9 +197,9 @@ class _Thorax:
 
     def _torso(self) -> Array:
         x, y = self.x, self.y
-        neck = _step(-15.0 - y, 0.8)
-        half_width = (15.2 - 9.3 * neck) + 5.5 * _step(-8.5 - y, 1.3) * (1 - neck)
-        half_depth = self.body.half_depth * (1 - 0.4 * neck - 0.12 * _step(-9.0 - y, 2.0))
+        neck = soft_step(-15.0 - y, 0.8)
+        half_width = (15.2 - 9.3 * neck) + 5.5 * soft_step(-8.5 - y, 1.3) * (1 - neck)
+        half_depth = self.body.half_depth * (1 - 0.4 * neck - 0.12 * soft_step(-9.0 - y, 2.0))
         return np.asarray(2 * half_depth * np.sqrt(np.maximum(1 - np.abs(x / half_width) ** 3, 0)))
 
     def _heart(self) -> Array:
@@ -217,7 +213,7 @@ class _Thorax:
     def _great_vessels(self) -> Array:
         x, y, radius = self.x, self.y, self.body.aorta
         arch = _chord(((x - 2.2) / radius) ** 2 + ((y + 5.0) / (radius * 1.05)) ** 2, 6.0)
-        stalk = _chord((x / 2.7) ** 2, 7.0) * _step(y + 11.0, 1.0) * _step(6.0 - y, 1.0)
+        stalk = _chord((x / 2.7) ** 2, 7.0) * soft_step(y + 11.0, 1.0) * soft_step(6.0 - y, 1.0)
         hila = np.zeros_like(arch)
         for side, level in ((-1, -0.6), (1, -1.4)):
             offset = 3.9 + float(self.rng.normal(0, 0.25))
@@ -227,8 +223,8 @@ class _Thorax:
 
     def _trachea(self) -> Array:
         width = 0.85 + 0.15 * (self.body.sex == "M")
-        bend = self.x + 0.25 * _step(self.y + 7.0, 1.0)
-        return _chord((bend / width) ** 2, 2.0 * width) * _step(-3.5 - self.y, 0.6)
+        bend = self.x + 0.25 * soft_step(self.y + 7.0, 1.0)
+        return _chord((bend / width) ** 2, 2.0 * width) * soft_step(-3.5 - self.y, 0.6)
 
     def _breasts(self) -> Array:
         if self.body.breast == 0:
@@ -251,7 +247,7 @@ class _Thorax:
                 np.float32(order) * angle + np.float32(bend) * radius + np.float32(phase)
             )
         # At the hilum itself the ridges would meet in a star.
-        ridges = np.exp(-((waves / 0.45) ** 2)) * _step(radius - 1.8, 0.35)
+        ridges = np.exp(-((waves / 0.45) ** 2)) * soft_step(radius - 1.8, 0.35)
         return ridges * np.exp(-radius / 4.5) * 2.2 + 0.25 * smooth_noise(rng, self.size, 40)
 
     def _ribs(self) -> Array:
@@ -261,15 +257,19 @@ class _Thorax:
         # The cage is an egg around the lungs, narrow at the top.
         cage = 13.9 * np.sqrt(np.maximum(1 - ((self.y - 4.5) / 18.5) ** 2, 0.25))
         t = np.abs(self.x) / cage
-        inside = _step(1 - t, 0.008)
+        inside = soft_step(1 - t, 0.008)
         # At the sides the beam runs along the rib instead of across it.
         lengthened = np.minimum(1 / np.sqrt(np.maximum(1 - t * t, 0.12)), 2.4)
         back = self.y - (3.4 * t**2 - 2.4 * t) * (1 + 0.02 * self.y)
         front = self.y - (2.0 - 6.5 * t + 4.0 * t**2 + 1.2)
-        paths = 0.62 * self._tubes(back, body.rib_phase, 0.46, -13.5, 10.0) * _step(t - 0.1, 0.02)
+        paths = (
+            0.62 * self._tubes(back, body.rib_phase, 0.46, -13.5, 10.0) * soft_step(t - 0.1, 0.02)
+        )
         # Front ribs end in cartilage, which hardly attenuates the beam.
         paths += (
-            0.45 * self._tubes(front, body.rib_phase + 0.4, 0.52, -9.5, 9.0) * _step(t - 0.36, 0.03)
+            0.45
+            * self._tubes(front, body.rib_phase + 0.4, 0.52, -9.5, 9.0)
+            * soft_step(t - 0.36, 0.03)
         )
         return paths * lengthened * inside
 
@@ -279,7 +279,7 @@ class _Thorax:
         turns = y / spacing + np.float32(phase)
         r2 = ((turns - np.rint(turns)) * spacing / radius) ** 2
         hollow = _chord(r2, 2.0) - 0.75 * _chord(r2 / 0.5, 1.4)
-        return hollow * _step(y - top, 0.3) * _step(bottom - y, 0.5)
+        return hollow * soft_step(y - top, 0.3) * soft_step(bottom - y, 0.5)
 
     def _spine(self) -> Array:
         x, y = self.x, self.y
@@ -295,13 +295,13 @@ class _Thorax:
         lift = float(rng.normal(0, 0.5)) - (1.0 if self.view == "AP" else 0.0)
         t = (x - 1.6) / 13.0
         middle = -9.0 + lift - 3.2 * t + 0.7 * np.sin(2 * np.pi * t)
-        ends = _step(x - 1.7, 0.15) * _step(14.6 - x, 0.2)
+        ends = soft_step(x - 1.7, 0.15) * soft_step(14.6 - x, 0.2)
         r2 = ((y - middle) / (0.62 + 0.15 * np.abs(t - 0.3))) ** 2
         clavicles = (1.1 * _chord(r2, 1.2) - 0.4 * _chord(r2 / 0.4, 0.8)) * ends
         # Rolled shoulders of a standing patient (PA) move the blades off the lungs; lying does not.
         edge = (11.3 if self.view == "AP" else 13.4) + float(rng.normal(0, 0.4))
         u, v = (x - edge - 2.4 + 0.12 * (y + 5)) / 2.6, (y + 5.5) / 6.2
-        blade = 0.5 * _step(1 - u * u - v * v, 0.08)
+        blade = 0.5 * soft_step(1 - u * u - v * v, 0.08)
         rim = 0.55 * np.exp(-(((u * u + v * v - 0.95) / 0.1) ** 2))
         heads = _chord(((x - 17.2) / 2.4) ** 2 + ((y + 10.5) / 2.6) ** 2, 3.4)
         return np.asarray(clavicles + blade + rim + heads)

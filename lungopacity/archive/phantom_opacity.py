@@ -76,6 +76,11 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Array:
     return np.asarray(resized, dtype=np.float32)
 
 
+def soft_step(distance: Array, softness: float) -> Array:
+    """0 … 1 as `distance` goes from negative to positive, over about `softness`, float32."""
+    return _as_fluid(1 / (1 + np.exp(np.clip(-distance / softness, -30, 30))))
+
+
 def _consolidation(rng: np.random.Generator, lungs: list[LungField]) -> list[Array]:
     """A filled part of a lobe: dense, ragged, often with a straight edge at a fissure."""
     lung = _one(rng, lungs)
@@ -83,10 +88,10 @@ def _consolidation(rng: np.random.Generator, lungs: list[LungField]) -> list[Arr
     wide, tall = rng.uniform(2.4, 5.0), rng.uniform(2.4, 6.0)
     dx, dy = (lung.x - x) / wide, (lung.y - y) / tall
     ragged = 0.35 * smooth_noise(rng, lung.x.shape[0], 14)
-    filled = _fade(1 - np.sqrt(dx * dx + dy * dy) + ragged, 0.12)
+    filled = soft_step(1 - np.sqrt(dx * dx + dy * dy) + ragged, 0.12)
     if rng.random() < 0.5:
         fissure = rng.choice([-1.0, 1.0]) * (lung.y - y + 0.15 * lung.side * (lung.x - x))
-        filled *= _fade(fissure + 0.5 * tall, 0.1)
+        filled *= soft_step(fissure + 0.5 * tall, 0.1)
     depth = rng.uniform(0.35, 0.85)
     return [_as_fluid(depth * filled * lung.air)]
 
@@ -126,7 +131,7 @@ def _pleural_effusion(rng: np.random.Generator, lungs: list[LungField]) -> list[
         outward = np.clip((lung.side * lung.x - 2.0) / 10.0, 0, 1.2)
         height = rng.uniform(1.5, 7.0)
         meniscus = lung.base_y + 1.2 - height - (1.0 + 0.35 * height) * outward**3
-        below = _fade(lung.y - meniscus, 0.35)
+        below = soft_step(lung.y - meniscus, 0.35)
         found.append(_as_fluid(rng.uniform(0.6, 0.9) * below * lung.air))
     return found
 
@@ -165,11 +170,6 @@ def _place(rng: np.random.Generator, lung: LungField, low: bool = False) -> tupl
     spots = np.flatnonzero(inside)
     spot = spots[int(rng.integers(len(spots)))]
     return float(lung.x.flat[spot]), float(lung.y.flat[spot])
-
-
-def _fade(distance: Array, softness: float) -> Array:
-    """0 … 1 as `distance` goes from negative to positive, over about `softness`, float32."""
-    return _as_fluid(1 / (1 + np.exp(np.clip(-distance / softness, -30, 30))))
 
 
 def _as_fluid(values: npt.NDArray[np.floating]) -> Array:

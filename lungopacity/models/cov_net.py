@@ -110,9 +110,9 @@ class CovNet(nn.Module):
 class _AsymmetricConvolution(nn.Module):
     """Parallel 3 x 3, 3 x 1 and 1 x 3 convolutions, each normalised, then summed."""
 
-    def __init__(self, width_in: int, width: int, stride: int, dilation: int = 1) -> None:
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
-        self.shape = (width_in, width, stride, dilation)
+        self.shape = (width_in, width, stride)
         self.branches = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(
@@ -120,8 +120,7 @@ class _AsymmetricConvolution(nn.Module):
                     width,
                     (height, breadth),
                     stride,
-                    (dilation * (height // 2), dilation * (breadth // 2)),
-                    dilation,
+                    (height // 2, breadth // 2),
                     bias=False,
                 ),
                 nn.BatchNorm2d(width),
@@ -137,8 +136,8 @@ class _AsymmetricConvolution(nn.Module):
     @torch.no_grad()
     def fused(self) -> nn.Conv2d:
         """A single 3 x 3 convolution that computes the same in evaluation mode."""
-        width_in, width, stride, dilation = self.shape
-        one = nn.Conv2d(width_in, width, 3, stride, dilation, dilation)
+        width_in, width, stride = self.shape
+        one = nn.Conv2d(width_in, width, 3, stride, padding=1)
         assert one.bias is not None
         one.weight.zero_()
         one.bias.zero_()

@@ -41,13 +41,13 @@ def networks_table() -> str:
     return "\n".join([*lines, more, made, last])
 
 
-def parameters(name: str, classes: int = 2) -> int:
-    """The network's number of parameters, without buffers."""
+def parameters(name: str) -> int:
+    """The number of parameters of the network for two classes, without buffers."""
     import torch
 
     # On meta, which needs no memory: the largest of torchvision's networks take gigabytes.
     with torch.device("meta"):
-        network = build_network(name, classes)
+        network = build_network(name, 2)
     return sum(weight.numel() for weight in network.parameters())
 
 
