@@ -15,6 +15,8 @@ _MOST_OF_A_TINT = 0.5
 """Largest spread of the mean colour, as a share of its brightest channel, that is a tint. A film's
 blue base, or the yellow of its age, has 0.2."""
 
+_LEAST_SLOPE = 0.1
+"""Least rise of a channel with the luma in a tint. The weakest channel of a film's tint has 0.6."""
 
 _LUMA = (19595, 38470, 7471)
 """Weights of red, green and blue in 65,536ths, rounded as Pillow rounds them."""
@@ -59,6 +61,9 @@ def coloured_fraction(rgb: npt.NDArray[Any]) -> float:
     grid -= mean
     luma = np.asarray(_LUMA, np.float32) / 65536 @ grid
     slopes = grid @ luma / max(float(luma @ luma), 1.0)
+    if luma.std() > 1 and slopes.min() < _LEAST_SLOPE:
+        # Channels of a tint rise together. Those of luma and chroma that a header calls RGB do not.
+        return float(clearly.mean())
     beside_tint = _spread(grid - np.outer(slopes, luma))
     return float((clearly & (beside_tint > _CLEARLY_WITHOUT_TINT)).mean())
 

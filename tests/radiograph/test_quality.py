@@ -15,7 +15,7 @@ from lungopacity.radiograph import (
     Radiograph,
     judge,
 )
-from tests.films import encoded, grey_film, one_film
+from tests.films import dicom, encoded, grey_film, one_film
 from tests.real_data import DICOM_FOLDER, LUNG_FIELDS, needs_real_data
 
 PREPROCESSING = Preprocessing(image_size=160)
@@ -108,6 +108,18 @@ def test_one_strong_colour_all_over_is_flagged_as_colour():
     film = phantom(2)
     for colour in ((1, 1, 0.1), (1, 0.2, 0.2)):
         assert "colour" in flags(one_film(encoded(tinted(film, colour))))
+
+
+@pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL"])
+def test_luma_and_chroma_that_a_header_calls_rgb_are_flagged_as_colour(photometric):
+    """A film of them has lost most of its contrast."""
+    film = phantom(2)
+    chroma = np.full_like(film, 128)
+    elements = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "BitsAllocated": 8}
+    elements |= {"BitsStored": 8, "HighBit": 7, "PhotometricInterpretation": photometric}
+    pixels = np.stack([film, chroma, chroma], axis=2).tobytes()
+    found = one_film(dicom(film, **elements, PixelData=pixels))
+    assert flags(found) == ({"colour"} if photometric == "RGB" else set())
 
 
 def test_grey_in_three_channels_and_one_even_tint_have_no_colour():
