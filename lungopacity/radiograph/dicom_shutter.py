@@ -21,7 +21,9 @@ def outside_shutter(dataset: Any, shape: tuple[int, int]) -> Mask | None:
     nonsense counts as absent, and so does a shutter that would hide every pixel.
     """
     value = dataset.get("ShutterShape")
-    names = [value] if isinstance(value, str) else (value or [])
+    if not value:
+        return None
+    names = [value] if isinstance(value, str) else value
     inside = np.ones(shape, np.bool_)
     for name in names:
         draw = _SHAPES.get(str(name).strip().upper())
