@@ -19,7 +19,13 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from lungopacity.archive.containers import alone_in, is_container, members, without_files
+from lungopacity.archive.containers import (
+    SHARD_SUFFIXES,
+    alone_in,
+    is_container,
+    members,
+    without_files,
+)
 from lungopacity.archive.content import ReadSettings, error_columns
 from lungopacity.archive.decoder import borrowed_decoder
 from lungopacity.archive.names import Wanted
@@ -30,8 +36,8 @@ from lungopacity.storage import Store
 
 log = logging.getLogger(__name__)
 
-# Tables and notes that people keep beside films. They get a row (`rejected`, `not_an_image`), but
-# do not make a night incomplete.
+# Tables and notes that people keep beside films. They get a row (`rejected`; `not_an_image` or
+# `empty`), but do not make a night incomplete.
 _SIDECAR_SUFFIXES = (
     ".cls", ".csv", ".docx", ".htm", ".html", ".json", ".log", ".md", ".md5", ".parquet", ".pdf",
     ".sha256", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml",
@@ -343,10 +349,14 @@ def _of_object(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def _told_apart_from_sidecars(content: dict[str, Any], file: _File) -> dict[str, Any]:
-    not_an_image = content.get("error_code") == ErrorCode.NOT_AN_IMAGE
-    if not_an_image and _is_sidecar(file.name, file.data or b""):
-        return {**content, "status": Status.REJECTED.value}
-    return content
+    code = content.get("error_code")
+    if code == ErrorCode.EMPTY:
+        # Logs are often empty. An empty Parquet file may be a shard whose upload failed.
+        is_shard = file.name.lower().endswith(SHARD_SUFFIXES)
+        is_sidecar = is_sidecar_name(file.name) and not is_shard
+    else:
+        is_sidecar = code == ErrorCode.NOT_AN_IMAGE and _is_sidecar(file.name, file.data or b"")
+    return {**content, "status": Status.REJECTED.value} if is_sidecar else content
 
 
 def _is_sidecar(key: str, data: bytes) -> bool:

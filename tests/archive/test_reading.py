@@ -80,6 +80,19 @@ def test_tables_and_notes_beside_films_are_rejected_and_not_failures(tmp_path):
     ] * (len(names) + 1)
 
 
+def test_an_empty_log_beside_films_is_no_failure_but_an_empty_film_or_shard_is(tmp_path):
+    sidecars, others = ["export.log", "a/errors.txt"], ["1.dcm", "a/2.png", "b.tar", "c.parquet"]
+    for name in sidecars + others:
+        open_store(str(tmp_path)).write(f"loose/{name}", b"")
+    open_store(str(tmp_path)).write("x.tar", tar(dict.fromkeys(sidecars + others, b"")))
+    rows = images(read(str(tmp_path)))
+    assert len(rows) == 2 * len(sidecars + others)
+    assert {row["error_code"] for row in rows} == {"empty"}
+    for row in rows:
+        name = row["member"] or row["image"].removeprefix("loose/")
+        assert row["status"] == ("rejected" if name in sidecars else "failed"), name
+
+
 def test_system_files_beside_films_are_rejected_and_not_failures(tmp_path):
     apple_double = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(200)
     litter = {
