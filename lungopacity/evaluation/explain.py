@@ -345,8 +345,9 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
     )
     if explainer.boxes_of and not pointings:
         log.warning(
-            "none of the %d images in the boxes file was explained, such as %s; `image` must be as "
-            "in the labels, or the key under --images, or the member's name in a shard",
+            "none of the %d images in the boxes file was explained, such as %s: --limit or --split "
+            "may leave them out; else `image` must be as in the labels, or the key under --images, "
+            "or the member's name in a shard",
             len(explainer.boxes_of),
             min(explainer.boxes_of),
         )

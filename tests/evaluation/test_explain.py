@@ -250,7 +250,8 @@ def test_what_cannot_be_read_has_a_row_and_the_exit_code(tmp_path, capfd):
         [*labelled, "--output", str(tmp_path / "three"), "--boxes", str(tmp_path / "boxes.csv")]
     )
     assert code == 1
-    assert "none of the 1 images in the boxes file was explained" in capfd.readouterr().err
+    told = "none of the 1 images in the boxes file was explained, such as gone.png: --limit or --s"
+    assert told in capfd.readouterr().err
     rows = pq.read_table(tmp_path / "three" / "explain.parquet").to_pylist()
     assert [(row["member"] or row["image"], row["label"], row["error_code"]) for row in rows] == [
         ("in.png", "Normal", None),
