@@ -10,6 +10,7 @@ from lungopacity.runtime.installed import versions
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, alone, environment
 from lungopacity.runtime.resources import (
     capacity,
+    cpus_here,
     free_resources,
     grows_to,
     may_grow,
@@ -33,6 +34,7 @@ __all__ = [
     "alone",
     "capacity",
     "code_of_signal",
+    "cpus_here",
     "done_with_ray",
     "end_if_told",
     "end_on_signals",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -36,6 +37,16 @@ def capacity() -> dict[str, float]:
 
     has = ray.cluster_resources()
     return {name: max(has.get(name, 0.0), _limits.get(name, 0.0)) for name in _RESOURCES}
+
+
+def cpus_here() -> int:
+    """CPUs of this Ray worker's node that it may use. Ray knows the limit of a container, within
+    which a process sees all CPUs of the machine."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (of_ray,) = (node["Resources"]["CPU"] for node in ray.nodes() if node["NodeID"] == here)
+    return min(len(os.sched_getaffinity(0)), int(of_ray))
 
 
 def free_resources() -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lungopacity.models import build_network
 from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import exact_float32
+from lungopacity.runtime import cpus_here
 from lungopacity.training.augment import augment
 from lungopacity.training.checkpoint import read_checkpoint, report_epoch, write_checkpoint
 from lungopacity.training.optimizer import learning_rate_at, optimizer_of
@@ -153,8 +153,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     )
     if worker.device.type == "cpu":
         # Ray would allow one thread, for the one CPU reserved; training has the node to itself.
-        cpus = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cpus // context.get_local_world_size()))
+        torch.set_num_threads(max(1, cpus_here() // context.get_local_world_size()))
 
     def report(row: dict[str, Any], _: torch.Tensor, save: Callable[[str], None]) -> None:
         mine = save if worker.rank == 0 else None
