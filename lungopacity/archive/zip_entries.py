@@ -24,6 +24,8 @@ _ENCRYPTED = 0x1 | 0x40
 _PATCHED = 0x20
 _STREAMED = 0x8
 _UTF8 = 0x800
+_OF_WINDOWS = (0, 10)
+"""Systems of FAT and of NTFS (APPNOTE 4.4.2.2)."""
 _IN_ZIP64 = 0xFFFFFFFF
 _IN_ZIP64_COUNT = 0xFFFF
 _MAX_END = 22 + 0xFFFF
@@ -70,10 +72,14 @@ def _stated_count(file: IO[bytes]) -> int:
 
 
 def _entry(file: IO[bytes], info: zipfile.ZipInfo, following: int, meter: Meter) -> Iterator[Entry]:
-    if info.is_dir() and not info.file_size:
+    name = info.filename
+    if info.create_system in _OF_WINDOWS:
+        # Older versions of .NET, among others, separate folders so, against APPNOTE 4.4.17.
+        name = name.replace("\\", "/")
+    if name.endswith("/") and not info.file_size:
         return
     content = _refusal(info) or partial(_open, file, info, following, meter)
-    yield Entry(info.filename, info.file_size, content, alone=True)
+    yield Entry(name, info.file_size, content, alone=True)
 
 
 def _refusal(info: zipfile.ZipInfo) -> ImageError | None:

@@ -18,6 +18,24 @@ def test_directories_of_a_zip_have_no_row():
     assert walk(make_zip([("film/", b"1")])) == ([("film/", b"1")], None)
 
 
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [
+        (0, [("films/1", b"1")]),
+        (10, [("films/1", b"1")]),
+        (3, [("films\\", ErrorCode.EMPTY), ("films\\1", b"1")]),  # a letter like others on Unix
+    ],
+)
+def test_backslashes_separate_folders_in_a_zip_of_windows(system, expected):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in (("films\\", b""), ("films\\1", b"1")):
+            info = zipfile.ZipInfo(name)
+            info.create_system = system
+            archive.writestr(info, data)
+    assert walk(buffer.getvalue()) == (expected, None)
+
+
 def test_members_of_a_zip_come_in_stored_order():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
