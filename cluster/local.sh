@@ -44,6 +44,12 @@ started=()
 # By pid, to leave other Rays on this machine alone. A node ends its own children.
 end() {
     trap - EXIT
+    for job in $(jobs -pr); do
+        if [[ " ${started[*]} " != *" $job "* ]]; then # the command, if a signal came before its end
+            kill -TERM "$job" 2>/dev/null || true
+            wait "$job" 2>/dev/null || true
+        fi
+    done
     if ((${#started[@]})); then
         kill -TERM "${started[@]}" 2>/dev/null || true
         wait "${started[@]}" 2>/dev/null || true
@@ -95,4 +101,7 @@ fi
 echo "a Ray cluster of two nodes at http://127.0.0.1:$dashboard, S3 at $AWS_ENDPOINT_URL" >&2
 
 export RAY_ADDRESS=http://127.0.0.1:$dashboard
-"$@"
+# In the background, because Bash heeds no signal while a command runs in the foreground: whoever then
+# killed it would leave the nodes behind.
+"$@" <&0 &
+wait $!
