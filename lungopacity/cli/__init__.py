@@ -11,7 +11,9 @@ found something missing. 130: ended by Ctrl-C. 143: ended by SIGTERM.
 from __future__ import annotations
 
 import os
+import select
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -88,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as ended:
         end_if_told()  # Ray loses the exit code if the signal came during a `ray.get`
+        if _nobody_reads():
+            return 128 + signal.SIGPIPE  # as for any program whose output goes to `head`
         # Ray's own exit code is 1, which here means that the job is done.
         _tell(f"Ray ended this command (exit code {ended.code}); try again", "error: ")
         return 2
@@ -103,6 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _tell(_one_line(error), "error: ")
         return 2
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that its reader has closed. click ends the process then."""
+    polled = select.poll()
+    polled.register(1, 0)
+    return any(events & select.POLLERR for _, events in polled.poll(0))
 
 
 def _with_the_name_here(error: click.NoSuchOption) -> click.NoSuchOption:

@@ -1,7 +1,10 @@
 """What the command line refuses before any work, and what it says of a defect."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import warnings
 
 import click
@@ -154,6 +157,17 @@ def test_a_command_that_ray_ends_does_not_pass_for_one_that_is_done(monkeypatch,
     code, _, err = run(capfd, "runs", "--results", "x")
     assert code == 2
     assert "error: Ray ended this command (exit code 1); try again" in err
+
+
+@pytest.mark.parametrize("arguments", [["models", "classical-cnn"], ["--help"]])
+def test_a_command_whose_output_nobody_reads_to_its_end_says_nothing(arguments):
+    """As with `| head`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "lungopacity.cli", *arguments]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_defect_in_a_worker_is_told_by_what_was_raised_there(monkeypatch, capfd):
