@@ -21,7 +21,7 @@ from lungopacity.errors import ErrorCode, Status, UserError
 from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION, Preprocessing
 from lungopacity.results.schema import READ_SCHEMA
-from lungopacity.runtime import capacity
+from lungopacity.runtime import capacity, free_resources
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def load_pixels(
     """
     names = frozenset(labels["image"])
     archives = [take_inventory(uri) for uri in image_uris]
-    with Progress("Reading images", total=len(names)) as progress:
+    with Progress("Reading images", total=len(names), waits_for=free_resources) as progress:
         read = _read(archives, Wanted(names), settings, progress)
         absent = names - set(read["name"].to_pylist())
         if absent:

@@ -52,7 +52,7 @@ from lungopacity.models.probabilities import softmax
 from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import check_class_columns
-from lungopacity.runtime import ray_session, require_resources, resolve_gpu
+from lungopacity.runtime import free_resources, ray_session, require_resources, resolve_gpu
 from lungopacity.storage import open_store
 
 log = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: boo
 
     task = ray.remote(run).options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
     parts: list[ModelScores] = []
-    with Progress("Scoring", total=len(pixels_NHW)) as progress:
+    with Progress("Scoring", total=len(pixels_NHW), waits_for=free_resources) as progress:
         for part in task.remote(model, pixels_NHW):
             parts.append(ray.get(part))
             progress.advance(len(parts[-1].logits_NK))

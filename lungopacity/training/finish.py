@@ -14,7 +14,7 @@ from lungopacity.errors import last_line
 from lungopacity.models import TrainedModel
 from lungopacity.models.compiled import compiled_if_better
 from lungopacity.progress import Progress
-from lungopacity.runtime import worker_environment
+from lungopacity.runtime import free_resources, worker_environment
 from lungopacity.training.loop import Films
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def distribution_of(
     warn_of_few_to_compare(len(films.validation))
     count = sum(len(rows) * len(turns) for rows, turns in _passes(films))
     task = ray.remote(run).options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)
-    with Progress("Finding where the training films lie", total=count) as progress:
+    title = "Finding where the training films lie"
+    with Progress(title, total=count, waits_for=free_resources) as progress:
         for update in map(ray.get, task.remote(model, shared)):
             if isinstance(update, int):
                 progress.advance(update)

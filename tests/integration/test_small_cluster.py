@@ -5,6 +5,7 @@ others take is waited for, and that is told."""
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import lungopacity
+from lungopacity import progress
+from lungopacity.archive.phantom import PhantomSettings, write_phantom_archive
 from lungopacity.storage import open_store
 from tests.films import encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model
@@ -66,3 +70,17 @@ def test_screening_fits_itself_to_the_cluster(tmp_path: Path, cpus: int, in_a_sh
     of = "" if in_a_shard else f" of {_FILMS}"
     free = f"; free in the Ray cluster: 0 of {cpus} CPU"
     assert re.match(rf"Screening: 0{of} images, no progress for \d+ s{free}", told[1]), told
+
+
+def test_what_training_and_evaluation_wait_for_is_told(ray_cluster, tmp_path, monkeypatch, caplog):
+    # So short that every wait for a new process is one.
+    monkeypatch.setattr(progress, "_STILL_S", 0.02)
+    caplog.set_level(logging.INFO)
+    write_phantom_archive(
+        open_store(str(tmp_path)), PhantomSettings(images=40, image_size=96, shard_fraction=0)
+    )
+    images, labels, model = [f"{tmp_path}/archive"], f"{tmp_path}/labels.csv", f"{tmp_path}/model"
+    lungopacity.train(images, labels, model, image_size=32, epochs=1, batch_size=8)
+    lungopacity.evaluate(model, images, labels, f"{tmp_path}/report", split="all")
+    told = [line.split(":")[0] for line in caplog.messages if "free in the Ray cluster" in line]
+    assert {"Reading images", "Finding where the training films lie", "Scoring"} <= set(told)
