@@ -80,7 +80,7 @@ class Comparison:
     first_known: int
     second_known: int
     """For each report, the number of its films that its model was trained, selected or calibrated
-    on. On these it looks too good."""
+    on. On these it looks too good; the reports do not tell whether both have them."""
     synthetic: bool
     auc: AucDifference
     accuracy: ShareDifference
@@ -121,8 +121,8 @@ class Comparison:
     def _known(self) -> list[str]:
         """A line for each model that knows some of its report's films."""
         return [
-            f"  the {which} was trained, selected or calibrated on {films} films of its report: it "
-            "looks too good"
+            f"  the {which} was trained, selected or calibrated on {films} films of its report: "
+            "where these are compared, it looks too good"
             for which, films in (("first", self.first_known), ("second", self.second_known))
             if films
         ]

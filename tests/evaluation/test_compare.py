@@ -277,7 +277,7 @@ def test_a_model_that_knows_films_of_its_report_is_told(tmp_path, capfd):
     found, told = told_of(first, second, capfd)
     assert (found["first_known"], found["second_known"]) == (0, 40)
     known = "the second was trained, selected or calibrated on 40 films of its report"
-    assert f"\n  {known}: it looks too good\n" in told
+    assert f"\n  {known}: where these are compared, it looks too good\n" in told
     assert told.count("too good") == 1
 
 
