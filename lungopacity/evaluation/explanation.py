@@ -99,7 +99,7 @@ def _shares(result: ExplanationResult, group: str) -> str:
             share("highest point in a box", "pointing_game", "pointing_game_chance")
             + f", off black {of_group['pointing_game_chance_not_black'].value:.3f}",
             share("  within 15 pixels of 224", tolerant, f"{tolerant}_chance"),
-            f"    {'share of the map in boxes':34}{_figure(of_group['energy_in_boxes'])}",
+            share("share of the map in boxes", "energy_in_boxes", "pointing_game_chance"),
         ]
     )
 

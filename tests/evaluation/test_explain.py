@@ -120,11 +120,13 @@ def test_p_is_that_of_the_scorer_and_the_boxes_are_in_the_films_own_pixels(tmp_p
         assert (found["hit"], found["hit_with_tolerance"]) == (hit, near)
         assert found["chance"] < 0.01
         assert again.value("pointing_game") == float(hit)
-        _, title, exact, tolerant, *_ = again.summary().splitlines()
+        _, title, exact, tolerant, energy, *_ = again.summary().splitlines()
         assert title == "  1 film with boxes"
         for line, start, of in (
             (exact, "highest point in a box", "pointing_game_chance"),
             (tolerant, "  within 15 pixels of 224", "pointing_game_with_tolerance_chance"),
+            # A map that is the same everywhere has as much in boxes as these cover.
+            (energy, "share of the map in boxes", "pointing_game_chance"),
         ):
             assert line.startswith(f"    {start} ")
             assert f"; chance {again.value(of):.3f}" in line
