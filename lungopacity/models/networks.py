@@ -211,17 +211,23 @@ def build_network(
         raise ValueError(why) from error
 
 
-def settings_of_network(name: str, classes: int, settings: Mapping[str, Any]) -> Any:
+def settings_of_network(
+    name: str, classes: int, settings: Mapping[str, Any], image_size: int | None = None
+) -> Any:
     """All settings of a network, found by building it without allocating its weights; None for
     torchvision's regnets, which cannot be built so.
 
-    Raises `UserError` for an unknown name, `ValueError` with a one-line message for wrong settings.
+    image_size: None, or the side of an input to try. Raises `UserError` for an unknown name,
+    `ValueError` with a one-line message for wrong settings, or for an input that it cannot take.
     """
     import torch
 
     try:
         with torch.device("meta"):
-            return build_network(name, classes, settings).settings
+            network = build_network(name, classes, settings)
+            if image_size is not None:
+                network(torch.zeros(2, 1, image_size, image_size))
+            return network.settings
     except NotImplementedError:
         return None  # regnets; the only settings they take were checked before this was raised
     except (AssertionError, RuntimeError, ValueError) as error:

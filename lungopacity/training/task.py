@@ -132,12 +132,16 @@ def _chosen(
 
 
 def _check_network(settings: TrainingSettings, classes: int, words: Mapping[str, str]) -> None:
-    """Raises `UserError` where the network cannot be built with these settings."""
-    try:
-        settings_of_network(settings.model, classes, settings.model_settings)
-    except ValueError as error:
-        given = [f"{name}={word}" for name, word in words.items() if name.startswith(_OF_NETWORK)]
-        option = f"--set {' '.join(given)}"
-        if not given:
-            option = f"--image-size {settings.preprocessing.image_size}"
-        raise UserError(f"{option}: {error}; see `lungopacity models {settings.model}`") from error
+    """Raises `UserError` where the network cannot be built with these settings, or cannot take
+    films of this size."""
+    size = settings.preprocessing.image_size
+    given = [f"{name}={word}" for name, word in words.items() if name.startswith(_OF_NETWORK)]
+    of_size = f"--image-size {size}"
+    tries = ((f"--set {' '.join(given)}" if given else of_size, None), (of_size, size))
+    for option, tried in tries:
+        try:
+            settings_of_network(settings.model, classes, settings.model_settings, tried)
+        except ValueError as error:
+            raise UserError(
+                f"{option}: {error}; see `lungopacity models {settings.model}`"
+            ) from error

@@ -234,6 +234,8 @@ def task(
         ("torchvision:vit_b_32", None, {"model_settings__image_size": "[64, 64]"},
          "image_size must be a whole number, not [64, 64]"),
         ("torchvision:vit_b_32", 100, {}, "--image-size 100: Input shape indivisible"),
+        # It can be built, but its last maps would have no pixel.
+        ("alexnet", 32, {}, "--image-size 32: Given input size: (256x1x1)"),
         ("classical-cnn", None, {"use_gpu": "true"}, "--set: use_gpu is chosen by --use-gpu and"),
         ("classical-cnn", None, {"batch_size": "1"}, "at least two films for each of 1 worker"),
         ("classical-cnn", None, {"seed": "4294967296"}, "--seed must be from 0 to 4294967295"),
@@ -253,6 +255,8 @@ def test_networks_that_need_memory_or_a_fixed_size_are_checked_too(tmp_path) -> 
     assert task(tmp_path, "torchvision:regnet_x_400mf").settings.model.endswith("400mf")
     vit = task(tmp_path, "torchvision:vit_b_32", 64, model_settings__dropout="0.5")
     assert vit.settings.model_settings == {"image_size": 64, "dropout": 0.5}
+    with pytest.raises(UserError, match="--image-size 64: Wrong image height! Expected 96 but got"):
+        task(tmp_path, "torchvision:vit_b_32", 64, model_settings__image_size="96")
 
 
 @pytest.mark.parametrize(
