@@ -18,6 +18,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray's workers have a niceness of 15 by default. Whatever else the machine does, such as the other
 # test process, would get thirty times as much of a core, and the tests with Ray would wait.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Before anything imports torch. Several processes share the cores; with more threads, each layer of
+# a small network would wait until the last of its threads has had its turn.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _BUCKET = "tests"
 _SLOW = ("integration", "faults", "benchmark", "training")

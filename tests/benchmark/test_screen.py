@@ -30,7 +30,7 @@ from tests.models.tiny import write_tiny_model
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("bench") / "model")
-    write_tiny_model(uri, preprocessing=Preprocessing(64, crop_borders=True))
+    write_tiny_model(uri, is_compiled=True, preprocessing=Preprocessing(64, crop_borders=True))
     return uri
 
 

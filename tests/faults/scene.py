@@ -218,7 +218,7 @@ def scene(server: LocalS3, prefix: str, folder: Path) -> Iterator[Scene]:
     for shard in range(SHARDS):
         members = {f"{number}.png": films[number % 20] for number in range(MEMBERS)}
         archive.write(f"{shard}.tar", tar(members))
-    write_tiny_model(str(folder / "model"))
+    write_tiny_model(str(folder / "model"), is_compiled=True)
     with fault_proxy(server.endpoint_url) as proxy:
         yield Scene(server, proxy, folder, prefix)
 

@@ -118,7 +118,7 @@ def test_every_object_of_a_dirty_archive_has_its_row_and_its_code(s3_server, s3_
     good = {f"{number:04d}.png": films[number % 40] for number in range(OBJECTS - len(planted))}
     with ThreadPoolExecutor(32) as threads:
         list(threads.map(archive.write, *zip(*(planted | good).items(), strict=True)))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     with fault_proxy(s3_server.endpoint_url) as proxy:
         proxy.choose = fault
         done = subprocess.run(

@@ -36,6 +36,15 @@ def guarded(name, *arguments, **more):
 builtins.__import__ = guarded
 sys.exit(main(sys.argv[1:]))
 """
+_TOLD_AT_ONCE = """
+import sys
+from lungopacity import progress
+from lungopacity.cli import main
+
+progress._LINE_EVERY_S = 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+"""Tells of the first epoch at once, instead of after ten seconds of training."""
 _PATIENCE_S = 120.0
 
 
@@ -45,7 +54,7 @@ def test_a_run_that_is_stopped_as_it_starts(tmp_path, number, code) -> None:
     store = open_store(archive)
     for film in range(_FILMS):
         store.write(f"{film}.png", encoded(grey_film(film, 100, 100)))
-    write_tiny_model(model)
+    write_tiny_model(model, is_compiled=True)
     arguments = ["screen", "--archive", archive, "--model", model, "--output", results]
     # Planned, while Ray comes up beside it; the first film is seconds away.
     said = _stopped(arguments, f"{_FILMS} objects of", number, code)
@@ -77,7 +86,7 @@ def _stopped(arguments: list[str], moment: str, number: int, code: int) -> str:
     """What a command said that was sent a signal when it had said a line with `moment`."""
     mark = uuid.uuid4().hex
     started = subprocess.Popen(
-        [sys.executable, "-m", "lungopacity.cli", *arguments],
+        [sys.executable, "-c", _TOLD_AT_ONCE, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"MARK": mark},

@@ -159,6 +159,7 @@ def test_drift_is_told_against_a_frozen_run(place, capfd):
 
 
 def test_a_night_that_is_told_to_end_gives_its_lease_back(place):
+    write_tiny_model(place.model, is_compiled=True)
     for number in range(300):
         place.archive.write(f"more/{number}.png", encoded(grey_film(number % 9)))
     night = subprocess.Popen(

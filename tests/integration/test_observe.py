@@ -42,7 +42,7 @@ def test_a_run_exports_its_figures_and_logs_json_with_its_id(tmp_path: Path):
         store.write(f"SECRET^NAME-{number}.png", encoded(grey_film(number)))
     store.write("broken.png", b"\x89PNG\r\n\x1a\n")
     store.write("x.tar", tar({f"{n}.png": encoded(grey_film(n)) for n in range(5)}))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     places = [f"--{name}={tmp_path / name}" for name in ("archive", "model", "output")]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, ",".join(NAMES), *places, "--run-id", "night"],

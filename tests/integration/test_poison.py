@@ -35,7 +35,7 @@ def test_poison_costs_its_own_rows_and_the_night_goes_on(tmp_path):
         )
     members = {f"{n}.png": POISON if n == 20 else encoded(grey_film()) for n in range(40)}
     store.write("x.tar", tar(members))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(CODEC)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'path'}{os.pathsep}{ROOT}"}

@@ -58,7 +58,7 @@ def test_screening_fits_itself_to_the_cluster(tmp_path: Path, cpus: int, in_a_sh
         store.write(name, films[name])
     if in_a_shard:
         store.write("x.tar", tar({name: films[name] for name in names[:in_a_shard]}))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     places = [str(tmp_path / name) for name in ("archive", "model", "results")]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(cpus), *places],

@@ -30,7 +30,7 @@ from lungopacity.models.compiled import (
 from lungopacity.models.ensemble_settings import EnsembleMember, EnsembleSettings
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
-from tests.models.tiny import tiny_model, with_distribution
+from tests.models.tiny import compiled, tiny_model, with_distribution
 
 
 def films(count: int, side: int) -> np.ndarray:
@@ -55,10 +55,6 @@ def model_of(name: str, side: int = 64, settings: dict | None = None) -> Trained
         temperature=1.3,
     )
     return TrainedModel(spec, weights_of(network))
-
-
-def compiled(model: TrainedModel) -> TrainedModel:
-    return replace(model, compiled=to_bytes([compile_network(model)]))
 
 
 # Left out: efficientnet-lite1 and -lite2, whose layers are those of lite0, and alexnet, whose 57

@@ -16,6 +16,7 @@ from lungopacity.models import (
     save_model,
     weights_of,
 )
+from lungopacity.models.compiled import compile_network, to_bytes
 from lungopacity.models.distribution import TrainingDistribution
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
@@ -50,9 +51,17 @@ def history_parquet() -> bytes:
     return parquet_bytes(pa.table({"epoch": [1, 2], **{name: [0.6, 0.4] for name in names}}))
 
 
+def compiled(model: TrainedModel) -> TrainedModel:
+    return replace(model, compiled=to_bytes([compile_network(model)]))
+
+
 def write_tiny_model(
-    uri: str, training_films: bytes | None = None, **changes: object
+    uri: str, training_films: bytes | None = None, *, is_compiled: bool = False, **changes: object
 ) -> TrainedModel:
+    """is_compiled: as training leaves it. Compiling takes a second, but processes that score with
+    it do without torch, whose import costs each of them three."""
     model = tiny_model(**changes)
+    if is_compiled:
+        model = compiled(model)
     save_model(uri, model, history_parquet(), training_films_parquet=training_films)
     return model
