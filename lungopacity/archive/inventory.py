@@ -107,11 +107,6 @@ def without(
     return Inventory(inventory.uri, others())
 
 
-def inventory_of(store: Store, objects: Iterable[ObjectInfo]) -> Inventory:
-    """An inventory of objects of the store that are already known."""
-    return Inventory(store.uri, _tables(objects, None))
-
-
 def _tables(
     objects: Iterable[ObjectInfo], on_listed: Callable[[int], None] | None
 ) -> Iterator[pa.Table]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lungopacity.archive.inventory import Inventory, inventory_of
+from lungopacity.archive.inventory import Inventory, plan_table
 from lungopacity.errors import OF_STORAGE, OF_VERSION, Status, UserError
 from lungopacity.models.scorer import FLOAT32
 from lungopacity.results.folder import read_run
@@ -26,6 +26,7 @@ from lungopacity.screening.plan import choose
 from lungopacity.screening.pseudonyms import read_key_map
 from lungopacity.screening.screen import run_job
 from lungopacity.storage import ObjectInfo, Store, open_store
+from lungopacity.words import counted
 
 _HEAD_THREADS = 32
 
@@ -49,7 +50,8 @@ def retry(
     objects are left. The old run stays as it is. The new one names it as `retry_of`, and the view
     `latest` of `query` shows the new rows. `model`: the URI of the run's model, if that was moved.
     `hmac_key`: the run's own, if it had one. `precision`: another than the run's, for example if
-    there is no GPU now. `gpus_per_actor`, `model_actors`: as in screening. Raises `UserError`.
+    there is no GPU now. `gpus_per_actor`, `model_actors`: as in screening. Raises `UserError`, also
+    if another run reads some of the objects meanwhile.
     """
     began = time.monotonic()
     store = open_store(results)
@@ -81,10 +83,30 @@ def retry(
     _check_same(job, record, settings)
     if job.key_map is not None:
         failed = _named(failed, job.key_map, run_id)
-    listed = _not_read_since(job, _as_they_are_now(record["archive"], failed))
-    if listed is None:
+    archive: str = record["archive"]
+
+    def not_read_since() -> pa.Table:
+        return _not_read_since(job, archive, _as_they_are_now(archive, failed))
+
+    objects = not_read_since()
+    if not objects.num_rows:
         return None
-    return run_job(job, listed, began, go_on="run the same command again to start over")
+
+    def check() -> None:
+        read = set(objects["image"].to_pylist()).difference(not_read_since()["image"].to_pylist())
+        if read:
+            raise UserError(
+                f"another run has read {counted(len(read), 'object')} meanwhile, and its rows must "
+                "stay the newest; nothing was published; run the same command again for the others"
+            )
+
+    return run_job(
+        job,
+        Inventory(archive, iter([objects])),
+        began,
+        before_commit=check,
+        go_on="run the same command again to start over",
+    )
 
 
 def _no_model(run_id: str) -> str:
@@ -153,9 +175,10 @@ def _check_same(job: ScreeningJob, record: dict[str, Any], settings: dict[str, A
         )
 
 
-def _as_they_are_now(archive: str, keys: list[str]) -> Inventory:
-    """The objects with their present etags. One that is gone or forbidden stays in the list, and
-    reading it will give the error. Raises `UserError` if none of them can be looked up."""
+def _as_they_are_now(archive: str, keys: list[str]) -> pa.Table:
+    """The objects (`PLAN_SCHEMA`) with their present etags. One that is gone or forbidden stays in
+    the list, and reading it will give the error. Raises `UserError` if none of them can be looked
+    up."""
     store = open_store(archive)
     refusals: list[UserError] = []
 
@@ -170,14 +193,14 @@ def _as_they_are_now(archive: str, keys: list[str]) -> Inventory:
         objects = list(threads.map(found, keys))
     if len(refusals) == len(keys):
         raise refusals[0]
-    return inventory_of(store, objects)
+    return plan_table(objects)
 
 
-def _not_read_since(job: ScreeningJob, listed: Inventory) -> Inventory | None:
-    """The objects that no later run has read; None if later runs have read all. The rows of a later
-    run must not be replaced by a failure of today, or by decisions at an older operating point."""
-    history = History.read(job.results, listed.uri, job.model.model_id, job.rules, job.pseudonyms)
+def _not_read_since(job: ScreeningJob, archive: str, objects: pa.Table) -> pa.Table:
+    """Those of the objects that no later run has read. The rows of a later run must not be replaced
+    by a failure of today, or by decisions at an older operating point."""
+    history = History.read(job.results, archive, job.model.model_id, job.rules, job.pseudonyms)
     with temporary_folder() as folder:
-        files = choose(listed, folder, None, history)
+        files = choose(Inventory(archive, iter([objects])), folder, None, history)
         tables = [pq.read_table(file.path, columns=PLAN_SCHEMA.names) for file in files]
-    return Inventory(listed.uri, iter(tables)) if tables else None
+    return pa.concat_tables([PLAN_SCHEMA.empty_table(), *tables])

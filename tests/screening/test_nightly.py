@@ -361,25 +361,6 @@ def test_a_run_that_does_not_say_its_model_is_retried_with_one_that_is_given(pla
         lungopacity.retry(place.results, run.run_id)
 
 
-def test_what_a_later_run_has_read_is_not_retried_and_stays_the_newest(place, monkeypatch, hidden):
-    monkeypatch.setattr(screen, "done_with_ray", lambda: None)
-    for options in ({}, hidden):
-        key = {"hmac_key": options["hmac_key"]} if options else {}
-        place.failing = {"Adams.png": "timeout", "Baker.png": "timeout", "Davis.png": "empty"}
-        (run,) = place.night(max_failed_fraction=1.0, **options).runs
-        place.failing = {"Baker.png": "timeout"}
-        assert place.night(**options).runs[0].ok == 1
-        # The storage fails again: the score of before must not give way to a failure.
-        place.failing["Adams.png"] = "timeout"
-        assert lungopacity.retry(place.results, run.run_id, **key).failed == 1
-        del place.failing["Baker.png"]
-        assert lungopacity.retry(place.results, run.run_id, **key).ok == 1
-        assert lungopacity.retry(place.results, run.run_id, **key) is None
-        # But for what was replaced since.
-        place.archive.write("Adams.png", b"another film")
-        assert lungopacity.retry(place.results, run.run_id, **key).failed == 1
-
-
 def test_every_field_of_a_commit_record_is_documented(place, monkeypatch):
     monkeypatch.setattr(screen, "done_with_ray", lambda: None)
     place.failing["Adams.png"] = "timeout"
