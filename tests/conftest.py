@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,14 @@ def _log_lines_for_people() -> Iterator[None]:
     yield
     if logs_as_json():
         log_lines("text")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Undoes what the scorers of earlier tests have set: each takes as many threads as there are
+    CPUs."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
