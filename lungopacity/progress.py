@@ -147,7 +147,8 @@ class Progress:
     def _watch_for_stalls(self, waits_for: Callable[[], str]) -> None:
         done, since, pause_s = self.done, time.monotonic(), _STILL_S
         while not self._ended.wait(pause_s):
-            if self.done != done:
+            # What comes after the last one, such as the end of a training, shows its own progress.
+            if self.done != done or self.done == self.total:
                 done, since, pause_s = self.done, time.monotonic(), _STILL_S
                 continue
             note = f"no progress for {time.monotonic() - since:.0f} s; {waits_for()}"

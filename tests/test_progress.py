@@ -68,6 +68,16 @@ def test_what_does_not_go_on_is_told_with_what_it_waits_for(monkeypatch, caplog)
     assert "no progress" not in last
 
 
+def test_what_has_reached_its_end_is_not_told_to_stand_still(monkeypatch, caplog):
+    """A training's count stays while what is computed after its last epoch is shown."""
+    monkeypatch.setattr(progress, "_STILL_S", 0.05)
+    shown = Progress("Training", total=2, unit="epochs", waits_for=lambda: "nothing is free")
+    with caplog.at_level(logging.INFO), shown:
+        shown.advance(2)
+        time.sleep(0.3)
+    assert not [message for message in caplog.messages if "no progress" in message]
+
+
 def test_what_is_done_at_once_is_told_only_where_it_took_long(monkeypatch, caplog):
     for least in (60.0, 0.0):
         monkeypatch.setattr(progress, "_QUICK_S", least)
