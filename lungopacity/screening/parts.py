@@ -39,9 +39,7 @@ class WriteParts:
             return _part_report({}, error=str(error))
         images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
         codes = images["error_code"].to_pylist()
-        found = Counter(zip(images["status"].to_pylist(), codes, strict=True))
-        for (status, code), number in found.items():
-            observe.count("images", number, {"status": status, "error_code": code or ""})
+        _count_images(Counter(zip(images["status"].to_pylist(), codes, strict=True)))
         counts = Counter(images["status"].to_pylist())
         # An object is finished with its only row, or with the row that closes the pass over it.
         ends = pa.compute.or_(
@@ -49,6 +47,12 @@ class WriteParts:
         )
         objects = pa.compute.sum(ends).as_py()
         return _part_report({**counts, OBJECTS: objects})
+
+
+def _count_images(found: Mapping[tuple[str, str | None], int]) -> None:
+    """Report numbers of images by status and error code to Prometheus."""
+    for (status, code), number in found.items():
+        observe.count("images", number, {"status": status, "error_code": code or ""})
 
 
 def _part_report(counts: Mapping[str, int], error: str | None = None) -> pa.Table:
@@ -65,5 +69,6 @@ def write_crashed(
     failed = error_columns(ImageError(ErrorCode.READER_CRASH, Stage.UNPACK, message))
     failed["screened_at"] = datetime.now(UTC)
     rows = [{**row, **failed} for row in objects.to_pylist()]
+    _count_images({(failed["status"], failed["error_code"]): len(rows)})
     data = parquet_bytes(pa.Table.from_pylist(rows, schema=part_schema(class_names)))
     results.write(part_key(attempt, data), data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from lungopacity.storage import open_store
 from tests.films import encoded, grey_film, tar
 from tests.models.tiny import write_tiny_model
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import logging, sys, time, urllib.request
 import ray
@@ -20,6 +22,12 @@ ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=Fal
          logging_level=logging.ERROR)
 from lungopacity.cli import main
 main(["--log-format", "json", "screen", *sys.argv[2:]])
+
+# What the last round of a run does with an object that killed every reader.
+from lungopacity.archive.inventory import plan_table
+from lungopacity.screening.parts import write_crashed
+from lungopacity.storage import ObjectInfo, open_store
+write_crashed(open_store("elsewhere"), "_work/x/", plan_table([ObjectInfo.gone("x")]), ["A", "B"])
 (node,) = ray.nodes()
 seen = {}
 for _ in range(60):
@@ -46,6 +54,8 @@ def test_a_run_exports_its_figures_and_logs_json_with_its_id(tmp_path: Path):
     places = [f"--{name}={tmp_path / name}" for name in ("archive", "model", "output")]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, ",".join(NAMES), *places, "--run-id", "night"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -58,6 +68,7 @@ def test_a_run_exports_its_figures_and_logs_json_with_its_id(tmp_path: Path):
             figures[name] = figures.get(name, 0.0) + float(found[3])
     assert figures["images,,ok"] == 12, done.stderr
     assert figures["images,corrupt_image,failed"] == 1
+    assert figures["images,reader_crash,failed"] == 1
     assert figures["objects_planned"] == 9
     assert figures["objects_waiting"] == 0
     assert figures["images_done"] == 13
