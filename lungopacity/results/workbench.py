@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity.errors import UserError
+from lungopacity.runtime import end_if_told
 from lungopacity.storage.parquet import PARQUET_OPTIONS
 from lungopacity.storage.scratch import NO_ROOM, scratch
 
@@ -52,6 +53,10 @@ def temporary_folder() -> Iterator[Path]:
         try:
             yield folder
         except Exception as error:
+            if isinstance(error, RuntimeError) and "Query interrupted" in str(error):
+                # What DuckDB raises instead of what our handler of a signal raised in it.
+                end_if_told()
+                raise KeyboardInterrupt from error
             if not is_full_disk(error):
                 raise
             raise UserError(
