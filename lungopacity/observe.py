@@ -27,7 +27,7 @@ NAMES = {
     "model_seconds": "seconds of forward passes",
     "objects_planned": "objects that the newest run has to screen",
     "objects_waiting": "objects that the newest run has not finished",
-    "images_done": "images that the newest run has finished",
+    "images_done": "images that the newest run has finished since it last began to read",
 }
 """Each metric and its meaning. Exported as `ray_lungopacity_<name>`, counters with `_total`."""
 DEBUG_VARIABLE = "LUNGOPACITY_DEBUG"

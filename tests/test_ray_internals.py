@@ -33,6 +33,8 @@ def test_each_name_is_there_in_this_release():
             "update_iteration_metrics",
             "create_cluster_autoscaler",
         ]
+    with ray_internals.without_signal_handlers() as found:
+        assert found == ["set_sigterm_handler"]
     with ray_internals.without_cleaner() as found:
         assert found == ["PlacementGroupCleanerCallback"]
     assert {"get_memory_info_reply", "get_state_from_address"} <= set(vars(internal_api))
@@ -42,6 +44,7 @@ def test_each_name_is_there_in_this_release():
     ("block", "module"),
     [
         ("without_idle_servers", "ray._private.node"),
+        ("without_signal_handlers", "ray._private"),
         ("without_cleaner", "ray.train.v2.api"),
         ("without_idle_actors", "ray.data._internal.stats"),
         ("without_idle_actors", "ray.data._internal.execution.interfaces"),

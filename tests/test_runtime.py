@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lungopacity.errors import UserError
@@ -248,6 +249,29 @@ def test_a_signal_in_the_middle_of_an_import_waits_for_its_end(tmp_path, number,
     )
     # It may come between a word and the end of its line.
     assert "".join(done.stdout.split()) == "importedtold", done.stderr
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_a_sigterm_while_ray_starts_waits_for_it_and_leaves_no_ray(at):
+    script = (
+        "import os, psutil, ray, signal\n"
+        "from lungopacity.runtime import end_on_signals, ray_session\n"
+        "end_on_signals()\n"
+        "init = ray.init\n"
+        "def told(**options):\n"
+        f"    {at!r} == 'end' and init(**options)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    {at!r} == 'start' and init(**options)\n"
+        "    print(*[child.pid for child in psutil.Process().children()], flush=True)\n"
+        "ray.init = told\n"
+        "with ray_session():\n"
+        "    print('entered')\n"
+    )
+    ended = run_script(script)
+    assert ended.returncode == 143, ended.stderr
+    started = [int(pid) for pid in ended.stdout.split()]
+    assert started, "it was up"
+    assert not any(map(psutil.pid_exists, started))
 
 
 def test_a_process_alone_runs_no_line_of_the_callers_script(tmp_path: Path):

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from lungopacity.errors import UserError, first_line
@@ -17,8 +17,14 @@ from lungopacity.runtime.ray_internals import (
     without_cleaner,
     without_idle_actors,
     without_idle_servers,
+    without_signal_handlers,
 )
-from lungopacity.runtime.signals import take_signals_back
+from lungopacity.runtime.signals import (
+    end_if_told,
+    signals_are_ours,
+    signals_wait,
+    take_signals_back,
+)
 
 # Read by Ray when it is imported or started, in this process and in its workers.
 _ENVIRONMENT = {
@@ -66,6 +72,7 @@ class RaySession:
             started.result()
         take_signals_back()
         try:
+            end_if_told()
             yield
         finally:
             if is_ours:
@@ -112,7 +119,13 @@ class RaySession:
             )
         try:
             if address == "local":
-                with environment(KEEP_FREED_MEMORY), without_idle_servers():
+                # For a few seconds, because a Ray that is half started crashes when it ends.
+                with (
+                    environment(KEEP_FREED_MEMORY),
+                    without_idle_servers(),
+                    _signals_stay_ours(),
+                    signals_wait(),
+                ):
                     ray.init(
                         address="local",
                         include_dashboard=False,
@@ -120,8 +133,10 @@ class RaySession:
                         logging_level=logging.ERROR,
                     )
             else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                with _signals_stay_ours():
+                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises this very type for a node that is not up in 30 s
+            end_if_told()
             if address == "local":
                 raise UserError(
                     f"Ray cannot be started on this machine: {first_line(error)}; try again, or "
@@ -184,6 +199,12 @@ def ray_ahead() -> Iterator[None]:
 def done_with_ray() -> None:
     """Say that a block of `ray_ahead` needs Ray no longer: Ray ends while the block goes on."""
     RAY.done()
+
+
+def _signals_stay_ours() -> AbstractContextManager[object]:
+    """For `ray.init`. Where our handlers are not in place, Ray puts its own there: they end the
+    processes that it has started."""
+    return without_signal_handlers() if signals_are_ours() else nullcontext()
 
 
 def _has_gpu() -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -17,6 +19,8 @@ class _Signals:
 
     handled: bool = False
     """Whether our handlers are in place."""
+    waits: bool = False
+    """Whether a signal is only noted for now."""
     told_by: int | None = None
     """The signal that told the process to end."""
 
@@ -44,10 +48,26 @@ def end_on_signals() -> None:
     _here.handled = True
 
 
+def signals_are_ours() -> bool:
+    """Whether `end_on_signals` has put our handlers in place."""
+    return _here.handled
+
+
 def take_signals_back() -> None:
-    """Put our handlers back, if they were in place: Ray replaces them with its own."""
+    """Put our handlers back, if they were in place: Ray may have replaced them with its own."""
     if _here.handled:
         end_on_signals()
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """In the block no signal raises; call `end_if_told` after it. For native code that crashes the
+    process if it is left half done."""
+    _here.waits = threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    finally:
+        _here.waits = False
 
 
 def end_if_told() -> None:
@@ -68,6 +88,8 @@ def code_of_signal() -> int | None:
 def _end(number: int, frame: FrameType | None) -> None:
     if number != signal.SIGALRM:
         _here.told_by = number
+    if _here.waits:
+        return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             signal.setitimer(signal.ITIMER_REAL, _ASK_AGAIN_S)
