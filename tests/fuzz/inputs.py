@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import take_inventory
-from lungopacity.archive.reading import read_images
+from lungopacity.archive.reading import is_sidecar_name, read_images
 from lungopacity.errors import REJECTING, ErrorCode, Status
 from lungopacity.radiograph import ACCEPTABLE, Preprocessing
 from lungopacity.results.schema import READ_SCHEMA
@@ -91,7 +91,10 @@ def broken_conditions(rows: list[dict], settings: ReadSettings = SETTINGS) -> li
             found.append(f"{status} with code {code}")
         elif code in _IMPOSSIBLE:
             found.append(f"{code}: {row['error_message']}")
-        elif code != ErrorCode.NOT_AN_IMAGE:
+        elif not (
+            code == ErrorCode.NOT_AN_IMAGE
+            or (code == ErrorCode.EMPTY and is_sidecar_name(row["member"] or row["image"]))
+        ):
             expected = Status.REJECTED if code in REJECTING else Status.FAILED
             if status != expected:
                 found.append(f"{code} is {status}")
