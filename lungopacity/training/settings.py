@@ -220,39 +220,46 @@ def with_words(
     return _changed(settings, changes)  # type: ignore[no-any-return]
 
 
-def _gather(changes: dict[str, Any], settings: Any, path: str, word: str) -> None:
-    """Adds the value that the word stands for to the changes."""
+def _gather(changes: dict[str, Any], settings: Any, path: str, word: str, inside: str = "") -> None:
+    """Adds the value that the word stands for to the changes.
+
+    inside: of which part the settings are, such as `augmentation.`, for the messages.
+    """
     name, _, rest = path.partition(".")
     own = {item.name for item in fields(settings)}
     if name not in own or name == "model":
         known = ", ".join(sorted(own - {"model"}))
-        raise ValueError(f"set: there is no setting '{name}'; the settings are {known}")
+        raise ValueError(f"set: there is no setting '{inside}{name}'; the settings are {known}")
     old = getattr(settings, name)
     if isinstance(old, Mapping):
         if not rest:
             raise ValueError(f"set: {name} needs the name of one of them, such as {name}.dropout")
-        changes.setdefault(name, {})[rest] = _json(path, word)
+        changes.setdefault(name, {})[rest] = _json(inside + path, word)
         return
     if rest:
         if not hasattr(old, "__dataclass_fields__"):
-            raise ValueError(f"set: {name} has no parts")
-        _gather(changes.setdefault(name, {}), old, rest, word)
+            raise ValueError(f"set: {inside}{name} has no parts")
+        _gather(changes.setdefault(name, {}), old, rest, word, f"{name}.")
         return
     if hasattr(old, "__dataclass_fields__"):
         part = fields(old)[0].name
         raise ValueError(f"set: {name} needs the name of one of its parts, such as {name}.{part}")
-    changes[name] = word if isinstance(old, str) else _typed(path, word, type(old))
+    changes[name] = word if isinstance(old, str) else _typed(inside + path, word, type(old))
 
 
-def _changed(settings: Any, changes: Mapping[str, Any]) -> Any:
+def _changed(settings: Any, changes: Mapping[str, Any], inside: str = "") -> Any:
     new: dict[str, Any] = {}
     for name, value in changes.items():
         old = getattr(settings, name)
         if isinstance(old, Mapping):
             new[name] = {**old, **value}
         else:
-            new[name] = _changed(old, value) if isinstance(value, Mapping) else value
-    return replace(settings, **new)
+            part = isinstance(value, Mapping)
+            new[name] = _changed(old, value, f"{name}.") if part else value
+    try:
+        return replace(settings, **new)
+    except ValueError as error:
+        raise ValueError(f"{inside}{error}") from None
 
 
 def _typed(path: str, word: str, kind: type) -> Any:

@@ -108,9 +108,9 @@ def training_task(
 
 def option_of(wrong: str) -> str:
     """An error message about a setting, reworded to name the option that sets it."""
-    name = wrong.split(maxsplit=1)[0]
+    name, rest = wrong.removeprefix("preprocessing.").split(maxsplit=1)
     if name in ("image_size", "epochs", "batch_size", "workers", "seed"):
-        return f"--{name.replace('_', '-')}{wrong.removeprefix(name)}"
+        return f"--{name.replace('_', '-')} {rest}"
     return f"--{wrong}" if name == "set:" else f"--set {wrong}"
 
 

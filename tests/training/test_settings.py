@@ -122,10 +122,14 @@ def test_it_does_not_matter_which_change_comes_first() -> None:
         ({"augmentation": "none"}, "one of its parts, such as augmentation.rotation_degrees"),
         ({"preprocessing": "none"}, "one of its parts, such as preprocessing.image_size"),
         ({"model_settings": "{}"}, "such as model_settings.dropout"),
-        ({"augmentation.size": "1"}, "no setting 'size'"),
+        ({"augmentation.size": "1"}, "no setting 'augmentation.size'"),
         ({"epochs.more": "1"}, "epochs has no parts"),
         ({"learning_rate": "-1"}, "learning_rate must be above 0"),
-        ({"augmentation.erase_probability": "2"}, "erase_probability must be from 0 to 1"),
+        (
+            {"augmentation.erase_probability": "2"},
+            r"^augmentation.erase_probability must be from 0",
+        ),
+        ({"preprocessing.std": "x"}, "^set: preprocessing.std must be a number"),
     ],
 )
 def test_a_word_of_the_wrong_type_is_refused(words, said) -> None:
