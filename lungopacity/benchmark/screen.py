@@ -82,6 +82,13 @@ class _Run:
         return whole if self.steady is None else f"{whole}, steady {self.steady:.1f} images/s"
 
 
+def check_ways(ways: Sequence[str]) -> None:
+    """Raises `UserError` for a name that is none of `WAYS`."""
+    unknown = sorted(set(ways) - set(WAYS))
+    if unknown:
+        raise UserError(f"--ways: '{unknown[0]}' is none of {', '.join(WAYS)}")
+
+
 def screen_speeds(
     images: str,
     model: str,
@@ -103,9 +110,7 @@ def screen_speeds(
     `UserError` for an unknown way and if there is nothing to read; if a way fails, its note says
     so.
     """
-    unknown = sorted(set(ways) - set(WAYS))
-    if unknown:
-        raise UserError(f"--ways: '{unknown[0]}' is none of {', '.join(WAYS)}")
+    check_ways(ways)
     if repeats < 1 or (batch_size is not None and batch_size < 1):
         raise UserError("--repeats and --batch-size must be at least 1")
     positive = class_column("p", load_model(model).spec.positive_class)

@@ -279,9 +279,10 @@ def screen(
 ) -> int:
     """Measure images a second of screening, beside a bare loop and other ways to do it."""
     from lungopacity.benchmark.inputs import made_up
-    from lungopacity.benchmark.screen import WAYS, screen_speeds
+    from lungopacity.benchmark.screen import WAYS, check_ways, screen_speeds
     from lungopacity.benchmark.screen_table import table
 
+    check_ways(ways or WAYS)  # before minutes of drawing films
     with made_up(images, model, count=count, output=options["output"]) as given:
         speeds = screen_speeds(given.images, given.model, ways=ways or WAYS, **options)
     _print(as_json, given.notes, figures=(speeds, table))

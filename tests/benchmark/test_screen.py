@@ -261,3 +261,9 @@ def test_wrong_options_are_refused(tmp_path, model):
     open_store(str(tmp_path)).write("a.png", encoded(grey_film(1)))
     with pytest.raises(UserError, match="bfloat16 needs a GPU"):
         screen_speeds(str(tmp_path), model, precision="bfloat16", use_gpu=False)
+
+
+def test_an_unknown_way_is_refused_before_films_are_drawn(monkeypatch, capsys):
+    monkeypatch.setattr("lungopacity.benchmark.inputs.write_phantom_archive", pytest.fail)
+    assert main(["benchmark", "screen", "--ways", "nope"]) == 2
+    assert "--ways: 'nope' is none of bare" in capsys.readouterr().err
