@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,12 @@ def test_a_signal_ends_the_command_and_the_nodes_at_once(tmp_path, number, code)
     put(tmp_path, "python", f'[[ $1 == - ]] || exec {sys.executable} "$@"\n{join}')
     environment = surroundings(tmp_path)
     with subprocess.Popen(
-        [local, "sleep", "50"], env=environment, stderr=subprocess.PIPE, text=True
+        [local, "sleep", "50"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Bash cannot heed what it was told to ignore, as a shell tells its background processes.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as script:
         assert script.stderr is not None
         assert "a Ray cluster of two nodes" in script.stderr.readline()
