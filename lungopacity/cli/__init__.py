@@ -5,7 +5,8 @@ answers at once.
 
 Exit codes: 0: done. 1: done, but images could not be read, none was scored, or `audit` found leaks.
 2: stopped (one line says why), done with more failures than `--max-failed-fraction`, or `doctor`
-found something missing. 130: ended by Ctrl-C. 143: ended by SIGTERM.
+found something missing. 130: ended by Ctrl-C. 141: nobody reads its output any more. 143: ended by
+SIGTERM.
 """
 
 from __future__ import annotations
