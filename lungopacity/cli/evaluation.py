@@ -110,6 +110,12 @@ def explain(as_json: bool, **options: Any) -> int:
 @click.option(
     "--labels", metavar="FILE", default=None, help="Default: the labels that the runs were given."
 )
+@click.option(
+    "--by-view",
+    is_flag=True,
+    help="Pick a threshold for each view, too, where headers state it and the view has enough "
+    "films.",
+)
 def threshold(**options: Any) -> int:
     """Pick a threshold for a site, from films that were screened and labelled there.
 

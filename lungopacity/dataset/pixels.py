@@ -49,7 +49,9 @@ class LabelledPixels:
     """(n,) train, validation or test."""
     class_names: tuple[str, ...]
     images: pd.DataFrame
-    """The labels' columns, and those read from the files: content_sha256, view_position, …"""
+    """The labels' columns, and those read from the files: content_sha256, view_position, … A view
+    that the labels state takes precedence; `header_view` is the file's own, by which screening
+    decides."""
     unreadable: pd.DataFrame
     """Labelled images that could not be read: image, split, error_code, error_message."""
     rejected: pd.DataFrame
@@ -194,6 +196,7 @@ def _joined(
         right_on="name",
         suffixes=("", "_read"),
     )
+    frame["header_view"] = frame["view_position_read"]
     headers = frame[[f"{fact}_read" for fact in facts]].set_axis(facts, axis="columns")
     frame[facts] = facts_of(frame, headers)
     is_out = frame["status"] != Status.OK.value
@@ -218,7 +221,9 @@ def _joined(
         labels_N=frame["label"].map(index_of).to_numpy().astype(np.int64),
         split_N=frame["split"].to_numpy(str),
         class_names=tuple(class_names),
-        images=frame[["image", "label", "split", "patient_id", *facts, "source", *_CONTENT]],
+        images=frame[
+            ["image", "label", "split", "patient_id", *facts, "header_view", "source", *_CONTENT]
+        ],
         unreadable=of_status[Status.FAILED],
         rejected=of_status[Status.REJECTED],
         synthetic=bool(frame["synthetic"].astype(bool).any()),

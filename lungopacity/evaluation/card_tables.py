@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from lungopacity.evaluation.metrics import Metric
-from lungopacity.evaluation.operating_points import deciding_point
+from lungopacity.evaluation.operating_points import deciding_point, thresholds
 from lungopacity.evaluation.table import (
     FEWEST,
     PICKED_GAPS,
@@ -78,9 +78,8 @@ def results(
             yield line(str(item.class_name), what, _value(item), _interval(item), f"{item.n:,}")
         yield ""
         for name, point in spec.operating_points.items():
-            review = "" if point.review_from is None else f", review from {point.review_from:.4f}"
             among = f"; {flatters(picked_on[name])}" if name in picked_on else ""
-            yield f"- {name}: positive from {point.threshold:.4f}{review}; {point.chosen_by}{among}"
+            yield f"- {name}: {thresholds(point)}; {point.chosen_by}{among}"
     if spec.metrics:
         listed = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in spec.metrics.items())
         yield ""

@@ -40,6 +40,7 @@ from lungopacity.evaluation.metrics import (
     check_scores,
     roc_auc,
 )
+from lungopacity.evaluation.operating_points import decision_shares
 from lungopacity.models import OperatingPoint
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -61,12 +62,14 @@ def roc_figure(
     *,
     resampling: Resampling | None = None,
     points: Mapping[str, Mapping[str, OperatingPoint]] | None = None,
+    views: Sequence[str | None] | None = None,
 ) -> Figure:
     """One curve per class against the rest, with its AUC and 95 % interval.
 
     resampling: the patients. With it, curves have bands and intervals are the bootstrap's; without
     it, intervals are DeLong's. points: for each class, its operating points by name; each is marked
-    at its sensitivity and specificity on these images. A class of no image, or of every image, has
+    at its sensitivity and specificity on these images; one that decides by `views`, those of
+    `decision_shares`, may lie beside the curve. A class of no image, or of every image, has
     no curve: the legend says that its AUC is undefined.
     """
     check_scores(labels, probabilities, class_names)
@@ -95,7 +98,7 @@ def roc_figure(
         positive = labels == index
         if positive.any() and not positive.all():
             its_points = (points or {}).get(name, {})
-            _mark_points(axes, name, its_points, positive, probabilities[:, index])
+            _mark_points(axes, name, its_points, positive, probabilities[:, index], views)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="Chance", zorder=1)
     _square(axes)
     _legend_below(figure, axes, below, banded=resampling is not None)
@@ -196,14 +199,17 @@ def _mark_points(
     points: Mapping[str, OperatingPoint],
     positive: npt.NDArray[np.bool_],
     scores: Floats,
+    views: Sequence[str | None] | None,
 ) -> None:
     """Mark each point with its own shape and colour. Markers are hollow, so that two at the same
     place are both visible."""
     of = short(class_name)
     for place, (name, point) in enumerate(points.items()):
-        called = scores >= point.threshold
-        sensitivity = float(called[positive].mean())
-        specificity = float((~called[~positive]).mean())
+        shares = decision_shares(scores, positive, point, views)
+        sensitivity, specificity = (
+            float(part_N.sum() / of_N.sum())
+            for part_N, of_N in (shares["decision_sensitivity"], shares["decision_specificity"])
+        )
         turn, shape = divmod(place, len(_MARKERS))
         axes.plot(
             1 - specificity,

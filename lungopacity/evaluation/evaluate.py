@@ -32,6 +32,7 @@ from lungopacity.evaluation.report import (
     EvaluationResult,
     ModelScores,
     check_output,
+    header_views,
     write_figures,
     write_tables,
 )
@@ -175,6 +176,7 @@ def _scored_images(
         spec.positive_class,
         softmax(scores.logits_NK),
         points,
+        header_views(data.images),
     )
 
 

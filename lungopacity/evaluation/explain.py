@@ -276,7 +276,8 @@ class _Explainer:
             if rejected:
                 row |= error_columns(error)
                 continue
-            row |= {"p": float(p), "decision": spec.operating_point.decide(float(p))}
+            decision = spec.operating_point.decide(float(p), row["view_position"])
+            row |= {"p": float(p), "decision": decision}
             row |= self._shown(row, pixels, activation)
         return [self._row(row) for row in batch]
 

@@ -76,6 +76,9 @@ class ScoredImages:
     uncalibrated_NK: Floats | None = None
     """The probabilities before calibration by the temperature."""
     points: Mapping[str, OperatingPoint] = field(default_factory=dict)
+    views: Sequence[str | None] | None = None
+    """The view of each image by its header, for points that decide by view; None: no view is
+    known."""
 
     def rows(self, rows: npt.NDArray[np.int64]) -> ScoredImages:
         """Only these images."""
@@ -85,6 +88,7 @@ class ScoredImages:
             labels_N=self.labels_N[rows],
             probabilities_NK=self.probabilities_NK[rows],
             uncalibrated_NK=None if before is None else before[rows],
+            views=None if self.views is None else [self.views[row] for row in rows],
         )
 
     @property
@@ -319,7 +323,9 @@ class Statistics:
             found["f1", name] = 2.0 * hit_N, true_N.astype(np.float64) + predicted_N
         of_positive_N = scored.probabilities_NK[:, scored.positive_index]
         for name, point in scored.points.items():
-            shares = decision_shares(of_positive_N, true_NK[:, scored.positive_index], point)
+            shares = decision_shares(
+                of_positive_N, true_NK[:, scored.positive_index], point, scored.views
+            )
             found.update({(what, name): share for what, share in shares.items()})
         return found
 

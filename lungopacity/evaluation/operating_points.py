@@ -159,26 +159,37 @@ def deciding_point(points: Mapping[str, OperatingPoint], decides: OperatingPoint
     return next((name for name in points if points[name] == decides), "default")
 
 
+def thresholds(point: OperatingPoint) -> str:
+    """In words: `positive from 0.5462, review from 0.1000; PA views: positive from 0.0610`."""
+    review = "" if point.review_from is None else f", review from {point.review_from:.4f}"
+    views = [f"; {view} views: {thresholds(of)}" for view, of in point.by_view.items()]
+    return f"positive from {point.threshold:.4f}{review}{''.join(views)}"
+
+
 def decision_shares(
     probabilities_N: npt.NDArray[np.floating],
     positive_N: npt.NDArray[np.bool_],
     point: OperatingPoint,
+    views: Sequence[str | None] | None = None,
 ) -> dict[str, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
     """The metrics of an operating point: for each name, the images that count, and the images they
     are counted among.
 
-    An image under review is neither positive nor negative: decision_sensitivity and
+    views: the view of each image, as `OperatingPoint.decide` takes it; None where none is known. An
+    image under review is neither positive nor negative: decision_sensitivity and
     decision_specificity count it as not positive, decision_sensitivity_with_review as found.
     """
-    decided_N = probabilities_N >= point.threshold
-    from_N = decided_N if point.review_from is None else probabilities_N >= point.review_from
+    at = [point.of_view(view) for view in (views if point.by_view and views else [None])]
+    decided_N = probabilities_N >= np.array([one.threshold for one in at])
+    lowest = [one.threshold if one.review_from is None else one.review_from for one in at]
+    from_N = probabilities_N >= np.array(lowest)
     shares = {
         "decision_sensitivity": (decided_N & positive_N, positive_N),
         "decision_specificity": (~decided_N & ~positive_N, ~positive_N),
         "positive_predictive_value": (decided_N & positive_N, decided_N),
         "negative_predictive_value": (~from_N & ~positive_N, ~from_N),
     }
-    if point.review_from is not None:
+    if any(one.review_from is not None for one in at):
         shares["decision_sensitivity_with_review"] = (from_N & positive_N, positive_N)
         shares["review_rate"] = (from_N & ~decided_N, np.ones_like(from_N))
     return shares

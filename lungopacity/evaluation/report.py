@@ -241,7 +241,8 @@ def write_tables(
     predicted = scores.probabilities_NK.argmax(axis=1)
     frame["predicted_label"] = [result.class_names[index] for index in predicted]
     p_N = scores.probabilities_NK[:, result.class_names.index(result.positive_class)]
-    frame["decision"] = [point.decide(float(p)) for p in p_N]
+    views = header_views(data.images)
+    frame["decision"] = [point.decide(float(p), view) for p, view in zip(p_N, views, strict=True)]
     frame["ensemble_disagreement"] = scores.disagreement_N
     frame["out_of_distribution_score"] = scores.unlike_N
     schema = evaluation_schema(result.class_names)
@@ -251,6 +252,11 @@ def write_tables(
     store.write("metrics.parquet", parquet_bytes(table))
     store.write("predictions.parquet", parquet_bytes(predictions))
     store.write("table1.txt", (result.summary() + "\n").encode())
+
+
+def header_views(images: pd.DataFrame) -> list[str | None]:
+    """The view of each image by its header, as screening knows it. images: of `LabelledPixels`."""
+    return [None if pd.isna(view) else str(view) for view in images["header_view"]]
 
 
 def write_figures(
@@ -270,7 +276,14 @@ def write_figures(
     figures = {
         "confusion_matrix": plots.confusion_matrix_figure(matrix, names, title, note=note),
         "roc": curves.roc_figure(
-            labels_N, exact_NK, names, title, note, resampling=resampling, points=points
+            labels_N,
+            exact_NK,
+            names,
+            title,
+            note,
+            resampling=resampling,
+            points=points,
+            views=scored.views,
         ),
         "precision_recall": curves.precision_recall_figure(
             labels_N, exact_NK, names, title, note, resampling=resampling

@@ -9,7 +9,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from lungopacity.evaluation.operating_points import (
     check_rule,
     decision_shares,
     pick,
+    thresholds,
 )
 from lungopacity.evaluation.table import decision_words
 from lungopacity.models import (
@@ -67,12 +68,16 @@ class PickedPoint(OperatingPoint):
 
     def summary(self) -> str:
         """The thresholds, and the metrics of the decisions."""
-        review = "" if self.review_from is None else f", review from {self.review_from:.4f}"
         shares, *with_review = decision_words(self.metrics)
         unknown = self.unknown_patients
         return "\n".join(
             [
-                f"positive from {self.threshold:.4f}{review}; {shares} on {self.images} films",
+                f"{thresholds(self)}; {shares} on {self.images} films",
+                *(
+                    f"{view} views: sensitivity {of.sensitivity:.4f}, specificity "
+                    f"{of.specificity:.4f} on {of.images} films"
+                    for view, of in self.by_view.items()
+                ),
                 *(f"review counted as found: {words}" for words in with_review),
                 f"95 % intervals: {self.intervals}"
                 + (f"; {unknown} films have no known patient" if unknown else "")
@@ -90,8 +95,12 @@ def threshold(
     *,
     run_id: str | None = None,
     labels: str | None = None,
+    by_view: bool = False,
 ) -> PickedPoint:
     """Pick an operating point by `rule`, and keep it as `name` in the model folder.
+
+    `by_view`: pick thresholds for each view that headers state, too; films of other views, and of
+    none, are decided by the thresholds that are picked on all films.
 
     results: URI of a results folder. The model's newest score of each image counts, or that of
     `run_id`. None takes the validation films that the model folder keeps, as training does for its
@@ -101,22 +110,34 @@ def threshold(
     Left out, and counted in the result: films of the results that the model was trained, selected
     or calibrated on, films whose label is of no class, films without a score, and images of the
     labels file that are not in the results. Raises `UserError` if no scores of this model have
-    labels, if there are fewer than `FEWEST_IMAGES` films of either kind, if the name is taken, or
-    for an unknown rule.
+    labels, if there are fewer than `FEWEST_IMAGES` films of either kind (with `by_view`: if no view
+    has as many), if the name is taken, or for an unknown rule.
     """
     check_rule(rule)
     trained = load_model(model)
     if results is None and not (run_id is None and labels is None):
         raise UserError("--run-id and --labels belong to --results: give it, or leave them out")
+    if results is None and by_view:
+        raise UserError(
+            "--by-view needs --results: the model folder does not record the views of its "
+            "validation films"
+        )
     films = _films(model, trained, results, run_id, labels)
     positive_N, positive = films.positive_N, trained.spec.positive_class
     _check_enough(films, trained.spec)
     # In float64, as in decisions: a threshold may lie between two neighbouring float32 scores.
     p_N = films.rows["p"].to_numpy(np.float64)
     point = pick(rule, p_N, positive_N, films.where)
+    views = [None if pd.isna(view) else str(view) for view in films.rows["view"]]
+    if by_view:
+        point = replace(point, by_view=_points_of_views(rule, p_N, films, views, positive))
     resampling = Resampling.of(films.rows["patient"].tolist())
-    _warn_of_few_patients(positive_N, resampling, positive)
-    shares = decision_shares(p_N, positive_N, point)
+    _warn_of_few_patients("the films", positive_N, ~positive_N, resampling, positive)
+    for view in point.by_view:
+        of_view_N = np.array(views, dtype=object) == view
+        kinds = positive_N & of_view_N, ~positive_N & of_view_N
+        _warn_of_few_patients(f"the {view} views", *kinds, resampling, positive)
+    shares = decision_shares(p_N, positive_N, point, views)
     metrics = ratio_metrics({(what, name): share for what, share in shares.items()}, resampling)
     picked_on = [] if results is None else films.rows["content_sha256"].tolist()
     save_operating_point(model, trained, name, point, picked_on)
@@ -132,12 +153,45 @@ def threshold(
     )
 
 
+def _points_of_views(
+    rule: str,
+    p_N: npt.NDArray[np.float64],
+    films: _Films,
+    views: list[str | None],
+    positive: str,
+) -> dict[str, OperatingPoint]:
+    """A point for each view with enough films; a warning names the others. Raises `UserError` if
+    there is none."""
+    view_N = np.array(views, dtype=object)
+    points, others = {}, []
+    for view in sorted({view for view in views if view is not None}):
+        of_view_N = view_N == view
+        positive_N = films.positive_N[of_view_N]
+        counts = int(positive_N.sum()), int((~positive_N).sum())
+        if min(counts) >= FEWEST_IMAGES:
+            where = f"{len(positive_N)} {view} views among {films.where}"
+            points[view] = pick(rule, p_N[of_view_N], positive_N, where)
+        else:
+            others.append(f"{view} has {counts[0]} with {positive} and {counts[1]} without")
+    unknown = views.count(None)
+    others += [f"{unknown} films state no view"] if unknown else []
+    if not points:
+        raise UserError(
+            f"--by-view: no view has {FEWEST_IMAGES} films with {positive} and {FEWEST_IMAGES} "
+            f"without: {'; '.join(others)}; pick a point for all films, without --by-view"
+        )
+    if others:
+        log.warning("decided by the threshold for all films: %s", "; ".join(others))
+    return points
+
+
 @dataclass(frozen=True)
 class _Films:
     """The films that a threshold is picked on, and how many were left out."""
 
     rows: pd.DataFrame
-    """`label`, `p` of the positive class, `patient` and `content_sha256`, one row per film."""
+    """`label`, `p` of the positive class, `patient`, `view` by the header and `content_sha256`, one
+    row per film."""
     positive_N: npt.NDArray[np.bool_]
     """Whether the film's class is the positive one."""
     whose: str
@@ -226,13 +280,19 @@ def _check_enough(films: _Films, spec: ModelSpec) -> None:
 
 
 def _warn_of_few_patients(
-    positive_N: npt.NDArray[np.bool_], resampling: Resampling, positive: str
+    films: str,
+    positive_N: npt.NDArray[np.bool_],
+    negative_N: npt.NDArray[np.bool_],
+    resampling: Resampling,
+    positive: str,
 ) -> None:
-    patients = [len(set(resampling.patient_N[kind_N])) for kind_N in (positive_N, ~positive_N)]
+    """films: what the message calls the images that either mask marks."""
+    patients = [len(set(resampling.patient_N[kind_N])) for kind_N in (positive_N, negative_N)]
     if min(patients) < FEWEST_IMAGES:
         log.warning(
-            "the films are of %d patients with %s and %d without: with fewer than %d, a threshold "
-            "is mostly chance",
+            "%s are of %d patients with %s and %d without: with fewer than %d, a threshold is "
+            "mostly chance",
+            films,
             patients[0],
             positive,
             patients[1],
@@ -244,8 +304,9 @@ def _labelled(
     trained: TrainedModel, results: str, run_id: str | None, labels: str | None
 ) -> tuple[pd.DataFrame, int]:
     """A data frame of labelled films, and the number of images in the labels file that are not in
-    the results. Columns: `name`, `content_sha256`, `patient`, `label` and `p` of the positive
-    class, null without a score. One row per frame; the columns `_FILM` identify the film."""
+    the results. Columns: `name`, `content_sha256`, `patient`, `view`, `label` and `p` of the
+    positive class, null without a score. One row per frame; the columns `_FILM` identify the
+    film."""
     column = class_column("p", trained.spec.positive_class)
     of_runs = f"model_id = {quoted(trained.model_id)}"
     if run_id is not None:
@@ -257,6 +318,8 @@ def _labelled(
         "member_index, arg_max(label, place) AS label, "
         "arg_max(content_sha256, place) FILTER (status = 'ok') AS content_sha256, "
         "arg_max(patient_hmac, place) AS patient, "
+        # By the header, as it is known when `screen` decides.
+        "arg_max(view_position, place) FILTER (status = 'ok') AS view, "
         f"arg_max({column}, place) AS p FROM ("
         # `place` is the order of publishing: clocks differ between machines, and can be set back.
         "SELECT predictions.*, place FROM predictions JOIN internal.places USING (run_id) "
@@ -315,7 +378,7 @@ def _validation(model: str, trained: TrainedModel) -> pd.DataFrame:
     # By place, because older folders name the columns otherwise.
     logits_VK = kept.drop(columns=["content_sha256", "label"]).to_numpy()
     p_V = spec.probabilities(logits_VK)[:, spec.positive_index]
-    return kept[["content_sha256", "label"]].assign(p=p_V, patient=None)
+    return kept[["content_sha256", "label"]].assign(p=p_V, patient=None, view=None)
 
 
 def _names_are_hashed(results: str, of_runs: str) -> bool:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lungopacity.errors import NOTICE, ImageError, UserError
-from lungopacity.models.model import ModelSpec, OperatingPoint, TrainedModel, sha256
+from lungopacity.models.model import ModelSpec, OperatingPoint, TrainedModel, document_of, sha256
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.parquet import parquet_bytes
@@ -84,7 +84,7 @@ def save_model(
         "format_version": FORMAT_VERSION,
         "notice": NOTICE,
         "model_id": model.model_id,
-        **asdict(model.spec),
+        **document_of(model.spec),
     }
     files = {
         WEIGHTS_FILE: model.weights,
@@ -176,9 +176,9 @@ def _spec_of(document: dict[str, Any]) -> ModelSpec:
             "class_names": tuple(known["class_names"]),
             "class_biases": None if biases is None else tuple(biases),
             "preprocessing": Preprocessing(**known["preprocessing"]),
-            "operating_point": OperatingPoint(**known["operating_point"]),
+            "operating_point": OperatingPoint.of(known["operating_point"]),
             "operating_points": {
-                name: OperatingPoint(**point)
+                name: OperatingPoint.of(point)
                 for name, point in known.get("operating_points", {}).items()
             },
         }

@@ -39,6 +39,9 @@ class OperatingPoint:
     specificity: float | None = None
     images: int | None = None
     """Number of images that it was chosen on."""
+    by_view: Mapping[str, OperatingPoint] = field(default_factory=dict)
+    """Points of their own for films whose headers state these views, such as PA. The thresholds
+    above are for all other films."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -46,15 +49,33 @@ class OperatingPoint:
         if self.review_from is not None and not 0.0 <= self.review_from <= self.threshold:
             raise ValueError(f"review_from must be from 0 to the threshold, not {self.review_from}")
 
-    def decide(self, probability: float) -> str:
-        """Returns negative, review or positive. Raises `ValueError` for NaN."""
+    def decide(self, probability: float, view: str | None = None) -> str:
+        """Returns negative, review or positive. `view`: of the film, by its header; None if that
+        does not state it. Raises `ValueError` for NaN."""
         if math.isnan(probability):
             raise ValueError("a probability that is not a number gives no decision")
-        if probability >= self.threshold:
+        point = self.of_view(view)
+        if probability >= point.threshold:
             return "positive"
-        if self.review_from is not None and probability >= self.review_from:
+        if point.review_from is not None and probability >= point.review_from:
             return "review"
         return "negative"
+
+    def of_view(self, view: str | None) -> OperatingPoint:
+        """The point whose thresholds decide about films of this view."""
+        return self if view is None else self.by_view.get(view, self)
+
+    @staticmethod
+    def of(document: Mapping[str, Any]) -> OperatingPoint:
+        """The inverse of `document_of`; further keys are ignored. Raises `AttributeError`,
+        `TypeError` or `ValueError` for another document."""
+        known = {
+            name: document[name] for name in OperatingPoint.__dataclass_fields__ if name in document
+        }
+        views: Mapping[str, Any] = known.pop("by_view", {})
+        return OperatingPoint(
+            **known, by_view={view: OperatingPoint.of(point) for view, point in views.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -175,6 +196,15 @@ class TrainedModel:
         )
         network.load_state_dict(safetensors.torch.load(self.weights))
         return network.eval()
+
+
+def document_of(value: OperatingPoint | ModelSpec) -> dict[str, Any]:
+    """The fields as JSON keeps them. An empty `by_view` is left out: earlier versions read no
+    folder with fields that they do not know."""
+    return asdict(
+        value,
+        dict_factory=lambda items: {name: v for name, v in items if name != "by_view" or v},
+    )
 
 
 def weights_of(network: torch.nn.Module) -> bytes:

@@ -7,10 +7,10 @@ import json
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from lungopacity.errors import NOTICE, ErrorCode, ImageError, UserError
-from lungopacity.models.model import OperatingPoint, TrainedModel
+from lungopacity.models.model import OperatingPoint, TrainedModel, document_of
 from lungopacity.storage import ConflictError, Store, check_name, is_name, open_store
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def save_operating_point(
         "model_id": model.model_id,
         "positive_class": model.spec.positive_class,
         "name": name,
-        **asdict(point),
+        **document_of(point),
         _PICKED_ON: sorted(set(films)),
     }
     data = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
@@ -86,8 +86,7 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
             raise _unknown(store, model, name)
         try:
             document = json.loads(store.read(_key_of(name)))
-            fields = OperatingPoint.__dataclass_fields__
-            known = OperatingPoint(**{key: document[key] for key in fields})
+            known = OperatingPoint.of(document)
             chosen_for = document["model_id"]
             # Models that differ only in their positive class share an id. Older files lack it.
             positive = document.get("positive_class", model.spec.positive_class)
@@ -97,7 +96,7 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
                     f"{uri}: operating point '{name}' cannot be read ({error.message}); try again"
                 ) from error
             raise _unknown(store, model, name) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{uri}: operating point '{name}' is damaged; pick it again") from error
         if chosen_for != model.model_id:
             raise UserError(

@@ -132,6 +132,8 @@ def label_metrics(
         spec.class_names,
         spec.positive_class,
         points={"chosen": spec.operating_point},
+        # Those that the run decided by: the header's, whatever the labels state.
+        views=rows["view_position"].to_pylist(),
     )
     replicates = min(REPLICATES, max(_FEWEST_REPLICATES, _MOST_DRAWN // len(labels_N)))
     resampling = Resampling.of(told["patient_id"].tolist(), replicates)

@@ -21,7 +21,7 @@ from lungopacity.storage import Store
 log = logging.getLogger(__name__)
 
 _RULES = ("accept", "reject_quality")
-_POINT = ("threshold", "review_from")
+_POINT = ("threshold", "review_from", "by_view")
 
 
 @dataclass(frozen=True)

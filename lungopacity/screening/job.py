@@ -106,6 +106,11 @@ class ScreeningJob:
             operating_point=self.operating_point,
             threshold=spec.operating_point.threshold,
             review_from=spec.operating_point.review_from,
+            by_view={
+                view: {"threshold": of.threshold, "review_from": of.review_from}
+                for view, of in spec.operating_point.by_view.items()
+            }
+            or None,
             explain=self.explain,
             precision=self.precision,
         )

@@ -162,9 +162,11 @@ def _check_same(job: ScreeningJob, record: dict[str, Any], settings: dict[str, A
     # The earliest records lack some of these settings.
     then = {**settings, "positive_class": record["positive_class"]}
     for name, now in job.rules.settings().items():
-        if name in ("positive_class", "threshold", "review_from") and then.get(name, now) != now:
+        # `by_view` did not exist, so no film was decided by its view.
+        before = then.get(name, None if name == "by_view" else now)
+        if name in ("positive_class", "threshold", "review_from", "by_view") and before != now:
             raise UserError(
-                f"the run decided with {name} {then[name]}, but {job.model_uri} now has {now}; "
+                f"the run decided with {name} {before}, but {job.model_uri} now has {now}; "
                 "give the model folder that the run used as --model, or screen again"
             )
     fingerprint = settings.get("hmac_key_fingerprint")

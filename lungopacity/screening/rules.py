@@ -26,6 +26,8 @@ class Rules:
     """The name of the operating point; None is the model's own choice."""
     threshold: float = 0.5
     review_from: float | None = None
+    by_view: Mapping[str, Mapping[str, float | None]] | None = None
+    """`threshold` and `review_from` of films of some views, see `OperatingPoint`; None: of none."""
     explain: bool = False
     precision: str = FLOAT32
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,8 @@ class ScoreImages:
         if not sound_N.all():
             rows, pixels_NHW, scores = rows[sound_N], pixels_NHW[sound_N], scores.of(sound_N)
             unlike_N = None if unlike_N is None else unlike_N[sound_N]
-        found = self._score_columns(scores) | _distance_columns(unlike_N, len(rows))
+        views = read["view_position"].take(pa.array(rows)).to_pylist()
+        found = self._score_columns(scores, views) | _distance_columns(unlike_N, len(rows))
         found |= self._explanations(read, rows, pixels_NHW, found)
         place = np.full(read.num_rows, -1)
         place[rows] = np.arange(len(rows))
@@ -145,7 +147,7 @@ class ScoreImages:
         films = read.take(rows)
         return self.explainer.columns(self.scorer, films, pixels_NHW, found, np.asarray(shown))
 
-    def _score_columns(self, scores: Scores) -> dict[str, pa.Array]:
+    def _score_columns(self, scores: Scores, views: Sequence[str | None]) -> dict[str, pa.Array]:
         spec = self.model.spec
         probabilities_NK = self.scorer.probabilities(scores.logits_NK)
         columns: dict[str, pa.Array] = {}
@@ -158,8 +160,10 @@ class ScoreImages:
         )
         columns["decision"] = pa.array(
             [
-                spec.operating_point.decide(float(probability))
-                for probability in probabilities_NK[:, spec.positive_index]
+                spec.operating_point.decide(float(probability), view)
+                for probability, view in zip(
+                    probabilities_NK[:, spec.positive_index], views, strict=True
+                )
             ],
             pa.string(),
         )

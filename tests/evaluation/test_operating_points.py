@@ -18,6 +18,7 @@ from lungopacity.evaluation.operating_points import (
     deciding_point,
     decision_shares,
     pick,
+    thresholds,
 )
 from lungopacity.evaluation.table import decision_words
 from lungopacity.models import OperatingPoint
@@ -251,6 +252,29 @@ def test_a_score_that_stands_on_a_threshold_is_counted_as_it_is_decided() -> Non
     found = {name: shares[name][0].tolist() for name in ("decision_sensitivity", "review_rate")}
     assert found["decision_sensitivity"] == [word == "positive" for word in decided]
     assert found["review_rate"] == [word == "review" for word in decided]
+
+
+def test_films_are_counted_as_their_views_thresholds_decide() -> None:
+    scores_N = np.array([0.2, 0.2, 0.2, 0.7, 0.7, 0.7, 0.95])
+    views = ["PA", "AP", None, "PA", "AP", None, "AP"]
+    by_view = {"PA": OperatingPoint(0.6, review_from=0.1), "AP": OperatingPoint(0.9)}
+    point = OperatingPoint(0.5, by_view=by_view)
+    decided = [point.decide(float(p), view) for p, view in zip(scores_N, views, strict=True)]
+    assert decided == [
+        "review", "negative", "negative", "positive", "negative", "positive", "positive",
+    ]  # fmt: skip
+    shares = decision_shares(scores_N, np.full(7, True), point, views)
+    found = {name: shares[name][0].tolist() for name in ("decision_sensitivity", "review_rate")}
+    assert found["decision_sensitivity"] == [word == "positive" for word in decided]
+    assert found["review_rate"] == [word == "review" for word in decided]
+    # Where no view is known, the thresholds for all films decide, which have no band.
+    shares = decision_shares(scores_N, np.full(7, True), point)
+    assert shares["decision_sensitivity"][0].tolist() == (scores_N >= 0.5).tolist()
+    assert "review_rate" not in shares
+    assert thresholds(point) == (
+        "positive from 0.5000; PA views: positive from 0.6000, review from 0.1000; "
+        "AP views: positive from 0.9000"
+    )
 
 
 def test_a_band_is_told_by_what_it_finds_with_its_review() -> None:

@@ -59,6 +59,27 @@ def test_a_name_that_the_model_has_itself_is_refused(tmp_path):
     assert with_operating_point(uri, model, "ours").spec.operating_point.threshold == 0.3
 
 
+def test_a_point_by_view_is_kept_with_its_views(tmp_path):
+    uri = str(tmp_path / "m")
+    model = write_tiny_model(uri)
+    pa = OperatingPoint(0.1, review_from=0.05, chosen_by="youden", images=80)
+    ours = OperatingPoint(0.5, by_view={"PA": pa, "AP": OperatingPoint(0.9)})
+    save_operating_point(uri, model, "ours", ours)
+    point = with_operating_point(uri, model, "ours").spec.operating_point
+    assert point == ours
+    decided = [point.decide(0.3, view) for view in ("PA", "AP", "PA or AP", None)]
+    assert decided == ["positive", "negative", "negative", "negative"]
+    assert [point.decide(0.07, view) for view in ("PA", None)] == ["review", "negative"]
+    # Earlier versions refuse folders and points with fields that they do not know.
+    save_operating_point(uri, model, "plain", OperatingPoint(0.5))
+    for name in ("model.json", "operating_points/plain.json"):
+        assert "by_view" not in (tmp_path / "m" / name).read_text()
+    kept = tmp_path / "m" / "operating_points" / "ours.json"
+    kept.write_text(kept.read_text().replace('"by_view": {', '"by_view": [], "other": {'))
+    with pytest.raises(UserError, match="operating point 'ours' is damaged; pick it again"):
+        with_operating_point(uri, model, "ours")
+
+
 def test_a_model_of_one_point_says_so(tmp_path):
     model = write_tiny_model(str(tmp_path / "m"))
     with pytest.raises(UserError, match="it has only one: leave out --operating-point"):

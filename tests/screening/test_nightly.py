@@ -329,7 +329,8 @@ def test_a_run_is_retried_from_another_folder_than_its_model_was_named_in(place,
     monkeypatch.chdir(place.folder)
     place.model, model = "model", place.model
     place.failing["Adams.png"] = "timeout"
-    save_operating_point(model, load_model(model), "ours", OperatingPoint(0.3, review_from=0.1))
+    point = OperatingPoint(0.3, review_from=0.1, by_view={"PA": OperatingPoint(0.2)})
+    save_operating_point(model, load_model(model), "ours", point)
     (run,) = place.night(
         max_failed_fraction=1.0,
         accept=["lateral_view"],
@@ -348,6 +349,7 @@ def test_a_run_is_retried_from_another_folder_than_its_model_was_named_in(place,
     # Its rows stand beside those of the run: by the same rules.
     told = json.loads(place.store.read(f"runs/{again.run_id}.json"))
     assert told["settings"] == record["settings"]
+    assert told["settings"]["by_view"] == {"PA": {"threshold": 0.2, "review_from": None}}
 
 
 def test_a_run_that_does_not_say_its_model_is_retried_with_one_that_is_given(place):

@@ -61,6 +61,7 @@ def _labelled(pixels_NHW: np.ndarray, labels_N: np.ndarray, split_N: np.ndarray)
             "label": [CLASS_NAMES[label] for label in labels_N],
             "split": split_N,
             "patient_id": None,
+            "header_view": None,
         }
     )
     return LabelledPixels(
