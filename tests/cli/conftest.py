@@ -18,7 +18,7 @@ def place(tmp_path: Path) -> Path:
     for name in list(films)[:4]:
         store.write(name, films[name])
     store.write("x.tar", tar({name: films[name] for name in list(films)[4:]}))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     labels = pd.DataFrame(
         {
             "image": list(films),

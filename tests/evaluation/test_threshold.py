@@ -45,7 +45,7 @@ def site(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory):
     for number, name in enumerate(names):
         store.write(name, encoded(grey_film(number)))
     store.write("x/broken.png", b"no film")
-    write_tiny_model(str(folder / "model"))
+    write_tiny_model(str(folder / "model"), is_compiled=True)
     labels = pd.DataFrame(
         {
             "image": names,

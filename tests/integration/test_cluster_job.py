@@ -111,7 +111,7 @@ def test_published_parquet_needs_no_option_of_any_reader(ray_cluster, tmp_path):
     store = open_store(str(tmp_path / "archive"))
     for number in range(5):
         store.write(f"{number}.png", encoded(grey_film(number)))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     results = tmp_path / "results"
     result = lungopacity.screen(
         str(tmp_path / "archive"), str(tmp_path / "model"), str(results), run_id="one"

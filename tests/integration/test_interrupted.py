@@ -58,6 +58,7 @@ def test_a_run_that_is_stopped_as_it_starts(tmp_path, number, code) -> None:
     arguments = ["screen", "--archive", archive, "--model", model, "--output", results]
     # Planned, while Ray comes up beside it; the first film is seconds away.
     said = _stopped(arguments, f"{_FILMS} objects of", number, code)
+    assert ("stopped\n" in said) == (number == signal.SIGINT)
     assert not [item.key for item in open_store(results).list("runs/")]
 
     if number == signal.SIGTERM:
@@ -70,15 +71,13 @@ def test_a_run_that_is_stopped_as_it_starts(tmp_path, number, code) -> None:
     assert [column[0].as_py() for column in rows.columns] == [_FILMS, _FILMS]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_training_that_is_stopped_in_an_epoch(tmp_path, number, code) -> None:
+def test_a_training_that_is_stopped_in_an_epoch(tmp_path) -> None:
     store = open_store(str(tmp_path / "films"))
     write_phantom_archive(store, PhantomSettings(images=40, image_size=96))
     model = tmp_path / "model"
     places = ["--images", store.uri, "--labels", f"{store.uri}/labels.csv", "--output", str(model)]
     size = ["--epochs", "100000", "--image-size", "32", "--set", "batch_size=8"]
-    said = _stopped(["train", *places, *size], " of 100000 epochs", number, code)
-    assert ("stopped" in said) == (number == signal.SIGINT)
+    _stopped(["train", *places, *size], " of 100000 epochs", signal.SIGTERM, 143)
     assert not list(model.glob("_lock/*")), "the next training would wait for it"
 
 

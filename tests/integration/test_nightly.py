@@ -34,7 +34,7 @@ def place(request, tmp_path):
     for number in range(6):
         archive.write(f"{number}.png", encoded(grey_film(number)))
     archive.write("x.tar", tar({f"{n}.png": encoded(grey_film(10 + n)) for n in range(3)}))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     return Place(store_uri, str(tmp_path / "model"))
 
 

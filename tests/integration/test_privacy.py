@@ -74,7 +74,7 @@ def archive(tmp_path_factory):
     store.write("damaged.dcm", whole[:3000] + NAME.encode() * 500 + whole[5000:])
     store.write("x.tar", tar({"inner.dcm": whole, "junk": NAME.encode()}))
     store.write("picture.png", encoded(grey_film(), "PNG"))
-    write_tiny_model(str(place / "model"))
+    write_tiny_model(str(place / "model"), is_compiled=True)
     (place / "key").write_text("0123456789abcdef0123456789abcdef")
     return place
 

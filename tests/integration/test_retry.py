@@ -28,7 +28,7 @@ def place(tmp_path):
         store.write(f"{number}.png", encoded(grey_film(number)))
     store.write("broken.png", b"\x89PNG\r\n\x1a\n")
     store.write("x.tar", tar({f"{n}.png": encoded(grey_film(10 + n)) for n in range(4)}))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
     return tmp_path
 

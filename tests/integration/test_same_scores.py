@@ -82,7 +82,7 @@ def test_one_process_for_all_stages_or_one_for_each_gives_the_same_rows(tmp_path
     store.write("empty.dcm", b"")
     store.write("x.tar", tar({f"{n}.png": encoded(grey_film(n)) for n in range(9)}))
     store.write("two.tif", tiff_of_pages([grey_film(number) for number in (1, 2)]))
-    write_tiny_model(str(tmp_path / "model"), image_size=64)
+    write_tiny_model(str(tmp_path / "model"), image_size=64, is_compiled=True)
     rows = {}
     for model_actors in (None, 1):
         results = str(tmp_path / f"results-{model_actors}")
@@ -126,7 +126,7 @@ def test_a_gpu_gives_the_rows_that_cpus_give(tmp_path):
     for number in range(40):
         store.write(f"{number:02d}.png", encoded(grey_film(number, 300, 200)))
     store.write("broken.png", b"of no film")
-    write_tiny_model(str(tmp_path / "model"), image_size=64)
+    write_tiny_model(str(tmp_path / "model"), image_size=64, is_compiled=True)
     rows = {}
     for use_gpu in (False, True):
         results = str(tmp_path / f"results-{use_gpu}")
@@ -168,7 +168,7 @@ def test_a_compiled_network_that_cannot_be_loaded_costs_time_and_no_score(tmp_pa
 @pytest.mark.usefixtures("ray_cluster")
 def test_real_films_score_alike(tmp_path):
     labels = pd.read_csv(LUNG_FIELDS / "labels.csv", dtype=str)
-    write_tiny_model(str(tmp_path / "model"), image_size=64)
+    write_tiny_model(str(tmp_path / "model"), image_size=64, is_compiled=True)
     shard = f"{LUNG_FIELDS}/images-008.tar"
     import tarfile
 

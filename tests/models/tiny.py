@@ -22,6 +22,9 @@ from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage.parquet import parquet_bytes
 
+_COMPILED: dict[str, bytes] = {}
+"""The compiled network by model id: most tests have the same."""
+
 
 def tiny_model(seed: int = 0, image_size: int = 32, **changes: object) -> TrainedModel:
     torch.manual_seed(seed)
@@ -52,7 +55,10 @@ def history_parquet() -> bytes:
 
 
 def compiled(model: TrainedModel) -> TrainedModel:
-    return replace(model, compiled=to_bytes([compile_network(model)]))
+    key = model.model_id
+    if key not in _COMPILED:
+        _COMPILED[key] = to_bytes([compile_network(model)])
+    return replace(model, compiled=_COMPILED[key])
 
 
 def write_tiny_model(

@@ -35,7 +35,7 @@ def a_task(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "ROWS_PER_PART", 20)
     archive, results = (open_store(str(tmp_path / name)) for name in ("archive", "results"))
     archive.write("x.tar", tar({f"{n}.png": encoded(grey_film(n % 7)) for n in range(50)}))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     model = load_model(str(tmp_path / "model"))
     task = pipeline._together(
         archive.uri,
@@ -115,7 +115,7 @@ def test_an_object_that_ends_its_process_costs_its_own_row(tmp_path, monkeypatch
     for name in ("1.png", "2.png"):
         store.write(name, encoded(grey_film(1)))
     store.write("bad.tar", tar({"3.png": encoded(grey_film(3))}))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     run = lungopacity.screen(store.uri, str(tmp_path / "model"), str(tmp_path / "results"))
     assert (run.ok, run.failed) == (2, 1)
     assert "Ray lost the work in progress (WorkerCrashedError: The worker died" in caplog.text
@@ -137,7 +137,7 @@ def test_what_an_actor_raises_ends_the_run_at_once_with_its_cause(
     monkeypatch.setattr(pipeline, "ScoreImages", Faulty)
     store = open_store(str(tmp_path / "archive"))
     store.write("1.png", encoded(grey_film(1)))
-    write_tiny_model(str(tmp_path / "model"))
+    write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     command = ["screen", "--archive", store.uri, "--model", str(tmp_path / "model")]
     command += ["--output", str(tmp_path / "results"), "--model-actors", "1"]
     assert main(command) == 2

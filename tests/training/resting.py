@@ -7,7 +7,9 @@ import threading
 from typing import Any
 
 import ray.train
+import torch
 
+from lungopacity.runtime.resources import cpus_here
 from lungopacity.training.loop import train_loop
 
 
@@ -23,4 +25,7 @@ def resting_loop(config: dict[str, Any]) -> dict[str, Any]:
             threading.Event().wait()
 
     ray.train.report = reported
-    return train_loop(config)
+    result = train_loop(config)
+    # Of the CPUs that Ray has here, not all that the process sees.
+    assert torch.get_num_threads() == max(1, cpus_here() // context.get_local_world_size())
+    return result

@@ -4,10 +4,7 @@ that loses and gains a node."""
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,22 +13,6 @@ import torch
 from lungopacity.cli import main
 from lungopacity.training.loop import Films, Worker
 from lungopacity.training.settings import TrainingSettings
-
-ROOT = Path(__file__).parents[2]
-THREADS = """
-import sys
-from dataclasses import replace
-import ray, torch
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-from lungopacity.training import ray_run
-from lungopacity.training.fit import films_of
-from lungopacity.training.loop import train_loop
-from tests.training.blobs import SMALL_RUN, blob_films
-ray_run.train_loop = lambda config: {**train_loop(config), "threads": torch.get_num_threads()}
-settings = replace(SMALL_RUN, epochs=1)
-run = ray_run.run_ray_train(films_of(blob_films()), None, settings, sys.argv[1], "run", None)
-print(run.return_value["threads"])
-"""
 
 ELASTIC = TrainingSettings(batch_size=24, workers=1, max_workers=9)
 
@@ -101,11 +82,3 @@ def test_an_impossible_range_of_workers_is_refused(word, said, tmp_path, capsys)
                "--output", str(tmp_path / "model"), "--workers", word]  # fmt: skip
     assert main(command) == 2
     assert said in capsys.readouterr().err
-
-
-def test_torch_gets_the_cpus_of_its_node_in_ray_and_no_more(tmp_path) -> None:
-    """In a container with a limit, these are fewer than the machine has."""
-    done = subprocess.run(
-        [sys.executable, "-c", THREADS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout.splitlines()[-1:] == ["1"], done.stderr[-2000:]

@@ -41,7 +41,6 @@ from tests.parquet_pages import has_page_checksums
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
 from tests.training.full_disk import full_disk_loop
 from tests.training.logs_read import mlflow_run, tensorboard_events
-from tests.training.refused import refused_loop
 from tests.training.resting import resting_loop
 
 ROOT = Path(__file__).parents[2]
@@ -254,17 +253,6 @@ def test_a_full_disk_ends_the_training_at_once(
     with pytest.raises(UserError, match=said):
         fit(FILMS, replace(SMALL_RUN, workers=2), str(tmp_path / "model"))
     assert (tmp_path / "model.starts").read_text() == "xx"
-
-
-def test_s3_that_takes_no_checkpoint_ends_the_training_at_once(
-    ray_cluster: None, s3_uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lungopacity.training.ray_run.train_loop", refused_loop)
-    said = (
-        rf"^a checkpoint cannot be kept: {s3_uri}/m/_training/\S+ cannot be written: access denied"
-    )
-    with pytest.raises(UserError, match=said):
-        fit(FILMS, SMALL_RUN, f"{s3_uri}/m")
 
 
 def test_films_in_another_order_are_another_run() -> None:
