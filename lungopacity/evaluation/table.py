@@ -155,8 +155,9 @@ def largest_gaps(metrics: Sequence[Metric], positive: str, point: str) -> list[G
 
     positive: the class that decisions are about. point: the name of the operating point for the
     decisions. Metrics of fewer than `FEWEST` patients (images, if patients were not counted) are
-    left out, and so are those without an interval. An AUC without an interval because no draw
-    changes it, such as 1, stays if enough patients have films of either kind.
+    left out; an AUC needs as many of either kind: that of a group with one opacity is chance,
+    however narrow its interval. So are shares without an interval. An AUC lacks one if no draw
+    changes it, such as 1.
     """
     gaps = [
         # If all are equal, the first and the last: two groups, not the same one twice.
@@ -211,8 +212,8 @@ def _comparable(metrics: Sequence[Metric], positive: str, point: str) -> Iterabl
     found: dict[tuple[str, str], list[Metric]] = {}
     for item in enough:
         # Both sensitivity and specificity have enough patients: there are enough of either kind.
-        of_both = item.metric == "roc_auc" and kinds.count(item.group) == 2
-        if item.ci_low is not None or of_both:
+        of_both = kinds.count(item.group) == 2
+        if of_both if item.metric == "roc_auc" else item.ci_low is not None:
             found.setdefault((item.group.partition("=")[0], item.metric), []).append(item)
     return found.values()
 

@@ -34,7 +34,9 @@ METRICS = [
     Metric("view_position=PA", "roc_auc", "Lung_Opacity", 0.9412, 0.92, 0.96, 440, patients=368),
     Metric("view_position=PA", "decision_sensitivity", "youden", 0.9, 0.8, 0.95, 70),
     Metric("view_position=AP", "decision_sensitivity", "youden", 0.91, 0.8, 0.95, 80),
-    Metric("view_position=PA", "decision_specificity", "youden", float("nan"), None, None, 0),
+    Metric("view_position=PA", "decision_specificity", "youden", 0.95, 0.9, 0.97, 370),
+    Metric("view_position=AP", "decision_specificity", "youden", 0.95, 0.9, 0.97, 278),
+    Metric("site=A|B", "decision_specificity", "youden", float("nan"), None, None, 0),
     Metric("view_position=PA", "decision_sensitivity", "sensitivity=0.95", 0.96, 0.9, 0.99, 70),
     Metric("view_position=PA", "roc_auc", "Normal", 0.1, None, None, 440),
     Metric("site=A|B", "roc_auc", "Lung_Opacity", 0.97, 0.96, 0.98, 798),
@@ -224,21 +226,22 @@ def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
         "- The largest gap in sensitivity is by view_position: PA 0.9000 (0.8000 to 0.9500), "
         "70 films; AP 0.9100 (0.8000 to 0.9500), 80 films; difference"
     )
-    assert lines[2] == (
+    assert lines[2].startswith("- The largest gap in specificity is by view_position: PA 0.9500")
+    assert lines[3] == (
         "- Differences are between the two subgroups that differ most, which their intervals do "
         "not account for."
     )
-    assert lines[3] == (
+    assert lines[4] == (
         "- Not compared, because fewer than two subgroups have an interval and 30 patients that "
-        "count: sensitivity by patient_sex; specificity by patient_sex, view_position."
+        "count: AUC by patient_sex; sensitivity by patient_sex; specificity by patient_sex."
     )
-    assert "| sensitivity at youden | specificity at youden | films | patients |" in lines[5]
+    assert "| sensitivity at youden | specificity at youden | films | patients |" in lines[6]
     assert (
-        "| view_position=PA | 0.9412 (0.9200 to 0.9600) | 0.9000 (0.8000 to 0.9500) | not defined "
-        "| 440 | 368 |"
+        "| view_position=PA | 0.9412 (0.9200 to 0.9600) | 0.9000 (0.8000 to 0.9500) "
+        "| 0.9500 (0.9000 to 0.9700) | 440 | 368 |"
     ) in lines
     assert "| patient_sex=F | 0.9800 (0.9700 to 0.9900) |  |  | 300 |  |" in lines
-    assert any(line.startswith(r"| site=A\|B | 0.9700") for line in lines)
+    assert r"| site=A\|B | 0.9700 (0.9600 to 0.9800) |  | not defined | 798 |  |" in lines
     assert sum(line.startswith("| view_position=PA |") for line in lines) == 1
 
 
@@ -362,8 +365,8 @@ def test_films_that_a_rule_leaves_out_are_no_failure():
 
 def test_a_report_tells_the_gap_between_subgroups_and_those_of_too_few_patients():
     views = [item for item in METRICS if item.group.startswith("view_position")]
-    views = [item for item in views if item.metric == "roc_auc"]
     (gap, *_) = largest_gaps(views, "Lung_Opacity", "youden")
+    views = [item for item in views if item.metric == "roc_auc"]
     few = Metric("site=B", "accuracy", None, 0.5, 0.1, 0.9, 40, "bootstrap", 2)
     named = [
         *(
