@@ -21,7 +21,7 @@ from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, TEXTS, checked_labe
 from lungopacity.dataset.tables import csv_text, table_of
 from lungopacity.errors import ImageError, UserError, first_line
 from lungopacity.progress import Progress
-from lungopacity.results.workbench import quoted, temporary_folder
+from lungopacity.results.workbench import quoted, tables_in_memory
 from lungopacity.storage import open_store, split_uri
 from lungopacity.words import counted, printable
 
@@ -266,7 +266,7 @@ def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:
 def _answer(sql: str, tables: Mapping[str, str], called: str) -> pd.DataFrame:
     """The result of `sql` over the tables. called: what messages call the SQL."""
     _check_names(tables)
-    with temporary_folder() as folder, duckdb.connect() as connection:
+    with tables_in_memory() as (connection, folder):
         for name, uri in tables.items():
             path = folder / f"{name}.table"
             data = _bytes_of(uri)

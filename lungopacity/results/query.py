@@ -16,7 +16,7 @@ import pyarrow.dataset
 from lungopacity.errors import UserError, first_line
 from lungopacity.results.folder import read_runs
 from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
-from lungopacity.results.workbench import is_full_disk, quoted, temporary_folder
+from lungopacity.results.workbench import is_full_disk, tables_in_memory
 from lungopacity.storage import Store, open_store
 
 _NO_RUN = {"class_names": ()}
@@ -66,9 +66,7 @@ def query(results_uri: str, sql: str) -> pa.Table:
     records = _committed(store)
     with files_of_runs(store):
         predictions, metrics = predictions_of(store, records), _metrics(store, records)
-    with temporary_folder() as folder, duckdb.connect() as connection:
-        # Otherwise DuckDB spills rows, with names of objects, to the current folder.
-        connection.execute(f"SET temp_directory = {quoted(folder / 'spill')}")
+    with tables_in_memory() as (connection, _):
         rows = connection.from_arrow(predictions)
         rows.project(_columns(predictions.schema.names, rows.columns)).create_view("predictions")
         connection.register("metrics", metrics)
@@ -76,7 +74,6 @@ def query(results_uri: str, sql: str) -> pa.Table:
         connection.register("run_places", run_places(records))
         connection.execute(_LATEST)
         connection.unregister("run_places")
-        connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_external_access = false")
         try:
             _check_statements([one.type.name for one in connection.extract_statements(sql)])

@@ -66,18 +66,29 @@ def temporary_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def workbench() -> Iterator[tuple[Any, Path]]:
+def tables_in_memory(database: str = "") -> Iterator[tuple[Any, Path]]:
     """A DuckDB connection and an empty local folder, both gone after the block. Raises as
     `temporary_folder` does.
 
-    The folder also holds DuckDB's tables, and what a sort or a join cannot hold in memory.
+    What a sort or a join cannot hold in memory goes to the folder: DuckDB would write it, with
+    names of patients, to the current one. database: a file in the folder for the tables.
     """
     import duckdb
 
-    with temporary_folder() as folder, duckdb.connect(folder / "tables.duckdb") as connection:
-        connection.execute(f"SET memory_limit = '{_MEMORY}'")
+    with (
+        temporary_folder() as folder,
+        duckdb.connect(folder / database if database else ":memory:") as connection,
+    ):
         connection.execute(f"SET temp_directory = {quoted(folder / 'spill')}")
         connection.execute("SET TimeZone = 'UTC'")
+        yield connection, folder
+
+
+@contextmanager
+def workbench() -> Iterator[tuple[Any, Path]]:
+    """The same, with DuckDB's tables in the folder, too."""
+    with tables_in_memory("tables.duckdb") as (connection, folder):
+        connection.execute(f"SET memory_limit = '{_MEMORY}'")
         # Every query that needs an order has an ORDER BY.
         connection.execute("SET preserve_insertion_order = false")
         yield connection, folder

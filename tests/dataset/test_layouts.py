@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import tempfile
 
 import pandas as pd
 import pytest
@@ -250,6 +251,11 @@ def test_any_tables_become_labels_by_sql(tmp_path, capsys):
     words = [word for table in tables for word in ("--table", table)]
     assert main(["labels", "--sql", sql, *words, "--output", output]) == 0
     assert read_labels(output)["label"].tolist() == ["Lung_Opacity", "Normal"]
+    # What does not fit into memory must not be left in the current folder.
+    spill = "SELECT key AS image, current_setting('temp_directory') AS label FROM films"
+    assert main(["labels", "--sql", spill, *words, "--output", str(tmp_path / "spill.csv")]) == 0
+    (folder,) = set(read_labels(str(tmp_path / "spill.csv"))["label"])
+    assert folder.startswith(f"{tempfile.gettempdir()}/lungopacity-")
     for wrong, said in (
         ("SELECT key AS image FROM films", "it must give image and label"),
         ("SELECT key AS image, 1 AS label, 2 AS diagnosis FROM films", "diagnosis"),
