@@ -9,6 +9,7 @@ Two kinds, kept apart because they end differently:
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -16,6 +17,9 @@ from typing import Any
 
 NOTICE = "Research use only. Not a medical device."
 """Part of every output of the project."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""`errno` of a full disk, or a full quota."""
 
 
 class UserError(Exception):
@@ -207,4 +211,7 @@ def foreseen(error: BaseException) -> str | None:
                 f"the Python at {sys.executable}, or that of a Ray node, has no module "
                 f"'{cause.name}'; install requirements.lock there"
             )
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            where = cause.filename or "where the output or the temporary files (TMPDIR) go"
+            return f"no space is left: {where}; free some"
     return None

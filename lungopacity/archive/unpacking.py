@@ -19,8 +19,7 @@ from typing import IO, Any, Protocol
 
 import pyarrow as pa
 
-from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.storage.scratch import NO_ROOM
+from lungopacity.errors import NO_ROOM, ErrorCode, ImageError, Stage
 
 HEAD_SIZE = 512
 """The signature is looked for in so many bytes: one tar header."""

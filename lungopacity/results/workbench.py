@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lungopacity.errors import UserError
+from lungopacity.errors import NO_ROOM, UserError
 from lungopacity.runtime import end_if_told
 from lungopacity.storage.parquet import PARQUET_OPTIONS
-from lungopacity.storage.scratch import NO_ROOM, scratch
+from lungopacity.storage.scratch import scratch
 
 _MEMORY = "1GiB"
 _ROWS_PER_FILE = 1_000_000

@@ -7,7 +7,6 @@ without such a file is not one of ours.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import tempfile
@@ -19,8 +18,6 @@ from pathlib import Path
 _PREFIX = "lungopacity-"
 _MARK = ".at-work"
 _LEFT_S = 86400.0
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-"""`errno` of a full disk, or a full quota."""
 
 
 @contextmanager

@@ -28,11 +28,10 @@ import torch
 from pyarrow.fs import FileSelector, FileSystem
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from lungopacity.errors import ImageError, UserError, last_line
+from lungopacity.errors import NO_ROOM, ImageError, UserError, last_line
 from lungopacity.models import weights_of
 from lungopacity.storage import S3Store, join_uri, open_store
 from lungopacity.storage.s3_errors import may_pass
-from lungopacity.storage.scratch import NO_ROOM
 
 log = logging.getLogger(__name__)
 

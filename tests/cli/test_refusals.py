@@ -170,6 +170,15 @@ def test_a_command_whose_output_nobody_reads_to_its_end_says_nothing(arguments):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("arguments", [["models", "classical-cnn"], ["--help"]])
+def test_a_full_disk_behind_the_output_is_no_defect(arguments):
+    command = [sys.executable, "-m", "lungopacity.cli", *arguments]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: no space is left: where the output or")
+
+
 def test_a_defect_in_a_worker_is_told_by_what_was_raised_there(monkeypatch, capfd):
     from ray.exceptions import RayTaskError
 
