@@ -105,7 +105,8 @@ def label_metrics(
     known = ", ".join(quoted(label) for label in spec.class_of_label)
     rows = predictions.query(
         "predictions",
-        f"SELECT coalesce(member, image) AS name, label, content_sha256, {', '.join(columns)}, "
+        "SELECT coalesce(member, image) AS name, label, content_sha256, patient_hmac, "
+        f"{', '.join(columns)}, "
         f"{', '.join(FACT_COLUMNS)} FROM predictions {_SCORED} AND label IN ({known})",
     ).to_arrow_table()
     if rows.num_rows == 0:
@@ -136,8 +137,17 @@ def label_metrics(
         views=rows["view_position"].to_pylist(),
     )
     replicates = min(REPLICATES, max(_FEWEST_REPLICATES, _MOST_DRAWN // len(labels_N)))
-    resampling = Resampling.of(told["patient_id"].tolist(), replicates)
-    log.info("95 %% intervals against the labels: %s", resampling.described())
+    # As in `threshold`: the labels' own, or else the header's, hashed.
+    patients = told["patient_id"].where(
+        told["patient_id"].notna(), rows["patient_hmac"].to_pylist()
+    )
+    resampling = Resampling.of(patients.tolist(), replicates)
+    unknown = int(patients.isna().sum())
+    log.info(
+        "95 %% intervals against the labels: %s%s",
+        resampling.described(),
+        f"; films without a known patient, each counted as one: {unknown}" if unknown else "",
+    )
     among = pa.compute.is_in(rows["content_sha256"], pa.array(point_films, pa.string()))
     picked_on = _count(
         "films_operating_point_picked_on", pa.compute.sum(among).as_py(), rows.num_rows

@@ -213,6 +213,19 @@ def test_a_run_is_measured_as_by_evaluate_with_its_patients_drawn_together():
     assert {one.ci_method for one in found} == {"bootstrap", None}
 
 
+def test_of_films_without_patient_id_the_hashed_one_of_the_header_tells_the_patient(caplog):
+    caplog.set_level("INFO")
+    table = predictions(
+        *({"p": 0.9, "label": "Normal", "patient_hmac": "a"} for _ in range(3)),
+        {"p": 0.1, "label": "Lung_Opacity", "patient_hmac": "a"},
+        {"p": 0.1, "label": "Lung_Opacity"},
+    )
+    names = [f"{n}.png" for n in range(5)]
+    label_metrics(table, SPEC, labels(*names, patient_id=["p", *[None] * 4]))
+    assert "over 3 patients of 5 films" in caplog.text
+    assert "; films without a known patient, each counted as one: 1" in caplog.text
+
+
 def test_films_of_one_published_score_are_ranked_alike():
     table = predictions(
         {"p": 1.0, "p_Normal": 1e-9, "label": "Lung_Opacity"},
