@@ -34,6 +34,42 @@ def show_on_terminal() -> None:
     _live = sys.stderr.isatty()
 
 
+def _bar(unit: str) -> Any:
+    """A bar for one task, with the fields `rate` and `note`."""
+    from rich.console import Console, RenderableType
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import (
+        Progress as RichProgress,
+    )
+    from rich.text import Text
+
+    class Bar(RichProgress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            """The note has a line of its own: beside it, a terminal of 80 columns has no room for
+            the count."""
+            yield from super().get_renderables()
+            for task in self.tasks:
+                if task.fields["note"]:
+                    yield Text(f"  {task.fields['note']}", overflow="ellipsis", no_wrap=True)
+
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
 class Progress:
     """Counts up to a total: `with Progress("Screening", total=n) as progress: progress.advance(8)`.
 
@@ -69,29 +105,7 @@ class Progress:
     def __enter__(self) -> Self:
         self._started = self._last_line = time.monotonic()
         if _live:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-            from rich.progress import (
-                Progress as RichProgress,
-            )
-
-            self._bar = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn(self.unit),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
+            self._bar = _bar(self.unit)
             self._show()
             self._task = self._bar.add_task(self.title, total=self.total, note="", rate="")
         if self._waits_for is not None:
@@ -122,6 +136,12 @@ class Progress:
             yield from items
 
     @property
+    def _has_ended(self) -> bool:
+        """Whether the last line is due. It comes at once: what the block does after its last step
+        may take long, and is no part of the speed."""
+        return self.done == self.total and self._logged != self.done and not self.quick
+
+    @property
     def _was_quick(self) -> bool:
         return self.quick and time.monotonic() - self._started < _QUICK_S
 
@@ -141,7 +161,7 @@ class Progress:
                 note=self.note,
                 rate=self._rate,
             )
-        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+        elif self._has_ended or time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._line()
 
     def _watch_for_stalls(self, waits_for: Callable[[], str]) -> None:

@@ -86,6 +86,16 @@ def test_what_is_done_at_once_is_told_only_where_it_took_long(monkeypatch, caplo
     assert [line.split(":")[0] for line in caplog.messages] == ["Removing"]
 
 
+def test_the_last_line_comes_with_the_last_step(caplog):
+    """A training scores and compiles after its last epoch."""
+    with caplog.at_level(logging.INFO), Progress("Training", total=2, unit="epochs") as shown:
+        shown.advance(1)
+        shown.advance(1)
+        assert len(caplog.messages) == 1
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("Training: 2 of 2 epochs, ")
+
+
 def test_an_error_ends_it_without_a_closing_line(caplog):
     try:
         with caplog.at_level(logging.INFO), Progress("Reading") as shown:
@@ -96,9 +106,9 @@ def test_an_error_ends_it_without_a_closing_line(caplog):
     assert caplog.messages == []
 
 
-def shown_on_a_terminal(script: str) -> str:
+def shown_on_a_terminal(script: str, columns: int = 120) -> str:
     master, slave = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
     done = subprocess.Popen(
         [sys.executable, "-c", script], stdout=slave, stderr=slave, env=environment
     )
@@ -113,7 +123,15 @@ def test_a_terminal_has_one_live_line():
     shown = shown_on_a_terminal(SCRIPT)
     assert "20/20" in shown
     assert "3 failed" in shown
-    assert shown.count("\n") <= 2
+    assert shown.count("\n") <= 2 + shown.count("\x1b[1A")  # the note is below; each goes up again
+
+
+def test_a_long_note_leaves_room_for_the_count_and_the_times():
+    note = "validation loss 0.6926, accuracy 0.5000, 291 images/s"
+    script = SCRIPT.replace("3 failed", note).replace("Screening", "Training")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown_on_a_terminal(script, columns=80))
+    assert re.search(r"Training .*20/20 images .*0:00:00 0:00:00", shown)
+    assert note in shown
 
 
 def test_one_inside_another_ends_its_line():
