@@ -128,7 +128,9 @@ LAYOUTS = {
                CASE left("Sex", 1) WHEN 'M' THEN 'M' WHEN 'F' THEN 'F' END AS patient_sex,
                CASE WHEN opacity THEN 'Lung_Opacity'
                     WHEN "No Finding" = 1 THEN 'Normal' ELSE 'Not_Normal' END AS label,
-               CASE WHEN "Frontal/Lateral" IS DISTINCT FROM 'Frontal' THEN 'not frontal'
+               CASE WHEN "Frontal/Lateral" IS DISTINCT FROM 'Frontal'
+                      -- 17 films are frontal by one column and lateral by the other.
+                      OR "AP/PA" IN ('LL', 'RL') THEN 'not frontal'
                     WHEN uncertain AND opacity IS NOT TRUE THEN 'an opacity is uncertain'
                     END AS left_out
         FROM (SELECT *, {_any(_CHEXPERT_OPACITIES, 1)} AS opacity,

@@ -38,6 +38,7 @@ v1/train/patient2/s1/view1.jpg,Male,87,Frontal,PA,,1.0,,,,,-1.0
 v1/train/patient3/s1/view1.jpg,Male,20,Frontal,PA,,,,,,,0.0
 v1/train/patient4/s1/view1.jpg,Male,21,Frontal,PA,,-1.0,,,,,
 v1/train/patient5/s1/view2.jpg,Male,22,Lateral,,1.0,,,,,,
+v1/train/patient6/s1/view1.jpg,Male,23,Frontal,LL,1.0,,,,,,
 """,
     "padchest": """ImageID,PatientID,StudyDate_DICOM,Projection,PatientBirth,PatientSex_DICOM,Labels
 a.png,1,20140915,PA,1950.0,M,['normal']
@@ -144,7 +145,7 @@ def test_a_mass_outside_the_lungs_is_not_an_opacity_nor_an_infant_an_adult(tmp_p
 @pytest.mark.parametrize(
     ("name", "row", "told"),
     [
-        ("chexpert", "", "an opacity is uncertain (1), not frontal (1)"),
+        ("chexpert", "", "an opacity is uncertain (1), not frontal (2)"),
         (
             "padchest",
             "f.png,4,,,1931.0,F,['normal']\ng.png,4,20140915,PA,1931.0,F,[]\n",
