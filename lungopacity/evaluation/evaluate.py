@@ -53,7 +53,13 @@ from lungopacity.models.probabilities import softmax
 from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import check_class_columns
-from lungopacity.runtime import free_resources, ray_session, require_resources, resolve_gpu
+from lungopacity.runtime import (
+    cpus_here,
+    free_resources,
+    ray_session,
+    require_resources,
+    resolve_gpu,
+)
 from lungopacity.storage import open_store
 
 log = logging.getLogger(__name__)
@@ -264,7 +270,7 @@ def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: boo
     def run(trained: TrainedModel, pixels: npt.NDArray[np.uint8]) -> Iterator[ModelScores]:
         from lungopacity.models.scorer import Scorer
 
-        scorer = Scorer(trained, use_gpu=use_gpu)
+        scorer = Scorer(trained, use_gpu=use_gpu, threads=cpus_here())
         for start in range(0, len(pixels), _BATCH):
             scores = scorer.scores(pixels[start : start + _BATCH], _BATCH)
             yield ModelScores(

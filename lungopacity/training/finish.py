@@ -14,7 +14,7 @@ from lungopacity.errors import last_line
 from lungopacity.models import TrainedModel
 from lungopacity.models.compiled import compiled_if_better
 from lungopacity.progress import Progress
-from lungopacity.runtime import free_resources, worker_environment
+from lungopacity.runtime import cpus_here, free_resources, worker_environment
 from lungopacity.training.loop import Films
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def distribution_of(
         from lungopacity.models.distribution import TrainingDistribution
         from lungopacity.models.scorer import Scorer
 
-        scorer = Scorer(kept, use_gpu=use_gpu)
+        scorer = Scorer(kept, use_gpu=use_gpu, threads=cpus_here())
         features: list[npt.NDArray[np.float32]] = []
         for rows, turns in _passes(films):
             parts = []
