@@ -277,14 +277,19 @@ def test_each_film_that_was_compared_is_told(monkeypatch, caplog):
     ]
 
 
-@pytest.mark.parametrize("change", ["mirrored", "bordered", "mirrored in a border"])
-def test_a_film_that_was_mirrored_or_framed_is_a_copy(change):
+@pytest.mark.parametrize(
+    "change", ["mirrored", "bordered", "mirrored in a border", "stretched", "mirrored, stretched"]
+)
+def test_a_film_that_was_mirrored_framed_or_stretched_is_a_copy(change):
     films = [chest(number) for number in range(12)]
     copy = films[3][:, ::-1] if "mirrored" in change else films[3]
     if "border" in change:
         frame = np.zeros((504, 480), np.uint8)
         frame[20 : 20 + copy.shape[0], 12 : 12 + copy.shape[1]] = copy
         copy = frame
+    if "stretched" in change:
+        # Many sets hold films that were resized to one shape, whatever theirs was.
+        copy = np.asarray(Image.fromarray(np.ascontiguousarray(copy)).resize((200, 256)))
     read = Preprocessing(READ_SIDE)
     squares = np.stack([read.square(np.ascontiguousarray(film)) for film in [*films, copy]])
     assert list(near_pairs(squares)) == [(3, 12)]
