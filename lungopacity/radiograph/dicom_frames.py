@@ -160,8 +160,12 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
         from lungopacity.radiograph.dicom_jpeg12 import register
 
         register()
+    # `grey_of` looks at the bits that pydicom would clear.
+    is_grey = str(dataset.get("PhotometricInterpretation") or "").startswith("MONOCHROME")
     # Without an index pydicom would decode all frames.
-    array: npt.NDArray[Any] = pixel_array(dataset, index=index if frames > 1 else 0)
+    array: npt.NDArray[Any] = pixel_array(
+        dataset, index=index if frames > 1 else 0, correct_unused_bits=not is_grey
+    )
     return array
 
 

@@ -13,6 +13,7 @@ error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,8 +48,11 @@ def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
             Stage.DECODE,
             "the header's PhotometricInterpretation names no polarity",
         )
-    stored = _without_unused_bits(stored, dataset)
+    stored, beyond = _without_padding_beyond(stored, dataset)
+    stored, dataset = _without_unused_bits(stored, dataset)
     hidden = _hidden(stored, dataset)
+    if beyond is not None:
+        hidden = beyond if hidden is None else hidden | beyond
     used = stored if hidden is None or hidden.all() else stored[~hidden]
     grey = _windowed(stored, used, dataset)
     if photometric == "MONOCHROME1":
@@ -72,22 +76,58 @@ def _hidden(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.bool_] | N
     return padding | outside
 
 
-def _without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[Any]:
-    """Clear the bits above Bits Stored: in old objects they hold overlays, not the image."""
+def _without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> tuple[npt.NDArray[Any], Any]:
+    """The values without bits above Bits Stored, where old objects keep overlays; and the header,
+    a corrected copy if Bits Stored is too small for the values.
+
+    That is the case if clearing the bits makes the image rougher: bright values then wrap around,
+    with an edge of 2^Bits Stored at each place. Clearing an overlay makes it smoother.
+    """
     kept = int(dataset.BitsStored)
     spare = 8 * stored.dtype.itemsize - kept
     if not 0 < kept <= 32 or stored.dtype.kind not in "iu" or spare <= 0:
-        return stored
+        return stored, dataset
     low, high = _stored_range(dataset)
     if stored.min() >= low and stored.max() <= high:
-        return stored
+        return stored, dataset
     if dataset.file_meta.TransferSyntaxUID in _LOSSY:
         # These hold no overlay (PS3.5 8.1.2): the codec's error carries values beyond the range.
         clipped: npt.NDArray[Any] = np.clip(stored, low, high)
-        return clipped
+        return clipped, dataset
     # Shifting up and down again extends the sign bit of signed values.
-    shifted: npt.NDArray[Any] = np.right_shift(np.left_shift(stored, spare), spare)
-    return shifted
+    cleared: npt.NDArray[Any] = np.right_shift(np.left_shift(stored, spare), spare)
+    least, most = int(stored.min()), int(stored.max())
+    # Signed values need not extend their sign.
+    need_more = least < low or most >= 1 << kept
+    if not need_more or _roughness(cleared) <= _roughness(stored):
+        return cleared, dataset
+    wider = copy(dataset)
+    bits = max(most.bit_length(), (-1 - least).bit_length() if least < 0 else 0)
+    wider.BitsStored = bits + (1 if low < 0 else 0)
+    return stored, wider
+
+
+def _roughness(values: npt.NDArray[Any]) -> float:
+    """The differences of neighbours, up and down and left and right, summed."""
+    wide = values.astype(np.int64)
+    return float(sum(np.abs(np.diff(wide, axis=axis)).sum() for axis in (0, 1)))
+
+
+def _without_padding_beyond(
+    stored: npt.NDArray[Any], dataset: Any
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+    """Padding that Bits Stored has no room for, such as 65535 of 12 bits: the values without it,
+    and where it was."""
+    first, kept = dataset.get("PixelPaddingValue"), int(dataset.BitsStored)
+    if not isinstance(first, int) or stored.dtype.itemsize != 2 or stored.dtype.kind not in "iu":
+        return stored, None
+    low, high = _stored_range(dataset)
+    # As 16 bits, whatever sign it was written with.
+    value = int(np.array(first % 2**16, np.uint16).astype(stored.dtype))
+    if low <= value <= high or kept >= 16:
+        return stored, None
+    padding = stored == value
+    return np.where(padding, stored.dtype.type(low), stored), padding
 
 
 def _stored_range(dataset: Any) -> tuple[int, int]:

@@ -279,12 +279,6 @@ def test_signed_values_are_read_as_signed():
     np.testing.assert_array_equal(pixels, one_film(dicom(RAMP)).pixels)
 
 
-def test_bits_above_bits_stored_are_ignored():
-    overlay = RAMP.copy()
-    overlay[::3] |= 0x8000
-    np.testing.assert_array_equal(one_film(dicom(overlay)).pixels, one_film(dicom(RAMP)).pixels)
-
-
 def test_padding_is_black_and_does_not_affect_the_range():
     padded = np.clip(RAMP, 1000, 3000)
     inner = one_film(dicom(padded)).pixels
