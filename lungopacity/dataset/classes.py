@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from lungopacity.errors import UserError
-from lungopacity.results.schema import class_column
+from lungopacity.results.schema import class_column, same_column
 
 
 def classes_of_labels(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
@@ -66,27 +66,19 @@ def _unknown(label: str, purpose: str, known: Sequence[str]) -> UserError:
 
 
 def _checked(found: dict[str, str]) -> dict[str, str]:
-    _check_columns(class_names_of(found))
+    same = same_column(class_names_of(found))
+    if same is not None:
+        # A model of them could be trained, but not used for screening.
+        raise UserError(
+            f"--classes: '{same[0]}' and '{same[1]}' would have the same column, "
+            f"{class_column('p', same[1])}, in the results; rename one by LABEL=Name, or merge them"
+        )
     if len(set(found.values())) < 2:
         raise UserError(
             "--classes: give two or more different names, such as Normal,Lung_Opacity; merged, "
             "such as COVID+Viral_Pneumonia=Infection; or those to leave out, such as -Not_Normal"
         )
     return found
-
-
-def _check_columns(names: Sequence[str]) -> None:
-    """Raises `UserError` where two classes would have the same column: a model of them could be
-    trained, but not used for screening. SQL ignores case."""
-    name_of: dict[str, str] = {}
-    for name in names:
-        column = class_column("p", name)
-        other = name_of.setdefault(column.lower(), name)
-        if other != name:
-            raise UserError(
-                f"--classes: '{other}' and '{name}' would have the same column, {column}, in the "
-                "results; rename one by LABEL=Name, or merge them"
-            )
 
 
 def class_names_of(label_map: dict[str, str]) -> tuple[str, ...]:

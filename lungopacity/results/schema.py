@@ -185,16 +185,24 @@ def logit_columns(class_names: Sequence[str]) -> list[str]:
     return [class_column("logit", name) for name in class_names]
 
 
-def check_class_columns(class_names: Sequence[str]) -> None:
-    """Raises `UserError` if two class names give the same column."""
+def same_column(class_names: Sequence[str]) -> tuple[str, str] | None:
+    """Two classes that would have the same column; None if no two would. SQL ignores case."""
     seen: dict[str, str] = {}
     for name in class_names:
-        first = seen.setdefault(class_column("p", name), name)
+        first = seen.setdefault(class_column("p", name).lower(), name)
         if first != name:
-            raise UserError(
-                f"the model's classes '{first}' and '{name}' would share the column "
-                f"{class_column('p', name)}; train again and rename one with --classes LABEL=Name"
-            )
+            return first, name
+    return None
+
+
+def check_class_columns(class_names: Sequence[str]) -> None:
+    """Raises `UserError` if two classes would have the same column."""
+    same = same_column(class_names)
+    if same is not None:
+        raise UserError(
+            f"the model's classes '{same[0]}' and '{same[1]}' would share the column "
+            f"{class_column('p', same[1])}; train again and rename one with --classes LABEL=Name"
+        )
 
 
 def score_fields(class_names: Sequence[str]) -> list[pa.Field]:

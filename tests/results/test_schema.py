@@ -7,11 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lungopacity.errors import NOTICE
+from lungopacity.errors import NOTICE, UserError
 from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.results.schema import (
     EXPLANATIONS_SCHEMA,
     METRICS_SCHEMA,
+    check_class_columns,
     evaluation_schema,
     predictions_schema,
 )
@@ -42,3 +43,10 @@ def schema_of(file: bytes) -> pa.Schema:
 )
 def test_every_table_that_is_kept_says_what_it_is_not_for(kind: str, schema: pa.Schema) -> None:
     assert (schema.metadata or {}).get(b"notice") == NOTICE.encode(), kind
+
+
+@pytest.mark.parametrize("other", ["lung-opacity", "LUNG_OPACITY"])
+def test_class_names_that_sql_cannot_tell_apart_are_refused(other: str) -> None:
+    check_class_columns(NAMES)
+    with pytest.raises(UserError, match="would share the column"):
+        check_class_columns((*NAMES, other))
