@@ -58,6 +58,19 @@ def classes_of_all(known: Collection[str]) -> dict[str, str]:
     return _checked({label: label for label in sorted(known)})
 
 
+def positive_class_of(names: Sequence[str], asked: str | None) -> str:
+    """The class that decisions are about: the one that was asked for or, for None, Lung_Opacity
+    where it is one of the classes, else the last. Raises `UserError` for an unknown class."""
+    if asked is None:
+        return "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
+    if asked not in names:
+        raise UserError(
+            f"positive class '{asked}' is not one of the classes ({', '.join(names)}); give one of "
+            "them as --positive-class"
+        )
+    return asked
+
+
 def _unknown(label: str, purpose: str, known: Sequence[str]) -> UserError:
     return UserError(
         f"--classes: there is no label '{label}' to {purpose}; the labels are "

@@ -15,10 +15,15 @@ import numpy.typing as npt
 import pandas as pd
 
 from lungopacity.archive.content import ReadSettings, rules_from
-from lungopacity.dataset.classes import class_names_of, classes_of_all, classes_of_labels
+from lungopacity.dataset.classes import (
+    class_names_of,
+    classes_of_all,
+    classes_of_labels,
+    positive_class_of,
+)
 from lungopacity.dataset.manifest import SITE, assign_splits, read_labels, select_classes
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
-from lungopacity.errors import NOTICE, UserError
+from lungopacity.errors import NOTICE
 from lungopacity.evaluation.bootstrap import Resampling
 from lungopacity.evaluation.shortcuts import Shortcut, shortcuts_of
 from lungopacity.evaluation.subgroups import check_columns, column_groups
@@ -185,7 +190,8 @@ def audit(
     known = sorted(frame["label"].unique())
     label_map = classes_of_all(known) if classes is None else classes_of_labels(classes, known)
     names = class_names_of(label_map)
-    positive = _positive_class(names, positive_class)
+    of_each = positive_class is None and len(names) > 2
+    positive = None if of_each else positive_class_of(names, positive_class)
     frame = select_classes(frame, label_map, labels)
     split_given = bool(frame["split"].notna().all())
     frame = assign_splits(frame, labels)
@@ -220,19 +226,6 @@ def audit(
     if output is not None:
         open_store(output).write("audit.json", found.to_json().encode())
     return found
-
-
-def _positive_class(names: Sequence[str], asked: str | None) -> str | None:
-    """The class whose shortcuts are looked for; None is each. Raises `UserError` for an unknown
-    class."""
-    if asked is None and len(names) == 2:
-        return "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
-    if asked is not None and asked not in names:
-        raise UserError(
-            f"positive class '{asked}' is not one of the classes ({', '.join(names)}); give one "
-            "of them as --positive-class"
-        )
-    return asked
 
 
 def _facts_of_labels(frame: pd.DataFrame, by: Sequence[str], labels: str) -> pd.DataFrame:

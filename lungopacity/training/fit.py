@@ -24,6 +24,7 @@ import safetensors.numpy
 import torch
 
 from lungopacity import observe
+from lungopacity.dataset.classes import positive_class_of
 from lungopacity.dataset.manifest import SPLIT_SEED
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.errors import UserError
@@ -117,7 +118,7 @@ def start_of(settings: TrainingSettings, class_names: Sequence[str]) -> Start:
     """Checks the settings and loads the first weights. Needs a running Ray. Raises `UserError`
     where the positive class is not one of the classes, the cluster is too small or the first
     weights are not available; `ValueError` for settings that the network refuses."""
-    _check_positive(settings, class_names)
+    positive_class_of(class_names, settings.positive_class)
     workers = settings.workers
     require_resources(workers, workers * settings.use_gpu, "training", "--workers")
     network = build_network(settings.model, len(class_names), settings.model_settings)
@@ -150,7 +151,7 @@ def fit(
     same training is already running; `ValueError` for settings that the network refuses.
     """
     refuse_model(output)
-    counts = count_films(data, settings)
+    counts = count_films(data)
     start = start or start_of(settings, data.class_names)
     check_validation(data, start.first)
     run = _run_name(data, settings, start.source)
@@ -314,15 +315,13 @@ def check_validation(data: LabelledPixels, first: FirstWeights | None) -> None:
         )
 
 
-def count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, dict[str, int]]:
+def count_films(data: LabelledPixels) -> dict[str, dict[str, int]]:
     """Number of films by split and class. Raises `UserError` where a class has no films for
     training or validation."""
-    names = data.class_names
-    _check_positive(settings, names)
     counts = {
         split: {
             name: int(((data.split_N == split) & (data.labels_N == index)).sum())
-            for index, name in enumerate(names)
+            for index, name in enumerate(data.class_names)
         }
         for split in ("train", "validation", "test")
     }
@@ -336,14 +335,6 @@ def count_films(data: LabelledPixels, settings: TrainingSettings) -> dict[str, d
                     "the class out"
                 )
     return counts
-
-
-def _check_positive(settings: TrainingSettings, names: Sequence[str]) -> None:
-    if settings.positive_class not in names:
-        raise UserError(
-            f"positive class '{settings.positive_class}' is not one of the classes "
-            f"({', '.join(names)}); give one of them as --positive-class"
-        )
 
 
 def _run_name(

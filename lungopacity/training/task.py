@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lungopacity.archive.content import ReadSettings, rules_from
-from lungopacity.dataset.classes import class_names_of, classes_of_labels
+from lungopacity.dataset.classes import class_names_of, classes_of_labels, positive_class_of
 from lungopacity.dataset.manifest import (
     assign_splits,
     check_contents,
@@ -85,15 +85,13 @@ def training_task(
     frame = read_labels(labels)
     label_map = classes_of_labels(classes, list(frame["label"].unique()))
     names = class_names_of(label_map)
-    if positive_class is None:
-        positive_class = "Lung_Opacity" if "Lung_Opacity" in names else names[-1]
     given = {name: value for name, value in options.items() if value is not None}
+    given["positive_class"] = positive_class_of(names, positive_class)
     try:
-        chosen = _chosen(
-            recipe(model), image_size, {**given, "positive_class": positive_class}, words
-        )
+        chosen = _chosen(recipe(model), image_size, given, words)
     except ValueError as error:
         raise UserError(option_of(str(error))) from error
+    positive_class_of(names, chosen.positive_class)  # --set may have named another
     _check_network(chosen, len(names), words)
     others = left_out(frame, label_map)
     frame = select_classes(frame, label_map, labels)

@@ -170,7 +170,7 @@ def _tried(
     Raises `UserError`."""
     require_resources(1, task.settings.use_gpu, "tuning")
     data = task.load()
-    count_films(data, task.settings)
+    count_films(data)
     check_validation(data, first)
     store = open_store(output)
     _claim(store, task.settings, None if first is None else first.facts, space, data)

@@ -117,6 +117,11 @@ MISTAKES = {
          "--output", "{out}", "--positive-class", "Fracture"],
         "positive class 'Fracture' is not one of the classes",
     ),
+    "no positive class for trials": (
+        ["tune", "--images", "{place}/none", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--set", "positive_class=Fracture"],
+        "positive class 'Fracture' is not one of the classes",
+    ),
     "no first weights": (
         ["train", "--images", "{place}/none", "--labels", "{place}/labels.csv",
          "--output", "{out}", "--weights", "{place}/none.pth"],

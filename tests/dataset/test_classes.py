@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from lungopacity.dataset.classes import class_names_of, classes_of_all, classes_of_labels
+from lungopacity.dataset.classes import (
+    class_names_of,
+    classes_of_all,
+    classes_of_labels,
+    positive_class_of,
+)
 from lungopacity.errors import UserError
 
 KNOWN = ("Normal", "COVID", "Viral_Pneumonia", "Not_Normal")
@@ -79,3 +84,10 @@ def test_labels_that_look_like_words_are_classes_where_every_label_is_a_class():
     }
     with pytest.raises(UserError, match="two or more"):
         classes_of_all(["Normal"])
+
+
+@pytest.mark.parametrize("names", [("Lung_Opacity", "Normal"), ("Normal", "Lung_Opacity")])
+def test_decisions_are_about_the_opacity_wherever_it_stands_or_else_the_last_class(names):
+    assert positive_class_of(names, None) == "Lung_Opacity"
+    assert positive_class_of(names, "Normal") == "Normal"
+    assert positive_class_of(("Healthy", "Ill"), None) == "Ill"

@@ -22,7 +22,6 @@ from lungopacity.errors import UserError
 from lungopacity.evaluation.audit import (
     READ_SIDE,
     Audit,
-    _positive_class,
     correlations,
     near_pairs,
     perceptual_hashes,
@@ -321,10 +320,3 @@ def test_a_patient_in_two_splits_alone_is_leakage():
     torn = replace(found, torn_patients=1)
     assert torn.leaks
     assert "\nleakage found; give all films of a patient one split\n" in torn.summary()
-
-
-@pytest.mark.parametrize("names", [("Lung_Opacity", "Normal"), ("Normal", "Lung_Opacity")])
-def test_of_two_classes_the_opacity_is_the_one_that_facts_are_tried_for(names):
-    assert _positive_class(names, None) == "Lung_Opacity"
-    assert _positive_class(("Healthy", "Ill"), None) == "Ill"
-    assert _positive_class((*names, "TB"), None) is None
