@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from tests.cli.running import run
+from tests.results.records import commit_run_without_rows
 
 MISTAKES = {
     "missing bucket": (
@@ -249,7 +250,6 @@ def test_a_model_with_one_changed_byte_is_one_line(place, capfd):
     assert "model.safetensors was altered after training" in err.splitlines()[-1]
 
 
-@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
@@ -259,12 +259,9 @@ def test_a_model_with_one_changed_byte_is_one_line(place, capfd):
         ("SELECT * FROM read_text('/etc/hostname')", "disabled"),
     ],
 )
-def test_sql_that_is_refused_is_one_line(place, capfd, sql, message):
-    run(
-        capfd, "screen", "--archive", place / "archive", "--model", place / "model",
-        "--output", place / "results", "--limit", "1",
-    )  # fmt: skip
-    code, out, err = run(capfd, "query", "--results", place / "results", sql)
+def test_sql_that_is_refused_is_one_line(tmp_path, capfd, sql, message):
+    commit_run_without_rows(str(tmp_path), "one")
+    code, out, err = run(capfd, "query", "--results", tmp_path, sql)
     assert (code, out) == (2, "")
     assert err.startswith("error: SQL: ")
     assert message in err
