@@ -21,7 +21,7 @@ from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, ScreeningOptions, screening_job
 from lungopacity.screening.plan import RunStart, choose, published_later, unfinished_runs
-from lungopacity.screening.screen import inside, inventory_at, run_job
+from lungopacity.screening.screen import check_apart, inventory_at, run_job
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.lease import Lease
 
@@ -66,7 +66,7 @@ def nightly(
         raise UserError(f"--max-images must be at least 1, not {max_images}")
     store = open_store(results)
     # Checked before the lease, because that already writes a file to the results.
-    inside(archive, [store.uri])
+    check_apart(archive, [store.uri])
     if dry_run:
         return _rehearsed(store, archive, model, results, inventory, max_images, options)
     # If names are hashed, readers of the results must not see them, and the URI of an archive that

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Unpack
 
@@ -39,7 +39,7 @@ from lungopacity.screening.pipeline import screen_objects
 from lungopacity.screening.plan import Plan, make_plan, new_run_id, read_start
 from lungopacity.screening.publish import collect, remove_work
 from lungopacity.screening.resources import ScoringResources, batch_size_for
-from lungopacity.storage import LocalStore, open_store
+from lungopacity.storage import open_store
 from lungopacity.storage.probe import check_writable
 from lungopacity.words import counted
 
@@ -54,6 +54,7 @@ _LOSSES = 100
 """Tasks that may be lost in each round after the first. If more are lost, no object is to blame."""
 _FEW_OBJECTS = 10_000
 """At most so many objects get a task each in the last round; for more, that takes too long."""
+_FOLDERS_REMEMBERED = 4096
 
 
 def screen(
@@ -95,10 +96,10 @@ def inventory_at(
 ) -> Inventory:
     """List the archive, or read the list at `inventory`, and show progress.
 
-    `written`: URIs that screening writes to, see `inside`. Objects there are left out, and so are
-    objects named like files of any other results folder. Raises `UserError`.
+    `written`: URIs that screening writes to. Objects there are left out, and so are objects named
+    like files of any other results folder. Raises `UserError`, also as `check_apart` does.
     """
-    ours = inside(archive, written)
+    check_apart(archive, written)
     progress = Progress("Listing the archive", unit="objects")
     found = (
         list_archive(archive, progress.advance)
@@ -106,18 +107,12 @@ def inventory_at(
         else read_inventory(inventory, archive, progress.advance)
     )
     shown = Inventory(found.uri, progress.around(found.tables))
-    for prefix in ours:
-        shown = without(
-            shown,
-            partial(pc.starts_with, pattern=prefix),
-            f"lie below {prefix}: what screening writes is not a film",
-        )
-    if isinstance(open_store(found.uri), LocalStore):
-        shown = without(
-            shown,
-            _linked_to(found.uri, written),
-            "symbolic links lead to: what screening writes is not a film",
-        )
+    for place in written:
+        lie_there = _lie_in(place, found.uri)
+        if lie_there is not None:
+            shown = without(
+                shown, lie_there, f"lie in {place}: what screening writes is not a film"
+            )
     # By name, because looking into each folder would cost a request.
     return without(
         shown,
@@ -126,34 +121,33 @@ def inventory_at(
     )
 
 
-def inside(archive: str, written: Sequence[str]) -> list[str]:
-    """Key prefixes of those places in `written` that lie inside the archive.
-
-    `written`: URIs that screening writes to. Raises `UserError` if one is the archive itself.
-    """
+def check_apart(archive: str, written: Sequence[str]) -> None:
+    """Raises `UserError` if one of the URIs that screening writes to is the archive itself."""
     root = open_store(archive).uri
-    found = [below(place, root) for place in written]
-    if "" in found or _real(root) in map(_real, written):
+    if _real(root) in map(_real, written):
         raise UserError(
             f"{root}: results cannot be written to the archive itself; choose another place for "
             "them"
         )
-    return [prefix for prefix in found if prefix]
 
 
-def _linked_to(root: str, written: Sequence[str]) -> Callable[[pa.ChunkedArray], pa.Array]:
-    """A function from keys below the local folder `root` to whether they lie in one of the places,
-    also if only a symbolic link leads there."""
-    # An archive may itself lie in the results.
-    places = [_real(place) for place in written if below(_real(root), _real(place)) is None]
+def _lie_in(place: str, root: str) -> Callable[[pa.ChunkedArray], pa.Array] | None:
+    """A function from keys below `root` to whether they lie in the place; None if no key can."""
+    if root.startswith("s3://"):
+        prefix = below(place, root)
+        return partial(pc.starts_with, pattern=prefix) if prefix else None
+    place, root = _real(place), _real(root)
+    if place.startswith("s3://") or below(root, place) is not None:
+        return None  # an archive may itself lie in the results
 
-    @cache
-    def is_ours(folder: str) -> bool:
-        real = _real(f"{root}/{folder}")
-        return any(below(real, place) is not None for place in places)
+    # By the real path, because a symbolic link in the archive may lead there. The keys of a folder
+    # mostly follow each other, so few folders need be remembered.
+    @lru_cache(maxsize=_FOLDERS_REMEMBERED)
+    def is_there(folder: str) -> bool:
+        return below(_real(f"{root}/{folder}"), place) is not None
 
     return lambda keys: pa.array(
-        [is_ours(key.rpartition("/")[0]) for key in keys.to_pylist()], pa.bool_()
+        [is_there(key.rpartition("/")[0]) for key in keys.to_pylist()], pa.bool_()
     )
 
 

@@ -47,7 +47,10 @@ def test_results_inside_the_archive_are_not_screened(place, hidden, tmp_path, ca
         hidden["inventory"] = str(tmp_path / "list.parquet")
     (quiet,) = place.night(**hidden).runs
     assert quiet.images == 0
-    assert f"objects of {place.archive.uri} are left out, which lie below results/" in caplog.text
+    assert (
+        f"objects of {place.archive.uri} are left out, which lie in {place.results}: "
+        in caplog.text
+    )
 
 
 def test_other_results_inside_the_archive_are_not_screened(place, caplog):

@@ -118,7 +118,7 @@ def test_results_that_links_lead_to_are_not_screened(place, tmp_path, caplog):
     (tmp_path / "results").mkdir()
     (tmp_path / "archive/of last year").symlink_to(tmp_path / "results")
     assert [place.night().runs[0].images for _ in range(2)] == [4, 0]
-    assert "are left out, which symbolic links lead to: what screening writes" in caplog.text
+    assert f"are left out, which lie in {place.results}: what screening writes" in caplog.text
 
 
 def test_results_in_an_archive_that_a_link_leads_to_are_not_screened(place, tmp_path):
@@ -130,6 +130,12 @@ def test_results_in_an_archive_that_a_link_leads_to_are_not_screened(place, tmp_
     place.results = f"{archive}/results"
     place.store = open_store(place.results)
     assert [place.night().runs[0].images for _ in range(2)] == [4, 0]
+
+
+def test_an_object_beside_the_results_of_its_run_is_screened(place):
+    key = next(iter(place.archive.list())).key
+    listed = screen.inventory_at(f"{place.archive.uri}/{key}", None, [place.archive.uri])
+    assert [table["image"].to_pylist() for table in listed.tables] == [[key]]
 
 
 def test_an_archive_in_the_folder_of_its_results_is_screened(place, tmp_path):
