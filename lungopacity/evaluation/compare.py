@@ -1,6 +1,7 @@
 """Compare two models on the same films: which is better, and whether the difference may be chance.
 
-* AUC: DeLong, DeLong & Clarke-Pearson 1988, Biometrics 44:837, for two correlated curves.
+* AUC: DeLong, DeLong & Clarke-Pearson 1988, Biometrics 44:837, for two correlated curves; by
+  midranks, in O(n log n) (Sun & Xu 2014, IEEE Signal Processing Letters 21:1389).
 * Accuracy, sensitivity and specificity: the exact test of McNemar 1947, Psychometrika 12:153, on
   the films that one of the two gets right and the other wrong.
 
@@ -36,7 +37,7 @@ from lungopacity.evaluation.comparison import (
     Comparison,
     ShareDifference,
 )
-from lungopacity.evaluation.metrics import Floats, roc_auc, roc_components
+from lungopacity.evaluation.metrics import Floats
 from lungopacity.results.schema import class_column
 from lungopacity.storage import open_store
 
@@ -138,13 +139,11 @@ def auc_difference(
     positive_N: npt.NDArray[np.bool_], first_N: Floats, second_N: Floats
 ) -> AucDifference:
     """DeLong's test of two models' scores of the same images; scores are higher for positives."""
-    first, second = (roc_auc(positive_N, scores).value for scores in (first_N, second_N))
-    of_positives, of_negatives = (
-        np.subtract(*parts)
-        for parts in zip(
-            roc_components(positive_N, second_N), roc_components(positive_N, first_N), strict=True
-        )
+    (above, below), (second_above, second_below) = (
+        _components(positive_N, scores_N) for scores_N in (first_N, second_N)
     )
+    first, second = float(above.mean()), float(second_above.mean())
+    of_positives, of_negatives = second_above - above, second_below - below
     difference = second - first
     if len(of_positives) < 2 or len(of_negatives) < 2:
         return AucDifference(first, second, difference, None, None, None)
@@ -161,6 +160,25 @@ def auc_difference(
     p_value = math.erfc(abs(difference) / error / math.sqrt(2))
     half = _Z_95 * error
     return AucDifference(first, second, difference, difference - half, difference + half, p_value)
+
+
+def _components(
+    positive_N: npt.NDArray[np.bool_], scores_N: Floats
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """DeLong's components: for each positive, the share of negatives that score below it, whose
+    mean is the AUC, and for each negative, the share of positives above it. Equal scores count
+    half. There must be positives and negatives."""
+    positives, negatives = scores_N[positive_N], scores_N[~positive_N]
+    m, n = len(positives), len(negatives)
+    ranks = _midranks(np.concatenate([positives, negatives]))
+    return (ranks[:m] - _midranks(positives)) / n, 1 - (ranks[m:] - _midranks(negatives)) / m
+
+
+def _midranks(values: Floats) -> npt.NDArray[np.float64]:
+    """Ranks from 1; equal values share the mean of their ranks."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: npt.NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[which]
+    return ranks
 
 
 def share_difference(right_N2: npt.NDArray[np.bool_]) -> ShareDifference:

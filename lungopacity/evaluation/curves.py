@@ -33,13 +33,7 @@ from lungopacity.evaluation.canvas import (
     new_figure,
     short,
 )
-from lungopacity.evaluation.metrics import (
-    Floats,
-    Integers,
-    average_precision,
-    check_scores,
-    roc_auc,
-)
+from lungopacity.evaluation.metrics import Floats, Integers, check_scores
 from lungopacity.evaluation.operating_points import decision_shares
 from lungopacity.models import OperatingPoint
 
@@ -60,14 +54,13 @@ def roc_figure(
     title: str,
     note: str = "",
     *,
-    resampling: Resampling | None = None,
-    points: Mapping[str, Mapping[str, OperatingPoint]] | None = None,
+    resampling: Resampling,
+    points: Mapping[str, Mapping[str, OperatingPoint]],
     views: Sequence[str | None] | None = None,
 ) -> Figure:
-    """One curve per class against the rest, with its AUC and 95 % interval.
+    """One curve per class against the rest, with its band, its AUC and the 95 % interval.
 
-    resampling: the patients. With it, curves have bands and intervals are the bootstrap's; without
-    it, intervals are DeLong's. points: for each class, its operating points by name; each is marked
+    resampling: the patients. points: for each class, its operating points by name; each is marked
     at its sensitivity and specificity on these images; one that decides by `views`, those of
     `decision_shares`, may lie beside the curve. A class of no image, or of every image, has
     no curve: the legend says that its AUC is undefined.
@@ -83,25 +76,22 @@ def roc_figure(
     )
     for index, name in enumerate(class_names):
         positive, scores = labels == index, probabilities[:, index]
-        auc = roc_auc(positive, scores)
-        if math.isnan(auc.value):
+        auc = _measured(weighted_auc, positive, scores, resampling)
+        if auc is None:
             axes.plot([], [], linestyle="none", label=f"{short(name)}: AUC undefined")
             continue
-        bounds = (auc.ci_low, auc.ci_high)
-        if resampling is not None:
-            bounds = _bounds(weighted_auc, positive, scores, resampling)
-            _draw_band(axes, roc_band(positive, scores, resampling), index)
-        label = f"{_counted(name, positive)}: AUC {auc.value:.3f}{_interval(bounds)}"
+        _draw_band(axes, roc_band(positive, scores, resampling), index)
+        label = f"{_counted(name, positive)}: AUC {auc}"
         false_positives, true_positives, _ = roc_curve(positive, scores)
         axes.plot(false_positives, true_positives, label=label, **line(index))
     for index, name in enumerate(class_names):
         positive = labels == index
         if positive.any() and not positive.all():
-            its_points = (points or {}).get(name, {})
+            its_points = points.get(name, {})
             _mark_points(axes, name, its_points, positive, probabilities[:, index], views)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, label="Chance", zorder=1)
     _square(axes)
-    _legend_below(figure, axes, below, banded=resampling is not None)
+    _legend_below(figure, axes, below)
     return figure
 
 
@@ -112,7 +102,7 @@ def precision_recall_figure(
     title: str,
     note: str = "",
     *,
-    resampling: Resampling | None = None,
+    resampling: Resampling,
 ) -> Figure:
     """One curve per class against the rest, with its average precision and its share of the images.
 
@@ -130,18 +120,15 @@ def precision_recall_figure(
     )
     for index, name in enumerate(class_names):
         positive, scores = labels == index, probabilities[:, index]
-        value = average_precision(positive, scores)
-        if math.isnan(value):
+        average = _measured(weighted_average_precision, positive, scores, resampling)
+        if average is None:
             label = f"{short(name)}: average precision undefined"
             axes.plot([], [], linestyle="none", label=label)
             continue
         share = float(positive.mean())
         precision, recall, _ = precision_recall_curve(positive, scores)
-        label = f"{_counted(name, positive)}: average precision {value:.3f}"
-        if resampling is not None:
-            bounds = _bounds(weighted_average_precision, positive, scores, resampling)
-            label += _interval(bounds)
-            _draw_band(axes, precision_recall_band(positive, scores, resampling), index)
+        label = f"{_counted(name, positive)}: average precision {average}"
+        _draw_band(axes, precision_recall_band(positive, scores, resampling), index)
         style = line(index)
         # scikit-learn returns recall in descending order. Each precision is held until the next
         # recall, as in the sum of average precision; straight lines are too optimistic (Davis &
@@ -156,7 +143,7 @@ def precision_recall_figure(
             label=f"Chance: {share:.3f}",
         )
     _square(axes)
-    _legend_below(figure, axes, below, banded=resampling is not None)
+    _legend_below(figure, axes, below)
     return figure
 
 
@@ -171,10 +158,9 @@ def _square(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend_below(figure: Figure, axes: Axes, below: Axes, *, banded: bool) -> None:
+def _legend_below(figure: Figure, axes: Axes, below: Axes) -> None:
     """Draw the legend of `axes` below them: inside, it would hide the curve of a poor model."""
-    if banded:
-        axes.fill_between([], [], color=GREY, alpha=_BAND_ALPHA, linewidth=0, label=_BAND_TITLE)
+    axes.fill_between([], [], color=GREY, alpha=_BAND_ALPHA, linewidth=0, label=_BAND_TITLE)
     handles, labels = axes.get_legend_handles_labels()
     below.axis("off")
     below.legend(handles, labels, loc="upper left", fontsize=10, frameon=False, borderaxespad=0)
@@ -226,19 +212,20 @@ def _mark_points(
         )
 
 
-def _bounds(
+def _measured(
     figure_of: Callable[..., npt.NDArray[np.float64]],
     positive: npt.NDArray[np.bool_],
     scores: Floats,
     resampling: Resampling,
-) -> tuple[float | None, float | None]:
+) -> str | None:
+    """The figure and its interval, in words; None if it is undefined."""
+    (value,) = figure_of(positive, scores, np.ones((1, len(scores))))
+    if math.isnan(value):
+        return None
     drawn = [figure_of(positive, scores, weights_RN) for weights_RN in resampling.weights()]
-    return percentile_interval(np.concatenate(drawn))
-
-
-def _interval(bounds: tuple[float | None, float | None]) -> str:
-    low, high = bounds
-    return "" if low is None or high is None else f" (95 % interval {low:.3f}–{high:.3f})"
+    low, high = percentile_interval(np.concatenate(drawn))
+    interval = "" if low is None else f" (95 % interval {low:.3f}–{high:.3f})"
+    return f"{value:.3f}{interval}"
 
 
 def _counted(name: str, positive: npt.NDArray[np.bool_]) -> str:

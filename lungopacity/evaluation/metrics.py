@@ -1,4 +1,4 @@
-"""Building blocks of metrics: a measured value, the AUC, calibration bins, confusion, intervals.
+"""Building blocks of metrics: a measured value, calibration bins, confusion, intervals.
 
 `measure` computes all metrics of labelled images from these. No class counts as positive unless the
 caller names it. Array names carry their shape: N images, K classes, B bins.
@@ -6,10 +6,6 @@ caller names it. Array names carry their shape: N images, K classes, B bins.
 Sources:
 
 * Wilson 1927, Journal of the American Statistical Association 22:209 (interval of a proportion).
-* DeLong, DeLong & Clarke-Pearson 1988, Biometrics 44:837 (variance of the AUC); Sun & Xu 2014,
-  IEEE Signal Processing Letters 21:1389 (the same from midranks, in O(n log n)); Pepe 2003, The
-  Statistical Evaluation of Medical Tests for Classification and Prediction, ch. 5 (interval on the
-  logit scale).
 * Guo, Pleiss, Sun & Weinberger 2017, ICML, arXiv:1706.04599 (expected calibration error).
 """
 
@@ -31,8 +27,6 @@ CALIBRATION_BINS = 15
 
 _Z_95 = NormalDist().inv_cdf(0.975)
 _SUM_TOLERANCE = 1e-4
-_ROUNDING = 1e-18
-"""Rounding error of a variance of shares in float64."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +51,6 @@ class Metric:
     `evaluation.measure`), and `wilson` counts each image as a patient. None without interval."""
     patients: int | None = None
     """Number of patients of the n images; None if they were not counted."""
-
-
-@dataclass(frozen=True)
-class RocAuc:
-    """Area under the ROC curve, 0 … 1, and its 95 % interval."""
-
-    value: float
-    """NaN without positives or without negatives."""
-    ci_low: float | None
-    ci_high: float | None
-    """None if no variance can be estimated: fewer than two of a kind, a value of 0 or 1, or all
-    scores tied."""
 
 
 @dataclass(frozen=True)
@@ -170,49 +152,6 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
-def roc_auc(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> RocAuc:
-    """AUC of scores that are higher for positives, with DeLong's interval on the logit scale.
-
-    After Sun & Xu 2014: the components of DeLong's variance are differences of midranks. On the
-    logit scale the interval stays within 0 … 1.
-    """
-    m = int(positive_N.sum())
-    n = len(positive_N) - m
-    if m == 0 or n == 0:
-        return RocAuc(math.nan, None, None)
-    negatives_below, positives_above = roc_components(positive_N, scores_N)
-    auc = float(negatives_below.mean())
-    if m < 2 or n < 2 or not 0 < auc < 1:
-        return RocAuc(auc, None, None)
-    variance = negatives_below.var(ddof=1) / m + positives_above.var(ddof=1) / n
-    if variance < _ROUNDING:
-        # For example, all scores are tied: then the sample does not show the spread.
-        return RocAuc(auc, None, None)
-    logit = math.log(auc / (1 - auc))
-    half = _Z_95 * math.sqrt(variance) / (auc * (1 - auc))
-    return RocAuc(auc, _logistic(logit - half), _logistic(logit + half))
-
-
-def roc_components(
-    positive_N: npt.NDArray[np.bool_], scores_N: Floats
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """DeLong's components: for each positive, the share of negatives that score below it, and for
-    each negative, the share of positives above it. Equal scores count half. There must be positives
-    and negatives."""
-    positives, negatives = scores_N[positive_N], scores_N[~positive_N]
-    m, n = len(positives), len(negatives)
-    ranks = _midranks(np.concatenate([positives, negatives]))
-    return (ranks[:m] - _midranks(positives)) / n, 1 - (ranks[m:] - _midranks(negatives)) / m
-
-
-def average_precision(positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> float:
-    """Mean precision over the steps in recall; NaN without positives."""
-    from sklearn.metrics import average_precision_score
-
-    # Without positives, scikit-learn returns 0, which would look like the worst score.
-    return float(average_precision_score(positive_N, scores_N)) if positive_N.any() else math.nan
-
-
 def calibration_bins(
     labels_N: Integers, probabilities_NK: Floats, index: int | None = None
 ) -> CalibrationBins:
@@ -243,18 +182,6 @@ def binned(
     # Rounding errors can leave a probability just above 1: it belongs to the last bin.
     place_N = np.ceil(probability_N * CALIBRATION_BINS).astype(np.int64)
     return probability_N, class_N == labels_N, place_N.clip(1, CALIBRATION_BINS) - 1
-
-
-def _midranks(values: Floats) -> npt.NDArray[np.float64]:
-    """Ranks from 1; equal values share the mean of their ranks."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: npt.NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[which]
-    return ranks
-
-
-def _logistic(x: float) -> float:
-    # Equal to 1 / (1 + exp(-x)), which overflows for strongly negative x.
-    return 0.5 * (1 + math.tanh(x / 2))
 
 
 def _check_classes(what: str, indices_N: Integers, classes: int) -> None:

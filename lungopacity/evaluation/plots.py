@@ -94,26 +94,24 @@ def reliability_figure(
     title: str,
     note: str = "",
     *,
-    positive: str | None = None,
-    uncalibrated: Floats | None = None,
-    resampling: Resampling | None = None,
+    positive: str,
+    uncalibrated: Floats | None,
+    resampling: Resampling,
 ) -> Figure:
     """Reliability diagrams: the share of images that are of a class, by its probability, above the
-    number of images in each bin. One is for the predicted class, and one for the class `positive`
-    if it is given.
+    number of images in each bin. One is for the predicted class, and one for the class `positive`.
 
     Bins and expected calibration error are those of `metrics.calibration_bins`. Error bars are 95 %
     intervals over the patients of each bin, as `measure` computes them. uncalibrated: the
-    probabilities before calibration, drawn as a second, lighter line. resampling: the patients;
-    None counts each image as a patient.
+    probabilities before calibration, if they are known; drawn as a second, lighter line.
+    resampling: the patients.
     """
     check_scores(labels, probabilities, class_names)
     figure = new_figure(title, note)
-    indices = [None] if positive is None else [None, list(class_names).index(positive)]
-    grid = figure.add_gridspec(3, len(indices), height_ratios=(3, 1, 0.2))
+    grid = figure.add_gridspec(3, 2, height_ratios=(3, 1, 0.2))
     # The predicted one of K classes has a probability of at least 1 / K.
     least = math.floor(CALIBRATION_BINS / len(class_names)) / CALIBRATION_BINS
-    for column, index in enumerate(indices):
+    for column, index in enumerate((None, list(class_names).index(positive))):
         above = figure.add_subplot(grid[0, column])
         below = figure.add_subplot(grid[1, column], sharex=above)
         bins = calibration_bins(labels, probabilities, index)
@@ -190,16 +188,16 @@ def _shares(
     labels: Integers,
     probabilities: Floats,
     index: int | None,
-    resampling: Resampling | None,
+    resampling: Resampling,
 ) -> list[Metric]:
     """For each bin that has images, the share that are of the class, with its interval."""
-    patients = Resampling.of([None] * len(labels)) if resampling is None else resampling
     _, is_true_N, bin_N = binned(labels, probabilities, index)
     bars = []
     for place in np.unique(bin_N):
         rows = np.flatnonzero(bin_N == place)
         hit_N = is_true_N[rows]
-        bars += ratio_metrics({("share", None): (hit_N, np.ones_like(hit_N))}, patients.rows(rows))
+        of_patients = resampling.rows(rows)
+        bars += ratio_metrics({("share", None): (hit_N, np.ones_like(hit_N))}, of_patients)
     return bars
 
 

@@ -13,7 +13,6 @@ from lungopacity.evaluation.metrics import (
     age_band,
     calibration_bins,
     confusion_matrix,
-    roc_auc,
     wilson_interval,
 )
 from lungopacity.evaluation.table import largest_gaps, uncompared_groups
@@ -181,69 +180,6 @@ def test_at_none_and_at_all_a_bound_is_the_share_itself():
 def test_an_impossible_proportion_is_refused(successes, n):
     with pytest.raises(ValueError, match="no proportion"):
         wilson_interval(successes, n)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    scores=st.lists(st.integers(0, 8), min_size=4, max_size=40),
-    data=st.data(),
-)
-def test_auc_is_the_share_of_pairs_in_the_right_order(scores, data):
-    positive = np.array(
-        data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
-    )
-    scores_N = np.array(scores, float)
-    found = roc_auc(positive, scores_N)
-    if positive.all() or not positive.any():
-        assert math.isnan(found.value)
-        return
-    differences = scores_N[positive][:, None] - scores_N[~positive][None, :]
-    expected = ((differences > 0) + 0.5 * (differences == 0)).mean()
-    assert found.value == pytest.approx(expected)
-    if found.ci_low is not None:
-        assert 0 <= found.ci_low <= found.value <= found.ci_high <= 1
-
-
-def test_delongs_variance_is_that_of_the_direct_formula():
-    """DeLong et al. 1988: the structural components, pair by pair."""
-    rng = np.random.default_rng(1)
-    positive = rng.random(120) < 0.4
-    scores = np.round(rng.normal(size=120) + positive, 1)  # with ties
-    differences = scores[positive][:, None] - scores[~positive][None, :]
-    psi = (differences > 0) + 0.5 * (differences == 0)
-    variance = psi.mean(axis=1).var(ddof=1) / positive.sum()
-    variance += psi.mean(axis=0).var(ddof=1) / (~positive).sum()
-    found = roc_auc(positive, scores)
-    logits = [math.log(v / (1 - v)) for v in (found.ci_low, found.value, found.ci_high)]
-    half = 1.959964 * math.sqrt(variance) / (found.value * (1 - found.value))
-    assert logits[1] - logits[0] == pytest.approx(half, rel=1e-5)
-    assert logits[2] - logits[1] == pytest.approx(half, rel=1e-5)
-
-
-@pytest.mark.parametrize("positives", [1, 2])
-def test_one_film_of_a_kind_gives_no_interval(positives):
-    scores = np.array([0.4, 0.9, 0.1, 0.3, 0.5, 0.2])
-    for positive_N in (np.arange(6) < positives, np.arange(6) >= positives):
-        found = roc_auc(positive_N, scores)
-        assert 0 < found.value < 1
-        assert (found.ci_low is None, found.ci_high is None) == (positives == 1, positives == 1)
-
-
-@pytest.mark.parametrize("negatives", [20, 3])
-def test_tied_scores_give_no_interval(negatives):
-    found = roc_auc(np.arange(20 + negatives) < 20, np.full(20 + negatives, 0.3))
-    assert (found.value, found.ci_low, found.ci_high) == (0.5, None, None)
-
-
-def test_delongs_interval_holds_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(2)
-    truth = 0.7602  # P(X + 1 > Y) of standard normals
-    held = 0
-    for _ in range(400):
-        positive = np.arange(80) < 30
-        found = roc_auc(positive, rng.normal(size=80) + positive)
-        held += found.ci_low <= truth <= found.ci_high
-    assert 0.92 <= held / 400 <= 0.98
 
 
 def test_what_is_not_defined_is_nan_with_its_n_and_never_zero():

@@ -17,6 +17,7 @@ NAMES = ("Normal", "Lung_Opacity")
 LABELS = RNG.integers(0, 2, 200)
 POSITIVE = np.clip(0.3 + 0.4 * LABELS + RNG.normal(0, 0.2, 200), 0.01, 0.99)
 SCORES = np.stack([1 - POSITIVE, POSITIVE], axis=1)
+PATIENTS = Resampling.of([None] * 200, 20)
 HISTORY = pd.DataFrame(
     {
         "epoch": [1, 2, 3],
@@ -30,13 +31,18 @@ FIGURES = {
     "confusion": lambda note: plots.confusion_matrix_figure(
         np.array([[90, 10], [5, 95]]), NAMES, "model", note
     ),
-    "roc": lambda note: curves.roc_figure(LABELS, SCORES, NAMES, "model", note),
-    "precision and recall": lambda note: curves.precision_recall_figure(
-        LABELS, SCORES, NAMES, "model", note
+    "roc": lambda note: curves.roc_figure(
+        LABELS, SCORES, NAMES, "model", note, resampling=PATIENTS, points={}
     ),
-    "reliability": lambda note: plots.reliability_figure(LABELS, SCORES, NAMES, "model", note),
+    "precision and recall": lambda note: curves.precision_recall_figure(
+        LABELS, SCORES, NAMES, "model", note, resampling=PATIENTS
+    ),
+    "reliability": lambda note: plots.reliability_figure(
+        LABELS, SCORES, NAMES, "model", note,
+        positive=NAMES[1], uncalibrated=None, resampling=PATIENTS,
+    ),
     "history": lambda note: plots.history_figure(HISTORY, "model", note),
-}
+}  # fmt: skip
 
 
 def texts(figure) -> str:

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
-from sklearn.metrics import average_precision_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from lungopacity.evaluation import canvas, curves, plots
 from lungopacity.evaluation.bootstrap import (
@@ -15,14 +15,32 @@ from lungopacity.evaluation.bootstrap import (
     weighted_auc,
     weighted_average_precision,
 )
-from lungopacity.evaluation.metrics import calibration_bins, roc_auc
+from lungopacity.evaluation.metrics import calibration_bins
 from lungopacity.models import OperatingPoint
 
 NAMES = ("Normal", "Lung_Opacity")
 LABELS = np.array([1, 0, 1, 0, 0, 1, 0, 1])
 POSITIVE = np.array([0.9, 0.8, 0.7, 0.6, 0.55, 0.4, 0.3, 0.2])
 SCORES = np.stack([1 - POSITIVE, POSITIVE], axis=1)
-CURVES = (curves.roc_figure, curves.precision_recall_figure, plots.reliability_figure)
+
+
+def roc(labels, scores, names, title, note="", points=None, **more):
+    more = {"resampling": Resampling.of([None] * len(labels), 20), **more}
+    return curves.roc_figure(labels, scores, names, title, note, points=points or {}, **more)
+
+
+def precision_recall(labels, *given, **more):
+    more = {"resampling": Resampling.of([None] * len(labels), 20), **more}
+    return curves.precision_recall_figure(labels, *given, **more)
+
+
+def reliability(labels, scores, names, *given, **more):
+    patients = Resampling.of([None] * len(labels), 20)
+    more = {"positive": names[1], "uncalibrated": None, "resampling": patients, **more}
+    return plots.reliability_figure(labels, scores, names, *given, **more)
+
+
+CURVES = (roc, precision_recall, reliability)
 
 
 def drawn(figure):
@@ -32,7 +50,7 @@ def drawn(figure):
 
 
 def test_the_area_under_the_drawn_precision_steps_is_the_average_precision():
-    axes = curves.precision_recall_figure(LABELS, SCORES, NAMES, "model").axes[0]
+    axes = precision_recall(LABELS, SCORES, NAMES, "model").axes[0]
     line = next(line for line in axes.lines if str(line.get_label()).startswith("Lung_Opacity"))
     assert line.get_drawstyle() == "steps-post"
     recall, precision = line.get_data()
@@ -41,22 +59,19 @@ def test_the_area_under_the_drawn_precision_steps_is_the_average_precision():
     assert area == pytest.approx(average_precision_score(LABELS, POSITIVE))
 
 
-def test_the_drawn_roc_curve_is_that_of_scikit_learn_with_its_counts_and_delongs_interval():
+def test_the_drawn_roc_curve_is_that_of_scikit_learn_with_its_counts():
     labels = np.array([1, 0, 1, 0, 0, 0, 0, 1])
-    axes = curves.roc_figure(labels, SCORES, NAMES, "model").axes[0]
+    axes = roc(labels, SCORES, NAMES, "model").axes[0]
     (line,) = [line for line in axes.lines if str(line.get_label()).startswith("Lung_Opacity")]
     false_rates, true_rates, _ = roc_curve(labels, POSITIVE)
     np.testing.assert_allclose(line.get_data(), (false_rates, true_rates))
-    auc = roc_auc(labels == 1, POSITIVE)
-    assert line.get_label() == (
-        f"Lung_Opacity (n = 3): AUC {auc.value:.3f} "
-        f"(95 % interval {auc.ci_low:.3f}–{auc.ci_high:.3f})"
-    )
+    auc = roc_auc_score(labels, POSITIVE)
+    assert line.get_label().startswith(f"Lung_Opacity (n = 3): AUC {auc:.3f} (95 % interval ")
 
 
 def test_precision_stands_beside_the_share_that_chance_alone_reaches():
     labels = np.array([1, 0, 1, 0, 0, 0, 0, 1])
-    axes = curves.precision_recall_figure(labels, SCORES, NAMES, "model").axes[0]
+    axes = precision_recall(labels, SCORES, NAMES, "model").axes[0]
     shares = {
         line.get_label(): line.get_ydata()[0]
         for line in axes.lines
@@ -88,8 +103,8 @@ def test_text_stays_within_the_figure(draw):
 def test_a_class_that_no_image_has_is_named_without_a_curve():
     labels = np.zeros(8, int)
     for draw, undefined in (
-        (curves.roc_figure, {"Normal: AUC undefined", "Lung_Opacity: AUC undefined"}),
-        (curves.precision_recall_figure, {"Lung_Opacity: average precision undefined"}),
+        (roc, {"Normal: AUC undefined", "Lung_Opacity: AUC undefined"}),
+        (precision_recall, {"Lung_Opacity: average precision undefined"}),
     ):
         lines = draw(labels, SCORES, NAMES, "model").axes[0].lines
         empty = {line.get_label() for line in lines if len(line.get_xdata()) == 0}
@@ -115,7 +130,7 @@ def test_with_patients_each_curve_lies_in_its_band_and_the_legend_has_the_bootst
     assert len([band for band in bands if band.get_paths()]) == 2
     words = [text.get_text() for text in below.get_legend().get_texts()]
     assert "Pointwise 95 % band over patients" in words
-    figure_of = weighted_auc if draw is curves.roc_figure else weighted_average_precision
+    figure_of = weighted_auc if draw is roc else weighted_average_precision
     (weights_RN,) = PATIENTS.weights()
     low, high = percentile_interval(figure_of(MANY_LABELS == 1, MANY_POSITIVE, weights_RN))
     (told,) = [text for text in words if text.startswith("Lung_Opacity (n = ")]
@@ -127,7 +142,7 @@ def test_with_patients_each_curve_lies_in_its_band_and_the_legend_has_the_bootst
 @pytest.mark.parametrize("kind", [0, 1])
 def test_of_films_of_one_kind_no_operating_point_is_marked(kind):
     points = {"Lung_Opacity": POINTS}
-    axes = curves.roc_figure(np.full(8, kind), SCORES, NAMES, "model", points=points).axes[0]
+    axes = roc(np.full(8, kind), SCORES, NAMES, "model", points=points).axes[0]
     assert {line.get_marker() for line in axes.lines} == {"None"}
     (chance,) = [line for line in axes.lines if line.get_label() == "Chance"]
     assert (*chance.get_xdata(), *chance.get_ydata()) == (0, 1, 0, 1)
@@ -136,9 +151,7 @@ def test_of_films_of_one_kind_no_operating_point_is_marked(kind):
 
 
 def test_operating_points_are_marked_where_they_lie():
-    figure = curves.roc_figure(
-        MANY_LABELS, MANY_SCORES, NAMES, "model", points={"Lung_Opacity": POINTS}
-    )
+    figure = roc(MANY_LABELS, MANY_SCORES, NAMES, "model", points={"Lung_Opacity": POINTS})
     marks = [line for line in figure.axes[0].lines if line.get_marker() not in ("None", None)]
     assert len({line.get_marker() for line in marks}) == 2
     # A film that stands on the threshold is called.
@@ -158,7 +171,7 @@ def test_operating_points_are_marked_where_they_lie():
 def test_the_words_of_many_points_do_not_overlap():
     points = {f"point {number}": OperatingPoint(number / 20) for number in range(20)}
     figure = drawn(
-        curves.roc_figure(
+        roc(
             MANY_LABELS, MANY_SCORES, NAMES, "model · " * 20, "synthetic",
             resampling=PATIENTS, points={"Lung_Opacity": points},
         )
@@ -180,7 +193,7 @@ def test_reliability_is_shown_before_and_after_calibration_with_bars_over_patien
     widths = []
     for patients in (rows, np.arange(240)):
         resampling = Resampling.of([str(patient) for patient in patients], 200)
-        figure = plots.reliability_figure(
+        figure = reliability(
             MANY_LABELS[rows], MANY_SCORES[rows], NAMES, "model",
             uncalibrated=raw[rows], resampling=resampling,
         )  # fmt: skip
@@ -197,9 +210,7 @@ def test_reliability_is_shown_before_and_after_calibration_with_bars_over_patien
 
 def test_reliability_is_shown_of_the_probability_that_decides_too():
     names = ("Normal", "No Lung Opacity / Not Normal")
-    figure = drawn(
-        plots.reliability_figure(MANY_LABELS, MANY_SCORES, names, "model", positive=names[1])
-    )
+    figure = drawn(reliability(MANY_LABELS, MANY_SCORES, names, "model", positive=names[1]))
     predicted, decides = (axes for axes in figure.axes if "error" in axes.get_title())
     bins = calibration_bins(MANY_LABELS, MANY_SCORES, 1)
     assert bins.count_B[:7].any()
@@ -223,9 +234,7 @@ def test_reliability_is_shown_of_the_probability_that_decides_too():
 def test_each_panel_of_reliability_has_its_own_line_of_before():
     labels, rng = np.arange(90) % 3, np.random.default_rng(2)
     raw, shares = (rng.dirichlet(np.ones(3), 90) for _ in range(2))
-    figure = plots.reliability_figure(
-        labels, shares, ("a", "b", "c"), "model", positive="b", uncalibrated=raw
-    )
+    figure = reliability(labels, shares, ("a", "b", "c"), "model", positive="b", uncalibrated=raw)
     panels = [axes for axes in figure.axes if "error" in axes.get_title()]
     for axes, index, leftmost in zip(panels, (None, 1), (1 / 3, 0), strict=True):
         (line,) = [line for line in axes.lines if "Before" in str(line.get_label())]
@@ -243,13 +252,13 @@ def test_no_image_at_all_still_gives_a_figure(draw):
 
 def test_dollar_signs_in_a_class_name_are_no_mathematics():
     names = ("$\\frac$", "b")
-    assert canvas.figure_png(curves.roc_figure(LABELS, SCORES, names, "$\\frac$"))
+    assert canvas.figure_png(roc(LABELS, SCORES, names, "$\\frac$"))
     assert canvas.figure_png(plots.confusion_matrix_figure(np.eye(2, dtype=int), names, "m"))
 
 
 def test_names_that_differ_at_their_end_stay_two_in_a_legend():
     names = [f"Bacterial_pneumonia_acquired_{where}" for where in ("at_home", "in_hospital")]
-    figure = curves.roc_figure(LABELS, SCORES, names, "model")
+    figure = roc(LABELS, SCORES, names, "model")
     words = " ".join(text.get_text() for text in figure.findobj(Text))
     assert "Bacterial_pneum…ired_at_home (n" in words
     assert "Bacterial_pneum…_in_hospital (n" in words
