@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,15 +61,6 @@ class PhantomSettings:
 
 
 @dataclass(frozen=True)
-class PhantomArchive:
-    """Counts of what was written: films by label and by format, and shards."""
-
-    labels: Mapping[str, int]
-    formats: Mapping[str, int]
-    shards: int
-
-
-@dataclass(frozen=True)
 class _Planned:
     """One film before it is drawn."""
 
@@ -90,7 +80,7 @@ class _Planned:
 
 def write_phantom_archive(
     store: Store, settings: PhantomSettings, on_progress: Callable[[int], object] | None = None
-) -> PhantomArchive:
+) -> None:
     """Write `archive/loose/…`, `archive/shards/…`, `labels.csv` and `boxes.csv` under the root.
 
     In the labels, `image` is the key under `archive/`, or the member's name in a shard.
@@ -108,8 +98,7 @@ def write_phantom_archive(
         shards += 1
         members.clear()
 
-    plan = list(_plan(settings))
-    for film in plan:
+    for film in _plan(settings):
         row, found, data = _film(film, settings)
         labels.append(row)
         boxes += [{"image": film.name, **vars(box)} for box in found]
@@ -125,11 +114,6 @@ def write_phantom_archive(
         close_shard()
     store.write("labels.csv", _csv(labels, _LABEL_COLUMNS))
     store.write("boxes.csv", _csv(boxes, ("image", "x", "y", "width", "height")))
-    return PhantomArchive(
-        labels=Counter(row["label"] for row in labels),
-        formats=Counter(film.image_format for film in plan),
-        shards=shards,
-    )
 
 
 def _plan(settings: PhantomSettings) -> Iterator[_Planned]:

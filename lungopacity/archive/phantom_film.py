@@ -45,7 +45,6 @@ class Body:
     """The build of a patient, which all of the patient's films share. Lengths in cm."""
 
     sex: Sex
-    age_years: int
     scale: float
     """Scale of the thorax; 1 is a middle-sized adult."""
     half_depth: float
@@ -85,7 +84,6 @@ def draw_body(rng: np.random.Generator, sex: Sex, age_years: int) -> Body:
     male = sex == "M"
     return Body(
         sex=sex,
-        age_years=age_years,
         scale=float(rng.normal(1.0 if male else 0.92, 0.045)),
         half_depth=float(np.clip(rng.normal(11.0 if male else 10.2, 1.2), 8.0, 14.5)),
         heart=float(np.clip(rng.normal(1.0 + 0.0012 * (age_years - 50), 0.08), 0.8, 1.3)),
