@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from lungopacity.results.schema import (
     predictions_schema,
 )
 from lungopacity.results.workbench import workbench
+from lungopacity.runtime import alone
 from lungopacity.screening.history import History
 from lungopacity.screening.plan import make_plan
 from lungopacity.screening.rules import Rules
@@ -68,8 +68,7 @@ def plan_costs(
     """
     model_id = "model" if model is None else load_model(model).model_id
     if images is not None:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return [pool.apply(_measured_archive, (images, model_id))]
+        return [alone(_measured_archive, images, model_id)]
     if min(sizes, default=0) < 100:
         raise UserError("--keys must be at least 100")
     costs = []
@@ -77,8 +76,7 @@ def plan_costs(
         for keys in sizes:
             with TemporaryDirectory(prefix="lungopacity-") as folder:
                 _write_archive(Path(folder), keys, model_id)
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    costs.append(pool.apply(_measured, (folder, keys, model_id)))
+                costs.append(alone(_measured, folder, keys, model_id))
             progress.advance(1)
     return costs
 

@@ -21,6 +21,7 @@ from lungopacity.progress import Progress
 from lungopacity.radiograph import Preprocessing
 from lungopacity.results.folder import commit_run, part_key
 from lungopacity.results.schema import part_schema
+from lungopacity.runtime import alone
 from lungopacity.screening.aggregate import run_metrics
 from lungopacity.screening.parts import ROWS_PER_PART
 from lungopacity.screening.plan import Plan, make_plan
@@ -64,8 +65,7 @@ def publish_costs(sizes: Sequence[int]) -> list[PublishCost]:
         for rows in sizes:
             with TemporaryDirectory(prefix="lungopacity-") as folder:
                 _write_parts(folder, rows)
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    costs.append(pool.apply(_measured, (folder, rows)))
+                costs.append(alone(_measured, folder, rows))
             progress.advance(1)
     return costs
 
