@@ -13,7 +13,6 @@ import pandas as pd
 
 from lungopacity.archive.content import settings_of_model
 from lungopacity.dataset.manifest import (
-    FACT_COLUMNS,
     assign_splits,
     check_contents,
     check_patients,
@@ -291,11 +290,7 @@ def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: boo
 
 def _groups(data: LabelledPixels, further: pd.DataFrame) -> dict[str, list[str | None]]:
     """The subgroup of each image, by column: those of every report, and those of `further`."""
-    facts = {
-        name: [None if pd.isna(value) else value for value in data.images[name]]
-        for name in FACT_COLUMNS
-    }
-    asked, groups = further.loc[data.images["image"]], fact_groups(facts)
+    asked, groups = further.loc[data.images["image"]], fact_groups(data.images)
     # A labels column may be named like one of ours, such as `age`, with other values.
     return groups | {
         f"{name} of the labels" if name in groups else str(name): asked[name].tolist()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, fields
 
 import pyarrow as pa
 
 from lungopacity.errors import NOTICE
 from lungopacity.evaluation.metrics import Metric
+from lungopacity.words import finite
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,7 @@ class ExplanationResult:
             for item in fields(self)
             if item.name not in ("metrics", "table")
         }
-        rows = [
-            {
-                key: None if isinstance(value, float) and math.isnan(value) else value
-                for key, value in vars(metric).items()
-            }
-            for metric in self.metrics
-        ]
+        rows = finite([vars(metric) for metric in self.metrics])
         return json.dumps({"notice": NOTICE, **facts, "metrics": rows}, indent=2)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +37,7 @@ from lungopacity.results.schema import class_column, evaluation_schema
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.storage.probe import check_writable
+from lungopacity.words import finite
 
 _MOST_LISTED = 10
 EVALUATION = "evaluation.json"
@@ -198,9 +198,7 @@ class EvaluationResult:
 
     def to_json(self) -> str:
         """All fields, with undefined values as null."""
-        rows = [
-            {key: _finite(value) for key, value in vars(metric).items()} for metric in self.metrics
-        ]
+        rows = finite([vars(metric) for metric in self.metrics])
         facts = {key: v for key, v in vars(self).items() if key not in ("metrics", "gaps")}
         gaps = [gap.to_dict() for gap in self.gaps]
         return json.dumps({"notice": NOTICE, **facts, "gaps": gaps, "metrics": rows}, indent=2)
@@ -333,7 +331,3 @@ def _of_group(item: Metric) -> str:
 def _films(item: Metric) -> str:
     """`n = 40 of 2 patients`."""
     return f"n = {item.n}" + ("" if item.patients is None else f" of {item.patients} patients")
-
-
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

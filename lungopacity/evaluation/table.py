@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 
 from lungopacity.evaluation.metrics import Metric, age_band
@@ -218,14 +219,13 @@ def _comparable(metrics: Sequence[Metric], positive: str, point: str) -> Iterabl
     return found.values()
 
 
-def fact_groups(facts: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:
-    """The subgroups that every evaluation reports.
-
-    facts: `view_position`, `patient_sex` and `patient_age_years`, one value or None per image.
-    """
+def fact_groups(facts: pd.DataFrame) -> dict[str, list[str | None]]:
+    """The subgroups that every evaluation reports. facts: `FACT_COLUMNS`, a row per image."""
     ages = facts["patient_age_years"]
     return {
-        "view_position": [None if view is None else str(view) for view in facts["view_position"]],
-        "patient_sex": [None if sex is None else str(sex) for sex in facts["patient_sex"]],
-        "age": [None if age is None else age_band(float(age)) for age in ages],
+        **{
+            name: [None if pd.isna(word) else str(word) for word in facts[name]]
+            for name in ("view_position", "patient_sex")
+        },
+        "age": [None if pd.isna(age) else age_band(float(age)) for age in ages],
     }

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -15,7 +13,7 @@ import pyarrow.csv
 from lungopacity.errors import UserError
 from lungopacity.results.schema import METADATA
 from lungopacity.storage.parquet import parquet_bytes
-from lungopacity.words import printable
+from lungopacity.words import finite, printable
 
 
 def rendered(table: pa.Table, output_format: str) -> bytes:
@@ -56,21 +54,12 @@ def _json(table: pa.Table) -> bytes:
         raise UserError(
             f"column '{name}' occurs {times} times, but JSON allows it once; rename it with AS"
         )
-    lines = (json.dumps(_finite(row), default=str, allow_nan=False) for row in table.to_pylist())
+    lines = (json.dumps(finite(row), default=str, allow_nan=False) for row in table.to_pylist())
     return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _parquet(table: pa.Table) -> bytes:
     return parquet_bytes(table.replace_schema_metadata(METADATA))
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for NaN and infinities, which JSON cannot represent."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _aligned(table: pa.Table) -> bytes:

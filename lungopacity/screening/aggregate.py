@@ -121,12 +121,6 @@ def label_metrics(
     labels_N = np.array([index_of[label] for label in rows["label"].to_pylist()])
     told = labels.set_index("image").loc[rows["name"].to_pylist()]
     facts = facts_of(told, rows.select(list(FACT_COLUMNS)).to_pandas())
-    groups = fact_groups(
-        {
-            name: [None if pd.isna(value) else value for value in facts[name]]
-            for name in FACT_COLUMNS
-        }
-    )
     scored = ScoredImages(
         labels_N,
         probabilities_NK.astype(np.float64),
@@ -152,7 +146,7 @@ def label_metrics(
     picked_on = _count(
         "films_operating_point_picked_on", pa.compute.sum(among).as_py(), rows.num_rows
     )
-    return [*left_out, picked_on, *measure(scored, groups, resampling)]
+    return [*left_out, picked_on, *measure(scored, fact_groups(facts), resampling)]
 
 
 def warn_of_useless_labels(
