@@ -127,8 +127,3 @@ def tell_end(why: str) -> bool:
     if _as_json:
         log.error("%s", why)
     return _as_json
-
-
-def logs_as_json() -> bool:
-    """Whether the last call of `log_lines` asked for `json`."""
-    return _as_json

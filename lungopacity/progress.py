@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from threading import Event, Thread
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 log = logging.getLogger(__name__)
@@ -113,12 +112,7 @@ class Progress:
             self._watch.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         global _shown
         self._ended.set()
         if self._watch is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local_s3 import LocalS3
-from lungopacity.observe import log_lines, logs_as_json
+from lungopacity import observe
 from tests.fault_proxy import FaultProxy, fault_proxy
 
 # Before anything imports ray: see lungopacity.runtime.
@@ -37,8 +37,8 @@ def _log_lines_for_people() -> Iterator[None]:
     """A test that asks for JSON log lines, whether it passes or not, leaves no later test with
     them."""
     yield
-    if logs_as_json():
-        log_lines("text")
+    if observe._as_json:
+        observe.log_lines("text")
 
 
 @pytest.fixture(autouse=True)

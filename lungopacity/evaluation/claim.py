@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import re
 
-ITEMS = 42
-
 _ANSWERED = re.compile(r"^[^\[\]:]*\[(\d+(?:, \d+)*)\]", re.MULTILINE)
 """Item numbers in brackets before the first colon of a line: lists of numbers after it are text."""
 

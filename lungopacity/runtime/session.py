@@ -54,11 +54,6 @@ class RaySession:
         self._ending: Future[None] | None = None
         self._without_idle_actors: ExitStack | None = None
 
-    @property
-    def is_starting(self) -> bool:
-        """Whether the thread of a `ray_ahead` is starting Ray."""
-        return self._ahead is not None and not self._ahead[1].done()
-
     @contextmanager
     def joined(self) -> Iterator[None]:
         """See `ray_session`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import pyarrow.parquet as pq
@@ -47,13 +46,8 @@ class Landed:
         self.progress.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.progress.__exit__(kind, error, trace)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.progress.__exit__(kind)
 
     def add(self, part: Counter[str]) -> None:
         """part: counts of a part file that was written, as `screen_objects` yields them."""

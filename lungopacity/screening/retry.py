@@ -60,8 +60,11 @@ def retry(
     if not failed:
         return None
     settings = record.get("settings", {})
+    model = model or record.get("model")
+    if model is None:
+        raise UserError(f"run '{run_id}' does not record where its model is; give --model URI")
     job = screening_job(
-        model or record.get("model") or _no_model(run_id),
+        model,
         results,
         accept=settings.get("accept", ()),
         reject_quality=settings.get("reject_quality"),
@@ -107,10 +110,6 @@ def retry(
         before_commit=check,
         go_on="run the same command again to start over",
     )
-
-
-def _no_model(run_id: str) -> str:
-    raise UserError(f"run '{run_id}' does not record where its model is; give --model URI")
 
 
 def left_alone(results: str, run_id: str) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-"""Fetches whole objects with obstore, which takes a sixth of boto3's CPU time for a small one.
+"""Fetches whole objects with obstore, which takes a fifth of boto3's CPU time for a small one.
 
 Only plain successes count. Everything unusual is left to boto3, for which this package has retries,
 checksums and error codes.

@@ -29,7 +29,8 @@ from lungopacity.cli import main
 imported = builtins.__import__
 
 def guarded(name, *arguments, **more):
-    if RAY.is_starting and threading.current_thread() is threading.main_thread():
+    is_starting = RAY._ahead is not None and not RAY._ahead[1].done()
+    if is_starting and threading.current_thread() is threading.main_thread():
         assert name.partition(".")[0] != "ray", "two threads import Ray, and see half of it"
     return imported(name, *arguments, **more)
 
