@@ -43,7 +43,11 @@ from lungopacity.errors import NOTICE
 @gpu_option
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 def evaluate(as_json: bool, **options: Any) -> int:
-    """Measure a model against labels: metrics and curves, beside the paper's Table 1."""
+    """Measure a model against labels.
+
+    Writes metrics with intervals, also by subgroup, a model card and figures. Prints the paper's
+    Table 1 beside the same figures of this model.
+    """
     from lungopacity.evaluation.evaluate import evaluate as run
 
     result = run(**options)
@@ -76,9 +80,10 @@ def evaluate(as_json: bool, **options: Any) -> int:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print counts and metrics as JSON.")
 def explain(as_json: bool, **options: Any) -> int:
-    """Show where a model sees the positive class (Grad-CAM), and whether boxes lie there.
+    """Show where a model sees the positive class (Grad-CAM).
 
-    Runs in this process, without Ray. For an archive, use `screen --explain`.
+    With --boxes, also measures how often readers' boxes lie there. Runs in this process, without
+    Ray. For an archive, use `screen --explain`.
     """
     from lungopacity.evaluation.explain import explain as run
 
@@ -117,9 +122,10 @@ def explain(as_json: bool, **options: Any) -> int:
     "films.",
 )
 def threshold(**options: Any) -> int:
-    """Pick a threshold for a site, from films that were screened and labelled there.
+    """Pick a decision threshold for a site.
 
-    Without --results, pick one by another rule from the validation films of training.
+    It is picked from films that were screened and labelled there. Without --results, pick one by
+    another rule from the validation films of training.
     """
     from lungopacity.evaluation.threshold import threshold as run
 
@@ -134,7 +140,10 @@ def threshold(**options: Any) -> int:
 @click.option("--second", metavar="URI", required=True, help="The other model's report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def compare(first: str, second: str, as_json: bool) -> int:
-    """Test whether one of two models is better on the same images, or only by chance."""
+    """Test whether one of two models is better, or only by chance.
+
+    They are compared on the images that both reports have.
+    """
     from lungopacity.evaluation.compare import compare as run
 
     found = run(first, second)

@@ -40,7 +40,10 @@ from lungopacity.errors import NOTICE, UserError
 def labels(
     folders: str | None, layout: str | None, sql: str | None, tables: dict[str, str], output: str
 ) -> int:
-    """Make a labels file from folders, a public set's tables, or any tables by SQL."""
+    """Make a labels file from folders or tables.
+
+    One folder per class, the tables of a public set, or any tables by SQL.
+    """
     from lungopacity.dataset import layouts
 
     if sum(way is not None for way in (folders, layout, sql)) != 1:
@@ -76,11 +79,10 @@ def labels(
 @rule_options
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 def audit(classes: str | None, as_json: bool, **options: Any) -> int:
-    """Look for what would flatter a model on these films: copies, patients in two splits,
-    shortcuts.
+    """Look for copies, patients in two splits, and shortcuts.
 
-    Exits with 1 if films or patients leak from one split into another. Labels without splits get
-    those that `train` would make.
+    Each of these makes a model look better than it is. Exits with 1 if films or patients leak from
+    one split into another. Labels without splits get those that `train` would make.
     """
     from lungopacity.evaluation.audit import audit as run
 

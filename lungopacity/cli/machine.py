@@ -14,7 +14,7 @@ from lungopacity.cli.options import EPILOG, words_of
 @click.option("--storage", metavar="URI", default=None, help="Also try to list this place.")
 @click.option("--results", metavar="URI", default=None, help="Also try to write to this place.")
 def doctor(storage: str | None, results: str | None) -> int:
-    """Report what this machine has, what is missing, and how to fix it."""
+    """Show what this machine has, what it lacks, and what to do."""
     from lungopacity.doctor import diagnose, report
 
     findings = diagnose(storage, results)
@@ -24,7 +24,7 @@ def doctor(storage: str | None, results: str | None) -> int:
 
 @click.group(epilog=EPILOG)
 def benchmark() -> None:
-    """Measure how fast the parts are on this machine, beside the alternatives."""
+    """Measure how fast the parts are, beside the alternatives."""
 
 
 def _whole_numbers(
@@ -111,7 +111,10 @@ def _print(
 def decode(
     as_json: bool, model: str | None, core_hour: float, gpu_hour: float, **options: Any
 ) -> int:
-    """Measure images a second on one core, from bytes to grey pixels, by format."""
+    """Measure images a second of decoding, by format.
+
+    On one core, from bytes to grey pixels.
+    """
     from lungopacity.benchmark import feeding, forward
     from lungopacity.benchmark.decode import decode_speeds, table
     from lungopacity.benchmark.place import NO_GPU, gpus_here
@@ -150,7 +153,10 @@ _keys_option = click.option(
 @click.option("--model", metavar="URI", default=None, help="Model folder to plan for.")
 @_json_option
 def plan(as_json: bool, **options: Any) -> int:
-    """Measure seconds and memory of planning a night, from an inventory file and a history."""
+    """Measure seconds and memory of planning a night.
+
+    It is planned from an inventory file and a history.
+    """
     from lungopacity.benchmark.plan import plan_costs, table
 
     _print(as_json, figures=(plan_costs(**options), table))
@@ -161,7 +167,10 @@ def plan(as_json: bool, **options: Any) -> int:
 @_keys_option
 @_json_option
 def publish(sizes: list[int], as_json: bool) -> int:
-    """Measure seconds and memory of publishing a run, from its part files to its record."""
+    """Measure seconds and memory of publishing a run.
+
+    From its part files to its commit record.
+    """
     from lungopacity.benchmark.publish import publish_costs, table
 
     _print(as_json, figures=(publish_costs(sizes), table))
@@ -206,10 +215,10 @@ def score(
     precision: list[str],
     batch_sizes: list[int] | None,
 ) -> int:
-    """Measure the forward pass: on one core, compiled and in torch; on a GPU, by batch size.
+    """Measure the forward pass of the networks.
 
-    Prints milliseconds a film on one core, and images a second on a GPU. Without a GPU,
-    --batch-sizes measures images a second on all cores.
+    Prints milliseconds a film on one core, compiled and in torch, and images a second on a GPU, by
+    batch size. Without a GPU, --batch-sizes measures images a second on all cores.
     """
     from lungopacity.benchmark import forward
     from lungopacity.benchmark.place import NO_GPU, Place
@@ -277,7 +286,10 @@ def screen(
     ways: list[str] | None,
     **options: Any,
 ) -> int:
-    """Measure images a second of screening, beside a bare loop and other ways to do it."""
+    """Measure images a second of screening, and of other ways.
+
+    One of these is a bare loop, the limit of the machine.
+    """
     from lungopacity.benchmark.inputs import made_up
     from lungopacity.benchmark.screen import WAYS, check_ways, screen_speeds
     from lungopacity.benchmark.screen_table import table
@@ -346,7 +358,7 @@ def train(
     count: int,
     **options: Any,
 ) -> int:
-    """Measure images a second of training, beside the same loop without Ray."""
+    """Measure images a second of training, with and without Ray."""
     from lungopacity.benchmark.inputs import made_up
     from lungopacity.benchmark.train import table, train_speeds
 

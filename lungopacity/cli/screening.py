@@ -108,7 +108,10 @@ def _screening_options(command: Any) -> Any:
     "--limit", type=OBJECTS, default=None, help="Screen only this many objects, the first by key."
 )
 def screen(**options: Any) -> int:
-    """Score every image of an archive; publish predictions and metrics as Parquet."""
+    """Score every image of an archive.
+
+    Publishes predictions and metrics as Parquet.
+    """
     from lungopacity.screening.report import summary
     from lungopacity.screening.screen import screen as run
 
@@ -165,7 +168,10 @@ def nightly(**options: Any) -> int:
 @_gpus_per_actor_option
 @_model_actors_option
 def retry(**options: Any) -> int:
-    """Screen again what a run could not read for a reason that may have passed."""
+    """Screen again what a run could not read.
+
+    Only images that failed for a reason that may have passed are tried again.
+    """
     from lungopacity.screening.report import summary
     from lungopacity.screening.retry import left_alone
     from lungopacity.screening.retry import retry as run
@@ -199,7 +205,10 @@ def retry(**options: Any) -> int:
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def clean(**options: Any) -> int:
-    """Remove what killed jobs left behind, but nothing that a published run needs."""
+    """Remove what killed jobs left behind.
+
+    Nothing that a published run needs is removed.
+    """
     from lungopacity.screening.clean import clean as run
     from lungopacity.screening.report import clean_summary
 

@@ -154,10 +154,11 @@ def train(classes: str, **options: Any) -> int:
     help="Stop after so many seconds; the next call runs the trials that this cut short.",
 )
 def tune(classes: str, **options: Any) -> int:
-    """Search for better settings by the calibrated validation loss, on the cluster's CPUs or GPUs.
+    """Search for better settings.
 
-    After a crash, the same command continues where it stopped; with more --trials, it adds them.
-    best.json holds the command that trains the best.
+    The best have the lowest validation loss after calibration. Trials run side by side, on CPUs or
+    GPUs. After a crash, the same command continues where it stopped; with more --trials, it adds
+    them. best.json holds the command that trains the best.
     """
     from lungopacity.results.render import rendered
     from lungopacity.training.tune import tune as run
@@ -180,7 +181,10 @@ def tune(classes: str, **options: Any) -> int:
 )
 @click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
 def ensemble(members: Sequence[str], output: str) -> int:
-    """Combine models that learnt from the same films into one, which averages their logits."""
+    """Combine models that learnt from the same films into one.
+
+    It averages their calibrated logits.
+    """
     from lungopacity.training.ensemble import ensemble as run
 
     model = run(members, output)
@@ -196,9 +200,10 @@ def ensemble(members: Sequence[str], output: str) -> int:
 @click.option("--model", metavar="URI", required=True, help="A model folder.")
 @click.option("--output", metavar="URI", required=True, help="Where the model folder goes.")
 def compile_(model: str, output: str) -> int:
-    """Copy a model folder, with its network compiled for CPUs: the same scores, faster.
+    """Copy a model folder, with its network compiled for CPUs.
 
-    For folders written before training did so, or whose compiled network can no longer be loaded.
+    It gives the same scores, faster. For folders written before training did so, or whose compiled
+    network can no longer be loaded.
     """
     from lungopacity.training.compile import compile as run
 
@@ -211,7 +216,10 @@ def compile_(model: str, output: str) -> int:
 @click.command(epilog=EPILOG)
 @click.argument("name", required=False)
 def models(name: str | None) -> int:
-    """List the networks; with NAME, list the settings it is trained with and what each does."""
+    """List the networks, or the settings of one network.
+
+    With NAME, tells each setting that it is trained with, and what that does.
+    """
     from lungopacity.training.catalogue import networks_table, recipe_table
 
     click.echo(networks_table() if name is None else recipe_table(name))

@@ -57,6 +57,14 @@ def test_an_option_that_another_command_names_otherwise_is_named(capfd, argument
     assert err.endswith(f"No such option '{arguments[1]}'. Did you mean '{meant}'?\n")
 
 
+@pytest.mark.parametrize("group", [[], ["benchmark"]])
+def test_a_list_of_commands_has_room_for_what_each_does(capfd, group):
+    _, out, _ = run(capfd, *group, "--help")
+    listed = out.split("Commands:")[1]
+    assert "  train " in listed
+    assert "..." not in listed
+
+
 def test_a_limit_that_no_user_meets_is_not_in_the_help(capfd):
     _, out, _ = run(capfd, "screen", "--help")
     assert re.search(r"--limit INTEGER +Screen only", out)
