@@ -16,7 +16,7 @@ from lungopacity.results.workbench import quoted
 from lungopacity.runtime import versions
 from lungopacity.screening.pseudonyms import Pseudonyms
 from lungopacity.screening.rules import Rules
-from lungopacity.storage import Store
+from lungopacity.storage import ObjectInfo, Store
 
 log = logging.getLogger(__name__)
 
@@ -117,17 +117,21 @@ class History:
                 objects,
             )
 
-    def to_screen(self, listed: str) -> str:
+    def to_screen(self, listed: str, *, keep_gone: bool = False) -> str:
         """SQL that selects the rows of the table `listed` that have to be screened. Call `load`
         first.
 
         Column `tried`: place of the newest run that tried the object with its present content; null
-        if none did.
+        if none did. `keep_gone`: an object that is `gone` counts as it was when it was last tried,
+        so that what was read before it was removed keeps its rows.
         """
         name = "image" if self.pseudonyms is None else "hashed(image)"
+        same = f"{_VERSION} = known.version"
+        if keep_gone:
+            same = f"({same} OR source_etag = {quoted(ObjectInfo.gone('').etag)})"
         return f"""
             SELECT {listed}.*, known.place AS tried FROM {listed} LEFT JOIN screened known
-            ON {_number(name)} = known.name AND {_VERSION} = known.version
+            ON {_number(name)} = known.name AND {same}
             WHERE known.name IS NULL OR known.again
         """
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lungopacity.archive.inventory import Inventory, plan_table
 from lungopacity.errors import OF_STORAGE, OF_VERSION, Status, UserError
@@ -18,11 +17,10 @@ from lungopacity.models.scorer import FLOAT32
 from lungopacity.results.folder import read_run
 from lungopacity.results.query import files_of_runs, predictions_of
 from lungopacity.results.schema import PLAN_SCHEMA
-from lungopacity.results.workbench import temporary_folder
+from lungopacity.results.workbench import workbench
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History, of_other_version
 from lungopacity.screening.job import ScreeningJob, screening_job
-from lungopacity.screening.plan import choose
 from lungopacity.screening.pseudonyms import read_key_map
 from lungopacity.screening.screen import run_job
 from lungopacity.storage import ObjectInfo, Store, open_store
@@ -46,12 +44,12 @@ def retry(
     """Screen the objects of a run that failed with a code of `OF_STORAGE`, or under another version
     of lungopacity with one of `OF_VERSION`, and publish them as a new run.
 
-    Objects that a later run has read with their present content are left out. Returns None if no
-    objects are left. The old run stays as it is. The new one names it as `retry_of`, and the view
-    `latest` of `query` shows the new rows. `model`: the URI of the run's model, if that was moved.
-    `hmac_key`: the run's own, if it had one. `precision`: another than the run's, for example if
-    there is no GPU now. `gpus_per_actor`, `model_actors`: as in screening. Raises `UserError`, also
-    if another run reads some of the objects meanwhile.
+    Objects that a later run has read are left out, unless they were replaced since then. Returns
+    None if no objects are left. The old run stays as it is. The new one names it as `retry_of`, and
+    the view `latest` of `query` shows the new rows. `model`: the URI of the run's model, if that
+    was moved. `hmac_key`: the run's own, if it had one. `precision`: another than the run's, for
+    example if there is no GPU now. `gpus_per_actor`, `model_actors`: as in screening. Raises
+    `UserError`, also if another run reads some of the objects meanwhile.
     """
     began = time.monotonic()
     store = open_store(results)
@@ -201,7 +199,10 @@ def _not_read_since(job: ScreeningJob, archive: str, objects: pa.Table) -> pa.Ta
     """Those of the objects that no later run has read. The rows of a later run must not be replaced
     by a failure of today, or by decisions at an older operating point."""
     history = History.read(job.results, archive, job.model.model_id, job.rules, job.pseudonyms)
-    with temporary_folder() as folder:
-        files = choose(Inventory(archive, iter([objects])), folder, None, history)
-        tables = [pq.read_table(file.path, columns=PLAN_SCHEMA.names) for file in files]
-    return pa.concat_tables([PLAN_SCHEMA.empty_table(), *tables])
+    with workbench() as (connection, _):
+        history.load(connection)
+        connection.register("objects", objects)
+        unread = connection.sql(
+            f"SELECT * FROM ({history.to_screen('objects', keep_gone=True)}) ORDER BY image"
+        ).to_arrow_table()
+    return unread.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA)

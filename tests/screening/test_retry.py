@@ -24,6 +24,9 @@ def test_what_a_later_run_has_read_is_not_retried_and_stays_the_newest(place, mo
         del place.failing["Baker.png"]
         assert lungopacity.retry(place.results, run.run_id, **key).ok == 1
         assert lungopacity.retry(place.results, run.run_id, **key) is None
+        # Nor must it give way to a failure because the film was removed since.
+        place.archive.delete("Adams.png")
+        assert lungopacity.retry(place.results, run.run_id, **key) is None
         # But for what was replaced since.
         place.archive.write("Adams.png", b"another film")
         assert lungopacity.retry(place.results, run.run_id, **key).failed == 1
