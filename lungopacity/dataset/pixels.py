@@ -67,6 +67,10 @@ class LabelledPixels:
             digest.update(repr(row).encode())
         return digest.hexdigest()
 
+    def views(self, column: str = "view_position") -> list[str | None]:
+        """The view of each image, or with `header_view` that of its header; None if unknown."""
+        return [None if pd.isna(view) else str(view) for view in self.images[column]]
+
     def without_unlike(self, like: npt.NDArray[np.int64]) -> LabelledPixels:
         """Only the rows `like`; the others are rejected as `out_of_distribution`."""
         left_out = (

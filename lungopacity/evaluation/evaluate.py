@@ -31,7 +31,6 @@ from lungopacity.evaluation.report import (
     EvaluationResult,
     ModelScores,
     check_output,
-    header_views,
     write_figures,
     write_tables,
 )
@@ -181,7 +180,7 @@ def _scored_images(
         spec.positive_class,
         softmax(scores.logits_NK),
         points,
-        header_views(data.images),
+        data.views("header_view"),
     )
 
 

@@ -239,8 +239,11 @@ def write_tables(
     predicted = scores.probabilities_NK.argmax(axis=1)
     frame["predicted_label"] = [result.class_names[index] for index in predicted]
     p_N = scores.probabilities_NK[:, result.class_names.index(result.positive_class)]
-    views = header_views(data.images)
-    frame["decision"] = [point.decide(float(p), view) for p, view in zip(p_N, views, strict=True)]
+    frame["decision"] = [
+        # As in screening, which knows no labels.
+        point.decide(float(p), view)
+        for p, view in zip(p_N, data.views("header_view"), strict=True)
+    ]
     frame["ensemble_disagreement"] = scores.disagreement_N
     frame["out_of_distribution_score"] = scores.unlike_N
     schema = evaluation_schema(result.class_names)
@@ -250,11 +253,6 @@ def write_tables(
     store.write("metrics.parquet", parquet_bytes(table))
     store.write("predictions.parquet", parquet_bytes(predictions))
     store.write("table1.txt", (result.summary() + "\n").encode())
-
-
-def header_views(images: pd.DataFrame) -> list[str | None]:
-    """The view of each image by its header, as screening knows it. images: of `LabelledPixels`."""
-    return [None if pd.isna(view) else str(view) for view in images["header_view"]]
 
 
 def write_figures(

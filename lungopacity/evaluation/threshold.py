@@ -4,7 +4,6 @@ model."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections import Counter
@@ -34,8 +33,8 @@ from lungopacity.models import (
     TrainedModel,
     films_known_to,
     load_model,
-    read_validation,
     save_operating_point,
+    validation_films,
 )
 from lungopacity.results.query import query
 from lungopacity.results.schema import class_column
@@ -99,8 +98,9 @@ def threshold(
 ) -> PickedPoint:
     """Pick an operating point by `rule`, and keep it as `name` in the model folder.
 
-    `by_view`: pick thresholds for each view that headers state, too; films of other views, and of
-    none, are decided by the thresholds that are picked on all films.
+    `by_view`: pick thresholds for each view that headers state (of validation films, labels or
+    headers), too; films of other views, and of none, are decided by the thresholds that are picked
+    on all films.
 
     results: URI of a results folder. The model's newest score of each image counts, or that of
     `run_id`. None takes the validation films that the model folder keeps, as training does for its
@@ -117,11 +117,6 @@ def threshold(
     trained = load_model(model)
     if results is None and not (run_id is None and labels is None):
         raise UserError("--run-id and --labels belong to --results: give it, or leave them out")
-    if results is None and by_view:
-        raise UserError(
-            "--by-view needs --results: the model folder does not record the views of its "
-            "validation films"
-        )
     films = _films(model, trained, results, run_id, labels)
     positive_N, positive = films.positive_N, trained.spec.positive_class
     _check_enough(films, trained.spec)
@@ -174,7 +169,7 @@ def _points_of_views(
         else:
             others.append(f"{view} has {counts[0]} with {positive} and {counts[1]} without")
     unknown = views.count(None)
-    others += [f"{unknown} films state no view"] if unknown else []
+    others += [f"of {unknown} films no view is known"] if unknown else []
     if not points:
         raise UserError(
             f"--by-view: no view has {FEWEST_IMAGES} films with {positive} and {FEWEST_IMAGES} "
@@ -371,14 +366,12 @@ def _labelled(
 
 
 def _validation(model: str, trained: TrainedModel) -> pd.DataFrame:
-    """Label, score and content_sha256 of the validation films. The model folder does not record
-    their patients."""
+    """Label, view, score and content_sha256 of the validation films. The model folder does not
+    record their patients."""
     spec = trained.spec
-    kept = pd.read_parquet(io.BytesIO(read_validation(model)))
-    # By place, because older folders name the columns otherwise.
-    logits_VK = kept.drop(columns=["content_sha256", "label"]).to_numpy()
+    films, logits_VK = validation_films(model)
     p_V = spec.probabilities(logits_VK)[:, spec.positive_index]
-    return kept[["content_sha256", "label"]].assign(p=p_V, patient=None, view=None)
+    return films.rename(columns={"view_position": "view"}).assign(p=p_V, patient=None)
 
 
 def _names_are_hashed(results: str, of_runs: str) -> bool:

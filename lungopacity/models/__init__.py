@@ -10,6 +10,7 @@ from lungopacity.models.folder import (
     read_validation,
     refuse_model,
     save_model,
+    validation_films,
 )
 from lungopacity.models.model import ModelSpec, OperatingPoint, TrainedModel, weights_of
 from lungopacity.models.networks import (
@@ -53,6 +54,7 @@ __all__ = [
     "save_model",
     "save_operating_point",
     "settings_of_network",
+    "validation_films",
     "weights_of",
     "with_operating_point",
 ]

@@ -19,11 +19,12 @@ SHA256SUMS                 checksums of the files above, written last: a folder 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,9 @@ from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.parquet import parquet_bytes
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
@@ -45,6 +49,7 @@ COMPILED_FILE = "compiled.safetensors"
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
 TRAINING_FILMS_FILE = "training_films.parquet"
+_VIEW = "view_position"
 SUMS_FILE = "SHA256SUMS"
 _OPTIONAL = (
     DISTRIBUTION_FILE,
@@ -109,10 +114,18 @@ def validation_parquet(
     labels: Sequence[str],
     logits_VK: npt.NDArray[np.float32],
     logit_columns: Sequence[str],
+    views: Sequence[str | None] | None = None,
 ) -> bytes:
     """The file `validation.parquet`. digests: content_sha256 of the films; labels: their classes;
-    logits_VK: raw, (films, classes); logit_columns: what the column of each class is called."""
-    columns = {"content_sha256": pa.array(digests, pa.string()), "label": pa.array(labels)}
+    logits_VK: raw, (films, classes); logit_columns: what the column of each class is called; views:
+    of the films, by labels or header; None if no view is known."""
+    columns = {
+        "content_sha256": pa.array(digests, pa.string()),
+        "label": pa.array(labels),
+        _VIEW: pa.nulls(len(digests), pa.string())
+        if views is None
+        else pa.array(views, pa.string()),
+    }
     for index, name in enumerate(logit_columns):
         columns[name] = pa.array(logits_VK[:, index], pa.float32())
     return parquet_bytes(pa.table(columns).replace_schema_metadata({"notice": NOTICE}))
@@ -197,6 +210,20 @@ def read_validation(uri: str) -> bytes:
     if found is None:
         raise UserError(f"{uri}: has no {VALIDATION_FILE} (an older folder); train it again")
     return found
+
+
+def validation_films(uri: str) -> tuple[pd.DataFrame, npt.NDArray[np.float32]]:
+    """The validation films of the folder, with `content_sha256`, `label` and `view_position` (None
+    where it is unknown, as in older folders), and their raw logits, (films, classes). Raises as
+    `read_validation` does."""
+    import pandas as pd  # here, because processes that only score do without it
+
+    kept = pd.read_parquet(io.BytesIO(read_validation(uri)))
+    told = kept[_VIEW] if _VIEW in kept else [None] * len(kept)
+    kept[_VIEW] = pd.Series([None if pd.isna(view) else view for view in told], dtype=object)
+    facts = ["content_sha256", "label", _VIEW]
+    # By place, because older folders name the columns of logits otherwise.
+    return kept[facts], kept.drop(columns=facts).to_numpy(np.float32)
 
 
 def find_validation(uri: str) -> bytes | None:

@@ -18,9 +18,9 @@ from lungopacity.models import (
     TrainedModel,
     find_training_films,
     load_model,
-    read_validation,
     refuse_model,
     save_model,
+    validation_films,
 )
 from lungopacity.models.compiled import of_bytes, to_bytes
 from lungopacity.models.distribution import JointDistribution, TrainingDistribution
@@ -90,7 +90,11 @@ def ensemble(models: Sequence[str], output: str) -> TrainedModel:
         output,
         model,
         validation_parquet=validation_parquet(
-            list(digests), list(class_V), mean_VK, logit_columns(first.class_names)
+            list(digests),
+            list(class_V),
+            mean_VK,
+            logit_columns(first.class_names),
+            _views(models),
         ),
         training_films_parquet=_training_films(models),
     )
@@ -151,10 +155,20 @@ def _member(model: TrainedModel) -> EnsembleMember:
 def _calibrated_logits(uri: str, model: TrainedModel) -> pd.DataFrame:
     """Calibrated logits of the validation films, a column per class in their order, sorted by the
     index (content_sha256, label)."""
-    frame = pd.read_parquet(io.BytesIO(read_validation(uri)))
-    raw = frame.set_index(["content_sha256", "label"]).sort_index()
-    # By place, because older folders name the columns otherwise.
-    return pd.DataFrame(model.spec.calibrated(raw.to_numpy()), raw.index)
+    films, logits_VK = validation_films(uri)
+    index = pd.MultiIndex.from_frame(films[["content_sha256", "label"]])
+    return pd.DataFrame(model.spec.calibrated(logits_VK), index).sort_index()
+
+
+def _views(uris: Sequence[str]) -> list[str | None]:
+    """The views of the validation films, in the order of `_calibrated_logits`: of the first member
+    that records any, for older folders do not."""
+    for uri in uris:
+        films = validation_films(uri)[0].sort_values(["content_sha256", "label"])
+        views = films["view_position"].to_list()
+        if any(views):
+            break
+    return views
 
 
 def members_of(model: TrainedModel) -> list[TrainedModel]:

@@ -259,7 +259,7 @@ def _save(
     kept: _Kept,
     first: FirstWeights | None,
 ) -> None:
-    digests = data.images["content_sha256"]
+    digests, views = data.images["content_sha256"], data.views()
     learnt, chosen_by = (digests.iloc[rows].to_list() for rows in (films.train, films.validation))
     before = frozenset() if first is None else first.known.all
     save_model(
@@ -271,6 +271,7 @@ def _save(
             [data.class_names[label] for label in data.labels_N[films.validation]],
             kept.logits_VK,
             logit_columns(data.class_names),
+            [views[row] for row in films.validation],
         ),
         training_films_parquet([*learnt, *sorted(before - {*learnt, *chosen_by})]),
     )

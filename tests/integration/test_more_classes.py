@@ -67,7 +67,8 @@ def test_five_classes_train_evaluate_go_together_and_screen(tmp_path) -> None:
     assert trained.spec.class_biases is not None
     assert len(trained.spec.class_biases) == 5
     kept = pd.read_parquet(io.BytesIO(read_validation(model)))
-    assert list(kept) == ["content_sha256", "label", *(f"logit_{one}" for one in COLUMNS)]
+    logits = [f"logit_{one}" for one in COLUMNS]
+    assert list(kept) == ["content_sha256", "label", "view_position", *logits]
 
     report = lungopacity.evaluate(model, [films], labels, str(tmp_path / "report"))
     assert report.images == 36

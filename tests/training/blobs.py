@@ -61,6 +61,7 @@ def _labelled(pixels_NHW: np.ndarray, labels_N: np.ndarray, split_N: np.ndarray)
             "label": [CLASS_NAMES[label] for label in labels_N],
             "split": split_N,
             "patient_id": None,
+            "view_position": ["PA" if number % 2 else None for number in range(len(labels_N))],
             "header_view": None,
         }
     )

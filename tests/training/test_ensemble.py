@@ -15,6 +15,7 @@ from lungopacity.models import (
     load_model,
     read_history,
     save_model,
+    validation_films,
 )
 from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.models.scorer import Scorer
@@ -49,7 +50,8 @@ def folder(
     }
     model = with_distribution_of(replace_spec(tiny_model(seed), **facts))
     logits_VK = Scorer(model).logits(squares(model))
-    kept = validation_parquet(DIGESTS, LABELS, logits_VK, model.spec.class_names)
+    views = None if seed == 1 else [f"view {digest}" for digest in DIGESTS]
+    kept = validation_parquet(DIGESTS, LABELS, logits_VK, model.spec.class_names, views)
     save_model(uri, model, history_parquet(), kept, training_films)
     return model
 
@@ -73,6 +75,9 @@ def test_the_ensembles_logits_are_the_mean_of_the_calibrated_ones(members, tmp_p
     made = ensemble(uris, str(tmp_path / "both"))
     both = load_model(str(tmp_path / "both"))
     assert both.model_id == made.model_id
+    # The first is an older folder, whose films have no views.
+    films, _ = validation_films(str(tmp_path / "both"))
+    assert (films["view_position"] == "view " + films["content_sha256"]).all()
     logits = [model.spec.calibrated(Scorer(model).logits(squares(model))) for model in models]
     scores = Scorer(both).scores(squares(both), batch_size=7)
     np.testing.assert_allclose(scores.logits_NK, sum(logits) / 2, rtol=1e-4, atol=1e-5)

@@ -143,6 +143,7 @@ def test_model_folder_keeps_the_logits_of_the_validation_films(run: Run) -> None
     images = FILMS.images[validation]
     assert kept["content_sha256"].to_pylist() == images["content_sha256"].to_list()
     assert kept["label"].to_pylist() == images["label"].to_list()
+    assert kept["view_position"].to_pylist() == ["PA" if n % 2 else None for n in images.index]
 
 
 def test_model_folder_lists_the_films_that_no_test_may_use(run: Run) -> None:
