@@ -39,7 +39,12 @@ from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import exact_float32
 from lungopacity.runtime import cpus_here
 from lungopacity.training.augment import augment
-from lungopacity.training.checkpoint import read_checkpoint, report_epoch, write_checkpoint
+from lungopacity.training.checkpoint import (
+    check_shared,
+    read_checkpoint,
+    report_epoch,
+    write_checkpoint,
+)
 from lungopacity.training.optimizer import learning_rate_at, optimizer_of
 from lungopacity.training.precision import depthwise_in_float32, use_bfloat16
 from lungopacity.training.settings import TrainingSettings
@@ -141,6 +146,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     a history row and a checkpoint after each epoch. Returns `diverged_in_epoch`: the epoch whose
     loss was not finite, or None. Raises `UserError` where no checkpoint can be kept.
     """
+    check_shared(config["place"])
     context = ray.train.get_context()
     settings: TrainingSettings = config["settings"]
     worker = Worker(

@@ -49,7 +49,8 @@ def run_ray_train(
                 "settings": settings,
                 "films": ray.put(films),
                 "first": None if first is None else ray.put(first),
-                "place": join_uri(work_uri, run),
+                # Absolute, because a worker may run in another folder.
+                "place": open_store(join_uri(work_uri, run)).uri,
                 "filesystem": filesystem,
             },
             scaling_config=ScalingConfig(
