@@ -40,8 +40,9 @@ def results(
     yield (
         "Accuracy, recall, specificity, precision and f1 are of the most probable class; decisions "
         "at an operating point are in the next table. Over all classes, roc auc is the mean, brier "
-        "the sum (0 to 2), and the expected calibration error that of the predicted class. Log "
-        "loss is in nats." + _prevalence(overall, spec.positive_class)
+        "the sum (0 to 2), and the expected calibration error that of the predicted class; with "
+        "few films, this error and its interval are too high. Log loss is in nats."
+        + _prevalence(overall, spec.positive_class)
     )
     yield ""
     yield "| metric [28, 36] | of | value | 95 % interval | films |"
