@@ -16,6 +16,8 @@ from lungopacity.storage import ConflictError, Store, check_name, is_name, open_
 log = logging.getLogger(__name__)
 
 _FOLDER = "operating_points"
+_OTHERWISE = "otherwise"
+"""Key of the file of a point that decides by view: the threshold for all other films."""
 _PICKED_ON = "picked_on_sha256"
 """Key of the file: digests of the films that the point was picked on."""
 
@@ -34,12 +36,17 @@ def save_operating_point(
             f"--name {name}: is one of the model's own operating points; choose another --name"
         )
     check_name(name, "--name")
+    kept = document_of(point)
+    if point.by_view:
+        # So that a version that knows no views refuses the point as damaged. It would decide all
+        # films by this threshold.
+        kept[_OTHERWISE] = {"threshold": kept.pop("threshold")}
     document = {
         "notice": NOTICE,
         "model_id": model.model_id,
         "positive_class": model.spec.positive_class,
         "name": name,
-        **document_of(point),
+        **kept,
         _PICKED_ON: sorted(set(films)),
     }
     data = json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
@@ -86,7 +93,7 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
             raise _unknown(store, model, name)
         try:
             document = json.loads(store.read(_key_of(name)))
-            known = OperatingPoint.of(document)
+            known = OperatingPoint.of({**document, **document.get(_OTHERWISE, {})})
             chosen_for = document["model_id"]
             # Models that differ only in their positive class share an id. Older files lack it.
             positive = document.get("positive_class", model.spec.positive_class)

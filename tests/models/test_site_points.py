@@ -70,6 +70,9 @@ def test_a_point_by_view_is_kept_with_its_views(tmp_path):
     decided = [point.decide(0.3, view) for view in ("PA", "AP", "PA or AP", None)]
     assert decided == ["positive", "negative", "negative", "negative"]
     assert [point.decide(0.07, view) for view in ("PA", None)] == ["review", "negative"]
+    # Earlier versions must not decide by one threshold: without it, they refuse the point.
+    kept = json.loads((tmp_path / "m" / "operating_points" / "ours.json").read_text())
+    assert "threshold" not in kept
     # Earlier versions refuse folders and points with fields that they do not know.
     save_operating_point(uri, model, "plain", OperatingPoint(0.5))
     for name in ("model.json", "operating_points/plain.json"):
