@@ -208,14 +208,19 @@ class S3Store:
 
     @contextmanager
     def open_local(self, key: str, *, etag: str | None = None) -> Iterator[IO[bytes]]:
-        with ExitStack() as spooled:
-            try:
-                file = spooled.enter_context(tempfile.TemporaryFile(prefix="lungopacity-"))
-                self._fetch_into(file, key, etag)
-            except OSError as error:
-                # The object may be sound, and another task or night may have the disk space.
-                raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, _no_room(error)) from error
+        with self._spooled(key, etag) as file:
             yield file
+
+    def _spooled(self, key: str, etag: str | None) -> IO[bytes]:
+        try:
+            with ExitStack() as on_failure:  # closing, too, writes what the disk has no room for
+                file = on_failure.enter_context(tempfile.TemporaryFile(prefix="lungopacity-"))
+                self._fetch_into(file, key, etag)
+                on_failure.pop_all()
+        except OSError as error:
+            # The object may be sound, and another task or night may have the disk space.
+            raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, _no_room(error)) from error
+        return file
 
     def local_file(self, key: str, target: Path) -> Path:
         try:
