@@ -61,6 +61,7 @@ def results(
         "brier_before_temperature",
         "log_loss",
         "expected_calibration_error",
+        "expected_calibration_error_by_chance",
         "expected_calibration_error_before_temperature",
     )
     for name in shown:

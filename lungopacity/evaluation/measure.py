@@ -57,6 +57,7 @@ Sums = npt.NDArray[np.float64] | npt.NDArray[np.bool_]
 
 _CALIBRATION = "expected_calibration_error"
 _BEFORE = f"{_CALIBRATION}_before_temperature"
+_BY_CHANCE = f"{_CALIBRATION}_by_chance"
 _BRIER_BEFORE = "brier_before_temperature"
 
 
@@ -112,6 +113,8 @@ def measure(
     * Per pair of classes: confusion, named `true=A,predicted=B`.
     * Of the positive class's probability: brier_binary, the mean squared difference, 0 … 1 (with
       two classes, half of brier), and expected_calibration_error.
+    * Beside either calibration error, as expected_calibration_error_by_chance: what a perfectly
+      calibrated model with these probabilities would measure on average.
     * Of the probabilities before calibration: brier_before_temperature, and
       expected_calibration_error_before_temperature for the predicted and for the positive class.
     * At each operating point, by its name: the metrics of `decision_shares`.
@@ -283,6 +286,9 @@ class Statistics:
             of_N = self.proportions.get((name, of))
             n = films if of_N is None else int(of_N.sum())
             yield Metric(group, name, of, float(values_R[0]), None, None, n)
+        for of, index in ((None, None), (self._scored.positive, self._scored.positive_index)):
+            error = _error_by_chance(self._scored, index)
+            yield Metric(group, _BY_CHANCE, of, error, None, None, films)
 
     def counts(self, group: str) -> Iterator[Metric]:
         """The metrics support and confusion."""
@@ -364,6 +370,19 @@ def _squares(labels_N: Integers, probabilities_NK: Floats) -> npt.NDArray[np.flo
     true_NK = labels_N[:, None] == np.arange(probabilities_NK.shape[1])
     squares_N: npt.NDArray[np.float64] = ((probabilities_NK - true_NK) ** 2).sum(axis=1)
     return squares_N
+
+
+def _error_by_chance(scored: ScoredImages, index: int | None) -> float:
+    """The expected calibration error that these images would measure on average if their
+    probabilities were perfectly calibrated. index: as for `binned`.
+
+    In each bin, the sum of label minus probability has mean 0 and variance s = sum p (1 - p). Its
+    mean size is sqrt(2 s / pi) where it is nearly normal, and never above 2 s.
+    """
+    probability_N, _, bin_N = binned(scored.labels_N, scored.probabilities_NK, index)
+    spread_B = np.bincount(bin_N, probability_N * (1 - probability_N), CALIBRATION_BINS)
+    sizes_B = np.minimum(np.sqrt(spread_B * 2 / math.pi), 2 * spread_B)
+    return float(sizes_B.sum() / len(probability_N)) if len(probability_N) else math.nan
 
 
 def _gaps(

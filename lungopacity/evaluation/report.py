@@ -154,8 +154,19 @@ class EvaluationResult:
         overall = {(item.metric, item.class_name): item for item in self.metrics if _whole(item)}
         support = [f"{i.value:.0f} {i.class_name}" for i in self.metrics if _is_support(i)]
         lines += [_row("films", ", ".join(support))] if support else []
+        by_chance = {
+            item.class_name: f", by chance alone {item.value:.4f}"
+            for item in self.metrics
+            if _whole(item) and item.metric == "expected_calibration_error_by_chance"
+        }
         lines += [
-            _row(name, with_interval(overall[key])) for key, name in shown.items() if key in overall
+            _row(
+                name,
+                with_interval(overall[key])
+                + (by_chance.get(key[1], "") if key[0] == "expected_calibration_error" else ""),
+            )
+            for key, name in shown.items()
+            if key in overall
         ]
         lines += self._decisions()
         if self.operating_point is not None:

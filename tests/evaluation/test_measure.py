@@ -22,6 +22,7 @@ from lungopacity.evaluation.metrics import wilson_interval
 from lungopacity.evaluation.table import uncompared_groups
 from lungopacity.models import OperatingPoint
 
+WITHOUT_INTERVAL = ("support", "confusion", "expected_calibration_error_by_chance")
 POINTS = {"youden": OperatingPoint(0.5), "band": OperatingPoint(0.7, review_from=0.3)}
 
 
@@ -46,7 +47,7 @@ def test_a_weight_is_as_if_the_film_were_there_so_many_times(classes, n, seed):
     told = {
         (item.metric, item.class_name): item.value
         for item in measure(copied, {}, Resampling.of([None] * len(copied.labels_N), 2))
-        if item.metric not in ("support", "confusion")
+        if item.metric not in WITHOUT_INTERVAL
     }
     assert set(found) == set(told)
     for key, value in told.items():
@@ -61,7 +62,7 @@ def test_every_figure_but_counts_has_an_interval_around_it_in_every_subgroup():
         "all", "view_position=AP", "view_position=PA", "view_position=unknown",
     }  # fmt: skip
     for item in metrics:
-        if item.metric in ("support", "confusion"):
+        if item.metric in WITHOUT_INTERVAL:
             assert (item.ci_low, item.ci_high, item.ci_method) == (None, None, None)
         else:
             assert item.ci_low <= item.value <= item.ci_high, item
@@ -95,6 +96,28 @@ def test_the_values_are_those_without_resampling_and_the_seed_decides_the_interv
         for item in before:
             assert item.value == pytest.approx(of_raw[item.class_name])
     assert [item.ci_low for item in first] != [item.ci_low for item in other]
+
+
+@pytest.mark.parametrize(("n", "separation"), [(60, 0.0), (300, 1.0), (800, 6.0)])
+def test_the_calibration_error_by_chance_is_that_of_a_perfectly_calibrated_model(n, separation):
+    images, rng = scored(n, separation=separation), np.random.default_rng(1)
+    names = {None: "predicted", "class 1": "positive"}
+    told = {
+        item.class_name: item.value
+        for item in measure(images, {}, Resampling.of([None] * n, 2))
+        if item.metric == "expected_calibration_error_by_chance"
+    }
+    assert set(told) == set(names)
+    errors: dict[str | None, list[float]] = {name: [] for name in names}
+    for _ in range(300):
+        drawn = replace(
+            images, labels_N=(rng.random(n) < images.probabilities_NK[:, 1]).astype(int)
+        )
+        found = Statistics(drawn).under(np.ones((1, n)))
+        for name in names:
+            errors[name].append(found["expected_calibration_error", name][0])
+    for name in names:
+        assert told[name] == pytest.approx(np.mean(errors[name]), rel=0.12), names[name]
 
 
 def test_clustered_films_have_wider_intervals():
