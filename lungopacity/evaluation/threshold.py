@@ -173,7 +173,9 @@ def _points_of_views(
     if not points:
         raise UserError(
             f"--by-view: no view has {FEWEST_IMAGES} films with {positive} and {FEWEST_IMAGES} "
-            f"without: {'; '.join(others)}; pick a point for all films, without --by-view"
+            f"without: {'; '.join(others)}; "
+            + ("give --results of films with views, or " if films.where == "validation" else "")
+            + "pick a point for all films, without --by-view"
         )
     if others:
         log.warning("decided by the threshold for all films: %s", "; ".join(others))

@@ -140,7 +140,7 @@ def test_views_of_validation_films_have_thresholds_before_a_site_has_labels(tmp_
     pq.write_table(table, tmp_path / "old.parquet")
     save_model(old, model, validation_parquet=(tmp_path / "old.parquet").read_bytes())
     np.testing.assert_array_equal(validation_films(old)[1], logits_VK)
-    with pytest.raises(UserError, match="of 160 films no view is known; pick a point for all"):
+    with pytest.raises(UserError, match="of 160 films no view is known; give --results of "):
         lungopacity.threshold(old, None, "sensitivity=0.9", "views", by_view=True)
 
 
