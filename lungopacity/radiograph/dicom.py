@@ -28,7 +28,12 @@ from lungopacity.radiograph.dicom_frames import (
     set_transfer_syntax,
     stored_values,
 )
-from lungopacity.radiograph.dicom_grey import grey_of, pixel_aspect_of, with_square_pixels
+from lungopacity.radiograph.dicom_grey import (
+    grey_of,
+    pixel_aspect_of,
+    with_square_pixels,
+    without_unused_bits,
+)
 from lungopacity.radiograph.dicom_header import (
     check_kind,
     check_wanted,
@@ -291,6 +296,7 @@ def _radiograph(
     header = header_of_frame(dataset, index)
     coloured = 0.0
     if stored.ndim == 3:
+        stored, dataset = without_unused_bits(stored, dataset)
         if stored.dtype == np.uint16 and int(dataset.BitsStored) > 8:
             # As for other formats (`deep`): a 12-bit film is almost black in the upper 8 bits.
             rgb, grey = stretch_to_uint8(stored), stretch_to_uint8(deep_luminance(stored))

@@ -160,11 +160,13 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
         from lungopacity.radiograph.dicom_jpeg12 import register
 
         register()
-    # `grey_of` looks at the bits that pydicom would clear.
-    is_grey = str(dataset.get("PhotometricInterpretation") or "").startswith("MONOCHROME")
+    # `without_unused_bits` looks at the bits that pydicom would clear.
+    keeps_all = str(dataset.get("PhotometricInterpretation") or "").startswith(
+        ("MONOCHROME", "RGB")
+    )
     # Without an index pydicom would decode all frames.
     array: npt.NDArray[Any] = pixel_array(
-        dataset, index=index if frames > 1 else 0, correct_unused_bits=not is_grey
+        dataset, index=index if frames > 1 else 0, correct_unused_bits=not keeps_all
     )
     return array
 

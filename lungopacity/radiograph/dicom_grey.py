@@ -49,7 +49,7 @@ def grey_of(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.uint8]:
             "the header's PhotometricInterpretation names no polarity",
         )
     stored, beyond = _without_padding_beyond(stored, dataset)
-    stored, dataset = _without_unused_bits(stored, dataset)
+    stored, dataset = without_unused_bits(stored, dataset)
     hidden = _hidden(stored, dataset)
     if beyond is not None:
         hidden = beyond if hidden is None else hidden | beyond
@@ -76,11 +76,12 @@ def _hidden(stored: npt.NDArray[Any], dataset: Any) -> npt.NDArray[np.bool_] | N
     return padding | outside
 
 
-def _without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> tuple[npt.NDArray[Any], Any]:
+def without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> tuple[npt.NDArray[Any], Any]:
     """The values without bits above Bits Stored, where old objects keep overlays; and the header,
     a corrected copy if Bits Stored is too small for the values.
 
-    That is the case if clearing the bits makes the image rougher: bright values then wrap around,
+    stored: (height, width) or (height, width, 3) integers as decoded. Too small is the case if
+    clearing the bits makes the image rougher: bright values then wrap around,
     with an edge of 2^Bits Stored at each place. Clearing an overlay makes it smoother.
     """
     kept = int(dataset.BitsStored)

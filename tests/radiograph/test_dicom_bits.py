@@ -63,3 +63,24 @@ def test_a_film_of_one_row_has_bits_too():
     row = np.full((1, 40), 7, np.uint16)
     row[0, ::2] |= 0x4000
     assert one_film(dicom(row)).pixels.shape == (1, 40)
+
+
+def test_bits_of_colours_are_treated_in_the_same_way():
+    def colour(film: np.ndarray, bits: int) -> np.ndarray:
+        def coloured(dataset):
+            dataset.SamplesPerPixel, dataset.PlanarConfiguration = 3, 0
+            dataset.PhotometricInterpretation = "RGB"
+            dataset.BitsStored, dataset.HighBit = bits, bits - 1
+            dataset.PixelData = np.repeat(film[..., None], 3, axis=2).astype("<u2").tobytes()
+
+        return one_film(changed(dicom(unsigned(film)), coloured)).pixels
+
+    expected = colour(FILM, 16)
+    assert expected.std() > 20
+    for too_few in (8, 10, 12):
+        np.testing.assert_array_equal(colour(FILM, too_few), expected)
+    overlay = FILM // 4
+    expected = colour(overlay, 12)
+    overlay = overlay.copy()
+    overlay[::3] |= 0x8000
+    np.testing.assert_array_equal(colour(overlay, 12), expected)
