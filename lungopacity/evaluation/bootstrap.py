@@ -13,7 +13,7 @@ ascending order, G points of a grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lungopacity.evaluation.metrics import Floats
+from lungopacity.progress import Progress
 
 REPLICATES = 1000
 """Enough for 95 % percentile intervals (Efron & Tibshirani 1993, section 14.5)."""
@@ -94,8 +95,8 @@ class Resampling:
             rows = min(at_once, self.replicates - start)
             drawn_RP = rng.integers(0, patients, (rows, patients))
             drawn_RP += np.arange(rows)[:, None] * patients
-            times = np.bincount(drawn_RP.ravel(), minlength=rows * patients)
-            yield times.reshape(rows, patients)[:, self.patient_N].astype(np.float64)
+            times = np.bincount(drawn_RP.ravel(), minlength=rows * patients).astype(np.float64)
+            yield times.reshape(rows, patients)[:, self.patient_N]
 
 
 def percentile_interval(values_R: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
@@ -116,31 +117,27 @@ def percentile_interval(values_R: npt.NDArray[np.float64]) -> tuple[float | None
 def weighted_auc(
     positive_N: npt.NDArray[np.bool_], scores_N: Floats, weights_RN: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """(R,) AUC of scores that are higher for positives, under each row of weights.
-
-    It is the weighted share of pairs in the right order, with equal scores counting half; NaN if
-    only positives or only negatives have weight.
-    """
-    return auc_of(*by_score(positive_N, scores_N, weights_RN))
+    """(R,) AUC of scores that are higher for positives, under each row of weights; see `Areas`."""
+    return Ranking(positive_N, scores_N).areas(weights_RN).auc_R
 
 
-def weighted_average_precision(
-    positive_N: npt.NDArray[np.bool_], scores_N: Floats, weights_RN: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """(R,) average precision, the mean precision over the steps in recall, under each row of
-    weights; NaN without positives."""
-    return average_precision_of(*by_score(positive_N, scores_N, weights_RN))
+@dataclass(frozen=True)
+class Areas:
+    """The areas under the curves of one class, for each row of weights."""
 
-
-def by_score(
-    positive_N: npt.NDArray[np.bool_], scores_N: Floats, weights_RN: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """See `Ranking.by_score`."""
-    return Ranking(positive_N, scores_N).by_score(weights_RN)
+    auc_R: npt.NDArray[np.float64]
+    """The weighted share of pairs in the right order, with equal scores counting half; NaN if only
+    positives or only negatives have weight."""
+    average_precision_R: npt.NDArray[np.float64]
+    """The mean precision over the steps in recall; NaN without positives."""
 
 
 class Ranking:
-    """Films sorted by their scores, once for all replicates."""
+    """Films sorted by their scores, once for all replicates.
+
+    Further letters of its array names: P films of the class, M films of the others, each in
+    ascending order of score.
+    """
 
     def __init__(self, positive_N: npt.NDArray[np.bool_], scores_N: Floats) -> None:
         self._order_N = np.argsort(scores_N, kind="stable")
@@ -148,6 +145,35 @@ class Ranking:
         sorted_N = scores_N[self._order_N]
         is_new_N = np.append(True, sorted_N[1:] != sorted_N[:-1])[: len(sorted_N)]
         self._starts_S = np.flatnonzero(is_new_N)
+        self._rows_P = self._order_N[self._positive_N]
+        self._rows_M = self._order_N[~self._positive_N]
+        scores_P, scores_M = sorted_N[self._positive_N], sorted_N[~self._positive_N]
+        self._lower_P = np.searchsorted(scores_M, scores_P, "left")
+        """Number of negatives that score lower than each positive."""
+        self._not_higher_P = np.searchsorted(scores_M, scores_P, "right")
+        self._first_P = np.searchsorted(scores_P, scores_P, "left")
+        """The first of the positives that score the same."""
+
+    def areas(self, weights_RN: npt.NDArray[np.float64]) -> Areas:
+        """Under each row of weights. Only a positive's own score is a step of either curve, so what
+        lies beyond it is looked up in the running sums."""
+        weights_RP = weights_RN[:, self._rows_P]
+        # By the number of negatives, from none to all: the weight of so many lowest.
+        up_to = np.zeros((len(weights_RN), len(self._rows_M) + 1))
+        np.cumsum(weights_RN[:, self._rows_M], axis=1, out=up_to[:, 1:])
+        lower_RP = up_to[:, self._lower_P]
+        positives_R, negatives_R = weights_RP.sum(axis=1), up_to[:, -1]
+        hits_RP = weights_RP[:, ::-1].cumsum(axis=1)[:, ::-1][:, self._first_P]
+        called_RP = hits_RP + (negatives_R[:, None] - lower_RP)
+        # Where nothing is called positive, recall does not step: the precision there does not
+        # matter.
+        precision_RP = np.divide(hits_RP, called_RP, out=called_RP, where=called_RP > 0)
+        lower_RP += up_to[:, self._not_higher_P]
+        right_R = np.einsum("rp,rp->r", weights_RP, lower_RP) / 2
+        return Areas(
+            ratio(right_R, positives_R * negatives_R),
+            ratio(np.einsum("rp,rp->r", weights_RP, precision_RP), positives_R),
+        )
 
     def by_score(
         self, weights_RN: npt.NDArray[np.float64]
@@ -160,28 +186,6 @@ class Ranking:
             positives_RS = np.add.reduceat(positives_RS, self._starts_S, axis=1)
             weights_RS = np.add.reduceat(weights_RS, self._starts_S, axis=1)
         return positives_RS, weights_RS
-
-
-def auc_of(
-    positives_RS: npt.NDArray[np.float64], negatives_RS: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """(R,) AUC from the output of `Ranking.by_score`; see `weighted_auc`."""
-    below_RS = negatives_RS.cumsum(axis=1) - negatives_RS / 2
-    pairs_R = positives_RS.sum(axis=1) * negatives_RS.sum(axis=1)
-    return ratio(np.einsum("rs,rs->r", positives_RS, below_RS), pairs_R)
-
-
-def average_precision_of(
-    positives_RS: npt.NDArray[np.float64], negatives_RS: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """(R,) average precision from the output of `Ranking.by_score`; see
-    `weighted_average_precision`."""
-    hits_RS = positives_RS[:, ::-1].cumsum(axis=1)[:, ::-1]
-    called_RS = hits_RS + negatives_RS[:, ::-1].cumsum(axis=1)[:, ::-1]
-    # Where nothing is called positive, recall does not step: the precision there does not matter.
-    precision_RS = np.divide(hits_RS, called_RS, out=called_RS, where=called_RS > 0)
-    steps_R = np.einsum("rs,rs->r", positives_RS, precision_RS)
-    return ratio(steps_R, positives_RS.sum(axis=1))
 
 
 def ratio(
@@ -206,48 +210,77 @@ class Band:
 _GRID_G = np.linspace(0, 1, 201)
 
 
-def roc_band(
+def drawn_roc(
     positive_N: npt.NDArray[np.bool_], scores_N: Floats, resampling: Resampling
-) -> Band | None:
+) -> tuple[Band | None, npt.NDArray[np.float64]]:
     """The band of the true positive rate at each false positive rate, over the replicates' curves
-    (vertical averaging: Fawcett 2006, Pattern Recognition Letters 27:861, algorithm 3). None
-    without positives or without negatives."""
-    curves = []
-    for weights_RN in resampling.weights():
-        for positives_S, negatives_S in zip(
-            *by_score(positive_N, scores_N, weights_RN), strict=True
-        ):
-            hits_S = np.append(0.0, positives_S[::-1].cumsum())
-            false_S = np.append(0.0, negatives_S[::-1].cumsum())
-            if hits_S[-1] and false_S[-1]:
-                # Of several points at one false positive rate, np.interp takes the last, which is
-                # the highest.
-                rates_S = false_S / false_S[-1]
-                curves.append(np.interp(_GRID_G, rates_S, hits_S / hits_S[-1]))
-    return _band(curves)
+    (vertical averaging: Fawcett 2006, Pattern Recognition Letters 27:861, algorithm 3), and the
+    replicates' AUC, (R,). No band without positives or without negatives."""
+
+    def rates(
+        positives_S: npt.NDArray[np.float64], negatives_S: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64] | None:
+        hits_S = np.append(0.0, positives_S[::-1].cumsum())
+        false_S = np.append(0.0, negatives_S[::-1].cumsum())
+        if not (hits_S[-1] and false_S[-1]):
+            return None
+        # Of several points at one false positive rate, np.interp takes the last, which is the
+        # highest.
+        found_G: npt.NDArray[np.float64] = np.interp(
+            _GRID_G, false_S / false_S[-1], hits_S / hits_S[-1]
+        )
+        return found_G
+
+    band, areas = _drawn(positive_N, scores_N, resampling, rates)
+    return band, np.concatenate([each.auc_R for each in areas])
 
 
-def precision_recall_band(
+def drawn_precision_recall(
     positive_N: npt.NDArray[np.bool_], scores_N: Floats, resampling: Resampling
-) -> Band | None:
-    """The band of the precision at each recall, in the steps of average precision. None without
-    positives."""
-    curves = []
-    for weights_RN in resampling.weights():
-        for positives_S, negatives_S in zip(
-            *by_score(positive_N, scores_N, weights_RN), strict=True
-        ):
-            hits_S = positives_S[::-1].cumsum()
-            if hits_S[-1]:
-                called_S = hits_S + negatives_S[::-1].cumsum()
-                # The step of the curve at the first threshold that reaches this recall.
-                reached_G = np.searchsorted(hits_S / hits_S[-1], np.maximum(_GRID_G, 1e-9))
-                curves.append((hits_S / np.maximum(called_S, 1))[reached_G])
-    return _band(curves)
+) -> tuple[Band | None, npt.NDArray[np.float64]]:
+    """The band of the precision at each recall, in the steps of average precision, and the
+    replicates' average precision, (R,). No band without positives."""
+
+    def precisions(
+        positives_S: npt.NDArray[np.float64], negatives_S: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64] | None:
+        hits_S = positives_S[::-1].cumsum()
+        if not hits_S[-1]:
+            return None
+        called_S = hits_S + negatives_S[::-1].cumsum()
+        # The step of the curve at the first threshold that reaches this recall.
+        reached_G = np.searchsorted(hits_S / hits_S[-1], np.maximum(_GRID_G, 1e-9))
+        found_G: npt.NDArray[np.float64] = hits_S[reached_G] / called_S[reached_G]
+        return found_G
+
+    band, areas = _drawn(positive_N, scores_N, resampling, precisions)
+    return band, np.concatenate([each.average_precision_R for each in areas])
 
 
-def _band(curves: list[npt.NDArray[np.float64]]) -> Band | None:
+def _drawn(
+    positive_N: npt.NDArray[np.bool_],
+    scores_N: Floats,
+    resampling: Resampling,
+    curve_of: Callable[
+        [npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.NDArray[np.float64] | None
+    ],
+) -> tuple[Band | None, list[Areas]]:
+    """The band of the replicates' curves, and their areas, in one pass over the replicates.
+
+    curve_of: the curve at `_GRID_G`, from a row of each output of `Ranking.by_score`; None if it is
+    undefined.
+    """
+    ranking, curves, areas = Ranking(positive_N, scores_N), [], []
+    with Progress("Drawing bands", resampling.replicates, "replicates", quick=True) as progress:
+        for weights_RN in resampling.weights():
+            areas.append(ranking.areas(weights_RN))
+            curves += [
+                curve_G
+                for rows in zip(*ranking.by_score(weights_RN), strict=True)
+                if (curve_G := curve_of(*rows)) is not None
+            ]
+            progress.advance(len(weights_RN))
     if not curves:
-        return None
+        return None, areas
     low_G, high_G = np.percentile(np.stack(curves), [2.5, 97.5], axis=0)
-    return Band(_GRID_G, low_G, high_G)
+    return Band(_GRID_G, low_G, high_G), areas

@@ -6,23 +6,25 @@ Arguments `labels` and `probabilities` must pass `metrics.check_scores`, which r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.metrics import (
+    average_precision_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 
 from lungopacity.evaluation.bootstrap import (
     Band,
     Resampling,
+    drawn_precision_recall,
+    drawn_roc,
     percentile_interval,
-    precision_recall_band,
-    roc_band,
-    weighted_auc,
-    weighted_average_precision,
 )
 from lungopacity.evaluation.canvas import (
     COLOURS,
@@ -76,11 +78,12 @@ def roc_figure(
     )
     for index, name in enumerate(class_names):
         positive, scores = labels == index, probabilities[:, index]
-        auc = _measured(weighted_auc, positive, scores, resampling)
-        if auc is None:
+        if not positive.any() or positive.all():
             axes.plot([], [], linestyle="none", label=f"{short(name)}: AUC undefined")
             continue
-        _draw_band(axes, roc_band(positive, scores, resampling), index)
+        band, aucs_R = drawn_roc(positive, scores, resampling)
+        _draw_band(axes, band, index)
+        auc = _with_interval(roc_auc_score(positive, scores), aucs_R)
         label = f"{_counted(name, positive)}: AUC {auc}"
         false_positives, true_positives, _ = roc_curve(positive, scores)
         axes.plot(false_positives, true_positives, label=label, **line(index))
@@ -120,15 +123,16 @@ def precision_recall_figure(
     )
     for index, name in enumerate(class_names):
         positive, scores = labels == index, probabilities[:, index]
-        average = _measured(weighted_average_precision, positive, scores, resampling)
-        if average is None:
+        if not positive.any():
             label = f"{short(name)}: average precision undefined"
             axes.plot([], [], linestyle="none", label=label)
             continue
         share = float(positive.mean())
         precision, recall, _ = precision_recall_curve(positive, scores)
+        band, averages_R = drawn_precision_recall(positive, scores, resampling)
+        _draw_band(axes, band, index)
+        average = _with_interval(average_precision_score(positive, scores), averages_R)
         label = f"{_counted(name, positive)}: average precision {average}"
-        _draw_band(axes, precision_recall_band(positive, scores, resampling), index)
         style = line(index)
         # scikit-learn returns recall in descending order. Each precision is held until the next
         # recall, as in the sum of average precision; straight lines are too optimistic (Davis &
@@ -212,18 +216,9 @@ def _mark_points(
         )
 
 
-def _measured(
-    figure_of: Callable[..., npt.NDArray[np.float64]],
-    positive: npt.NDArray[np.bool_],
-    scores: Floats,
-    resampling: Resampling,
-) -> str | None:
-    """The figure and its interval, in words; None if it is undefined."""
-    (value,) = figure_of(positive, scores, np.ones((1, len(scores))))
-    if math.isnan(value):
-        return None
-    drawn = [figure_of(positive, scores, weights_RN) for weights_RN in resampling.weights()]
-    low, high = percentile_interval(np.concatenate(drawn))
+def _with_interval(value: float, values_R: npt.NDArray[np.float64]) -> str:
+    """The figure and the interval of its replicates, in words."""
+    low, high = percentile_interval(values_R)
     interval = "" if low is None else f" (95 % interval {low:.3f}–{high:.3f})"
     return f"{value:.3f}{interval}"
 

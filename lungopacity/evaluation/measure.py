@@ -30,8 +30,6 @@ import numpy.typing as npt
 from lungopacity.evaluation.bootstrap import (
     Ranking,
     Resampling,
-    auc_of,
-    average_precision_of,
     percentile_interval,
     ratio,
 )
@@ -272,9 +270,9 @@ class Statistics:
             start += CALIBRATION_BINS
         names = self._scored.class_names
         for name, ranking in zip(names, self._rankings, strict=True):
-            ranked = ranking.by_score(weights_RN)
-            found["roc_auc", name] = auc_of(*ranked)
-            found["average_precision", name] = average_precision_of(*ranked)
+            areas = ranking.areas(weights_RN)
+            found["roc_auc", name] = areas.auc_R
+            found["average_precision", name] = areas.average_precision_R
         for mean, of in (("balanced_accuracy", "recall"), ("roc_auc", "roc_auc")):
             found[mean, None] = np.mean([found[of, name] for name in names], axis=0)
         return found

@@ -20,10 +20,9 @@ import pandas as pd
 from lungopacity.dataset.pixels import LabelledPixels
 from lungopacity.evaluation.bootstrap import (
     Resampling,
-    auc_of,
-    by_score,
     percentile_interval,
     ratio,
+    weighted_auc,
 )
 from lungopacity.evaluation.metrics import age_band
 from lungopacity.progress import Progress
@@ -111,10 +110,11 @@ def auc_within_folds(
     """
     right_R, pairs_R = np.zeros((2, len(weights_RN)))
     for fold in np.unique(fold_N):
-        rows = fold_N == fold
-        positives_RS, negatives_RS = by_score(positive_N[rows], scores_N[rows], weights_RN[:, rows])
-        in_fold_R = positives_RS.sum(axis=1) * negatives_RS.sum(axis=1)
-        right_R += in_fold_R * np.nan_to_num(auc_of(positives_RS, negatives_RS))
+        rows = np.flatnonzero(fold_N == fold)
+        of_fold_N, of_fold_RN = positive_N[rows], weights_RN[:, rows]
+        in_fold_R = of_fold_RN[:, of_fold_N].sum(axis=1) * of_fold_RN[:, ~of_fold_N].sum(axis=1)
+        auc_R = weighted_auc(of_fold_N, scores_N[rows], of_fold_RN)
+        right_R += in_fold_R * np.nan_to_num(auc_R)
         pairs_R += in_fold_R
     return ratio(right_R, pairs_R)
 

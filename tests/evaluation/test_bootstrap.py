@@ -10,12 +10,12 @@ from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from lungopacity.evaluation.bootstrap import (
+    Ranking,
     Resampling,
+    drawn_precision_recall,
+    drawn_roc,
     percentile_interval,
-    precision_recall_band,
-    roc_band,
     weighted_auc,
-    weighted_average_precision,
 )
 from lungopacity.evaluation.metrics import wilson_interval
 
@@ -31,9 +31,11 @@ def test_weighted_figures_are_those_of_scikit_learn(seed, n, digits):
     positive_N = rng.random(n) < 0.5
     scores_N = np.round(rng.random(n), digits)  # with ties, and without
     weights_RN = rng.integers(0, 4, (3, n)).astype(float)
-    auc_R = weighted_auc(positive_N, scores_N, weights_RN)
-    precision_R = weighted_average_precision(positive_N, scores_N, weights_RN)
-    for weights_N, auc, precision in zip(weights_RN, auc_R, precision_R, strict=True):
+    areas = Ranking(positive_N, scores_N).areas(weights_RN)
+    np.testing.assert_array_equal(weighted_auc(positive_N, scores_N, weights_RN), areas.auc_R)
+    for weights_N, auc, precision in zip(
+        weights_RN, areas.auc_R, areas.average_precision_R, strict=True
+    ):
         positives, negatives = weights_N[positive_N].sum(), weights_N[~positive_N].sum()
         if positives and negatives:
             told = roc_auc_score(positive_N, scores_N, sample_weight=weights_N)
@@ -139,13 +141,15 @@ def test_bands_hold_the_true_curve_at_most_of_its_points():
     scores_N = rng.random(500) ** np.where(positive_N, 0.5, 1)
     # P(score > t): 1 - t of negatives, 1 - t² of positives.
     resampling = Resampling.of([None] * 500, 300)
-    band = roc_band(positive_N, scores_N, resampling)
+    band, aucs_R = drawn_roc(positive_N, scores_N, resampling)
+    told_R = drawn(weighted_auc, positive_N, scores_N, resampling)
+    np.testing.assert_array_equal(aucs_R, told_R)
     true_G = 1 - (1 - band.grid_G) ** 2
     inside_G = (band.low_G <= true_G) & (true_G <= band.high_G)
     assert inside_G.mean() > 0.8
     middle = len(band.grid_G) // 2
     assert 0.02 < band.high_G[middle] - band.low_G[middle] < 0.2
-    band = precision_recall_band(positive_N, scores_N, resampling)
+    band, _ = drawn_precision_recall(positive_N, scores_N, resampling)
     recall_G = band.grid_G[20:-1]
     threshold_G = np.sqrt(1 - recall_G)
     true_G = recall_G / (recall_G + 1 - threshold_G)
@@ -160,7 +164,7 @@ def test_the_precision_band_is_of_the_replicates_own_steps(first):
     positive_N = np.array([first, True, True, first, True, False, False, True])
     scores_N = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
     resampling = Resampling.of([None] * 8, 60)
-    band, curves = precision_recall_band(positive_N, scores_N, resampling), []
+    (band, areas_R), curves = drawn_precision_recall(positive_N, scores_N, resampling), []
     for weights_N in np.concatenate(list(resampling.weights())):
         if weights_N[positive_N].any():
             precision, recall, _ = precision_recall_curve(
@@ -172,13 +176,16 @@ def test_the_precision_band_is_of_the_replicates_own_steps(first):
     low_G, high_G = np.percentile(curves, [2.5, 97.5], axis=0)
     np.testing.assert_allclose(band.low_G, low_G)
     np.testing.assert_allclose(band.high_G, high_G)
+    assert len(areas_R) == 60
 
 
 def test_without_a_kind_there_is_no_band():
     alone = np.zeros(5, bool)
     resampling = Resampling.of([None] * 5, 10)
-    assert roc_band(alone, np.arange(5.0), resampling) is None
-    assert precision_recall_band(alone, np.arange(5.0), resampling) is None
+    for drawn_curve in (drawn_roc, drawn_precision_recall):
+        band, areas_R = drawn_curve(alone, np.arange(5.0), resampling)
+        assert band is None
+        assert np.isnan(areas_R).all()
 
 
 def test_some_films_are_of_the_patients_that_are_left():

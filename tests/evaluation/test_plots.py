@@ -9,12 +9,7 @@ from matplotlib.text import Text
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from lungopacity.evaluation import canvas, curves, plots
-from lungopacity.evaluation.bootstrap import (
-    Resampling,
-    percentile_interval,
-    weighted_auc,
-    weighted_average_precision,
-)
+from lungopacity.evaluation.bootstrap import Ranking, Resampling, percentile_interval
 from lungopacity.evaluation.metrics import calibration_bins
 from lungopacity.models import OperatingPoint
 
@@ -130,9 +125,10 @@ def test_with_patients_each_curve_lies_in_its_band_and_the_legend_has_the_bootst
     assert len([band for band in bands if band.get_paths()]) == 2
     words = [text.get_text() for text in below.get_legend().get_texts()]
     assert "Pointwise 95 % band over patients" in words
-    figure_of = weighted_auc if draw is roc else weighted_average_precision
     (weights_RN,) = PATIENTS.weights()
-    low, high = percentile_interval(figure_of(MANY_LABELS == 1, MANY_POSITIVE, weights_RN))
+    areas = Ranking(MANY_LABELS == 1, MANY_POSITIVE).areas(weights_RN)
+    values_R = areas.auc_R if draw is roc else areas.average_precision_R
+    low, high = percentile_interval(values_R)
     (told,) = [text for text in words if text.startswith("Lung_Opacity (n = ")]
     assert f"(95 % interval {low:.3f}–{high:.3f})" in told
     box = axes.get_window_extent()
