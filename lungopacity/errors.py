@@ -192,7 +192,9 @@ class ImageError(Exception):
     def advice(self) -> str:
         """What to do where the object is a file of ours that nothing can replace."""
         is_damaged = self.code in (ErrorCode.MISSING, ErrorCode.DIGEST_MISMATCH)
-        return "restore it" if is_damaged else "try again; check the network and its permissions"
+        if is_damaged:
+            return "restore it"
+        return "try again; check the network, credentials and permissions"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickle carries exceptions between processes, and calls __init__ with `args` alone.

@@ -44,6 +44,32 @@ def test_a_wrong_secret_is_reported_with_what_to_check(s3_server, monkeypatch):
     assert "AWS_SECRET_ACCESS_KEY" in message
 
 
+@pytest.mark.parametrize("credentials", ["wrong", "expired"])
+def test_credentials_are_named_by_a_request_whose_answer_has_no_body(
+    s3_uri, monkeypatch, credentials
+):
+    """HEAD, with which most commands begin."""
+    store = open_store(s3_uri)
+    store.write("a", b"x")
+    if credentials == "wrong":
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        told = r"read: .* does not accept these credentials \(SignatureDoesNotMatch\); check AWS_"
+    else:
+        ask = S3Store._ask
+
+        def answer(store, method, **arguments):
+            if method == "head_object":
+                raise s3_answer(400, "400")
+            if method == "get_object":
+                raise s3_answer(400, "ExpiredToken")
+            return ask(store, method, **arguments)
+
+        monkeypatch.setattr(S3Store, "_ask", answer)
+        told = r"\(ExpiredToken\); get new ones, with a new AWS_SESSION_TOKEN"
+    with pytest.raises(UserError, match=told):
+        open_store(s3_uri).head("a")
+
+
 def test_a_server_that_honours_conditions_passes_the_probe(s3_uri):
     check_conditions(s3_uri)
     assert not list(open_store(s3_uri).list())

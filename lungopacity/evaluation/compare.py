@@ -240,7 +240,7 @@ def _read(report: str) -> pd.DataFrame:
     except (ImageError, OSError, ValueError) as error:
         if isinstance(error, ImageError) and error.code is not ErrorCode.MISSING:
             raise UserError(
-                f"{report}: the report cannot be read ({error.message}); try again"
+                f"{report}: the report cannot be read ({error.message}); {error.advice}"
             ) from error
         raise UserError(
             f"{report}: no report there; give the --output of `lungopacity evaluate`"
@@ -257,4 +257,7 @@ def _facts(report: str) -> tuple[str, str | None, int, int]:
         picked_on = facts.get("picked_on", {}).get(decided_at, 0)
         return positive, decided_at, picked_on, facts.get("known_to_model", 0)
     except (ImageError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{report}/evaluation.json cannot be read; evaluate again") from error
+        fix = "; evaluate again"
+        if isinstance(error, ImageError) and error.code is not ErrorCode.MISSING:
+            fix = f" ({error.message}); {error.advice}"
+        raise UserError(f"{report}/evaluation.json cannot be read{fix}") from error

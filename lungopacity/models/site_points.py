@@ -100,7 +100,8 @@ def with_operating_point(uri: str, model: TrainedModel, name: str | None) -> Tra
         except ImageError as error:
             if error.code is not ErrorCode.MISSING:
                 raise UserError(
-                    f"{uri}: operating point '{name}' cannot be read ({error.message}); try again"
+                    f"{uri}: operating point '{name}' cannot be read ({error.message}); "
+                    f"{error.advice}"
                 ) from error
             raise _unknown(store, model, name) from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:

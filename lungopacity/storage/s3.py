@@ -40,7 +40,9 @@ from lungopacity.storage.s3_errors import (
     row_errors,
     status_of,
     user_errors,
+    with_code,
 )
+from lungopacity.storage.scratch import no_room
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -177,14 +179,17 @@ class S3Store:
     def head(self, key: str) -> ObjectInfo | None:
         from botocore.exceptions import ClientError
 
+        asked = {"Bucket": self.bucket, "Key": self.prefix + key}
         with self._user_errors("read"):
             try:
-                found = self._ask("head_object", Bucket=self.bucket, Key=self.prefix + key)
+                found = self._ask("head_object", **asked)
             except ClientError as error:
                 # An answer to HEAD has no body, so a missing bucket looks like a missing key.
                 if status_of(error) == 404:
                     return None
-                raise
+                raise with_code(
+                    error, partial(self._ask, "get_object", **asked, Range="bytes=0-0")
+                ) from error
         return ObjectInfo(
             key=key,
             size_bytes=found["ContentLength"],
@@ -219,7 +224,7 @@ class S3Store:
                 on_failure.pop_all()
         except OSError as error:
             # The object may be sound, and another task or night may have the disk space.
-            raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, _no_room(error)) from error
+            raise ImageError(ErrorCode.UNAVAILABLE, Stage.FETCH, no_room(error)) from error
         return file
 
     def local_file(self, key: str, target: Path) -> Path:
@@ -227,7 +232,7 @@ class S3Store:
             with target.open("wb") as file:
                 self._fetch_into(file, key, None)
         except OSError as error:
-            raise UserError(f"{target.parent}: {_no_room(error)}") from error
+            raise UserError(f"{target.parent}: {no_room(error)}") from error
         return target
 
     def _fetch_into(self, file: IO[bytes], key: str, etag: str | None) -> None:
@@ -390,11 +395,4 @@ def _warn_fetched_twice(bucket: str, endpoint: str) -> None:
         endpoint,
         ETAGS_VARIABLE,
         OPAQUE,
-    )
-
-
-def _no_room(error: OSError) -> str:
-    return (
-        f"temporary files cannot be written ({error.strerror or type(error).__name__}); "
-        "free space, or set TMPDIR to a larger folder"
     )

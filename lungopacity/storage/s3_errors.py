@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ NO_CREDENTIALS = (
 )
 _FULL = 507
 """The HTTP status of a server that has no space left."""
-_OF_CREDENTIALS = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken")
+_EXPIRED, _SKEWED = "ExpiredToken", "RequestTimeTooSkewed"
+_OF_CREDENTIALS = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", _EXPIRED)
 
 
 def status_of(error: Any) -> int:
@@ -28,6 +29,20 @@ def code_of(error: Any) -> str:
     code = str(error.response.get("Error", {}).get("Code", ""))
     # Anything else that a server puts there could quote the request.
     return code if re.fullmatch("[A-Za-z.]+", code) else ""
+
+
+def with_code(error: Any, ask: Callable[[], object]) -> Any:
+    """The botocore `ClientError` of a HEAD, whose answer has no body and so no code; or that of
+    another request, `ask`, if that says that credentials or a clock are the reason."""
+    from botocore.exceptions import ClientError
+
+    if status_of(error) in (400, 403):
+        try:
+            ask()
+        except ClientError as told:
+            if code_of(told) in (*_OF_CREDENTIALS, _SKEWED):
+                return told
+    return error
 
 
 def image_error_of(error: Any) -> ImageError:
@@ -123,11 +138,12 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
                 "create it, or correct the name"
             ) from error
         if code in _OF_CREDENTIALS:
+            fix = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
             raise UserError(
                 f"{where}: {endpoint} does not accept these credentials ({code}); "
-                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
+                + ("get new ones, with a new AWS_SESSION_TOKEN" if code == _EXPIRED else fix)
             ) from error
-        if code == "RequestTimeTooSkewed":
+        if code == _SKEWED:
             raise UserError(
                 f"{where}: the clocks of this machine and of {endpoint} differ; correct this one"
             ) from error

@@ -44,3 +44,11 @@ def left_behind() -> list[Path]:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 found.append(mark.parent)
     return sorted(found)
+
+
+def no_room(error: OSError) -> str:
+    """Why a temporary file cannot be written, and what to do."""
+    return (
+        f"temporary files cannot be written ({error.strerror or type(error).__name__}); "
+        "free space, or set TMPDIR to a larger folder"
+    )
