@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from lungopacity.errors import NOTICE, UserError, first_line
-from lungopacity.runtime import is_submission_address, ray_session
+from lungopacity.runtime import is_submission_address, own_cpus, ray_session
 from lungopacity.words import counted
 
 MIN_TORCH = (2, 11)
@@ -80,8 +80,7 @@ def report(findings: list[Finding]) -> str:
 
 def _python() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
-    cpus = len(os.sched_getaffinity(0))
-    yield Finding("ok", "python", f"{version}, {counted(cpus, 'CPU core')}")
+    yield Finding("ok", "python", f"{version}, {counted(own_cpus(), 'CPU core')}")
 
 
 def _torch() -> Iterator[Finding]:

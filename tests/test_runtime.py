@@ -11,7 +11,10 @@ import pytest
 from lungopacity.errors import UserError
 from lungopacity.runtime import (
     KEEP_FREED_MEMORY,
+    container,
     free_resources,
+    own_cpus,
+    own_memory_bytes,
     ray_session,
     require_resources,
     resolve_gpu,
@@ -38,6 +41,29 @@ def test_what_the_cluster_can_never_give_is_refused_at_once():
         require_resources(cpus=1, gpus=999, what="training", option="--workers")
     with pytest.raises(UserError, match="0; use --no-gpu, or a larger cluster"):
         require_resources(cpus=1, gpus=999, what="evaluation")
+
+
+def test_the_limits_of_a_container_are_known_without_ray(tmp_path, monkeypatch):
+    monkeypatch.setattr(container, "_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    has = own_memory_bytes()
+    for files, cpus, memory in (
+        ({}, 8, has),
+        ({"cpu.max": "350000 100000", "memory.max": "4096"}, 3, 4096),
+        ({"cpu.max": "50000 100000", "memory.max": str(2 * has)}, 1, has),
+        ({"cpu.max": "max 100000", "memory.max": "max"}, 8, has),
+        ({"cpu.max": "1600000 100000"}, 8, has),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000",
+          "memory/memory.limit_in_bytes": "4096"}, 2, 4096),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
+          "memory/memory.limit_in_bytes": str(2**63 - 4096)}, 8, has),
+    ):  # fmt: skip
+        for file in tmp_path.rglob("*.*"):
+            file.unlink()
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(f"{text}\n")
+        assert (own_cpus(), own_memory_bytes()) == (cpus, memory), files
 
 
 @pytest.mark.usefixtures("ray_cluster")

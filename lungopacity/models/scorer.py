@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from lungopacity.models.compiled import NcnnScorer, loaded
 from lungopacity.models.model import TrainedModel
 from lungopacity.models.networks import ENSEMBLE
 from lungopacity.models.probabilities import softmax
+from lungopacity.runtime import own_cpus
 
 if TYPE_CHECKING:
     import torch
@@ -89,12 +89,12 @@ class Scorer:
         threads: int | None = None,
         precision: str = FLOAT32,
     ):
-        """`threads`: CPU threads of the forward pass; None: as many as there are CPUs.
+        """`threads`: CPU threads of the forward pass; None: as many as `own_cpus`.
         `precision`: one of `PRECISIONS`."""
         self.model = model
         self.use_gpu = use_gpu
         self.precision = precision
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or own_cpus()
         self.distribution = model.training_distribution()
         self._cams: list[GradCAM] | None = None
         self._on_gpu: dict[int, torch.Tensor] = {}

@@ -6,6 +6,7 @@ before it is needed: `--help` must not wait for it.
 
 from __future__ import annotations
 
+from lungopacity.runtime.container import own_cpus, own_memory_bytes
 from lungopacity.runtime.installed import versions
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, alone, environment
 from lungopacity.runtime.resources import (
@@ -44,6 +45,8 @@ __all__ = [
     "is_submission_address",
     "lean_training",
     "may_grow",
+    "own_cpus",
+    "own_memory_bytes",
     "quiet_about_remote_arguments",
     "quiet_ray_data",
     "ray_ahead",

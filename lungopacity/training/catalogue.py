@@ -41,13 +41,13 @@ def networks_table() -> str:
     return "\n".join([*lines, more, made, last])
 
 
-def parameters(name: str) -> int:
-    """The number of parameters of the network for two classes, without buffers."""
+def parameters(name: str, classes: int = 2, settings: Mapping[str, Any] | None = None) -> int:
+    """The number of parameters of the network, without buffers. Raises as `build_network` does."""
     import torch
 
     # On meta, which needs no memory: the largest of torchvision's networks take gigabytes.
     with torch.device("meta"):
-        network = build_network(name, 2)
+        network = build_network(name, classes, settings)
     return sum(weight.numel() for weight in network.parameters())
 
 

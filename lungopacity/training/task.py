@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +22,16 @@ from lungopacity.dataset.manifest import (
 from lungopacity.dataset.pixels import LabelledPixels, load_pixels
 from lungopacity.errors import ErrorCode, UserError
 from lungopacity.models import network_card, settings_of_network
+from lungopacity.runtime import own_memory_bytes
+from lungopacity.training.catalogue import parameters
 from lungopacity.training.settings import TrainingSettings, recipe, with_words
+from lungopacity.words import counted
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CLASSES = ("Normal", "Lung_Opacity")
 _OF_NETWORK = "model_settings."
+_BYTES_OF_WEIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,26 @@ def option_of(wrong: str) -> str:
     return f"--{wrong}" if name == "set:" else f"--set {wrong}"
 
 
+def warn_of_no_effect(task: TrainingTask) -> None:
+    """Warns of settings that do nothing beside the others. They are not refused, because the best
+    trial of a search may have drawn them."""
+    settings = task.settings
+    erase = "augmentation.erase_fraction"
+    if erase in task.words and not settings.augmentation.erase_probability:
+        log.warning(
+            "--set %s=%s has no effect while augmentation.erase_probability is 0",
+            erase,
+            task.words[erase],
+        )
+    # The first epoch counts as a lower loss, and nothing is left to stop after the last.
+    if settings.patience and settings.patience >= settings.epochs - 1:
+        log.warning(
+            "--set patience=%d has no effect: training ends after %s anyway",
+            settings.patience,
+            counted(settings.epochs, "epoch"),
+        )
+
+
 def _chosen(
     settings: TrainingSettings,
     image_size: int | None,
@@ -135,11 +162,19 @@ def _check_network(settings: TrainingSettings, classes: int, words: Mapping[str,
     size = settings.preprocessing.image_size
     given = [f"{name}={word}" for name, word in words.items() if name.startswith(_OF_NETWORK)]
     of_size = f"--image-size {size}"
-    tries = ((f"--set {' '.join(given)}" if given else of_size, None), (of_size, size))
-    for option, tried in tries:
+    of_network = f"--set {' '.join(given)}" if given else of_size
+    for option, tried in ((of_network, None), (of_size, size)):
         try:
-            settings_of_network(settings.model, classes, settings.model_settings, tried)
+            found = settings_of_network(settings.model, classes, settings.model_settings, tried)
         except ValueError as error:
             raise UserError(
                 f"{option}: {error}; see `lungopacity models {settings.model}`"
             ) from error
+    if given and found is not None:  # regnets cannot be counted, nor made larger
+        weights = parameters(settings.model, classes, settings.model_settings)
+        needed, has = _BYTES_OF_WEIGHT * weights, own_memory_bytes()
+        if needed > has:
+            raise UserError(
+                f"{of_network}: the network's {weights:,} weights need {needed / 2**30:,.0f} GiB "
+                f"of memory, and this machine has {has / 2**30:,.0f}; give smaller numbers"
+            )

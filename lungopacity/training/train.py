@@ -15,7 +15,7 @@ from lungopacity.progress import Progress
 from lungopacity.runtime import free_resources, ray_session, resolve_gpu
 from lungopacity.storage.probe import check_writable
 from lungopacity.training.fit import TrainingResult, fit, start_of
-from lungopacity.training.task import DEFAULT_CLASSES, training_task
+from lungopacity.training.task import DEFAULT_CLASSES, training_task, warn_of_no_effect
 from lungopacity.training.tracking import run_logs
 
 
@@ -74,6 +74,7 @@ def train(
         accept=accept,
         reject_quality=reject_quality,
     )
+    warn_of_no_effect(task)
     check_writable(output)
     with run_logs(tensorboard, mlflow) as logs, ray_session():
         chosen = replace(task.settings, use_gpu=resolve_gpu(use_gpu))

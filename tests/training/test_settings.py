@@ -14,7 +14,7 @@ from lungopacity.models import NETWORK_NAMES, build_network
 from lungopacity.training import AugmentationSettings, TrainingSettings
 from lungopacity.training.catalogue import field_texts, networks_table, recipe_table
 from lungopacity.training.settings import recipe, with_words
-from lungopacity.training.task import TrainingTask, training_task
+from lungopacity.training.task import TrainingTask, training_task, warn_of_no_effect
 
 
 @pytest.mark.parametrize(
@@ -233,6 +233,9 @@ def task(
          'batch_norm must be true or false, not "false"'),
         ("classical-cnn", None, {"model_settings__hidden_units": "64.0"},
          "hidden_units must be a whole number, such as 0, not 64.0"),
+        # It fits no machine.
+        ("classical-cnn", None, {"model_settings__hidden_units": f"{10**11}"},
+         " weights need 191,852 GiB of memory, and this machine has "),
         ("alexnet", None, {"model_settings__dropout": "[0.5]"},
          "dropout must be a number, such as 0.2, not [0.5]"),
         ("torchvision:vit_b_32", None, {"model_settings__image_size": "[64, 64]"},
@@ -253,6 +256,29 @@ def test_impossible_settings_are_refused_before_a_film_is_read(
     for name, word in words.items():
         if name.startswith("model_settings"):
             assert str(refused.value).startswith(f"--set {name.replace('__', '.')}={word}: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"augmentation__erase_fraction": "0.3", "augmentation__erase_probability": "0.5"}, []),
+        ({"epochs": "10", "patience": "8"}, []),
+        (
+            {"augmentation__erase_fraction": "0.3"},
+            ["--set augmentation.erase_fraction=0.3 has no effect while "
+             "augmentation.erase_probability is 0"],
+        ),
+        (
+            {"epochs": "10", "patience": "9"},
+            ["--set patience=9 has no effect: training ends after 10 epochs anyway"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_is_told(tmp_path, caplog, words, told) -> None:
+    asked = task(tmp_path, "classical-cnn", **words)
+    caplog.clear()
+    warn_of_no_effect(asked)
+    assert caplog.messages == told
 
 
 def test_networks_that_need_memory_or_a_fixed_size_are_checked_too(tmp_path) -> None:
