@@ -8,9 +8,9 @@ import click
 
 from lungopacity.cli.options import (
     EPILOG,
+    classes_of,
     images_option,
     labels_option,
-    names_of,
     pairs_of,
     rule_options,
 )
@@ -62,7 +62,9 @@ def labels(
 @click.command(epilog=EPILOG)
 @images_option
 @labels_option
-@click.option("--classes", default=None, help="As for `train`. Default: every label.")
+@click.option(
+    "--classes", default=None, callback=classes_of, help="As for `train`. Default: every label."
+)
 @click.option(
     "--positive-class",
     default=None,
@@ -78,7 +80,7 @@ def labels(
 )
 @rule_options
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-def audit(classes: str | None, as_json: bool, **options: Any) -> int:
+def audit(as_json: bool, **options: Any) -> int:
     """Look for copies, patients in two splits, and shortcuts.
 
     Each of these makes a model look better than it is. Exits with 1 if films or patients leak from
@@ -86,6 +88,6 @@ def audit(classes: str | None, as_json: bool, **options: Any) -> int:
     """
     from lungopacity.evaluation.audit import audit as run
 
-    found = run(classes=None if classes is None else names_of(classes), **options)
+    found = run(**options)
     click.echo(found.to_json() if as_json else found.summary())
     return 1 if found.leaks else 0

@@ -123,7 +123,10 @@ def words_of(
     """`blank,colour` as a list; `none` as an empty one."""
     if text is None:
         return None
-    return [word.strip() for word in text.split(",") if word.strip() not in ("", "none")]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise click.BadParameter(f"'{text}' holds no word; say none")
+    return [word for word in words if word != "none"]
 
 
 def rule_options(command: Any) -> Any:
@@ -147,9 +150,16 @@ def rule_options(command: Any) -> Any:
     return accept(reject(command))
 
 
-def names_of(text: str) -> tuple[str, ...]:
-    """The words of `A,B`."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def classes_of(
+    _context: click.Context, _option: click.Parameter, text: str | None
+) -> tuple[str, ...] | None:
+    """The words of `A,B`, at least one: no word would mean every label."""
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise click.BadParameter(f"'{text}' names no class")
+    return names
 
 
 def workers_of(text: str) -> int | tuple[int, int]:

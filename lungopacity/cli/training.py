@@ -9,10 +9,10 @@ import click
 
 from lungopacity.cli.options import (
     EPILOG,
+    classes_of,
     gpu_option,
     images_option,
     labels_option,
-    names_of,
     pairs_of,
     rule_options,
     workers_of,
@@ -39,6 +39,7 @@ def _training_options(command: Any) -> Any:
         ),
         click.option(
             "--classes",
+            callback=classes_of,
             default="Normal,Lung_Opacity",
             show_default=True,
             help="Labels that are classes, in the order of the scores: A is one, A=Name renames "
@@ -114,14 +115,14 @@ def _training_options(command: Any) -> Any:
     default=None,
     help="MLflow tracking server; needs pip install 'lungopacity[mlflow]'.",
 )
-def train(classes: str, **options: Any) -> int:
+def train(**options: Any) -> int:
     """Fit a network to labelled radiographs; write a model folder.
 
     After a crash, the same command continues where it stopped.
     """
     from lungopacity.training.train import train as run
 
-    result = run(classes=names_of(classes), **options)
+    result = run(**options)
     kept = result.history[result.best_epoch - 1]
     click.echo(
         f"model {result.model.model_id} in {options['output']}"
@@ -153,7 +154,7 @@ def train(classes: str, **options: Any) -> int:
     default=None,
     help="Stop after so many seconds; the next call runs the trials that this cut short.",
 )
-def tune(classes: str, **options: Any) -> int:
+def tune(**options: Any) -> int:
     """Search for better settings.
 
     The best have the lowest validation loss after calibration. Trials run side by side, on CPUs or
@@ -163,7 +164,7 @@ def tune(classes: str, **options: Any) -> int:
     from lungopacity.results.render import rendered
     from lungopacity.training.tune import tune as run
 
-    found = run(classes=names_of(classes), **options)
+    found = run(**options)
     click.echo(rendered(found.trials, "table").decode(), nl=False)
     click.echo(found.best["command"])
     click.echo(NOTICE)

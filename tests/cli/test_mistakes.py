@@ -92,6 +92,16 @@ MISTAKES = {
          "--output", "{out}", "--classes", "Normal"],
         "give two or more different names",
     ),
+    "no class at all": (
+        ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--output", "{out}", "--classes", ",,"],
+        "Invalid value for '--classes': ',,' names no class",
+    ),
+    "no flag at all": (
+        ["audit", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
+         "--reject-quality", " ,"],
+        "Invalid value for '--reject-quality': ' ,' holds no word; say none",
+    ),
     "output holds a model": (
         ["train", "--images", "{place}/archive", "--labels", "{place}/labels.csv",
          "--output", "{place}/model"],
