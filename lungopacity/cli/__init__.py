@@ -3,10 +3,10 @@
 Only click is imported here: torch and ray come with the command that needs them, so that `--help`
 answers at once.
 
-Exit codes: 0: done. 1: done, but images could not be read, none was scored, or `audit` found leaks.
-2: stopped (one line says why), done with more failures than `--max-failed-fraction`, or `doctor`
-found something missing. 130: ended by Ctrl-C. 141: nobody reads its output any more. 143: ended by
-SIGTERM.
+Exit codes: 0: done. 1: done, but images could not be read, none was scored, `status.json` could not
+be written, or `audit` found leaks. 2: stopped (one line says why), done with more failures than
+`--max-failed-fraction`, or `doctor` found something missing. 130: ended by Ctrl-C. 141: nobody
+reads its output any more. 143: ended by SIGTERM.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Unpack
@@ -40,10 +40,13 @@ class Night:
     `unfinished` runs are counted, although those runs would screen them."""
     unfinished: tuple[str, ...] = ()
     """Only of a dry run: ids of runs that the night would finish first."""
+    status_written: bool = True
+    """False: `status.json` does not tell how the night ended, because it could not be written."""
 
     @property
     def exit_code(self) -> int:
-        return max((run.exit_code for run in self.runs), default=0)
+        """The highest of the runs; at least 1 if `status.json` does not tell it."""
+        return max([int(not self.status_written), *(run.exit_code for run in self.runs)])
 
 
 def nightly(
@@ -112,8 +115,8 @@ def nightly(
             status.write("failed", exit_code, runs, why)
             raise
         night = Night(store.uri, tuple(runs))
-        status.write("finished", night.exit_code, night.runs)
-    return night
+        written = status.write("finished", night.exit_code, night.runs)
+    return replace(night, status_written=written)
 
 
 def _check(lease: Lease, runs: Sequence[ScreeningResult]) -> None:
@@ -230,7 +233,8 @@ class _Status:
         exit_code: int | None,
         runs: Sequence[ScreeningResult],
         message: str | None = None,
-    ) -> None:
+    ) -> bool:
+        """Returns False if the file could not be written; a log line says why."""
         counts = {
             status.value: sum(getattr(run, status.value) for run in runs) for status in Status
         }
@@ -258,6 +262,8 @@ class _Status:
         except UserError as error:
             # The night's results count; the status file is only a report.
             log.warning("%s could not be written: %s", STATUS, error)
+            return False
+        return True
 
 
 def _entry(shift: Shift) -> dict[str, Any]:

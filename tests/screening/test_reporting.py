@@ -282,5 +282,8 @@ def test_a_status_that_cannot_be_written_costs_no_night(place, monkeypatch, capl
         write(store, key, data, **conditions)
 
     monkeypatch.setattr(LocalStore, "write", failing)
-    assert place.night().runs[0].images == 4
+    night = place.night()
+    assert night.runs[0].images == 4
     assert "status.json could not be written: no space" in caplog.text
+    # Who reads that file is told of no night, so the exit code tells that.
+    assert (night.runs[0].exit_code, night.exit_code) == (0, 1)
