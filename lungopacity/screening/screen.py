@@ -144,7 +144,10 @@ def _lie_in(place: str, root: str) -> Callable[[pa.ChunkedArray], pa.Array] | No
     # mostly follow each other, so few folders need be remembered.
     @lru_cache(maxsize=_FOLDERS_REMEMBERED)
     def is_there(folder: str) -> bool:
-        return below(_real(f"{root}/{folder}"), place) is not None
+        try:
+            return below(_real(f"{root}/{folder}"), place) is not None
+        except ValueError:
+            return False  # a NUL: the key, from an inventory, can name no file and gets a row
 
     return lambda keys: pa.array(
         [is_there(key.rpartition("/")[0]) for key in keys.to_pylist()], pa.bool_()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import lungopacity
@@ -119,6 +122,17 @@ def test_results_that_links_lead_to_are_not_screened(place, tmp_path, caplog):
     (tmp_path / "archive/of last year").symlink_to(tmp_path / "results")
     assert [place.night().runs[0].images for _ in range(2)] == [4, 0]
     assert f"are left out, which lie in {place.results}: what screening writes" in caplog.text
+
+
+def test_a_folder_that_no_disk_can_have_gets_a_row(place, tmp_path):
+    for item in place.archive.list():
+        place.archive.delete(item.key)
+    listed = pa.table({"image": ["a\0b/c.png"], "source_etag": [""], "source_size_bytes": [1],
+                       "source_modified_at": [datetime.now(UTC)]})  # fmt: skip
+    pq.write_table(listed, tmp_path / "list.parquet")
+    place.failing = {"a\0b/c.png": "unsupported"}
+    (run,) = place.night(inventory=str(tmp_path / "list.parquet")).runs
+    assert (run.images, run.failed) == (1, 1)
 
 
 def test_results_in_an_archive_that_a_link_leads_to_are_not_screened(place, tmp_path):
