@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, fields
 
 import pyarrow as pa
@@ -51,6 +52,8 @@ class ExplanationResult:
             f"model {self.model_id}: {self.explained} images explained, {self.rejected} rejected, "
             f"{self.failed} could not be read" + (", synthetic" if self.synthetic else "")
         ]
+        codes = Counter(self.table["error_code"].drop_null().to_pylist())
+        lines += [f"  {code}: {count}" for code, count in sorted(codes.items())]
         lines += [
             f"  {_heading(group.group, group.n)}\n{_shares(self, group.group)}"
             for group in self.metrics

@@ -233,6 +233,7 @@ def test_what_cannot_be_read_has_a_row_and_the_exit_code(tmp_path, capfd):
     out, _ = capfd.readouterr()
     assert code == 1
     assert "2 images explained, 1 rejected, 2 could not be read" in out
+    assert "\n  corrupt_image: 1\n" in out
     rows = pq.read_table(tmp_path / "out" / "explain.parquet").to_pylist()
     assert {row["member"] or row["image"]: row["error_code"] for row in rows} == {
         "a.png": None, "b.png": "corrupt_image", "c.dcm": "lateral_view", "in.png": None,
