@@ -111,9 +111,15 @@ def _check(uris: Sequence[str], trained: Sequence[TrainedModel]) -> None:
         if spec.architecture == ENSEMBLE:
             raise UserError(f"{uri}: is an ensemble itself; give its members")
         if spec.class_names != first.class_names:
+            same = set(spec.class_names) == set(first.class_names)
             raise UserError(
                 f"{uri}: has the classes {', '.join(spec.class_names)}, and {uris[0]} "
-                f"{', '.join(first.class_names)}; give models of the same classes"
+                f"{', '.join(first.class_names)}; "
+                + (
+                    "their order is that of the scores: train both with the same --classes"
+                    if same
+                    else "give models of the same classes"
+                )
             )
         if spec.positive_class != first.positive_class:
             raise UserError(

@@ -164,6 +164,7 @@ def test_models_that_do_not_fit_together_are_refused(members, tmp_path):
     ensemble(uris, str(tmp_path / "both"))
     folder(str(tmp_path / "other-data"), 3, fingerprint="g")
     folder(str(tmp_path / "other-classes"), 3, class_names=("Healthy", "Lung_Opacity"))
+    folder(str(tmp_path / "other-order"), 3, class_names=("Lung_Opacity", "Normal"))
     folder(str(tmp_path / "other-positive"), 3, positive_class="Normal")
     cropping = Preprocessing(image_size=32, crop_borders=True)
     folder(str(tmp_path / "cropping"), 3, preprocessing=cropping)
@@ -174,7 +175,8 @@ def test_models_that_do_not_fit_together_are_refused(members, tmp_path):
         ([*uris, uris[0]], "given twice"),
         ([uris[0], str(tmp_path / "both")], "an ensemble itself"),
         ([uris[0], str(tmp_path / "other-data")], "other films, or another split"),
-        ([uris[0], str(tmp_path / "other-classes")], "same classes"),
+        ([uris[0], str(tmp_path / "other-classes")], "give models of the same classes"),
+        ([uris[0], str(tmp_path / "other-order")], "their order .* train both with the same"),
         (
             [uris[0], str(tmp_path / "other-positive")],
             "other-positive: decides about Normal, .*a about Lung_Opacity; .* --positive-class",
