@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,14 @@ from lungopacity.results.folder import (
     work_file,
 )
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema, predictions_schema
-from lungopacity.results.workbench import export, is_full_disk, quoted, view_of_files, workbench
+from lungopacity.results.workbench import (
+    ExportedFile,
+    export,
+    is_full_disk,
+    quoted,
+    view_of_files,
+    workbench,
+)
 from lungopacity.screening.plan import Plan, mark_published
 from lungopacity.screening.pseudonyms import Pseudonyms, write_key_map
 from lungopacity.storage import Store
@@ -180,38 +187,11 @@ class Collected:
         `pseudonyms`: if they have a key map, names of objects are hashed in the files.
         """
         start = self.plan.start
-        names: dict[str, str] = {}
-        rows = "SELECT * FROM final ORDER BY image, member_index, frame"
-        ((total,),) = self.connection.execute("SELECT count(*) FROM final").fetchall()
-        progress = Progress("Publishing", total=total, quick=True)
-
-        def published(rows: pa.Table) -> pa.Table:
-            if pseudonyms is not None and pseudonyms.key_map is not None:
-                rows, found = pseudonyms.hash_names(rows)
-                names.update(found)
-            progress.advance(rows.num_rows)
-            return rows
-
-        if pseudonyms is not None and pseudonyms.key_map is not None:
-            # Sorting by name would hint at which name is behind which hash. So would the time at
-            # which each object was screened, because that roughly follows the order of the names.
-            self.connection.create_function("hashed", pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
-            rows = (
-                "SELECT final.* REPLACE ((SELECT max(screened_at) FROM final) AS screened_at)"
-                " FROM final JOIN (SELECT image, hashed(image) AS hash"
-                " FROM (SELECT DISTINCT image FROM final)) USING (image)"
-                " ORDER BY hash, member_index, frame"
-            )
-        with progress:
-            exported = export(
-                self.connection,
-                rows,
-                predictions_schema(self.class_names),
-                self.folder,
-                "predictions",
-                published,
-            )
-        if pseudonyms is not None and pseudonyms.key_map is not None:
+        if pseudonyms is None or pseudonyms.key_map is None:
+            rows = "SELECT * FROM final ORDER BY image, member_index, frame"
+            exported = self._exported(rows, lambda table: table)
+        else:
+            exported, names = self._exported_hashed(pseudonyms)
             # Written before the results: hashes without a map would be of no use.
             write_key_map(pseudonyms.key_map, start.run_id, names)
         # A random part in the names: another job that publishes the same run writes other files,
@@ -225,6 +205,45 @@ class Collected:
             sha256 = hashlib.sha256(data).hexdigest()
             files.append({"key": key, "rows": file.rows, "sha256": sha256})
         return files
+
+    def _exported(self, rows: str, shown: Callable[[pa.Table], pa.Table]) -> list[ExportedFile]:
+        """Write the rows of a query over `final` to local files, each table as `shown` returns
+        it."""
+        ((total,),) = self.connection.execute("SELECT count(*) FROM final").fetchall()
+        with Progress("Publishing", total=total, quick=True) as progress:
+
+            def published(table: pa.Table) -> pa.Table:
+                progress.advance(table.num_rows)
+                return shown(table)
+
+            return export(
+                self.connection,
+                rows,
+                predictions_schema(self.class_names),
+                self.folder,
+                "predictions",
+                published,
+            )
+
+    def _exported_hashed(self, pseudonyms: Pseudonyms) -> tuple[list[ExportedFile], dict[str, str]]:
+        """The table `final` in local files with names hashed, and the name behind each hash."""
+        names: dict[str, str] = {}
+
+        def hashed(table: pa.Table) -> pa.Table:
+            table, found = pseudonyms.hash_names(table)
+            names.update(found)
+            return table
+
+        # Sorting by name would hint at which name is behind which hash. So would the time at
+        # which each object was screened, because that roughly follows the order of the names.
+        self.connection.create_function("hashed", pseudonyms.hashed, ["VARCHAR"], "VARCHAR")
+        rows = (
+            "SELECT final.* REPLACE ((SELECT max(screened_at) FROM final) AS screened_at)"
+            " FROM final JOIN (SELECT image, hashed(image) AS hash"
+            " FROM (SELECT DISTINCT image FROM final)) USING (image)"
+            " ORDER BY hash, member_index, frame"
+        )
+        return self._exported(rows, hashed), names
 
 
 @contextmanager
