@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from lungopacity.evaluation.metrics import Floats
 from lungopacity.progress import Progress
@@ -52,6 +51,8 @@ class Resampling:
         patients: Sequence[str | None], replicates: int = REPLICATES, seed: int = 0
     ) -> Resampling:
         """patients: the patient id of each film; a film without one counts as its own patient."""
+        import pandas as pd
+
         known_N = pd.notna(np.asarray(patients, dtype=object))
         # A tuple equals no id, and each film gets another tuple.
         names = [

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 
 from lungopacity.evaluation.metrics import Metric, age_band
 from lungopacity.results.schema import METRICS_SCHEMA
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def metrics_table(
@@ -221,6 +223,8 @@ def _comparable(metrics: Sequence[Metric], positive: str, point: str) -> Iterabl
 
 def fact_groups(facts: pd.DataFrame) -> dict[str, list[str | None]]:
     """The subgroups that every evaluation reports. facts: `FACT_COLUMNS`, a row per image."""
+    import pandas as pd
+
     ages = facts["patient_age_years"]
     return {
         **{

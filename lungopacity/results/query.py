@@ -8,16 +8,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.dataset
 
 from lungopacity.errors import UserError, first_line
 from lungopacity.results.folder import read_runs
 from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
 from lungopacity.results.workbench import is_full_disk, tables_in_memory
 from lungopacity.storage import Store, open_store
+
+if TYPE_CHECKING:
+    import pyarrow.dataset
 
 _NO_RUN = {"class_names": ()}
 _RUNS_SCHEMA = pa.schema(
@@ -203,17 +205,18 @@ def _metrics(store: Store, runs: Sequence[dict[str, Any]]) -> pa.dataset.Dataset
 def _dataset(
     store: Store, keys: list[str], schema: pa.Schema, partitioned_by: pa.Schema | None = None
 ) -> pa.dataset.Dataset:
+    # Imports pandas, which takes longer than all that screening needs before Ray starts.
+    import pyarrow.dataset as ds
+
     filesystem, root = store.arrow_filesystem()
     if not keys:
-        return pa.dataset.dataset(schema.empty_table())
-    partitioning = (
-        pa.dataset.HivePartitioning(partitioned_by) if partitioned_by is not None else None
-    )
-    return pa.dataset.dataset(
+        return ds.dataset(schema.empty_table())
+    partitioning = ds.HivePartitioning(partitioned_by) if partitioned_by is not None else None
+    return ds.dataset(
         [f"{root}/{key}" for key in keys],
         schema=schema,
-        format=pa.dataset.ParquetFileFormat(
-            default_fragment_scan_options=pa.dataset.ParquetFragmentScanOptions(
+        format=ds.ParquetFileFormat(
+            default_fragment_scan_options=ds.ParquetFragmentScanOptions(
                 page_checksum_verification=True
             )
         ),

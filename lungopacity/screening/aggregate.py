@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
-from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of
 from lungopacity.errors import Status
 from lungopacity.evaluation.bootstrap import REPLICATES, Resampling
 from lungopacity.evaluation.measure import ScoredImages, measure
@@ -21,6 +19,9 @@ from lungopacity.models import ModelSpec
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION, QUALITY_FLAGS
 from lungopacity.results.schema import class_column
 from lungopacity.results.workbench import quoted
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ def label_metrics(
     these only the decisions look too good, so they stay and are counted as
     `films_operating_point_picked_on`.
     """
+    from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of
+
     columns = [class_column("p", name) for name in spec.class_names]
     known = ", ".join(quoted(label) for label in spec.class_of_label)
     rows = predictions.query(

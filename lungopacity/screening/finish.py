@@ -8,9 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from lungopacity.errors import NOTICE, Status
 from lungopacity.evaluation.drift import Sample, Shift, drift_metrics, shifts
@@ -25,6 +23,9 @@ from lungopacity.screening.job import MAX_FAILED_FRACTION, ScreeningJob
 from lungopacity.screening.plan import Plan
 from lungopacity.screening.publish import Collected, collect
 from lungopacity.storage.parquet import parquet_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lungopacity.archive.content import ReadSettings, settings_of_model
 from lungopacity.archive.inventory import below
-from lungopacity.dataset.manifest import read_labels
 from lungopacity.errors import UserError
 from lungopacity.evaluation.drift import Sample
 from lungopacity.models import (
@@ -29,6 +26,9 @@ from lungopacity.screening.pseudonyms import Pseudonyms, read_pseudonyms
 from lungopacity.screening.resources import check_actors
 from lungopacity.screening.rules import Rules
 from lungopacity.storage import Store, open_store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_FAILED_FRACTION = 0.05
 
@@ -181,7 +181,7 @@ def screening_job(
             read_settings, hmac_key=None if pseudonyms is None else pseudonyms.key
         ),
         pseudonyms=pseudonyms,
-        labels=None if labels is None else read_labels(labels),
+        labels=None if labels is None else _read_labels(labels),
         known_films=frozenset() if labels is None else films_known_to(model),
         point_films=frozenset()
         if labels is None
@@ -242,3 +242,9 @@ def _baseline(results: Store, run_id: str, model: TrainedModel) -> Sample:
             class_column("p", model.spec.positive_class),
             record.get("failed_again", 0),
         )
+
+
+def _read_labels(uri: str) -> pd.DataFrame:
+    from lungopacity.dataset.manifest import read_labels
+
+    return read_labels(uri)

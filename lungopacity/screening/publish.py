@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
-import pandas as pd
 import pyarrow as pa
 
 from lungopacity.archive.names import names_by_ending
@@ -40,6 +38,9 @@ from lungopacity.results.workbench import (
 from lungopacity.screening.plan import Plan, mark_published
 from lungopacity.screening.pseudonyms import Pseudonyms, write_key_map
 from lungopacity.storage import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,8 @@ class Collected:
         named as in the archive, and a line of text for each ambiguous match. Ambiguous matches give
         no label.
         """
+        import pandas as pd
+
         self.connection.register(
             "named", pa.table({"name": pa.array(labels["image"], pa.string())})
         )
@@ -254,6 +257,8 @@ def collect(results: Store, plan: Plan, class_names: Sequence[str]) -> Iterator[
     another job has published the run meanwhile, or if a part file cannot be read for another
     reason.
     """
+    import duckdb
+
     with workbench() as (connection, folder):
         keys = [
             item.key
