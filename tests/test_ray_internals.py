@@ -3,7 +3,6 @@ gone in another one."""
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 
@@ -15,17 +14,16 @@ from lungopacity.runtime.session import RAY, RaySession, lean_training
 
 def test_each_name_is_there_in_this_release():
     from ray._private import internal_api
-    from ray._private.parameter import RayParams
 
     with ray_internals.without_idle_servers() as found:
         assert found == [
             "start_monitor",
             "start_log_monitor",
             "start_api_server",
-            "start_raylet",
             "get_node",
+            "start_ray_process",
+            "get_dashboard_dependency_error",
         ]
-    assert "dashboard_agent_listen_port" in inspect.signature(RayParams).parameters
     with ray_internals.without_idle_actors() as found:
         assert found == [
             "register_dataset_to_stats_actor",
@@ -57,6 +55,12 @@ def test_a_release_that_has_them_elsewhere_goes_without(monkeypatch, block, modu
     assert len(found) < 4
     monkeypatch.setitem(sys.modules, "ray._private.internal_api", None)
     assert ray_internals.bytes_moved() is None
+
+
+def test_an_unknown_release_starts_its_own_agents(monkeypatch):
+    monkeypatch.setattr("ray.__version__", "2.61.0")
+    with ray_internals.without_idle_servers() as found:
+        assert found == ["start_monitor", "start_log_monitor", "start_api_server", "get_node"]
 
 
 def test_training_in_a_cluster_keeps_what_watches_over_it(monkeypatch):

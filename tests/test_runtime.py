@@ -150,24 +150,29 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
 
 def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
     script = (
-        "import threading, psutil\n"
+        "import sys, threading, time, psutil\n"
         "from lungopacity.runtime import done_with_ray, ray_ahead, ray_session\n"
+        "def runs(name): return any(name in ' '.join(one.cmdline())\n"
+        "                           for one in psutil.Process().children(recursive=True))\n"
         "with ray_ahead():\n"
+        "    while not runs('raylet'): time.sleep(0.1)\n"
+        "    time.sleep(1)\n"
+        "    print(*{'pandas', 'ray.data'} & set(sys.modules))\n"
+        "    with ray_session(): print(*sorted({'pandas', 'ray.data'} & set(sys.modules)))\n"
         "    for _ in range(2):\n"
         "        with ray_session():\n"
         "            import ray\n"
         "            print(ray.get(ray.remote(lambda: 'worked').remote()))\n"
-        "    all = [' '.join(one.cmdline()) for one in psutil.Process().children(recursive=True)]\n"
-        "    print(*(name for name in ('raylet', 'dashboard.py', 'monitor.py')\n"
-        "            if any(name in line for line in all)))\n"
+        "    print(*filter(runs, ('raylet', 'dashboard.py', 'monitor.py')))\n"
         "    done_with_ray()\n"
         "    with ray_session(): print(ray.get(ray.remote(lambda: 'again').remote()))\n"
         "print(ray.is_initialized(), threading.active_count() < 9)"
     )
     done = run_script(script, RAY_ADDRESS="")
-    assert done.stdout.split() == ["worked", "worked", "raylet", "again", "False", "True"], (
-        done.stderr
-    )
+    # pandas is not imported while the block does other work.
+    assert done.stdout.splitlines() == [
+        "", "pandas ray.data", "worked", "worked", "raylet", "again", "False True"
+    ], done.stderr  # fmt: skip
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         assert done.stderr == ""  # where logs are JSON, each line is
 
@@ -194,29 +199,6 @@ def test_no_reference_is_left_to_be_dropped_while_ray_ends():
     )
     done = run_script(script, RAY_ADDRESS="")
     assert done.stdout.split() == ["1", "0"], done.stderr
-
-
-def test_a_ray_of_our_own_starts_nothing_that_nobody_asks():
-    """No actor of Ray Data's that would take a reader's process, and no wait for a port that the
-    agent of another Ray has."""
-    script = (
-        "import socket, pathlib\n"
-        "from lungopacity.runtime import quiet_ray_data, ray_session\n"
-        "import ray\n"
-        "taken = socket.socket()\n"
-        "try:\n"
-        "    taken.bind(('', 52365))\n"
-        "    taken.listen()\n"
-        "except OSError: pass  # another Ray has it\n"
-        "with ray_session():\n"
-        "    quiet_ray_data()\n"
-        "    print(ray.data.from_items([1, 2]).map(lambda row: row).count())\n"
-        "    print(len(ray._private.state.actors()))\n"
-        "    logs = pathlib.Path(ray._private.worker._global_node.get_logs_dir_path())\n"
-        "    print((logs / 'dashboard_agent.log').read_text().count('Failed to bind'))\n"
-    )
-    done = run_script(script, RAY_ADDRESS="")
-    assert done.stdout.split() == ["2", "0", "0"], done.stderr
 
 
 def test_a_ray_that_does_not_come_up_is_no_defect(monkeypatch):
@@ -320,3 +302,13 @@ def test_a_process_alone_runs_no_line_of_the_callers_script(tmp_path: Path):
     )
     told = ["3", "a process ended with exit code 3", "division by zero"]
     assert done.stdout.splitlines() == told, done.stderr
+
+
+def test_screening_imports_only_what_it_needs_before_ray_starts():
+    """One core is idle until then, and Ray's start takes the other's time for pandas anyway."""
+    script = (
+        "import sys, lungopacity.screening.nightly, lungopacity.screening.report\n"
+        "print(sorted({'ray', 'torch', 'pandas', 'duckdb', 'scipy', 'boto3'} & set(sys.modules)))"
+    )
+    done = run_script(script)
+    assert done.stdout.splitlines() == ["[]"], done.stderr

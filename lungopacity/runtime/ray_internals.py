@@ -6,13 +6,21 @@ each name is there.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from lungopacity.runtime import waiting_agent
+
 _IDLE_SERVERS = ("start_monitor", "start_log_monitor", "start_api_server")
 _LOOK_S, _START_S = 0.05, 30.0
+_PORTS_IN_FILES = "2.60."
+"""The releases of Ray in which `waiting_agent` is known to work."""
+_DASHBOARD_AGENT, _AGENT = "--dashboard_agent_command=", "--runtime_env_agent_command="
+_SESSION = "--session_dir="
 _STATISTICS = (
     "register_dataset_to_stats_actor",
     "update_execution_metrics",
@@ -21,35 +29,36 @@ _STATISTICS = (
 
 
 @contextmanager
-def without_idle_servers() -> Iterator[list[str]]:
+def without_idle_servers(
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Iterator[list[str]]:
     """In the block, Ray starts faster, for which it has no options.
 
     It starts without its autoscaler, its log reader and its dashboard server. These three Python
     processes do nothing for a Ray of one machine whose dashboard is off and whose logs nobody
-    reads; `ray.init` waits for the last of them, and `ray.shutdown` for each. Its agent takes any
-    free port for the dashboard's requests; for its default port it would wait 3 seconds if another
-    Ray has that port. `ray.init` learns within 0.05 seconds, instead of 1, that the node is up.
+    reads; `ray.init` waits for the last of them, and `ray.shutdown` for each. In place of its two
+    agents, a `waiting_agent` starts. `ray.init` learns within 0.05 seconds, instead of 1, that the
+    node is up. `meanwhile` is called before it looks.
 
     Yields the names that were found.
     """
     try:
-        from ray._private import services
+        import ray
+        from ray._private import services, utils
         from ray._private.node import Node
         from ray._private.state import GlobalState
     except ImportError:
         yield []
         return
 
-    start_raylet: Any = getattr(Node, "start_raylet", None)
-
-    def with_any_agent_port(node: Any, *given: Any, **named: Any) -> Any:
-        node._ray_params.dashboard_agent_listen_port = 0
-        return start_raylet(node, *given, **named)
-
-    instead = {**dict.fromkeys(_IDLE_SERVERS, _nothing), "start_raylet": with_any_agent_port}
     get_node: Any = getattr(services, "get_node", None)
+    start_process: Any = getattr(services, "start_ray_process", None)
+
+    def with_waiting_agents(command: list[str], *given: Any, **named: Any) -> Any:
+        return start_process(_with_waiting_agents(command), *given, **named)
 
     def once_it_is_up(gcs_address: str, node_id: str) -> Any:
+        meanwhile()
         # Ray's own check sleeps a second if it comes too early, as it always does.
         until = time.monotonic() + _START_S
         state = GlobalState()
@@ -60,8 +69,30 @@ def without_idle_servers() -> Iterator[list[str]]:
             time.sleep(_LOOK_S)
         return get_node(gcs_address, node_id)
 
-    with _replaced(Node, instead) as found, _replaced(services, {"get_node": once_it_is_up}) as own:
-        yield [*found, *own]
+    with ExitStack() as replaced:
+        found = replaced.enter_context(_replaced(Node, dict.fromkeys(_IDLE_SERVERS, _nothing)))
+        found += replaced.enter_context(_replaced(services, {"get_node": once_it_is_up}))
+        if ray.__version__.startswith(_PORTS_IN_FILES):
+            agents = {"start_ray_process": with_waiting_agents}
+            found += replaced.enter_context(_replaced(services, agents))
+            # Ray imports all that the dashboard needs, to learn whether its agent can use it.
+            unneeded = {"get_dashboard_dependency_error": ImportError}
+            found += replaced.enter_context(_replaced(utils, unneeded))
+        yield found
+
+
+def _with_waiting_agents(command: list[str]) -> list[str]:
+    """The command that starts a raylet, with a `waiting_agent` in place of each agent."""
+    session = "".join(part.removeprefix(_SESSION) for part in command if part.startswith(_SESSION))
+    waiting = subprocess.list2cmdline([sys.executable, "-I", "-S", waiting_agent.__file__, session])
+    return [
+        _DASHBOARD_AGENT + waiting
+        if part.startswith(_DASHBOARD_AGENT)
+        else f"{_AGENT}{waiting} {part.removeprefix(_AGENT)}"
+        if part.startswith(_AGENT)
+        else part
+        for part in command
+    ]
 
 
 @contextmanager

@@ -9,7 +9,10 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 from lungopacity.errors import UserError, first_line
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, environment
@@ -51,12 +54,15 @@ class RaySession:
         self.is_private = False
         """Whether this is a private Ray, on this machine alone."""
         self._ahead: tuple[ThreadPoolExecutor, Future[bool]] | None = None
+        self._wanted = Event()
+        """Somebody waits until Ray runs, or no longer needs it."""
         self._ending: Future[None] | None = None
         self._without_idle_actors: ExitStack | None = None
 
     @contextmanager
     def joined(self) -> Iterator[None]:
         """See `ray_session`."""
+        self._wanted.set()
         is_ours = False
         if self._ahead is None:
             if self._ending is not None:
@@ -76,6 +82,7 @@ class RaySession:
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """See `ray_ahead`."""
+        self._wanted.clear()
         with ThreadPoolExecutor(1) as thread:
             self._ahead = thread, thread.submit(self._start)
             try:
@@ -85,6 +92,7 @@ class RaySession:
 
     def done(self) -> None:
         """See `done_with_ray`."""
+        self._wanted.set()
         if self._ahead is not None:
             (thread, started), self._ahead = self._ahead, None
             self._ending = thread.submit(self._end_if_ours, started)
@@ -117,7 +125,7 @@ class RaySession:
                 # For a few seconds, because a Ray that is half started crashes when it ends.
                 with (
                     environment(KEEP_FREED_MEMORY),
-                    without_idle_servers(),
+                    without_idle_servers(self._import_ray_data),
                     _signals_stay_ours(),
                     signals_wait(),
                 ):
@@ -143,6 +151,12 @@ class RaySession:
             ) from error
         self.is_private = address == "local"
         return True
+
+    def _import_ray_data(self) -> None:
+        # In the thread that starts Ray: another could see half of its modules. And not while the
+        # block of `ray_ahead` does other work: DuckDB uses pandas even if half of it is imported.
+        self._wanted.wait()
+        import_module("ray.data")
 
     def _end_if_ours(self, started: Future[bool]) -> None:
         if started.exception() is None and started.result():
@@ -183,7 +197,7 @@ def ray_session() -> Iterator[None]:
 def ray_ahead() -> Iterator[None]:
     """Start Ray in a thread while the block runs; Ray ends with the block.
 
-    Starting takes four seconds, most of them spent waiting. A `ray_session` in the block waits for
+    Starting takes a few seconds, most of them spent waiting. A `ray_session` in the block waits for
     it, and raises the error if Ray cannot be started or joined. Until then the block must not
     import Ray: two threads that import it at once see half of it.
     """
@@ -230,13 +244,15 @@ def lean_training() -> Iterator[None]:
 
 
 def quiet_ray_data() -> None:
-    """Turn off Ray Data's bars and messages, for which we have our own, and its idle actors."""
+    """Turn off Ray Data's bars and messages, for which we have our own, its idle actors, and its
+    search for issues, whose modules every worker would import with the settings of its tasks."""
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config = SimpleNamespace(detectors=[])
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     RAY.start_no_idle_actors()
 
