@@ -57,6 +57,8 @@ _PIXEL_DATA = 0x7FE00010
 _FEWER = "fewer pixels than declared"
 _OTHER_COLOURS = {"YBR_PARTIAL_422", "YBR_PARTIAL_420", "HSV", "ARGB", "CMYK", "XYB"}
 """Most are retired. pydicom does not convert them, so hue, or Y, would be taken for red."""
+_NOT_OF_COLOURS = {"MONOCHROME1", "PALETTE COLOR"}
+"""Of three samples these would be taken for red, green and blue: a film for its own negative."""
 
 
 def decode_dicom(
@@ -270,23 +272,10 @@ def _complete(dataset: Any) -> None:
     dataset.PhotometricInterpretation = photometric  # the only spelling that pydicom knows
     if int(dataset.SamplesPerPixel) == 3 and photometric in _OTHER_COLOURS:
         raise ImageError(ErrorCode.UNSUPPORTED, Stage.DECODE, f"colours in {photometric}")
-    if _in_upper_bits(dataset):
-        # Decoding the lowest bits would give a picture, but a wrong one.
+    if int(dataset.SamplesPerPixel) == 3 and photometric in _NOT_OF_COLOURS:
         raise ImageError(
-            ErrorCode.UNSUPPORTED, Stage.DECODE, "values in the upper bits (HighBit) of a pixel"
+            ErrorCode.CORRUPT_IMAGE, Stage.DECODE, f"three samples a pixel in {photometric}"
         )
-
-
-def _in_upper_bits(dataset: Any) -> bool:
-    """Whether the values are in the upper bits, as ACR-NEMA allowed: both High Bit and the pixels
-    must say so."""
-    high, stored = dataset.get("HighBit"), int(dataset.BitsStored)
-    if not isinstance(high, int) or high < stored or is_compressed(dataset):
-        return False
-    little = dataset.file_meta.TransferSyntaxUID.is_little_endian
-    data = dataset.PixelData[: len(dataset.PixelData) // 2 * 2]
-    words = np.frombuffer(data, "<u2" if little else ">u2")
-    return int(dataset.BitsAllocated) == 16 and bool((words >> stored).any())
 
 
 def _radiograph(

@@ -8,6 +8,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from pydicom.uid import (
     HTJ2K,
@@ -20,6 +21,8 @@ from pydicom.uid import (
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
 )
@@ -35,9 +38,12 @@ from lungopacity.radiograph.jpeg import (
 )
 from lungopacity.radiograph.jpeg2000 import has_endless_box, is_cut_jpeg_2000
 
+_JPEG_LOSSLESS = (JPEGLossless, JPEGLosslessSV1)
 _JPEG_LS = (JPEGLSLossless, JPEGLSNearLossless)
 # HTJ2K has tiles like JPEG 2000 (T.814).
 _JPEG_2000 = (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
+LOSSY = {JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000, HTJ2K}
+"""Transfer syntaxes whose codestream may have a larger precision than Bits Stored."""
 _OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
 _SIGNATURE_BYTES = 4
 """Start of image and the marker after it (T.81, T.87, T.800); in RLE, the number of segments
@@ -142,6 +148,7 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
     from pydicom.pixels import pixel_array
 
     frames = int(dataset.get("NumberOfFrames") or 1)
+    options: dict[str, int] = {}
     if is_compressed(dataset):
         from pydicom.encaps import get_frame
 
@@ -156,6 +163,9 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
             grey = decode_grey_jpeg(frame, header)
             if grey is not None:
                 return grey
+        if header is not None and dataset.file_meta.TransferSyntaxUID in _JPEG_LOSSLESS:
+            # GDCM would clear the bits above Bits Stored, and ends the process at 7 of 8.
+            options["bits_stored"] = header.bits
     if dataset.file_meta.TransferSyntaxUID == JPEGExtended12Bit:
         from lungopacity.radiograph.dicom_jpeg12 import register
 
@@ -164,11 +174,32 @@ def stored_values(dataset: Any, index: int, limits: DecodeLimits) -> npt.NDArray
     keeps_all = str(dataset.get("PhotometricInterpretation") or "").startswith(
         ("MONOCHROME", "RGB")
     )
+    high, kept = dataset.get("HighBit"), int(dataset.BitsStored)
+    may_be_shifted = isinstance(high, int) and high >= kept
     # Without an index pydicom would decode all frames.
     array: npt.NDArray[Any] = pixel_array(
-        dataset, index=index if frames > 1 else 0, correct_unused_bits=not keeps_all
+        dataset,
+        index=index if frames > 1 else 0,
+        correct_unused_bits=not keeps_all and not may_be_shifted,
+        **options,
     )
+    if may_be_shifted and dataset.file_meta.TransferSyntaxUID not in LOSSY:
+        _check_not_shifted(array, kept)
     return array
+
+
+def _check_not_shifted(stored: npt.NDArray[Any], kept: int) -> None:
+    """Raises `ImageError` for values in the upper bits of 16, as ACR-NEMA allowed, where High Bit
+    says so: the lowest `kept` bits would give a picture, but a wrong one."""
+    if stored.dtype.itemsize != 2:
+        return
+    spare = 16 - kept
+    # Shifting up and down again gives a negative value of the lower bits back as it is.
+    differs = stored != np.right_shift(np.left_shift(stored, spare), spare)
+    if (differs & (stored.view(np.uint16) >> kept > 0)).any():
+        raise ImageError(
+            ErrorCode.UNSUPPORTED, Stage.DECODE, "values in the upper bits (HighBit) of a pixel"
+        )
 
 
 def _check_frame(

@@ -19,18 +19,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydicom.uid import HTJ2K, JPEG2000, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
+from lungopacity.radiograph.dicom_frames import LOSSY
 from lungopacity.radiograph.dicom_shutter import outside_shutter
 from lungopacity.radiograph.grey import look_up, own_range, stretch_to_uint8
 
 _MAX_TABLE_BITS = 16
 _BRIGHTEST_OF_ANY = 0.25
 """A window is trusted only if some value of the stored range reaches this share of white."""
-_LOSSY = {JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000, HTJ2K}
-"""Transfer syntaxes whose codestream may have a larger precision than Bits Stored."""
-
 _Counts = tuple[npt.NDArray[np.float64], npt.NDArray[np.integer]]
 """The values that occur, and how often each does."""
 
@@ -91,7 +88,7 @@ def without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> tuple[npt.NDA
     low, high = _stored_range(dataset)
     if stored.min() >= low and stored.max() <= high:
         return stored, dataset
-    if dataset.file_meta.TransferSyntaxUID in _LOSSY:
+    if dataset.file_meta.TransferSyntaxUID in LOSSY:
         # These hold no overlay (PS3.5 8.1.2): the codec's error carries values beyond the range.
         clipped: npt.NDArray[Any] = np.clip(stored, low, high)
         return clipped, dataset

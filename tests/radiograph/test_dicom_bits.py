@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import imagecodecs
 import numpy as np
 import pytest
+from pydicom.uid import JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
+from lungopacity.errors import ErrorCode
 from tests.films import dicom, grey_film, one_film
-from tests.radiograph.dicom_files import RAMP, changed
+from tests.radiograph.dicom_files import RAMP, TWELVE_BITS, changed, code_of, of_codestreams
 
 FILM = grey_film(1, 300, 250).astype(np.int32) * 48
 """Values of 14 bits."""
@@ -84,3 +87,42 @@ def test_bits_of_colours_are_treated_in_the_same_way():
     overlay = overlay.copy()
     overlay[::3] |= 0x8000
     np.testing.assert_array_equal(colour(overlay, 12), expected)
+
+
+def encodings(stored: np.ndarray, **elements: object) -> list[bytes]:
+    """These values uncompressed and in encodings that keep all 16 bits."""
+    plain = dicom(stored, **elements)
+    lossless = imagecodecs.jpeg8_encode(stored, lossless=True, predictor=1, bitspersample=16)
+    coded = {JPEGLosslessSV1: lossless, JPEGLSLossless: imagecodecs.jpegls_encode(stored)}
+    all_16 = {**TWELVE_BITS, **elements}
+    return [
+        plain,
+        changed(plain, lambda dataset: dataset.compress(RLELossless)),
+        *(of_codestreams([coded[syntax]], syntax, stored.shape, **all_16) for syntax in coded),
+    ]
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_values_in_the_upper_bits_are_refused(is_signed):
+    """ACR-NEMA allowed them; the lowest bits would give a picture, but a wrong one."""
+    stored = unsigned(RAMP.astype(int) - 2048 if is_signed else RAMP)
+    elements = {"HighBit": 15, "PixelRepresentation": int(is_signed)}
+    for data in encodings(stored << 4, **elements):
+        assert code_of(data) is ErrorCode.UNSUPPORTED
+    for mistaken in encodings(stored, **elements):
+        np.testing.assert_array_equal(one_film(mistaken).pixels, one_film(dicom(RAMP)).pixels)
+
+
+def test_too_few_bits_stored_do_not_wrap_bright_values_of_any_encoding():
+    stored = unsigned(FILM)
+    expected = one_film(dicom(stored, **SIXTEEN_BITS)).pixels
+    for data in encodings(stored):
+        np.testing.assert_array_equal(one_film(data).pixels, expected)
+
+
+def test_a_lossless_jpeg_of_7_of_8_bits_does_not_end_the_process():
+    film = (RAMP // 32).astype(np.uint8)
+    frame = imagecodecs.jpeg8_encode(film, lossless=True, predictor=1)
+    seven = {"BitsStored": 7, "HighBit": 6}
+    found = one_film(of_codestreams([frame], JPEGLosslessSV1, film.shape, **seven)).pixels
+    assert np.abs(found - film * (255 / 127)).max() <= 0.51

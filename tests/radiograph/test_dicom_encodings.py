@@ -252,6 +252,16 @@ def test_colours_that_no_decoder_converts_to_rgb_are_unsupported(photometric):
     assert caught.value.code is ErrorCode.UNSUPPORTED
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "PALETTE COLOR"])
+def test_three_samples_are_not_taken_for_red_green_and_blue_of_another_kind(photometric):
+    """A film of MONOCHROME1 would be scored as its own negative."""
+    told = COLOUR | EIGHT_BITS | {"PhotometricInterpretation": photometric}
+    data = dicom(RGB[..., 0], **told, PlanarConfiguration=0, PixelData=RGB.tobytes())
+    with pytest.raises(ImageError, match="three samples a pixel") as caught:
+        one_film(data)
+    assert caught.value.code is ErrorCode.CORRUPT_IMAGE
+
+
 @pytest.mark.parametrize("columns", [59, 60])
 def test_subsampled_colours_need_an_even_number_of_columns(columns):
     luma = RGB[:, :columns, 0]
