@@ -41,6 +41,7 @@ from lungopacity.radiograph.dicom_header import (
     is_image_class,
     photometric_of,
 )
+from lungopacity.radiograph.dicom_lut import with_palette
 from lungopacity.radiograph.film import DecodeLimits, Radiograph, as_image_error
 from lungopacity.radiograph.grey import stretch_to_uint8
 
@@ -294,10 +295,7 @@ def _radiograph(
             grey = luminance(rgb)
         coloured = coloured_fraction(rgb)
     elif str(dataset.get("PhotometricInterpretation") or "") == "PALETTE COLOR":
-        from pydicom.pixels import apply_color_lut
-
-        rgb = apply_color_lut(stored, dataset)[..., :3]
-        rgb = (rgb >> (8 * rgb.dtype.itemsize - 8)).astype(np.uint8)
+        rgb = with_palette(stored, dataset)
         coloured = coloured_fraction(rgb)
         grey = luminance(rgb)
     else:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.dicom_frames import LOSSY
+from lungopacity.radiograph.dicom_lut import Table, table_of
 from lungopacity.radiograph.dicom_shutter import outside_shutter
 from lungopacity.radiograph.grey import look_up, own_range, stretch_to_uint8
 
@@ -160,18 +161,6 @@ def _as_stored(value: int, dataset: Any) -> int:
 
 
 @dataclass(frozen=True)
-class _Table:
-    """A LUT of PS3.3 C.11.1 and C.11.2: the outputs for inputs `first`, `first` + 1, …"""
-
-    first: int
-    entries: npt.NDArray[np.integer]
-
-    def __call__(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        places = np.clip(values - self.first, 0, len(self.entries) - 1).astype(np.intp)
-        return self.entries[places].astype(np.float64)
-
-
-@dataclass(frozen=True)
 class _Window:
     """A window of PS3.3 C.11.2.1.2 and C.11.2.1.3."""
 
@@ -196,10 +185,10 @@ class _Window:
 class _Transform:
     """Maps the stored values of one frame to the values that are shown."""
 
-    modality: _Table | None
+    modality: Table | None
     slope: float
     intercept: float
-    voi: _Table | _Window | None
+    voi: Table | _Window | None
 
     @staticmethod
     def of(dataset: Any) -> _Transform:
@@ -207,14 +196,13 @@ class _Transform:
         slope = _first(dataset, "RescaleSlope") or 1.0
         intercept = _first(dataset, "RescaleIntercept") or 0.0
         ends = _stored_range(dataset)
-        modality = _table_of(dataset, "ModalityLUTSequence", ends[0])
+        modality = table_of(dataset, "ModalityLUTSequence", ends[0])
         lowest = min(end * slope + intercept for end in ends)
         found = _Transform(
             modality=modality,
             slope=slope,
             intercept=intercept,
-            voi=_table_of(dataset, "VOILUTSequence", lowest, behind=modality)
-            or _window_of(dataset),
+            voi=table_of(dataset, "VOILUTSequence", lowest, behind=modality) or _window_of(dataset),
         )
         is_window = isinstance(found.voi, _Window)
         if is_window and found(np.array(ends)).max() < _BRIGHTEST_OF_ANY:
@@ -233,14 +221,14 @@ class _Transform:
         """The shown values that become black and white. `occurring`: counts the shown values; only
         called if needed, because it takes half the time of all the grey values.
 
-        With a VOI LUT: the range of its entries. With a window: its whole output range; the range
-        that occurs would undo a window that clips nothing. With neither: for 8 bits all values, as
-        in other formats; for more bits the range that occurs, for detectors rarely use all values.
+        With a VOI LUT or a window: its whole output range; the range that occurs would undo one
+        that clips nothing. With neither: for 8 bits all values, as in other formats; for more bits
+        the range that occurs, for detectors rarely use all values.
         """
         if isinstance(self.voi, _Window):
             return 0.0, 1.0
         if self.voi is not None and len(self.voi.entries) > 1:
-            return float(self.voi.entries.min()), float(self.voi.entries.max())
+            return self.voi.black_and_white()
         if self.voi is None and self.modality is None and int(dataset.BitsStored) <= 8:
             ends = [end * self.slope + self.intercept for end in _stored_range(dataset)]
             return min(ends), max(ends)
@@ -273,40 +261,6 @@ def _windowed(
 
     ends = transform.black_and_white(counted, dataset)
     return look_up(stretch_to_uint8(table, *ends), places_of(stored))
-
-
-def _table_of(
-    dataset: Any, keyword: str, lowest: float, behind: _Table | None = None
-) -> _Table | None:
-    """The LUT in this sequence; None if there is none, or none that can be used. `lowest`: the
-    lowest of its inputs. `behind`: the table whose outputs are its inputs, if any."""
-    items = dataset.get(keyword)
-    if not items:
-        return None
-    descriptor, data = items[0].get("LUTDescriptor"), items[0].get("LUTData")
-    if descriptor is None or data is None or len(descriptor) < 3:
-        return None
-    count, first, _ = (int(part) for part in descriptor)
-    # pydicom reads the descriptor as signed if the pixels are. A count is unsigned; 0 means 65,536.
-    count = count % 2**16 or 2**16
-    if isinstance(data, bytes):
-        little = getattr(dataset, "original_encoding", (None, True))[1] is not False
-        words = len(data) >= 2 * count
-        # OW: a word per entry, or a byte per entry.
-        kind = ("<u2" if little else ">u2") if words else "u1"
-        entries = np.frombuffer(data[: 2 * count if words else count], kind)
-    else:
-        entries = np.atleast_1d(np.asarray(data, np.int64)) % 2**16
-        if len(entries) < count <= 2 * len(entries):
-            entries = entries.astype("<u2").view(np.uint8)  # two 8-bit entries per word
-        entries = entries[:count]
-    if not len(entries):
-        return None
-    if behind is not None:
-        first %= 2**16  # the outputs of `behind` are never negative (PS3.3 C.11.1.1.1)
-    elif first >= 2**15 and lowest < 0:
-        first -= 2**16  # a negative value, written as unsigned
-    return _Table(first, entries)
 
 
 def _window_of(dataset: Any) -> _Window | None:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from pydicom.dataset import Dataset
 
 from tests.films import dicom, one_film
 from tests.radiograph.dicom_files import EIGHT_BITS, RAMP, changed
@@ -150,39 +149,6 @@ def test_the_first_of_several_windows_is_used():
     np.testing.assert_array_equal(one_film(none_first).pixels, first)
 
 
-def lut_item(entries, first: int = 0) -> Dataset:
-    item = Dataset()
-    item.LUTDescriptor = [len(entries), first, 16]
-    item.LUTData = list(map(int, entries))
-    item["LUTDescriptor"].VR = "US"
-    item["LUTData"].VR = "US"
-    return item
-
-
-def test_a_voi_lut_precedes_a_window_and_its_entries_span_black_to_white():
-    entries = np.linspace(500, 60_000, 4096) ** 0.9
-    pixels = one_film(
-        dicom(RAMP, VOILUTSequence=[lut_item(entries)], WindowCenter=10, WindowWidth=5)
-    ).pixels
-    scaled = (entries.astype(int) - int(entries[0])) / (int(entries[-1]) - int(entries[0]))
-    assert np.abs(pixels - 255 * scaled[RAMP]).max() <= 0.51
-
-
-def test_a_voi_lut_may_begin_above_32767_if_no_value_is_negative():
-    bright = (RAMP + 40_000).astype(np.uint16)
-    elements = {"BitsStored": 16, "HighBit": 15, "VOILUTSequence": [lut_item(range(4096), 40_000)]}
-    np.testing.assert_array_equal(
-        one_film(dicom(bright, **elements)).pixels, one_film(dicom(RAMP)).pixels
-    )
-
-
-def test_a_modality_lut_may_map_8_bits_to_more():
-    film = (RAMP // 16).astype(np.uint8)
-    wider = {"ModalityLUTSequence": [lut_item(np.arange(256) * 16)]}
-    found = one_film(dicom(film, **EIGHT_BITS, **wider, PixelData=film.tobytes())).pixels
-    np.testing.assert_array_equal(found, film)
-
-
 def test_values_below_a_window_are_black_even_with_a_falling_rescale():
     """PS3.3 C.11.2.1.2: values below the window are black, however they were computed."""
     falling = {"RescaleSlope": -1, "RescaleIntercept": 4095}
@@ -198,71 +164,6 @@ def test_values_below_a_window_are_black_even_with_a_falling_rescale():
     curved = {"WindowCenter": 2048, "WindowWidth": 2000, "VOILUTFunction": "SIGMOID"}
     found = one_film(dicom(RAMP, **falling, **curved)).pixels
     assert found[0, 0] > 240 > 15 > found[-1, -1]
-
-
-@pytest.mark.parametrize("form", ["US", "OW", "8 bits, OW", "8 bits, packed", "8 bits"])
-def test_every_way_to_write_the_entries_of_a_voi_lut_gives_the_same_film(form):
-    """PS3.3 C.11.2.1.1: a word may hold one or two 8-bit entries."""
-    bits = 8 if form.startswith("8") else 16
-    entries = (np.linspace(0, 1, 4096) ** 2 * (2**bits - 1)).round().astype(np.uint16)
-    item = lut_item(entries)
-    item.LUTDescriptor = [4096, 0, bits]
-    if "OW" in form:
-        del item.LUTData
-        item.add_new("LUTData", "OW", entries.astype("u1" if bits == 8 else "<u2").tobytes())
-    elif form.endswith("packed"):
-        item.LUTData = entries.astype(np.uint8).view("<u2").tolist()
-    film = (RAMP // 2).astype(np.uint16)  # uses half of the table
-    found = one_film(dicom(film, VOILUTSequence=[item])).pixels
-    expected = 255 * (entries / entries.max())[film]
-    assert np.abs(found - expected).max() <= 0.51
-
-
-@pytest.mark.parametrize("told", [0, 40_000])
-@pytest.mark.parametrize("is_signed", [False, True])
-def test_a_lut_may_have_more_entries_than_a_signed_word_can_count(told, is_signed):
-    """PS3.3 C.11.2.1.1: 0 stands for 65,536, which does not fit in 16 bits."""
-    entries = np.arange(told or 2**16) // 2 + 100
-    first = 2**15 if is_signed else 0  # -32768, as the pixels are read
-    item = lut_item(entries[:1])
-    item.LUTDescriptor = [told, first, 16]
-    item.add_new("LUTData", "OW", entries.astype("<u2").tobytes())
-    stored = (RAMP.astype(np.uint16) * 16) ^ first
-    elements = {"BitsStored": 16, "HighBit": 15, "PixelRepresentation": int(is_signed)}
-    found = one_film(dicom(stored, VOILUTSequence=[item], **elements)).pixels
-    expected = 255 * np.clip(RAMP * 16.0 / (len(entries) - 1), 0, 1)
-    assert np.abs(found - expected).max() <= 0.52
-
-
-@pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (-1, 3071)])
-def test_the_negative_first_value_of_a_lut_may_be_written_unsigned(slope, intercept):
-    """It is written unsigned if the pixels are, even if a rescale makes them negative."""
-    item = lut_item(np.arange(4096) * 16, first=2**16 - 1024)
-    rescale = {"RescaleSlope": slope, "RescaleIntercept": intercept}
-    film = one_film(dicom(RAMP, **rescale, VOILUTSequence=[item])).pixels
-    np.testing.assert_array_equal(film, one_film(dicom(RAMP, **rescale)).pixels)
-
-
-@pytest.mark.parametrize("is_signed", [False, True])
-def test_the_first_value_of_a_voi_lut_after_a_modality_lut_is_unsigned(is_signed):
-    """The outputs of a Modality LUT are never negative, even for signed pixels (PS3.3
-    C.11.1.1.1)."""
-    tables = {
-        "ModalityLUTSequence": [lut_item(np.arange(2048) * 32)],
-        "VOILUTSequence": [lut_item(np.arange(2**14), first=2**15)],
-    }
-    found = one_film(dicom(RAMP // 2, **tables, PixelRepresentation=int(is_signed))).pixels
-    expected = np.clip((RAMP // 2 * 32.0 - 2**15) / (2**14 - 1), 0, 1) * 255
-    assert np.abs(found - expected).max() <= 0.51
-
-
-def test_a_modality_lut_is_applied():
-    falling = np.arange(4095, -1, -1)
-    item = lut_item(falling)
-    item.ModalityLUTType = "US"
-    np.testing.assert_array_equal(
-        one_film(dicom(RAMP, ModalityLUTSequence=[item])).pixels, 255 - one_film(dicom(RAMP)).pixels
-    )
 
 
 def test_signed_values_are_read_as_signed():
