@@ -156,20 +156,23 @@ class Collected:
         )
         self.connection.execute(_NAMES)
         whole = self.connection.execute(
-            "SELECT * FROM names SEMI JOIN named USING (name)"
+            "SELECT name FROM names SEMI JOIN named USING (name)"
         ).fetchall()
         others = self.connection.sql(
-            "SELECT name FROM names ANTI JOIN named USING (name) WHERE files = 1 ORDER BY name"
+            "SELECT name FROM names ANTI JOIN named USING (name) ORDER BY name"
         )
         name_of, doubts = names_by_ending(
             (name for batch in others.to_arrow_reader() for name in batch["name"].to_pylist()),
-            set(labels["image"]).difference(name for name, _, _ in whole),
+            set(labels["image"]).difference(name for (name,) in whole),
         )
-        for name, container, files in whole:
-            if files == 1:
-                name_of[name] = name
-            else:
-                doubts.append(f"{name} is in {container} and in another object")
+        name_of |= {name: name for (name,) in whole}
+        self.connection.register("meant", pa.table({"name": pa.array(list(name_of), pa.string())}))
+        several = self.connection.execute(
+            "SELECT name, object FROM names SEMI JOIN meant USING (name) WHERE files > 1 ORDER BY 1"
+        ).fetchall()
+        for name, container in several:
+            del name_of[name]
+            doubts.append(f"{name} is in {container} and in another object")
         known = pd.DataFrame({"image": name_of.values(), "file": name_of.keys()}, dtype=object)
         found = labels.merge(known, on="image")
         found = found.assign(image=found.pop("file"))

@@ -238,22 +238,22 @@ def test_a_folder_above_the_results_gives_no_column_its_value(tmp_path):
 
 
 def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_path):
-    names = ["1.png", "x/2.png", "x/3.png", "y/3.png"]
+    names = ["1.png", "x/2.png", "x/3.png", "y/3.png", "y/7.png"]
     store = open_store(str(tmp_path / "results"))
     plan = plan_of(tmp_path / "plan", names, ["a.tar", "b.tar"])
     shards = [
         [
             *(row(shard, index, frame=frame) for index, frame in places),
-            row(shard, 6, member="x/6.png"),
-            marker(shard, len(places) + 1),
+            *(row(shard, index, member=f"x/{index}.png") for index in (6, 7)),
+            marker(shard, len(places) + 2),
         ]
         for shard, places in (("a.tar", [(4, 0), (4, 1), (5, None)]), ("b.tar", [(5, None)]))
     ]
     write_parts(store, plan, [*(row(name) for name in names), *shards[0], *shards[1]])
     labels = pd.DataFrame(
         {
-            "image": ["1.png", "2.png", "3.png", "4.png", "5.png", "6.png", "gone"],
-            "label": list("abcdefg"),
+            "image": [*(f"{number}.png" for number in range(1, 8)), "gone"],
+            "label": list("abcdefgh"),
         }
     )
     with collect(store, plan, CLASSES) as collected:
@@ -273,6 +273,8 @@ def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_p
     assert sorted(doubts) == [
         "3.png may be x/3.png or y/3.png",
         "5.png is in a.tar and in another object",
+        "7.png may be x/7.png or y/7.png",
+        "x/6.png is in a.tar and in another object",
     ]
 
 
