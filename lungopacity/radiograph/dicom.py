@@ -22,6 +22,7 @@ from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction, deep_luminance, luminance
 from lungopacity.radiograph.dicom_frames import (
     codestreams_held,
+    forget_offsets,
     frames_held,
     header_of_frame,
     is_compressed,
@@ -223,6 +224,7 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
             raise ImageError(
                 ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "more compressed frames than are declared"
             )
+        forget_offsets(dataset, frames)
         if frames > 1:
             pixels = frames * int(dataset.Rows) * int(dataset.Columns)
             limits.check_unpacked(pixels, len(dataset.PixelData))

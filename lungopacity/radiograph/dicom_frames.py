@@ -48,6 +48,8 @@ _OF_ONE_SAMPLE = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "")
 _SIGNATURE_BYTES = 4
 """Start of image and the marker after it (T.81, T.87, T.800); in RLE, the number of segments
 (PS3.5 G.5)."""
+_ITEM = b"\xfe\xff\x00\xe0"
+"""The tag of an item. The first one of compressed pixels is the offset table (PS3.5 A.4)."""
 _OF_MACROS = {
     "PixelMeasuresSequence": ("PixelSpacing",),
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
@@ -125,6 +127,19 @@ def codestreams_held(dataset: Any) -> int:
     first fragment; fragments that continue a frame do not."""
     _, begins = _fragments(dataset)
     return begins.count(begins[0]) if begins else 0
+
+
+def forget_offsets(dataset: Any, frames: int) -> None:
+    """Empty the offset table of compressed pixel data where frames are told apart without it: a
+    single frame, or a fragment for each. Some writers fill it with zeros, or with the offsets of
+    all fragments, and pydicom believes it."""
+    data: bytes = dataset.PixelData
+    table_bytes = int.from_bytes(data[4:8], "little")
+    if not data.startswith(_ITEM) or not table_bytes:
+        return
+    _, begins = _fragments(dataset)
+    if frames == 1 or len(begins) == frames == begins.count(begins[0]):
+        dataset["PixelData"].value = _ITEM + bytes(4) + data[8 + table_bytes :]
 
 
 def _fragments(dataset: Any) -> tuple[int, list[bytes]]:
