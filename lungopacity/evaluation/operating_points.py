@@ -32,8 +32,6 @@ FEWEST_IMAGES = 30
 _HIGHEST_COST = 1e6
 """Highest cost of a missed opacity, in false alarms. With more, rounding would lose the cost of the
 false alarms."""
-_ROUNDING = 1e-12
-"""Rounding error of a share of films in float64."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,10 @@ class _Curve:
         # Halfway to the next lower score, so that no score equals a threshold and rounding does not
         # matter.
         threshold_S = (np.concatenate([[0.0], scores_S[:-1]]) + scores_S) / 2
-        # Entry i is positive from score i upwards.
+        # Entry i is positive from score i upwards. Each share is one division of whole numbers, so
+        # that equal shares are equal: 1 - 9 / 10 would be a little less than 0.1.
         sensitivity_S = positives[::-1].cumsum()[::-1] / positives.sum()
-        specificity_S = 1 - negatives[::-1].cumsum()[::-1] / negatives.sum()
+        specificity_S = (negatives.cumsum() - negatives) / negatives.sum()
         if scores_S[-1] < 1:
             threshold_S = np.append(threshold_S, (scores_S[-1] + 1) / 2)
             sensitivity_S, specificity_S = np.append(sensitivity_S, 0), np.append(specificity_S, 1)
@@ -63,19 +62,19 @@ class _Curve:
     def at_sensitivity(self, least: float) -> int:
         """Index of the threshold with the highest specificity among those that reach this
         sensitivity (the lowest threshold reaches 1); of several, the most sensitive."""
-        reached = np.flatnonzero(self.sensitivity_S >= least - _ROUNDING)
+        reached = np.flatnonzero(self.sensitivity_S >= least)
         highest = self.specificity_S[reached[-1]]
-        return int(np.flatnonzero(self.specificity_S >= highest - _ROUNDING)[0])
+        return int(np.flatnonzero(self.specificity_S >= highest)[0])
 
     def at_specificity(self, least: float) -> int:
         """Index of the threshold with the highest sensitivity among those that reach this
         specificity; of several, the most specific. If scores of 1 keep all from reaching it, the
         highest threshold."""
-        reached = np.flatnonzero(self.specificity_S >= least - _ROUNDING)
+        reached = np.flatnonzero(self.specificity_S >= least)
         if not len(reached):
             return len(self.specificity_S) - 1
         highest = self.sensitivity_S[reached[0]]
-        return int(np.flatnonzero(self.sensitivity_S >= highest - _ROUNDING)[-1])
+        return int(np.flatnonzero(self.sensitivity_S >= highest)[-1])
 
 
 def pick(
