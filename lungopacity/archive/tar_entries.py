@@ -12,7 +12,6 @@ from typing import IO, cast
 from lungopacity.archive.unpacking import Entry, Forward, Meter, corrupt
 from lungopacity.errors import ErrorCode, ImageError, Stage
 
-_END = tarfile.NUL * tarfile.BLOCKSIZE
 _EXTENDED = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -36,23 +35,40 @@ class _Header(tarfile.TarInfo):
     """Raises at every broken header except the end mark, where `tarfile` would end silently."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
         try:
-            header = super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise  # the end mark
         except tarfile.HeaderError as error:
-            if buf == _END:
-                raise
             raise tarfile.ReadError from error
-        if header.size < 0:
-            raise tarfile.ReadError
-        of_one = header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-        most = _MAX_PAX_BYTES if of_one else _MAX_EXTENDED_BYTES
-        if header.type in _EXTENDED and header.size > most:
-            raise corrupt(
-                f"has an extended header of {header.size} bytes, and at most {most} are read; "
-                "write it without extended attributes and access lists"
-            )
-        return header
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        return _within_limits(super().frombuf(buf, encoding, errors))
+
+    @classmethod
+    def _frombuf(
+        cls, buf: bytes | bytearray, encoding: str, errors: str, **options: bool
+    ) -> _Header:
+        # The releases of Python of 2026 read every header with this, past the method above.
+        header: _Header = super()._frombuf(  # type: ignore[misc]
+            buf, encoding, errors, **options
+        )
+        return _within_limits(header)
+
+
+def _within_limits(header: _Header) -> _Header:
+    if header.size < 0:
+        raise tarfile.ReadError
+    of_one = header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+    most = _MAX_PAX_BYTES if of_one else _MAX_EXTENDED_BYTES
+    if header.type in _EXTENDED and header.size > most:
+        raise corrupt(
+            f"has an extended header of {header.size} bytes, and at most {most} are read; "
+            "write it without extended attributes and access lists"
+        )
+    return header
 
 
 def tar_entries(file: IO[bytes], meter: Meter, *, forward: bool) -> Iterator[Entry]:

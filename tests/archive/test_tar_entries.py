@@ -25,6 +25,29 @@ def test_a_broken_header_in_the_middle_is_noticed():
     assert walk(gzip.compress(bytes(data))) == (FILMS[:3], ErrorCode.CORRUPT_ARCHIVE)
 
 
+@pytest.mark.skipif(hasattr(tarfile.TarInfo, "_frombuf"), reason="this Python is such a one")
+def test_headers_are_checked_by_a_python_that_reads_them_with_another_method(monkeypatch):
+    """The security releases of 2026 do, and ended such tars silently."""
+    frombuf = tarfile.TarInfo.frombuf.__func__
+
+    def fromtarfile(cls, tar):
+        block = tar.fileobj.read(tarfile.BLOCKSIZE)
+        header = cls._frombuf(block, tar.encoding, tar.errors, dircheck=True)
+        header.offset = tar.fileobj.tell() - tarfile.BLOCKSIZE
+        return header._proc_member(tar)
+
+    monkeypatch.setattr(
+        tarfile.TarInfo,
+        "_frombuf",
+        classmethod(lambda cls, *block, dircheck: frombuf(cls, *block)),
+        raising=False,
+    )
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(fromtarfile))
+    test_a_tar_cut_between_two_members_is_noticed()
+    test_a_broken_header_in_the_middle_is_noticed()
+    test_a_header_size_that_lies_ends_the_walk(-512)
+
+
 def test_concatenated_tars_are_noticed():
     data = make_tar(FILMS[:2]) + make_tar(FILMS[2:])
     assert walk(data) == (FILMS[:2], ErrorCode.CORRUPT_ARCHIVE)
