@@ -207,6 +207,8 @@ def build_network(
         return build(classes, settings or {})
     except TypeError as error:
         _, unknown, setting = str(error).partition("unexpected keyword argument ")
+        # From Python 3.13 on, a question may follow the name.
+        setting, _, _ = setting.partition(". Did you mean")
         why = f"{name} has no setting {setting}" if unknown else f"settings of {name}: {error}"
         raise ValueError(why) from error
 
