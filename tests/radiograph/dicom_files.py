@@ -19,6 +19,7 @@ from pydicom.uid import (
     HTJ2KLosslessRPCL,
     JPEGExtended12Bit,
     JPEGLosslessSV1,
+    JPEGLSLossless,
 )
 
 from lungopacity.errors import ErrorCode, ImageError
@@ -74,9 +75,11 @@ def of_codestreams(
 
 
 def coded(syntax) -> bytes:
-    """RAMP in an encoding that pydicom cannot write."""
+    """RAMP in an encoding that pydicom cannot write, or not with every Python."""
     if syntax in (HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K):
         frame = imagecodecs.htj2k_encode(RAMP, reversible=True)
+    elif syntax == JPEGLSLossless:
+        frame = imagecodecs.jpegls_encode(RAMP)
     elif syntax == JPEGExtended12Bit:
         frame = imagecodecs.jpeg8_encode(RAMP, level=100, bitspersample=12)
     else:
