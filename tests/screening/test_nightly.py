@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -197,7 +198,6 @@ def test_the_same_model_with_another_positive_class_decides_everything_anew(plac
 def test_decisions_at_another_operating_point_are_counted(place, tmp_path, caplog):
     place.failing["Adams.png"] = "timeout"
     place.night()
-    first = place.model
     place.model = str(tmp_path / "other")
     write_tiny_model(place.model, operating_point=OperatingPoint(0.2))
     place.failing.clear()
@@ -210,8 +210,16 @@ def test_decisions_at_another_operating_point_are_counted(place, tmp_path, caplo
     place.failing["Evans.png"] = "timeout"
     place.archive.write("Evans.png", b"new")
     (run,) = place.night().runs
-    with pytest.raises(UserError, match=r"decided with threshold 0\.2, .* now has 0\.5"):
-        lungopacity.retry(place.results, run.run_id, model=first)
+    kept = OperatingPoint(0.2)
+    for name, then, model in (
+        ("threshold", "0.2", {}),
+        ("review_from", "None", {"operating_point": replace(kept, review_from=0.1)}),
+        ("by_view", "None", {"operating_point": replace(kept, by_view={"PA": kept})}),
+        ("positive_class", "Lung_Opacity", {"operating_point": kept, "positive_class": "Normal"}),
+    ):
+        write_tiny_model(str(tmp_path / name), **model)
+        with pytest.raises(UserError, match=f"decided with {name} {then}, but .* now has"):
+            lungopacity.retry(place.results, run.run_id, model=str(tmp_path / name))
 
 
 def test_at_most_so_many_a_night_and_the_next_night_goes_on(place):
