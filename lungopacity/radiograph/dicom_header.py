@@ -47,9 +47,9 @@ _DECUBITUS_AND_OBLIQUE = frozenset(
     "LLD RLD DECUBITUS LLO RLO LAO RAO LPO RPO OBL OBLIQUE SWIMMERS".split()
 )
 _OTHER_VIEWS = _LATERAL_VIEWS | _DECUBITUS_AND_OBLIQUE
-_LATERAL = re.compile(r"(L|R|LT|RT|X|XT)?LAT(ERALE?)?(L|R|LT|RT)?")
+_LATERAL = re.compile(r"(L|R|LT|RT|X|XT|LATERO)?LAT(ERALE?)?(L|R|LT|RT)?")
 """LLAT, RTLAT, LATERALE, …, but not words such as BILATERAL."""
-_DECUBITUS = re.compile(r"DECUB\w*")
+_DECUBITUS = re.compile(r"(L|R|LL|RL|LT|RT)?DECUB\w*")
 
 
 def _by_code(lines: str) -> dict[str, str]:

@@ -49,6 +49,8 @@ def coded(value: str) -> Dataset:
         ({"ViewPosition": "LLD"}, ErrorCode.LATERAL_VIEW),
         ({"ViewPosition": "RLAT"}, ErrorCode.LATERAL_VIEW),
         ({"ViewPosition": "LEFT LATERAL"}, ErrorCode.LATERAL_VIEW),
+        ({"ViewPosition": "LATEROLATERAL"}, ErrorCode.LATERAL_VIEW),
+        ({"ViewPosition": "LLDECUB"}, ErrorCode.LATERAL_VIEW),
         ({"ViewPosition": "AP LLD"}, ErrorCode.LATERAL_VIEW),
         ({"ViewPosition": "AP LAT DECUB"}, ErrorCode.LATERAL_VIEW),
         ({"PatientOrientation": ["A", "F"]}, ErrorCode.LATERAL_VIEW),
