@@ -318,6 +318,9 @@ def test_a_file_uri_may_name_one_object_with_escaped_letters(tmp_path):
         ("s3:/bucket/x", "write s3://bucket/prefix"),
         ("", "'' is neither a path nor a URI; give"),
         ("a\0b", "is neither a path nor a URI"),
+        # As Python gives a name in Latin-1 on the command line.
+        ("/films/s\udce4tze", "is not valid UTF-8; give it by a link with another name"),
+        ("s3://b/s\udce4tze", "is not valid UTF-8"),
         ("~nosuchuser/x", "~nosuchuser/x: there is no such user here"),
     ],
 )

@@ -49,6 +49,14 @@ def _tidied(uri: str) -> str:
             f"{uri!r} is neither a path nor a URI; give a path, file:///folder or "
             "s3://bucket/prefix"
         )
+    try:
+        uri.encode()
+    except UnicodeEncodeError as error:
+        # Ray, Arrow and S3 take no other names, and would say so late, and not what to do.
+        raise UserError(
+            f"{uri}: its name is not valid UTF-8; give it by a link with another name, or set a "
+            "locale of UTF-8, such as LC_ALL=C.UTF-8"
+        ) from error
     scheme, sign, rest = uri.partition("://")
     if not sign and re.match("(s3|file):", uri, re.IGNORECASE):
         # More likely a missing slash than a folder of that name.
