@@ -46,12 +46,12 @@ from lungopacity.evaluation.metrics import (
 )
 from lungopacity.evaluation.operating_points import decision_shares
 from lungopacity.evaluation.table import Gap, largest_gaps
+from lungopacity.evaluation.weighted_sums import Binned, Sums, WeightedSums
 from lungopacity.models import OperatingPoint
 from lungopacity.progress import Progress
 
 Key = tuple[str, str | None]
 """Name of a metric, and its class or operating point."""
-Sums = npt.NDArray[np.float64] | npt.NDArray[np.bool_]
 
 _CALIBRATION = "expected_calibration_error"
 _BEFORE = f"{_CALIBRATION}_before_temperature"
@@ -192,7 +192,7 @@ def ratio_metrics(
     ratios: for each metric, what each image adds to the numerator and to the denominator; for a
     proportion, both are bool.
     """
-    sums_NF = _columns(ratios)
+    sums_NF = np.stack(_columns(ratios), axis=1, dtype=np.float64)
     sums_RF = np.concatenate([weights_RN @ sums_NF for weights_RN in resampling.weights()])
     replicates, proportions = _ratios_of_sums(ratios, sums_RF), _proportions(ratios)
     metrics = []
@@ -239,7 +239,7 @@ class Statistics:
         self._scored = scored
         self._true_NK = scored.labels_N[:, None] == np.arange(len(scored.class_names))
         self._ratios = self._ratios_of(scored)
-        self._gaps_NB = {
+        self._gaps = {
             (metric, name): _gaps(scored.labels_N, shares_NK, index)
             for metric, shares_NK in (
                 (_CALIBRATION, scored.probabilities_NK),
@@ -254,20 +254,17 @@ class Statistics:
             Ranking(self._true_NK[:, index], scored.probabilities_NK[:, index])
             for index in range(len(scored.class_names))
         ]
-        # All sums side by side, so that a single matrix product with the weights computes them.
-        gaps = [gaps_N for gaps_NB in self._gaps_NB.values() for gaps_N in gaps_NB.T]
-        self._sums_NF = _columns(self._ratios, gaps)
+        self._sums = WeightedSums(
+            _columns(self._ratios), list(self._gaps.values()), CALIBRATION_BINS
+        )
 
     def under(self, weights_RN: npt.NDArray[np.float64]) -> dict[Key, npt.NDArray[np.float64]]:
         """(R,) values of each metric, one for each row of weights; NaN where undefined."""
-        sums_RF = weights_RN @ self._sums_NF
+        sums_RF, gaps = self._sums.under(weights_RN)
         found = _ratios_of_sums(self._ratios, sums_RF)
         weight_R = weights_RN.sum(axis=1)
-        start = 2 * len(self._ratios)
-        for key in self._gaps_NB:
-            gaps_RB = np.abs(sums_RF[:, start : start + CALIBRATION_BINS])
-            found[key] = ratio(gaps_RB.sum(axis=1), weight_R)
-            start += CALIBRATION_BINS
+        for key, gaps_RB in zip(self._gaps, gaps, strict=True):
+            found[key] = ratio(np.abs(gaps_RB).sum(axis=1), weight_R)
         names = self._scored.class_names
         for name, ranking in zip(names, self._rankings, strict=True):
             areas = ranking.areas(weights_RN)
@@ -334,18 +331,15 @@ class Statistics:
         return found
 
 
-def _columns(
-    ratios: Mapping[Key, tuple[Sums, Sums]], further: Sequence[Sums] = ()
-) -> npt.NDArray[np.float64]:
-    """(N, F) the numerator and the denominator of each metric side by side, then `further`."""
-    sums = [sums_N for pair in ratios.values() for sums_N in pair]
-    return np.stack([*sums, *further], axis=1, dtype=np.float64)
+def _columns(ratios: Mapping[Key, tuple[Sums, Sums]]) -> list[Sums]:
+    """(N,) the numerator and the denominator of each metric."""
+    return [sums_N for pair in ratios.values() for sums_N in pair]
 
 
 def _ratios_of_sums(
     keys: Iterable[Key], sums_RF: npt.NDArray[np.float64]
 ) -> dict[Key, npt.NDArray[np.float64]]:
-    """(R,) ratio of each key. sums_RF: weighted sums of the columns of `_columns`."""
+    """(R,) ratio of each key. sums_RF: weighted sums of `_columns`."""
     return {
         key: ratio(sums_RF[:, 2 * place], sums_RF[:, 2 * place + 1])
         for place, key in enumerate(keys)
@@ -383,12 +377,8 @@ def _error_by_chance(scored: ScoredImages, index: int | None) -> float:
     return float(sizes_B.sum() / len(probability_N)) if len(probability_N) else math.nan
 
 
-def _gaps(
-    labels_N: Integers, probabilities_NK: Floats, index: int | None
-) -> npt.NDArray[np.float64]:
-    """(N, B) what each image adds to its bin's gap between the share of the class and the mean
-    probability. index: as for `binned`."""
+def _gaps(labels_N: Integers, probabilities_NK: Floats, index: int | None) -> Binned:
+    """What each image adds to the gap between the share of the class and the mean probability of
+    its bin. index: as for `binned`."""
     probability_N, is_true_N, bin_N = binned(labels_N, probabilities_NK, index)
-    gaps_NB = np.zeros((len(labels_N), CALIBRATION_BINS))
-    gaps_NB[np.arange(len(labels_N)), bin_N] = is_true_N - probability_N
-    return gaps_NB
+    return bin_N, is_true_N - probability_N
