@@ -70,7 +70,12 @@ def test_the_borders_of_a_large_film_are_found_to_a_few_pixels():
 
 
 @pytest.mark.parametrize(
-    "film", [np.zeros((90, 70), np.uint8), bordered(grey_film(height=9, width=9), 60)]
+    "film",
+    [
+        np.zeros((90, 70), np.uint8),
+        bordered(grey_film(height=9, width=9), 60),
+        bordered(np.full((120, 700), 200, np.uint8), 40),  # less high than a quarter of the width
+    ],
 )
 def test_a_film_that_is_all_border_is_not_cropped(film):
     assert Preprocessing(crop_borders=True).crop(film).shape == film.shape
@@ -98,3 +103,21 @@ def test_edges_are_those_of_the_cropped_film():
     film = np.pad(content, ((40, 30), (20, 10)))
     assert Preprocessing(crop_borders=True).edges(film) == (20, 40, 100, 140)
     assert Preprocessing().edges(film) == (0, 0, 110, 170)
+    # Of a large film every second pixel is looked at, and the last lies beyond its edge.
+    large = np.full((1099, 1101), 120, np.uint8)
+    assert Preprocessing(crop_borders=True).edges(large) == (0, 0, 1101, 1099)
+
+
+def test_the_dark_parts_of_a_bright_film_are_not_cropped():
+    content = np.full((160, 120), 30, np.uint8)
+    content[20:140, 10:110] = 250
+    np.testing.assert_array_equal(
+        Preprocessing(crop_borders=True).crop(bordered(content, 70)), content
+    )
+
+
+def test_a_speck_is_measured_by_the_side_that_it_lies_along():
+    content = np.full((300, 800), 200, np.uint8)
+    film = bordered(content, 30)
+    film[3, 40:46] = 255
+    np.testing.assert_array_equal(Preprocessing(crop_borders=True).crop(film), content)
