@@ -245,7 +245,7 @@ def _read(report: str) -> pd.DataFrame:
         raise UserError(
             f"{report}: no report there; give the --output of `lungopacity evaluate`"
         ) from error
-    return frame.drop_duplicates("image")
+    return frame
 
 
 def _facts(report: str) -> tuple[str, str | None, int, int]:
