@@ -10,6 +10,7 @@ Two kinds, kept apart because they end differently:
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -201,6 +202,30 @@ class ImageError(Exception):
         return ImageError, (self.code, self.stage, self.message, self.facts)
 
 
+_NOT_UNPICKLED = re.compile(
+    r"(Can't get attribute '\w+' on <module|cannot import name '\w+' from) 'lungopacity\b"
+    r"|No module named '[\w.]+'"
+)
+"""What Python says of code of ours that a node does not have."""
+
+
+def of_other_code(error: BaseException) -> str | None:
+    """The message for an error of a Ray node that cannot load the job's code, because it has no or
+    another lungopacity; None for any other error.
+
+    Ray passes on only the text of such an error, as of one of its own: it looks like a lost node.
+    """
+    for cause in causes(error):
+        if _NOT_UNPICKLED.search(line := last_line(cause)):
+            node = getattr(error, "ip", None) or getattr(cause, "ip", None)
+            return (
+                f"a Ray node{f' ({node})' if node else ''} lacks the job's code: "
+                f"{line.removeprefix('System error: ')}; install requirements.lock and the same "
+                "lungopacity on every node, or submit the job with --working-dir"
+            )
+    return None
+
+
 def foreseen(error: BaseException) -> str | None:
     """The message for an error that the user can do something about; None for a defect."""
     for cause in causes(error):
@@ -216,4 +241,4 @@ def foreseen(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             where = cause.filename or "where the output or the temporary files (TMPDIR) go"
             return f"no space is left: {where}; free some"
-    return None
+    return of_other_code(error)

@@ -11,6 +11,8 @@ import pytest
 from lungopacity.errors import UserError
 from lungopacity.runtime import (
     KEEP_FREED_MEMORY,
+    check_same_code,
+    code_digest,
     container,
     free_resources,
     own_cpus,
@@ -29,6 +31,14 @@ def test_a_cluster_that_is_gone_ends_no_word_of_waiting(monkeypatch):
 
     monkeypatch.setattr("ray.cluster_resources", gone)
     assert free_resources() == "the Ray cluster does not tell what is free (GCS is gone)"
+
+
+def test_a_node_with_another_version_of_the_code_is_refused():
+    check_same_code(code_digest())
+    with pytest.raises(
+        UserError, match=r"^\S+: this Ray node's .* is another version than the dri"
+    ):
+        check_same_code("0" * 64)
 
 
 @pytest.mark.usefixtures("ray_cluster")

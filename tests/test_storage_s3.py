@@ -15,8 +15,8 @@ from botocore.exceptions import ClientError, ParamValidationError
 from lungopacity import doctor
 from lungopacity.errors import TRANSIENT, ErrorCode, ImageError, UserError
 from lungopacity.storage import S3Store, open_store
-from lungopacity.storage.probe import check_conditions
-from lungopacity.storage.s3_clients import clients_of
+from lungopacity.storage.probe import check_conditions, check_node
+from lungopacity.storage.s3_clients import check_credentials, clients_of
 from lungopacity.storage.s3_errors import image_error_of, user_errors
 
 
@@ -68,6 +68,19 @@ def test_credentials_are_named_by_a_request_whose_answer_has_no_body(
         told = r"\(ExpiredToken\); get new ones, with a new AWS_SESSION_TOKEN"
     with pytest.raises(UserError, match=told):
         open_store(s3_uri).head("a")
+
+
+def test_a_node_without_credentials_is_named_before_it_reads(s3_uri, monkeypatch):
+    check_node(open_store(s3_uri), "films are read")
+    check_credentials.cache_clear()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/no/such/file")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    told = rf"^{re.escape(socket.gethostname())}, where films are read: no AWS credentials found; "
+    with pytest.raises(UserError, match=told):
+        check_node(open_store(s3_uri), "films are read")
 
 
 def test_a_server_that_honours_conditions_passes_the_probe(s3_uri):

@@ -13,8 +13,15 @@ from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import ReadFigures, read_images
 from lungopacity.errors import UserError
-from lungopacity.runtime import may_grow, quiet_about_remote_arguments, quiet_ray_data
+from lungopacity.runtime import (
+    check_same_code,
+    code_digest,
+    may_grow,
+    quiet_about_remote_arguments,
+    quiet_ray_data,
+)
 from lungopacity.storage import Store, open_store
+from lungopacity.storage.probe import check_node
 
 if TYPE_CHECKING:
     import ray.data
@@ -132,9 +139,10 @@ def stream_images(
     `wanted`: see `read_images`. `block_bytes`, `losses`: see `stream`."""
     import ray
 
-    shared, store = ray.put(wanted), open_store(uri)
+    shared, store, code = ray.put(wanted), open_store(uri), code_digest()
 
     def read(objects: pa.Table) -> Iterator[pa.Table]:
+        check_same_code(code)
         yield from counted_images(store, objects, settings, wanted=ray.get(shared))
 
     return stream(tasks, read, block_bytes, losses)
@@ -147,9 +155,11 @@ def counted_images(
     *,
     wanted: Wanted | None = None,
 ) -> Generator[pa.Table, None, None]:
-    """`read_images` in a Ray task, with its figures reported to Prometheus."""
+    """`read_images` in a Ray task, with its figures reported to Prometheus. Raises `UserError` if
+    this node can read nothing of the store: its films are not missing."""
     from ray.exceptions import RaySystemError
 
+    check_node(store, "films are read")
     figures = ReadFigures()
     try:
         for table in read_images(store, objects, settings, wanted=wanted, figures=figures):

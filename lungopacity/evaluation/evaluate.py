@@ -52,6 +52,8 @@ from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import check_class_columns
 from lungopacity.runtime import (
+    check_same_code,
+    code_digest,
     cpus_here,
     free_resources,
     ray_session,
@@ -264,10 +266,12 @@ def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: boo
     import ray
 
     require_resources(cpus=1, gpus=1 if use_gpu else 0, what="evaluation")
+    code = code_digest()
 
     def run(trained: TrainedModel, pixels: npt.NDArray[np.uint8]) -> Iterator[ModelScores]:
         from lungopacity.models.scorer import Scorer
 
+        check_same_code(code)
         scorer = Scorer(trained, use_gpu=use_gpu, threads=cpus_here())
         for start in range(0, len(pixels), _BATCH):
             scores = scorer.scores(pixels[start : start + _BATCH], _BATCH)

@@ -131,6 +131,11 @@ def start_key(run_id: str) -> str:
     return f"{work_prefix(run_id)}run.json"
 
 
+def start_key_of(attempt: str) -> str:
+    """The same for the run of an `attempt_prefix`."""
+    return f"{attempt.rpartition('attempt=')[0]}run.json"
+
+
 def explanation_key(run_id: str, content_sha256: str, frame: int | None) -> str:
     """Key of a film's picture. It is named by the film's content, so that a second attempt writes
     the same file, and because the name of an object may be that of a patient."""

@@ -7,7 +7,7 @@ before it is needed: `--help` must not wait for it.
 from __future__ import annotations
 
 from lungopacity.runtime.container import own_cpus, own_memory_bytes
-from lungopacity.runtime.installed import versions
+from lungopacity.runtime.installed import check_same_code, code_digest, versions
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, alone, environment
 from lungopacity.runtime.resources import (
     capacity,
@@ -34,6 +34,8 @@ __all__ = [
     "KEEP_FREED_MEMORY",
     "alone",
     "capacity",
+    "check_same_code",
+    "code_digest",
     "code_of_signal",
     "cpus_here",
     "done_with_ray",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,11 +12,12 @@ import pyarrow as pa
 from lungopacity import observe
 from lungopacity.archive.content import error_columns
 from lungopacity.errors import ErrorCode, ImageError, Stage, Status, UserError
-from lungopacity.results.folder import part_key
+from lungopacity.results.folder import part_key, start_key_of
 from lungopacity.results.schema import part_schema
 from lungopacity.screening.explanations import write_pictures
 from lungopacity.storage import Store
 from lungopacity.storage.parquet import parquet_bytes
+from lungopacity.storage.probe import check_node
 
 OBJECTS = "objects"
 ROWS_PER_PART = 512
@@ -28,15 +30,23 @@ class WriteParts:
 
     def __init__(self, results: Store, attempt: str) -> None:
         self.results, self.attempt = results, attempt
+        self.is_checked = False
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        try:
+            if not self.is_checked:
+                # Otherwise the parts would stay on this node, unseen by the driver.
+                check_node(self.results, "results are written", start_key_of(self.attempt))
+                self.is_checked = True
+        except UserError as error:
+            return _part_report({}, error=str(error))
         try:
             rows = write_pictures(self.results, rows)
             data = parquet_bytes(rows)
             self.results.write(part_key(self.attempt, data), data)
         except UserError as error:
             # Reported as a row: of a worker's exception, Ray passes on only the traceback's text.
-            return _part_report({}, error=str(error))
+            return _part_report({}, error=f"{error} (on {socket.gethostname()})")
         images = rows.filter(pa.compute.is_null(rows["shard_rows"]))
         codes = images["error_code"].to_pylist()
         _count_images(Counter(zip(images["status"].to_pylist(), codes, strict=True)))

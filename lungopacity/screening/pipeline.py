@@ -32,8 +32,14 @@ from lungopacity.archive.stream import (
 from lungopacity.errors import UserError
 from lungopacity.models import TrainedModel
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
-from lungopacity.results.folder import attempt_prefix
-from lungopacity.runtime import capacity, quiet_about_remote_arguments, worker_environment
+from lungopacity.results.folder import attempt_prefix, published_meanwhile, read_run
+from lungopacity.runtime import (
+    capacity,
+    check_same_code,
+    code_digest,
+    quiet_about_remote_arguments,
+    worker_environment,
+)
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.parts import ROWS_PER_PART, WriteParts
 from lungopacity.screening.resources import ScoringResources
@@ -97,6 +103,8 @@ def screen_objects(
         for row in part.to_pylist():
             error = row.pop("error")
             if error is not None:
+                if read_run(results, run_id) is not None:
+                    raise published_meanwhile(run_id)
                 raise UserError(error)
             yield Counter(row)
 
@@ -127,8 +135,10 @@ def _together(
     """The function of a task that reads, scores and writes its objects, and yields the reports of
     `WriteParts`. `scoring`: arguments of `ScoreImages`."""
     store, settings = open_store(archive_uri), replace(settings, rows_per_table=batch_size)
+    code = code_digest()
 
     def screen(objects: pa.Table) -> Iterator[pa.Table]:
+        check_same_code(code)
         score, write = _scorer_of(attempt, scoring), WriteParts(results, attempt)
         scored: list[pa.Table] = []
         # The next films are fetched meanwhile, but not decoded: there are as many tasks as cores,
@@ -178,7 +188,7 @@ def _apart(
     with quiet_about_remote_arguments():
         scored = images.map_batches(
             ScoreImages,
-            fn_constructor_args=scoring,
+            fn_constructor_args=(*scoring, code_digest()),
             batch_size=batch_size,
             batch_format="pyarrow",
             num_cpus=resources.actor_cpus,

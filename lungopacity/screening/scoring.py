@@ -18,6 +18,7 @@ from lungopacity.models import TrainedModel
 from lungopacity.models.scorer import no_number
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import class_column, part_schema
+from lungopacity.runtime import check_same_code
 from lungopacity.screening.explanations import PICTURE, Explainer
 from lungopacity.screening.resources import ScoringResources
 
@@ -31,7 +32,7 @@ class ScoreImages:
     """Turns tables of `READ_SCHEMA` into tables of `part_schema`. One per process, on one device.
 
     `model`: a Ray reference to a `TrainedModel`. `reject_unlike`: reject films that are flagged
-    `out_of_distribution`.
+    `out_of_distribution`. `code`: the driver's `code_digest`, for an actor.
     """
 
     def __init__(
@@ -41,12 +42,15 @@ class ScoreImages:
         reject_unlike: bool,
         explainer: Explainer | None,
         precision: str,
+        code: str | None = None,
     ) -> None:
         self.use_gpu = resources.use_gpu
         self.reject_unlike = reject_unlike
         self.explainer = explainer
         self.start_error: Exception | None = None
         try:
+            if code is not None:
+                check_same_code(code)
             self._start(model, resources.threads, precision)
         except Exception as error:
             # Raised by the first call: of an exception in __init__, Ray passes on only the text.

@@ -20,7 +20,7 @@ from lungopacity import observe
 from lungopacity.archive.inventory import Inventory, below, list_archive, without
 from lungopacity.archive.inventory_report import read_inventory
 from lungopacity.archive.stream import OBJECTS_PER_TASK
-from lungopacity.errors import UserError, first_line
+from lungopacity.errors import UserError, first_line, of_other_code
 from lungopacity.models import TrainedModel
 from lungopacity.models.compiled import loaded
 from lungopacity.models.scorer import FLOAT32, check_precision
@@ -312,6 +312,10 @@ def _surviving_lost_nodes() -> Iterator[None]:
         message = first_line(cause)
         if isinstance(cause, UserError):
             raise UserError(message) from error
+        # No other round would go better, and sound films would get `reader_crash`.
+        other_code = of_other_code(error)
+        if other_code is not None:
+            raise UserError(other_code) from error
         # When an actor does not start, Ray keeps only the text of what our code raised.
         is_ours = getattr(cause, "actor_init_failed", False)
         if is_ours or not isinstance(cause, RayError):

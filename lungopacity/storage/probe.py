@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import uuid
 from functools import partial
 
 from lungopacity.errors import UserError
 from lungopacity.storage import ConflictError, LocalStore, S3Store, Store, open_store
+from lungopacity.storage.s3_clients import check_credentials
 
 _NO_ETAG = "0" * 32
 """An etag that no object has."""
@@ -32,6 +34,31 @@ def _probe(store: Store, *, private: bool = False, if_absent: bool = False) -> N
         store.delete(key)
         for folder in new:
             folder.rmdir()
+
+
+def check_node(store: Store, work: str, key: str = "") -> None:
+    """Raises `UserError` if this node has no AWS credentials for the store, or if the store is a
+    folder of another node's disk. To be called on the node that does the `work`, for example "films
+    are read".
+
+    `key`: an object that the driver has written there, to look for in a folder; by default the
+    folder need only exist.
+    """
+    host = socket.gethostname()
+    if isinstance(store, S3Store):
+        try:
+            _ = store.client  # cannot be made where the profile is missing
+            check_credentials()
+        except UserError as error:
+            raise UserError(f"{host}, where {work}: {error}; the same on every node") from error
+        return
+    assert isinstance(store, LocalStore)
+    if os.path.isdir(store.root) if not key else store.head(key) is not None:
+        return
+    raise UserError(
+        f"{store.uri}: is not on {host}, where {work}; give a place in S3, or on a disk that all "
+        "nodes share"
+    )
 
 
 def check_conditions(uri: str) -> None:

@@ -6,10 +6,12 @@ import os
 import threading
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from lungopacity.errors import UserError
 from lungopacity.storage.quick_get import QuickGet
+from lungopacity.storage.s3_errors import NO_CREDENTIALS
 
 _REQUEST_ATTEMPTS = 5
 """Attempts of botocore, with its own backoff, for refused connections and server errors."""
@@ -63,6 +65,14 @@ def clients_of(bucket: str) -> S3Clients:
             client = s3_client()
             _known_clients[key] = S3Clients(client, QuickGet(bucket, aws_session(), client))
         return _known_clients[key]
+
+
+@cache
+def check_credentials() -> None:
+    """Raises `UserError` if this process has no AWS credentials. Looks no more once it has found
+    some: that takes milliseconds."""
+    if aws_session().get_credentials() is None:
+        raise UserError(NO_CREDENTIALS)
 
 
 def s3_client() -> Any:

@@ -30,7 +30,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from lungopacity.errors import NO_ROOM, ImageError, UserError, last_line
 from lungopacity.models import weights_of
-from lungopacity.storage import LocalStore, S3Store, join_uri, open_store
+from lungopacity.storage import S3Store, join_uri, open_store
 from lungopacity.storage.s3_errors import may_pass
 
 log = logging.getLogger(__name__)
@@ -82,21 +82,6 @@ def lasting_disk_errors(place: str) -> Iterator[None]:
         ) from error
 
 
-def check_shared(place: str) -> None:
-    """Raises `UserError` where the folder of the run's checkpoints is a folder of another node's
-    disk. Ray itself looks only when it copies the first checkpoint, after an epoch, and restarts
-    the training each time.
-
-    place: as for `report_epoch`. Ray has made the folder on the driver's node.
-    """
-    store = open_store(place)
-    if isinstance(store, LocalStore) and not store.root.is_dir():
-        raise UserError(
-            f"{place}: is not on {socket.gethostname()}, where a training worker runs; give an "
-            "--output in S3, or on a disk that all nodes share"
-        )
-
-
 def report_epoch(
     row: dict[str, Any], save: Callable[[str], None] | None, place: str, filesystem: FileSystem
 ) -> None:
@@ -110,7 +95,7 @@ def report_epoch(
         if save is not None:
             with lasting_disk_errors(f"{folder} on {socket.gethostname()}"):
                 save(folder)
-        # On disk Ray copies; see `check_shared`.
+        # On disk Ray copies.
         in_s3 = isinstance(open_store(place), S3Store)
         with lasting_disk_errors(place):
             ray.train.report(

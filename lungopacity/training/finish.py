@@ -14,7 +14,13 @@ from lungopacity.errors import last_line
 from lungopacity.models import TrainedModel
 from lungopacity.models.compiled import compiled_if_better
 from lungopacity.progress import Progress
-from lungopacity.runtime import cpus_here, free_resources, worker_environment
+from lungopacity.runtime import (
+    check_same_code,
+    code_digest,
+    cpus_here,
+    free_resources,
+    worker_environment,
+)
 from lungopacity.training.loop import Films
 
 log = logging.getLogger(__name__)
@@ -39,6 +45,7 @@ def distribution_of(
         from lungopacity.models.distribution import TrainingDistribution
         from lungopacity.models.scorer import Scorer
 
+        check_same_code(code)
         scorer = Scorer(kept, use_gpu=use_gpu, threads=cpus_here())
         features: list[npt.NDArray[np.float32]] = []
         for rows, turns in _passes(films):
@@ -52,6 +59,7 @@ def distribution_of(
             features.append(np.concatenate(parts))
         yield TrainingDistribution.of(*features).to_bytes()
 
+    code = code_digest()
     warn_of_few_to_compare(len(films.validation))
     count = sum(len(rows) * len(turns) for rows, turns in _passes(films))
     task = ray.remote(run).options(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=2)

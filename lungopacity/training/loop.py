@@ -37,10 +37,11 @@ from torch.nn.parallel import DistributedDataParallel
 from lungopacity.models import build_network
 from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import exact_float32
-from lungopacity.runtime import cpus_here
+from lungopacity.runtime import check_same_code, cpus_here
+from lungopacity.storage import open_store
+from lungopacity.storage.probe import check_node
 from lungopacity.training.augment import augment
 from lungopacity.training.checkpoint import (
-    check_shared,
     read_checkpoint,
     report_epoch,
     write_checkpoint,
@@ -142,11 +143,15 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """Runs one worker.
 
     config: `settings` (`TrainingSettings`); `films`, a reference to `Films`; `first`, a reference
-    to the first weights by name, or None; `place` and `filesystem`, as for `report_epoch`. Reports
-    a history row and a checkpoint after each epoch. Returns `diverged_in_epoch`: the epoch whose
-    loss was not finite, or None. Raises `UserError` where no checkpoint can be kept.
+    to the first weights by name, or None; `code`, the driver's `code_digest`; `place` and
+    `filesystem`, as for `report_epoch`. Reports a history row and a checkpoint after each epoch.
+    Returns `diverged_in_epoch`: the epoch whose loss was not finite, or None. Raises `UserError`
+    where no checkpoint can be kept, or this node's lungopacity is not the driver's.
     """
-    check_shared(config["place"])
+    check_same_code(config["code"])
+    # Ray itself looks only when it copies the first checkpoint, after an epoch, and restarts the
+    # training each time. It has made the folder on the driver's node.
+    check_node(open_store(config["place"]), "a training worker runs")
     context = ray.train.get_context()
     settings: TrainingSettings = config["settings"]
     worker = Worker(

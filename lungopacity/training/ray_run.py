@@ -15,7 +15,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from lungopacity.errors import UserError, last_line
-from lungopacity.runtime import lean_training, worker_environment
+from lungopacity.runtime import code_digest, lean_training, worker_environment
 from lungopacity.storage import join_uri, open_store
 from lungopacity.training.loop import Films, train_loop
 from lungopacity.training.relay import EndAtOnce, relayed_rows
@@ -47,6 +47,7 @@ def run_ray_train(
             train_loop,
             train_loop_config={
                 "settings": settings,
+                "code": code_digest(),
                 "films": ray.put(films),
                 "first": None if first is None else ray.put(first),
                 # Absolute, because a worker may run in another folder.

@@ -39,6 +39,8 @@ from lungopacity.models.pretrained import FirstWeights
 from lungopacity.progress import Progress
 from lungopacity.runtime import (
     capacity,
+    check_same_code,
+    code_digest,
     free_resources,
     ray_session,
     require_resources,
@@ -259,6 +261,7 @@ def _run(
         },
         positive=data.class_names.index(settings.positive_class),
         threads=threads,
+        code=code_digest(),
     )
     if settings.use_gpu:
         resources, slots = {"CPU": 1, "GPU": 1}, capacity()["GPU"]
@@ -322,8 +325,10 @@ def _trial(
     shared: Mapping[str, ray.ObjectRef | None],
     positive: int,
     threads: int,
+    code: str,
 ) -> None:
     """Trains in this process, and reports each epoch to Tune."""
+    check_same_code(code)
     own = with_draw(settings, draw(space, settings.seed, config["trial"]))
     films: Films = ray.get(shared["films"])
     labels_V = films.labels_N[films.validation]

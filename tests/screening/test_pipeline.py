@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import RaySystemError
 
 import lungopacity
 from lungopacity.archive import stream
@@ -35,6 +37,7 @@ def a_task(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "ROWS_PER_PART", 20)
     archive, results = (open_store(str(tmp_path / name)) for name in ("archive", "results"))
     archive.write("x.tar", tar({f"{n}.png": encoded(grey_film(n % 7)) for n in range(50)}))
+    results.write("_work/run/run.json", b"{}")
     write_tiny_model(str(tmp_path / "model"), is_compiled=True)
     model = load_model(str(tmp_path / "model"))
     task = pipeline._together(
@@ -52,7 +55,8 @@ def test_a_part_is_written_whenever_there_are_rows_enough(a_task):
     reports, results = a_task
     assert [report["ok"].to_pylist() for report in reports()] == [[24], [24], [2]]
     parts = [
-        pq.read_table(pa.BufferReader(results.read(item.key))) for item in results.list("_work/")
+        pq.read_table(pa.BufferReader(results.read(item.key)))
+        for item in results.list("_work/run/attempt")
     ]
     rows = pa.concat_tables(parts)
     assert sorted(rows["member_index"].drop_null().to_pylist()) == list(range(50))
@@ -68,7 +72,34 @@ def test_nothing_more_is_read_where_a_part_cannot_be_written(a_task, monkeypatch
 
     monkeypatch.setattr(results, "write", full)
     (report,) = reports()
-    assert report["error"].to_pylist() == ["no space"]
+    assert report["error"].to_pylist() == [f"no space (on {socket.gethostname()})"]
+
+
+def test_a_node_without_the_runs_folder_keeps_no_parts_that_the_driver_never_sees(a_task):
+    reports, results = a_task
+    results.delete("_work/run/run.json")
+    (report,) = reports()
+    assert f"is not on {socket.gethostname()}, where results are" in report["error"][0].as_py()
+    assert not list(results.list())
+
+
+def test_films_of_a_folder_that_a_node_lacks_are_not_missing(tmp_path):
+    with pytest.raises(UserError, match=r"archive: is not on \S+, where films are read; give a"):
+        next(stream.counted_images(open_store(f"{tmp_path}/archive"), pa.table({}), None))
+
+
+def test_a_node_of_other_code_is_no_lost_node():
+    """Its tasks fail like those of a lost node: after all rounds, sound films would be
+    `reader_crash`."""
+    for why in (
+        "AttributeError: Can't get attribute 'new' on <module 'lungopacity.runtime' from 'x.py'>",
+        "ModuleNotFoundError: No module named 'lungopacity'",
+    ):
+        with (
+            pytest.raises(UserError, match=r"Ray node lacks the job's code: .*Error: .*; install"),
+            screen._surviving_lost_nodes(),
+        ):
+            raise RaySystemError(f"System error: {why}\ntraceback: in\n{why}")
 
 
 def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks(monkeypatch):

@@ -18,7 +18,6 @@ from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.storage import open_store
 from lungopacity.training.checkpoint import (
-    check_shared,
     lasting_disk_errors,
     rows_of_before,
     uploaded,
@@ -143,14 +142,6 @@ def test_lasting_disk_errors_are_user_errors_and_others_are_not() -> None:
     for error in (OSError(errno.EIO, "Input/output error"), OSError("AWS Error SLOW_DOWN")):
         with pytest.raises(OSError, match=re.escape(str(error))), lasting_disk_errors("/out/m"):
             raise error
-
-
-def test_a_folder_that_a_workers_node_lacks_is_told_before_an_epoch(tmp_path: Path) -> None:
-    """Ray would train an epoch first, and then again after each of its restarts."""
-    check_shared(str(tmp_path))
-    check_shared("s3://bucket/_training/run")
-    with pytest.raises(UserError, match=r"/run: is not on \S+, where a .* worker runs; give an"):
-        check_shared(f"{tmp_path}/run")
 
 
 @pytest.mark.parametrize(
