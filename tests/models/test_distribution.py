@@ -54,6 +54,9 @@ def test_further_out_along_any_feature_scores_higher(times, feature):
     step[0, feature] = 30 * train[:, feature].std()
     near, far = found.score(train.mean(axis=0) + np.concatenate([step, times * step]))
     assert far > near > 1
+    # Farther than float32 can tell, it is still unlike, and no score that is not a number.
+    step[0, feature] = 3e38
+    assert np.isfinite(found.score(step))
 
 
 @pytest.mark.parametrize(
