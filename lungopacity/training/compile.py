@@ -23,6 +23,7 @@ from lungopacity.models import (
 from lungopacity.models.compiled import compiled_if_better
 from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import KEEP_FREED_MEMORY, alone, environment
+from lungopacity.storage.probe import check_writable
 from lungopacity.training.ensemble import members_of
 
 _FILMS = 32
@@ -34,9 +35,10 @@ def compile(model: str, output: str) -> TrainedModel:
     Training compiles networks itself. The model's id stays the same, so its results and its sites'
     operating points stay valid. Torch and the compiled network are compared on synthetic films,
     because a model folder has no films. Raises `UserError` where the compiled network is not used
-    (see `compiled_if_better`), or the output holds a model.
+    (see `compiled_if_better`), or the output holds a model or cannot be written to.
     """
     refuse_model(output)
+    check_writable(output)
     trained = load_model(model)
     # In a process of its own, because pnnx or ncnn may crash on an unfamiliar network. torch gets
     # the environment of screening's workers: without it, it takes up to twice as long.

@@ -54,6 +54,13 @@ def test_the_compiled_folder_keeps_the_id_and_the_points_of_sites(tmp_path, caps
         lungopacity.compile(old, new)
 
 
+def test_an_output_that_cannot_be_written_to_is_refused_before_compiling(tmp_path, monkeypatch):
+    write_tiny_model(str(tmp_path / "old"))
+    monkeypatch.delattr("lungopacity.training.compile._compiled")
+    with pytest.raises(UserError, match=r"^/proc/new"):
+        lungopacity.compile(str(tmp_path / "old"), "/proc/new")
+
+
 @pytest.mark.parametrize(
     ("compiler", "why"),
     [
