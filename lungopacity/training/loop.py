@@ -149,8 +149,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     where no checkpoint can be kept, or this node's lungopacity is not the driver's.
     """
     check_same_code(config["code"])
-    # Ray itself looks only when it copies the first checkpoint, after an epoch, and restarts the
-    # training each time. It has made the folder on the driver's node.
+    # Ray, which made the folder on the driver's node, looks only after an epoch, again and again.
     check_node(open_store(config["place"]), "a training worker runs")
     context = ray.train.get_context()
     settings: TrainingSettings = config["settings"]

@@ -84,7 +84,6 @@ def write_parts(store, plan: Plan, *parts: list[dict]) -> None:
 
 
 def write_part(store, plan: Plan, table: pa.Table, attempt: int = 0) -> str:
-    """Its key."""
     data = parquet_bytes(table)
     key = part_key(f"{plan.work}attempt={attempt}/", data)
     store.write(key, data)
