@@ -164,15 +164,15 @@ def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
         "from lungopacity.runtime import done_with_ray, ray_ahead, ray_session\n"
         "def runs(name): return any(name in ' '.join(one.cmdline())\n"
         "                           for one in psutil.Process().children(recursive=True))\n"
-        "with ray_ahead():\n"
-        "    while not runs('raylet'): time.sleep(0.1)\n"
+        "with ray_ahead(['unheard_of', 'colorsys']):\n"
+        "    print(runs('raylet'))\n"
         "    time.sleep(1)\n"
         "    print(*{'pandas', 'ray.data'} & set(sys.modules))\n"
         "    with ray_session(): print(*sorted({'pandas', 'ray.data'} & set(sys.modules)))\n"
         "    for _ in range(2):\n"
         "        with ray_session():\n"
         "            import ray\n"
-        "            print(ray.get(ray.remote(lambda: 'worked').remote()))\n"
+        "            print(ray.get(ray.remote(lambda: 'colorsys' in sys.modules).remote()))\n"
         "    print(*filter(runs, ('raylet', 'dashboard.py', 'monitor.py')))\n"
         "    done_with_ray()\n"
         "    with ray_session(): print(ray.get(ray.remote(lambda: 'again').remote()))\n"
@@ -181,7 +181,7 @@ def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
     done = run_script(script, RAY_ADDRESS="")
     # pandas is not imported while the block does other work.
     assert done.stdout.splitlines() == [
-        "", "pandas ray.data", "worked", "worked", "raylet", "again", "False True"
+        "True", "", "pandas ray.data", "True", "True", "raylet", "again", "False True"
     ], done.stderr  # fmt: skip
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         assert done.stderr == ""  # where logs are JSON, each line is

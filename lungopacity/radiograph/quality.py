@@ -135,22 +135,28 @@ def _is_inverted(content: npt.NDArray[np.uint8]) -> bool:
 
 def _without_black_bars(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """A view of the film without its black bars; the whole film if all of it is black."""
-    bright = content > _BLACK
-    rows = np.flatnonzero(bright.mean(axis=1) > _BAR_SPECKS)
-    columns = np.flatnonzero(bright.mean(axis=0) > _BAR_SPECKS)
-    if not len(rows) or not len(columns):
-        return content
-    return content[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    box = _box(content > _BLACK, _BAR_SPECKS)
+    return content if box is None else content[box]
 
 
 def _content_fraction(content: npt.NDArray[np.uint8]) -> float:
     """Share of the image within the smallest box that holds everything unlike its outermost
     pixels."""
     frame = np.concatenate([content[0], content[-1], content[:, 0], content[:, -1]])
-    differs = np.abs(content.astype(np.int16) - np.median(frame)) > _BORDER_TOLERANCE
-    rows = np.flatnonzero(differs.mean(axis=1) > _BORDER_SPECKS)
-    columns = np.flatnonzero(differs.mean(axis=0) > _BORDER_SPECKS)
+    # Twice the values: a median may lie halfway between two integers.
+    from_frame = 2 * content.astype(np.int16) - np.int16(2 * np.median(frame))
+    box = _box(np.abs(from_frame) > 2 * _BORDER_TOLERANCE, _BORDER_SPECKS)
+    return 0.0 if box is None else content[box].size / content.size
+
+
+def _box(of_HW: npt.NDArray[np.bool_], specks: float) -> tuple[slice, slice] | None:
+    """The smallest box that holds all rows and columns of which more than a share of `specks` is
+    True; None if no row or no column is."""
+    height, width = of_HW.shape
+    # Sums of uint8 take half of the time of means of booleans.
+    ones = of_HW.view(np.uint8)
+    rows = np.flatnonzero(ones.sum(axis=1, dtype=np.uint32) > specks * width)
+    columns = np.flatnonzero(ones.sum(axis=0, dtype=np.uint32) > specks * height)
     if not len(rows) or not len(columns):
-        return 0.0
-    box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
-    return float(box / content.size)
+        return None
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)

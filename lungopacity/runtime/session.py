@@ -6,15 +6,16 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 
 from lungopacity.errors import UserError, first_line
+from lungopacity.runtime.container import own_cpus
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, environment
 from lungopacity.runtime.ray_internals import (
     without_cleaner,
@@ -56,6 +57,9 @@ class RaySession:
         self._ahead: tuple[ThreadPoolExecutor, Future[bool]] | None = None
         self._wanted = Event()
         """Somebody waits until Ray runs, or no longer needs it."""
+        self._launched = Event()
+        """Ray's own processes were started, or will not be."""
+        self._first_imports: tuple[str, ...] = ()
         self._ending: Future[None] | None = None
         self._without_idle_actors: ExitStack | None = None
 
@@ -80,12 +84,17 @@ class RaySession:
                 self._end()
 
     @contextmanager
-    def ahead(self) -> Iterator[None]:
+    def ahead(self, first_imports: Sequence[str]) -> Iterator[None]:
         """See `ray_ahead`."""
         self._wanted.clear()
+        self._launched.clear()
+        self._first_imports = tuple(first_imports)
         with ThreadPoolExecutor(1) as thread:
             self._ahead = thread, thread.submit(self._start)
             try:
+                # What the block imports would hold up the import of Ray, and so its processes,
+                # which have other cores to themselves.
+                self._launched.wait()
                 yield
             finally:
                 self.done()
@@ -105,6 +114,15 @@ class RaySession:
 
     def _start(self) -> bool:
         """Start or join Ray. False: Ray was running already, and is not ours to end."""
+        try:
+            is_ours = self._start_or_join()
+        finally:
+            self._launched.set()
+        if self.is_private and self._ahead is not None:
+            self._import_first()
+        return is_ours
+
+    def _start_or_join(self) -> bool:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         address = os.environ.get("RAY_ADDRESS") or "local"
@@ -125,7 +143,7 @@ class RaySession:
                 # For a few seconds, because a Ray that is half started crashes when it ends.
                 with (
                     environment(KEEP_FREED_MEMORY),
-                    without_idle_servers(self._import_ray_data),
+                    without_idle_servers(self._when_launched),
                     _signals_stay_ours(),
                     signals_wait(),
                 ):
@@ -136,6 +154,7 @@ class RaySession:
                         logging_level=logging.ERROR,
                     )
             else:
+                self._launched.set()
                 with _signals_stay_ours():
                     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises this very type for a node that is not up in 30 s
@@ -152,11 +171,23 @@ class RaySession:
         self.is_private = address == "local"
         return True
 
-    def _import_ray_data(self) -> None:
+    def _when_launched(self) -> None:
+        self._launched.set()
+        if self._ahead is None:
+            import_module("ray.data")
+
+    def _import_first(self) -> None:
+        """Import `ray.data` here, and meanwhile in each worker what its first task needs."""
+        import ray
+
+        importing = ray.remote(num_cpus=1, max_retries=0)(_import_each)
+        for _ in range(own_cpus()):
+            importing.remote(self._first_imports)
         # In the thread that starts Ray: another could see half of its modules. And not while the
         # block of `ray_ahead` does other work: DuckDB uses pandas even if half of it is imported.
         self._wanted.wait()
-        import_module("ray.data")
+        if self._ahead is not None:
+            import_module("ray.data")
 
     def _end_if_ours(self, started: Future[bool]) -> None:
         if started.exception() is None and started.result():
@@ -194,14 +225,15 @@ def ray_session() -> Iterator[None]:
 
 
 @contextmanager
-def ray_ahead() -> Iterator[None]:
+def ray_ahead(first_imports: Sequence[str] = ()) -> Iterator[None]:
     """Start Ray in a thread while the block runs; Ray ends with the block.
 
     Starting takes a few seconds, most of them spent waiting. A `ray_session` in the block waits for
     it, and raises the error if Ray cannot be started or joined. Until then the block must not
-    import Ray: two threads that import it at once see half of it.
+    import Ray: two threads that import it at once see half of it. `first_imports`: modules that the
+    workers of a private Ray import before their first task.
     """
-    with RAY.ahead():
+    with RAY.ahead(first_imports):
         yield
 
 
@@ -214,6 +246,13 @@ def _signals_stay_ours() -> AbstractContextManager[object]:
     """For `ray.init`. Where our handlers are not in place, Ray puts its own there: they end the
     processes that it has started."""
     return without_signal_handlers() if signals_are_ours() else nullcontext()
+
+
+def _import_each(modules: Sequence[str]) -> None:
+    # An error is left to the task that needs the module, and is told there.
+    for name in modules:
+        with suppress(Exception):
+            import_module(name)
 
 
 def _has_gpu() -> bool:

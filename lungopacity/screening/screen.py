@@ -55,6 +55,8 @@ _LOSSES = 100
 _FEW_OBJECTS = 10_000
 """At most so many objects get a task each in the last round; for more, that takes too long."""
 _FOLDERS_REMEMBERED = 4096
+_FIRST_IMPORTS = "ray.data", "lungopacity.screening.pipeline"
+"""By each worker, while the plan is made."""
 
 
 def screen(
@@ -87,7 +89,7 @@ def screen(
     # This already looks for the first object, so a wrong archive is reported before Ray starts.
     listed = inventory_at(archive, inventory, job.written)
     # `nightly` does not start Ray ahead: a night with nothing to do needs no Ray.
-    with ray_ahead():
+    with ray_ahead(_FIRST_IMPORTS):
         return run_job(job, listed, began, run_id=run_id, limit=limit)
 
 
