@@ -33,8 +33,15 @@ def test_each_name_is_there_in_this_release():
         ]
     with ray_internals.without_signal_handlers() as found:
         assert found == ["set_sigterm_handler"]
-    with ray_internals.without_cleaner() as found:
-        assert found == ["PlacementGroupCleanerCallback"]
+    with ray_internals.without_idle_training_actors() as found:
+        assert found == [
+            "PlacementGroupCleanerCallback",
+            "DatasetsCallback",
+            "create_scaling_policy",
+        ]
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    assert set(ray_internals._REQUESTS) <= set(dir(FixedScalingPolicy))
     assert {"get_memory_info_reply", "get_state_from_address"} <= set(vars(internal_api))
 
 
@@ -43,7 +50,7 @@ def test_each_name_is_there_in_this_release():
     [
         ("without_idle_servers", "ray._private.node"),
         ("without_signal_handlers", "ray._private"),
-        ("without_cleaner", "ray.train.v2.api"),
+        ("without_idle_training_actors", "ray.train.v2.api"),
         ("without_idle_actors", "ray.data._internal.stats"),
         ("without_idle_actors", "ray.data._internal.execution.interfaces"),
     ],

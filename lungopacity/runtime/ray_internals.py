@@ -21,6 +21,7 @@ _PORTS_IN_FILES = "2.60."
 """The releases of Ray in which `waiting_agent` is known to work."""
 _DASHBOARD_AGENT, _AGENT = "--dashboard_agent_command=", "--runtime_env_agent_command="
 _SESSION = "--session_dir="
+_REQUESTS = ("_maybe_send_resource_request", "_send_resource_request", "_cancel_resource_request")
 _STATISTICS = (
     "register_dataset_to_stats_actor",
     "update_execution_metrics",
@@ -128,22 +129,40 @@ def without_idle_actors() -> Iterator[list[str]]:
 
 
 @contextmanager
-def without_cleaner() -> Iterator[list[str]]:
-    """In the block, a training starts no actor that cleans up after a dead controller.
+def without_idle_training_actors() -> Iterator[list[str]]:
+    """In the block, a training starts without three actors that are of no use to a Ray of one
+    machine, each a process of two seconds of CPU time.
 
-    A private Ray ends with the controller's process, so nothing is left to clean up. The actor asks
-    a dashboard whether the controller is alive; without a dashboard it keeps asking for 40 s, and a
-    training that ends meanwhile waits 12 s for it.
+    One cleans up after a dead controller. A private Ray ends with the controller's process, so
+    nothing is left to clean up. The actor asks a dashboard whether the controller is alive; without
+    a dashboard it keeps asking for 40 s, and a training that ends meanwhile waits 12 s for it.
+    Another one deals out Ray Data's datasets, of which our trainings have none. The third asks for
+    more nodes; an elastic training keeps it, because it is told there what it may grow to.
 
     Yields the names that were found.
     """
     try:
         from ray.train.v2._internal.execution.callback import ControllerCallback
+        from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
         from ray.train.v2.api import data_parallel_trainer
     except ImportError:
         yield []
         return
-    instead = {"PlacementGroupCleanerCallback": ControllerCallback}
+    create: Any = getattr(data_parallel_trainer, "create_scaling_policy", None)
+
+    def asks_for_nothing(scaling_config: object) -> Any:
+        policy = create(scaling_config)
+        if isinstance(policy, FixedScalingPolicy):
+            for name in _REQUESTS:
+                if hasattr(policy, name):
+                    setattr(policy, name, _nothing)
+        return policy
+
+    instead = {
+        "PlacementGroupCleanerCallback": ControllerCallback,
+        "DatasetsCallback": lambda **_: ControllerCallback(),
+        "create_scaling_policy": asks_for_nothing,
+    }
     with _replaced(data_parallel_trainer, instead) as found:
         yield found
 

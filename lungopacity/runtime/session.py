@@ -18,9 +18,9 @@ from lungopacity.errors import UserError, first_line
 from lungopacity.runtime.container import own_cpus
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, environment
 from lungopacity.runtime.ray_internals import (
-    without_cleaner,
     without_idle_actors,
     without_idle_servers,
+    without_idle_training_actors,
     without_signal_handlers,
 )
 from lungopacity.runtime.signals import (
@@ -273,12 +273,12 @@ def worker_environment(use_gpu: bool) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def lean_training() -> Iterator[None]:
-    """For the block in which Ray Train trains. In a private Ray, it starts no actors against
-    failures that only a cluster has: each takes a hundredth of a core while it waits."""
+    """For the block in which Ray Train trains. In a private Ray, it starts no actors for what only
+    a cluster has: each takes a hundredth of a core while it waits."""
     if not RAY.is_private:
         yield
         return
-    with without_cleaner(), environment({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}):
+    with without_idle_training_actors(), environment({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}):
         yield
 
 

@@ -230,16 +230,20 @@ def test_two_workers_train_one_model_and_survive_the_loss_of_one(
     films = blob_films(train=97, validation=43)
     seen: list[int] = []
     killed: list[int] = []
+    idle: list[int] = []
 
     def kill_one_worker(row: dict[str, Any]) -> None:
         seen.append(row["epoch"])
         if row["epoch"] == 2 and not killed:
             killed.append(_own_processes("ray::RayTrainWorker")[0])
             os.kill(killed[0], signal.SIGKILL)
+            idle.extend(_own_processes("ray::DatasetManager"))
+            idle.extend(_own_processes("ray::_AutoscalingCoordinatorActor"))
 
     settings = replace(SMALL_RUN, workers=2, epochs=6, class_balance="weights")
     result = fit(films, settings, str(tmp_path / "model"), on_epoch=kill_one_worker)
     assert killed
+    assert not idle
     assert seen == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in result.history] == seen
     assert result.model.spec.metrics["accuracy"] > 0.9
