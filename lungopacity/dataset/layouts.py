@@ -12,16 +12,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import duckdb
 import pandas as pd
 
 from lungopacity.archive.inventory import list_archive
 from lungopacity.archive.reading import is_sidecar_name
 from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, TEXTS, checked_labels
-from lungopacity.dataset.tables import csv_text, table_of
-from lungopacity.errors import ImageError, UserError, first_line
+from lungopacity.dataset.sql import answer_of
+from lungopacity.dataset.tables import bytes_of, table_of
+from lungopacity.errors import UserError
 from lungopacity.progress import Progress
-from lungopacity.results.workbench import quoted, tables_in_memory
 from lungopacity.storage import open_store, split_uri
 from lungopacity.words import counted, printable
 
@@ -33,17 +32,6 @@ _SKIPPED_FOLDERS = ("masks",)
 _FOLDERS_OF_IMAGES = ("images",)
 _SOURCES = ".metadata.xlsx"
 """Suffix of a class's spreadsheet in that database, which tells where each image comes from."""
-
-_TEXT = ", all_varchar = true, sample_size = -1"
-"""DuckDB's options to read a CSV as text, and to detect its dialect from the whole file: what it
-infers from a sample can be wrong for later rows."""
-_NUMBERS = {
-    "BIGINT": r"-?(0|[1-9]\d{0,17})",
-    "DOUBLE": r"-?(0|[1-9]\d{0,8})(\.\d+)?(e-\d+)?",
-}
-"""A CSV's column becomes numbers of this type if all its values match the pattern; otherwise it is
-text. DuckDB itself would read 007 and a patient's number of 36 digits as numbers, and lose
-digits."""
 
 _CHEXPERT_OPACITIES = (
     "Lung Opacity",
@@ -232,7 +220,7 @@ def labels_of_folders(images: str) -> pd.DataFrame:
 def _sites_of(uri: str) -> dict[str, str]:
     """Site by image name, in lower case without the suffix."""
     try:
-        sheet = pd.read_excel(io.BytesIO(_bytes_of(uri)), dtype=str)
+        sheet = pd.read_excel(io.BytesIO(bytes_of(uri)), dtype=str)
         names, sources = sheet["FILE NAME"].str.strip().str.lower(), sheet["URL"]
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         log.warning(
@@ -255,7 +243,7 @@ def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:
     file. Raises `UserError` for SQL that DuckDB refuses, for other columns, and for table names
     that differ only in case.
     """
-    frame = _answer(sql, tables, "--sql")
+    frame = answer_of(sql, tables, "--sql")
     wrong = [name for name in frame.columns if name not in _COLUMNS]
     if wrong or not {"image", "label"} <= set(frame.columns):
         raise UserError(
@@ -263,58 +251,6 @@ def labels_of_tables(sql: str, tables: Mapping[str, str]) -> pd.DataFrame:
             f"{', '.join(_COLUMNS)}"
         )
     return frame.sort_values("image")
-
-
-def _answer(sql: str, tables: Mapping[str, str], called: str) -> pd.DataFrame:
-    """The result of `sql` over the tables. called: what messages call the SQL."""
-    _check_names(tables)
-    with tables_in_memory() as (connection, folder):
-        for name, uri in tables.items():
-            path = folder / f"{name}.table"
-            data = _bytes_of(uri)
-            path.write_bytes(data)
-            is_csv = data[:4] != b"PAR1"
-            if is_csv:
-                csv_text(data, uri)  # its errors say what to do, and DuckDB's do not
-            reader, options = ("read_csv", _TEXT) if is_csv else ("read_parquet", "")
-            try:
-                connection.execute(
-                    f'CREATE TABLE "{name}" AS SELECT * FROM {reader}({quoted(path)}{options})'
-                )
-            except duckdb.Error as error:
-                raise UserError(
-                    f"{uri}: is neither CSV nor Parquet ({first_line(error)})"
-                ) from error
-            if is_csv:
-                _make_numbers(connection, name)
-        connection.execute("SET enable_external_access = false")
-        try:
-            answer = connection.sql(sql)
-            return pd.DataFrame() if answer is None else answer.df()
-        except duckdb.Error as error:
-            raise UserError(f"{called}: {first_line(error)}") from error
-
-
-def _make_numbers(connection: duckdb.DuckDBPyConnection, table: str) -> None:
-    """Converts the columns of text that hold only numbers; see `_NUMBERS`."""
-    for name, *_ in connection.execute(f'DESCRIBE "{table}"').fetchall():
-        column = '"' + name.replace('"', '""') + '"'
-        for kind, pattern in _NUMBERS.items():
-            like = f"bool_and(regexp_full_match({column}, {quoted(pattern)}))"
-            if connection.execute(f'SELECT {like} FROM "{table}"').fetchall() == [(True,)]:
-                connection.execute(f'ALTER TABLE "{table}" ALTER {column} TYPE {kind}')
-                break
-
-
-def _check_names(tables: Mapping[str, str]) -> None:
-    for name in tables:
-        if not re.fullmatch(r"\w{1,64}", name):
-            raise UserError(f"--table {name}=…: a name consists of up to 64 letters, digits and _")
-    if len({name.lower() for name in tables}) < len(tables):
-        raise UserError(
-            f"--table: of {', '.join(tables)}, some differ only in capitals, which SQL ignores; "
-            "choose other names"
-        )
 
 
 def _listed(frame: pd.DataFrame) -> str:
@@ -346,7 +282,7 @@ def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
         wanted = " ".join(f"--table {table}=FILE" for table in chosen.tables)
         raise UserError(f"--layout {name} takes {wanted}: {chosen.source}")
     files = ", ".join(tables.values())
-    frame = _answer(chosen.sql, tables, f"--layout {name}, which takes {chosen.source}: {files}")
+    frame = answer_of(chosen.sql, tables, f"--layout {name}, which takes {chosen.source}: {files}")
     if "left_out" in frame:
         why = frame.pop("left_out")
         if why.notna().any():
@@ -368,11 +304,3 @@ def summary(labels: pd.DataFrame) -> str:
         for name, row in counts.iterrows()
     ]
     return "\n".join([counted(len(labels), "labelled image"), *lines])
-
-
-def _bytes_of(uri: str) -> bytes:
-    parent, name = split_uri(uri)
-    try:
-        return open_store(parent).read(name)
-    except ImageError as error:
-        raise UserError(f"{uri}: cannot be read ({error.message})") from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ one is."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+ANY_SEPARATOR = ",;\t|"
+_FILM_NAME = re.compile(r"\.(png|jpe?g|dcm|dicom|tiff?|bmp|jp2)\b", re.IGNORECASE)
 
 
 def read_table(uri: str, what: str, texts: Collection[str]) -> pd.DataFrame:
@@ -88,6 +91,15 @@ def _of_csv(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
         raise UserError(f"{uri}: is neither CSV nor Parquet ({type(error).__name__})") from error
 
 
+def bytes_of(uri: str) -> bytes:
+    """The file's bytes. Raises `UserError` where it cannot be read."""
+    parent, name = split_uri(uri)
+    try:
+        return open_store(parent).read(name)
+    except ImageError as error:
+        raise UserError(f"{uri}: cannot be read ({error.message})") from error
+
+
 def csv_text(data: bytes, uri: str) -> str:
     """The text of a CSV file. Raises `UserError`, with what to do, for a file that is not CSV."""
     if data.startswith(_GZIP):
@@ -105,11 +117,30 @@ def csv_text(data: bytes, uri: str) -> str:
 
 
 def _header_of(text: str, uri: str) -> list[str]:
-    """The columns' names. Raises `UserError` for lines of another length and for repeated names:
-    pandas would take extra fields for an index, and rename the second of two columns, and films
-    would get the values of something else."""
-    lines = csv.reader(io.StringIO(text, newline=""))
+    """The columns' names. Raises `UserError` as `csv_rows` does: pandas would take extra fields for
+    an index, and rename the second of two columns, and films would get the values of something
+    else."""
+    rows = csv_rows(text, uri)
+    header = next(rows, [])
+    for _ in rows:
+        pass
+    return header
+
+
+def csv_rows(text: str, uri: str, separators: str = ",") -> Iterator[list[str]]:
+    """The columns' names and then the values of each row of a CSV file, a field for each column.
+
+    Blank lines are left out. separators: what may separate the fields; the one that gives the
+    header the most columns does. Raises `UserError` for lines of another length than the header,
+    for repeated names, and for a file without a header. Columns without a name at the end may be
+    missing from the rows: the header of NIH's Data_Entry_2017.csv ends with a comma.
+    """
+    first = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
+    separator = max(separators, key=lambda sign: len(next(csv.reader([first], delimiter=sign))))
+    # Strict: a quote that nothing closes would make one value of all that follows it.
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     header: list[str] = []
+    fewest = 0
     try:
         for fields in lines:
             if not "".join(fields).strip() and len(fields) < 2:
@@ -117,14 +148,15 @@ def _header_of(text: str, uri: str) -> list[str]:
             if not header:
                 header = fields
                 _check_header(header, uri)
-            elif len(fields) != len(header):
+                fewest = max((n for n, name in enumerate(header, 1) if name), default=0)
+            elif not fewest <= len(fields) <= len(header):
                 raise UserError(
                     f"{uri}: line {lines.line_num} has {len(fields)} fields, the header has "
                     f"{len(header)}; fix it, with quotes around values that contain a comma"
                 )
+            yield fields + [""] * (len(header) - len(fields))
     except csv.Error as error:
         raise UserError(f"{uri}: line {lines.line_num} is not CSV ({error}); fix it") from error
-    return header
 
 
 def _check_header(header: list[str], uri: str) -> None:
@@ -137,3 +169,9 @@ def _check_header(header: list[str], uri: str) -> None:
     for name, times in Counter(header).items():
         if name and times > 1:
             raise UserError(f"{uri}: has {times} columns named '{name}'; keep one of them")
+        if _FILM_NAME.search(name):
+            # Taken for a header, the first row of such a list would be lost.
+            raise UserError(
+                f"{uri}: its first line names a film, {name}, and no columns; write the names of "
+                "the columns in a line above it"
+            )

@@ -1,0 +1,74 @@
+"""CSV files as people and public sets write them: no row is lost or shifted without a word."""
+
+from __future__ import annotations
+
+import pytest
+
+from lungopacity.dataset.layouts import labels_of_layout, labels_of_tables
+from lungopacity.dataset.manifest import read_labels
+from lungopacity.errors import UserError
+
+SELECT = "SELECT image, label FROM t"
+
+
+def of_sql(path, text, sql=SELECT):
+    (path / "t.csv").write_bytes(text.encode())
+    return labels_of_tables(sql, {"t": str(path / "t.csv")}).to_numpy().tolist()
+
+
+@pytest.mark.parametrize("end", ["", ","], ids=["short rows", "full rows"])
+def test_the_header_of_nihs_table_ends_with_a_comma(end, tmp_path):
+    """Of its copies, some have that comma in their rows, too, and some have not."""
+    (tmp_path / "t.csv").write_text(
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+        "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],\n"
+        f"00000001_000.png,Cardiomegaly|Emphysema,0,1,58,M,PA,2682,2749,0.143,0.143{end}\n"
+        f"00000002_000.png,No Finding,0,2,81,M,PA,2500,2048,0.171,0.171{end}\n"
+    )
+    frame = labels_of_layout("nih", {"entries": str(tmp_path / "t.csv")})
+    assert frame["label"].tolist() == ["Not_Normal", "Normal"]
+    assert frame["patient_age_years"].tolist() == [58, 81]
+
+
+def test_labels_may_have_columns_without_a_name_at_the_end(tmp_path):
+    (tmp_path / "l.csv").write_text("image,label,,\n1.png,a\n2.png,b,,\n")
+    assert read_labels(str(tmp_path / "l.csv"))["label"].tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        # As NIH's test_list.txt: its first film would count as the column's name.
+        ("1.png\n2.png\n", "t.csv: its first line names a film, 1.png, and no columns; write"),
+        ("1.png,a\n2.png,b\n", "its first line names a film, 1.png"),
+        ("image,label\n1.png,a\n2.png\n", "line 3 has 1 fields, the header has 2"),
+        ("image,label\n1.png,a\n2.png,b,c\n", "line 3 has 3 fields, the header has 2"),
+        ("image;label\n1.png;a\n2.png\n", "line 3 has 1 fields, the header has 2"),
+        ('image,label\n1.png,"a\n2.png,b\n', r"is not CSV \(unexpected end of data\); fix it"),
+        ("image,label,label\n1.png,a,b\n", "has 2 columns named 'label'; keep one of them"),
+        ("image,label,Label\n1.png,a,b\n", "2 columns are named 'label' but for capitals"),
+    ],
+)
+def test_a_table_that_would_lose_or_mix_up_values_is_refused(text, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        of_sql(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '\ufeffimage;label\r\n"Müller; 1.png";Normal\r\n2.png;"Lung\r\nOpacity"\r\n\r\n',
+        '\timage\tlabel\n0\tMüller; 1.png\tNormal\n1\t2.png\t"Lung\r\nOpacity"\n',
+        'image|label|note\rMüller; 1.png|Normal|\r\r2.png|"Lung\r\nOpacity"|""\r',
+        "note,image,label\n,Müller; 1.png,Normal\n'x',2.png,\"Lung\r\nOpacity\"",
+    ],
+    ids=["Excel's", "tabs", "bars", "commas"],
+)
+def test_tables_may_have_other_separators_and_line_ends(text, tmp_path):
+    rows = [["2.png", "Lung\r\nOpacity"], ["Müller; 1.png", "Normal"]]
+    assert of_sql(tmp_path, text) == rows
+
+
+def test_quotes_are_part_of_a_value_unless_they_enclose_it(tmp_path):
+    text = 'image,label\n\'1.png\',"say ""a"""\n2.png,[\'a\']\n'
+    assert of_sql(tmp_path, text) == [["'1.png'", 'say "a"'], ["2.png", "['a']"]]
