@@ -134,7 +134,9 @@ LAYOUTS = {
                    AS patient_sex,
                TRY_CAST("StudyDate_DICOM" AS BIGINT) // 10000 - TRY_CAST("PatientBirth" AS INTEGER)
                    AS patient_age_years,
-               CASE WHEN found = '[''normal'']' THEN 'Normal'
+               CASE WHEN regexp_matches(found, '''normal''')
+                     AND NOT regexp_matches(replace(found, '''normal''', ''), '[a-z]')
+                    THEN 'Normal'
                     WHEN regexp_matches(found, 'infiltrates|consolidation|pneumonia|pattern|'
                                                'atelectasis|opacit|edema|'
                                                -- not of the breast, and no pseudonodule
@@ -146,8 +148,11 @@ LAYOUTS = {
                     WHEN regexp_matches(found, '[a-z]') IS NOT TRUE THEN 'no finding is listed'
                     WHEN regexp_matches(found, 'unchanged|exclude')
                     THEN 'unchanged or exclude is listed' END AS left_out
-        -- Some findings are surrounded by spaces.
-        FROM (SELECT *, regexp_replace("Labels", '\\s*''\\s*', '''', 'g') AS found FROM entries)""",
+        FROM (SELECT *,
+                     -- Some findings are surrounded by spaces. A suboptimal study is no finding.
+                     replace(regexp_replace("Labels", '\\s*''\\s*', '''', 'g'),
+                             '''suboptimal study''', '') AS found
+              FROM entries)""",
     ),
     "vindr": Layout(
         "VinDr-CXR: readings = image_labels_train.csv; the majority of each film's readers",

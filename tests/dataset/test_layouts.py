@@ -129,8 +129,10 @@ def test_a_mass_outside_the_lungs_is_not_an_opacity_nor_an_infant_an_adult(tmp_p
         "['miliary opacities']": "Lung_Opacity",
         "['pleural effusion', ' mass ']": "Lung_Opacity",
         "[' normal']": "Normal",
+        "['normal', 'suboptimal study']": "Normal",
+        "['suboptimal study', 'infiltrates']": "Lung_Opacity",
     }
-    rows = [f'{n}.png,{n},20140915,PA,1950.0,M,"{found}"' for n, found in enumerate(findings)]
+    rows = [f'{n:02}.png,{n},20140915,PA,1950.0,M,"{found}"' for n, found in enumerate(findings)]
     text = "\n".join([TABLES["padchest"].splitlines()[0], *rows])
     (tmp_path / "t.csv").write_text(text)
     labels = labels_of_layout("padchest", {"entries": str(tmp_path / "t.csv")})
@@ -163,7 +165,9 @@ def test_rows_that_a_layout_leaves_out_are_counted(name, row, told, tmp_path, ca
     assert told is None or f"t.csv: rows left out: {told}" in caplog.text
 
 
-@pytest.mark.parametrize("findings", ["[]", "['']", "[' ', '']", "", "['exclude']"])
+@pytest.mark.parametrize(
+    "findings", ["[]", "['']", "[' ', '']", "", "['exclude']", "['suboptimal study']"]
+)
 def test_a_padchest_film_without_a_listed_finding_has_no_label(findings, tmp_path):
     (tmp_path / "t.csv").write_text(
         TABLES["padchest"] + f'f.png,9,20140915,PA,1931.0,F,"{findings}"\n'
