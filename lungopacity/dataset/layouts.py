@@ -27,8 +27,9 @@ from lungopacity.words import counted, printable
 log = logging.getLogger(__name__)
 
 _COLUMNS = ("image", "label", "split", "patient_id", *FACT_COLUMNS, SITE)
-_SKIPPED_FOLDERS = ("masks",)
-"""Lies next to the folders of images in the COVID-19 Radiography Database."""
+_OF_MASKS = re.compile(r"(.*[ _-])?masks?", re.IGNORECASE)
+"""Such folders lie next to those of images in the COVID-19 Radiography Database (`masks`) and its
+successor, COVID-QU-Ex (`lung masks`, `infection masks`)."""
 _FOLDERS_OF_IMAGES = ("images",)
 _SOURCES = ".metadata.xlsx"
 """Suffix of a class's spreadsheet in that database, which tells where each image comes from."""
@@ -174,9 +175,9 @@ def labels_of_folders(images: str) -> pd.DataFrame:
     """`image`, `label` and, if spreadsheets tell it, `site` of loose images in a folder per class.
 
     images: URI of an archive. The class is the name of the folder that holds the image. As in the
-    COVID-19 Radiography Database, a folder `images` counts as the one above it, and folders `masks`
-    are left out. Hidden files and folders, whose names start with a dot, are left out, too. The
-    spreadsheets of that database (Normal.metadata.xlsx, …) name the source of each image; its
+    COVID-19 Radiography Database, a folder `images` counts as the one above it, and folders of
+    masks are left out. Hidden files and folders, whose names start with a dot, are left out, too.
+    The spreadsheets of that database (Normal.metadata.xlsx, …) name the source of each image; its
     classes come from different sources, and `audit` tells how well these give the label away.
     Raises `UserError` where images are in no folder, or in shards.
     """
@@ -197,7 +198,7 @@ def labels_of_folders(images: str) -> pd.DataFrame:
                 raise UserError(
                     f"{images}: {name} is a shard; give the labels of images in shards as a table"
                 )
-            if {folder.lower() for folder in folders} & set(_SKIPPED_FOLDERS):
+            if any(_OF_MASKS.fullmatch(folder) for folder in folders):
                 continue
             if name.lower().endswith(_SOURCES):
                 sites |= _sites_of(f"{images.rstrip('/')}/{name}")

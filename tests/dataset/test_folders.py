@@ -21,6 +21,8 @@ def test_folders_name_classes_without_masks_and_spreadsheets(tmp_path, capsys):
         "COVID/images/COVID-1.png",
         "COVID/masks/COVID-1.png",
         "COVID/Masks/COVID-2.png",
+        "COVID/infection masks/COVID-1.png",
+        "COVID/lung_mask/COVID-1.png",
         "COVID/images/.thumbs/COVID-1.png",
         ".ipynb_checkpoints/COVID-1-checkpoint.png",
         "COVID.metadata.xlsx",
