@@ -270,8 +270,10 @@ def write_labels(frame: pd.DataFrame, output: str) -> pd.DataFrame:
     """
     parent, name = split_uri(output)
     data = frame.to_csv(index=False).encode()
-    called = f"{output} (not written)"
-    labels = checked_labels(table_of(data, called, TEXTS), called)
+    try:
+        labels = checked_labels(table_of(data, output, TEXTS), output)
+    except UserError as error:
+        raise UserError(f"not written: {error}") from error
     open_store(parent).write(name, data)
     return labels
 

@@ -294,6 +294,13 @@ def test_patients_with_long_numbers_stay_distinct(tmp_path):
     assert labels["patient_id"].tolist() == numbers
 
 
+def test_a_warning_about_labels_that_are_written_does_not_say_otherwise(tmp_path, caplog):
+    (tmp_path / "t.csv").write_text(TABLES["nih"].replace(",33,", ",414,"))
+    output = str(tmp_path / "l.csv")
+    write_labels(labels_of_layout("nih", {"entries": str(tmp_path / "t.csv")}), output)
+    assert f"{output}: 1 values of patient_age_years are not a number" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("sql", "said"),
     [
@@ -307,7 +314,7 @@ def test_labels_that_would_be_refused_are_not_written(tmp_path, capsys, sql, sai
     good = tmp_path / "good.csv"
     good.write_text("image,label\na.png,Normal\n")
     assert main(["labels", "--table", f"t={good}", "--sql", sql, "--output", str(good)]) == 2
-    assert re.search(rf"good.csv \(not written\): .*{said}", capsys.readouterr().err)
+    assert re.search(rf"not written: .*good.csv: .*{said}", capsys.readouterr().err)
     assert good.read_text() == "image,label\na.png,Normal\n"
 
 
