@@ -16,7 +16,7 @@ import pandas as pd
 
 from lungopacity.archive.inventory import list_archive
 from lungopacity.archive.reading import is_sidecar_name
-from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, TEXTS, checked_labels
+from lungopacity.dataset.manifest import FACT_COLUMNS, SITE, SPLITS, TEXTS, checked_labels
 from lungopacity.dataset.sql import answer_of
 from lungopacity.dataset.tables import bytes_of, table_of
 from lungopacity.errors import UserError
@@ -31,6 +31,15 @@ _OF_MASKS = re.compile(r"(.*[ _-])?masks?", re.IGNORECASE)
 """Such folders lie next to those of images in the COVID-19 Radiography Database (`masks`) and its
 successor, COVID-QU-Ex (`lung masks`, `infection masks`)."""
 _FOLDERS_OF_IMAGES = ("images",)
+_SPLIT_OF_FOLDER = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
 _SOURCES = ".metadata.xlsx"
 """Suffix of a class's spreadsheet in that database, which tells where each image comes from."""
 
@@ -172,16 +181,19 @@ LAYOUTS = {
 
 
 def labels_of_folders(images: str) -> pd.DataFrame:
-    """`image`, `label` and, if spreadsheets tell it, `site` of loose images in a folder per class.
+    """`image`, `label` and, if folders and spreadsheets tell them, `split` and `site` of loose
+    images in a folder per class.
 
     images: URI of an archive. The class is the name of the folder that holds the image. As in the
     COVID-19 Radiography Database, a folder `images` counts as the one above it, and folders of
     masks are left out. Hidden files and folders, whose names start with a dot, are left out, too.
-    The spreadsheets of that database (Normal.metadata.xlsx, …) name the source of each image; its
-    classes come from different sources, and `audit` tells how well these give the label away.
-    Raises `UserError` where images are in no folder, or in shards.
+    If all images are below folders such as `train` and `test`, these tell the splits: a set that
+    does not name its patients keeps their films together by them. The spreadsheets of that database
+    (Normal.metadata.xlsx, …) name the source of each image; its classes come from different
+    sources, and `audit` tells how well these give the label away. Raises `UserError` where images
+    are in no folder, or in shards.
     """
-    rows: list[tuple[str, str]] = []
+    rows: list[tuple[str, str, str | None]] = []
     sites: dict[str, str] = {}
     progress = Progress("Listing the images", unit="objects", quick=True)
     archive = list_archive(images, progress.advance)
@@ -212,15 +224,39 @@ def labels_of_folders(images: str) -> pd.DataFrame:
                 raise UserError(
                     f"{images}: {name} is in no folder that could name its class; move it to one"
                 )
-            rows.append((name, classes[-1].strip().replace(" ", "_")))
+            *above, label = (folder.strip() for folder in classes)
+            splits = [_SPLIT_OF_FOLDER.get(folder.lower()) for folder in above]
+            split = next(filter(None, reversed(splits)), None)
+            rows.append((name, label.replace(" ", "_"), split))
     if not rows:
         raise UserError(f"{images}: has no images; give a folder with a folder of images per class")
-    frame = pd.DataFrame(rows, columns=["image", "label"])
+    frame = pd.DataFrame(rows, columns=["image", "label", "split"])
+    if not _all_have_splits(frame["split"], images):
+        del frame["split"]
     if sites:
         # NORMAL-1 in the spreadsheet is Normal-1.png in the folder.
         stems = frame["image"].str.rsplit("/", n=1).str[-1].str.rsplit(".", n=1).str[0]
         frame[SITE] = stems.str.lower().map(sites)
     return frame
+
+
+def _all_have_splits(split: pd.Series, images: str) -> bool:
+    """Whether folders put each image into one of several splits; logged where any do."""
+    counts = split.value_counts()
+    if len(counts) < 2:
+        return False
+    shown = ", ".join(f"{counts.get(name, 0)} {name}" for name in SPLITS)
+    if split.isna().any():
+        log.warning(
+            "%s: folders tell the split of only %d of %d images (%s); none is written",
+            images,
+            split.count(),
+            len(split),
+            shown,
+        )
+        return False
+    log.info("%s: its folders tell the splits: %s", images, shown)
+    return True
 
 
 def _sites_of(uri: str) -> dict[str, str]:

@@ -45,6 +45,32 @@ def test_folders_name_classes_without_masks_and_spreadsheets(tmp_path, capsys):
     }
 
 
+def test_folders_above_the_classes_tell_the_splits(tmp_path, caplog):
+    caplog.set_level("INFO")
+    store = open_store(str(tmp_path))
+    for name in (
+        "set/Train/images/NORMAL/1.png",
+        "set/val/NORMAL/2.png",
+        "set/test/NORMAL/images/1.png",
+        "set/test/test/3.png",
+    ):
+        store.write(name, encoded(grey_film()))
+    frame = labels_of_folders(str(tmp_path)).set_index("image")
+    assert frame["split"].to_dict() == {
+        "set/Train/images/NORMAL/1.png": "train",
+        "set/val/NORMAL/2.png": "validation",
+        "set/test/NORMAL/images/1.png": "test",
+        "set/test/test/3.png": "test",
+    }
+    assert frame["label"].unique().tolist() == ["NORMAL", "test"]
+    assert "its folders tell the splits: 1 train, 1 validation, 2 test" in caplog.text
+    # One split alone would leave nothing to evaluate.
+    assert "split" not in labels_of_folders(str(tmp_path / "set/test"))
+    store.write("set/NORMAL/4.png", encoded(grey_film()))
+    assert "split" not in labels_of_folders(str(tmp_path))
+    assert "folders tell the split of only 4 of 5 images (1 train" in caplog.text
+
+
 def test_spreadsheets_beside_the_folders_give_each_images_site(tmp_path, caplog):
     store = open_store(str(tmp_path))
     for name in ("COVID/images/COVID-1.png", "COVID/images/COVID-2.png", "Normal/Normal-1.png"):
