@@ -57,8 +57,17 @@ def checked_labels(frame: pd.DataFrame, uri: str, by: Sequence[str] | None = Non
             raise UserError(
                 f"{uri}: has no column '{column}' (it has: {', '.join(map(str, frame.columns))})"
             )
-    if frame.empty or frame[["image", "label"]].isna().any().any():
-        raise UserError(f"{uri}: no rows, or rows without image or label; fill or remove them")
+    if frame.empty:
+        raise UserError(f"{uri}: has no rows")
+    bare = frame[["image", "label"]].isna().any(axis=1).reset_index(drop=True)
+    if bare.any():
+        first = int(bare.to_numpy().argmax())
+        image = frame["image"].iloc[first]
+        raise UserError(
+            f"{uri}: {counted(int(bare.sum()), 'row')} without image or label, such as "
+            + (f"row {first + 1}" if pd.isna(image) else f"that of {image}")
+            + "; fill or remove them"
+        )
     twice = frame.loc[frame["image"].duplicated(), "image"].unique()
     if len(twice):
         raise UserError(

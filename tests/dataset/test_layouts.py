@@ -234,13 +234,15 @@ def test_readers_who_name_an_opacity_differently_agree_that_there_is_one(tmp_pat
 def test_a_film_that_a_table_says_nothing_about_is_in_no_class(
     tmp_path, capsys, name, told, untold
 ):
+    film = {"rsna": "c.dcm", "nih": "c.png", "vindr": "c.dicom"}[name]
     changed = TABLES[name].replace(told, untold)
     assert changed != TABLES[name]
     (tmp_path / "t.csv").write_text(changed)
     table = f"{LAYOUTS[name].tables[0]}={tmp_path / 't.csv'}"
     output = tmp_path / "labels.csv"
     assert main(["labels", "--layout", name, "--table", table, "--output", str(output)]) == 2
-    assert "rows without image or label; fill or remove them" in capsys.readouterr().err
+    said = f"1 row without image or label, such as that of {film}; fill or remove them"
+    assert said in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -120,7 +120,11 @@ def test_whole_numbers_with_gaps_keep_all_their_digits(tmp_path):
     [
         ("file,label\na,Normal\n", "no column 'image' .it has: file, label"),
         ("image,label\n", "no rows"),
-        ("image,label\na,\n", "without image or label"),
+        (
+            "image,label\na,x\nb,\n,\n",
+            "2 rows without image or label, such as that of b; fill or remove them",
+        ),
+        ("image,label\na,x\n,\n", "1 row without image or label, such as row 2; fill"),
         ("image,label\na,Normal\na,Normal\n", "more than one row names 1 image, such as a"),
         ("image,label" + 3 * "\na,Normal", "more than one row names 1 image, such as a"),
         ("image,label,split\na,Normal,dev\n", "unknown split dev"),
