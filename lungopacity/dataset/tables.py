@@ -21,6 +21,7 @@ _MISSING = ("", "NA", "N/A", "n/a", "na", "nan", "NaN", "NULL", "null", "None")
 one is."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
+_ZIP = b"PK\x03\x04"
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 ANY_SEPARATOR = ",;\t|"
 _FILM_NAME = re.compile(r"\.(png|jpe?g|dcm|dicom|tiff?|bmp|jp2)\b", re.IGNORECASE)
@@ -104,6 +105,8 @@ def csv_text(data: bytes, uri: str) -> str:
     """The text of a CSV file. Raises `UserError`, with what to do, for a file that is not CSV."""
     if data.startswith(_GZIP):
         raise UserError(f"{uri}: is compressed with gzip; decompress it first")
+    if data.startswith(_ZIP):
+        raise UserError(f"{uri}: is a spreadsheet or a zip file; save it as CSV UTF-8, or unzip it")
     if b"\0" in data and not data.startswith(_UTF16):
         raise UserError(f"{uri}: is neither CSV nor Parquet (it holds null bytes)")
     try:

@@ -377,9 +377,13 @@ def test_a_file_that_is_no_table_is_named(tmp_path, capsys):
             gzip.compress(b"image,label\na,Normal\n"),
             "t.csv: is compressed with gzip; decompress it",
         ),
+        (
+            b"PK\x03\x04\x14\0",
+            "t.csv: is a spreadsheet or a zip file; save it as CSV UTF-8, or unzip",
+        ),
         (b"", "t.csv: is empty"),
     ],
-    ids=["latin-1", "utf-16", "gzip", "empty"],
+    ids=["latin-1", "utf-16", "gzip", "spreadsheet", "empty"],
 )
 def test_a_table_in_another_encoding_is_refused_with_what_to_do(tmp_path, data, said):
     (tmp_path / "t.csv").write_bytes(data)
