@@ -340,11 +340,13 @@ def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
 def summary(labels: pd.DataFrame) -> str:
     """The number of images and patients, in all and of each label."""
     counts = labels.groupby("label").agg(
-        images=("image", "size"), patients=("patient_id", "nunique")
+        images=("image", "size"), named=("patient_id", "count"), patients=("patient_id", "nunique")
     )
-    lines = [
-        f"  {printable(str(name))}: {counted(int(row.images), 'image')}, "
-        + (counted(int(row.patients), "patient") if row.patients else "no patient_id")
-        for name, row in counts.iterrows()
-    ]
+    lines = []
+    for name, row in counts.iterrows():
+        line = f"  {printable(str(name))}: {counted(int(row.images), 'image')}, "
+        line += counted(int(row.patients), "patient") if row.patients else "no patient_id"
+        if 0 < row.named < row.images:
+            line += f", {counted(int(row.images - row.named), 'image')} without patient_id"
+        lines.append(line)
     return "\n".join([counted(len(labels), "labelled image"), *lines])

@@ -14,6 +14,7 @@ from lungopacity.dataset.layouts import (
     LAYOUTS,
     labels_of_layout,
     labels_of_tables,
+    summary,
     write_labels,
 )
 from lungopacity.dataset.manifest import read_labels
@@ -301,6 +302,13 @@ def test_a_warning_about_labels_that_are_written_does_not_say_otherwise(tmp_path
     output = str(tmp_path / "l.csv")
     write_labels(labels_of_layout("nih", {"entries": str(tmp_path / "t.csv")}), output)
     assert f"{output}: 1 values of patient_age_years are not a number" in caplog.text
+
+
+def test_images_without_a_patient_are_counted(tmp_path):
+    (tmp_path / "l.csv").write_text("image,label,patient_id\na,x,1\nb,x,1\nc,x,\nd,y,\n")
+    told = summary(read_labels(str(tmp_path / "l.csv"))).splitlines()
+    assert told[1] == "  x: 3 images, 1 patient, 1 image without patient_id"
+    assert told[2] == "  y: 1 image, no patient_id"
 
 
 @pytest.mark.parametrize(
