@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -78,11 +79,16 @@ def _text_of(value: Any) -> str | None:
 
 
 def _of_csv(data: bytes, uri: str, texts: Collection[str]) -> pd.DataFrame:
-    text = csv_text(data, uri)
-    header = _header_of(text, uri)
+    rows = csv_rows(csv_text(data, uri), uri)
+    header = next(rows, [])
+    # Written anew: after a blank line that ends in CR, pandas would lose the first field of a line
+    # if it is empty, and films would get the values of something else.
+    plain = io.StringIO(newline="")
+    csv.writer(plain, lineterminator="\n").writerows(itertools.chain([header], rows))
+    plain.seek(0)
     try:
         return pd.read_csv(
-            io.StringIO(text),
+            plain,
             dtype=dict.fromkeys(texts, str),
             index_col=False,
             keep_default_na=False,
@@ -117,17 +123,6 @@ def csv_text(data: bytes, uri: str) -> str:
     if not text.strip():
         raise UserError(f"{uri}: is empty")
     return text
-
-
-def _header_of(text: str, uri: str) -> list[str]:
-    """The columns' names. Raises `UserError` as `csv_rows` does: pandas would take extra fields for
-    an index, and rename the second of two columns, and films would get the values of something
-    else."""
-    rows = csv_rows(text, uri)
-    header = next(rows, [])
-    for _ in rows:
-        pass
-    return header
 
 
 def csv_rows(text: str, uri: str, separators: str = ",") -> Iterator[list[str]]:

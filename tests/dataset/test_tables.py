@@ -72,3 +72,14 @@ def test_tables_may_have_other_separators_and_line_ends(text, tmp_path):
 def test_quotes_are_part_of_a_value_unless_they_enclose_it(tmp_path):
     text = 'image,label\n\'1.png\',"say ""a"""\n2.png,[\'a\']\n'
     assert of_sql(tmp_path, text) == [["'1.png'", 'say "a"'], ["2.png", "['a']"]]
+
+
+def test_no_field_is_lost_after_a_blank_line_that_ends_in_cr(tmp_path):
+    """pandas would take the label for the image, and the patient for the label."""
+    text = "note,image,label,patient_id\r\r,1.png,Normal,7\r"
+    (tmp_path / "l.csv").write_bytes(text.encode())
+    labels = read_labels(str(tmp_path / "l.csv"))
+    assert labels[["image", "label", "patient_id"]].to_numpy().tolist() == [
+        ["1.png", "Normal", "7"]
+    ]
+    assert of_sql(tmp_path, text) == [["1.png", "Normal"]]
