@@ -292,6 +292,27 @@ def test_a_sigterm_while_ray_starts_waits_for_it_and_leaves_no_ray(at):
     assert not any(map(psutil.pid_exists, started))
 
 
+def test_a_sigterm_while_ray_runs_unused_ends_the_block_and_leaves_no_ray():
+    script = (
+        "import os, psutil, signal, sys, time\n"
+        "from lungopacity.runtime import end_on_signals, ray_ahead\n"
+        "end_on_signals()\n"
+        "with ray_ahead():\n"
+        "    while not sys.modules['ray'].is_initialized(): time.sleep(0.1)\n"
+        "    time.sleep(0.5)\n"
+        "    print(*[child.pid for child in psutil.Process().children()], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(20)\n"
+    )
+    ended = run_script(script, RAY_ADDRESS="")
+    # Ray's own handler says so, with a stack of addresses, and may crash.
+    assert "SIGTERM received" not in ended.stderr
+    assert ended.returncode == 143, ended.stderr
+    started = [int(pid) for pid in ended.stdout.split()]
+    assert started
+    assert not any(map(psutil.pid_exists, started))
+
+
 def test_a_process_alone_runs_no_line_of_the_callers_script(tmp_path: Path):
     # A plain script, as in docs/results.md: without `if __name__ == "__main__"`.
     script = tmp_path / "script.py"

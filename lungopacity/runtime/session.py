@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from threading import Event
@@ -25,6 +25,7 @@ from lungopacity.runtime.ray_internals import (
 )
 from lungopacity.runtime.signals import (
     end_if_told,
+    native_handlers_kept,
     signals_are_ours,
     signals_wait,
     take_signals_back,
@@ -242,10 +243,15 @@ def done_with_ray() -> None:
     RAY.done()
 
 
-def _signals_stay_ours() -> AbstractContextManager[object]:
+@contextmanager
+def _signals_stay_ours() -> Iterator[None]:
     """For `ray.init`. Where our handlers are not in place, Ray puts its own there: they end the
     processes that it has started."""
-    return without_signal_handlers() if signals_are_ours() else nullcontext()
+    if not signals_are_ours():
+        yield
+        return
+    with without_signal_handlers(), native_handlers_kept():
+        yield
 
 
 def _import_each(modules: Sequence[str]) -> None:

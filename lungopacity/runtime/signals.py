@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator
@@ -68,6 +69,20 @@ def signals_wait() -> Iterator[None]:
         yield
     finally:
         _here.waits = False
+
+
+@contextmanager
+def native_handlers_kept() -> Iterator[None]:
+    """For a block in which native code, as Ray's does, takes SIGTERM over: after it, the signal has
+    the handler that it had. Unlike `signal.signal`, this works in any thread."""
+    # Opaque, and larger than `struct sigaction` is anywhere.
+    kept = ctypes.create_string_buffer(1024)
+    libc = ctypes.CDLL(None)
+    libc.sigaction(signal.SIGTERM, None, kept)
+    try:
+        yield
+    finally:
+        libc.sigaction(signal.SIGTERM, kept, None)
 
 
 def end_if_told() -> None:
