@@ -25,7 +25,7 @@ _GZIP = b"\x1f\x8b"
 _ZIP = b"PK\x03\x04"
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 ANY_SEPARATOR = ",;\t|"
-_FILM_NAME = re.compile(r"\.(png|jpe?g|dcm|dicom|tiff?|bmp|jp2)\b", re.IGNORECASE)
+_FILM_NAME = re.compile(r"\w\.(png|jpe?g|dcm|dicom|tiff?|bmp|jp2)(\s|$)", re.IGNORECASE)
 
 
 def read_table(uri: str, what: str, texts: Collection[str]) -> pd.DataFrame:

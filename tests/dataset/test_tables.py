@@ -41,6 +41,10 @@ def test_labels_may_have_columns_without_a_name_at_the_end(tmp_path):
         # As NIH's test_list.txt: its first film would count as the column's name.
         ("1.png\n2.png\n", "t.csv: its first line names a film, 1.png, and no columns; write"),
         ("1.png,a\n2.png,b\n", "its first line names a film, 1.png"),
+        (
+            "7 1.jpeg negative\n8 2.jpeg positive\n",
+            "its first line names a film, 7 1.jpeg negative",
+        ),
         ("image,label\n1.png,a\n2.png\n", "line 3 has 1 fields, the header has 2"),
         ("image,label\n1.png,a\n2.png,b,c\n", "line 3 has 3 fields, the header has 2"),
         ("image;label\n1.png;a\n2.png\n", "line 3 has 1 fields, the header has 2"),
@@ -60,7 +64,7 @@ def test_a_table_that_would_lose_or_mix_up_values_is_refused(text, said, tmp_pat
         '\ufeffimage;label\r\n"Müller; 1.png";Normal\r\n2.png;"Lung\r\nOpacity"\r\n\r\n',
         '\timage\tlabel\n0\tMüller; 1.png\tNormal\n1\t2.png\t"Lung\r\nOpacity"\n',
         'image|label|note\rMüller; 1.png|Normal|\r\r2.png|"Lung\r\nOpacity"|""\r',
-        "note,image,label\n,Müller; 1.png,Normal\n'x',2.png,\"Lung\r\nOpacity\"",
+        "file (.dcm),image,label\n,Müller; 1.png,Normal\n'x',2.png,\"Lung\r\nOpacity\"",
     ],
     ids=["Excel's", "tabs", "bars", "commas"],
 )
