@@ -77,8 +77,9 @@ class Layout:
     `Normal` is what the set calls normal, `Lung_Opacity` any of its findings that is an opacity of
     the lung, and `Not_Normal` any other finding. The label is null, which a labels file may not
     hold, where the set says nothing about a film. A row with a text in the column `left_out` is
-    left out and counted under this reason. Sets that do not tell which films are of one patient
-    (rsna, vindr) give labels without `patient_id`.
+    left out and counted under this reason; rows that are true in `disputed` are counted and kept.
+    Sets that do not tell which films are of one patient (rsna, vindr) give labels without
+    `patient_id`.
     """
 
     source: str
@@ -173,7 +174,10 @@ LAYOUTS = {
                     WHEN 2 * count(*) FILTER ({_any(_VINDR_OPACITIES, 1)}) > count(*)
                     THEN 'Lung_Opacity'
                     WHEN 2 * sum("No finding") > count(*) THEN 'Normal'
-                    ELSE 'Not_Normal' END AS label
+                    ELSE 'Not_Normal' END AS label,
+               count(DISTINCT CASE WHEN {_any(_VINDR_OPACITIES, 1)} THEN 'Lung_Opacity'
+                                   WHEN "No finding" = 1 THEN 'Normal'
+                                   ELSE 'Not_Normal' END) > 1 AS disputed
         FROM (FROM readings UNION ALL BY NAME SELECT {_VINDR_ABSENT} WHERE false)
         GROUP BY image_id""",
     ),
@@ -334,6 +338,14 @@ def labels_of_layout(name: str, tables: Mapping[str, str]) -> pd.DataFrame:
             counts = ", ".join(f"{reason} ({n})" for reason, n in numbers.items())
             log.info("%s: rows left out: %s", files, counts)
         frame = frame[why.isna()]
+    if "disputed" in frame and (disputed := frame.pop("disputed")).any():
+        log.info(
+            "%s: readers disagree about %d of %d films; the majority decides, and without one the "
+            "label is Not_Normal",
+            files,
+            disputed.sum(),
+            len(frame),
+        )
     return frame.sort_values("image")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import pytest
 
 from lungopacity.dataset.layouts import labels_of_layout, labels_of_tables
@@ -87,3 +89,26 @@ def test_no_field_is_lost_after_a_blank_line_that_ends_in_cr(tmp_path):
         ["1.png", "Normal", "7"]
     ]
     assert of_sql(tmp_path, text) == [["1.png", "Normal"]]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("image,label\na,Normäl\n".encode("latin-1"), "t.csv: line 2 is not UTF-8; save it as"),
+        ("image,label\na,Normal\n".encode("utf-16"), "t.csv: line 1 is not UTF-8; save it as"),
+        (
+            gzip.compress(b"image,label\na,Normal\n"),
+            "t.csv: is compressed with gzip; decompress it",
+        ),
+        (
+            b"PK\x03\x04\x14\0",
+            "t.csv: is a spreadsheet or a zip file; save it as CSV UTF-8, or unzip",
+        ),
+        (b"", "t.csv: is empty"),
+    ],
+    ids=["latin-1", "utf-16", "gzip", "spreadsheet", "empty"],
+)
+def test_a_table_in_another_encoding_is_refused_with_what_to_do(tmp_path, data, said):
+    (tmp_path / "t.csv").write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        labels_of_tables("SELECT image, label FROM t", {"t": str(tmp_path / "t.csv")})
