@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError, ParamValidationError
 
 from lungopacity import doctor
 from lungopacity.errors import TRANSIENT, ErrorCode, ImageError, UserError
-from lungopacity.storage import S3Store, open_store
+from lungopacity.storage import S3Store, open_store, outage, probe
 from lungopacity.storage.probe import check_conditions, check_node
 from lungopacity.storage.s3_clients import check_credentials, clients_of
 from lungopacity.storage.s3_errors import image_error_of, user_errors
@@ -81,6 +81,30 @@ def test_a_node_without_credentials_is_named_before_it_reads(s3_uri, monkeypatch
     told = rf"^{re.escape(socket.gethostname())}, where films are read: no AWS credentials found; "
     with pytest.raises(UserError, match=told):
         check_node(open_store(s3_uri), "films are read")
+
+
+def test_a_node_that_means_another_server_or_reaches_none_is_named_before_it_reads(
+    s3_uri, proxy, monkeypatch
+):
+    """Its films would be missing, or unavailable."""
+    monkeypatch.setattr(probe, "_reached", set())
+    monkeypatch.setattr(outage, "PATIENCE_S", 0)
+    asked = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.setattr(outage, "_silent_since", {"http://192.0.2.1": None})
+    told = rf"where films are read: .* names {asked} there, and http://192.0.2.1 where the job"
+    with pytest.raises(UserError, match=told):
+        check_node(open_store(s3_uri), "films are read")
+    monkeypatch.setattr(outage, "_silent_since", {asked: None})
+    proxy.choose_any = lambda method, path, asked: "reset"
+    with pytest.raises(UserError, match=r"where films are read: .* cannot be read: "):
+        check_node(open_store(s3_uri), "films are read")
+    proxy.choose_any = None
+    check_node(open_store(s3_uri), "films are read")
+
+
+def test_every_endpoint_of_amazon_leads_to_the_same_buckets():
+    regional, old = "https://s3.eu-west-1.amazonaws.com", "https://s3.amazonaws.com"
+    assert probe._server(regional) == probe._server(old) != probe._server("http://minio:9000")
 
 
 def test_a_server_that_honours_conditions_passes_the_probe(s3_uri):

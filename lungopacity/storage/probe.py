@@ -7,9 +7,11 @@ import os
 import socket
 import uuid
 from functools import partial
+from urllib.parse import urlsplit
 
 from lungopacity.errors import UserError
 from lungopacity.storage import ConflictError, LocalStore, S3Store, Store, open_store
+from lungopacity.storage.outage import answered
 from lungopacity.storage.s3_clients import check_credentials
 
 _NO_ETAG = "0" * 32
@@ -37,9 +39,9 @@ def _probe(store: Store, *, private: bool = False, if_absent: bool = False) -> N
 
 
 def check_node(store: Store, work: str, key: str = "") -> None:
-    """Raises `UserError` if this node has no AWS credentials for the store, or if the store is a
-    folder of another node's disk. To be called on the node that does the `work`, for example "films
-    are read".
+    """Raises `UserError` if this node has no AWS credentials for the store, cannot reach its server
+    or means another server than the driver; or if the store is a folder of another node's disk. To
+    be called on the node that does the `work`, for example "films are read".
 
     `key`: an object that the driver has written there, to look for in a folder; by default the
     folder need only exist.
@@ -49,6 +51,7 @@ def check_node(store: Store, work: str, key: str = "") -> None:
         try:
             _ = store.client  # cannot be made where the profile is missing
             check_credentials()
+            _check_server(store)
         except UserError as error:
             raise UserError(f"{host}, where {work}: {error}; the same on every node") from error
         return
@@ -59,6 +62,32 @@ def check_node(store: Store, work: str, key: str = "") -> None:
         f"{store.uri}: is not on {host}, where {work}; give a place in S3, or on a disk that all "
         "nodes share"
     )
+
+
+_reached: set[tuple[str, str]] = set()
+"""The endpoints, and URIs there, that this process has reached: to ask once is enough."""
+
+
+def _check_server(store: S3Store) -> None:
+    """Raises `UserError` if this process's server is not the one that answered the process that
+    sent it the store, or does not answer: each film would get a row of its own that says so."""
+    endpoint = store.client.meta.endpoint_url
+    if (endpoint, store.uri) in _reached:
+        return
+    servers = set(map(_server, answered()))
+    if servers and _server(endpoint) not in servers:
+        raise UserError(
+            f"AWS_ENDPOINT_URL, or a profile, names {endpoint} there, and "
+            f"{' or '.join(sorted(servers))} where the job was started; set it"
+        )
+    store.now()
+    _reached.add((endpoint, store.uri))
+
+
+def _server(endpoint: str) -> str:
+    """The endpoint; one name for all of Amazon's, each of which leads to every bucket."""
+    host = (urlsplit(endpoint).hostname or "").removesuffix(".cn")
+    return "Amazon S3" if host.endswith(".amazonaws.com") else endpoint
 
 
 def check_conditions(uri: str) -> None:
