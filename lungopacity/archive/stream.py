@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import ReadFigures, read_images
-from lungopacity.errors import UserError
+from lungopacity.errors import UserError, first_line, of_other_code
 from lungopacity.runtime import (
     check_same_code,
     code_digest,
@@ -20,11 +21,14 @@ from lungopacity.runtime import (
     quiet_about_remote_arguments,
     quiet_ray_data,
 )
+from lungopacity.runtime.ray_internals import errors_ray_data_ignores
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.probe import check_node
 
 if TYPE_CHECKING:
     import ray.data
+
+log = logging.getLogger(__name__)
 
 OBJECTS_PER_TASK = 1024
 """Most loose objects of one task. A core is idle between two tasks, and the first films of a task
@@ -112,11 +116,20 @@ def stream(
 
 def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
     """Run a pipeline of `stream`, and yield its tables. Raises `UserError` if nothing moves for
-    hours."""
+    hours. Where tasks may fail, raises as `reason_of_loss` does."""
     from ray.data.exceptions import ExecutionTimeoutError
 
+    def log_failed() -> None:
+        while failed:
+            log.warning("Ray lost a task (%s)", reason_of_loss(failed.pop()))
+
+    failed: list[BaseException]
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        with errors_ray_data_ignores() as failed:
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield table
+                log_failed()
+            log_failed()
     except ExecutionTimeoutError as error:
         stages = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
         limit_s = dataset.context.execution_no_progress_timeout_s
@@ -124,6 +137,27 @@ def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
             f"nothing moved in the pipeline for {limit_s / 3600:g} hours ({'; '.join(stages)}); "
             "see `ray status`: the cluster may lack what a stage without active tasks waits for"
         ) from error
+
+
+def reason_of_loss(error: BaseException) -> str:
+    """The first line of an error that came from Ray, as of a lost node: reading again may help.
+    Raises `UserError` for one that our own code raised or that tells of other code on a node, and
+    any other error as it is: sound films would get `reader_crash`."""
+    from ray.exceptions import RayError, RayTaskError
+
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    # Ray Data adds its own advice below the first line.
+    message = first_line(cause)
+    if isinstance(cause, UserError):
+        raise UserError(message) from error
+    other_code = of_other_code(error)
+    if other_code is not None:
+        raise UserError(other_code) from error
+    # When an actor does not start, Ray keeps only the text of what our code raised.
+    is_ours = getattr(cause, "actor_init_failed", False)
+    if is_ours or not isinstance(cause, RayError):
+        raise error
+    return f"{type(cause).__name__}: {message}"
 
 
 def stream_images(

@@ -6,6 +6,7 @@ each name is there.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ _PORTS_IN_FILES = "2.60."
 _DASHBOARD_AGENT, _AGENT = "--dashboard_agent_command=", "--runtime_env_agent_command="
 _SESSION = "--session_dir="
 _REQUESTS = ("_maybe_send_resource_request", "_send_resource_request", "_cancel_resource_request")
+_IGNORING = "ray.data._internal.execution.streaming_executor_state"
+"""The logger to which Ray Data tells what it ignores."""
 _STATISTICS = (
     "register_dataset_to_stats_actor",
     "update_execution_metrics",
@@ -110,6 +113,35 @@ def without_signal_handlers() -> Iterator[list[str]]:
         return
     with _replaced(utils, {"set_sigterm_handler": _nothing}) as found:
         yield found
+
+
+class _Kept(logging.Handler):
+    """Keeps the errors that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.errors.append(record.exc_info[1])
+
+
+@contextmanager
+def errors_ray_data_ignores() -> Iterator[list[BaseException]]:
+    """In the block, errors of tasks that Ray Data goes on without, up to `max_errored_blocks`, are
+    added to the list: it only logs them."""
+    kept, logger = _Kept(), logging.getLogger(_IGNORING)
+    level, passes_on = logger.level, logger.propagate
+    logger.addHandler(kept)
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    try:
+        yield kept.errors
+    finally:
+        logger.removeHandler(kept)
+        logger.setLevel(level)
+        logger.propagate = passes_on
 
 
 @contextmanager

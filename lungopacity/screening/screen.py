@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from lungopacity import observe
 from lungopacity.archive.inventory import Inventory, below, list_archive, without
 from lungopacity.archive.inventory_report import read_inventory
-from lungopacity.archive.stream import OBJECTS_PER_TASK
-from lungopacity.errors import UserError, first_line, of_other_code
+from lungopacity.archive.stream import OBJECTS_PER_TASK, reason_of_loss
+from lungopacity.errors import UserError
 from lungopacity.models import TrainedModel
 from lungopacity.models.compiled import loaded
 from lungopacity.models.scorer import FLOAT32, check_precision
@@ -305,24 +305,7 @@ def _surviving_lost_nodes() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Imported only here: another thread may be importing Ray, and two concurrent imports see a
-        # half-initialised module.
-        from ray.exceptions import RayError, RayTaskError
-
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        # Ray Data adds its own advice below the first line.
-        message = first_line(cause)
-        if isinstance(cause, UserError):
-            raise UserError(message) from error
-        # No other round would go better, and sound films would get `reader_crash`.
-        other_code = of_other_code(error)
-        if other_code is not None:
-            raise UserError(other_code) from error
-        # When an actor does not start, Ray keeps only the text of what our code raised.
-        is_ours = getattr(cause, "actor_init_failed", False)
-        if is_ours or not isinstance(cause, RayError):
-            raise
-        log.warning("Ray lost the work in progress (%s: %s)", type(cause).__name__, message)
+        log.warning("Ray lost the work in progress (%s)", reason_of_loss(error))
 
 
 def _rows(files: Sequence[Path]) -> int:

@@ -127,6 +127,27 @@ def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks(monk
     assert ray.data.DataContext.get_current().target_max_block_size == before
 
 
+def test_only_what_ray_lost_is_lost_where_tasks_may_be(caplog):
+    """A node that joins late and cannot do its work would publish sound films as `reader_crash`."""
+
+    def fails(error: Exception) -> list[pa.Table]:
+        def task(objects: pa.Table) -> Iterator[pa.Table]:
+            if objects["object"][0].as_py():
+                raise error
+            yield objects
+
+        tasks = [pa.table({"object": [number]}) for number in range(2)]
+        return list(stream.tables_of(stream.stream(tasks, task, losses=9)))
+
+    with pytest.raises(UserError, match=r"^w1, where films are read: no AWS credentials$"):
+        fails(UserError("w1, where films are read: no AWS credentials"))
+    with pytest.raises(UserError, match="lacks the job's code"):
+        fails(RaySystemError("System error: No module named 'lungopacity'"))
+    (left,) = fails(RaySystemError("the decoder does not start"))
+    assert left["object"].to_pylist() == [0]
+    assert "Ray lost a task (RaySystemError: System error: the decoder does not" in caplog.text
+
+
 @pytest.mark.timeout(120)
 def test_an_object_that_ends_its_process_costs_its_own_row(tmp_path, monkeypatch, caplog):
     whole = stream.counted_images
