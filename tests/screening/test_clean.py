@@ -29,6 +29,7 @@ KEPT = {
     "status.json",
     "notes of a user.txt",
     "metrics/notes of a user.csv",
+    "metrics/a-00005678.parquet.copy",
     "predictions/exported.parquet",
     "_work/a/notes of a user.txt",
     "photos/.tmp-of-another-program",
@@ -83,6 +84,7 @@ def keys(store) -> set[str]:
 
 @pytest.mark.usefixtures("hours_later")
 def test_leftovers_are_removed_and_published_files_stay(results):
+    assert clean(results.uri, dry_run=True).files == {"work of published runs": 2}
     rehearsed = clean(results.uri, older_than_days=0, dry_run=True)
     assert keys(results) == KEPT | set(LEFT)
     swept = clean(results.uri, older_than_days=0)

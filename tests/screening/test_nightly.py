@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import pyarrow as pa
@@ -168,10 +169,11 @@ def test_an_object_that_is_as_it_once_was_is_screened_again(place):
 def test_another_model_screens_everything_anew(place, tmp_path):
     place.night()
     place.model = str(tmp_path / "other")
-    write_tiny_model(place.model, seed=7)
-    assert place.night().runs[0].images == 4
-    counted = query(place.results, "SELECT count(DISTINCT model_id) m, count(*) n FROM latest")
-    assert counted.to_pylist() == [{"m": 2, "n": 8}]
+    write_tiny_model(place.model, seed=7, synthetic=True)
+    runs = [place.night().runs[0] for _ in range(2)]
+    assert [(run.images, run.synthetic) for run in runs] == [(4, True), (0, True)]
+    counted = query(place.results, "SELECT count(*) n, count_if(synthetic) marked FROM latest")
+    assert counted.to_pylist() == [{"n": 8, "marked": 4}]
 
 
 def test_the_same_model_with_another_positive_class_decides_everything_anew(place, tmp_path):
@@ -210,6 +212,11 @@ def test_decisions_at_another_operating_point_are_counted(place, tmp_path, caplo
     place.failing["Evans.png"] = "timeout"
     place.archive.write("Evans.png", b"new")
     (run,) = place.night().runs
+    key = f"runs/{run.run_id}.json"
+    record = json.loads(place.store.read(key))
+    for setting in ("by_view", "positive_class"):  # which the earliest records lack
+        del record["settings"][setting]
+    place.store.write(key, json.dumps(record).encode())
     kept = OperatingPoint(0.2)
     for name, then, model in (
         ("threshold", "0.2", {}),
@@ -233,6 +240,9 @@ def test_hashed_names_are_known_again_under_the_same_key(place, hidden):
     assert [place.night(**hidden).runs[0].images for _ in range(2)] == [4, 0]
     place.archive.write("Evans.png", b"new")
     assert place.night(**hidden).runs[0].images == 1
+    # A key alone hides no names of objects, so these are known whatever the key.
+    keys = [{"hmac_key": hidden["hmac_key"]}] * 2 + [{}]
+    assert [place.night(**key).runs[0].images for key in keys] == [5, 0, 0]
 
 
 def test_a_night_may_go_by_an_inventory(place, tmp_path):
@@ -249,6 +259,10 @@ def test_an_archive_is_one_however_its_uri_is_written(place):
     assert run.images == 0
     # As in the run's record: by it a scheduler finds what the night was of.
     assert place.status()["archive"] == place.archive.uri
+    # A copy is another: its films are nowhere in the results, though they are the same.
+    shutil.copytree(place.archive.uri, place.folder / "copy")
+    (run,) = lungopacity.nightly(str(place.folder / "copy"), place.model, place.results).runs
+    assert run.images == 4
 
 
 def test_what_fails_every_night_keeps_nothing_else_waiting(place):
@@ -299,10 +313,11 @@ def test_a_forbidden_object_does_not_stop_a_retry(place, monkeypatch):
         lungopacity.retry(place.results, again.run_id)
 
 
-def test_a_key_map_without_a_name_is_reported(place, hidden):
+def test_a_key_map_without_a_name_is_reported(place, hidden, tmp_path):
     place.failing = {"Adams.png": "timeout"}
+    hidden["key_map"] = str(tmp_path / "names")
     (run,) = place.night(**hidden, max_failed_fraction=1).runs
-    write_key_map(f"{place.results}-key-map", run.run_id, {})
+    write_key_map(hidden["key_map"], run.run_id, {})
     with pytest.raises(UserError, match="1 of the names that the run hashed are missing"):
         lungopacity.retry(place.results, run.run_id, hmac_key=hidden["hmac_key"])
 

@@ -71,13 +71,30 @@ def test_a_killed_runs_plan_is_taken_up_even_when_the_archive_grew(archive, stor
     assert again.resumed
     assert objects(again).equals(objects(first))
     assert again.start == first.start
-    assert [start.run_id for start in unfinished_runs(results)] == ["one"]
-    assert unfinished_table(store_uri)["run_id"].to_pylist() == ["one"]
+    planned(results, archive, "model", "later", tmp_path / "3")
+    assert [start.run_id for start in unfinished_runs(results)] == ["one", "later"]
+    assert unfinished_table(store_uri)["run_id"].to_pylist() == ["one", "later"]
     results.write("metrics/one.parquet", b"")
     commit_run(results, "one", record_of("one"))  # killed before its work was removed
-    assert unfinished_runs(results) == []
+    assert [start.run_id for start in unfinished_runs(results)] == ["later"]
     with pytest.raises(UserError, match="elsewhere: no results there"):
         unfinished_table(f"{store_uri}/elsewhere")
+
+
+def test_a_plan_that_is_not_written_whole_is_none(archive, tmp_path):
+    results = open_store(str(tmp_path / "results"))
+    write = results.write
+
+    def full(key: str, data: bytes, **condition) -> None:
+        if "/plan-" in key:
+            raise UserError("no space left")
+        write(key, data, **condition)
+
+    results.write = full
+    with pytest.raises(UserError, match="no space left"):
+        planned(results, archive, "model", "one", tmp_path / "1")
+    results.write = write
+    assert not planned(results, archive, "model", "one", tmp_path / "2").resumed
 
 
 def test_of_two_that_plan_one_run_the_first_ones_plan_counts(archive, store_uri, tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.results.folder import commit_run, part_key
+from lungopacity.results.query import predictions_of
 from lungopacity.results.schema import PLANNED_SCHEMA, part_schema, predictions_schema
 from lungopacity.screening.plan import Plan, RunStart
 from lungopacity.screening.publish import collect, remove_work
@@ -33,7 +34,7 @@ def plan_of(folder: Path, loose: list[str], shards: list[str]) -> Plan:
         for name in [*loose, *shards]
     ]
     rules = Rules("Lung_Opacity")
-    start = RunStart("run", "model", "archive", NOW.isoformat(), len(rows), ("plan",), rules)
+    start = RunStart("run", "model", "O'Brien", NOW.isoformat(), len(rows), ("plan",), rules)
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(
         pa.Table.from_pylist(rows, schema=PLANNED_SCHEMA).sort_by("image"), folder / "plan.parquet"
@@ -150,6 +151,7 @@ def test_of_repeats_the_readable_one_counts_then_the_first(tmp_path):
         store,
         plan,
         [row("a", status="failed")],
+        [row("a", status="rejected")],
         [row("a", **later, p_Normal=0.5)],
         [row("a", **later | {"screened_at": NOW + timedelta(hours=2)})],
     )
@@ -213,7 +215,7 @@ def test_published_files_hold_the_schema_the_run_and_the_labels(store_uri, tmp_p
     table = pq.read_table(pa.BufferReader(store.read(file["key"])))
     assert table.schema.equals(predictions_schema(CLASSES), check_metadata=True)
     assert keys(table) == KEYS
-    assert set(table["run_id"].to_pylist()) == {"run"}
+    assert (table["run_id"][0].as_py(), table["archive"][0].as_py()) == ("run", "O'Brien")
     found = dict(zip(keys(table), table["label"].to_pylist(), strict=True))
     assert (found["a", None], found["x.tar", 3], found["b", None]) == (
         "Normal",
@@ -223,7 +225,6 @@ def test_published_files_hold_the_schema_the_run_and_the_labels(store_uri, tmp_p
     assert re.fullmatch(
         r"predictions/screened_on=2026-01-02/run-[0-9a-f]{8}-00000\.parquet", file["key"]
     )
-    assert file["rows"] == len(KEYS)
     assert file["sha256"] == hashlib.sha256(store.read(file["key"])).hexdigest()
     remove_work(store, plan)
     assert [item.key for item in store.list()] == [file["key"]]
@@ -237,7 +238,7 @@ def test_a_folder_above_the_results_gives_no_column_its_value(tmp_path):
 
 
 def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_path):
-    names = ["1.png", "x/2.png", "x/3.png", "y/3.png", "y/7.png"]
+    names = ["1.png", "x/1.png", "x/2.png", "x/3.png", "y/3.png", "y/7.png", "x/8.png", "y/8.png"]
     store = open_store(str(tmp_path / "results"))
     plan = plan_of(tmp_path / "plan", names, ["a.tar", "b.tar"])
     shards = [
@@ -251,8 +252,8 @@ def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_p
     write_parts(store, plan, [*(row(name) for name in names), *shards[0], *shards[1]])
     labels = pd.DataFrame(
         {
-            "image": [*(f"{number}.png" for number in range(1, 8)), "gone"],
-            "label": list("abcdefgh"),
+            "image": [*(f"{number}.png" for number in range(1, 9)), "x/8.png", "gone"],
+            "label": list("abcdefghij"),
         }
     )
     with collect(store, plan, CLASSES) as collected:
@@ -267,8 +268,10 @@ def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_p
         ("a.tar", 4, 0, "d"),
         ("a.tar", 4, 1, "d"),
         ("x/2.png", None, None, "b"),
+        ("x/8.png", None, None, "i"),
+        ("y/8.png", None, None, "h"),
     ]
-    assert sorted(found["image"]) == ["1.png", "4.png", "x/2.png"]
+    assert sorted(found["image"]) == ["1.png", "4.png", "x/2.png", "x/8.png", "y/8.png"]
     assert sorted(doubts) == [
         "3.png may be x/3.png or y/3.png",
         "5.png is in a.tar and in another object",
@@ -277,15 +280,20 @@ def test_labels_find_an_image_by_its_ending_and_none_that_could_be_another(tmp_p
     ]
 
 
-def test_two_that_publish_one_run_do_not_touch_each_others_files(tmp_path):
-    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
-    write_parts(store, plan, [row("a")])
+def test_two_that_publish_one_run_do_not_touch_each_others_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("lungopacity.results.workbench._ROWS_PER_FILE", 4)
+    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", *OBJECTS)
+    write_parts(store, plan, ROWS)
     written = []
     for _ in range(2):
         with collect(store, plan, CLASSES) as collected:
             collected.finish(synthetic_model=False)
-            written += [file["key"] for file in collected.write(store, None)]
-    assert len(set(written)) == 2
+            files = collected.write(store, None)
+        assert [file["rows"] for file in files] == [4, 4, 1]
+        rows = predictions_of(store, [{"class_names": CLASSES, "files": files}]).to_table()
+        assert keys(rows) == KEYS
+        written += [file["key"] for file in files]
+    assert len(set(written)) == 6
 
 
 def test_missing_part_files_of_a_published_run_are_reported_as_such(tmp_path):
@@ -390,11 +398,3 @@ def test_every_row_of_a_synthetic_model_is_marked(tmp_path):
     write_parts(store, plan, [row("a", synthetic=False), row("b", status="failed")])
     assert final(store, plan)["synthetic"].to_pylist() == [False, None]
     assert final(store, plan, synthetic_model=True)["synthetic"].to_pylist() == [True, True]
-
-
-def test_no_column_is_ever_of_type_null(tmp_path):
-    store, plan = open_store(str(tmp_path / "results")), plan_of(tmp_path / "plan", ["a"], [])
-    write_parts(store, plan, [row("a")])
-    table = final(store, plan)
-    assert not any(pa.types.is_null(field.type) for field in table.schema)
-    assert table["error_code"].null_count == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 
+import pyarrow as pa
 import pytest
 
 import lungopacity
@@ -21,7 +22,7 @@ from tests.models.tiny import write_tiny_model
 
 def test_a_killed_night_is_finished_first(place, tmp_path):
     place.night()
-    place.killed()
+    began = place.killed(change=_of_synthetic_films).start.started_at
     # What was published since with another model is not of its kind.
     model, place.model = place.model, str(tmp_path / "other")
     write_tiny_model(place.model, seed=7)
@@ -29,10 +30,17 @@ def test_a_killed_night_is_finished_first(place, tmp_path):
     place.model = model
     finished, own = place.night().runs
     assert (finished.run_id, finished.images, own.images) == ("killed", 4, 0)
+    assert (finished.synthetic, own.synthetic) == (True, False)
+    assert json.loads(place.store.read("runs/killed.json"))["started_at"] == began
     # Its films were screened in seconds that nobody counted.
     assert "images/s" not in summary(finished)
     speeds = query(place.results, "SELECT images_per_s FROM runs WHERE run_id = 'killed'")
     assert speeds.to_pylist() == [{"images_per_s": None}]
+
+
+def _of_synthetic_films(rows: pa.Table) -> pa.Table:
+    place = rows.schema.get_field_index("synthetic")
+    return rows.set_column(place, rows.schema.field(place), pa.array([True] * len(rows)))
 
 
 def test_a_night_does_not_finish_runs_of_other_commands(place):
@@ -43,12 +51,23 @@ def test_a_night_does_not_finish_runs_of_other_commands(place):
     assert [start.run_id for start in unfinished_runs(place.store)] == ["killed"]
 
 
+def _cut_off(shard: pa.Table) -> pa.Table:
+    """Its first film, and then a storage that does not answer."""
+    (row,) = shard.to_pylist()
+    row["reading"] = "the only pass"
+    film = {**row, "member": "a.png", "member_index": 0}
+    rest = {**row, "status": "failed", "error_code": "timeout"}
+    return pa.Table.from_pylist([film, rest, {**row, "shard_rows": 2}], schema=shard.schema)
+
+
 def test_a_killed_night_over_one_shard_is_finished_too(place):
     place.archive.write("x/one.tar", tar({"a.png": b"x"}))
     shard = f"{place.archive.uri}/x/one.tar"
-    place.killed(archive=shard)
+    place.killed(archive=shard, change=_cut_off)
     assert nightly(shard, place.model, place.results, dry_run=True).unfinished == ("killed",)
-    assert [run.images for run in nightly(shard, place.model, place.results).runs] == [1, 0]
+    # One of its rows may pass, so the night reads it again.
+    nights = [nightly(shard, place.model, place.results).runs for _ in range(2)]
+    assert [[run.images for run in runs] for runs in nights] == [[2, 1], [0]]
 
 
 def test_an_unfinished_run_is_not_published_over_newer_rows(place, caplog):
@@ -85,7 +104,9 @@ def test_a_dry_run_counts_the_objects_of_unfinished_runs_at_most(place):
     ]
 
 
-@pytest.mark.parametrize("start", [b"{}", b"not json", "of another version"])
+@pytest.mark.parametrize(
+    "start", [b'{"files": [], "rules": {}}', b"not json", "of another version"]
+)
 def test_a_run_that_cannot_be_resumed_does_not_stop_the_night(place, start, caplog):
     plan = place.killed(change=lambda rows: rows.drop_columns("ensemble_disagreement"))
     if isinstance(start, str):

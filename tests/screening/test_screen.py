@@ -18,6 +18,7 @@ from lungopacity.models.compiled import CompiledNetwork, to_bytes
 from lungopacity.results.folder import read_run
 from lungopacity.results.query import query, runs
 from lungopacity.screening import screen
+from lungopacity.screening.plan import unfinished_runs
 from lungopacity.screening.screen import as_run
 from lungopacity.storage import open_store
 from tests.models.tiny import tiny_model
@@ -83,6 +84,7 @@ def test_a_stopped_run_says_how_to_resume_it(place, monkeypatch, caplog, capfd, 
         lungopacity.retry(place.results, done)
     assert "stopped; the next night continues run 2" in caplog.text
     assert "stopped; run the same command again to start over" in caplog.text
+    assert [start.after for start in unfinished_runs(place.store)] == [1, 1, 1]
     assert main(["runs", "--results", place.results, "--unfinished"]) == 0
     _, _, *begun, notice = capfd.readouterr().out.splitlines()
     assert notice == NOTICE
