@@ -38,6 +38,9 @@ _FEWEST_OBJECTS = 32
 _EVEN_SHARDS = 4
 """If each reader has work for so many shards of the largest size, at most a fifth of the readers'
 time is lost when all but one wait for the last shard."""
+_SMALL_SHARD_BYTES = 8 << 20
+"""Waiting for one reader of so small a shard costs less than the start of actors that would share
+its films: each is a process of three seconds of CPU time."""
 BLOCK_BYTES = 8 << 20
 """Size of blocks between stages. Ray's 128 MiB would keep thousands of images from the model."""
 RETRIES = 3
@@ -73,11 +76,11 @@ def read_tasks(
 
 def divide_evenly(objects: pa.Table, readers: int) -> bool:
     """Whether so many readers can share the objects (`PLAN_SCHEMA`) without most of them waiting
-    for the last shards. Only one reader reads a shard."""
+    long for the last shards. Only one reader reads a shard."""
     shards = objects.filter(objects["is_shard"])["source_size_bytes"]
     largest = pa.compute.max(shards).as_py() or 0
     total = pa.compute.sum(objects["source_size_bytes"]).as_py() or 0
-    return bool(largest * readers * _EVEN_SHARDS <= total)
+    return bool(largest <= _SMALL_SHARD_BYTES or largest * readers * _EVEN_SHARDS <= total)
 
 
 def stream(

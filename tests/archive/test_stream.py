@@ -68,12 +68,15 @@ def test_a_few_hundred_objects_are_shared_among_all_cpus():
 
 def test_shards_that_cannot_be_shared_evenly_are_recognised():
     assert divide_evenly(plan(7629), 16)
-    assert divide_evenly(plan(0, shards=(50,) * 8), 2)
-    assert not divide_evenly(plan(0, shards=(50,) * 7), 2)
-    assert not divide_evenly(plan(0, shards=(50,) * 8), 16)
-    assert not divide_evenly(plan(300, shards=(50,)), 2)
-    assert divide_evenly(plan(400, shards=(50,)), 2)
+    assert divide_evenly(plan(0, shards=(50_000,) * 8), 2)
+    assert not divide_evenly(plan(0, shards=(50_000,) * 7), 2)
+    assert not divide_evenly(plan(0, shards=(50_000,) * 8), 16)
+    assert not divide_evenly(plan(300, shards=(50_000,)), 2)
+    assert divide_evenly(plan(350_000, shards=(50_000,)), 2)
     assert divide_evenly(plan(0, shards=(0, 0)), 2)  # sizes that nobody told
+    # For a shard of some hundred films, no actors are started.
+    assert divide_evenly(plan(0, shards=(8_000,)), 16)
+    assert not divide_evenly(plan(0, shards=(9_000,)), 16)
 
 
 def test_a_task_whose_decoder_does_not_start_is_left_to_another_node(
