@@ -28,7 +28,12 @@ from lungopacity.observe import DEBUG_VARIABLE, log_lines, tell_end
 from lungopacity.words import printable
 
 _FORMAT_VARIABLE = "LUNGOPACITY_LOG_FORMAT"
-_NAMED_ELSEWHERE = {"--images": "--archive", "--archive": "--images", "--output": "--results"}
+_NAMED_ELSEWHERE = {
+    "--images": "--archive",
+    "--archive": "--images",
+    "--output": "--results",
+    "--results": "--output",
+}
 """Options that are called differently in other commands."""
 
 
@@ -119,8 +124,12 @@ def _nobody_reads() -> bool:
 
 def _with_the_name_here(error: click.NoSuchOption) -> click.NoSuchOption:
     """If the user gave another command's name for an option of this command, suggest this command's
-    name, rather than one that is spelt alike."""
+    name, rather than one that is spelt alike. If it is an option of all commands, say where it
+    stands."""
     options = [] if error.ctx is None else error.ctx.command.params
+    if any(error.option_name in option.opts for option in cli.params):
+        message = f"No such option '{error.option_name}' here. Give it before the command's name."
+        return click.NoSuchOption(error.option_name, message, ctx=error.ctx)
     here = _NAMED_ELSEWHERE.get(error.option_name)
     if not any(here in option.opts for option in options):
         return error

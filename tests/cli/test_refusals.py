@@ -48,6 +48,7 @@ def test_a_value_that_is_none_is_refused(capfd, arguments, message):
         (["train", "--archive", "films"], "--images"),
         (["evaluate", "--archive", "films"], "--images"),
         (["runs", "--output", "results"], "--results"),
+        (["screen", "--results", "results"], "--output"),
         (["screen", "--labl", "films"], "--labels"),
     ],
 )
@@ -55,6 +56,12 @@ def test_an_option_that_another_command_names_otherwise_is_named(capfd, argument
     code, _, err = run(capfd, *arguments)
     assert code == 2
     assert err.endswith(f"No such option '{arguments[1]}'. Did you mean '{meant}'?\n")
+
+
+def test_an_option_of_all_commands_is_told_its_place(capfd):
+    code, _, err = run(capfd, "nightly", "--log-format", "json")
+    assert code == 2
+    assert err.endswith("'--log-format' here. Give it before the command's name.\n")
 
 
 @pytest.mark.parametrize("group", [[], ["benchmark"]])
