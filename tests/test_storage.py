@@ -316,6 +316,7 @@ def test_a_file_uri_may_name_one_object_with_escaped_letters(tmp_path):
         ("file://host/x", "three slashes"),
         ("s3://bad bucket/x", "'bad bucket' is not a bucket name, which has letters"),
         ("s3:/bucket/x", "write s3://bucket/prefix"),
+        ("s3//bucket/x", "write s3://bucket/prefix"),
         ("", "'' is neither a path nor a URI; give"),
         ("a\0b", "is neither a path nor a URI"),
         # As Python gives a name in Latin-1 on the command line.

@@ -58,8 +58,8 @@ def _tidied(uri: str) -> str:
             "locale of UTF-8, such as LC_ALL=C.UTF-8"
         ) from error
     scheme, sign, rest = uri.partition("://")
-    if not sign and re.match("(s3|file):", uri, re.IGNORECASE):
-        # More likely a missing slash than a folder of that name.
+    if not sign and re.match("(s3|file)(:|//)", uri, re.IGNORECASE):
+        # More likely a missing slash or colon than a folder of that name.
         raise UserError(
             f"{uri}: write s3://bucket/prefix, file:///folder or, for a local path, ./{uri}"
         )
