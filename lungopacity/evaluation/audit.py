@@ -32,7 +32,7 @@ from lungopacity.radiograph import Preprocessing
 from lungopacity.runtime import ray_session
 from lungopacity.storage import open_store
 from lungopacity.storage.probe import check_writable
-from lungopacity.words import printable
+from lungopacity.words import counted, printable
 
 SIDE = 64
 """Side of the films when they are compared, in pixels."""
@@ -45,6 +45,8 @@ NEAR_CORRELATION = 0.99
 patients have at most 0.978. Those of one patient have at most 0.988, but for one pair that reaches
 0.994 once stretched."""
 NOT_LOOKED_FOR = "films that are rotated, inverted, or cropped to a part"
+_SHOWN = 10
+"""Pairs of copies on a terminal, at most."""
 SUSPICIOUS_AUC = 0.7
 """AUC of a fact that is not about the lungs, from which on a model may rely on that fact."""
 
@@ -104,6 +106,8 @@ class Audit:
     def summary(self) -> str:
         """The findings as text for a terminal."""
         kinds = [pair.kind for pair in self.copies]
+        worst = list(dict.fromkeys([*self.leaking, *self.conflicts]))[:_SHOWN]
+        others = len(self.copies) - len(worst)
         lines = [
             f"{self.images} labelled images, {self.unreadable} more unreadable"
             + (f", {self.rejected} rejected" if self.rejected else ""),
@@ -126,8 +130,9 @@ class Audit:
                     f"  {pair.kind}: {pair.first} ({pair.labels[0]}, {pair.splits[0]}) = "
                     f"{pair.second} ({pair.labels[1]}, {pair.splits[1]})"
                 )
-                for pair in list(dict.fromkeys([*self.leaking, *self.conflicts]))[:10]
+                for pair in worst
             ),
+            *([f"  {counted(others, 'other pair')}: --json shows all"] if others else []),
             f"AUC for {self.positive_class or 'the class predicted best'} of facts that are not "
             "about the lungs",
             f"(95 % intervals: {self.intervals}):",

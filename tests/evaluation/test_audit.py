@@ -320,3 +320,17 @@ def test_a_patient_in_two_splits_alone_is_leakage():
     torn = replace(found, torn_patients=1)
     assert torn.leaks
     assert "\nleakage found; give all films of a patient one split\n" in torn.summary()
+
+
+def test_pairs_of_copies_that_are_not_shown_are_counted():
+    across, within = ("train", "test"), ("train", "train")
+    pairs = [auditing.Copies(f"{n}.png", "x.png", "near", across, ("a", "a")) for n in range(11)]
+    found = Audit(
+        images=10, unreadable=0, rejected=0, blank=0, torn_patients=0, unknown_patients=0,
+        copies=tuple(pairs), shortcuts=(), positive_class="a", intervals="", split_given=True,
+    )  # fmt: skip
+    shown = found.summary()
+    assert (shown.count("x.png"), "  1 other pair: --json shows all" in shown) == (10, True)
+    inside = replace(found, copies=(replace(pairs[0], splits=within),) * 2)
+    assert "  2 other pairs: --json shows all" in inside.summary()
+    assert "other pair" not in replace(found, copies=tuple(pairs[:10])).summary()
