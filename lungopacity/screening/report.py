@@ -7,6 +7,7 @@ from lungopacity.evaluation.table import metric_value
 from lungopacity.screening.clean import Swept
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.nightly import Night
+from lungopacity.words import counted
 
 _DRIFT = {
     "stable": "as in the baseline",
@@ -22,7 +23,8 @@ def night_summary(night: Night) -> str:
     lines = [f"a night would first finish the earlier run {name}" for name in night.unfinished]
     # "At most", because what those runs publish would not be screened again.
     most = "then screen at most" if night.unfinished else "a night would screen"
-    lines.append(f"{most} {night.planned} objects; nothing was written (--dry-run)")
+    planned = counted(night.planned, "object")
+    lines.append(f"{most} {planned}; nothing was written (--dry-run)")
     return "\n".join([*lines, NOTICE])
 
 

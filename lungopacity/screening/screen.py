@@ -210,9 +210,9 @@ def run_job(
             nightly=nightly,
         )
         log.info(
-            "run %s: %d objects of %s, model %s%s",
+            "run %s: %s of %s, model %s%s",
             run_id,
-            plan.start.objects,
+            counted(plan.start.objects, "object"),
             plan.start.archive,
             model_id,
             " (resumed)" if plan.resumed else "",

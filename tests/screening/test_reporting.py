@@ -22,9 +22,14 @@ from lungopacity.results.query import query
 from lungopacity.runtime import signals
 from lungopacity.screening import nightly, screen
 from lungopacity.screening.plan import unfinished_runs
-from lungopacity.screening.report import summary
+from lungopacity.screening.report import night_summary, summary
 from lungopacity.storage import LocalStore
 from lungopacity.storage.lease import Lease
+
+
+def test_one_object_is_not_called_objects():
+    night = nightly.Night("results", (), planned=1)
+    assert night_summary(night).startswith("a night would screen 1 object; ")
 
 
 def test_every_long_stage_of_a_night_is_logged(place, monkeypatch, caplog):
