@@ -289,6 +289,16 @@ def test_results_of_the_first_schema_are_read_beside_those_of_today(tmp_path):
         assert connection.sql("SELECT count(*) FROM screened").fetchall() == [(3,)]
 
 
+@pytest.mark.parametrize(
+    ("classes", "positive"),
+    [(["Lung_Opacity", "Normal"], "Lung_Opacity"), (["Normal", "COVID"], "COVID")],
+)
+def test_a_record_of_the_first_schema_is_of_the_default_positive_class(tmp_path, classes, positive):
+    record = {"schema_version": 1, **record_of("one", class_names=classes)}
+    open_store(str(tmp_path)).write(run_key("one"), json.dumps(record).encode())
+    assert runs(str(tmp_path))["positive_class"].to_pylist() == [positive]
+
+
 def test_other_readers_find_the_columns_of_all_models(tmp_path, monkeypatch):
     """As docs/results.md tells them to."""
     write_run(str(tmp_path / "results"), "one", ("Normal", "Lung_Opacity"), 1)

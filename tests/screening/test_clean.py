@@ -192,10 +192,13 @@ def test_files_of_a_run_are_left_alone_while_any_of_them_is_young(results):
 
 def test_a_run_whose_files_were_swept_is_not_published(tmp_path):
     store = open_store(str(tmp_path))
-    record = {"run_id": "a", "files": [], "metrics_file": {"key": "metrics/a-1.parquet"}}
-    with pytest.raises(UserError, match=r"metrics/a-1\.parquet: is gone"):
-        commit_run(store, "a", record)
-    assert not keys(store)
+    record = {"files": [{"key": "predictions/a"}], "metrics_file": {"key": "metrics/a"}}
+    for gone, there in (("metrics/a", "predictions/a"), ("predictions/a", "metrics/a")):
+        store.write(there, b"x")
+        with pytest.raises(UserError, match=f"{gone}: is gone"):
+            commit_run(store, "a", record)
+        assert keys(store) == {there}
+        store.delete(there)
 
 
 def test_what_a_killed_job_left_on_this_machine_goes_and_nothing_else_there(tmp_path, temporary):

@@ -9,7 +9,7 @@ from lungopacity.archive.inventory import Inventory, list_archive
 from lungopacity.errors import UserError
 from lungopacity.results.folder import commit_run
 from lungopacity.results.schema import PLANNED_SCHEMA
-from lungopacity.results.workbench import temporary_folder, workbench
+from lungopacity.results.workbench import export, temporary_folder, workbench
 from lungopacity.screening.plan import (
     Plan,
     choose,
@@ -61,6 +61,15 @@ def test_a_plan_of_more_objects_than_a_file_holds_has_several_files(
         plan = planned(results, archive, "model", "one", tmp_path / str(number))
         images = [pq.read_table(path)["image"].to_pylist() for path in plan.files]
         assert images == [["a.png", "b.png"], ["c.tar"]]
+
+
+def test_rows_that_come_in_several_pieces_are_all_counted(monkeypatch):
+    monkeypatch.setattr("lungopacity.results.workbench._ROWS_PER_BATCH", 2048)
+    schema = pa.schema([("number", pa.int64())])
+    with workbench() as (connection, folder):
+        numbers = "SELECT range AS number FROM range(5000) ORDER BY number"
+        (file,) = export(connection, numbers, schema, folder, "numbers")
+        assert file.rows == pq.read_metadata(file.path).num_rows == 5000
 
 
 def test_a_killed_runs_plan_is_taken_up_even_when_the_archive_grew(archive, store_uri, tmp_path):
