@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 from lungopacity.errors import UserError, first_line
 from lungopacity.runtime.container import own_cpus
+from lungopacity.runtime.head_watch import HeadWatch
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, environment
 from lungopacity.runtime.ray_internals import (
     without_idle_actors,
@@ -61,6 +62,7 @@ class RaySession:
         self._launched = Event()
         """Ray's own processes were started, or will not be."""
         self._first_imports: tuple[str, ...] = ()
+        self._head: HeadWatch | None = None
         self._ending: Future[None] | None = None
         self._without_idle_actors: ExitStack | None = None
 
@@ -170,6 +172,9 @@ class RaySession:
                 "check RAY_ADDRESS, or unset it to run on this machine alone"
             ) from error
         self.is_private = address == "local"
+        if not self.is_private:
+            self._head = HeadWatch(ray.get_runtime_context().gcs_address)
+            self._head.start()
         return True
 
     def _when_launched(self) -> None:
@@ -198,6 +203,9 @@ class RaySession:
         import ray
 
         self.is_private = False
+        if self._head is not None:
+            self._head.stop()
+            self._head = None
         # Ray Data leaves object references behind in reference cycles. If the garbage collector, in
         # whichever thread it runs, drops one while Ray shuts down, Ray ends this process with exit
         # code 1 and unwritten results.
