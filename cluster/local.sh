@@ -44,6 +44,7 @@ started=()
 # By pid, to leave other Rays on this machine alone. A node ends its own children.
 end() {
     trap - EXIT
+    exec 2>/dev/null # Bash at times complains that it has no record of a process that has ended
     for job in $(jobs -pr); do
         if [[ " ${started[*]} " != *" $job "* ]]; then # the command, if a signal came before its end
             kill -TERM "$job" 2>/dev/null || true

@@ -29,7 +29,10 @@ ray.init(address="local", num_cpus=int(sys.argv[1]), include_dashboard=False,
          log_to_driver=False, logging_level=logging.ERROR)
 import lungopacity
 from lungopacity import progress
+from lungopacity.archive import stream
 from lungopacity.runtime.resources import cpus_here
+
+stream._SMALL_SHARD_BYTES = 0  # the shard here stands for a large one
 
 @ray.remote(num_cpus=int(sys.argv[1]))
 class Other:

@@ -232,13 +232,18 @@ def test_two_workers_train_one_model_and_survive_the_loss_of_one(
     killed: list[int] = []
     idle: list[int] = []
 
+    def idle_actors() -> set[int]:
+        titles = "ray::DatasetManager", "ray::_AutoscalingCoordinatorActor"
+        return {process for title in titles for process in _own_processes(title)}
+
+    before = idle_actors()  # of other tests' jobs in this Ray
+
     def kill_one_worker(row: dict[str, Any]) -> None:
         seen.append(row["epoch"])
         if row["epoch"] == 2 and not killed:
             killed.append(_own_processes("ray::RayTrainWorker")[0])
             os.kill(killed[0], signal.SIGKILL)
-            idle.extend(_own_processes("ray::DatasetManager"))
-            idle.extend(_own_processes("ray::_AutoscalingCoordinatorActor"))
+            idle.extend(idle_actors() - before)
 
     settings = replace(SMALL_RUN, workers=2, epochs=6, class_balance="weights")
     result = fit(films, settings, str(tmp_path / "model"), on_epoch=kill_one_worker)
