@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _RAYS_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _RAYS_LIMIT_S = 60.0
 _EARLIER_S = 10.0
-"""Than Ray ends the process."""
+"""So much earlier than Ray does, this ends the process."""
 _LOOK_S = 2.0
 _ANSWER_S = 5.0
 

@@ -121,7 +121,7 @@ class RaySession:
             is_ours = self._start_or_join()
         finally:
             self._launched.set()
-        if self.is_private and self._ahead is not None:
+        if is_ours and self.is_private and self._ahead is not None:
             self._import_first()
         return is_ours
 
