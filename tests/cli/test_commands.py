@@ -380,13 +380,20 @@ def test_python_functions_print_nothing(place, ray_cluster, capfd):
         lungopacity.nothing  # noqa: B018
 
 
-def test_a_job_is_the_command_under_another_name(place):
-    for name in ("train", "evaluate", "screen"):
-        done = subprocess.run(
-            [sys.executable, f"jobs/{name}.py", "--help"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": "."},
-        )
-        assert done.returncode == 0
-        assert f"lungopacity {name}" in done.stdout
+@pytest.mark.parametrize(
+    ("job", "name"),
+    [
+        (["jobs/train.py"], "train"),
+        (["jobs/screen.py"], "screen"),
+        (["-m", "lungopacity", "retry"], "retry"),
+    ],
+)
+def test_a_job_is_the_command_under_another_name(job, name):
+    done = subprocess.run(
+        [sys.executable, *job, "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert done.returncode == 0
+    assert f"lungopacity {name}" in done.stdout
