@@ -83,17 +83,19 @@ def is_compressed(dataset: Any) -> bool:
     return bool(syntax.is_compressed)
 
 
-class _FrameHeader:
-    """The header of an object, with the values that differ in one of its frames."""
+class AmendedHeader:
+    """The header of an object, with other values for some of its elements."""
 
-    def __init__(self, dataset: Any, own: Mapping[str, Any]) -> None:
-        self._dataset, self._own = dataset, own
+    def __init__(self, dataset: Any, amended: Mapping[str, Any]) -> None:
+        self._dataset, self._amended = dataset, amended
 
     def get(self, keyword: str) -> Any:
-        return self._own[keyword] if keyword in self._own else self._dataset.get(keyword)
+        if keyword in self._amended:
+            return self._amended[keyword]
+        return self._dataset.get(keyword)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._dataset, name)
+        return self._amended[name] if name in self._amended else getattr(self._dataset, name)
 
 
 def header_of_frame(dataset: Any, index: int) -> Any:
@@ -112,7 +114,7 @@ def header_of_frame(dataset: Any, index: int) -> Any:
             values = {each: items[0].get(each) for each in keywords} if items else {}
             if any(values.values()):
                 own |= values
-    return _FrameHeader(dataset, own) if own else dataset
+    return AmendedHeader(dataset, own) if own else dataset
 
 
 def frames_held(dataset: Any, declared: int) -> int:

@@ -13,7 +13,6 @@ error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.errors import ErrorCode, ImageError, Stage
-from lungopacity.radiograph.dicom_frames import LOSSY
+from lungopacity.radiograph.dicom_frames import LOSSY, AmendedHeader
 from lungopacity.radiograph.dicom_lut import Table, table_of
 from lungopacity.radiograph.dicom_shutter import outside_shutter
 from lungopacity.radiograph.grey import look_up, own_range, stretch_to_uint8
@@ -89,21 +88,22 @@ def without_unused_bits(stored: npt.NDArray[Any], dataset: Any) -> tuple[npt.NDA
     low, high = _stored_range(dataset)
     if stored.min() >= low and stored.max() <= high:
         return stored, dataset
-    if dataset.file_meta.TransferSyntaxUID in LOSSY:
-        # These hold no overlay (PS3.5 8.1.2): the codec's error carries values beyond the range.
-        clipped: npt.NDArray[Any] = np.clip(stored, low, high)
-        return clipped, dataset
+    least, most = int(stored.min()), int(stored.max())
     # Shifting up and down again extends the sign bit of signed values.
     cleared: npt.NDArray[Any] = np.right_shift(np.left_shift(stored, spare), spare)
-    least, most = int(stored.min()), int(stored.max())
     # Signed values need not extend their sign.
+    may_lack_sign = low < 0 <= least
+    if dataset.file_meta.TransferSyntaxUID in LOSSY:
+        # These hold no overlay (PS3.5 8.1.2): the codec's error carries values beyond the range.
+        if may_lack_sign and _roughness(cleared) <= _roughness(stored):
+            return cleared, dataset
+        clipped: npt.NDArray[Any] = np.clip(stored, low, high)
+        return clipped, dataset
     need_more = least < low or most >= 1 << kept
     if not need_more or _roughness(cleared) <= _roughness(stored):
         return cleared, dataset
-    wider = copy(dataset)
     bits = max(most.bit_length(), (-1 - least).bit_length() if least < 0 else 0)
-    wider.BitsStored = bits + (1 if low < 0 else 0)
-    return stored, wider
+    return stored, AmendedHeader(dataset, {"BitsStored": bits + (1 if low < 0 else 0)})
 
 
 def _roughness(values: npt.NDArray[Any]) -> float:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import imagecodecs
 import numpy as np
 import pytest
-from pydicom.uid import JPEGLosslessSV1, JPEGLSLossless, RLELossless
+from pydicom.dataset import Dataset
+from pydicom.uid import (
+    JPEG2000,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 
 from lungopacity.errors import ErrorCode
 from tests.films import dicom, grey_film, one_film
@@ -43,6 +50,30 @@ def test_too_few_bits_stored_do_not_wrap_bright_values_around(photometric, lowes
     for too_few in (8, 10, 12):
         bits = {"BitsStored": too_few, "HighBit": too_few - 1}
         np.testing.assert_array_equal(one_film(dicom(stored, **bits, **elements)).pixels, expected)
+
+
+def test_too_few_bits_stored_of_a_frame_with_functional_groups_do_not_wrap_them_either():
+    window = Dataset()
+    window.WindowCenter, window.WindowWidth = 6000, 9000
+    groups = Dataset()
+    groups.FrameVOILUTSequence = [window]
+    found = one_film(dicom(unsigned(FILM), SharedFunctionalGroupsSequence=[groups])).pixels
+    at_the_top = one_film(dicom(unsigned(FILM), WindowCenter=6000, WindowWidth=9000)).pixels
+    np.testing.assert_array_equal(found, at_the_top)
+
+
+@pytest.mark.parametrize("syntax", [JPEGLSNearLossless, JPEG2000])
+def test_signed_values_of_a_lossy_codec_need_not_extend_their_sign(syntax):
+    """In the words of 16 bits that were coded, -1 is 4095: not a value above 2047."""
+    stored = unsigned(RAMP.astype(int) - 2048) & 0xFFF
+    frame = (
+        imagecodecs.jpegls_encode(stored, level=1)
+        if syntax == JPEGLSNearLossless
+        else imagecodecs.jpeg2k_encode(stored, level=0, reversible=True, codecformat="j2k")
+    )
+    elements = TWELVE_BITS | {"PixelRepresentation": 1}
+    found = one_film(of_codestreams([frame], syntax, stored.shape, **elements)).pixels
+    assert np.abs(found.astype(int) - one_film(dicom(RAMP)).pixels).max() <= 1
 
 
 @pytest.mark.parametrize(
