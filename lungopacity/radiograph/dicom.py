@@ -21,6 +21,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from lungopacity.errors import ErrorCode, ImageError, Stage
 from lungopacity.radiograph.colour import coloured_fraction, deep_luminance, luminance
 from lungopacity.radiograph.dicom_frames import (
+    check_encapsulation,
     codestreams_held,
     forget_offsets,
     frames_held,
@@ -218,6 +219,7 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
     frames = max(1, frames)
     set_transfer_syntax(dataset)
     _complete(dataset)
+    check_encapsulation(dataset)
     if is_compressed(dataset):
         if codestreams_held(dataset) > frames:
             # The films beyond the declared number would be skipped.

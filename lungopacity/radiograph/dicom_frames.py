@@ -74,13 +74,30 @@ def set_transfer_syntax(dataset: Any) -> None:
 
 def is_compressed(dataset: Any) -> bool:
     """Whether the pixels are compressed. Raises `ImageError` (`unsupported_transfer_syntax`) for a
-    transfer syntax that is not of the standard."""
+    transfer syntax that pydicom does not know."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_transfer_syntax:
         raise ImageError(
-            ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX, Stage.DECODE, "a private transfer syntax"
+            ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX,
+            Stage.DECODE,
+            "a transfer syntax that is private or new",
         )
     return bool(syntax.is_compressed)
+
+
+def check_encapsulation(dataset: Any) -> None:
+    """Raises `ImageError` (`corrupt_image`) if the pixels are encapsulated (PS3.5 A.4), and the
+    transfer syntax is one of pixels that are not, or the reverse. Codestreams of several frames
+    would be taken for the pixels of one."""
+    pixels = dataset["PixelData"]
+    is_encapsulated = pixels.is_undefined_length or pixels.value.startswith(_ITEM)
+    if is_encapsulated != is_compressed(dataset):
+        raise ImageError(
+            ErrorCode.CORRUPT_IMAGE,
+            Stage.DECODE,
+            f"pixels that are {'' if is_encapsulated else 'not '}encapsulated, against their "
+            "transfer syntax",
+        )
 
 
 class AmendedHeader:

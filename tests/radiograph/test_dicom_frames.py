@@ -1,14 +1,17 @@
 """Where the frames of compressed pixels begin and end."""
 
+import io
 from functools import partial
 from struct import pack
 
 import imagecodecs
 import numpy as np
+import pydicom
 import pytest
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
+from lungopacity.errors import ImageError
 from lungopacity.radiograph import DecodeLimits, decode_radiographs
 from tests.films import dicom, one_film
 from tests.radiograph.dicom_files import RAMP, TWELVE_BITS, changed, of_codestreams
@@ -47,3 +50,15 @@ def test_a_wrong_offset_table_costs_no_frame_that_has_a_fragment_of_its_own(synt
 def test_a_wrong_offset_table_does_not_cut_a_single_frame(syntax, offsets):
     found = one_film(compressed([RAMP], syntax, offsets, fragments=3)).pixels
     np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
+
+
+def test_pixels_are_encapsulated_or_not_as_their_transfer_syntax_says():
+    """A program that changed only the transfer syntax: three codestreams have enough bytes for one
+    frame of noise."""
+    films = np.random.default_rng(0).integers(0, 4096, (3, *RAMP.shape)).astype(np.uint16)
+    coded = compressed(list(films), JPEGLSLossless, [])
+    for data, other in ((coded, ExplicitVRLittleEndian), (dicom(films[0]), RLELossless)):
+        name = pydicom.dcmread(io.BytesIO(data)).file_meta.TransferSyntaxUID
+        mistaken = data.replace(name.encode(), other.ljust(len(name), "\0").encode())
+        with pytest.raises(ImageError, match="encapsulated, against their transfer syntax"):
+            list(decode_radiographs(mistaken, limits=DecodeLimits()))
