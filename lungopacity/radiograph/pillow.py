@@ -78,6 +78,14 @@ def decode_with_pillow(
     """
     from PIL import Image, UnidentifiedImageError
 
+    def open_page(index: int) -> _Page:
+        try:
+            return _opened(image, index, data, kind, header, at_least)
+        except SyntaxError:  # of Pillow, for a page in a layout that it does not know
+            if kind != "tiff":
+                raise
+            return _opened_without_pillow(data, pages, index)
+
     with warnings.catch_warnings():
         # Pillow warns of large images, for which our own limit decides, and of odd metadata.
         warnings.simplefilter("ignore")
@@ -91,13 +99,7 @@ def decode_with_pillow(
                 return
             raise as_image_error(error, decoder_error) from error
         with image:
-            yield from _each(
-                lambda at: _opened(image, at, data, kind, header, at_least),
-                data,
-                kind,
-                pages,
-                limits,
-            )
+            yield from _each(open_page, data, kind, pages, limits)
 
 
 def _opened(

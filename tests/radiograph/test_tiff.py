@@ -62,14 +62,14 @@ def test_a_digitised_film_of_any_depth_is_read(bits, byteorder, photometric):
     assert np.abs(found.pixels - values * (255 / (2**bits - 1))).max() <= 1
 
 
-def tiff_of(values: np.ndarray, bits: int, order: str, photometric: str) -> bytes:
-    """A TIFF of one page: its tags, then its rows packed to `bits`."""
+def tiff_of(values: np.ndarray, bits: int, order: str, photometric: str, at: int = 0) -> bytes:
+    """A TIFF of one page: its tags, then its rows packed to `bits`. `at`: where it will stand."""
     rows, columns = values.shape
     unpacked = np.unpackbits(values.astype(">u2").view(np.uint8).reshape(rows, columns, 2), axis=2)
     packed = np.packbits(unpacked[:, :, 16 - bits :].reshape(rows, -1), axis=1).tobytes()
     body = values.astype(f"{order}u2").tobytes() if bits == 16 else packed
     shorts = {256: columns, 257: rows, 258: bits, 259: 1, 262: int(photometric == "minisblack")}
-    longs = {273: 8 + 2 + 9 * 12 + 4, 279: len(body)}
+    longs = {273: at + 8 + 2 + 9 * 12 + 4, 279: len(body)}
     shorts |= {277: 1, 278: rows}
     entries = b"".join(
         struct.pack(f"{order}HHIHH", tag, 3, 1, shorts[tag], 0)
@@ -79,6 +79,18 @@ def tiff_of(values: np.ndarray, bits: int, order: str, photometric: str) -> byte
     )
     begin = b"II*\x00" if order == "<" else b"MM\x00*"
     return begin + struct.pack(f"{order}IH", 8, 9) + entries + bytes(4) + body
+
+
+def test_a_page_that_pillow_does_not_know_is_read_among_others():
+    """As of a scanner that puts a preview first."""
+    preview = tiff_of(FILM, 8, "<", "minisblack")
+    deep = SIXTEEN >> 4
+    following = 8 + 2 + 9 * 12
+    linked = preview[:following] + struct.pack("<I", len(preview) + 8) + preview[following + 4 :]
+    data = linked + tiff_of(4095 - deep, 12, "<", "miniswhite", at=len(preview))
+    first, second = decode_radiographs(data, limits=DecodeLimits())
+    np.testing.assert_array_equal(first.pixels, FILM)
+    assert np.abs(second.pixels - STRETCHED).max() <= 1
 
 
 def test_a_digitised_film_that_is_cut_is_an_error():
