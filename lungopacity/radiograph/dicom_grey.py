@@ -204,8 +204,12 @@ class _Transform:
             intercept=intercept,
             voi=table_of(dataset, "VOILUTSequence", lowest, behind=modality) or _window_of(dataset),
         )
-        is_window = isinstance(found.voi, _Window)
-        if is_window and found(np.array(ends)).max() < _BRIGHTEST_OF_ANY:
+        # The entries at both ends of a table may be dark, for it often ends in zeros.
+        values_V = modality.entries if modality else np.array(ends) * slope + intercept
+        if (
+            isinstance(found.voi, _Window)
+            and found.voi(values_V.astype(np.float64)).max() < _BRIGHTEST_OF_ANY
+        ):
             # A copy with fewer bits kept the window of its original, and would be shown black.
             return replace(found, voi=None)
         return found

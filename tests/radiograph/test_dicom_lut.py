@@ -111,6 +111,14 @@ def test_a_modality_lut_is_applied():
     )
 
 
+def test_a_window_behind_a_modality_lut_that_ends_in_zeros_is_kept():
+    entries = np.where(np.arange(4096) < 4000, np.arange(4096), 0)
+    window = {"WindowCenter": 2048, "WindowWidth": 1024}
+    film = np.minimum(RAMP, 3999)
+    found = one_film(dicom(film, ModalityLUTSequence=[lut_item(entries)], **window)).pixels
+    np.testing.assert_array_equal(found, one_film(dicom(film, **window)).pixels)
+
+
 def test_a_voi_lut_that_does_not_reach_black_and_white_is_not_stretched():
     """PS3.3 C.11.2.1.1: with 12 bits, white is 4095."""
     item = lut_item(np.arange(4096) * 3 // 4 + 500)
