@@ -68,11 +68,9 @@ class _Curve:
 
     def at_specificity(self, least: float) -> int:
         """Index of the threshold with the highest sensitivity among those that reach this
-        specificity; of several, the most specific. If scores of 1 keep all from reaching it, the
-        highest threshold."""
-        reached = np.flatnonzero(self.specificity_S >= least)
-        if not len(reached):
-            return len(self.specificity_S) - 1
+        specificity; of several, the most specific. If negatives of score 1 keep all from reaching
+        it, the highest specificity stands for it."""
+        reached = np.flatnonzero(self.specificity_S >= min(least, self.specificity_S[-1]))
         highest = self.sensitivity_S[reached[0]]
         return int(np.flatnonzero(self.sensitivity_S >= highest)[-1])
 

@@ -146,6 +146,10 @@ def test_where_negatives_of_score_1_prevent_a_specificity_the_most_specific_is_c
     scores_V = np.array([0.2, 0.4, 0.6, 1.0, 1.0])
     point = pick("specificity=0.9", scores_V, np.array([False, True, False, True, False]))
     assert (point.sensitivity, point.specificity) == (0.5, 2 / 3)
+    # A lower threshold costs no specificity then, and finds more.
+    scores_V = np.array([0.2, 0.8, 0.6, 1.0, 1.0])
+    point = pick("specificity=0.9", scores_V, np.array([False, True, False, True, False]))
+    assert (point.sensitivity, point.specificity) == (1.0, 2 / 3)
 
 
 def test_the_point_that_decides_is_named() -> None:
