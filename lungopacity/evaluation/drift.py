@@ -79,15 +79,17 @@ class Shift:
 
     @property
     def verdict(self) -> str:
-        """`too_few` if chance alone may exceed the limit, else `drifted` or `stable`."""
-        if self.by_chance > PSI_LIMIT:
-            return "too_few"
-        apart = (
+        """`drifted`, `stable`, or `too_few` if chance alone may bring the PSI above its limit."""
+        # Its p-value takes account of how few films there are.
+        if (
             (self.ks or 0.0) > KS_LIMIT
             and self.ks_p_value is not None
             and self.ks_p_value < _KS_P_VALUE
-        )
-        return "drifted" if self.psi > PSI_LIMIT or apart else "stable"
+        ):
+            return "drifted"
+        if self.by_chance > PSI_LIMIT:
+            return "too_few"
+        return "drifted" if self.psi > PSI_LIMIT else "stable"
 
 
 def psi(baseline_B: Sequence[int], current_B: Sequence[int]) -> tuple[float, float]:

@@ -67,12 +67,13 @@ def test_a_shift_of_scores_views_or_failures_is_found_and_named():
     assert verdicts(before, mixed)["modality"] == "stable"
 
 
-@pytest.mark.parametrize("n", [0, 1, 30])
-def test_a_small_night_has_too_few_images_for_a_verdict(n):
+@pytest.mark.parametrize(("n", "verdict"), [(0, "too_few"), (1, "too_few"), (30, "drifted")])
+def test_a_small_night_has_a_verdict_only_if_its_scores_are_far_off(n, verdict):
     rng = np.random.default_rng(2)
     before, now = sample(rng.beta(2, 5, 4000)), sample(rng.beta(9, 1, n))
+    assert verdicts(before, sample(rng.beta(2, 5, n)))["score"] == "too_few"
     found = shifts(before, now)
-    assert found[0].verdict == "too_few"
+    assert found[0].verdict == verdict
     values = [metric.value for metric in drift_metrics(found, before, now)]
     assert np.isfinite(values).all()
 
@@ -135,7 +136,8 @@ def test_a_sample_is_taken_from_predictions():
     [
         (0.19, 0.1, None, None, "stable"),
         (0.21, 0.1, None, None, "drifted"),
-        (0.50, 0.21, 0.9, 1e-9, "too_few"),
+        (0.50, 0.21, 0.9, 0.01, "too_few"),
+        (0.50, 0.21, 0.9, 1e-9, "drifted"),  # few films, but no chance
         (0.05, 0.1, 0.3, 1e-4, "drifted"),
         (0.05, 0.1, 0.3, 0.01, "stable"),  # so far apart by chance
         (0.05, 0.1, 0.1, 1e-9, "stable"),  # surely apart, and by little
