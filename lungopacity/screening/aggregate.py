@@ -93,8 +93,10 @@ def label_metrics(
     patients, computed as `evaluate` does.
 
     They cover the scored images whose label stands for one of the model's classes; empty if there
-    are none. predictions: as for `run_metrics`. labels: as `read_labels` returns them; their view,
-    sex and age take precedence over the header's, as in `evaluate`.
+    are no such labels. Images with such a label that were rejected, or could not be read, are
+    counted as `films_without_score`: a model that is spared its difficult films looks too good.
+    predictions: as for `run_metrics`. labels: as `read_labels` returns them; their view, sex and
+    age take precedence over the header's, as in `evaluate`.
 
     `known_films`: content_sha256 of the films that the model was trained, selected or calibrated
     on. On these the model looks too good, so they are left out and counted as
@@ -105,17 +107,23 @@ def label_metrics(
     from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of
 
     columns = [class_column("p", name) for name in spec.class_names]
-    known = ", ".join(quoted(label) for label in spec.class_of_label)
+    of_classes = f"label IN ({', '.join(quoted(label) for label in spec.class_of_label)})"
+    ((labelled,),) = predictions.query(
+        "predictions", f"SELECT count(*) FROM predictions WHERE {of_classes}"
+    ).fetchall()
+    if not labelled:
+        return []
     rows = predictions.query(
         "predictions",
         "SELECT coalesce(member, image) AS name, label, content_sha256, patient_hmac, "
         f"{', '.join(columns)}, "
-        f"{', '.join(FACT_COLUMNS)} FROM predictions {_SCORED} AND label IN ({known})",
+        f"{', '.join(FACT_COLUMNS)} FROM predictions {_SCORED} AND {of_classes}",
     ).to_arrow_table()
+    left_out = [_count("films_without_score", labelled - rows.num_rows, labelled)]
     if rows.num_rows == 0:
-        return []
+        return left_out
     seen = pa.compute.is_in(rows["content_sha256"], pa.array(known_films, pa.string()))
-    left_out = [_count("films_known_to_model", pa.compute.sum(seen).as_py(), rows.num_rows)]
+    left_out.append(_count("films_known_to_model", pa.compute.sum(seen).as_py(), rows.num_rows))
     rows = rows.filter(pa.compute.invert(seen))
     if rows.num_rows == 0:
         return left_out

@@ -86,9 +86,11 @@ def summary(result: ScreeningResult) -> str:
         for shift in result.drift
     ]
     if result.labelled is not None:
+        without_score = metric_value(result.metrics, "films_without_score")
         lines.append(
             f"  labels    match {result.labelled} of {result.images} images, "
             f"{result.of_classes} with one of the model's classes"
+            + (f"; {without_score:.0f} of these have no score" if without_score else "")
             + (
                 f"; {result.known_to_model} that it was trained or selected on are left out"
                 if result.known_to_model
@@ -100,7 +102,9 @@ def summary(result: ScreeningResult) -> str:
             f"  FLATTERED {_point(result)} was picked on {result.picked_on} of these films: judge "
             "its decisions on other films"
         )
-    accuracy = metric_value(result.metrics, "accuracy")
-    if accuracy is not None:
-        lines.append(f"  accuracy  {accuracy:.4f} against the labels")
+    lines += [
+        f"  accuracy  {metric.value:.4f} against the labels of {counted(metric.n, 'film')}"
+        for metric in result.metrics
+        if (metric.group, metric.metric) == ("all", "accuracy")
+    ]
     return "\n".join([*lines, NOTICE])

@@ -115,6 +115,9 @@ def test_metrics_against_labels_count_what_can_be_judged():
     assert metric_value(metrics, "accuracy") == pytest.approx(2 / 3)
     (accuracy,) = [m for m in metrics if (m.metric, m.group) == ("accuracy", "all")]
     assert accuracy.n == 3
+    # A film that was spared the model is in no metric, and is counted.
+    (unscored,) = [m for m in metrics if m.metric == "films_without_score"]
+    assert (unscored.value, unscored.n) == (1, 4)
 
 
 def test_labels_of_members_are_those_of_their_own_names_and_of_the_class_that_decides():
@@ -143,7 +146,7 @@ def test_films_that_the_model_learnt_from_do_not_count():
     assert metric_value(metrics, "films_known_to_model") == 1
     told = [m for m in metrics if m.metric == "accuracy" and m.group == "all"]
     assert [(m.value, m.n) for m in told] == [(0.0, 1)]
-    (left_out,) = label_metrics(table, SPEC, labels("0.png", "1.png"), {"learnt", "new"})
+    *_, left_out = label_metrics(table, SPEC, labels("0.png", "1.png"), {"learnt", "new"})
     assert (left_out.metric, left_out.value) == ("films_known_to_model", 2)
 
 
@@ -194,7 +197,7 @@ def test_a_run_is_measured_as_by_evaluate_with_its_patients_drawn_together():
     told = labels(
         *(f"{n}.png" for n in range(40)), patient_id=patients, patient_sex=["F", "M"] * 20
     )
-    _, _, *found = label_metrics(table, SPEC, told)
+    _, _, _, *found = label_metrics(table, SPEC, told)
     images = ScoredImages(
         truth, np.stack([1 - p, p], axis=1).astype(np.float64), SPEC.class_names, "Lung_Opacity",
         points={"chosen": SPEC.operating_point},
@@ -249,3 +252,9 @@ def test_of_very_many_labelled_films_fewer_replicates_are_drawn(monkeypatch, cap
 
 def test_no_label_of_the_models_classes_means_no_metric():
     assert label_metrics(predictions({"p": 0.9, "label": "Other"}), SPEC, labels("0.png")) == []
+
+
+def test_labelled_films_of_which_none_has_a_score_are_counted():
+    table = predictions({"status": "rejected", "error_code": "lateral_view", "label": "Normal"})
+    (unscored,) = label_metrics(table, SPEC, labels("0.png"))
+    assert (unscored.metric, unscored.value, unscored.n) == ("films_without_score", 1, 1)

@@ -236,6 +236,16 @@ def test_labels_that_match_nothing_or_measure_nothing_are_reported(
     assert all(warning in line for line in warned)
 
 
+def test_labelled_films_without_a_score_are_told_beside_the_accuracy(place, tmp_path):
+    place.failing = {"Adams.png": "poor_quality", "Clark.png": "truncated"}
+    named = "".join(f"{name}.png,Lung_Opacity\n" for name in ("Adams", "Baker", "Clark", "Davis"))
+    (tmp_path / "labels.csv").write_text(f"image,label\n{named}")
+    (run,) = place.night(labels=str(tmp_path / "labels.csv")).runs
+    told = summary(run)
+    assert "4 with one of the model's classes; 2 of these have no score; 1 that it was" in told
+    assert "  accuracy  1.0000 against the labels of 1 film\n" in told
+
+
 @pytest.mark.parametrize("point", ["our-site", None])
 def test_films_that_the_point_in_use_was_picked_on_are_reported(place, tmp_path, caplog, point):
     digest = hashlib.sha256(b"Adams.png").hexdigest()
