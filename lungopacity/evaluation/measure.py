@@ -41,6 +41,7 @@ from lungopacity.evaluation.metrics import (
     binned,
     check_scores,
     confusion_matrix,
+    difference_interval,
     group_rows,
     wilson_interval,
 )
@@ -130,22 +131,15 @@ def measure_with_gaps(
     resampling: Resampling,
     point: str,
 ) -> tuple[list[Metric], tuple[Gap, ...]]:
-    """`measure`, and the `largest_gaps` between subgroups with intervals over patients.
+    """`measure`, and the `largest_gaps` between subgroups with intervals over patients: by the
+    bootstrap or, if a group's sensitivity or specificity is 0 or 1, Newcombe's from those of the
+    two groups. A gap has no interval if the AUC of a group has none.
 
     point: the name of the operating point whose decisions are compared.
     """
     metrics, replicates = _measured(scored, groups, resampling)
-
-    def bounded(gap: Gap) -> Gap:
-        # The replicates of both groups come from the same draws, so they can be subtracted.
-        worst_R, best_R = (
-            replicates[item.group][item.metric, item.class_name] for item in (gap.worst, gap.best)
-        )
-        low, high = percentile_interval(best_R - worst_R)
-        return replace(gap, ci_low=low, ci_high=high)
-
     gaps = largest_gaps(metrics, scored.positive, point)
-    return metrics, tuple(bounded(gap) for gap in gaps)
+    return metrics, tuple(_with_interval_of_gap(gap, replicates) for gap in gaps)
 
 
 def _measured(
@@ -182,6 +176,25 @@ def _measured(
                     for item in [*figures.values(group), *figures.counts(group)]
                 ]
     return metrics, replicates
+
+
+def _with_interval_of_gap(
+    gap: Gap, replicates: Mapping[str, Mapping[Key, npt.NDArray[np.float64]]]
+) -> Gap:
+    worst, best = gap.worst, gap.best
+    low: float | None
+    high: float | None
+    if worst.ci_low is None or best.ci_low is None:
+        low, high = None, None
+    elif "wilson_patients" in (worst.ci_method, best.ci_method):
+        low, high = difference_interval(best, worst)
+    else:
+        # The replicates of both groups come from the same draws, so they can be subtracted.
+        worst_R, best_R = (
+            replicates[item.group][item.metric, item.class_name] for item in (worst, best)
+        )
+        low, high = percentile_interval(best_R - worst_R)
+    return replace(gap, ci_low=low, ci_high=high)
 
 
 def ratio_metrics(

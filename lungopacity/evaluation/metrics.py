@@ -6,6 +6,7 @@ caller names it. Array names carry their shape: N images, K classes, B bins.
 Sources:
 
 * Wilson 1927, Journal of the American Statistical Association 22:209 (interval of a proportion).
+* Newcombe 1998, Statistics in Medicine 17:873, method 10 (interval of a difference of proportions).
 * Guo, Pleiss, Sun & Weinberger 2017, ICML, arXiv:1706.04599 (expected calibration error).
 """
 
@@ -150,6 +151,20 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     half = _Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
     # At 0 and n, a bound is exactly 0 or 1, but rounding can shift it slightly.
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def difference_interval(first: Metric, second: Metric) -> tuple[float, float]:
+    """The 95 % interval of first - second for proportions of different patients, from the interval
+    that each must have (Newcombe 1998)."""
+    assert first.ci_low is not None
+    assert first.ci_high is not None
+    assert second.ci_low is not None
+    assert second.ci_high is not None
+    difference = first.value - second.value
+    return (
+        difference - math.hypot(first.value - first.ci_low, second.ci_high - second.value),
+        difference + math.hypot(first.ci_high - first.value, second.value - second.ci_low),
+    )
 
 
 def calibration_bins(

@@ -198,7 +198,8 @@ def test_the_gap_between_subgroups_has_an_interval_of_the_same_draws():
 
 
 def test_a_subgroup_that_is_ranked_without_a_mistake_is_compared():
-    """No draw moves its AUC of 1; of few opacities that says nothing."""
+    """No draw moves its AUC of 1, nor shows how far the gap would vary; of few opacities that says
+    nothing."""
     images, views = scored(240, separation=1.0), np.repeat(["PA", "AP"], 120)
     right_N = images.labels_N[:, None] == np.arange(2)
     shares_NK = np.where(views[:, None] == "PA", right_N, images.probabilities_NK)
@@ -213,7 +214,7 @@ def test_a_subgroup_that_is_ranked_without_a_mistake_is_compared():
     gaps, few = gaps_of(images, views)
     assert (gaps["AUC"].worst.group, gaps["AUC"].best.group) == ("view=AP", "view=PA")
     assert gaps["AUC"].best.value == 1.0
-    assert gaps["AUC"].ci_low < gaps["AUC"].size < gaps["AUC"].ci_high
+    assert (gaps["AUC"].ci_low, gaps["AUC"].ci_high) == (None, None)
     assert few == []
     of_pa = np.flatnonzero(views == "PA")
     assert gaps_of(images.rows(of_pa), views[of_pa]) == ({}, [])  # nothing but another is lacking
@@ -222,6 +223,28 @@ def test_a_subgroup_that_is_ranked_without_a_mistake_is_compared():
     gaps, few = gaps_of(images.rows(kept), views[kept])
     assert "AUC" not in gaps
     assert few == []  # it is compared by specificity
+
+
+def test_a_gap_to_a_subgroup_without_a_mistake_has_the_doubt_of_both():
+    """Of 30 opacities all are found, of 60 all but five: by Fisher's exact test, p is 0.17. Draws
+    move only the five, and would let the gap begin above 0."""
+    positive_N = np.repeat([0.9, 0.1], [85, 95])
+    labels_N = np.repeat([1, 0], 90)
+    sites = ["B"] * 30 + ["A"] * 60 + ["A", "B"] * 45
+    images = ScoredImages(
+        labels_N, np.stack([1 - positive_N, positive_N], axis=1), ("a", "b"), "b", None, POINTS
+    )
+    _, gaps = measure_with_gaps(images, {"site": sites}, Resampling.of([None] * 180), "youden")
+    found = {gap.figure: gap for gap in gaps}
+    gap = found["sensitivity"]
+    assert (gap.worst.group, gap.best.group) == ("site=A", "site=B")
+    below = math.hypot(1 - wilson_interval(30, 30)[0], gap.worst.ci_high - 55 / 60)
+    assert gap.ci_low == pytest.approx(gap.size - below)
+    assert gap.ci_high == pytest.approx(1 - gap.worst.ci_low)
+    assert gap.ci_low < 0
+    # Neither calls a normal film positive, and neither is known to have no false alarm.
+    assert found["specificity"].size == 0
+    assert -0.12 < found["specificity"].ci_low < 0 < found["specificity"].ci_high < 0.12
 
 
 def test_one_kind_of_film_or_one_patient_has_no_interval_and_no_error():

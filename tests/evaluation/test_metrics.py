@@ -13,6 +13,7 @@ from lungopacity.evaluation.metrics import (
     age_band,
     calibration_bins,
     confusion_matrix,
+    difference_interval,
     wilson_interval,
 )
 from lungopacity.evaluation.table import largest_gaps, uncompared_groups
@@ -168,6 +169,25 @@ def test_errors_of_opposite_sign_do_not_cancel_in_the_class_that_decides():
 )
 def test_wilson_intervals_are_the_published_ones(successes, n, low, high):
     assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "low", "high"),
+    # Newcombe, Stat Med 1998;17:873, table II, method 10.
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+        ((0, 10), (0, 20), -0.1611, 0.2775),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+    ],
+)
+def test_intervals_of_differences_are_the_published_ones(first, second, low, high):
+    shares = (
+        Metric("all", "recall", None, part / n, *wilson_interval(part, n), n)
+        for part, n in (first, second)
+    )
+    assert difference_interval(*shares) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_at_none_and_at_all_a_bound_is_the_share_itself():
