@@ -20,6 +20,7 @@ from lungopacity.storage import join_uri, open_store
 from lungopacity.training.loop import Films, train_loop
 from lungopacity.training.relay import EndAtOnce, relayed_rows
 from lungopacity.training.settings import TrainingSettings
+from lungopacity.training.torch_backend import OnNodesInterface
 
 MAX_RESTARTS = 3
 """Restarts of a run's workers before the run is given up."""
@@ -54,6 +55,7 @@ def run_ray_train(
                 "place": open_store(join_uri(work_uri, run)).uri,
                 "filesystem": filesystem,
             },
+            torch_config=OnNodesInterface(),
             scaling_config=ScalingConfig(
                 num_workers=(settings.workers, settings.max_workers)
                 if elastic

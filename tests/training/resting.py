@@ -3,14 +3,17 @@ that kills it at that epoch does so before the last one, even on a busy machine.
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
+import ray
 import ray.train
 import torch
 
 from lungopacity.runtime.resources import cpus_here
 from lungopacity.training.loop import train_loop
+from lungopacity.training.torch_backend import GLOO_INTERFACE, interface_of
 
 
 def resting_loop(config: dict[str, Any]) -> dict[str, Any]:
@@ -26,6 +29,8 @@ def resting_loop(config: dict[str, Any]) -> dict[str, Any]:
 
     ray.train.report = reported
     result = train_loop(config)
+    # The tests' Ray has an address of this machine.
+    assert os.environ[GLOO_INTERFACE] == interface_of(ray.util.get_node_ip_address())
     # Of the CPUs that Ray has here, not all that the process sees.
     assert torch.get_num_threads() == max(1, cpus_here() // context.get_local_world_size())
     return result
