@@ -25,6 +25,9 @@ _GZIP = b"\x1f\x8b"
 _ZIP = b"PK\x03\x04"
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 ANY_SEPARATOR = ",;\t|"
+_SEP_LINE = re.compile(r'"?sep=.?"?')
+"""What may stand above the columns' names: it tells Excel which character separates the fields."""
+_HEADER = re.compile(rf"(?:^|[\r\n])(?!{_SEP_LINE.pattern}(?:[\r\n]|$))([^\r\n]+)")
 _FILM_NAME = re.compile(r"\w\.(png|jpe?g|dcm|dicom|tiff?|bmp|jp2)(\s|$)", re.IGNORECASE)
 
 
@@ -128,13 +131,15 @@ def csv_text(data: bytes, uri: str) -> str:
 def csv_rows(text: str, uri: str, separators: str = ",") -> Iterator[list[str]]:
     """The columns' names and then the values of each row of a CSV file, a field for each column.
 
-    Blank lines are left out. separators: what may separate the fields; the one that gives the
-    header the most columns does. Raises `UserError` for lines of another length than the header,
-    for repeated names, and for a file without a header. Columns without a name at the end may be
-    missing from the rows: the header of NIH's Data_Entry_2017.csv ends with a comma.
+    Blank lines, and a first line such as `sep=;`, are left out. separators: what may separate the
+    fields; the one that gives the header the most columns does. Raises `UserError` for lines of
+    another length than the header, for repeated names or headers, and for a file without a header.
+    Columns without a name at the end may be missing from the rows: the header of NIH's
+    Data_Entry_2017.csv ends with a comma.
     """
-    first = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
-    separator = max(separators, key=lambda sign: len(next(csv.reader([first], delimiter=sign))))
+    first = _HEADER.search(text)
+    names = "" if first is None else first[1]
+    separator = max(separators, key=lambda sign: len(next(csv.reader([names], delimiter=sign))))
     # Strict: a quote that nothing closes would make one value of all that follows it.
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     header: list[str] = []
@@ -144,6 +149,8 @@ def csv_rows(text: str, uri: str, separators: str = ",") -> Iterator[list[str]]:
             if not "".join(fields).strip() and len(fields) < 2:
                 continue
             if not header:
+                if _SEP_LINE.fullmatch(separator.join(fields)):
+                    continue
                 header = fields
                 _check_header(header, uri)
                 fewest = max((n for n, name in enumerate(header, 1) if name), default=0)
@@ -152,9 +159,15 @@ def csv_rows(text: str, uri: str, separators: str = ",") -> Iterator[list[str]]:
                     f"{uri}: line {lines.line_num} has {len(fields)} fields, the header has "
                     f"{len(header)}; fix it, with quotes around values that contain a comma"
                 )
+            elif [fields[0].removeprefix("\ufeff"), *fields[1:]] == header:
+                raise UserError(
+                    f"{uri}: line {lines.line_num} repeats the names of the columns; remove it"
+                )
             yield fields + [""] * (len(header) - len(fields))
     except csv.Error as error:
         raise UserError(f"{uri}: line {lines.line_num} is not CSV ({error}); fix it") from error
+    if not header:
+        raise UserError(f"{uri}: names no columns")
 
 
 def _check_header(header: list[str], uri: str) -> None:

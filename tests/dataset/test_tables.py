@@ -53,6 +53,11 @@ def test_labels_may_have_columns_without_a_name_at_the_end(tmp_path):
         ('image,label\n1.png,"a\n2.png,b\n', r"is not CSV \(unexpected end of data\); fix it"),
         ("image,label,label\n1.png,a,b\n", "has 2 columns named 'label'; keep one of them"),
         ("image,label,Label\n1.png,a,b\n", "2 columns are named 'label' but for capitals"),
+        # As `cat a.csv b.csv` makes it, of files with and without a mark of UTF-8.
+        ("image,label\n1.png,a\nimage,label\n2.png,b\n", "line 3 repeats the names of the columns"),
+        ("image,label\n1.png,a\n\ufeffimage,label\n2.png,b\n", "line 3 repeats the names"),
+        ("sep=;\n", "t.csv: names no columns"),
+        ('""\n', "t.csv: names no columns"),
     ],
 )
 def test_a_table_that_would_lose_or_mix_up_values_is_refused(text, said, tmp_path):
@@ -64,11 +69,12 @@ def test_a_table_that_would_lose_or_mix_up_values_is_refused(text, said, tmp_pat
     "text",
     [
         '\ufeffimage;label\r\n"Müller; 1.png";Normal\r\n2.png;"Lung\r\nOpacity"\r\n\r\n',
+        'sep=;\r\nimage;label\r\n"Müller; 1.png";Normal\r\n2.png;"Lung\r\nOpacity"\r\n',
         '\timage\tlabel\n0\tMüller; 1.png\tNormal\n1\t2.png\t"Lung\r\nOpacity"\n',
         'image|label|note\rMüller; 1.png|Normal|\r\r2.png|"Lung\r\nOpacity"|""\r',
         "file (.dcm),image,label\n,Müller; 1.png,Normal\n'x',2.png,\"Lung\r\nOpacity\"",
     ],
-    ids=["Excel's", "tabs", "bars", "commas"],
+    ids=["Excel's", "sep=", "tabs", "bars", "commas"],
 )
 def test_tables_may_have_other_separators_and_line_ends(text, tmp_path):
     rows = [["2.png", "Lung\r\nOpacity"], ["Müller; 1.png", "Normal"]]
@@ -112,3 +118,8 @@ def test_a_table_in_another_encoding_is_refused_with_what_to_do(tmp_path, data, 
     (tmp_path / "t.csv").write_bytes(data)
     with pytest.raises(UserError, match=said):
         labels_of_tables("SELECT image, label FROM t", {"t": str(tmp_path / "t.csv")})
+
+
+def test_labels_may_begin_with_excels_line_about_commas(tmp_path):
+    (tmp_path / "l.csv").write_text("sep=,\nimage,label\n1.png,a\n2.png,b\n")
+    assert read_labels(str(tmp_path / "l.csv"))["label"].tolist() == ["a", "b"]
