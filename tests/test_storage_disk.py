@@ -193,3 +193,15 @@ def test_a_file_that_is_not_regular_is_refused_without_waiting(tmp_path):
             assert caught.value.code is ErrorCode.UNSUPPORTED
     assert code_of(lambda: store.read("folder.dcm")) is ErrorCode.MISSING
     assert store.head("folder.dcm") is None
+
+
+def test_what_is_written_into_rays_copy_of_a_working_dir_would_be_lost(tmp_path, monkeypatch):
+    """A submitted job runs there, and a relative path means that folder."""
+    copy = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    (copy / "labels.csv").write_bytes(b"x")
+    assert open_store(".").read("labels.csv") == b"x"
+    with pytest.raises(UserError, match=r"_ray_pkg_1/report: is in Ray's copy of .* S3, or"):
+        open_store("report").write("table1.txt", b"x")
+    open_store(str(tmp_path / "report")).write("table1.txt", b"x")

@@ -31,6 +31,10 @@ _NO_SUCH_FILE = (errno.ELOOP, errno.ENAMETOOLONG)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of FAT, some SMB shares, and buckets that are mounted as folders."""
 
+_COPIES_OF_RAY = "/runtime_resources/working_dir_files/"
+"""Part of the path of the folder in which a job runs that was submitted with `--working-dir`: Ray's
+copy of that folder, which Ray deletes some time after the job."""
+
 
 def absolute(path: Path) -> Path:
     """The path with `~` and `..` resolved. Raises `UserError` for the home of an unknown user."""
@@ -161,6 +165,11 @@ class LocalStore:
         private: bool = False,
     ) -> None:
         path = self._path(key)
+        if _COPIES_OF_RAY in self.uri:
+            raise UserError(
+                f"{self.uri}: is in Ray's copy of the job's --working-dir, which Ray deletes; give "
+                "a place in S3, or a whole path"
+            )
         try:
             handle, name = _temporary_in(path.parent, 0o700 if private else 0o777)
             try:
