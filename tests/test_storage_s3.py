@@ -305,13 +305,13 @@ def test_arrow_renews_the_credentials_of_a_role_by_itself(s3_uri, monkeypatch, t
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("AWS_ENDPOINT_URL", "not a url", "Invalid endpoint: not a url"),
-        ("AWS_PROFILE", "nosuch", r"The config profile \(nosuch\) could not be found"),
+        ("AWS_ENDPOINT_URL", "site:9000", "Invalid endpoint: site:9000; begin AWS_ENDPOINT_URL"),
+        ("AWS_PROFILE", "nosuch", r"profile \(nosuch\) could not be found; check the AWS var"),
     ],
 )
 def test_a_wrong_aws_variable_is_reported(monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=f"S3 cannot be used: {message}; check the AWS variables"):
+    with pytest.raises(UserError, match=f"^S3 cannot be used: .*{message}"):
         open_store("s3://tests/x").head("a")
 
 

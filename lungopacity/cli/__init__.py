@@ -44,7 +44,8 @@ _NAMED_ELSEWHERE = {
     type=click.Choice(["text", "json"]),
     default="text",
     envvar=_FORMAT_VARIABLE,
-    help=f"Log lines for people, or JSON objects with the run id. Also: {_FORMAT_VARIABLE}.",
+    show_envvar=True,
+    help="Log lines for people, or JSON objects with the run id.",
 )
 def cli(log_format: str) -> None:
     """Distributed screening of chest radiographs for lung opacity."""

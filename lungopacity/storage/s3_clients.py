@@ -92,6 +92,7 @@ def s3_client() -> Any:
         return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
     except (BotoCoreError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"S3 cannot be used: {reason}; check the AWS variables and profiles"
-        ) from error
+        fix = "check the AWS variables and profiles"
+        if reason.startswith("Invalid endpoint"):
+            fix = "begin AWS_ENDPOINT_URL, or the profile's endpoint_url, with http:// or https://"
+        raise UserError(f"S3 cannot be used: {reason}; {fix}") from error

@@ -135,6 +135,13 @@ def test_for_collectors_the_last_line_and_warnings_are_objects_too(monkeypatch, 
         assert not lines[-1]["message"].startswith("error:")
 
 
+def test_a_variable_that_is_wrong_is_named(monkeypatch, capfd):
+    monkeypatch.setenv("LUNGOPACITY_LOG_FORMAT", "xml")
+    code, _, err = run(capfd, "runs", "--results", "x")
+    assert code == 2
+    assert "'--log-format' (env var: 'LUNGOPACITY_LOG_FORMAT'): 'xml' is not one of" in err
+
+
 def test_for_people_a_warning_is_a_line_without_escapes(monkeypatch, capfd):
     def broken(uri: str) -> None:
         warnings.warn("odd\x1b[2J\nfile", stacklevel=1)
