@@ -13,7 +13,7 @@ import pandas as pd
 
 from lungopacity.dataset.tables import ANY_SEPARATOR, bytes_of, csv_rows, csv_text
 from lungopacity.errors import UserError, first_line
-from lungopacity.results.workbench import quoted, tables_in_memory
+from lungopacity.results.workbench import quoted, reason_of, tables_in_memory
 
 _NUMBERS = {
     "BIGINT": r"-?(0|[1-9]\d{0,17})",
@@ -50,7 +50,7 @@ def answer_of(sql: str, tables: Mapping[str, str], called: str) -> pd.DataFrame:
             answer = connection.sql(sql)
             return pd.DataFrame() if answer is None else answer.df()
         except duckdb.Error as error:
-            raise UserError(f"{called}: {first_line(error)}") from error
+            raise UserError(f"{called}: {reason_of(error)}") from error
 
 
 def _csv_reader(data: bytes, uri: str, path: Path) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from lungopacity.errors import UserError, first_line
 from lungopacity.results.folder import read_runs
 from lungopacity.results.schema import METRICS_SCHEMA, predictions_schema
-from lungopacity.results.workbench import is_full_disk, tables_in_memory
+from lungopacity.results.workbench import is_full_disk, reason_of, tables_in_memory
 from lungopacity.storage import Store, open_store
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def query(results_uri: str, sql: str) -> pa.Table:
         except duckdb.Error as error:
             if _OF_A_FILE.search(str(error)):
                 raise _unreadable(store, error) from error
-            raise UserError(f"SQL: {_first_lines(str(error))}") from error
+            raise UserError(f"SQL: {reason_of(error)}") from error
 
 
 def _columns(written: Sequence[str], names: Sequence[str]) -> str:
@@ -224,7 +224,3 @@ def _dataset(
         partitioning=partitioning,
         partition_base_dir=root,
     )
-
-
-def _first_lines(message: str) -> str:
-    return " ".join(message.split("\n\n")[0].split())

@@ -43,6 +43,11 @@ def is_full_disk(error: Exception) -> bool:
     )
 
 
+def reason_of(error: Exception) -> str:
+    """What DuckDB says of SQL that it refuses, with the names that it suggests, on one line."""
+    return " ".join(str(error).split("\n\n")[0].split())
+
+
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """An empty local folder, removed after the block.

@@ -269,6 +269,7 @@ def test_any_tables_become_labels_by_sql(tmp_path, capsys):
         ("SELECT key AS image FROM films", "it must give image and label"),
         ("SELECT key AS image, 1 AS label, 2 AS diagnosis FROM films", "diagnosis"),
         ("SELECT nothing FROM films", "--sql: Binder Error"),
+        ("SELECT keys FROM films", 'Candidate bindings: "key"'),
         ("-- nothing", "--sql: gives no table; it must give image and label"),
         ("SELECT * FROM read_csv('/etc/passwd')", "--sql: "),
     ):
