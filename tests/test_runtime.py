@@ -224,6 +224,20 @@ def test_a_ray_that_does_not_come_up_is_no_defect(monkeypatch):
     assert not session.is_private
 
 
+def test_a_cluster_of_other_versions_is_told_with_all_of_them(monkeypatch):
+    from ray._private.utils import check_version_info
+
+    def refused(**_: object) -> None:
+        check_version_info({"ray_version": "2.59.0", "python_version": "3.12.1"}, "node 192.0.2.7")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refused)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    said = r"mismatch: .* Ray: 2\.59\.0 Python: 3\.12\.1 .* Ray: \S+ Python: \S+; check RAY_ADDRESS"
+    with pytest.raises(UserError, match=said):
+        RaySession()._start()
+
+
 def test_who_needs_no_ray_hears_nothing_of_one_that_cannot_be_had():
     script = (
         "from lungopacity.errors import UserError\n"

@@ -167,8 +167,11 @@ class RaySession:
                     f"Ray cannot be started on this machine: {first_line(error)}; try again, or "
                     "check its free space with `lungopacity doctor`"
                 ) from error
+            why = first_line(error)
+            if why.endswith(":"):  # the versions of Ray and Python here and there follow
+                why = " ".join(str(error).split())
             raise UserError(
-                f"Ray at '{address}' cannot be joined: {first_line(error)}; "
+                f"Ray at '{address}' cannot be joined: {why}; "
                 "check RAY_ADDRESS, or unset it to run on this machine alone"
             ) from error
         self.is_private = address == "local"
