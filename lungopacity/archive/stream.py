@@ -118,9 +118,10 @@ def stream(
 
 
 def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    """Run a pipeline of `stream`, and yield its tables. Raises `UserError` if nothing moves for
-    hours. Where tasks may fail, raises as `reason_of_loss` does."""
+    """Run a pipeline of `stream`, and yield its tables. Raises `UserError` if a task does, or if
+    nothing moves for hours. Where tasks may fail, raises as `reason_of_loss` does."""
     from ray.data.exceptions import ExecutionTimeoutError
+    from ray.exceptions import RayTaskError
 
     def log_failed() -> None:
         while failed:
@@ -140,6 +141,11 @@ def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
             f"nothing moved in the pipeline for {limit_s / 3600:g} hours ({'; '.join(stages)}); "
             "see `ray status`: the cluster may lack what a stage without active tasks waits for"
         ) from error
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            # Ray Data adds its own advice below the first line.
+            raise UserError(first_line(error.cause)) from error
+        raise
 
 
 def reason_of_loss(error: BaseException) -> str:

@@ -130,17 +130,18 @@ def test_the_driver_hears_of_each_part_and_other_datasets_keep_their_blocks(monk
 def test_only_what_ray_lost_is_lost_where_tasks_may_be(caplog):
     """A node that joins late and cannot do its work would publish sound films as `reader_crash`."""
 
-    def fails(error: Exception) -> list[pa.Table]:
+    def fails(error: Exception, losses: int = 9) -> list[pa.Table]:
         def task(objects: pa.Table) -> Iterator[pa.Table]:
             if objects["object"][0].as_py():
                 raise error
             yield objects
 
         tasks = [pa.table({"object": [number]}) for number in range(2)]
-        return list(stream.tables_of(stream.stream(tasks, task, losses=9)))
+        return list(stream.tables_of(stream.stream(tasks, task, losses=losses)))
 
-    with pytest.raises(UserError, match=r"^w1, where films are read: no AWS credentials$"):
-        fails(UserError("w1, where films are read: no AWS credentials"))
+    for losses in (0, 9):
+        with pytest.raises(UserError, match=r"^w1, where films are read: no AWS credentials$"):
+            fails(UserError("w1, where films are read: no AWS credentials"), losses)
     with pytest.raises(UserError, match="lacks the job's code"):
         fails(RaySystemError("System error: No module named 'lungopacity'"))
     (left,) = fails(RaySystemError("the decoder does not start"))
