@@ -195,6 +195,8 @@ class ImageError(Exception):
         is_damaged = self.code in (ErrorCode.MISSING, ErrorCode.DIGEST_MISMATCH)
         if is_damaged:
             return "restore it"
+        if self.code is ErrorCode.FORBIDDEN:
+            return "check the credentials and permissions"
         return "try again; check the network, credentials and permissions"
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -136,6 +136,8 @@ _MAY_PASS = re.compile(
     r"AWS Error (?!NO_SUCH_KEY|RESOURCE_NOT_FOUND)|\[errno (?!2\])", re.IGNORECASE
 )
 """Arrow's words if the storage did not return a file that may be there and sound."""
+_REFUSED = re.compile(r"AWS Error ACCESS_DENIED|\[errno 13\]", re.IGNORECASE)
+"""Of these, if the storage refused the read."""
 
 
 def _unreadable(store: Store, error: Exception) -> UserError:
@@ -145,8 +147,11 @@ def _unreadable(store: Store, error: Exception) -> UserError:
             f"{store.uri}: not enough memory or disk space to read the published runs ({reason}); "
             "free some, or set TMPDIR to a folder with more space"
         )
-    may_pass = _MAY_PASS.search(reason)
-    fix = "try again; check the network and permissions" if may_pass else "restore it"
+    fix = "restore it"
+    if _REFUSED.search(reason):
+        fix = "check the credentials and permissions"
+    elif _MAY_PASS.search(reason):
+        fix = "try again; check the network and permissions"
     return UserError(
         f"{store.uri}: a file that a commit record names cannot be read ({reason}); {fix}"
     )

@@ -369,3 +369,17 @@ def test_a_folder_without_report_is_refused(tmp_path):
         same = report(str(tmp_path / "3"), "ccc", 1, label=label)
         with pytest.raises(UserError, match=f"{which} of the images that the reports share"):
             compare(same, same)
+
+
+def test_a_report_whose_read_is_refused_is_not_said_to_be_missing(proxy, s3_uri, capfd):
+    first, second = (report(f"{s3_uri}/{model}", model, 1) for model in ("aaa", "bbb"))
+    for file, what in (
+        ("predictions.parquet", ": the report"),
+        ("evaluation.json", "/evaluation.json"),
+    ):
+        proxy.choose_any = lambda _, path, __, file=file: "403" if file in path else None
+        assert main(["compare", "--first", first, "--second", second]) == 2
+        assert (
+            f"{first}{what} cannot be read (access denied (AccessDenied)); check the credentials "
+            "and permissions\n"
+        ) in capfd.readouterr().err

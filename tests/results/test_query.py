@@ -220,7 +220,9 @@ def test_a_missing_predictions_file_is_reported(tmp_path):
     ("error", "mend"),
     [
         (OSError("When reading 'x': AWS Error NETWORK_CONNECTION during HeadObject"), "try again"),
-        (PermissionError(13, "Permission denied"), "try again"),
+        (PermissionError(13, "Permission denied"), "check the credentials and permissions$"),
+        (OSError("When reading 'x': AWS Error ACCESS_DENIED during HeadObject operation"),
+         "check the credentials and permissions$"),
         (duckdb.InvalidInputException("reading the stream registered as 'p' failed: IOError: AWS "
                                       "Error SLOW_DOWN during GetObject"), "try again"),
         (duckdb.OutOfMemoryException("failed to allocate"), "or set TMPDIR"),
@@ -238,14 +240,20 @@ def test_no_advice_on_an_unreadable_file_is_to_remove_it(tmp_path, error, mend):
     assert "remove" not in str(told.value)
 
 
-def test_a_record_that_the_storage_does_not_give_is_not_to_be_restored(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "mend"),
+    [(ErrorCode.TIMEOUT, "try again; "), (ErrorCode.FORBIDDEN, "check the credentials")],
+)
+def test_a_record_that_the_storage_does_not_give_is_not_to_be_restored(
+    code, mend, tmp_path, monkeypatch
+):
     write_run(str(tmp_path), "one", ("Normal", "Lung_Opacity"), 1)
 
-    def late(*_, **__):
-        raise ImageError(ErrorCode.TIMEOUT, Stage.FETCH, "no answer in time")
+    def not_given(*_, **__):
+        raise ImageError(code, Stage.FETCH, "no answer")
 
-    monkeypatch.setattr(LocalStore, "read", late)
-    with pytest.raises(UserError, match=r"cannot be read \(no answer in time\); try again"):
+    monkeypatch.setattr(LocalStore, "read", not_given)
+    with pytest.raises(UserError, match=rf"cannot be read \(no answer\); {mend}"):
         runs(str(tmp_path))
 
 
