@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from lungopacity import observe
 from lungopacity.archive.content import ReadSettings
-from lungopacity.archive.decoder import DecoderStartError
+from lungopacity.archive.decoder import DecoderStartError, leave_no_core
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import ReadFigures, read_images
 from lungopacity.errors import UserError, first_line, of_other_code
@@ -203,6 +203,7 @@ def counted_images(
     from ray.exceptions import RaySystemError
 
     check_node(store, "films are read")
+    leave_no_core()
     figures = ReadFigures()
     try:
         for table in read_images(store, objects, settings, wanted=wanted, figures=figures):

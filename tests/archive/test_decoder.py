@@ -17,8 +17,11 @@ import pytest
 
 from lungopacity.archive.content import ReadSettings, content_rows
 from lungopacity.archive.decoder import Decoder, DecoderStartError, borrowed_decoder
+from lungopacity.archive.inventory import take_inventory
+from lungopacity.archive.stream import counted_images
 from lungopacity.errors import TRANSIENT, ErrorCode
 from lungopacity.radiograph import DecodeLimits, Preprocessing
+from lungopacity.storage import open_store
 from tests.films import dicom, encoded, grey_film
 
 SETTINGS = ReadSettings(Preprocessing(image_size=32), DecodeLimits(max_seconds=1))
@@ -80,6 +83,28 @@ def test_a_file_that_crashes_its_decoder_costs_no_other_file(crashing, place):
     expected = [None] * 8
     expected[place] = "decoder_crash"
     assert codes(crashing, files) == expected
+
+
+@pytest.fixture
+def core_dumps():
+    """This process, and those that it starts, may leave them."""
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    if before[1] == 0:
+        pytest.skip("core dumps are forbidden here")
+    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_CORE, before)
+
+
+@pytest.mark.usefixtures("core_dumps")
+def test_a_crash_leaves_no_image_of_a_film_in_memory(crashing, tmp_path):
+    list(crashing.rows([(0, FILM)]))
+    assert resource.prlimit(crashing._process.pid, resource.RLIMIT_CORE)[0] == 0
+    store = open_store(str(tmp_path))
+    store.write("a.png", FILM)
+    objects = take_inventory(str(tmp_path)).objects
+    assert len(list(counted_images(store, objects, SETTINGS))) == 1
+    assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
 
 
 def test_a_large_file_that_crashes_its_decoder_costs_no_other_file(crashing):
