@@ -231,9 +231,9 @@ class _Transform:
         """
         if isinstance(self.voi, _Window):
             return 0.0, 1.0
-        if self.voi is not None and len(self.voi.entries) > 1:
+        if self.voi is not None:
             return self.voi.black_and_white()
-        if self.voi is None and self.modality is None and int(dataset.BitsStored) <= 8:
+        if self.modality is None and int(dataset.BitsStored) <= 8:
             ends = [end * self.slope + self.intercept for end in _stored_range(dataset)]
             return min(ends), max(ends)
         used_V, counts_V = occurring()

@@ -37,11 +37,21 @@ def test_overlays_above_bits_stored_are_ignored(every, bits):
         np.testing.assert_array_equal(one_film(dicom(overlay)).pixels, one_film(dicom(film)).pixels)
 
 
+def test_an_overlay_above_24_bits_is_ignored():
+    film = RAMP.astype("<u4") << 12
+    overlay = film.copy()
+    overlay[::3] |= 0x8000_0000
+    words = {"BitsAllocated": 32, "BitsStored": 24, "HighBit": 23}
+    found = one_film(dicom(RAMP, **words, PixelData=overlay.tobytes())).pixels
+    np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
+
+
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-@pytest.mark.parametrize("lowest", [0, -3000])
-@pytest.mark.parametrize("window", [{}, {"WindowCenter": 6000, "WindowWidth": 9000}])
-def test_too_few_bits_stored_do_not_wrap_bright_values_around(photometric, lowest, window):
+@pytest.mark.parametrize("lowest", [0, -3000, -12240])
+@pytest.mark.parametrize("has_window", [False, True])
+def test_too_few_bits_stored_do_not_wrap_bright_values_around(photometric, lowest, has_window):
     stored = unsigned(FILM + lowest)
+    window = {"WindowCenter": 6000 + lowest, "WindowWidth": 9000} if has_window else {}
     elements = {
         "PhotometricInterpretation": photometric, "PixelRepresentation": int(lowest < 0), **window,
     }  # fmt: skip
@@ -74,6 +84,24 @@ def test_signed_values_of_a_lossy_codec_need_not_extend_their_sign(syntax):
     elements = TWELVE_BITS | {"PixelRepresentation": 1}
     found = one_film(of_codestreams([frame], syntax, stored.shape, **elements)).pixels
     assert np.abs(found.astype(int) - one_film(dicom(RAMP)).pixels).max() <= 1
+
+
+def test_values_that_a_lossy_codec_carried_out_of_the_signed_range_are_clipped():
+    stored = RAMP.astype(int) - 2048
+    beyond = np.where(stored < -1900, stored - 200, np.where(stored > 1900, stored + 200, stored))
+    frame = imagecodecs.jpegls_encode(unsigned(beyond))
+    elements = TWELVE_BITS | {"PixelRepresentation": 1, "WindowCenter": 0, "WindowWidth": 4096}
+    found = one_film(of_codestreams([frame], JPEGLSNearLossless, RAMP.shape, **elements)).pixels
+    expected = np.clip(beyond, -2048, 2047) / 4095 * 255 + 127.5
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_signed_values_may_alternate_between_the_ends_of_their_range():
+    """Whether or not the sign is extended, however rough that is."""
+    stored = np.where(np.indices(RAMP.shape).sum(axis=0) % 2, 2047, -2048)
+    for cells in (unsigned(stored), unsigned(stored) & 0xFFF):
+        found = one_film(dicom(cells, PixelRepresentation=1)).pixels
+        np.testing.assert_array_equal(found, np.where(stored > 0, 255, 0))
 
 
 @pytest.mark.parametrize(

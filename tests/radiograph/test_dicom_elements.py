@@ -69,6 +69,7 @@ EMPTY = [
     {"ModalityLUTSequence": []},
     {"RescaleSlope": None, "RescaleIntercept": None},
     {"RescaleSlope": "1", "RescaleIntercept": None},
+    {"RescaleSlope": "0", "RescaleIntercept": "0"},
     {"RescaleIntercept": "0"},
     {"VOILUTFunction": ""},
     {"PixelPaddingValue": None},

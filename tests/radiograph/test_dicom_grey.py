@@ -195,19 +195,17 @@ def test_padding_is_black_and_does_not_affect_the_range():
 def test_padding_is_found_if_it_was_written_with_the_other_signedness(signed, bits, vr, value):
     stored = np.clip(RAMP, 300, 2000).astype(np.int32)
     stored[:5] = -2000
-    data = dicom(
-        (stored & (2**bits - 1)).astype(np.uint16),
-        PixelRepresentation=int(signed),
-        BitsStored=bits,
-        HighBit=bits - 1,
-    )
 
     def padded(dataset):
         dataset.add_new("PixelPaddingValue", vr, value)
 
-    found = one_film(changed(data, padded)).pixels
-    np.testing.assert_array_equal(found[6:], one_film(dicom(np.clip(RAMP, 300, 2000))).pixels[6:])
-    assert found[:5].max() == 0
+    for kept in (2**bits - 1, 0xFFFF):  # without and with the extension of the sign
+        words = {"PixelRepresentation": int(signed), "BitsStored": bits, "HighBit": bits - 1}
+        data = changed(dicom((stored & kept).astype(np.uint16), **words), padded)
+        found = one_film(data).pixels
+        inner = one_film(dicom(np.clip(RAMP, 300, 2000))).pixels[6:]
+        np.testing.assert_array_equal(found[6:], inner)
+        assert found[:5].max() == 0
 
 
 def test_padding_of_the_highest_signed_value_is_black():
@@ -243,10 +241,11 @@ def test_padding_of_a_monochrome1_film_is_black_too():
     assert found.pixels[6].min() > 150
 
 
-def test_a_padding_range_is_padding():
+@pytest.mark.parametrize(("value", "limit"), [(10, 20), (20, 10)])
+def test_a_padding_range_is_padding(value, limit):
     padded = np.clip(RAMP, 1000, 3000)
     padded[:3], padded[3:5] = 10, 20
-    found = one_film(dicom(padded, PixelPaddingValue=10, PixelPaddingRangeLimit=20)).pixels
+    found = one_film(dicom(padded, PixelPaddingValue=value, PixelPaddingRangeLimit=limit)).pixels
     assert found[:5].max() == 0
     assert found[6:].max() == 255
 
@@ -281,3 +280,14 @@ def test_8_bits_without_a_window_are_not_stretched():
         dataset["PixelData"].VR = "OB"
 
     np.testing.assert_array_equal(one_film(changed(dicom(film), eight_bits)).pixels, film)
+
+
+def test_8_bits_with_a_falling_rescale_are_inverted():
+    film = (RAMP // 16).astype(np.uint8)
+    told = {**EIGHT_BITS, "PixelData": film.tobytes(), "RescaleSlope": -2, "RescaleIntercept": 9}
+    np.testing.assert_array_equal(one_film(dicom(film, **told)).pixels, 255 - film)
+
+
+def test_a_window_in_which_no_value_is_brighter_than_a_third_is_kept():
+    found = one_film(dicom(RAMP, WindowCenter=4915, WindowWidth=4096)).pixels
+    assert found.max() == round(0.3 * 255)

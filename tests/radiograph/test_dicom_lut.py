@@ -89,6 +89,14 @@ def test_the_negative_first_value_of_a_lut_may_be_written_unsigned(slope, interc
     np.testing.assert_array_equal(film, one_film(dicom(RAMP, **rescale)).pixels)
 
 
+def test_the_negative_first_value_of_a_modality_lut_may_be_written_unsigned():
+    stored = (RAMP.astype(np.int16) - 1024).view(np.uint16)
+    told = {"BitsStored": 16, "HighBit": 15, "PixelRepresentation": 1}
+    item = lut_item(np.arange(4096), first=2**16 - 1024)
+    found = one_film(dicom(stored, **told, ModalityLUTSequence=[item])).pixels
+    np.testing.assert_array_equal(found, one_film(dicom(RAMP)).pixels)
+
+
 @pytest.mark.parametrize("is_signed", [False, True])
 def test_the_first_value_of_a_voi_lut_after_a_modality_lut_is_unsigned(is_signed):
     """The outputs of a Modality LUT are never negative, even for signed pixels (PS3.3

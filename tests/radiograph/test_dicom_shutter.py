@@ -54,6 +54,18 @@ def test_what_lies_outside_a_shutter_is_black(shutter, inside, photometric):
     assert differs <= (0.02 if shutter is POLYGON else 0), "its slanted edge may be drawn otherwise"
 
 
+@pytest.mark.parametrize("value", [65535, 5])
+def test_padding_and_a_shutter_hide_together(value):
+    """Also padding that 12 bits have no room for."""
+    film = np.clip(RAMP, 1000, 2000)
+    film[30:40] = value
+    told = {"PhotometricInterpretation": "MONOCHROME1", **FULL_WINDOW, "PixelPaddingValue": value}
+    found = one_film(dicom(film, **told, **RECTANGLE)).pixels
+    shown = IN_RECTANGLE & (film != value)
+    assert found[~shown].max() == 0
+    assert found[shown].min() > 100
+
+
 def test_what_lies_outside_a_shutter_does_not_affect_the_range():
     surround = np.where(IN_RECTANGLE, RAMP // 4 + 1000, 4095).astype(np.uint16)
     found = one_film(dicom(surround, **RECTANGLE)).pixels[IN_RECTANGLE]
