@@ -16,12 +16,13 @@ from lungopacity.archive.content import ReadSettings
 from lungopacity.archive.inventory import Archive, take_inventory
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.stream import read_tasks, stream_images, tables_of
-from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of, label_names
+from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of, label_names, shown
 from lungopacity.errors import ErrorCode, Status, UserError
 from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION, Preprocessing
 from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.runtime import capacity, free_resources
+from lungopacity.storage import open_store
 
 log = logging.getLogger(__name__)
 
@@ -176,9 +177,9 @@ def _joined(
     if len(absent):
         raise UserError(
             f"{labels_uri}: {len(absent)} of {len(labels)} labelled images are not in {where}, "
-            f"such as {absent.iloc[0]}; `image` must be the key under --images, the member's name "
-            "in a shard, or the last folders and the file name of one of these"
-            + ("; write / instead of \\ in it" if "\\" in absent.iloc[0] else "")
+            f"such as {shown(absent.iloc[0])}; `image` must be the key under --images, the "
+            "member's name in a shard, or the last folders and the file name of one of these"
+            + _hint(absent.iloc[0], image_uris)
         )
     within = read.loc[read["frame"] > 0, "name"].unique()
     if len(within):
@@ -232,6 +233,16 @@ def _joined(
         rejected=of_status[Status.REJECTED],
         synthetic=bool(frame["synthetic"].astype(bool).any()),
     )
+
+
+def _hint(name: str, image_uris: Sequence[str]) -> str:
+    """How to write a name that is in no archive, where that can be seen."""
+    if "\\" in name:
+        return "; write / instead of \\ in it"
+    for root in (*image_uris, *(open_store(uri).uri for uri in image_uris)):
+        if name.startswith(f"{root.rstrip('/')}/"):
+            return f"; leave out {root.rstrip('/')}/"
+    return ""
 
 
 def _warn_of_left_out(left_out: pd.DataFrame, images: int) -> None:

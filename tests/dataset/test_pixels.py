@@ -203,10 +203,23 @@ def test_broken_files_that_hide_no_labelled_film_are_ignored(tmp_path):
     assert data.images["image"].tolist() == frame["image"].tolist()
     for pixels, seed in zip(data.pixels_NHW, (*range(6), 20, 8), strict=True):
         np.testing.assert_array_equal(pixels, PREPROCESSING.square(grey_film(seed)))
-    with pytest.raises(
-        UserError, match=r"2 of 4 .* such as loose\\0\.png; .*; write / instead of \\ in"
-    ):
-        load([str(tmp_path / "a")], labels_of(tmp_path, [*names[:2], r"loose\0.png", "gone.png"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (r"loose\0.png", r"such as loose\0.png; .*; write / instead of \ in it"),
+        ("{folder}/0.png", "such as {folder}/0.png; .*; leave out {folder}/$"),
+        ("a/0.png", "such as a/0.png; .*; leave out a/$"),
+        (" 0.png", "such as ' 0.png'; .* of one of these$"),
+    ],
+)
+def test_a_name_of_no_film_is_told_with_its_mend(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    open_store("a").write("0.png", encoded(grey_film(0)))
+    name, said = (text.replace("{folder}", str(tmp_path / "a")) for text in (name, said))
+    with pytest.raises(UserError, match=said.replace("\\", r"\\")):
+        load(["a/"], labels_of(tmp_path, ["0.png", name]))
 
 
 def test_the_labels_take_precedence_over_a_films_header(tmp_path):
