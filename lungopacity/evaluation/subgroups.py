@@ -55,6 +55,12 @@ def column_groups(labels: pd.DataFrame, by: Sequence[str], uri: str) -> pd.DataF
 
 
 def _groups(values: pd.Series, name: str, uri: str) -> list[str | None]:
+    if any(isinstance(value, list | dict | np.ndarray) for value in values):
+        raise UserError(
+            f"{uri}: column '{name}' holds several values a row; give a column of words or numbers"
+        )
+    # A Parquet file may hold empty texts. In a CSV, they are missing values.
+    values = values.mask(values == "")
     if pd.api.types.is_numeric_dtype(values) and values.nunique() > MOST_NUMBERS:
         return _quartiles(values)
     if values.nunique() > MOST_VALUES:

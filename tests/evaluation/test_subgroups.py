@@ -96,3 +96,14 @@ def test_patient_ids_form_no_subgroups(column):
 def test_infinite_numbers_are_unknown(tmp_path):
     found = groups_of(tmp_path, ("x",), 20, x=[*range(19), np.inf])["x"]
     assert found.iloc[-1] is None
+
+
+def test_parquet_columns_are_as_those_of_a_csv_or_refused(tmp_path):
+    """What only Parquet can hold: empty texts, and several values a row."""
+    uri = str(tmp_path / "labels.parquet")
+    frame = pd.DataFrame({"image": ["a", "b"], "label": "Normal", "scanner": ["", "GE"]})
+    frame.assign(findings=[[1, 2], None]).to_parquet(uri)
+    labels = read_labels(uri, ("scanner", "findings"))
+    assert column_groups(labels, ("scanner",), uri)["scanner"].tolist() == [None, "GE"]
+    with pytest.raises(UserError, match="column 'findings' holds several values a row; give a"):
+        column_groups(labels, ("findings",), uri)
