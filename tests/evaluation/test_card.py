@@ -105,19 +105,9 @@ def card_of(spec=SPEC, metrics=METRICS, rejected=None, unreadable=0, unknown_pat
 def plain_card(spec, metrics=(), *, split="test", flags_unlike=True):
     """A card with these metrics and nothing else about the films."""
     return model_card(
-        spec,
-        "0" * 16,
-        metrics,
-        split=split,
-        flags_unlike=flags_unlike,
-        unreadable=0,
-        rejected={},
-        unknown_patients=0,
-        intervals="none",
-        gaps=[],
-        known_to_model=0,
-        picked_on={},
-    )
+        spec, "0" * 16, metrics, split=split, flags_unlike=flags_unlike, unreadable=0, rejected={},
+        unknown_patients=0, intervals="none", gaps=[], known_to_model=0, picked_on={},
+    )  # fmt: skip
 
 
 def section(card, title):
@@ -243,6 +233,10 @@ def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
     assert "| patient_sex=F | 0.9800 (0.9700 to 0.9900) |  |  | 300 |  |" in lines
     assert r"| site=A\|B | 0.9700 (0.9600 to 0.9800) |  | not defined | 798 |  |" in lines
     assert sum(line.startswith("| view_position=PA |") for line in lines) == 1
+    # Of a model that decides at another point, the decisions are those at this one.
+    card = card_of(replace(SPEC, operating_point=SPEC.operating_points["sensitivity=0.95"]))
+    assert "| sensitivity at sensitivity=0.95 |" in card
+    assert re.search(r"\n\| view_position=PA \| 0\.9412 [^|]*\| 0\.9600 ", card)
 
 
 def test_items_that_the_card_does_not_answer_whole_are_left_open():

@@ -271,6 +271,7 @@ def test_age_bands_meet_without_a_gap(years, band):
         (np.array([2]), two_class([0.5]), "labels"),
         (np.array([0]), np.array([[np.nan, 1.0]]), "NaN"),
         (np.array([0]), np.array([[0.9, 0.9]]), "sum to 1"),
+        (np.array([0]), np.array([[0.5, 0.5002]]), "sum to 1"),
         (np.array([0]), np.array([[-0.5, 1.5]]), "below 0"),
         (np.array([0]), np.array([[0.0, 1.5]]), "sum to 1"),
         (np.array([0]), np.array([[1.0]]), "not \\(n, 2\\)"),
