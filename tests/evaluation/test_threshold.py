@@ -190,21 +190,28 @@ def test_labelled_films_that_set_no_threshold_are_counted(site, tmp_path, caplog
 
 
 def test_a_score_of_what_an_object_once_held_sets_no_threshold(site, tmp_path):
-    """The label is of what lies there now, and that could not be read."""
+    """The label is of what lies there now, and that could not be read. Labels that a newer run was
+    given go before those of an older one."""
     archive, model, results = (
         str(tmp_path / "archive"),
         str(site / "model"),
         str(tmp_path / "results"),
     )
     shutil.copytree(site / "archive", archive)
-    lungopacity.screen(archive, model, results, run_id="before")
+    right = str(site / "labels.csv")
+    labels = pd.read_csv(right)
+    other = {"Normal": "Lung_Opacity", "Lung_Opacity": "Normal"}
+    labels.assign(label=labels["label"].map(other)).to_csv(tmp_path / "wrong.csv", index=False)
+    lungopacity.screen(archive, model, results, run_id="before", labels=str(tmp_path / "wrong.csv"))
     _an_hour_ahead(results)  # the clock of then: it was set back since
     open_store(archive).write("x/01.png", b"broken since")
-    lungopacity.screen(archive, model, results, run_id="after")
-    point = lungopacity.threshold(
-        model, results, "youden", "of-now", labels=str(site / "labels.csv")
-    )
+    lungopacity.screen(archive, model, results, run_id="after", labels=right)
+    point = lungopacity.threshold(model, results, "youden", "of-now", labels=right)
     assert (point.images, point.unscored) == (FILMS - 1, 1)
+    told = lungopacity.threshold(model, results, "youden", "of-the-newest-labels")
+    assert (told.threshold, told.sensitivity, told.unscored) == (
+        point.threshold, point.sensitivity, 1,
+    )  # fmt: skip
 
 
 def _an_hour_ahead(results: str) -> None:
