@@ -138,7 +138,17 @@ TRANSIENT = frozenset(
 OF_STORAGE = TRANSIENT | {ErrorCode.MISSING, ErrorCode.FORBIDDEN, ErrorCode.READER_CRASH}
 """Codes caused by the storage or the node, not by the content: every night tries again."""
 
-OF_VERSION = frozenset({ErrorCode.DECODER_CRASH, ErrorCode.DECODER_TIMEOUT, ErrorCode.INTERNAL})
+OF_VERSION = frozenset(
+    {
+        ErrorCode.DECODER_CRASH,
+        ErrorCode.DECODER_TIMEOUT,
+        ErrorCode.INTERNAL,
+        # Not of damaged files, but of those that this version cannot read.
+        ErrorCode.NOT_AN_IMAGE,
+        ErrorCode.UNSUPPORTED,
+        ErrorCode.UNSUPPORTED_TRANSFER_SYNTAX,
+    }
+)
 """Codes that another version of lungopacity may not give: a night with a new one tries again."""
 
 REJECTING = frozenset(

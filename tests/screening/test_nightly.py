@@ -283,11 +283,11 @@ def test_what_fails_every_night_keeps_nothing_else_waiting(place):
 
 
 def test_what_another_version_failed_at_is_tried_again_once(place, monkeypatch):
-    place.failing = {"Adams.png": "decoder_crash", "Baker.png": "internal", "Clark.png": "empty"}
+    place.failing = {"Adams.png": "unsupported", "Baker.png": "internal", "Clark.png": "empty"}
     (run,) = place.night(max_failed_fraction=1).runs
     assert place.night().runs[0].images == 0
     assert lungopacity.retry(place.results, run.run_id) is None
-    assert left_alone(place.results, run.run_id) == {"decoder_crash": 1, "internal": 1, "empty": 1}
+    assert left_alone(place.results, run.run_id) == {"unsupported": 1, "internal": 1, "empty": 1}
     for module in (history, finish):
         monkeypatch.setattr(module, "versions", lambda: {"lungopacity": "another"})
     assert left_alone(place.results, run.run_id) == {"empty": 1}
