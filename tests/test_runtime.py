@@ -1,5 +1,6 @@
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lungopacity.runtime import (
     ray_session,
     require_resources,
     resolve_gpu,
+    versions,
     worker_environment,
 )
 from lungopacity.runtime.session import RAY, RaySession
@@ -39,6 +41,19 @@ def test_a_node_with_another_version_of_the_code_is_refused():
         UserError, match=r"^\S+: this Ray node's .* is another version than the dri"
     ):
         check_same_code("0" * 64)
+
+
+def test_the_versions_of_all_that_decodes_are_told():
+    """A film may get other pixels, and another score, from another version of its decoder."""
+    files = (Path(__file__).parents[1] / "lungopacity/radiograph").glob("*.py")
+    imported = {
+        name
+        for file in files
+        for name in re.findall(r"^ *(?:import|from) (\w+)", file.read_text(), re.MULTILINE)
+    }
+    named = {"PIL": "pillow", "gdcm": "python-gdcm"}
+    packages = imported - sys.stdlib_module_names - {"lungopacity"}
+    assert {named.get(name, name) for name in packages} <= set(versions())
 
 
 @pytest.mark.usefixtures("ray_cluster")

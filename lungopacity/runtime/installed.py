@@ -11,17 +11,31 @@ from pathlib import Path
 
 from lungopacity.errors import UserError
 
+_PACKAGES = (
+    "imagecodecs", "ncnn", "numpy", "pillow", "pyarrow", "pydicom", "pyjpegls", "pylibjpeg",
+    "pylibjpeg-openjpeg", "python-gdcm", "ray", "simplejpeg", "timm", "torch", "torchvision",
+)  # fmt: skip
+"""Packages that read or score."""
+
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can change a result, for the model folder and a run's record."""
-    found = {"python": platform.python_version()}
-    for name in ("lungopacity", "ray", "torch", "ncnn", "numpy", "pillow", "pydicom", "pyarrow"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            # A submitted job may run from its uploaded working directory without being installed.
-            found[name] = "source"
-    return found
+    """Versions of everything that can change a result, for the model folder and a run's record.
+    Packages that are not installed are left out."""
+    found = {
+        "python": platform.python_version(),
+        "lungopacity": _version("lungopacity") or "source",
+    }
+    return found | {name: version for name in _PACKAGES if (version := _version(name)) is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """None if it is not installed: a submitted job may run from its uploaded working directory.
+    Looked up once, because each look takes a millisecond, and history asks for every run."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @cache
