@@ -31,6 +31,7 @@ from lungopacity.results.folder import (
 )
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
 from lungopacity.results.workbench import ExportedFile, export, spool, view_of_files, workbench
+from lungopacity.runtime import versions
 from lungopacity.screening.history import History, is_of_kind
 from lungopacity.screening.rules import Rules
 from lungopacity.storage import ConflictError, Store, check_name, open_store
@@ -70,6 +71,9 @@ class RunStart:
     """Whether a later night may resume the run."""
     columns: str = ""
     """`_COLUMNS` of the version that planned the run."""
+    version: str = ""
+    """The version of lungopacity that planned the run. The commit record names only one, and what
+    that version failed at would not be tried again by a later one."""
     after: int = 0
     """`newest_sequence` at planning time. Runs published later may hold newer rows of the same
     objects."""
@@ -141,6 +145,7 @@ def make_plan(
             rules=rules,
             nightly=nightly,
             columns=_COLUMNS,
+            version=versions()["lungopacity"],
             after=after,
         )
         for name, file in zip(start.files, files, strict=True):
@@ -208,7 +213,8 @@ def _start_at(results: Store, key: str) -> RunStart | None:
                 f"{results.uri}/{key}: cannot be read ({error.message}); try again"
             ) from error
         return None
-    return start if start.columns == _COLUMNS else None
+    is_ours = (start.columns, start.version) == (_COLUMNS, versions()["lungopacity"])
+    return start if is_ours else None
 
 
 def unfinished_runs(results: Store) -> list[RunStart]:

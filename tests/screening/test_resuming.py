@@ -105,17 +105,28 @@ def test_a_dry_run_counts_the_objects_of_unfinished_runs_at_most(place):
 
 
 @pytest.mark.parametrize(
-    "start", [b'{"files": [], "rules": {}}', b"not json", "of another version"]
+    "start", [b'{"files": [], "rules": {}}', b"not json", {"columns": "0123456789abcdef"}]
 )
 def test_a_run_that_cannot_be_resumed_does_not_stop_the_night(place, start, caplog):
     plan = place.killed(change=lambda rows: rows.drop_columns("ensemble_disagreement"))
-    if isinstance(start, str):
+    if isinstance(start, dict):
         told = json.loads(place.store.read(f"{plan.work}run.json"))
-        start = json.dumps({**told, "columns": "0123456789abcdef"}).encode()
+        start = json.dumps({**told, **start}).encode()
     place.store.write(f"{plan.work}run.json", start)
     (own,) = place.night().runs
     assert (own.images, own.exit_code) == (4, 0)
     assert "_work/killed/run.json is damaged or was written by another version" in caplog.text
+
+
+def test_what_an_older_version_failed_at_is_not_published_as_a_newer_ones(place, monkeypatch):
+    """The newer one may read it, and no later night would try."""
+    place.failing = {"Adams.png": "unsupported"}
+    with monkeypatch.context() as older:
+        older.setattr("lungopacity.screening.plan.versions", lambda: {"lungopacity": "0.0.1"})
+        place.killed()
+    place.failing = {}
+    (own,) = place.night().runs
+    assert (own.run_id != "killed", own.ok) == (True, 4)
 
 
 def test_an_unfinished_run_that_the_storage_does_not_return_now_is_kept(place, monkeypatch):
