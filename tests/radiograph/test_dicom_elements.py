@@ -26,6 +26,20 @@ def group(macro: str, **elements) -> Dataset:
 WINDOW = {"WindowCenter": 1000, "WindowWidth": 400}
 
 
+ENTRIES = Dataset()
+ENTRIES.LUTDescriptor, ENTRIES.LUTData = [4096, 0, 12], [each // 2 for each in range(4096)]
+ENTRIES["LUTDescriptor"].VR = ENTRIES["LUTData"].VR = "US"
+
+
+@pytest.mark.parametrize(
+    "told", [{**WINDOW, "VOILUTFunction": "SIGMOID"}, {"VOILUTSequence": [ENTRIES]}], ids=list
+)
+def test_a_group_says_all_of_how_its_frame_is_shown(told):
+    groups = {"SharedFunctionalGroupsSequence": [group("FrameVOILUTSequence", **told)]}
+    found = one_film(dicom(RAMP, **groups, VOILUTFunction="LINEAR", **WINDOW)).pixels
+    np.testing.assert_array_equal(found, one_film(dicom(RAMP, **told)).pixels)
+
+
 def test_shared_functional_groups_apply_to_each_frame():
     shared = group("FrameVOILUTSequence", **WINDOW)
     shared.PixelMeasuresSequence = group(

@@ -259,6 +259,7 @@ def test_a_padding_range_is_padding(value, limit):
         ({"NominalScannedPixelSpacing": [0.2, 0.1]}, (80, 30)),
         ({"ImagerPixelSpacing": [0.143, 0.143]}, RAMP.shape),
         ({"PixelAspectRatio": [1, 1]}, RAMP.shape),
+        ({"PixelSpacing": [0.1, 0.105]}, (76, 60)),
         ({"PixelAspectRatio": [0, 7]}, RAMP.shape),
         # The spacing says more: many write this ratio in any case.
         ({"PixelAspectRatio": [1, 1], "PixelSpacing": [0.2, 0.1]}, (80, 30)),

@@ -46,7 +46,7 @@ def test_a_modality_lut_may_map_8_bits_to_more():
     np.testing.assert_array_equal(found, film)
 
 
-@pytest.mark.parametrize("form", ["US", "OW", "8 bits, OW", "8 bits, packed", "8 bits"])
+@pytest.mark.parametrize("form", ["US", "SS", "OW", "8 bits, OW", "8 bits, packed", "8 bits"])
 def test_every_way_to_write_the_entries_of_a_voi_lut_gives_the_same_film(form):
     """PS3.3 C.11.2.1.1: a word may hold one or two 8-bit entries."""
     bits = 8 if form.startswith("8") else 16
@@ -56,12 +56,24 @@ def test_every_way_to_write_the_entries_of_a_voi_lut_gives_the_same_film(form):
     if "OW" in form:
         del item.LUTData
         item.add_new("LUTData", "OW", entries.astype("u1" if bits == 8 else "<u2").tobytes())
+    elif form == "SS":
+        item.add_new("LUTData", "SS", entries.astype(np.int16).tolist())
     elif form.endswith("packed"):
         item.LUTData = entries.astype(np.uint8).view("<u2").tolist()
     film = (RAMP // 2).astype(np.uint16)  # uses half of the table
     found = one_film(dicom(film, VOILUTSequence=[item])).pixels
     expected = 255 * (entries / entries.max())[film]
     assert np.abs(found - expected).max() <= 0.51
+
+
+def test_the_byte_that_makes_an_odd_number_of_entries_even_is_none():
+    """Otherwise the brightest values would be black."""
+    item = lut_item(range(255))
+    item.LUTDescriptor = [255, 0, 8]
+    del item.LUTData
+    item.add_new("LUTData", "OW", bytes(range(255)) + b"\0")
+    found = one_film(dicom(RAMP // 16, VOILUTSequence=[item])).pixels
+    np.testing.assert_array_equal(found, np.minimum(RAMP // 16, 254))
 
 
 @pytest.mark.parametrize("told", [0, 40_000])
