@@ -7,6 +7,7 @@ before it is needed: `--help` must not wait for it.
 from __future__ import annotations
 
 from lungopacity.runtime.container import own_cpus, own_memory_bytes
+from lungopacity.runtime.head_watch import if_head_is_lost
 from lungopacity.runtime.installed import check_same_code, code_digest, versions
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, alone, environment
 from lungopacity.runtime.resources import (
@@ -44,6 +45,7 @@ __all__ = [
     "environment",
     "free_resources",
     "grows_to",
+    "if_head_is_lost",
     "is_submission_address",
     "lean_training",
     "may_grow",

@@ -13,6 +13,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,21 @@ _EARLIER_S = 10.0
 """So much earlier than Ray does, this ends the process."""
 _LOOK_S = 2.0
 _ANSWER_S = 5.0
+_LAST_WORDS_S = 5.0
+"""So long the process waits for what `if_head_is_lost` calls."""
+
+_listeners: list[Callable[[str], object]] = []
+
+
+@contextmanager
+def if_head_is_lost(tell: Callable[[str], object]) -> Iterator[None]:
+    """In the block, `tell` is called with the reason before the process ends because the head is
+    gone: the block itself does not go on. It is called in another thread, and must not use Ray."""
+    _listeners.append(tell)
+    try:
+        yield
+    finally:
+        _listeners.remove(tell)
 
 
 class HeadWatch:
@@ -64,7 +81,16 @@ class HeadWatch:
             "finished is kept"
         )
         log.error("%s", why)
+        # In a thread of its own, because it is perhaps this machine that reaches nothing.
+        words = threading.Thread(target=_tell, args=[why], name="last-words", daemon=True)
+        words.start()
+        words.join(_LAST_WORDS_S)
         sys.stdout.flush()
         sys.stderr.flush()
         # Not raised in the main thread: whatever unwinds there would wait for the head.
         os._exit(2)
+
+
+def _tell(why: str) -> None:
+    for tell in _listeners:
+        tell(why)

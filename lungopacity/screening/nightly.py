@@ -16,7 +16,7 @@ from lungopacity.errors import NOTICE, Status, UserError, foreseen
 from lungopacity.evaluation.drift import Shift
 from lungopacity.results.folder import STATUS
 from lungopacity.results.workbench import temporary_folder
-from lungopacity.runtime import code_of_signal
+from lungopacity.runtime import code_of_signal, if_head_is_lost
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, ScreeningOptions, screening_job
@@ -75,7 +75,10 @@ def nightly(
     # If names are hashed, readers of the results must not see them, and the URI of an archive that
     # is a single object is its name.
     shown = None if options.get("hash_keys") else open_store(archive).uri
-    with Lease(store, "nightly", f"nightly screening of {shown or 'an archive'}") as lease:
+    with (
+        Lease(store, "nightly", f"nightly screening of {shown or 'an archive'}") as lease,
+        if_head_is_lost(lambda why: status.write("failed", 2, runs, why)),
+    ):
         status = _Status(store, shown, lease)
         runs: list[ScreeningResult] = []
         check = partial(_check, lease, runs)

@@ -19,7 +19,7 @@ from lungopacity.archive.inventory import list_archive
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
-from lungopacity.runtime import signals
+from lungopacity.runtime import head_watch, signals
 from lungopacity.screening import nightly, screen
 from lungopacity.screening.plan import unfinished_runs
 from lungopacity.screening.report import night_summary, summary
@@ -172,6 +172,27 @@ def test_a_night_that_is_ended_while_its_work_is_removed_reports_its_run(
     assert f"run {published} is published; `lungopacity clean` removes the rest" in caplog.text
     # Without it, the rest would be taken for work of a new run with this id.
     assert place.store.head(f"_work/{published}/run.json") is not None
+
+
+def test_a_night_that_ends_with_the_head_of_its_cluster_tells_that_in_the_status(
+    place, monkeypatch
+):
+    told: list[dict] = []
+
+    def screened(_job, plan, todo, **_) -> set[str]:
+        head_watch._tell("the head is gone")
+        told.append(place.status())
+        place.write_parts(plan, todo)
+        return set()
+
+    monkeypatch.setattr(screen, "_run_pipeline", screened)
+    place.night()
+    (status,) = told
+    assert [status[name] for name in ("state", "exit_code", "message", "runs")] == [
+        "failed", 2, "the head is gone", [],
+    ]  # fmt: skip
+    head_watch._tell("too late")
+    assert place.status()["state"] == "finished"
 
 
 def _taken_over(place) -> None:
