@@ -13,6 +13,7 @@ from lungopacity.errors import UserError
 from lungopacity.storage import ConflictError, LocalStore, S3Store, Store, open_store
 from lungopacity.storage.outage import answered
 from lungopacity.storage.s3_clients import check_credentials
+from lungopacity.storage.s3_errors import may_pass
 
 _NO_ETAG = "0" * 32
 """An etag that no object has."""
@@ -46,21 +47,20 @@ def check_node(store: Store, work: str, key: str = "") -> None:
     `key`: an object that the driver has written there, to look for in a folder; by default the
     folder need only exist.
     """
-    host = socket.gethostname()
+    where = f"{socket.gethostname()}, where {work}"
     if isinstance(store, S3Store):
         try:
             _ = store.client  # cannot be made where the profile is missing
             check_credentials()
-            _check_server(store)
         except UserError as error:
-            raise UserError(f"{host}, where {work}: {error}; the same on every node") from error
+            raise UserError(f"{where}: {error}; the same on every node") from error
+        _check_server(store, where)
         return
     assert isinstance(store, LocalStore)
     if os.path.isdir(store.root) if not key else store.head(key) is not None:
         return
     raise UserError(
-        f"{store.uri}: is not on {host}, where {work}; give a place in S3, or on a disk that all "
-        "nodes share"
+        f"{store.uri}: is not on {where}; give a place in S3, or on a disk that all nodes share"
     )
 
 
@@ -68,7 +68,7 @@ _reached: set[tuple[str, str]] = set()
 """The endpoints, and URIs there, that this process has reached: to ask once is enough."""
 
 
-def _check_server(store: S3Store) -> None:
+def _check_server(store: S3Store, where: str) -> None:
     """Raises `UserError` if this process's server is not the one that answered the process that
     sent it the store, or does not answer: each film would get a row of its own that says so."""
     endpoint = store.client.meta.endpoint_url
@@ -77,10 +77,16 @@ def _check_server(store: S3Store) -> None:
     servers = set(map(_server, answered()))
     if servers and _server(endpoint) not in servers:
         raise UserError(
-            f"AWS_ENDPOINT_URL, or a profile, names {endpoint} there, and "
-            f"{' or '.join(sorted(servers))} where the job was started; set it"
+            f"{where}: AWS_ENDPOINT_URL, or a profile, names {endpoint} there, and "
+            f"{' or '.join(sorted(servers))} where the job was started; set the same on every node"
         )
-    store.now()
+    try:
+        store.now()
+    except UserError as error:
+        fix = "the same on every node"
+        if servers and may_pass(error):
+            fix = "or, if it was away, start the job again"
+        raise UserError(f"{where}: {error}; {fix}") from error
     _reached.add((endpoint, store.uri))
 
 
