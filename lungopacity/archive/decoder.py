@@ -308,7 +308,6 @@ def serve(
     files = [int(argument) for argument in arguments[1:]]
     with contextlib.suppress(EOFError, OSError):
         settings: ReadSettings = connection.recv()
-        leave_no_core()
         _limit_memory(settings.limits.max_memory_bytes)
         connection.send("ready")
         while True:
@@ -334,14 +333,6 @@ def serve(
             # The seconds mark the end. They go with the row of a single image, so that most files
             # need one message.
             connection.send_bytes(pickle.dumps((number, last, time.thread_time() - began)))
-
-
-def leave_no_core() -> None:
-    """Let the kernel write no image of this process's memory if it crashes: it would hold films,
-    with the names in their headers, and be left on the disk for good."""
-    with contextlib.suppress(OSError, ValueError):
-        _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 def _limit_memory(size_bytes: int) -> None:

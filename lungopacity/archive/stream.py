@@ -10,13 +10,14 @@ import pyarrow as pa
 
 from lungopacity import observe
 from lungopacity.archive.content import ReadSettings
-from lungopacity.archive.decoder import DecoderStartError, leave_no_core
+from lungopacity.archive.decoder import DecoderStartError
 from lungopacity.archive.names import Wanted
 from lungopacity.archive.reading import ReadFigures, read_images
 from lungopacity.errors import UserError, first_line, of_other_code
 from lungopacity.runtime import (
     check_same_code,
     code_digest,
+    leave_no_core,
     may_grow,
     quiet_about_remote_arguments,
     quiet_ray_data,

@@ -49,7 +49,7 @@ from lungopacity.models.scorer import no_number
 from lungopacity.progress import Progress
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import EXPLANATIONS_SCHEMA
-from lungopacity.runtime import end_if_told
+from lungopacity.runtime import end_if_told, leave_no_core
 from lungopacity.storage import open_store
 from lungopacity.storage.parquet import parquet_bytes
 
@@ -99,6 +99,7 @@ def explain(
     chosen = None if labels is None else labels_of_split(labels, trained.spec, split)
     if chosen is not None and limit is not None:
         chosen = chosen.head(limit)
+    leave_no_core()
     explainer = _Explainer(
         trained,
         output,

@@ -9,7 +9,12 @@ from __future__ import annotations
 from lungopacity.runtime.container import own_cpus, own_memory_bytes
 from lungopacity.runtime.head_watch import if_head_is_lost
 from lungopacity.runtime.installed import check_same_code, code_digest, versions
-from lungopacity.runtime.processes import KEEP_FREED_MEMORY, alone, environment
+from lungopacity.runtime.processes import (
+    KEEP_FREED_MEMORY,
+    alone,
+    environment,
+    leave_no_core,
+)
 from lungopacity.runtime.resources import (
     capacity,
     cpus_here,
@@ -48,6 +53,7 @@ __all__ = [
     "if_head_is_lost",
     "is_submission_address",
     "lean_training",
+    "leave_no_core",
     "may_grow",
     "own_cpus",
     "own_memory_bytes",

@@ -19,6 +19,7 @@ from lungopacity.archive.content import ReadSettings, content_rows
 from lungopacity.archive.decoder import Decoder, DecoderStartError, borrowed_decoder
 from lungopacity.archive.inventory import take_inventory
 from lungopacity.archive.stream import counted_images
+from lungopacity.cli import main
 from lungopacity.errors import TRANSIENT, ErrorCode
 from lungopacity.radiograph import DecodeLimits, Preprocessing
 from lungopacity.storage import open_store
@@ -98,12 +99,18 @@ def core_dumps():
 
 @pytest.mark.usefixtures("core_dumps")
 def test_a_crash_leaves_no_image_of_a_film_in_memory(crashing, tmp_path):
-    list(crashing.rows([(0, FILM)]))
-    assert resource.prlimit(crashing._process.pid, resource.RLIMIT_CORE)[0] == 0
     store = open_store(str(tmp_path))
     store.write("a.png", FILM)
     objects = take_inventory(str(tmp_path)).objects
     assert len(list(counted_images(store, objects, SETTINGS))) == 1
+    assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
+    list(crashing.rows([(0, FILM)]))  # its process starts here
+    assert resource.prlimit(crashing._process.pid, resource.RLIMIT_CORE)[0] == 0
+
+
+@pytest.mark.usefixtures("core_dumps")
+def test_nor_do_the_other_processes_of_a_command():
+    main(["models", "no-such-network"])
     assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
 
 
