@@ -148,6 +148,7 @@ def test_a_film_is_scored_if_the_header_says_nothing_or_chest(elements):
         ({"BodyPartExamined": "PORT CHEST"}, "CHEST"),
         ({"BodyPartExamined": "CHEST ABDOMEN"}, "CHEST"),
         ({"BodyPartExamined": "SOMETHING ELSE"}, None),
+        ({"BodyPartExamined": "THORACOLUMBAR"}, "SPINE"),
         ({"BodyPartExamined": "UPPERARM"}, "UPPERARM"),
         ({"BodyPartExamined": "SI JOINT"}, "SIJOINT"),
         ({"AnatomicRegionSequence": [coded("51185008")]}, "CHEST"),
