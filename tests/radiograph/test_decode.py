@@ -141,13 +141,18 @@ def test_transparent_pixels_are_black_not_white():
     assert pixels[:, 20:].min() == 255
 
 
-def test_exif_orientation_is_applied():
-    film = grey_film(height=60, width=40)
+@pytest.mark.parametrize(
+    ("image_format", "kind"), [("JPEG", np.uint8), ("PNG", np.uint8), ("PNG", np.uint16)]
+)
+def test_exif_orientation_is_applied(image_format, kind):
+    film = grey_film(height=60, width=40).astype(kind)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter
-    found = one_film(encoded(film, "JPEG", quality=98, exif=exif)).pixels
+    upright, found = (
+        one_film(encoded(film, image_format, **told)).pixels for told in ({}, {"exif": exif})
+    )
     assert found.shape == (40, 60)
-    assert np.abs(found.astype(int) - np.rot90(film, -1)).max() <= 8
+    np.testing.assert_array_equal(found, np.rot90(upright, -1))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
