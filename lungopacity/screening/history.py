@@ -58,7 +58,8 @@ class History:
         return History(results, runs, rules, hashed, newest_sequence(records))
 
     def load(self, connection: Any) -> None:
-        """Create the table `screened` (name, version, again, place) in DuckDB; see `_number`.
+        """Create the table `screened` (name, version, again, decided, place) in DuckDB; see
+        `_number`.
 
         Raises `UserError` if a file that a commit record names cannot be read.
         """
@@ -70,16 +71,18 @@ class History:
         )
         connection.register("other_version", pa.table({"run_id": other_version}))
         # The largest place * 2 + again comes from the newest run, and is odd if any of its rows
-        # needs another attempt.
+        # needs another attempt. So it is with decided.
         with files_of_runs(self.results):
             connection.register("history", predictions_of(self.results, self.runs))
             connection.execute(f"""
                 CREATE TABLE screened AS
                 SELECT name, arg_max(version, place) AS version,
                        max(2 * place + again::INTEGER) % 2 = 1 AS again,
+                       max(2 * place + decided::INTEGER) % 2 = 1 AS decided,
                        max(place) AS place
                 FROM (
                     SELECT {_number("image")} AS name, {_VERSION} AS version, place,
+                           status = {quoted(Status.OK.value)} AS decided,
                            (status = {quoted(Status.FAILED.value)}
                             AND (error_code IN {_listed(OF_STORAGE)}
                                  OR error_code IN {_listed(OF_VERSION)}
@@ -108,7 +111,7 @@ class History:
         connection.register("other_points", pa.table({"run_id": others}))
         ((objects,),) = connection.execute(
             "SELECT count(*) FROM screened JOIN run_places USING (place) "
-            "SEMI JOIN other_points USING (run_id) WHERE NOT again"
+            "SEMI JOIN other_points USING (run_id) WHERE decided AND NOT again"
         ).fetchall()
         if objects:
             log.warning(
