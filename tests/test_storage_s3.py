@@ -316,6 +316,16 @@ def test_a_wrong_aws_variable_is_reported(monkeypatch, variable, value, message)
         open_store("s3://tests/x").head("a")
 
 
+def test_a_server_without_a_certificate_that_is_trusted_is_told_with_the_mend(
+    s3_server, monkeypatch
+):
+    endpoint = s3_server.endpoint_url.replace("http://", "https://")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    said = rf"no TLS connection to {endpoint} \(.*\); set AWS_CA_BUNDLE to .*, write http://$"
+    with pytest.raises(UserError, match=said):
+        list(open_store("s3://tests/x").list())
+
+
 def test_a_node_without_the_profile_gives_errors_that_are_retried(monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "nosuch")
     store = open_store("s3://tests/x")

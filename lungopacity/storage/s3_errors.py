@@ -82,12 +82,18 @@ def no_connection(error: Exception, endpoint: str) -> str:
         EndpointConnectionError,
         NoCredentialsError,
         PartialCredentialsError,
+        SSLError,
     )
 
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return NO_CREDENTIALS
     if isinstance(error, EndpointConnectionError):
         return f"no server answers at {endpoint}; check AWS_ENDPOINT_URL and the network"
+    if isinstance(error, SSLError):
+        return (
+            f"no TLS connection to {endpoint} ({error.kwargs['error']}); set AWS_CA_BUNDLE to the "
+            "file of its certificate authority or, if it has no TLS, write http://"
+        )
     return f"no connection ({type(error).__name__})"
 
 
@@ -124,11 +130,17 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
         EndpointConnectionError,
         NoCredentialsError,
         PartialCredentialsError,
+        SSLError,
     )
 
     try:
         yield
-    except (EndpointConnectionError, NoCredentialsError, PartialCredentialsError) as error:
+    except (
+        EndpointConnectionError,
+        NoCredentialsError,
+        PartialCredentialsError,
+        SSLError,
+    ) as error:
         raise UserError(f"{where}: {no_connection(error, endpoint)}") from error
     except ClientError as error:
         code = code_of(error)
