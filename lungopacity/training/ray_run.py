@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
-from lungopacity.errors import UserError, last_line
+from lungopacity.errors import UserError, last_line, of_other_code
 from lungopacity.runtime import code_digest, lean_training, worker_environment
 from lungopacity.storage import join_uri, open_store
 from lungopacity.training.loop import Films, train_loop
@@ -88,6 +88,9 @@ def run_ray_train(
         except ControllerError as error:
             if isinstance(error.controller_failure, UserError):
                 raise error.controller_failure from error
+            other_code = of_other_code(error.controller_failure)
+            if other_code is not None:
+                raise UserError(other_code) from error
             raise UserError(
                 f"training was given up: {last_line(error.controller_failure, with_type=True)}; "
                 "its finished epochs are kept, and the same command resumes from there"
