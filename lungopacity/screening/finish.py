@@ -61,6 +61,8 @@ class ScreeningResult:
     """Against the job's baseline, if it has one."""
     labelled: int | None = None
     """Images that the job's labels name; None if the job has no labels."""
+    unmatched_labels: int = 0
+    """Rows of the labels that name no image of the run, or no single one."""
     of_classes: int = 0
     """Labelled images whose label stands for one of the model's classes."""
     operating_point: str | None = None
@@ -145,7 +147,9 @@ def _result(
     spec, start = job.model.spec, plan.start
     predictions = collected.connection.table("final")
     metrics = run_metrics(predictions, spec, seconds, resumed=plan.resumed)
+    unmatched_labels = 0
     if job.labels is not None and labels is not None:
+        unmatched_labels = len(job.labels) - len(labels)
         metrics += label_metrics(predictions, spec, labels, job.known_films, job.point_films)
         warn_of_useless_labels(
             predictions, spec, job.labels, may_quote_names=not job.rules.hash_keys
@@ -187,6 +191,7 @@ def _result(
         max_failed_fraction=job.max_failed_fraction,
         drift=tuple(drift),
         labelled=None if job.labels is None else labelled,
+        unmatched_labels=unmatched_labels,
         of_classes=of_classes,
         operating_point=job.operating_point,
         known_to_model=int(metric_value(metrics, "films_known_to_model") or 0),

@@ -96,6 +96,11 @@ def summary(result: ScreeningResult) -> str:
                 if result.known_to_model
                 else ""
             )
+            + (
+                f"; labels that match none: {result.unmatched_labels}"
+                if result.unmatched_labels
+                else ""
+            )
         )
     if result.picked_on:
         lines.append(

@@ -251,6 +251,8 @@ def test_labels_that_match_nothing_or_measure_nothing_are_reported(
     line = f"labels    match {told[0]} of 4 images, {told[1]} with one of the model's classes"
     known = "Davis" in labels
     line += "; 1 that it was trained or selected on are left out" if known else ""
+    unmatched = len(labels.splitlines()) - told[0]
+    line += f"; labels that match none: {unmatched}" if unmatched else ""
     assert f"{line}\n" in summary(run)
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == bool(warning)
