@@ -120,6 +120,7 @@ def test_of_clustered_films_the_interval_holds_the_truth_and_wilsons_does_not():
 
 def test_what_the_replicates_do_not_show_has_no_interval():
     assert percentile_interval(np.ones(100)) == (None, None)
+    assert percentile_interval(np.array([0.3, 0.1 + 0.2] * 50)) == (None, None)  # but for rounding
     assert percentile_interval(np.full(100, np.nan)) == (None, None)
     values_R = np.linspace(0, 1, 100)
     values_R[:6] = np.nan

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lungopacity.evaluation.card import model_card
+from lungopacity.evaluation.card_tables import subgroups
 from lungopacity.evaluation.claim import answered, left_open
 from lungopacity.evaluation.metrics import Metric
 from lungopacity.evaluation.report import EvaluationResult
@@ -233,6 +234,9 @@ def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
     assert "| patient_sex=F | 0.9800 (0.9700 to 0.9900) |  |  | 300 |  |" in lines
     assert r"| site=A\|B | 0.9700 (0.9600 to 0.9800) |  | not defined | 798 |  |" in lines
     assert sum(line.startswith("| view_position=PA |") for line in lines) == 1
+    gap, *_ = largest_gaps(METRICS, "Lung_Opacity", "youden")
+    told = list(subgroups(SPEC, METRICS, [gap, replace(gap, ci_low=None, ci_high=None)]))
+    assert sum("The largest gap in AUC" in line for line in told) == 1
     # Of a model that decides at another point, the decisions are those at this one.
     card = card_of(replace(SPEC, operating_point=SPEC.operating_points["sensitivity=0.95"]))
     assert "| sensitivity at sensitivity=0.95 |" in card

@@ -85,11 +85,14 @@ def test_scores_that_are_all_alike_can_be_compared():
 
 
 def test_scores_that_leave_the_one_that_most_had_are_a_shift():
-    """A saturated model: films that were all 0, or mostly, are higher tonight."""
-    mostly = np.concatenate([np.zeros(700), np.linspace(0.1, 1, 300)])
+    """A saturated model: films that were all 0, or mostly, or a quarter, are higher tonight."""
+    mostly, quarter = (
+        np.concatenate([np.zeros(zeros), np.linspace(0.1, 1, 1000 - zeros)]) for zeros in (700, 250)
+    )
     for before, now in (
         (np.zeros(1000), np.full(1000, 0.9)),
         (mostly, np.where(mostly == 0, 0.05, mostly)),
+        (quarter, np.where(quarter == 0, 0.05, quarter)),
     ):
         (score, *_) = shifts(sample(before), sample(now))
         assert score.psi > 1

@@ -346,6 +346,9 @@ def test_a_gap_of_decisions_shows_where_the_auc_has_none():
         of("D", "decision_specificity", 0.95, 50),
         *(of(site, "accuracy", 0.9, n, None) for site, n in {"A": 90, "B": 90, "D": 50}.items()),
         of("C", "accuracy", 0.9, 29, None),
+        # Of its ward it alone has normal films enough, and nothing to be compared with.
+        Metric("ward=E", "decision_specificity", "youden", 0.95, 0.9, 0.99, 50),
+        Metric("ward=E", "accuracy", None, 0.9, 0.8, 0.95, 60),
     ]
     first, *others = largest_gaps(metrics, "Lung_Opacity", "youden")
     assert (first.figure, first.column) == ("sensitivity", "site")
@@ -354,4 +357,4 @@ def test_a_gap_of_decisions_shows_where_the_auc_has_none():
     assert [(gap.figure, gap.size) for gap in others] == [("AUC", 0), ("specificity", 0)]
     assert (others[0].worst.group, others[0].best.group) == ("site=A", "site=B")
     few = uncompared_groups(metrics, "Lung_Opacity", "youden")
-    assert [item.group for item in few] == ["site=C"]
+    assert [item.group for item in few] == ["site=C", "ward=E"]

@@ -74,6 +74,12 @@ def test_the_peak_is_in_the_middle_of_the_highest_place_at_the_edge_as_well(plac
     assert (x, y) == pytest.approx((32 * (column + 0.5), 32 * (row + 0.5)), abs=0.51)
 
 
+def test_rounding_does_not_move_the_peak_from_the_middle():
+    activation = np.ones((5, 5), np.float32)
+    activation[0, 0] += np.float32(1.2e-7)
+    assert peak_of(activation) == (2.5, 2.5)
+
+
 def test_metrics_are_shares_and_means_beside_chance():
     films = [
         Pointing(True, True, 0.5, 0.1, 0.2, 0.3),

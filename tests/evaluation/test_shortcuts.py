@@ -94,6 +94,13 @@ def test_what_the_labels_tell_is_tried_beside_what_the_files_do():
     assert (found["scanner"].values, found["scanner"].n) == (3, 39)
 
 
+def test_values_that_other_patients_lack_tell_nothing_by_themselves():
+    """Half of the positives have serial numbers of their own; the others one that all negatives
+    have, too. What is unknown is then likelier positive than that one."""
+    serials = [f"serial {number}" for number in range(10)] + ["common"] * 30
+    assert found_in(20, 20, 1, serial=serials)["serial"].auc == pytest.approx(0.75, abs=0.05)
+
+
 def test_a_fact_that_is_known_of_the_films_of_one_class_alone_is_a_shortcut():
     found = found_in(10, 10, 2, site=["North"] * 20 + [None] * 20)
     assert (found["site"].auc, found["site"].values, found["site"].n) == (1.0, 2, 20)
