@@ -20,6 +20,9 @@ _QUICK_S = 2.0
 _STILL_S = 60.0
 """A stall is logged after this time without progress, then after pauses of twice, four times ...
 this time."""
+_LONG_UNITS = frozenset({"epochs", "trials", "runs", "networks", "sizes"})
+"""Units of which one takes seconds: shown as seconds each, all others as so many a second. The
+speed does not choose: it may cross any limit from one line to the next."""
 _live = False
 _shown: Any = None
 """The bar that holds the terminal's live line; there is only one such line."""
@@ -92,6 +95,7 @@ class Progress:
         self.unit = unit
         self.quick = quick
         self.done = 0
+        self._before = 0
         self.note = ""
         self._logged: int | None = None
         self._started = self._last_line = time.monotonic()
@@ -106,7 +110,9 @@ class Progress:
         if _live:
             self._bar = _bar(self.unit)
             self._show()
-            self._task = self._bar.add_task(self.title, total=self.total, note="", rate="")
+            self._task = self._bar.add_task(
+                self.title, total=self.total, completed=self.done, note="", rate=""
+            )
         if self._waits_for is not None:
             self._watch = Thread(target=self._watch_for_stalls, args=[self._waits_for], daemon=True)
             self._watch.start()
@@ -123,6 +129,11 @@ class Progress:
             _shown = None if _shown is self._bar else _shown
         elif kind is None and self._logged != self.done and not self._was_quick:
             self._line()
+
+    def start_at(self, done: int) -> None:
+        """`done` of them were done before, by an earlier process: they count, but not as part of
+        the speed. To be called before the block."""
+        self.done = self._before = done
 
     def around(self, items: Iterable[T]) -> Iterator[T]:
         """Yield the items while the progress is shown."""
@@ -141,7 +152,7 @@ class Progress:
 
     @property
     def per_second(self) -> float:
-        return self.done / max(1e-9, time.monotonic() - self._started)
+        return (self.done - self._before) / max(1e-9, time.monotonic() - self._started)
 
     def advance(self, count: int, note: str = "") -> None:
         """`count` more are done. `note` ends the line."""
@@ -186,10 +197,20 @@ class Progress:
 
     @property
     def _rate(self) -> str:
+        """Empty before the first."""
         rate = self.per_second
-        return f"{1 / rate:.0f} s each" if 0 < rate < 0.1 else f"{rate:.1f}/s"
+        if rate <= 0:
+            return ""
+        if self.unit in _LONG_UNITS:
+            return f"{_digits(1 / rate)} s each"
+        return f"{_digits(rate)}/s"
 
     def _line(self) -> None:
         self._last_line, self._logged = time.monotonic(), self.done
-        note = f", {self.note}" if self.note else ""
-        log.info("%s: %d%s %s, %s%s", self.title, self.done, self._of, self.unit, self._rate, note)
+        facts = "".join(f", {fact}" for fact in (self._rate, self.note) if fact)
+        log.info("%s: %d%s %s%s", self.title, self.done, self._of, self.unit, facts)
+
+
+def _digits(number: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"

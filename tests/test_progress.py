@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 from lungopacity import progress
 from lungopacity.progress import Progress
@@ -46,6 +47,36 @@ def test_its_time_runs_from_the_start_of_its_block():
     with progress:
         progress.advance(1)
         assert progress.per_second > 2.5
+
+
+def test_long_ones_are_told_in_seconds_and_others_in_numbers_a_second(monkeypatch, caplog):
+    """However fast they are: the unit stays the same from line to line."""
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO):
+        for unit, seconds in (("epochs", 38.0), ("epochs", 0.5), ("images", 38.0), ("images", 0.5)):
+            with Progress("Working", total=40, unit=unit) as shown:
+                now[0] += seconds
+                shown.advance(2)
+    assert [line.split(", ")[1] for line in caplog.messages] == [
+        "19 s each", "0.25 s each", "0.053/s", "4/s",
+    ]  # fmt: skip
+
+
+def test_what_was_done_before_counts_but_not_for_the_speed(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO):
+        for before in (30, 40):
+            shown = Progress("Training", total=40, unit="epochs")
+            shown.start_at(before)
+            with shown:
+                time.sleep(0.1)
+                if before < 40:
+                    shown.advance(1)
+    first, last = caplog.messages
+    assert re.fullmatch(r"Training: 31 of 40 epochs, 0\.1\d* s each", first)
+    assert last == "Training: 40 of 40 epochs"
 
 
 def test_lines_do_not_flood_a_log(caplog):

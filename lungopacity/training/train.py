@@ -3,8 +3,9 @@ whole sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from lungopacity.storage.probe import check_writable
 from lungopacity.training.fit import TrainingResult, fit, start_of
 from lungopacity.training.task import DEFAULT_CLASSES, training_task, warn_of_no_effect
 from lungopacity.training.tracking import run_logs
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -80,7 +83,6 @@ def train(
         chosen = replace(task.settings, use_gpu=resolve_gpu(use_gpu))
         # Reports impossible settings before the films are read.
         start = start_of(chosen, class_names_of(task.label_map))
-        data = task.load()
         progress = Progress(
             "Training", total=chosen.epochs, unit="epochs", waits_for=free_resources
         )
@@ -94,15 +96,18 @@ def train(
             )
             logs.epoch(row)
 
-        with ExitStack() as shown:
+        with _how_to_resume(progress), ExitStack() as shown:
 
             def begin(run: str, earlier: list[dict[str, Any]]) -> None:
                 logs.start(run, chosen, output, earlier)
+                if earlier:
+                    log.info("resumed after epoch %d of %d", len(earlier), chosen.epochs)
+                    progress.start_at(len(earlier))
                 # Not before: until `fit` has the lease, it waits for another run, not for CPUs.
                 shown.enter_context(progress)
 
             result = fit(
-                data,
+                task.load(),
                 chosen,
                 output,
                 start=start,
@@ -114,3 +119,20 @@ def train(
             )
         logs.finish(result)
     return result
+
+
+@contextmanager
+def _how_to_resume(progress: Progress) -> Iterator[None]:
+    """Says after Ctrl-C or SIGTERM in the block what is kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if progress.done:
+            log.warning(
+                "stopped after epoch %d of %d; the same command resumes there",
+                progress.done,
+                progress.total,
+            )
+        else:
+            log.warning("stopped before an epoch was finished; the same command starts again")
+        raise

@@ -179,11 +179,20 @@ def _tried(
     known = Trials(store, space, task.settings)
     waiting = [number for number in range(trials) if number not in known.rows]
     if waiting:
-        with Progress("Trials", total=trials, unit="trials", waits_for=free_resources) as progress:
-            progress.advance(trials - len(waiting))
-            known.on_row = lambda note: progress.advance(1, note=note)
-            tensors = None if first is None else dict(first.tensors)
-            _run(task.settings, data, tensors, known, waiting, time_budget_s)
+        progress = Progress("Trials", total=trials, unit="trials", waits_for=free_resources)
+        progress.start_at(trials - len(waiting))
+        known.on_row = lambda note: progress.advance(1, note=note)
+        tensors = None if first is None else dict(first.tensors)
+        try:
+            with progress:
+                _run(task.settings, data, tensors, known, waiting, time_budget_s)
+        except (KeyboardInterrupt, SystemExit):
+            log.warning(
+                "stopped; %d of %d trials are kept, and the same command runs the others",
+                progress.done,
+                trials,
+            )
+            raise
     return known
 
 
