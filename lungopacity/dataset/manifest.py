@@ -217,12 +217,13 @@ def assign_splits(labels: pd.DataFrame, uri: str, seed: int = SPLIT_SEED) -> pd.
             f"{uri}: {int((~given).sum())} of {len(labels)} rows have no split; fill all or none"
         )
     if not given.any():
-        fold = _patient_folds(labels, uri, seed)
+        fold = _patient_folds(labels, uri, seed, "give a split column")
         names = pd.Series(fold).map({0: "test", 1: "validation"}).fillna("train")
         return labels.assign(split=names.to_numpy())
     if "train" in set(labels["split"]) and "validation" not in set(labels["split"]):
         train = (labels["split"] == "train").to_numpy()
-        fold = _patient_folds(labels[train], uri, seed)
+        give = "give some of the train patients the split validation"
+        fold = _patient_folds(labels[train], uri, seed, give)
         split = labels["split"].to_numpy(copy=True)
         split[train] = pd.Series(fold).map({0: "validation"}).fillna("train").to_numpy()
         log.info("the labels have no validation split; a fifth of the train patients becomes it")
@@ -230,8 +231,9 @@ def assign_splits(labels: pd.DataFrame, uri: str, seed: int = SPLIT_SEED) -> pd.
     return labels
 
 
-def _patient_folds(labels: pd.DataFrame, uri: str, seed: int) -> list[int]:
-    """The fold, 0 … 4, of each row; stratified by class, with each patient in one fold."""
+def _patient_folds(labels: pd.DataFrame, uri: str, seed: int, give: str) -> list[int]:
+    """The fold, 0 … 4, of each row; stratified by class, with each patient in one fold. give: the
+    advice where there are too few patients."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     patients = labels["patient_id"].fillna("image " + labels["image"])
@@ -245,13 +247,31 @@ def _patient_folds(labels: pd.DataFrame, uri: str, seed: int) -> list[int]:
     if fewest < 5:
         raise UserError(
             f"{uri}: the smallest class has {counted(fewest, 'patient')}, and a split needs at "
-            "least 5; give a split column, or label more patients"
+            f"least 5; {give}, or label more patients"
         )
     fold = pd.Series(0, index=range(len(labels)))
     folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=seed)
     for number, (_, rows) in enumerate(folds.split(labels, labels["label"], patients)):
         fold.iloc[rows] = number
     return fold.tolist()
+
+
+def check_classes(labels: pd.DataFrame, class_names: Iterable[str], uri: str) -> None:
+    """Raises `UserError` where a class has no image for training or validation.
+
+    labels: of the classes, every row with a split.
+    """
+    for split in ("train", "validation"):
+        there = set(labels.loc[labels["split"] == split, "label"])
+        if not there:
+            splits = _counts_shown(labels["split"].value_counts())
+            raise UserError(f"{uri}: no image has the split {split} (the splits are {splits})")
+        absent = [name for name in class_names if name not in there]
+        if absent:
+            raise UserError(
+                f"{uri}: the {split} split has no image of class '{absent[0]}'; give some of its "
+                "images that split, remove the split column, or leave the class out with --classes"
+            )
 
 
 def check_patients(labels: pd.DataFrame, uri: str) -> None:

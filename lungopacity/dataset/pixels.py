@@ -19,7 +19,7 @@ from lungopacity.archive.stream import read_tasks, stream_images, tables_of
 from lungopacity.dataset.manifest import FACT_COLUMNS, facts_of, label_names, shown
 from lungopacity.errors import ErrorCode, Status, UserError
 from lungopacity.progress import Progress
-from lungopacity.radiograph import OUT_OF_DISTRIBUTION, Preprocessing
+from lungopacity.radiograph import ACCEPTABLE, OUT_OF_DISTRIBUTION, Preprocessing
 from lungopacity.results.schema import READ_SCHEMA
 from lungopacity.runtime import capacity, free_resources
 from lungopacity.storage import open_store
@@ -209,8 +209,7 @@ def _joined(
     if len(out) > MAX_UNREADABLE_FRACTION * len(frame):
         raise UserError(
             f"{where}: {len(out)} of {len(frame)} labelled images cannot be read or are "
-            f"rejected ({_codes(out)}); fix the archive, remove them from the labels, or see "
-            "--accept and --reject-quality"
+            f"rejected ({_codes(out)}); {_mends(out)}"
         )
     _warn_of_left_out(out, len(frame))
     of_status = {
@@ -260,4 +259,19 @@ def _warn_of_left_out(left_out: pd.DataFrame, images: int) -> None:
 
 
 def _codes(left_out: pd.DataFrame) -> str:
-    return ", ".join(f"{k}: {v}" for k, v in left_out["error_code"].value_counts().items())
+    """How many there are of each code and, of poor quality, of which flags."""
+    poor = left_out["error_code"] == ErrorCode.POOR_QUALITY.value
+    flags = left_out["error_code"] + " (" + left_out["error_message"] + ")"
+    counts = left_out["error_code"].mask(poor, flags).value_counts()
+    return ", ".join(f"{k}: {v}" for k, v in counts.items())
+
+
+def _mends(left_out: pd.DataFrame) -> str:
+    codes = set(left_out["error_code"])
+    options = []
+    if acceptable := sorted(code.value for code in ACCEPTABLE if code.value in codes):
+        options.append(f"--accept {','.join(acceptable)}")
+    if ErrorCode.POOR_QUALITY.value in codes:
+        options.append("--reject-quality none")
+    take = f", or take those that are sound with {' '.join(options)}" if options else ""
+    return f"fix the archive, or remove them from the labels{take}"

@@ -13,6 +13,7 @@ from lungopacity.archive.content import ReadSettings, rules_from
 from lungopacity.dataset.classes import class_names_of, classes_of_labels, positive_class_of
 from lungopacity.dataset.manifest import (
     assign_splits,
+    check_classes,
     check_contents,
     check_patients,
     left_out,
@@ -103,6 +104,7 @@ def training_task(
     others = left_out(frame, label_map)
     frame = select_classes(frame, label_map, labels)
     frame = assign_splits(frame, labels)
+    check_classes(frame, names, labels)
     check_patients(frame, labels)
     # The test split is for `evaluate`. Training cannot use what it never loads.
     frame = frame[frame["split"] != "test"].reset_index(drop=True)

@@ -237,7 +237,7 @@ def test_evaluate_tests_on_no_film_that_the_model_knows(place, capfd):
     code, out, err = run(capfd, "evaluate", *options, "--output", place / "all", "--split", "all")
     assert code == 0
     assert "on 7 images of split 'all', 1 rejected" in out
-    assert "1 of 8 labelled images are left out (poor_quality: 1)" in err
+    assert "1 of 8 labelled images are left out (poor_quality (out_of_distribution): 1)" in err
     assert "the model was trained, selected or calibrated on 1 of 8 films" in err
     assert "no image of class 'Normal'" in err
     assert re.search(r"\nAUC Lung_Opacity +not defined\n", out)

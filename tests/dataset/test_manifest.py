@@ -8,6 +8,7 @@ import pytest
 
 from lungopacity.dataset.manifest import (
     assign_splits,
+    check_classes,
     check_contents,
     check_patients,
     left_out,
@@ -294,8 +295,21 @@ def test_too_few_patients_to_split_are_refused():
         UserError, match="the smallest class has 4 patients, and a split needs at least 5"
     ):
         assign_splits(labels(patients=12), URI, seed=0)
+    with pytest.raises(UserError, match="; give some of the train patients the split validation,"):
+        assign_splits(labels(patients=12).assign(split="train"), URI, seed=0)
     films = assign_splits(labels(patients=15), URI, seed=0)
     assert len(films.groupby(["split", "label"])) == 6
+
+
+def test_a_class_that_a_split_lacks_is_named():
+    frame = assign_splits(labels(), URI)
+    names = ["Normal", "Lung_Opacity"]
+    check_classes(frame, names, URI)
+    train, opacity = frame["split"] == "train", frame["label"] == "Lung_Opacity"
+    with pytest.raises(UserError, match=r"no image has the split train \(.*validation \(24\)"):
+        check_classes(frame[~train], names, URI)
+    with pytest.raises(UserError, match="validation split has no image of class 'Lung_Opacity'; g"):
+        check_classes(frame[train | ~opacity], names, URI)
 
 
 def test_a_patient_in_two_splits_is_refused():

@@ -16,7 +16,7 @@ from lungopacity.dataset.pixels import load_pixels
 from lungopacity.errors import UserError
 from lungopacity.radiograph import Preprocessing
 from lungopacity.storage import open_store
-from tests.films import encoded, grey_film, tar, tiff_of_pages
+from tests.films import dicom, encoded, grey_film, tar, tiff_of_pages
 
 PREPROCESSING = Preprocessing(image_size=32)
 CLASSES = ("Normal", "Lung_Opacity")
@@ -163,17 +163,19 @@ def test_a_few_unreadable_films_are_left_out_and_many_are_refused(tmp_path, capl
     assert data.rejected[["image", "error_code"]].to_numpy().tolist() == [["9.png", "poor_quality"]]
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warned == [
-        "2 of 50 labelled images are left out (not_an_image: 1, poor_quality: 1); "
-        "LUNGOPACITY_DEBUG=1 names them"
+        "2 of 50 labelled images are left out (not_an_image: 1, "
+        "poor_quality (blank, nearly_black): 1); LUNGOPACITY_DEBUG=1 names them"
     ]
     assert data.unreadable["split"].tolist() == frame.loc[7:7, "split"].tolist()
     assert "left out: 7.png (not_an_image: " in caplog.text
     assert "7.png" not in set(data.images["image"])
     assert len(data.pixels_NHW) == len(data.labels_N) == 48
     store.write("8.png", b"broken")
+    store.write("6.png", dicom(grey_film().astype(np.uint16) * 16, ViewPosition="LL"))
     with pytest.raises(
         UserError,
-        match=r"3 of 50 labelled images cannot be read or are rejected \(not_an_image: 2, poor",
+        match=r"4 of 50 labelled images cannot be read or are rejected \(not_an_image: 2, .*; fix "
+        r"the archive, .* with --accept lateral_view --reject-quality none$",
     ):
         load([str(tmp_path / "a")], frame)
 
