@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -49,6 +50,16 @@ _COLUMNS = hashlib.sha256(
 ).hexdigest()[:16]
 """Identifies the columns and file names that this version writes under `_work/`, except the columns
 of the model's classes. A version that writes others cannot merge its part files with older ones."""
+_OPTIONS = {
+    "accept": "--accept {}",
+    "reject_quality": "--reject-quality {}",
+    "hmac_key_fingerprint": "--hmac-key of fingerprint {}",
+    "hash_keys": "--hash-keys",
+    "operating_point": "--operating-point {}",
+    "explain": "--explain",
+    "precision": "--precision {}",
+}
+"""How a rule is given, by its name."""
 
 
 @dataclass(frozen=True)
@@ -315,9 +326,19 @@ def _check_same(start: RunStart, archive: str, model_id: str, rules: Rules) -> N
     ):
         if then != now:
             raise UserError(
-                f"run '{start.run_id}' was started with {name} {then}, not {now}; "
-                "use the same, or choose another --run-id"
+                f"run '{start.run_id}' was started {_as_given(name, then)}, not "
+                f"{_as_given(name, now)}; use the same, or choose another --run-id"
             )
+
+
+def _as_given(name: str, value: Any) -> str:
+    """A setting of a run as the option that sets it, where there is one."""
+    if name not in _OPTIONS:
+        return f"with {name} {value}"
+    if value is None or value is False:
+        return f"without {_OPTIONS[name].split()[0]}"
+    words = (",".join(value) or "none") if isinstance(value, list) else value
+    return f"with {_OPTIONS[name].format(words)}"
 
 
 def _taken_up(results: Store, start: RunStart, folder: Path) -> Iterator[Path]:

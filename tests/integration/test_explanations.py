@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_pictures(place, tmp_path):
     for item in store.list("_work/night/attempt="):
         store.delete(item.key)
     store.write(next(iter(first)), b"half a picture")
-    with pytest.raises(UserError, match="was started with explain True, not False"):
+    with pytest.raises(UserError, match="was started with --explain, not without"):
         lungopacity.screen(f"{place}/archive", f"{place}/model", results, run_id="night")
     run = lungopacity.screen(
         f"{place}/archive", f"{place}/model", results, run_id="night", **options

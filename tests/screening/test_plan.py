@@ -127,12 +127,17 @@ def test_of_two_that_plan_one_run_the_first_ones_plan_counts(archive, store_uri,
 def test_another_model_or_archive_under_the_same_id_is_refused(archive, store_uri, tmp_path):
     results = open_store(store_uri)
     planned(results, archive, "model", "one", tmp_path / "1")
-    with pytest.raises(UserError, match="started with model model, not other"):
+    with pytest.raises(UserError, match="started with model model, not with model other"):
         planned(results, archive, "other", "one", tmp_path / "1")
-    with pytest.raises(UserError, match=r"started with accept \[\], not \['x'\]"):
-        planned(
-            results, archive, "model", "one", tmp_path / "1", rules=replace(RULES, accept=("x",))
-        )
+    for changes, said in (
+        ({"accept": ("x", "y")}, "with --accept none, not with --accept x,y"),
+        ({"operating_point": "a"}, "without --operating-point, not with --operating-point a"),
+        ({"hash_keys": True}, "without --hash-keys, not with --hash-keys"),
+        ({"threshold": 0.25}, r"with threshold 0\.5, not with threshold 0\.25"),
+    ):
+        rules = replace(RULES, **changes)
+        with pytest.raises(UserError, match=f"'one' was started {said}; use the same, or choose"):
+            planned(results, archive, "model", "one", tmp_path / "1", rules=rules)
     open_store(str(tmp_path / "second")).write("a.png", b"x")
     with pytest.raises(UserError, match="started with archive"):
         planned(results, str(tmp_path / "second"), "model", "one", tmp_path / "1")
