@@ -40,7 +40,7 @@ LOGITS_FILE = "validation_logits.safetensors"
 HISTORY_FILE = "history.json"
 _LEARNING_FILE = "learning.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
-_DOES_NOT_PASS = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
+DOES_NOT_PASS = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM)
 """Disk errors that last until someone fixes them."""
 
 
@@ -74,7 +74,7 @@ def lasting_disk_errors(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DOES_NOT_PASS:
+        if error.errno not in DOES_NOT_PASS:
             raise
         raise UserError(
             f"{place}: a checkpoint cannot be written ({os.strerror(error.errno)}); free space or "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,10 +19,13 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from lungopacity.errors import UserError, last_line, of_other_code
 from lungopacity.runtime import code_digest, lean_training, worker_environment
 from lungopacity.storage import join_uri, open_store
+from lungopacity.training.checkpoint import DOES_NOT_PASS
 from lungopacity.training.loop import Films, train_loop
 from lungopacity.training.relay import EndAtOnce, relayed_rows
 from lungopacity.training.settings import TrainingSettings
 from lungopacity.training.torch_backend import OnNodesInterface
+
+log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """Restarts of a run's workers before the run is given up."""
@@ -28,6 +33,8 @@ MAX_ELASTIC_RESTARTS = 30
 """The same where the number of workers may change: such runs expect nodes to come and go."""
 RESIZE_EVERY_S = 60.0
 """How often such a run checks for room for more workers. If there is, it restarts the epoch."""
+_PAUSE_S = 5.0
+"""After an error of storage."""
 
 
 def run_ray_train(
@@ -83,8 +90,7 @@ def run_ray_train(
             ),
         )
         try:
-            with lean_training(), _own_interrupts(trainer):
-                return trainer.fit()
+            return _fitted(trainer)
         except ControllerError as error:
             if isinstance(error.controller_failure, UserError):
                 raise error.controller_failure from error
@@ -112,6 +118,24 @@ def run_ray_train(
                 f"Ray's record of the checkpoints in {join_uri(work_uri, run)} cannot be read "
                 f"({why}); remove that folder, and the same command starts from epoch 1"
             ) from error
+
+
+def _fitted(trainer: TorchTrainer) -> ray.train.Result:
+    """Trains, again after each error of storage that may pass: Ray does so if a worker meets it,
+    but not if its record of the checkpoints cannot be written. Arrow itself tries for 2 s in S3 and
+    once on disk, and its file systems lose any other setting when they are pickled."""
+    for left in reversed(range(MAX_RESTARTS + 1)):
+        try:
+            with lean_training(), _own_interrupts(trainer):
+                return trainer.fit()
+        except ControllerError as error:
+            failure = error.controller_failure
+            if not left or not isinstance(failure, OSError) or failure.errno in DOES_NOT_PASS:
+                raise
+            why = last_line(failure, with_type=True)
+            log.warning("%s; training starts again after its last finished epoch", why)
+            time.sleep(_PAUSE_S)
+    raise AssertionError
 
 
 def _cause(error: TrainingFailedError) -> str:

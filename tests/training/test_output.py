@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +14,18 @@ from typing import Any
 import pytest
 import torch
 from ray.train import Checkpoint
+from ray.train.v2.api.exceptions import ControllerError
 
 from lungopacity.errors import UserError
 from lungopacity.models import load_model
 from lungopacity.storage import open_store
+from lungopacity.training import ray_run
 from lungopacity.training.checkpoint import (
     lasting_disk_errors,
     rows_of_before,
     uploaded,
 )
-from lungopacity.training.fit import _run_name, fit
+from lungopacity.training.fit import _run_name, films_of, fit
 from lungopacity.training.loop import Films, Worker, learn
 from lungopacity.training.settings import TrainingSettings
 from tests.fault_proxy import fault_proxy
@@ -142,6 +145,41 @@ def test_lasting_disk_errors_are_user_errors_and_others_are_not() -> None:
     for error in (OSError(errno.EIO, "Input/output error"), OSError("AWS Error SLOW_DOWN")):
         with pytest.raises(OSError, match=re.escape(str(error))), lasting_disk_errors("/out/m"):
             raise error
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ([OSError("AWS Error SLOW_DOWN"), OSError(errno.EIO, "Input/output error")], None),
+        ([OSError("AWS Error SLOW_DOWN")] * 9, r"given up: OSError: AWS Error SLOW_DOWN; its fini"),
+        (
+            [OSError(errno.ENOSPC, "full")],
+            r"given up: OSError: \[Errno 28\] full; its finished epo",
+        ),
+        ([ValueError("ours")], "given up: ValueError: ours; its finished epochs are kept"),
+    ],
+)
+def test_a_record_that_storage_refuses_for_a_moment_does_not_end_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    errors: list[Exception], said: str | None,
+) -> None:  # fmt: skip
+    """Ray raises as it writes `checkpoint_manager_snapshot.json`."""
+    left = list(errors)
+
+    def fit(_: object) -> str:
+        if left:
+            raise ControllerError(left.pop(0))
+        return "trained"
+
+    monkeypatch.setattr("ray.put", lambda films: films)
+    monkeypatch.setattr(ray_run, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(ray_run.TorchTrainer, "fit", fit)
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        found = ray_run.run_ray_train(films_of(FEW), None, SHORT, str(tmp_path), "run", None)
+        assert found == "trained"
+    assert len(errors) - len(left) == min(len(errors), 4)
+    again = "OSError: AWS Error SLOW_DOWN; training starts again after its last finished epoch"
+    assert caplog.messages.count(again) == {2: 1, 9: 3}.get(len(errors), 0)
 
 
 @pytest.mark.parametrize(
