@@ -100,6 +100,16 @@ def test_a_page_that_pillow_does_not_know_is_read_among_others():
     assert np.abs(second.pixels - STRETCHED).max() <= 1
 
 
+def test_a_digitised_film_of_12_bits_is_turned():
+    data = tiff_of(SIXTEEN >> 4, 12, "<", "miniswhite")
+    samples, turned = (
+        struct.pack("<HHIHH", tag, 3, 1, said, 0) for tag, said in ((277, 1), (274, 6))
+    )
+    assert samples in data
+    found = one_film(data.replace(samples, turned)).pixels
+    np.testing.assert_array_equal(found, np.rot90(one_film(data).pixels, -1))
+
+
 def test_a_digitised_film_that_is_cut_is_an_error():
     data = tiff_of(SIXTEEN >> 4, 12, ">", "miniswhite")
     assert code_of(data[:-500]) is ErrorCode.CORRUPT_IMAGE
