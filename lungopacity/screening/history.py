@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from lungopacity.errors import OF_STORAGE, OF_VERSION, ErrorCode, Status
-from lungopacity.results.folder import newest_sequence, read_runs
+from lungopacity.results.folder import read_runs
 from lungopacity.results.query import files_of_runs, predictions_of, run_places
 from lungopacity.results.workbench import quoted
 from lungopacity.runtime import versions
@@ -40,8 +40,8 @@ class History:
     """Commit records, oldest first."""
     rules: Rules
     pseudonyms: Pseudonyms | None
-    newest: int
-    """The highest `sequence` of any run, see `newest_sequence`."""
+    published: Sequence[Mapping[str, Any]]
+    """Commit records of all runs, whether they count or not."""
 
     @staticmethod
     def read(
@@ -55,7 +55,7 @@ class History:
         records = read_runs(results)
         runs = [run for run in records if is_of_kind(run, archive, model_id, rules)]
         hashed = pseudonyms if rules.hash_keys else None
-        return History(results, runs, rules, hashed, newest_sequence(records))
+        return History(results, runs, rules, hashed, records)
 
     def load(self, connection: Any) -> None:
         """Create the table `screened` (name, version, again, decided, place) in DuckDB; see
@@ -146,13 +146,18 @@ def is_of_kind(run: Mapping[str, Any], archive: str, model_id: str, rules: Rules
     Plain names, hashed names and names hashed with another key cannot be compared: changing between
     them screens the archive again.
     """
-    hashed = _settings(run).get("key_map") is not None
+    hashed = hides_names(run)
     return (
         (run["archive"], run["model_id"]) == (archive, model_id)
         and run["positive_class"] == rules.positive_class
         and hashed == rules.hash_keys
         and not (hashed and "hmac_key_fingerprint" in rules.that_differ(_settings(run)))
     )
+
+
+def hides_names(run: Mapping[str, Any]) -> bool:
+    """Whether the published run has hashes instead of the names of objects."""
+    return _settings(run).get("key_map") is not None
 
 
 def of_other_version(run: Mapping[str, Any]) -> bool:

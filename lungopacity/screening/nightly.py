@@ -20,7 +20,13 @@ from lungopacity.runtime import code_of_signal, if_head_is_lost
 from lungopacity.screening.finish import ScreeningResult
 from lungopacity.screening.history import History
 from lungopacity.screening.job import ScreeningJob, ScreeningOptions, screening_job
-from lungopacity.screening.plan import RunStart, choose, published_later, unfinished_runs
+from lungopacity.screening.plan import (
+    RunStart,
+    check_names_stay_hidden,
+    choose,
+    published_later,
+    unfinished_runs,
+)
 from lungopacity.screening.screen import check_apart, inventory_at, run_job
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.lease import Lease
@@ -151,8 +157,10 @@ def _rehearsed(
 ) -> Night:
     job = screening_job(model, results, **options)
     listed = inventory_at(archive, inventory, job.written)
+    history = _history(job, listed.uri)
+    check_names_stay_hidden(job.results, history.published, job.rules)
     with temporary_folder() as folder:
-        files = choose(listed, folder, max_images, _history(job, listed.uri))
+        files = choose(listed, folder, max_images, history)
     return Night(
         store.uri,
         (),

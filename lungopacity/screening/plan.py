@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ from lungopacity.results.folder import (
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
 from lungopacity.results.workbench import ExportedFile, export, spool, view_of_files, workbench
 from lungopacity.runtime import versions
-from lungopacity.screening.history import History, is_of_kind
+from lungopacity.screening.history import History, hides_names, is_of_kind
 from lungopacity.screening.rules import Rules
 from lungopacity.storage import ConflictError, Store, check_name, open_store
 from lungopacity.words import counted
@@ -117,6 +117,18 @@ def new_run_id(model_id: str) -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model_id[:8]}-{uuid.uuid4().hex[:8]}"
 
 
+def check_names_stay_hidden(
+    results: Store, published: Sequence[Mapping[str, Any]], rules: Rules
+) -> None:
+    """Raises `UserError` if a run by these rules would show names of objects where all published
+    runs hide them: an option that is forgotten once would show every name to whoever may query."""
+    if published and not rules.hash_keys and all(map(hides_names, published)):
+        raise UserError(
+            f"{results.uri}: all runs there hide the names of objects (--hash-keys), and this one "
+            "would show them; give --hash-keys, or another place for the results"
+        )
+
+
 def make_plan(
     results: Store,
     inventory: Inventory,
@@ -134,7 +146,8 @@ def make_plan(
     `folder`: a local folder for the plan's files. `limit`: at most so many objects, see `choose`.
     `history`: published runs, whose objects are left out. `nightly`: marks the run as one that a
     later night may resume. Raises `UserError` if the run is already published, if it was started
-    with another archive, model or other `rules`, or if the inventory names an object twice.
+    with another archive, model or other `rules`, if it would show names in results that show none,
+    or if the inventory names an object twice.
     """
     check_name(run_id, "run id")
     if read_run(results, run_id) is not None:
@@ -144,7 +157,9 @@ def make_plan(
     start = read_start(results, run_id)
     if start is None:
         # Read before the objects are chosen, so that a run published meanwhile counts as later.
-        after = newest_sequence(read_runs(results)) if history is None else history.newest
+        published = read_runs(results) if history is None else history.published
+        after = newest_sequence(published)
+        check_names_stay_hidden(results, published, rules)
         files = choose(inventory, folder, limit, history)
         start = RunStart(
             run_id=run_id,

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lungopacity
 from lungopacity.errors import UserError
 from lungopacity.screening.pseudonyms import (
     Pseudonyms,
@@ -94,3 +95,16 @@ def test_an_invalid_key_is_refused(tmp_path, content, message):
 def test_white_space_around_a_key_does_not_count(tmp_path):
     (tmp_path / "key").write_bytes(KEY + b"\n")
     assert read_pseudonyms(str(tmp_path / "key"), None).key == KEY
+
+
+def test_results_that_hide_all_names_show_none_because_an_option_was_forgotten(place, hidden):
+    place.night(**hidden)
+    for options in ({}, {"dry_run": True}, {"hmac_key": hidden["hmac_key"]}):
+        with pytest.raises(
+            UserError, match=r"all runs there hide the names .* give --hash-keys, or"
+        ):
+            place.night(**options)
+    with pytest.raises(UserError, match="give --hash-keys"):
+        lungopacity.screen(place.archive.uri, place.model, place.results)
+    assert lungopacity.runs(place.results).num_rows == 1
+    assert place.night(**hidden).runs[0].images == 0
