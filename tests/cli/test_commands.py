@@ -262,7 +262,7 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
         site=["North"] * 6 + ["South"] * 2,
         manufacturer=["Fuji", "GE"] * 4,
         age=[50, 60] * 4,
-        patient_age_years=[20, 93.5] * 4,
+        patient_age_years=[20.9, 93.5] * 4,
         note="ZZNOTE",
         status="ZZSTATUS",
     )
@@ -287,7 +287,7 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
     assert json.loads((place / "wide" / "evaluation.json").read_text())["patients"] == 4
     scores = pq.read_table(place / "wide" / "predictions.parquet").to_pandas()
     assert scores["patient_cluster"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    # An age of 93 identifies.
+    # Whole years; an age of 93 identifies.
     assert scores["patient_age_years"].tolist() == [20, 90] * 4
     expected = np.where(scores["p_Normal"] >= 0.5, "positive", "negative")
     assert scores["decision"].tolist() == expected.tolist()
