@@ -214,6 +214,8 @@ def test_reliability_is_shown_of_the_probability_that_decides_too():
     told = f"Expected calibration error {bins.expected_calibration_error:.3f}"
     assert decides.get_title() == f"{names[1]}\n{told}"
     assert predicted.get_title().startswith("The predicted class\n")
+    # The bin that holds 0.5 is shown whole.
+    assert predicted.get_xlim()[0] == pytest.approx(7 / 15 - 0.01)
     (container,) = decides.containers
     shares, _, _ = container.lines
     filled = bins.count_B > 0
