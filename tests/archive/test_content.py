@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lungopacity.archive import content
 from lungopacity.archive.content import ReadSettings, content_rows, rules_from
 from lungopacity.errors import UserError
 from lungopacity.radiograph import Preprocessing
-from tests.films import encoded, grey_film, one_film
+from tests.films import dicom, encoded, grey_film, one_film
+from tests.radiograph.dicom_files import RAMP
 
 CROPPING = ReadSettings(Preprocessing(image_size=96, crop_borders=True))
 
@@ -58,6 +60,32 @@ def test_a_png_of_a_small_film_is_decoded_once(scales):
     square[300:700, 300:700] = grey_film(1, 400, 400) // 2 + 100
     assert len(list(content_rows(encoded(square), CROPPING))) == 1
     assert scales == [192]
+
+
+ANY_QUALITY = ReadSettings(Preprocessing(image_size=96), reject_quality=frozenset())
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+
+
+@pytest.mark.parametrize(
+    ("data", "edges"),
+    [
+        pytest.param(encoded(grey_film(0, 800, 600), "JPEG"), [0, 0, 600, 800], id="scaled"),
+        pytest.param(encoded(grey_film(), exif=TURNED), [0, 0, 120, 100], id="turned"),
+        # Its square pixels are wider than high, as if it were turned.
+        pytest.param(dicom(RAMP, PixelAspectRatio=[1, 2]), [0, 0, 60, 80], id="oblong pixels"),
+    ],
+)
+def test_edges_are_told_in_stored_pixels(data, edges):
+    (row,) = content_rows(data, ANY_QUALITY)
+    assert row["shown_edges"] == edges
+
+
+def test_a_large_film_is_not_too_small_for_being_decoded_small():
+    (row,) = content_rows(
+        encoded(grey_film(0, 560, 420), "JPEG"), ReadSettings(Preprocessing(image_size=64))
+    )
+    assert row["status"] == "ok"
 
 
 def test_without_a_model_out_of_distribution_cannot_be_rejected():
