@@ -65,6 +65,13 @@ def s3_uri(s3_server: LocalS3) -> str:
 
 
 @pytest.fixture
+def only_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fit` ends with its last epoch: it neither scores all films once more nor compiles, which
+    takes longer than a short training."""
+    monkeypatch.setattr("lungopacity.training.fit._completed", lambda model, *_: model)
+
+
+@pytest.fixture
 def proxy(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy in front of the server, for this process alone, whose waits are short."""
     monkeypatch.setattr("lungopacity.storage.s3._BACKOFF_S", 0.005)

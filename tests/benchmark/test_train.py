@@ -20,7 +20,7 @@ from tests.films import encoded, grey_film
 from tests.models.tiny import write_tiny_model
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray_cluster", "only_trained")
 def test_the_loop_is_timed_without_ray_and_with_workers(tmp_path, capfd):
     rows = []
     for number in range(24):

@@ -119,6 +119,7 @@ def test_each_network_learns_for_an_epoch_and_scores(films, name) -> None:
     np.testing.assert_allclose(logits_VK, expected_VK.numpy(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("only_trained")
 def test_ray_trains_the_head_on_imagenets_weights_from_a_file(films, tmp_path) -> None:
     name, classes = "efficientnet-lite0", (*CLASSES, "TB")
     before = build_network(name, len(classes))

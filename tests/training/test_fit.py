@@ -179,6 +179,7 @@ def test_a_killed_run_resumes_to_the_same_weights_as_one_never_killed(
     monkeypatch.setattr(
         "lungopacity.training.fit.LEASE_S", 2.0
     )  # so that the killed run's lease ends soon
+    monkeypatch.setattr("lungopacity.training.fit.compiled_of", lambda *_: (None, ""))  # costly
     output, places = str(tmp_path / "model"), (str(tmp_path / "tb"), f"file://{tmp_path}/mlruns")
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "tests.training.crashing_run", address, output, *places]
@@ -223,7 +224,7 @@ def test_a_killed_run_resumes_to_the_same_weights_as_one_never_killed(
 
 
 def test_two_workers_train_one_model_and_survive_the_loss_of_one(
-    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, only_trained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lungopacity.training.ray_run.train_loop", resting_loop)
     # Odd numbers: neither the films nor the batches divide evenly.

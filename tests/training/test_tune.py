@@ -103,6 +103,7 @@ def test_the_best_trial_comes_first_with_its_figures(searched: Search) -> None:
     assert "Research use only" in best["notice"]
 
 
+@pytest.mark.usefixtures("only_trained")
 def test_the_command_of_the_best_trains_the_same_model(searched: Search, tmp_path) -> None:
     words = shlex.split(searched.result.best["command"])[1:]
     words[words.index("--output") + 1] = str(tmp_path / "model")
