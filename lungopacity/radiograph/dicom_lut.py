@@ -53,8 +53,9 @@ def table_of(
     first = int(descriptor[1])
     if behind is not None:
         first %= 2**16  # the outputs of `behind` are never negative (PS3.3 C.11.1.1.1)
-    elif first >= 2**15 and lowest < 0:
-        first -= 2**16  # a negative value, written as unsigned
+    elif first >= 2**15 and lowest < min(0, first - 2**16 + len(entries)):
+        # A negative value, written as unsigned: some of the inputs have entries.
+        first -= 2**16
     return Table(first, entries, int(descriptor[2]))
 
 

@@ -31,11 +31,17 @@ def test_a_voi_lut_precedes_a_window_and_its_entries_span_black_to_white():
     assert np.abs(pixels - 255 * scaled[RAMP]).max() <= 0.51
 
 
-def test_a_voi_lut_may_begin_above_32767_if_no_value_is_negative():
+def test_a_voi_lut_may_begin_above_32767_if_no_value_is_as_negative():
     bright = (RAMP + 40_000).astype(np.uint16)
     elements = {"BitsStored": 16, "HighBit": 15, "VOILUTSequence": [lut_item(range(4096), 40_000)]}
     np.testing.assert_array_equal(
         one_film(dicom(bright, **elements)).pixels, one_film(dicom(RAMP)).pixels
+    )
+    # Nor if some may be negative, but none as low as the table would be.
+    bright = bright + np.uint16(1000)
+    np.testing.assert_array_equal(
+        one_film(dicom(bright, **elements, RescaleIntercept=-1000)).pixels,
+        one_film(dicom(RAMP)).pixels,
     )
 
 
