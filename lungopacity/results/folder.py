@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -143,12 +143,21 @@ def explanation_key(run_id: str, content_sha256: str, frame: int | None) -> str:
     return f"{EXPLANATIONS}/{run_id}/{content_sha256}{suffix}.png"
 
 
-def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
+def commit_run(
+    store: Store,
+    run_id: str,
+    record: Mapping[str, Any],
+    before_commit: Callable[[], None] = lambda: None,
+) -> None:
     """Write the commit record: from then on, readers see the whole run, as the newest.
 
-    Raises `UserError` if a run with this id is already published, or if a file that the record
-    names is gone.
+    `before_commit` is called last before that; if it raises, nothing is published. Raises
+    `UserError` if a run with this id is already published, or if a file that the record names is
+    gone.
     """
+    _check_files(store, run_id, record)
+    # What follows is quick: a run that is published in between gets the same number.
+    before_commit()
     attempt = uuid.uuid4().hex
     sequence = 1 + newest_sequence(read_runs(store))
     document = {
@@ -157,7 +166,6 @@ def commit_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
         "attempt": attempt,
         **record,
     }
-    _check_files(store, run_id, record)
     data = json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
     try:
         store.write(run_key(run_id), data, if_absent=True)

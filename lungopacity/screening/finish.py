@@ -100,7 +100,7 @@ class ScreeningResult:
 
 
 def publish_run(
-    job: ScreeningJob, plan: Plan, began: float, before_commit: Callable[[], None] | None
+    job: ScreeningJob, plan: Plan, began: float, before_commit: Callable[[], None]
 ) -> ScreeningResult:
     """Write predictions, metrics and the commit record. Writing the record publishes the run.
 
@@ -129,10 +129,9 @@ def publish_run(
     table = metrics_table(result.metrics, start.run_id, start.model_id, synthetic=result.synthetic)
     key = metrics_key(start.run_id, uuid.uuid4().hex[:8])
     job.results.write(key, parquet_bytes(table))
-    if before_commit is not None:
-        before_commit()
     named = {"files": files, "metrics_file": {"key": key, "rows": table.num_rows}}
-    commit_run(job.results, start.run_id, {**_record(job, plan, result), **named})
+    record = {**_record(job, plan, result), **named}
+    commit_run(job.results, start.run_id, record, before_commit)
     return result
 
 

@@ -169,7 +169,7 @@ def run_job(
     run_id: str | None = None,
     limit: int | None = None,
     history: History | None = None,
-    before_commit: Callable[[], None] | None = None,
+    before_commit: Callable[[], None] = lambda: None,
     go_on_or_raise: Callable[[], None] = lambda: None,
     on_published: Callable[[ScreeningResult], None] | None = None,
     nightly: bool = False,

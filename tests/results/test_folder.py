@@ -1,4 +1,4 @@
-"""Names of the files in a results folder."""
+"""Names of the files in a results folder, and the order of its runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from lungopacity.results import folder
+from lungopacity.storage import open_store
+from tests.results.records import commit_run_without_rows, record_of
 
 RUN = "20260101T000000Z-01234567-89abcdef"
 HEX = "0123456789abcdef"
@@ -40,3 +42,19 @@ def test_what_is_written_is_known_by_its_name(key, pattern):
 def test_a_record_of_a_run_that_was_named_by_hand_may_be_a_film():
     assert re.search(folder.RESULTS_FILE, folder.run_key(RUN))
     assert not re.search(folder.RESULTS_FILE, folder.run_key("mine"))
+
+
+def test_a_run_is_numbered_after_the_last_check_before_it_is_published(tmp_path):
+    """A run that is published while the files of this one are looked up comes before it."""
+    store = open_store(str(tmp_path))
+    store.write("metrics/slow.parquet", b"x")
+    folder.commit_run(
+        store,
+        "slow",
+        record_of("slow", started_at="2025-01-01T00:00:00+00:00"),
+        lambda: commit_run_without_rows(str(tmp_path), "quick"),
+    )
+    assert [(run["run_id"], run["sequence"]) for run in folder.read_runs(store)] == [
+        ("quick", 1),
+        ("slow", 2),
+    ]
