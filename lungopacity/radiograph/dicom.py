@@ -44,7 +44,7 @@ from lungopacity.radiograph.dicom_header import (
     photometric_of,
 )
 from lungopacity.radiograph.dicom_lut import with_palette
-from lungopacity.radiograph.film import DecodeLimits, Radiograph, as_image_error
+from lungopacity.radiograph.film import DecodeLimits, Radiograph, as_image_error, error_of_part
 from lungopacity.radiograph.grey import stretch_to_uint8
 
 # pydicom's warnings quote the offending value, which may be a name, so none is passed on.
@@ -101,7 +101,7 @@ def decode_dicom(
                     raise ImageError(ErrorCode.TRUNCATED, Stage.DECODE, _FEWER)
                 yield _radiograph(dataset, index, own, limits)
             except Exception as error:
-                yield as_image_error(error, _pixel_error, own)
+                yield error_of_part(error, _pixel_error, own)
 
 
 def _read(data: bytes, limits: DecodeLimits) -> Any:

@@ -130,6 +130,17 @@ def as_image_error(
     return found
 
 
+def error_of_part(
+    error: Exception, otherwise: Callable[[Exception], ImageError], facts: Mapping[str, object]
+) -> ImageError:
+    """`as_image_error` for the error of one frame or page, which is yielded instead of raised. It
+    has no traceback: its frames would keep the file and, since Python 3.13, the caller that has the
+    error."""
+    found = as_image_error(error, otherwise, facts)
+    found.__traceback__ = found.__cause__ = found.__context__ = None
+    return found
+
+
 def sides(rows: int, columns: int) -> dict[str, int]:
     """Those of the two that a row can hold: positive, and at most 31 bits."""
     both = {"rows": rows, "columns": columns}

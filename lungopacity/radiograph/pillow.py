@@ -23,6 +23,7 @@ from lungopacity.radiograph.film import (
     DecodeLimits,
     Radiograph,
     as_image_error,
+    error_of_part,
     is_synthetic,
     sides,
 )
@@ -138,7 +139,7 @@ def _each(
             pixels, coloured = page.decode()
             yield Radiograph(pixels=pixels, coloured_fraction=coloured, **facts)
         except Exception as error:
-            failed = as_image_error(error, decoder_error, facts)
+            failed = error_of_part(error, decoder_error, facts)
             yield failed
             if failed.code is ErrorCode.DECOMPRESSION_BOMB:
                 return
