@@ -38,7 +38,9 @@ for _ in range(60):
         if line.startswith("ray_lungopacity_"):
             seen[line.rsplit(" ", 1)[0]] = line
     told = " ".join(seen)
-    if all(name in told for name in sys.argv[1].split(",")):
+    # Each worker tells its own counts.
+    images = [float(line.rsplit(" ", 1)[1]) for line in seen.values() if "_images_total{" in line]
+    if sum(images) >= 14 and all(name in told for name in sys.argv[1].split(",")):
         break
 print(*seen.values(), sep=chr(10))
 """
