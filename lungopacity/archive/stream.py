@@ -119,8 +119,8 @@ def stream(
 
 
 def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    """Run a pipeline of `stream`, and yield its tables. Raises `UserError` if a task does, or if
-    nothing moves for hours. Where tasks may fail, raises as `reason_of_loss` does."""
+    """Run a pipeline of `stream`, and yield its tables. Raises `UserError` if nothing moves for
+    hours; of what a task raised, as `reason_of_loss` does, even where tasks may fail."""
     from ray.data.exceptions import ExecutionTimeoutError
     from ray.exceptions import RayTaskError
 
@@ -143,9 +143,7 @@ def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
             "see `ray status`: the cluster may lack what a stage without active tasks waits for"
         ) from error
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            # Ray Data adds its own advice below the first line.
-            raise UserError(first_line(error.cause)) from error
+        reason_of_loss(error)
         raise
 
 
