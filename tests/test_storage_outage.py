@@ -16,7 +16,7 @@ from botocore.exceptions import (
     EndpointConnectionError,
 )
 
-from lungopacity.errors import ErrorCode
+from lungopacity.errors import ErrorCode, UserError
 from lungopacity.storage import open_store, outage
 from tests.fault_proxy import code_of
 
@@ -127,3 +127,17 @@ def test_a_server_that_never_answered_is_not_waited_for(monkeypatch, s3_server):
         began = time.monotonic()
         assert code_of(lambda: open_store("s3://films").read("a")) is ErrorCode.UNAVAILABLE
         assert time.monotonic() - began < 40  # waiting takes 60
+
+
+def test_what_never_answers_is_told_of_soon_and_given_up_after_one_attempt(monkeypatch, caplog):
+    monkeypatch.setattr("lungopacity.storage.s3_clients._READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(outage, "_SILENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        endpoint = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        began = time.monotonic()
+        assert code_of(lambda: open_store("s3://films").read("a")) is ErrorCode.TIMEOUT
+        with pytest.raises(UserError, match=f"{endpoint} did not answer in time; check AWS"):
+            open_store("s3://films").head("a")
+        assert time.monotonic() - began < 4  # two requests, of a second each
+    assert caplog.messages == [f"the storage at {endpoint} has not answered yet; waiting for it"]

@@ -2,9 +2,10 @@
 
 botocore's own attempts are over in seconds, so a thousand images would fail in the half minute that
 a server takes to come back. A server that has never answered is not waited for: most likely its
-address is wrong. One that stays away is waited for once, or every object would wait again. A store
-that is pickled to another process takes along which servers have answered, because that process may
-start in the middle of an outage.
+address is wrong. Its first answer may take as long as the timeouts allow, and a warning says so.
+One that stays away is waited for once, or every object would wait again. A store that is pickled to
+another process takes along which servers have answered, because that process may start in the
+middle of an outage.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from threading import Timer
 from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
 _PAUSE_S = 2.0
+_SILENCE_S = 8.0
+"""After this time without a first answer, a warning says what is waited for."""
 
 T = TypeVar("T")
 
@@ -59,7 +65,8 @@ def patiently(endpoint: str, request: Callable[[], T]) -> T:
     began = time.monotonic()
     while True:
         try:
-            answer = request()
+            with _telling_of_silence(endpoint):
+                answer = request()
         except (ConnectionClosedError, ConnectTimeoutError, EndpointConnectionError):
             now = time.monotonic()
             if endpoint not in _silent_since:
@@ -78,3 +85,24 @@ def patiently(endpoint: str, request: Callable[[], T]) -> T:
         else:
             heard(endpoint)
             return answer
+
+
+@contextmanager
+def _telling_of_silence(endpoint: str) -> Iterator[None]:
+    """Warn if a server that has never answered does not answer the block's request soon either."""
+    if endpoint in _silent_since:
+        yield
+        return
+    timer = Timer(_SILENCE_S, _warn_of_silence, [endpoint])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@cache
+def _warn_of_silence(endpoint: str) -> None:
+    """Once per process: several threads may wait."""
+    log.warning("the storage at %s has not answered yet; waiting for it", endpoint)

@@ -198,10 +198,14 @@ class S3Store:
         )
 
     def read(self, key: str, *, etag: str | None = None) -> bytes:
-        data = self._ready_to_read.quick.read(self.prefix + key, etag, self._opaque)
-        if data is not None:
-            heard(self.client.meta.endpoint_url)
-            return data
+        ready = self._ready_to_read
+        endpoint = ready.boto3.meta.endpoint_url
+        # A server's first answer is left to `patiently`, which warns while it waits.
+        if endpoint in answered():
+            data = ready.quick.read(self.prefix + key, etag, self._opaque)
+            if data is not None:
+                heard(endpoint)
+                return data
         pieces: list[bytes] = []
         self._fetch(key, etag, pieces.append, pieces.clear)
         return b"".join(pieces)

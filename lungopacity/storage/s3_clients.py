@@ -10,11 +10,13 @@ from functools import cache
 from typing import Any
 
 from lungopacity.errors import UserError
+from lungopacity.storage.outage import answered
 from lungopacity.storage.quick_get import QuickGet
 from lungopacity.storage.s3_errors import NO_CREDENTIALS
 
 _REQUEST_ATTEMPTS = 5
 """Attempts of botocore, with its own backoff, for refused connections and server errors."""
+_READ_TIMEOUT_S = 60
 
 
 def aws_session() -> Any:
@@ -79,20 +81,31 @@ def s3_client() -> Any:
     """A new boto3 client. It addresses buckets of a custom endpoint by path, whichever variable or
     file names the endpoint: that needs no DNS name per bucket. Raises `UserError`."""
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import BotoCoreError, ReadTimeoutError
 
     config = Config(
         retries={"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS},
         max_pool_connections=64,
         connect_timeout=10,
-        read_timeout=60,
+        read_timeout=_READ_TIMEOUT_S,
     )
     try:
         session = aws_session()
-        return session.client("s3", config=config, region_name=session.region_name or "us-east-1")
+        region = session.region_name or "us-east-1"
+        client = session.client("s3", config=config, region_name=region)
     except (BotoCoreError, ValueError) as error:
         reason = " ".join(str(error).split())
         fix = "check the AWS variables and profiles"
         if reason.startswith("Invalid endpoint"):
             fix = "begin AWS_ENDPOINT_URL, or the profile's endpoint_url, with http:// or https://"
         raise UserError(f"S3 cannot be used: {reason}; {fix}") from error
+    endpoint = client.meta.endpoint_url
+
+    def give_up_if_mute(caught_exception: Exception | None = None, **_: object) -> None:
+        # What accepts connections and never answers is no server of S3. Five attempts would take
+        # five minutes to find that out.
+        if isinstance(caught_exception, ReadTimeoutError) and endpoint not in answered():
+            raise caught_exception
+
+    client.meta.events.register_first("needs-retry.s3", give_up_if_mute)
+    return client

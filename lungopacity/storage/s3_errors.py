@@ -127,9 +127,11 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
     from botocore.exceptions import (
         BotoCoreError,
         ClientError,
+        ConnectTimeoutError,
         EndpointConnectionError,
         NoCredentialsError,
         PartialCredentialsError,
+        ReadTimeoutError,
         SSLError,
     )
 
@@ -165,5 +167,8 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
                 "for it"
             ) from error
         raise UserError(f"{where}: {endpoint} answered {code or status_of(error)}") from error
+    except (ConnectTimeoutError, ReadTimeoutError) as error:
+        fix = "check AWS_ENDPOINT_URL and the network"
+        raise UserError(f"{where}: {endpoint} did not answer in time; {fix}") from error
     except BotoCoreError as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
