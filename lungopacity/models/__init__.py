@@ -12,7 +12,13 @@ from lungopacity.models.folder import (
     save_model,
     validation_films,
 )
-from lungopacity.models.model import ModelSpec, OperatingPoint, TrainedModel, weights_of
+from lungopacity.models.model import (
+    ModelSpec,
+    OperatingPoint,
+    TrainedModel,
+    load_weights,
+    weights_of,
+)
 from lungopacity.models.networks import (
     ENSEMBLE,
     NETWORK_NAMES,
@@ -46,6 +52,7 @@ __all__ = [
     "find_validation",
     "is_model",
     "load_model",
+    "load_weights",
     "network_card",
     "points_of_sites",
     "read_history",

@@ -194,7 +194,7 @@ class TrainedModel:
         network = build_network(
             self.spec.architecture, len(self.spec.class_names), self.spec.architecture_settings
         )
-        network.load_state_dict(safetensors.torch.load(self.weights))
+        load_weights(network, safetensors.torch.load(self.weights))
         return network.eval()
 
 
@@ -213,6 +213,19 @@ def weights_of(network: torch.nn.Module) -> bytes:
 
     state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
+
+
+def load_weights(
+    network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, strict: bool = True
+) -> None:
+    """Copies the tensors into the network's parameters and buffers. strict: as in torch's
+    `load_state_dict`."""
+    # The network's own state also has the versions of its layers. A safetensors file has none, and
+    # torchvision's MNASNet loads nothing of unknown version.
+    state = network.state_dict()
+    state.clear()
+    state.update(tensors)
+    network.load_state_dict(state, strict=strict)
 
 
 def sha256(data: bytes) -> str:

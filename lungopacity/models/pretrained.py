@@ -27,6 +27,7 @@ from lungopacity.models.folder import (
     known_films,
     load_model,
 )
+from lungopacity.models.model import load_weights
 from lungopacity.models.networks import NetworkCard
 from lungopacity.storage import open_store, split_uri
 
@@ -239,7 +240,7 @@ def take_weights(
             f"{len(wrong)} of {len(own)} tensors are missing or have another shape, such as "
             f"{wrong[0]}"
         )
-    network.load_state_dict({**own, **taken})
+    load_weights(network, {**own, **taken})
     return fresh
 
 

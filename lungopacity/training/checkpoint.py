@@ -29,7 +29,7 @@ from pyarrow.fs import FileSelector, FileSystem
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from lungopacity.errors import NO_ROOM, ImageError, UserError, last_line
-from lungopacity.models import weights_of
+from lungopacity.models import load_weights, weights_of
 from lungopacity.storage import S3Store, join_uri, open_store
 from lungopacity.storage.s3_errors import may_pass
 
@@ -139,10 +139,10 @@ def read_checkpoint(
     root = Path(folder)
     kept = safetensors.torch.load((root / NETWORK_FILE).read_bytes())
     if averaged is None:
-        network.load_state_dict(kept)
+        load_weights(network, kept)
     else:
-        averaged.load_state_dict(kept)
-        network.load_state_dict(safetensors.torch.load((root / _LEARNING_FILE).read_bytes()))
+        load_weights(averaged, kept)
+        load_weights(network, safetensors.torch.load((root / _LEARNING_FILE).read_bytes()))
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in safetensors.torch.load((root / _OPTIMIZER_FILE).read_bytes()).items():
         number, _, moment = name.partition(".")

@@ -34,7 +34,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from lungopacity.models import build_network
+from lungopacity.models import build_network, load_weights
 from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import exact_float32
 from lungopacity.runtime import check_same_code, cpus_here
@@ -199,7 +199,7 @@ def learn(
     torch.manual_seed(_seed(settings.seed))
     network = build_network(settings.model, worker.films.classes, settings.model_settings)
     if first is not None:
-        network.load_state_dict(first, strict=False)
+        load_weights(network, first, strict=False)
     network = network.to(worker.device).to(memory_format=torch.channels_last)
     if worker.device.type == "cpu":
         depthwise_in_float32(network)

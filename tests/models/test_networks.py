@@ -7,7 +7,7 @@ import torch
 from torchvision import models
 
 from lungopacity.errors import UserError
-from lungopacity.models import NETWORK_NAMES, build_network, network_card
+from lungopacity.models import NETWORK_NAMES, build_network, load_weights, network_card
 from lungopacity.models.cov_net import CovNet, CovNetSettings
 
 
@@ -65,6 +65,8 @@ def test_every_kind_of_torchvisions_classifiers_can_be_had_by_its_name():
         with torch.device("cpu" if backbone.startswith("regnet") else "meta"):
             network = build_network(name, 3, settings).eval()
             assert network(torch.zeros(2, 1, size, size)).shape == (2, 3), name
+            # As from a file, which has no versions of layers.
+            load_weights(network, dict(network.state_dict()))
 
 
 @pytest.mark.parametrize(
