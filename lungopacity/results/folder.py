@@ -7,6 +7,7 @@
     runs/<run_id>.json                  the commit record, written last
     status.json                         how the newest night went
     _work/<run_id>/…                    work in progress; readers never look here
+    _lock/run-NNNNNN.json               the claim of a number, while its run is published
 
 Readers ignore files that no commit record names. Runs are ordered by the `sequence` in their
 records, not by a clock: clocks differ between machines, and can be set back.
@@ -16,9 +17,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import UnionType
@@ -28,6 +32,8 @@ from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.results.schema import SCHEMA_VERSION
 from lungopacity.storage import ConflictError, Store
 from lungopacity.storage.lease import LOCKS
+
+log = logging.getLogger(__name__)
 
 RUNS = "runs"
 PREDICTIONS = "predictions"
@@ -49,12 +55,16 @@ WORK_FILE = (
 )
 RESULTS_FILE = (
     rf"(?:^|/)(?:{PREDICTIONS_FILE}|{METRICS_FILE}|{PICTURE_FILE}|{WORK_FILE}"
-    rf"|{RUNS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}-[0-9a-f]{{8}}\.json|{LOCKS}/nightly\.json)$"
+    rf"|{RUNS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}-[0-9a-f]{{8}}\.json"
+    rf"|{LOCKS}/(?:nightly|run-\d{{6,}})\.json)$"
 )
 """Pattern of keys in any results folder, wherever that is. It is so narrow that no film has such a
 name by chance. It does not match status.json, or records of runs with a hand-made id."""
 
 _READ_THREADS = 16
+_CLAIM_S = 30.0
+"""How long the claim of a number keeps other runs waiting: its job may have been killed."""
+_ASK_S = 0.5
 
 
 def refuse_other_folder(store: Store) -> None:
@@ -68,6 +78,11 @@ def refuse_other_folder(store: Store) -> None:
 def run_key(run_id: str) -> str:
     """Key of the run's commit record."""
     return f"{RUNS}/{run_id}.json"
+
+
+def claim_key(sequence: int) -> str:
+    """Key of the claim of a run's number."""
+    return f"{LOCKS}/run-{sequence:06d}.json"
 
 
 def work_prefix(run_id: str) -> str:
@@ -156,24 +171,54 @@ def commit_run(
     gone.
     """
     _check_files(store, run_id, record)
-    # What follows is quick: a run that is published in between gets the same number.
-    before_commit()
     attempt = uuid.uuid4().hex
-    sequence = 1 + newest_sequence(read_runs(store))
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "sequence": sequence,
-        "attempt": attempt,
-        **record,
-    }
-    data = json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
-    try:
-        store.write(run_key(run_id), data, if_absent=True)
-    except ConflictError as error:
-        # If the answer to our own write was lost, the retry finds our own record.
-        if _parsed(store, run_key(run_id)).get("attempt") == attempt:
-            return
-        raise published_meanwhile(run_id) from error
+    with _next_number(store) as sequence:
+        before_commit()
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "sequence": sequence,
+            "attempt": attempt,
+            **record,
+        }
+        data = json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
+        try:
+            store.write(run_key(run_id), data, if_absent=True)
+        except ConflictError as error:
+            # If the answer to our own write was lost, the retry finds our own record.
+            if _parsed(store, run_key(run_id)).get("attempt") != attempt:
+                raise published_meanwhile(run_id) from error
+
+
+@contextmanager
+def _next_number(store: Store) -> Iterator[int]:
+    """The `sequence` of the next run. No other run gets it.
+
+    In the block, other runs wait, so what was checked there still holds when the run is published.
+    If the block takes longer than `_CLAIM_S`, they go on, and count as newer.
+    """
+    number, until = 0, 0.0
+    while True:
+        newest = newest_sequence(read_runs(store))
+        if newest >= number:
+            number, until = newest + 1, time.monotonic() + _CLAIM_S
+        elif time.monotonic() > until:
+            log.warning("a run that was to be published before this one has not appeared")
+            number, until = number + 1, time.monotonic() + _CLAIM_S
+        try:
+            store.write(claim_key(number), b"{}", if_absent=True)
+        except ConflictError:
+            time.sleep(_ASK_S)
+            continue
+        try:
+            # Who had claimed the number before may have published, and have removed the claim.
+            if newest_sequence(read_runs(store)) < number:
+                yield number
+                return
+        finally:
+            # Some users may write and not delete. A claim that stays keeps nobody waiting once a
+            # run of this number, or of a higher one, is published.
+            with suppress(UserError):
+                store.delete(claim_key(number))
 
 
 def _check_files(store: Store, run_id: str, record: Mapping[str, Any]) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from lungopacity.errors import UserError
 from lungopacity.results import folder
-from lungopacity.storage import open_store
-from tests.results.records import commit_run_without_rows, record_of
+from lungopacity.storage import Store, open_store
+from tests.results.records import record_of
 
 RUN = "20260101T000000Z-01234567-89abcdef"
 HEX = "0123456789abcdef"
@@ -39,22 +43,74 @@ def test_what_is_written_is_known_by_its_name(key, pattern):
     ]
 
 
+@pytest.mark.parametrize(
+    "key", [folder.claim_key(7), folder.claim_key(10**6), "_lock/nightly.json"]
+)
+def test_a_lock_in_other_results_is_no_film(key):
+    assert re.search(folder.RESULTS_FILE, f"a/results/{key}")
+
+
 def test_a_record_of_a_run_that_was_named_by_hand_may_be_a_film():
     assert re.search(folder.RESULTS_FILE, folder.run_key(RUN))
     assert not re.search(folder.RESULTS_FILE, folder.run_key("mine"))
 
 
-def test_a_run_is_numbered_after_the_last_check_before_it_is_published(tmp_path):
-    """A run that is published while the files of this one are looked up comes before it."""
+def _commit(store: Store, run_id: str, before_commit: Callable[[], None] = lambda: None) -> None:
+    store.write(f"metrics/{run_id}.parquet", b"x")
+    folder.commit_run(store, run_id, record_of(run_id), before_commit)
+
+
+def _numbers(store: Store) -> dict[str, int]:
+    return {run["run_id"]: run["sequence"] for run in folder.read_runs(store)}
+
+
+def test_a_run_waits_until_the_one_that_is_being_published_is_published(tmp_path):
     store = open_store(str(tmp_path))
-    store.write("metrics/slow.parquet", b"x")
-    folder.commit_run(
-        store,
-        "slow",
-        record_of("slow", started_at="2025-01-01T00:00:00+00:00"),
-        lambda: commit_run_without_rows(str(tmp_path), "quick"),
+    with ThreadPoolExecutor() as threads:
+
+        def checked() -> None:
+            second = threads.submit(_commit, store, "second")
+            time.sleep(0.2)
+            assert not second.done()
+
+        _commit(store, "first", checked)
+    assert _numbers(store) == {"first": 1, "second": 2}
+    assert not list(store.list("_lock/"))
+
+
+def test_no_two_runs_have_the_same_number(tmp_path, monkeypatch):
+    """Nor if one was published since the other read which number is next."""
+    store = open_store(str(tmp_path))
+    stale = []
+    read_runs = folder.read_runs
+    monkeypatch.setattr(
+        folder, "read_runs", lambda store: stale.pop() if stale else read_runs(store)
     )
-    assert [(run["run_id"], run["sequence"]) for run in folder.read_runs(store)] == [
-        ("quick", 1),
-        ("slow", 2),
-    ]
+    for run_id in "abc":
+        stale.append([])
+        _commit(store, run_id)
+    assert _numbers(store) == {"a": 1, "b": 2, "c": 3}
+    assert not list(store.list("_lock/"))
+
+
+def test_a_job_that_was_killed_while_it_published_stops_no_later_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(folder, "_CLAIM_S", 0.0)
+    store = open_store(str(tmp_path))
+    store.write(folder.claim_key(1), b"{}")
+    _commit(store, "a")
+    assert "was to be published before this one has not appeared" in caplog.text
+    caplog.clear()
+    _commit(store, "b")
+    assert (_numbers(store), caplog.text) == ({"a": 2, "b": 3}, "")
+
+
+def test_a_run_that_is_not_published_keeps_no_number(tmp_path):
+    store = open_store(str(tmp_path))
+
+    def refuse() -> None:
+        raise UserError("not now")
+
+    with pytest.raises(UserError, match="not now"):
+        _commit(store, "refused", refuse)
+    _commit(store, "a")
+    assert _numbers(store) == {"a": 1}

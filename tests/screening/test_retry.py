@@ -6,8 +6,10 @@ import pytest
 
 import lungopacity
 from lungopacity.errors import UserError
+from lungopacity.results import folder
 from lungopacity.results.query import query
 from lungopacity.screening import screen
+from lungopacity.screening.history import History
 
 
 def test_what_a_later_run_has_read_is_not_retried_and_stays_the_newest(place, monkeypatch, hidden):
@@ -53,3 +55,25 @@ def test_a_retry_is_not_published_over_rows_of_a_night_that_came_between(place, 
     assert newest["status"].to_pylist() == ["ok"]
     again = lungopacity.retry(place.results, run.run_id)
     assert (again.images, again.ok) == (1, 1)
+
+
+def test_a_retry_does_not_hide_what_a_night_publishes_while_it_is_checked(place, monkeypatch):
+    """Between its last look at the results and its commit record: seconds, where they are large."""
+    monkeypatch.setattr(screen, "done_with_ray", lambda: None)
+    monkeypatch.setattr(folder, "_CLAIM_S", 0.0)  # here, the one waits in the middle of the other
+    place.failing = {"Adams.png": "timeout"}
+    (run,) = place.night(max_failed_fraction=1.0).runs
+    looks = []
+    load = History.load
+
+    def slowly(history, connection) -> None:
+        load(history, connection)
+        looks.append(connection)
+        if len(looks) == 2:
+            place.failing = {}
+            place.night()
+
+    monkeypatch.setattr(History, "load", slowly)
+    assert lungopacity.retry(place.results, run.run_id).failed == 1
+    newest = query(place.results, "SELECT status FROM latest WHERE image = 'Adams.png'")
+    assert newest["status"].to_pylist() == ["ok"]
