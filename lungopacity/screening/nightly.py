@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -104,7 +104,12 @@ def nightly(
                 log.info("first finishing run %s of an earlier night", start.run_id)
                 try:
                     objects = Inventory(start.archive, iter(()))
-                    publish(objects, time.monotonic(), run_id=start.run_id)
+                    publish(
+                        objects,
+                        time.monotonic(),
+                        run_id=start.run_id,
+                        before_commit=partial(_check_newest, job, start, check),
+                    )
                 except Exception as error:
                     # A cause that stops all work will stop tonight's own run, too. One that stops
                     # only this run must not stop every night.
@@ -137,6 +142,14 @@ def _check(lease: Lease, runs: Sequence[ScreeningResult]) -> None:
         raise UserError(
             f"{error}; {published} was published; the next night continues from there"
         ) from error
+
+
+def _check_newest(job: ScreeningJob, start: RunStart, check: Callable[[], None]) -> None:
+    """`check`, and raises `UserError` if a newer run was published while this one was finished."""
+    check()
+    later = published_later(job.results, start)
+    if later is not None:
+        raise UserError(f"run {later} was published meanwhile, and its rows must stay the newest")
 
 
 def _check_if_taken_over(lease: Lease, runs: Sequence[ScreeningResult]) -> None:

@@ -87,6 +87,29 @@ def test_an_unfinished_run_is_not_published_over_newer_rows(place, caplog):
     assert told == [{"run_id": between.run_id, "status": "ok"}]
 
 
+def test_a_run_that_another_overtakes_while_a_night_finishes_it_is_not_published(
+    place, monkeypatch, caplog
+):
+    """Its rows of an earlier night would hide those of the other run."""
+    monkeypatch.setattr(screen, "ray_ahead", nullcontext)
+    place.failing = {"Adams.png": "timeout"}
+    place.killed(change=lambda rows: rows.slice(0, 3))
+    place.failing = {}
+    pipeline = screen._run_pipeline
+
+    def slowly(job, plan, todo, **options) -> set[str]:
+        monkeypatch.setattr(screen, "_run_pipeline", pipeline)
+        lungopacity.screen(place.archive.uri, place.model, place.results)
+        return pipeline(job, plan, todo, **options)
+
+    monkeypatch.setattr(screen, "_run_pipeline", slowly)
+    (own,) = place.night().runs
+    assert (own.run_id != "killed", own.images) == (True, 0)
+    assert "run killed could not be finished" in caplog.text
+    told = query(place.results, "SELECT status, count(*) n FROM latest GROUP BY ALL").to_pylist()
+    assert told == [{"status": "ok", "n": 4}]
+
+
 def test_resuming_a_run_by_hand_warns_of_newer_runs(place, monkeypatch, caplog):
     monkeypatch.setattr(screen, "ray_ahead", nullcontext)
     place.killed()
