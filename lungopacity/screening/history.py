@@ -160,6 +160,11 @@ def hides_names(run: Mapping[str, Any]) -> bool:
     return _settings(run).get("key_map") is not None
 
 
+def all_hide_names(runs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there are published runs, and none shows the name of an object."""
+    return bool(runs) and all(map(hides_names, runs))
+
+
 def of_other_version(run: Mapping[str, Any]) -> bool:
     """Whether another version of lungopacity made the run: this one may read what that could
     not."""

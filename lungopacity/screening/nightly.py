@@ -14,11 +14,11 @@ from typing import Any, Unpack
 from lungopacity.archive.inventory import Inventory
 from lungopacity.errors import NOTICE, Status, UserError, foreseen
 from lungopacity.evaluation.drift import Shift
-from lungopacity.results.folder import STATUS
+from lungopacity.results.folder import STATUS, read_runs
 from lungopacity.results.workbench import temporary_folder
 from lungopacity.runtime import code_of_signal, if_head_is_lost
 from lungopacity.screening.finish import ScreeningResult
-from lungopacity.screening.history import History
+from lungopacity.screening.history import History, all_hide_names
 from lungopacity.screening.job import ScreeningJob, ScreeningOptions, screening_job
 from lungopacity.screening.plan import (
     RunStart,
@@ -80,7 +80,8 @@ def nightly(
         return _rehearsed(store, archive, model, results, inventory, max_images, options)
     # If names are hashed, readers of the results must not see them, and the URI of an archive that
     # is a single object is its name.
-    shown = None if options.get("hash_keys") else open_store(archive).uri
+    may_quote_names = not options.get("hash_keys") and not _hides_all_names(store)
+    shown = open_store(archive).uri if may_quote_names else None
     with (
         Lease(store, "nightly", f"nightly screening of {shown or 'an archive'}") as lease,
         if_head_is_lost(lambda why: status.write("failed", 2, runs, why)),
@@ -125,12 +126,20 @@ def nightly(
             history = _history(job, listed.uri)
             publish(listed, began, limit=max_images, history=history, nightly=True)
         except BaseException as error:
-            exit_code, why = _ended(error, may_quote_names=not options.get("hash_keys"))
+            exit_code, why = _ended(error, may_quote_names=may_quote_names)
             status.write("failed", exit_code, runs, why)
             raise
         night = Night(store.uri, tuple(runs))
         written = status.write("finished", night.exit_code, night.runs)
     return replace(night, status_written=written)
+
+
+def _hides_all_names(store: Store) -> bool:
+    """Whether the results must go on showing no name, although `--hash-keys` was forgotten."""
+    try:
+        return all_hide_names(read_runs(store))
+    except UserError:
+        return True  # nobody can say, and the night will stop at the same error
 
 
 def _check(lease: Lease, runs: Sequence[ScreeningResult]) -> None:

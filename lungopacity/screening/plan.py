@@ -33,7 +33,7 @@ from lungopacity.results.folder import (
 from lungopacity.results.schema import PLAN_SCHEMA, PLANNED_SCHEMA, part_schema
 from lungopacity.results.workbench import ExportedFile, export, spool, view_of_files, workbench
 from lungopacity.runtime import versions
-from lungopacity.screening.history import History, hides_names, is_of_kind
+from lungopacity.screening.history import History, all_hide_names, is_of_kind
 from lungopacity.screening.rules import Rules
 from lungopacity.storage import ConflictError, Store, check_name, open_store
 from lungopacity.words import counted
@@ -122,7 +122,7 @@ def check_names_stay_hidden(
 ) -> None:
     """Raises `UserError` if a run by these rules would show names of objects where all published
     runs hide them: an option that is forgotten once would show every name to whoever may query."""
-    if published and not rules.hash_keys and all(map(hides_names, published)):
+    if not rules.hash_keys and all_hide_names(published):
         raise UserError(
             f"{results.uri}: all runs there hide the names of objects (--hash-keys), and this one "
             "would show them; give --hash-keys, or another place for the results"

@@ -15,7 +15,7 @@ from lungopacity.screening.pseudonyms import (
     read_pseudonyms,
     write_key_map,
 )
-from lungopacity.storage import open_store
+from lungopacity.storage import LocalStore, open_store
 from lungopacity.storage.probe import check_writable
 from tests.parquet_pages import with_flipped_page
 
@@ -108,3 +108,24 @@ def test_results_that_hide_all_names_show_none_because_an_option_was_forgotten(p
         lungopacity.screen(place.archive.uri, place.model, place.results)
     assert lungopacity.runs(place.results).num_rows == 1
     assert place.night(**hidden).runs[0].images == 0
+
+
+def test_a_night_with_a_forgotten_option_writes_no_name(place, hidden):
+    """Readers of these results may see none, and the archive may be a single object."""
+    one = f"{place.archive.uri}/Adams.png"
+    lungopacity.nightly(one, place.model, place.results, **hidden)
+    seen = []
+    write = LocalStore.write
+
+    def watched(store, key, data, **condition) -> None:
+        seen.append(data)
+        write(store, key, data, **condition)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStore, "write", watched)
+        for archive in (one, f"{place.archive.uri}/none.png"):
+            with pytest.raises(UserError, match=r"give --hash-keys|nothing lies there"):
+                lungopacity.nightly(archive, place.model, place.results)
+            assert place.status()["state"] == "failed"
+    assert len(seen) >= 6
+    assert not any(b".png" in data for data in seen)
