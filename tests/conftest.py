@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import uuid
 from collections.abc import Iterator
@@ -79,6 +80,17 @@ def proxy(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fault
     with fault_proxy(s3_server.endpoint_url) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
         yield running
+
+
+@pytest.fixture
+def core_dumps() -> Iterator[None]:
+    """This process, and those that it starts, may leave them."""
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    if before[1] == 0:
+        pytest.skip("core dumps are forbidden here")
+    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
 @pytest.fixture(params=["disk", "s3"])

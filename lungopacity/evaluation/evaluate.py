@@ -56,6 +56,7 @@ from lungopacity.runtime import (
     code_digest,
     cpus_here,
     free_resources,
+    leave_no_core,
     ray_session,
     require_resources,
     resolve_gpu,
@@ -272,6 +273,7 @@ def _scores(model: TrainedModel, pixels_NHW: npt.NDArray[np.uint8], use_gpu: boo
         from lungopacity.models.scorer import Scorer
 
         check_same_code(code)
+        leave_no_core()
         scorer = Scorer(trained, use_gpu=use_gpu, threads=cpus_here())
         for start in range(0, len(pixels), _BATCH):
             scores = scorer.scores(pixels[start : start + _BATCH], _BATCH)

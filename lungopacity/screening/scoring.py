@@ -18,7 +18,7 @@ from lungopacity.models import TrainedModel
 from lungopacity.models.scorer import no_number
 from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 from lungopacity.results.schema import class_column, part_schema
-from lungopacity.runtime import check_same_code
+from lungopacity.runtime import check_same_code, leave_no_core
 from lungopacity.screening.explanations import PICTURE, Explainer
 from lungopacity.screening.resources import ScoringResources
 
@@ -51,6 +51,7 @@ class ScoreImages:
         try:
             if code is not None:
                 check_same_code(code)
+                leave_no_core()
             self._start(model, resources.threads, precision)
         except Exception as error:
             # Raised by the first call: of an exception in __init__, Ray passes on only the text.

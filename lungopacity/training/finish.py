@@ -19,6 +19,7 @@ from lungopacity.runtime import (
     code_digest,
     cpus_here,
     free_resources,
+    leave_no_core,
     worker_environment,
 )
 from lungopacity.training.loop import Films
@@ -46,6 +47,7 @@ def distribution_of(
         from lungopacity.models.scorer import Scorer
 
         check_same_code(code)
+        leave_no_core()
         scorer = Scorer(kept, use_gpu=use_gpu, threads=cpus_here())
         features: list[npt.NDArray[np.float32]] = []
         for rows, turns in _passes(films):
@@ -97,6 +99,7 @@ def compiled_of(model: TrainedModel, films: ray.ObjectRef) -> tuple[bytes | None
     unfamiliar network."""
 
     def run(kept: TrainedModel, films: Films) -> tuple[bytes | None, str]:
+        leave_no_core()
         return compiled_if_better(kept, films.pixels_NHW[films.validation])
 
     try:

@@ -37,15 +37,11 @@ from torch.nn.parallel import DistributedDataParallel
 from lungopacity.models import build_network, load_weights
 from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import exact_float32
-from lungopacity.runtime import check_same_code, cpus_here
+from lungopacity.runtime import check_same_code, cpus_here, leave_no_core
 from lungopacity.storage import open_store
 from lungopacity.storage.probe import check_node
 from lungopacity.training.augment import augment
-from lungopacity.training.checkpoint import (
-    read_checkpoint,
-    report_epoch,
-    write_checkpoint,
-)
+from lungopacity.training.checkpoint import read_checkpoint, report_epoch, write_checkpoint
 from lungopacity.training.optimizer import learning_rate_at, optimizer_of
 from lungopacity.training.precision import depthwise_in_float32, use_bfloat16
 from lungopacity.training.settings import TrainingSettings
@@ -149,6 +145,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     where no checkpoint can be kept, or this node's lungopacity is not the driver's.
     """
     check_same_code(config["code"])
+    leave_no_core()
     # Ray, which made the folder on the driver's node, looks only after an epoch, again and again.
     check_node(open_store(config["place"]), "a training worker runs")
     context = ray.train.get_context()

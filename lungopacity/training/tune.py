@@ -42,6 +42,7 @@ from lungopacity.runtime import (
     check_same_code,
     code_digest,
     free_resources,
+    leave_no_core,
     ray_session,
     require_resources,
     resolve_gpu,
@@ -338,6 +339,7 @@ def _trial(
 ) -> None:
     """Trains in this process, and reports each epoch to Tune."""
     check_same_code(code)
+    leave_no_core()
     own = with_draw(settings, draw(space, settings.seed, config["trial"]))
     films: Films = ray.get(shared["films"])
     labels_V = films.labels_N[films.validation]

@@ -86,17 +86,6 @@ def test_a_file_that_crashes_its_decoder_costs_no_other_file(crashing, place):
     assert codes(crashing, files) == expected
 
 
-@pytest.fixture
-def core_dumps():
-    """This process, and those that it starts, may leave them."""
-    before = resource.getrlimit(resource.RLIMIT_CORE)
-    if before[1] == 0:
-        pytest.skip("core dumps are forbidden here")
-    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_CORE, before)
-
-
 @pytest.mark.usefixtures("core_dumps")
 def test_a_crash_leaves_no_image_of_a_film_in_memory(crashing, tmp_path):
     store = open_store(str(tmp_path))

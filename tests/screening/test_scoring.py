@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from datetime import UTC, datetime
 
 import numpy as np
@@ -13,6 +14,7 @@ from ray.exceptions import RaySystemError
 from lungopacity.errors import UserError
 from lungopacity.models.scorer import Scorer, Scores
 from lungopacity.results.schema import READ_SCHEMA, score_fields
+from lungopacity.runtime import code_digest
 from lungopacity.screening.explanations import Explainer
 from lungopacity.screening.resources import ScoringResources
 from lungopacity.screening.scoring import ScoreImages, _pixels
@@ -54,6 +56,12 @@ def test_films_have_their_own_scores_however_their_rows_lie_in_memory():
     assert not _pixels(whole["pixels"].slice(1)).flags.owndata
     np.testing.assert_array_equal(_pixels(pa.concat_tables(parts)["pixels"]), FILMS.ravel())
     assert not len(_pixels(whole["pixels"].slice(0, 1)))
+
+
+@pytest.mark.usefixtures("core_dumps")
+def test_a_crash_of_an_actor_leaves_no_image_of_films_in_memory():
+    ScoreImages(tiny_model(), ON_CPU, False, None, "float32", code_digest())
+    assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
 
 
 @pytest.mark.parametrize(("broken", "reject_unlike"), [("logits_NK", False), ("features_NF", True)])

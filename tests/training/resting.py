@@ -4,6 +4,7 @@ that kills it at that epoch does so before the last one, even on a busy machine.
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from typing import Any
 
@@ -28,7 +29,10 @@ def resting_loop(config: dict[str, Any]) -> dict[str, Any]:
             threading.Event().wait()
 
     ray.train.report = reported
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
     result = train_loop(config)
+    assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
     # The tests' Ray has an address of this machine.
     assert os.environ[GLOO_INTERFACE] == interface_of(ray.util.get_node_ip_address())
     # Of the CPUs that Ray has here, not all that the process sees.
