@@ -349,19 +349,17 @@ def _of_object(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def _told_apart_from_sidecars(content: dict[str, Any], file: _File) -> dict[str, Any]:
-    code = content.get("error_code")
-    if code == ErrorCode.EMPTY:
-        # Logs are often empty. An empty Parquet file may be a shard whose upload failed.
-        is_shard = file.name.lower().endswith(SHARD_SUFFIXES)
-        is_sidecar = is_sidecar_name(file.name) and not is_shard
-    else:
-        is_sidecar = code == ErrorCode.NOT_AN_IMAGE and _is_sidecar(file.name, file.data or b"")
+    code, data = content.get("error_code"), file.data or b""
+    is_sidecar = False
+    if code in (ErrorCode.EMPTY, ErrorCode.NOT_AN_IMAGE):
+        # Logs are often empty. A Parquet file that is empty, or that has the bytes of something
+        # else, may be a shard whose upload failed; a table without images was unpacked.
+        is_lost_shard = file.name.lower().endswith(SHARD_SUFFIXES) and (
+            code == ErrorCode.EMPTY or bool(data)
+        )
+        of_macos = posixpath.basename(file.name).startswith("._") and data.startswith(_APPLE_DOUBLE)
+        is_sidecar = of_macos or (is_sidecar_name(file.name) and not is_lost_shard)
     return {**content, "status": Status.REJECTED.value} if is_sidecar else content
-
-
-def _is_sidecar(key: str, data: bytes) -> bool:
-    of_macos = posixpath.basename(key).startswith("._") and data.startswith(_APPLE_DOUBLE)
-    return of_macos or is_sidecar_name(key)
 
 
 def is_sidecar_name(key: str) -> bool:

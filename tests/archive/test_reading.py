@@ -1,10 +1,13 @@
 import gzip
 import hashlib
+import io
 import os
 import zipfile
 from contextlib import nullcontext
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lungopacity.archive.content import ReadSettings
@@ -91,6 +94,29 @@ def test_an_empty_log_beside_films_is_no_failure_but_an_empty_film_or_shard_is(t
     for row in rows:
         name = row["member"] or row["image"].removeprefix("loose/")
         assert row["status"] == ("rejected" if name in sidecars else "failed"), name
+
+
+def test_a_damaged_parquet_file_is_a_failure_and_a_table_without_images_is_not(tmp_path):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": ["a.png"], "label": [1]}), buffer)
+    table = buffer.getvalue()
+    films = {
+        "table.parquet": table,
+        "zeros.parquet": bytes(len(table)),
+        "head.parquet": b"\0" + table[1:],
+        "encrypted.parquet": b"PARE" + table[4:-4] + b"PARE",
+        "._x.parquet": b"\x00\x05\x16\x07" + bytes(200),
+    }
+    for name, data in films.items():
+        open_store(str(tmp_path)).write(f"loose/{name}", data)
+    open_store(str(tmp_path)).write("x.tar", tar(films))
+    rows = images(read(str(tmp_path)))
+    assert {row["error_code"] for row in rows} == {"not_an_image"}
+    assert len(rows) == 2 * len(films)
+    for row in rows:
+        name = row["member"] or row["image"].removeprefix("loose/")
+        is_sidecar = name in ("table.parquet", "._x.parquet")
+        assert row["status"] == ("rejected" if is_sidecar else "failed"), name
 
 
 def test_system_files_beside_films_are_rejected_and_not_failures(tmp_path):
