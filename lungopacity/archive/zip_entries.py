@@ -7,7 +7,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import IO
 
@@ -37,8 +37,8 @@ def zip_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
     """Every file, in the order in which they are stored.
 
     Raises `ImageError` (`corrupt_archive`) after the members that were found, if the central
-    directory cannot be read, states another number of members than it lists, or does not list the
-    member at the beginning of the zip.
+    directory cannot be read, states another number of members than it lists, does not list the
+    member at the beginning of the zip, or is followed by other data.
     """
     try:
         directory = zipfile.ZipFile(file)
@@ -51,24 +51,35 @@ def zip_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
         raise corrupt("has no readable central directory") from None
     infos = sorted(directory.infolist(), key=lambda info: info.header_offset)
     starts = [info.header_offset for info in infos] + [directory.start_dir]
-    for info, following in zip(infos, starts[1:], strict=True):
-        yield from _entry(file, info, following, meter)
-    if _stated_count(file) not in (len(infos) % 0x10000, _IN_ZIP64_COUNT):
-        # zipfile trusts the length of a damaged name or comment, and so skips members.
-        raise corrupt("has a directory that lists another number of members than it states")
     file.seek(0)
-    if starts[0] > 0 and file.read(4) == _LOCAL_SIGNATURE:
+    unlisted = starts[0] > 4 and file.read(4) in (_LOCAL_SIGNATURE, *_SPANNED)
+    reached = 0
+    if unlisted:
+        reached = yield from _recovered(file, meter, starts[0])
+    # If they reach further, the directory is that of a nested zip, and this one is cut.
+    if reached <= starts[0]:
+        for info, following in zip(infos, starts[1:], strict=True):
+            yield from _entry(file, info, following, meter)
+    if unlisted:
         raise corrupt("begins with members that its directory does not list")
+    _check_end(file, len(infos))
 
 
-def _stated_count(file: IO[bytes]) -> int:
-    """The number of entries that the end record states (APPNOTE 4.3.16). Some writers wrap it at
-    65,536."""
+def _check_end(file: IO[bytes], listed: int) -> None:
+    """Raises `ImageError` if the end record (APPNOTE 4.3.16) states another number of members, or
+    anything but zeros follows it."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - _MAX_END))
     tail = file.read()
-    (count,) = struct.unpack_from("<H", tail, tail.rfind(b"PK\x05\x06") + 10)
-    return int(count)
+    end = tail.rfind(b"PK\x05\x06")
+    (stated,) = struct.unpack_from("<H", tail, end + 10)
+    # Some writers wrap the number at 65,536.
+    if stated not in (listed % 0x10000, _IN_ZIP64_COUNT):
+        # zipfile trusts the length of a damaged name or comment, and so skips members.
+        raise corrupt("has a directory that lists another number of members than it states")
+    (comment_size,) = struct.unpack_from("<H", tail, end + 20)
+    if tail[end + 22 + comment_size :].strip(b"\0"):
+        raise corrupt("has data after its end record")
 
 
 def _entry(file: IO[bytes], info: zipfile.ZipInfo, following: int, meter: Meter) -> Iterator[Entry]:
@@ -105,13 +116,13 @@ def _open(
 ) -> io.BufferedIOBase:
     file.seek(info.header_offset)
     header = file.read(_LOCAL.size)
-    signature, _, flags, *_, name_size, extra_size = _LOCAL.unpack(header)
+    signature, *_, name_size, extra_size = _LOCAL.unpack(header)
     start = info.header_offset + _LOCAL.size + name_size + extra_size
     if signature != _LOCAL_SIGNATURE:
         raise _broken("its header is not where the directory says")
     # No checksum covers the name, but it is stored twice. A wrong name would give the film's score
-    # to another patient.
-    if _decoded(file.read(name_size), flags) != info.orig_filename:
+    # to another patient. Some writers set the flag of UTF-8 in only one of the headers.
+    if _decoded(file.read(name_size), info.flag_bits) != info.orig_filename:
         raise _broken("its two headers differ")
     # Overlapping members can unpack the same bytes a thousand times (D. Fifield, WOOT 2019).
     if start + info.compress_size > following:
@@ -129,17 +140,20 @@ def _broken(why: str) -> ImageError:
     return ImageError(ErrorCode.CORRUPT_ARCHIVE, Stage.UNPACK, f"the member is broken: {why}")
 
 
-def _recovered(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
-    """Members by their local headers, up to the first that is cut or whose end is unknown."""
+def _recovered(
+    file: IO[bytes], meter: Meter, until: int | None = None
+) -> Generator[Entry, None, int]:
+    """Members by their local headers, up to the first that begins at `until`, is cut, or whose end
+    is unknown. Returns how far they reach."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     position = 4 if file.read(4) in _SPANNED else 0
-    while (info := _local_info(file, position)) is not None:
+    while position != until and (info := _local_info(file, position)) is not None:
         data_starts = file.tell()
         if info.flag_bits & _STREAMED and not info.compress_size:
             # The sizes come after the data, and only deflate shows where the data end.
             if info.flag_bits & _ENCRYPTED or info.compress_type != zipfile.ZIP_DEFLATED:
-                return
+                return data_starts
             _measure(file, info, meter)
             position = file.tell()
         else:
@@ -149,8 +163,9 @@ def _recovered(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
                 _skip_descriptor(file, info)
                 position = file.tell()
         if position > size:
-            return
+            break
         yield from _entry(file, info, size, meter)
+    return position
 
 
 def _local_info(file: IO[bytes], position: int) -> zipfile.ZipInfo | None:

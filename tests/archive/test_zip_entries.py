@@ -9,7 +9,16 @@ import pytest
 from lungopacity.archive.containers import is_container
 from lungopacity.archive.names import Wanted
 from lungopacity.errors import ErrorCode
-from tests.archive.making import FILMS, KINDS, ZIPS, make_zip, noise, walk
+from tests.archive.making import (
+    FILMS,
+    KINDS,
+    ZIPS,
+    make_streamed_zip,
+    make_tar,
+    make_zip,
+    noise,
+    walk,
+)
 
 
 def test_directories_of_a_zip_have_no_row():
@@ -95,9 +104,35 @@ def test_a_link_in_a_zip_is_a_row():
     assert walk(buffer.getvalue()) == ([("link", ErrorCode.UNSUPPORTED)], None)
 
 
-def test_concatenated_zips_are_noticed():
-    rows, ended = walk(make_zip(FILMS[:2]) + make_zip(FILMS[2:]))
-    assert (rows, ended) == (FILMS[2:], ErrorCode.CORRUPT_ARCHIVE)
+@pytest.mark.parametrize("marker", [b"", b"PK00"])
+@pytest.mark.parametrize("make", [make_zip, make_streamed_zip])
+def test_concatenated_zips_are_noticed_and_both_are_read(make, marker):
+    data = marker + make(FILMS[:2]) + make(FILMS[2:])
+    assert walk(data) == (FILMS, ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_the_directory_of_a_nested_zip_is_not_taken_for_that_of_a_cut_one():
+    inner = make_zip(FILMS[1:3])
+    data = make_zip([FILMS[0], ("in.zip", inner), FILMS[3], FILMS[4]])
+    nested = [(f"in.zip/{name}", film) for name, film in FILMS[1:3]]
+    rows, ended = walk(data[: data.index(FILMS[4][1]) + 100])
+    assert (rows, ended) == ([FILMS[0], *nested, FILMS[3]], ErrorCode.CORRUPT_ARCHIVE)
+    # A cut member that holds a whole zip is not read in part.
+    outer = make_zip([FILMS[0], ("in.tar", make_tar([("in.zip", inner), FILMS[3]]))])
+    rows, ended = walk(outer[: outer.index(FILMS[3][1])])
+    assert (rows, ended) == (FILMS[:1], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_data_after_a_zip_are_noticed():
+    data = make_zip(FILMS[:2])
+    assert walk(data + bytes(600)) == (FILMS[:2], None)
+    assert walk(data + make_zip(FILMS[2:])[:3000]) == (FILMS[:2], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_the_flag_of_utf8_may_be_set_in_only_one_header():
+    data = bytearray(make_zip(FILMS))
+    data[data.index(FILMS[1][0].encode()) - 30 + 7] &= ~0x08
+    assert walk(bytes(data)) == (FILMS, None)
 
 
 def test_a_directory_that_leaves_out_a_member_is_noticed():
