@@ -26,6 +26,9 @@ _MAX_EXTENDED_BYTES = 16 * 1024
 _IS_QUICK = sys.version_info >= (3, 12, 6) or (3, 11, 10) <= sys.version_info < (3, 12)
 _MAX_PAX_BYTES = 1024 * 1024 if _IS_QUICK else _MAX_EXTENDED_BYTES
 _MAX_NAME = 16 * 1024
+# An interrupted copy into reserved space ends in zeros, which look like an end mark. Writers fill a
+# tar with zeros up to a whole record: 10 KiB by default, up to 1 MiB for tapes.
+_MAX_PADDING = 1024 * 1024
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 # Not files: directories, devices, and GNU's directory listings (D) and volume labels (V).
 _NO_FILES = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"D", b"V")
@@ -109,9 +112,13 @@ def tar_entries(file: IO[bytes], meter: Meter, *, forward: bool) -> Iterator[Ent
                     places[member.name] = place
                 yield Entry(member.name, member.size, partial(_stored, file, *place), alone=False)
         file.seek(tar.offset + tarfile.BLOCKSIZE)
+    padding = 0
     while rest := file.read(1024 * 1024):
         if rest.count(0) < len(rest):
             raise corrupt("has data after its end mark")
+        padding += len(rest)
+    if padding > _MAX_PADDING:
+        raise corrupt(f"ends in {padding} zeros, as an interrupted copy does")
 
 
 def _stored(file: IO[bytes], start: int, size: int) -> io.BufferedIOBase:

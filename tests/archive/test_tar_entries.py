@@ -54,6 +54,16 @@ def test_concatenated_tars_are_noticed():
     assert walk(zstd(data)) == (FILMS[:2], ErrorCode.CORRUPT_ARCHIVE)
 
 
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_zeros_where_an_interrupted_copy_ended_are_not_taken_for_the_end(compress):
+    data = make_tar(FILMS)
+    cut = data[: data.index(FILMS[3][0].encode())]
+    record = 1 << 20
+    filled = cut + bytes(record - len(cut) % record)  # as `tar -b 2048` does
+    assert walk(compress(filled)) == (FILMS[:3], None)
+    assert walk(compress(cut + bytes(2 * record))) == (FILMS[:3], ErrorCode.CORRUPT_ARCHIVE)
+
+
 def test_a_tar_name_that_is_not_utf8_is_escaped():
     buffer = io.BytesIO()
     with tarfile.open(
