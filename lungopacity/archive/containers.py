@@ -212,7 +212,7 @@ def _compressed_entries(chunks: Iterator[bytes], name: str, meter: Meter) -> Ite
             break
     stream = io.BufferedReader(Forward(chain([head], chunks)))
     # Also by name: a tar with a broken first header is a broken tar, and not an image.
-    if kind_of(head) is Kind.TAR or name.lower().endswith(TAR_SUFFIXES):
+    if kind_of(head[:HEAD_SIZE]) is Kind.TAR or name.lower().endswith(TAR_SUFFIXES):
         yield from tar_entries(stream, meter, forward=True)
     else:
         yield Entry(None, None, lambda: stream, alone=False)

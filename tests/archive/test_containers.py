@@ -255,6 +255,7 @@ def test_an_old_tar_is_recognised_by_its_checksum():
     data[148:156] = b"%06o\0 " % sum(data[:512])
     assert is_container(bytes(data[:512]))
     assert walk(bytes(data)) == ([("old.png", b"data")], None)
+    assert walk(gzip.compress(bytes(data))) == ([("old.png", b"data")], None)
     data[100] ^= 1
     assert not is_container(bytes(data[:512]))
 
