@@ -219,7 +219,9 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
     frames = max(1, frames)
     set_transfer_syntax(dataset)
     _complete(dataset)
-    check_encapsulation(dataset)
+    subsampled = dataset.get("PhotometricInterpretation") == "YBR_FULL_422"
+    bits = int(dataset.Rows) * int(dataset.Columns) * (2 if subsampled else samples) * allocated
+    check_encapsulation(dataset, (frames * bits + 7) // 8)
     if is_compressed(dataset):
         if codestreams_held(dataset) > frames:
             # The films beyond the declared number would be skipped.
@@ -235,13 +237,11 @@ def _frames(dataset: Any, limits: DecodeLimits) -> tuple[int, int]:
             # Otherwise pydicom joins fragments that are a frame each.
             dataset.NumberOfFrames = whole
         return frames, whole
-    subsampled = dataset.get("PhotometricInterpretation") == "YBR_FULL_422"
     if subsampled and int(dataset.Columns) % 2:
         # Two columns share their chroma, so the last one of a row would take that of the next row.
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE, Stage.DECODE, "YBR_FULL_422 in an odd number of columns"
         )
-    bits = int(dataset.Rows) * int(dataset.Columns) * (2 if subsampled else samples) * allocated
     whole = len(dataset.PixelData) * 8 // bits
     if whole >= 2 * frames:
         # Rows, bits or frames are wrong, and a part of the film would pass for all of it.

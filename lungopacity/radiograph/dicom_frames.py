@@ -85,12 +85,18 @@ def is_compressed(dataset: Any) -> bool:
     return bool(syntax.is_compressed)
 
 
-def check_encapsulation(dataset: Any) -> None:
+def check_encapsulation(dataset: Any, native_bytes: int) -> None:
     """Raises `ImageError` (`corrupt_image`) if the pixels are encapsulated (PS3.5 A.4), and the
     transfer syntax is one of pixels that are not, or the reverse. Codestreams of several frames
-    would be taken for the pixels of one."""
+    would be taken for the pixels of one.
+
+    native_bytes: size of all declared frames, if they are not compressed.
+    """
     pixels = dataset["PixelData"]
     is_encapsulated = pixels.is_undefined_length or pixels.value.startswith(_ITEM)
+    has_native_size = len(pixels.value) in (native_bytes, native_bytes + 1)  # of an even length
+    if not pixels.is_undefined_length and has_native_size and not is_compressed(dataset):
+        is_encapsulated = False  # the first pixels look like the tag by chance
     if is_encapsulated != is_compressed(dataset):
         raise ImageError(
             ErrorCode.CORRUPT_IMAGE,

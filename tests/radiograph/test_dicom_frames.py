@@ -14,7 +14,7 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless
 from lungopacity.errors import ImageError
 from lungopacity.radiograph import DecodeLimits, decode_radiographs
 from tests.films import dicom, one_film
-from tests.radiograph.dicom_files import RAMP, TWELVE_BITS, changed, of_codestreams
+from tests.radiograph.dicom_files import EIGHT_BITS, RAMP, TWELVE_BITS, changed, of_codestreams
 
 ENCODERS = {
     JPEGLSLossless: imagecodecs.jpegls_encode,
@@ -62,3 +62,14 @@ def test_pixels_are_encapsulated_or_not_as_their_transfer_syntax_says():
         mistaken = data.replace(name.encode(), other.ljust(len(name), "\0").encode())
         with pytest.raises(ImageError, match="encapsulated, against their transfer syntax"):
             list(decode_radiographs(mistaken, limits=DecodeLimits()))
+
+
+def test_native_pixels_may_begin_like_an_item():
+    film = np.array([[254, 255, 0], [224, 9, 200], [7, 7, 7]], np.uint8)
+    data = dicom(film, **EIGHT_BITS, PixelData=film.tobytes() + b"\0")
+    np.testing.assert_array_equal(one_film(data).pixels, film)
+    words = np.stack([RAMP] * 2)
+    words[0, 0, :2] = 0xFFFE, 0xE000
+    elements = {"BitsStored": 16, "HighBit": 15, "NumberOfFrames": 2, "PixelData": words.tobytes()}
+    _, second = decode_radiographs(dicom(RAMP, **elements), limits=DecodeLimits())
+    np.testing.assert_array_equal(second.pixels, one_film(dicom(RAMP)).pixels)
