@@ -263,7 +263,7 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(proxy, s3_uri, tmp_path, 
             store.open_local("a"),
         ):
             pass
-        with pytest.raises(UserError, match=rf"^{tmp_path}: temporary files cannot be written"):
+        with pytest.raises(UserError, match=rf"^{tmp_path}: temporary files cannot be written on "):
             store.local_file("a", tmp_path / "a")
     assert row.value.code is ErrorCode.UNAVAILABLE
     assert sum(proxy.gets.values()) == 2

@@ -19,6 +19,7 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -135,7 +136,8 @@ class Decoder:
                 written += os.pwrite(file, view[written:], written)
         except OSError as error:
             os.ftruncate(file, 0)
-            why = f"no space to pass it to the decoder: {error.strerror}"
+            node = socket.gethostname()
+            why = f"no space on {node} to pass it to the decoder: {error.strerror}"
             job.rows.append(_failed(job, ErrorCode.UNAVAILABLE, why))
             job.data = None
             return
@@ -216,8 +218,6 @@ class Decoder:
         return self._connection
 
     def _started(self) -> tuple[subprocess.Popen[bytes], Connection]:
-        import socket
-
         ours, theirs = socket.socketpair()
         # A timeout of the socket costs nothing; polling before each read would double its cost.
         patience = _PATIENCE * self._settings.limits.max_seconds

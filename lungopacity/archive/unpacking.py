@@ -11,6 +11,7 @@ import io
 import lzma
 import os
 import re
+import socket
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,17 +131,19 @@ def machine_error(error: BaseException) -> ImageError | None:
     """The `ImageError` for a failure of the machine instead of the content: another task or night
     may succeed. None for any other exception."""
     cause: BaseException | None = error
+    node = socket.gethostname()
     # The causes, too: zipfile reports a disk that fails as a file that is not a zip.
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             return _unavailable(
-                "no disk space left to unpack it; free some, or set TMPDIR to a larger folder"
+                f"no disk space left on {node} to unpack it; free some, or set TMPDIR to a larger "
+                "folder"
             )
         if isinstance(cause, OSError) and cause.errno in _OF_THE_MACHINE:
-            return _unavailable(f"disk error: {os.strerror(cause.errno)}")
+            return _unavailable(f"disk error on {node}: {os.strerror(cause.errno)}")
         # Arrow raises one for the memory that a damaged page claims to need.
         if isinstance(cause, MemoryError) and not isinstance(cause, pa.ArrowException):
-            return _unavailable("not enough memory left to read it")
+            return _unavailable(f"not enough memory left on {node} to read it")
         cause = cause.__cause__ or cause.__context__
     return None
 

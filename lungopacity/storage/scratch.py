@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def left_behind() -> list[Path]:
 def no_room(error: OSError) -> str:
     """Why a temporary file cannot be written, and what to do."""
     return (
-        f"temporary files cannot be written ({error.strerror or type(error).__name__}); "
+        f"temporary files cannot be written on {socket.gethostname()} "
+        f"({error.strerror or type(error).__name__}); "
         "free space, or set TMPDIR to a larger folder"
     )

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import io
 import os
+import socket
 import zipfile
 from contextlib import nullcontext
 
@@ -198,7 +199,8 @@ def test_a_disk_that_fails_while_a_shard_is_read_is_tried_again(tmp_path, monkey
     monkeypatch.setattr(LocalStore, "open_local", lambda *_, **__: nullcontext(failing))
     rows = images(read(str(tmp_path)))
     assert {row["error_code"] for row in rows} == {"unavailable"}
-    assert rows[0]["error_message"] == "disk error: Input/output error"
+    node = socket.gethostname()
+    assert rows[0]["error_message"] == f"disk error on {node}: Input/output error"
 
 
 def test_only_wanted_images_are_read_if_names_are_given(tmp_path):
