@@ -218,7 +218,8 @@ def _skip_descriptor(file: IO[bytes], info: zipfile.ZipInfo) -> None:
     start = file.tell()
     data = file.read(24)
     for signature in (_DESCRIPTOR_SIGNATURE, b""):
-        for sizes in ("<I2I", "<I2Q"):
+        # In this order: of an empty member, 16 bytes of either form are the same.
+        for sizes in ("<I2Q", "<I2I"):
             try:
                 descriptor = signature + struct.pack(
                     sizes, info.CRC, info.compress_size, info.file_size

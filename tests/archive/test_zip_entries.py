@@ -186,6 +186,16 @@ def test_zip64_members_are_recovered():
     assert walk(buffer.getvalue()[:-10]) == (FILMS, ErrorCode.CORRUPT_ARCHIVE)
 
 
+@pytest.mark.parametrize("sizes", ["<2I", "<2Q"])
+@pytest.mark.parametrize("signature", [b"PK\x07\x08", b""])
+def test_an_empty_streamed_member_is_recovered(sizes, signature):
+    header = struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, 8, 8, 0, 0, 0, 0, 0, 1, 0)
+    descriptor = signature + bytes(4) + struct.pack(sizes, 2, 0)
+    data = header + b"a" + b"\x03\x00" + descriptor + make_zip([("b", b"1")])
+    rows = [("a", ErrorCode.EMPTY), ("b", b"1")]
+    assert walk(data[:-10]) == (rows, ErrorCode.CORRUPT_ARCHIVE)
+
+
 def test_members_that_share_bytes_are_not_unpacked():
     """David Fifield's bomb: many members that share the same bytes."""
     data = make_zip([("kernel", noise(0))])
