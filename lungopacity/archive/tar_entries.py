@@ -111,7 +111,6 @@ def tar_entries(file: IO[bytes], meter: Meter, *, forward: bool) -> Iterator[Ent
                 if not forward:
                     places[member.name] = place
                 yield Entry(member.name, member.size, partial(_stored, file, *place), alone=False)
-        file.seek(tar.offset + tarfile.BLOCKSIZE)
     padding = 0
     while rest := file.read(1024 * 1024):
         if rest.count(0) < len(rest):

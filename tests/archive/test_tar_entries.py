@@ -202,7 +202,9 @@ def test_a_sparse_file_of_a_gigabyte_is_a_bomb_and_the_walk_goes_on():
     assert walk(data, limits=limits) == (rows, None)
 
 
-@pytest.mark.parametrize("value", ["-512", "-100000", "9" * 30, "9" * 4000, "x", "", "1e3", "1024"])
+@pytest.mark.parametrize(
+    "value", ["-5", "-512", "-100000", "9" * 30, "9" * 4000, "x", "", "1e3", "1024"]
+)
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_a_pax_size_that_lies_ends_the_walk(value, compress):
     info = _info("b")
