@@ -14,6 +14,7 @@ from lungopacity.runtime.session import RAY, RaySession, lean_training
 
 def test_each_name_is_there_in_this_release():
     from ray._private import internal_api
+    from ray._raylet import AuthenticationTokenLoader
 
     with ray_internals.without_idle_servers() as found:
         assert found == [
@@ -43,6 +44,7 @@ def test_each_name_is_there_in_this_release():
 
     assert set(ray_internals._REQUESTS) <= set(dir(FixedScalingPolicy))
     assert {"get_memory_info_reply", "get_state_from_address"} <= set(vars(internal_api))
+    assert hasattr(AuthenticationTokenLoader.instance(), "reset_cache")
 
 
 @pytest.mark.parametrize(

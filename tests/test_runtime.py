@@ -193,7 +193,8 @@ def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
         "    with ray_session(): print(ray.get(ray.remote(lambda: 'again').remote()))\n"
         "print(ray.is_initialized(), threading.active_count() < 9)"
     )
-    done = run_script(script, RAY_ADDRESS="")
+    # A Ray of our own needs no home folder, where Ray keeps its token.
+    done = run_script(script, RAY_ADDRESS="", HOME="/dev/null")
     # pandas is not imported while the block does other work.
     assert done.stdout.splitlines() == [
         "True", "", "pandas ray.data", "True", "True", "raylet", "again", "False True"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from lungopacity.runtime import waiting_agent
@@ -97,6 +97,16 @@ def _with_waiting_agents(command: list[str]) -> list[str]:
         else part
         for part in command
     ]
+
+
+def forget_token() -> None:
+    """Let Ray look for its token anew: it keeps the first that it finds, also for the next Ray that
+    this process starts or joins."""
+    with suppress(ImportError, AttributeError, KeyError):
+        from ray import _raylet
+
+        loader: Any = vars(_raylet)["AuthenticationTokenLoader"]
+        loader.instance().reset_cache()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from lungopacity.runtime.container import own_cpus
 from lungopacity.runtime.head_watch import HeadWatch
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, environment
 from lungopacity.runtime.ray_internals import (
+    forget_token,
     without_idle_actors,
     without_idle_servers,
     without_idle_training_actors,
@@ -141,11 +143,15 @@ class RaySession:
                 f"RAY_ADDRESS is {address}, an address for submitting jobs; run this with `ray job "
                 "submit`, or unset it to run on this machine alone"
             )
+        forget_token()
         try:
             if address == "local":
-                # For a few seconds, because a Ray that is half started crashes when it ends.
+                # Ray would keep its token in the home folder, which may be read-only, in a file
+                # that others may be able to read.
+                token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+                # Signals wait a few seconds: a Ray that is half started crashes when it ends.
                 with (
-                    environment(KEEP_FREED_MEMORY),
+                    environment(KEEP_FREED_MEMORY | token),
                     without_idle_servers(self._when_launched),
                     _signals_stay_ours(),
                     signals_wait(),
