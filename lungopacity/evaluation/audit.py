@@ -141,7 +141,7 @@ class Audit:
             interval = "" if item.ci_low is None else f" ({item.ci_low:.3f} to {item.ci_high:.3f})"
             warning = "  <- a model may rely on it" if item.auc >= SUSPICIOUS_AUC else ""
             of = "" if self.positive_class else f" for {item.class_name}"
-            lines.append(f"  {item.fact:27} {item.auc:.3f}{interval}{of}{warning}")
+            lines.append(printable(f"  {item.fact:27} {item.auc:.3f}{interval}{of}{warning}"))
         return "\n".join([*lines, self._verdict(), NOTICE])
 
     def _highest(self) -> Iterator[Shortcut]:

@@ -17,6 +17,7 @@ from lungopacity.evaluation.claim import left_open
 from lungopacity.evaluation.metrics import Metric, age_band
 from lungopacity.evaluation.table import Gap, knows
 from lungopacity.models import ENSEMBLE, ModelSpec
+from lungopacity.words import printable
 
 _MOST_LABELS = 10
 """The most labels that the card lists by name."""
@@ -44,7 +45,8 @@ def model_card(
     models of older folders do not. rejected: number of rejected films by error code.
     """
     card = "\n".join(
-        [
+        _plain(words)
+        for words in [
             f"# Model card: {spec.architecture} {model_id}",
             "",
             f"**{NOTICE}**" + (" **Trained on synthetic films.**" if spec.synthetic else ""),
@@ -72,6 +74,11 @@ def model_card(
     )
     items = [f"- {number}: {words}" for number, words in left_open(card).items()]
     return "\n".join([card, *items, ""])
+
+
+def _plain(words: str) -> str:
+    """One line of Markdown. The values of columns and labels must neither end it nor be HTML."""
+    return printable(words).replace("<", "&lt;")
 
 
 def _model(spec: ModelSpec) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lungopacity.evaluation.metrics import Metric
+from lungopacity.words import printable
 
 PAPER_TEST_IMAGES = 2431
 PAPER_ACCURACY = 0.9293
@@ -128,4 +129,5 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def _fitted(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 1] + "…"

@@ -37,7 +37,7 @@ from lungopacity.results.schema import class_column, evaluation_schema
 from lungopacity.storage import Store, open_store
 from lungopacity.storage.parquet import parquet_bytes
 from lungopacity.storage.probe import check_writable
-from lungopacity.words import finite
+from lungopacity.words import finite, printable
 
 _MOST_LISTED = 10
 EVALUATION = "evaluation.json"
@@ -329,7 +329,7 @@ def _is_support(item: Metric) -> bool:
 
 def _row(name: str, words: str) -> str:
     """A line of the summary; a longer name shifts the words to the right."""
-    return f"{name:31} {words}"
+    return printable(f"{name:31} {words}")
 
 
 def _of_group(item: Metric) -> str:

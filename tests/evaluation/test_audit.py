@@ -184,6 +184,8 @@ def test_each_of_three_classes_is_told_from_the_rest(tmp_path, monkeypatch, posi
     assert set(of_site) == ({positive} if positive else set(labels))
     told = next(line for line in found.summary().splitlines() if line.startswith("  site "))
     assert told.endswith("for COVID  <- a model may rely on it") == (positive is None)
+    forged = replace(found.shortcuts[0], fact="a\nno leakage found")
+    assert r"  a\nno leakage" in replace(found, shortcuts=(forged,)).summary()
     assert found.positive_class == positive
 
 

@@ -37,10 +37,10 @@ METRICS = [
     Metric("view_position=AP", "decision_sensitivity", "youden", 0.91, 0.8, 0.95, 80),
     Metric("view_position=PA", "decision_specificity", "youden", 0.95, 0.9, 0.97, 370),
     Metric("view_position=AP", "decision_specificity", "youden", 0.95, 0.9, 0.97, 278),
-    Metric("site=A|B", "decision_specificity", "youden", float("nan"), None, None, 0),
+    Metric("site=A|B\n<b>", "decision_specificity", "youden", float("nan"), None, None, 0),
     Metric("view_position=PA", "decision_sensitivity", "sensitivity=0.95", 0.96, 0.9, 0.99, 70),
     Metric("view_position=PA", "roc_auc", "Normal", 0.1, None, None, 440),
-    Metric("site=A|B", "roc_auc", "Lung_Opacity", 0.97, 0.96, 0.98, 798),
+    Metric("site=A|B\n<b>", "roc_auc", "Lung_Opacity", 0.97, 0.96, 0.98, 798),
 ]
 
 
@@ -232,7 +232,7 @@ def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
         "| 0.9500 (0.9000 to 0.9700) | 440 | 368 |"
     ) in lines
     assert "| patient_sex=F | 0.9800 (0.9700 to 0.9900) |  |  | 300 |  |" in lines
-    assert r"| site=A\|B | 0.9700 (0.9600 to 0.9800) |  | not defined | 798 |  |" in lines
+    assert r"| site=A\|B\n&lt;b> | 0.9700 (0.9600 to 0.9800) |  | not defined | 798 |  |" in lines
     assert sum(line.startswith("| view_position=PA |") for line in lines) == 1
     gap, *_ = largest_gaps(METRICS, "Lung_Opacity", "youden")
     told = list(subgroups(SPEC, METRICS, [gap, replace(gap, ci_low=None, ci_high=None)]))
@@ -364,7 +364,7 @@ def test_films_that_a_rule_leaves_out_are_no_failure():
 def test_a_report_tells_the_gap_between_subgroups_and_those_of_too_few_patients():
     (gap, *_) = largest_gaps(METRICS, "Lung_Opacity", "youden")
     views = [gap.worst, gap.best]
-    few = Metric("site=B", "accuracy", None, 0.5, 0.1, 0.9, 40, "bootstrap", 2)
+    few = Metric("site=B\x1b[2J", "accuracy", None, 0.5, 0.1, 0.9, 40, "bootstrap", 2)
     named = [
         *(
             Metric("all", "support", name, count, None, None, 90)
@@ -389,7 +389,7 @@ def test_a_report_tells_the_gap_between_subgroups_and_those_of_too_few_patients(
     assert "\nat the-hospital-by-the-river-2026 sensitivity 0.9" in told
     assert "n = 440; AP 0.9812 (0.9700 to 0.9900), n = 358; difference 0.0400 (0.0100 to" in told
     assert "few patients, or of one class" in told
-    assert "site=B (n = 40 of 2 patients)" in told
+    assert r"site=B\x1b[2J (n = 40 of 2 patients)" in told
     (found,) = json.loads(result.to_json())["gaps"]
     assert found.pop("size") == pytest.approx(0.04)
     assert found == {
