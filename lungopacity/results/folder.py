@@ -20,7 +20,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -197,10 +197,17 @@ def _next_number(store: Store) -> Iterator[int]:
     If the block takes longer than `_CLAIM_S`, they go on, and count as newer.
     """
     number, until = 0, 0.0
+    read: dict[str, int] = {}
+
+    def newest() -> int:
+        runs = read_runs(store, except_for=read)
+        read.update((run_key(run["run_id"]), newest_sequence([run])) for run in runs)
+        return max(read.values(), default=0)
+
     while True:
-        newest = newest_sequence(read_runs(store))
-        if newest >= number:
-            number, until = newest + 1, time.monotonic() + _CLAIM_S
+        last = newest()
+        if last >= number:
+            number, until = last + 1, time.monotonic() + _CLAIM_S
         elif time.monotonic() > until:
             log.warning("a run that was to be published before this one has not appeared")
             number, until = number + 1, time.monotonic() + _CLAIM_S
@@ -211,7 +218,7 @@ def _next_number(store: Store) -> Iterator[int]:
             continue
         try:
             # Who had claimed the number before may have published, and have removed the claim.
-            if newest_sequence(read_runs(store)) < number:
+            if newest() < number:
                 yield number
                 return
         finally:
@@ -249,9 +256,14 @@ def read_run(store: Store, run_id: str) -> dict[str, Any] | None:
     return _parsed(store, run_key(run_id))
 
 
-def read_runs(store: Store) -> list[dict[str, Any]]:
-    """All commit records, oldest first. Raises `UserError` for one that is damaged or too new."""
-    keys = [item.key for item in store.list(f"{RUNS}/") if item.key.endswith(".json")]
+def read_runs(store: Store, *, except_for: Collection[str] = ()) -> list[dict[str, Any]]:
+    """All commit records, oldest first; those with the keys `except_for` are not read. Raises
+    `UserError` for one that is damaged or too new."""
+    keys = [
+        item.key
+        for item in store.list(f"{RUNS}/")
+        if item.key.endswith(".json") and item.key not in except_for
+    ]
     with ThreadPoolExecutor(_READ_THREADS) as threads:
         records = list(threads.map(lambda key: _parsed(store, key), keys))
     # The earliest runs have no sequence; they come first.

@@ -81,10 +81,9 @@ def test_a_run_waits_until_the_one_that_is_being_published_is_published(tmp_path
 def test_no_two_runs_have_the_same_number(tmp_path, monkeypatch):
     """Nor if one was published since the other read which number is next."""
     store = open_store(str(tmp_path))
-    stale = []
-    read_runs = folder.read_runs
+    stale, read_runs = [], folder.read_runs
     monkeypatch.setattr(
-        folder, "read_runs", lambda store: stale.pop() if stale else read_runs(store)
+        folder, "read_runs", lambda *of, **but: stale.pop() if stale else read_runs(*of, **but)
     )
     for run_id in "abc":
         stale.append([])
