@@ -31,32 +31,28 @@ class ShareDifference:
 
     first: float
     second: float
+    difference: float
+    """Second minus first."""
+    ci_low: float
+    ci_high: float
+    """The 95 % interval of the difference, over patients."""
     only_first_right: int
     only_second_right: int
     p_value: float
-
-    @property
-    def difference(self) -> float:
-        """Second minus first."""
-        return self.second - self.first
+    """Two-sided. The exact test is stricter than the interval: with few films that only one is
+    right on, it may exceed 0.05 though the interval leaves out 0."""
 
 
 @dataclass(frozen=True)
 class ClusteredDifference:
-    """95 % intervals of the differences, second minus first, over patients."""
+    """The difference in AUC, second minus first, over patients."""
 
     patients: int
     auc_ci_low: float | None
     auc_ci_high: float | None
-    accuracy_ci_low: float | None
-    accuracy_ci_high: float | None
-    sensitivity_ci_low: float | None
-    sensitivity_ci_high: float | None
-    specificity_ci_low: float | None
-    specificity_ci_high: float | None
-    """None if the replicates give no interval, as for models that never differ."""
+    """The 95 % interval; None if the replicates give none, as for models that never differ."""
     intervals: str
-    """How the intervals were computed."""
+    """How it was computed."""
 
 
 @dataclass(frozen=True)
@@ -153,17 +149,11 @@ class Comparison:
         found = self.clustered
         if found is None:
             return []
-        differences = {"AUC": self.auc.difference}
-        differences |= {name: share.difference for name, share in self._shares().items()}
-        bounds = vars(found)
         return [
             f"  some of the {found.patients} patients have several films, which DeLong and McNemar "
-            "treat as independent",
-            *(
-                f"  over patients: {name} difference {difference:+.4f}"
-                + _interval(bounds[f"{name.lower()}_ci_low"], bounds[f"{name.lower()}_ci_high"])
-                for name, difference in differences.items()
-            ),
+            f"treat as independent; the intervals of {', '.join(self._shares())} do not",
+            f"  over patients: AUC difference {self.auc.difference:+.4f}"
+            f"{_interval(found.auc_ci_low, found.auc_ci_high)}",
             f"  ({found.intervals})",
         ]
 
@@ -174,7 +164,8 @@ class Comparison:
 
 def _share_line(name: str, share: ShareDifference) -> str:
     return (
-        f"  {name}  {share.first:.4f} and {share.second:.4f}; only the first is right on "
+        f"  {name}  {share.first:.4f} and {share.second:.4f}, difference {share.difference:+.4f}"
+        f"{_interval(share.ci_low, share.ci_high)}; only the first is right on "
         f"{counted(share.only_first_right, 'film')}, only the second on "
         f"{share.only_second_right}, McNemar p = {share.p_value:.3g}"
     )

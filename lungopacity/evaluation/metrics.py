@@ -7,6 +7,7 @@ Sources:
 
 * Wilson 1927, Journal of the American Statistical Association 22:209 (interval of a proportion).
 * Newcombe 1998, Statistics in Medicine 17:873, method 10 (interval of a difference of proportions).
+* Tango 1998, Statistics in Medicine 17:891 (the same for two proportions of the same images).
 * Guo, Pleiss, Sun & Weinberger 2017, ICML, arXiv:1706.04599 (expected calibration error).
 """
 
@@ -165,6 +166,39 @@ def difference_interval(first: Metric, second: Metric) -> tuple[float, float]:
         difference - math.hypot(first.value - first.ci_low, second.ci_high - second.value),
         difference + math.hypot(first.ci_high - first.value, second.value - second.ci_low),
     )
+
+
+def paired_difference_interval(
+    only_first: float, only_second: float, n: float
+) -> tuple[float, float]:
+    """The 95 % interval of second - first for two proportions of the same n images, from the images
+    that only one of the two counts: the differences that Tango's score test does not reject (Tango
+    1998). Numbers need not be whole, for they may be those of an effective sample.
+
+    Raises `ValueError` for negative numbers, and unless only_first + only_second <= n and n > 0.
+    """
+    if min(only_first, only_second) < 0 or not n > 0 or only_first + only_second > n * (1 + 1e-9):
+        raise ValueError(f"{only_first} and {only_second} of {n} are no paired proportions")
+    found = (only_second - only_first) / n
+
+    def is_rejected(difference: float) -> bool:
+        # The likeliest share of images that only the first counts, if this is the difference.
+        b = (2 * n + only_first - only_second) * difference - only_first - only_second
+        c = -only_first * difference * (1 - difference)
+        share = (math.sqrt(max(0.0, b**2 - 8 * n * c)) - b) / (4 * n)
+        variance = n * (2 * share + difference * (1 - difference))
+        return (n * (found - difference)) ** 2 > _Z_95**2 * max(0.0, variance)
+
+    def bound(outer: float) -> float:
+        if not is_rejected(outer):
+            return outer
+        inner = found
+        while abs(outer - inner) > 1e-12:
+            middle = (inner + outer) / 2
+            inner, outer = (inner, middle) if is_rejected(middle) else (middle, outer)
+        return inner
+
+    return bound(-1.0), bound(1.0)
 
 
 def calibration_bins(

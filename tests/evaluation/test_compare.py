@@ -16,7 +16,6 @@ from lungopacity.evaluation.compare import (
     auc_difference,
     clustered_difference,
     compare,
-    share_difference,
 )
 from lungopacity.storage import open_store
 from lungopacity.words import counted
@@ -79,7 +78,6 @@ def test_models_that_never_differ_are_equal():
     scores = np.linspace(0, 1, 40)
     same = auc_difference(positive, scores, scores)
     assert (same.difference, same.p_value) == (0, 1)
-    assert share_difference(np.ones((5, 2), bool)).p_value == 1
 
 
 def test_a_difference_without_spread_or_of_one_film_has_no_p_value():
@@ -114,30 +112,16 @@ def test_differences_over_patients_are_the_second_less_the_first():
     rng = np.random.default_rng(3)
     positive_N, resampling = rng.random(80) < 0.5, Resampling.of([str(n // 2) for n in range(80)])
     scores_N2 = positive_N[:, None] * [0.5, 1.5] + rng.normal(size=(80, 2))
-    right_N2 = (scores_N2 > 0.5) == positive_N[:, None]
-    shares = {"accuracy": (right_N2, np.ones(80, bool)), "sensitivity": (right_N2, positive_N)}
-    found = clustered_difference(positive_N, scores_N2, shares, resampling)
-    drawn = {"auc": [], "accuracy": [], "sensitivity": []}
+    found = clustered_difference(positive_N, scores_N2, resampling)
+    drawn = []
     for weights_N in np.concatenate(list(resampling.weights())):
         first, second = (
             roc_auc_score(positive_N, scores_N, sample_weight=weights_N) for scores_N in scores_N2.T
         )
-        drawn["auc"].append(second - first)
-        for name, (_, of_N) in shares.items():
-            first, second = np.average(right_N2, axis=0, weights=weights_N * of_N)
-            drawn[name].append(second - first)
-    for name, values in drawn.items():
-        bounds = (getattr(found, f"{name}_ci_low"), getattr(found, f"{name}_ci_high"))
-        assert bounds == pytest.approx(tuple(np.percentile(values, [2.5, 97.5]))), name
+        drawn.append(second - first)
+    bounds = (found.auc_ci_low, found.auc_ci_high)
+    assert bounds == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])))
     assert found.auc_ci_low > 0
-
-
-def test_mcnemar_counts_the_films_that_one_alone_gets_right():
-    right = np.array([[True, False]] * 9 + [[False, True]] * 1 + [[True, True]] * 90)
-    found = share_difference(right)
-    assert (found.only_first_right, found.only_second_right) == (9, 1)
-    assert found.p_value == pytest.approx(2 * (1 + 10) / 2**10)
-    assert (found.first, found.second) == pytest.approx((0.99, 0.91))
 
 
 def report(uri: str, model: str, seed: int, **change) -> str:
@@ -215,13 +199,15 @@ def test_films_of_one_patient_are_drawn_together(tmp_path, capfd):
     assert (found["images"], found["clustered"]["patients"]) == (300, 60)
     assert "some of the 60 patients have several films" in told
     assert "over patients: AUC difference " in told
-    delong_alone = told_of(*alone, capfd)[0]["auc"]
+    found_alone = told_of(*alone, capfd)[0]
+    delong_alone = found_alone["auc"]
     clustered = found["clustered"]
     width = clustered["auc_ci_high"] - clustered["auc_ci_low"]
     assert width == pytest.approx(delong_alone["ci_high"] - delong_alone["ci_low"], rel=0.15)
     assert width > 1.8 * (found["auc"]["ci_high"] - found["auc"]["ci_low"])
-    difference = found["accuracy"]["second"] - found["accuracy"]["first"]
-    assert clustered["accuracy_ci_low"] < difference < clustered["accuracy_ci_high"]
+    for end in ("ci_low", "ci_high"):
+        assert found["accuracy"][end] == pytest.approx(found_alone["accuracy"][end], abs=0.003)
+    assert "the intervals of accuracy do not\n" in told
 
 
 def test_decisions_are_compared_among_those_with_and_without_an_opacity(tmp_path, capfd):
@@ -246,14 +232,15 @@ def test_decisions_are_compared_among_those_with_and_without_an_opacity(tmp_path
         assert share["first"] == pytest.approx(right[0][films].mean())
         assert share["second"] == pytest.approx(right[1][films].mean())
         assert share["only_second_right"] == (films & right[1] & ~right[0]).sum()
-        low, high = (found["clustered"][f"{name}_ci_{end}"] for end in ("low", "high"))
-        assert low < share["second"] - share["first"] < high
+        low, high = share["ci_low"], share["ci_high"]
+        assert low < share["second"] - share["first"] == share["difference"] < high
         alone = "; only the first is right on " + counted(share["only_first_right"], "film")
+        words = f"difference {share['difference']:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
         assert (
-            f"  {name}  {share['first']:.4f} and {share['second']:.4f}{alone}, only the second on"
+            f"  {name}  {share['first']:.4f} and {share['second']:.4f}, {words}{alone}, only the"
             in told
         )
-        assert f"over patients: {name} difference {share['second'] - share['first']:+.4f}" in told
+    assert "the intervals of accuracy, sensitivity, specificity do not\n" in told
     assert "decided at" not in told  # reports of before they told where
     for uri, name in ((first, "youden"), (second, "our-site")):
         # A point that did not decide says nothing here.

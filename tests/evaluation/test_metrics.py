@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import multinomial
 from sklearn import metrics as sklearn_metrics
 
 from lungopacity.evaluation.bootstrap import Resampling
@@ -14,6 +15,7 @@ from lungopacity.evaluation.metrics import (
     calibration_bins,
     confusion_matrix,
     difference_interval,
+    paired_difference_interval,
     wilson_interval,
 )
 from lungopacity.evaluation.table import largest_gaps, uncompared_groups
@@ -188,6 +190,30 @@ def test_intervals_of_differences_are_the_published_ones(first, second, low, hig
         for part, n in (first, second)
     )
     assert difference_interval(*shares) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_the_interval_of_a_paired_difference_is_the_published_one_and_holds_95_of_100():
+    # Fagerland, Lydersen & Laake, Stat Med 2014;33:2850, airway hyper-responsiveness.
+    assert paired_difference_interval(7, 1, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    assert paired_difference_interval(1, 7, 21) == pytest.approx((0.026, 0.517), abs=5e-4)
+    low, high = paired_difference_interval(0, 0, 96)
+    assert high == -low == pytest.approx(1.96**2 / (96 + 1.96**2), abs=1e-5)
+    assert paired_difference_interval(0, 9, 9)[1] == 1
+    # Of 100 images, 4 differ on average: nearly all in favour of the second, and as many of either.
+    for first, second in ((0.004, 0.036), (0.02, 0.02)):
+        held = sum(
+            multinomial.pmf([b, c, 100 - b - c], 100, [first, second, 1 - first - second])
+            for b in range(12)
+            for c in range(16)
+            if np.prod(np.subtract(paired_difference_interval(b, c, 100), second - first)) <= 0
+        )
+        assert 0.945 < held < 0.985
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0), (-1, 2, 5), (2, -1, 5), (3, 3, 5)])
+def test_an_impossible_paired_difference_is_refused(counts):
+    with pytest.raises(ValueError, match="no paired proportions"):
+        paired_difference_interval(*counts)
 
 
 def test_at_none_and_at_all_a_bound_is_the_share_itself():
