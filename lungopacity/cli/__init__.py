@@ -80,8 +80,14 @@ refuse_empty_texts(cli)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     from lungopacity.progress import show_on_terminal
-    from lungopacity.runtime import end_if_told, end_on_signals, leave_no_core
+    from lungopacity.runtime import (
+        end_if_told,
+        end_on_signals,
+        leave_no_core,
+        open_closed_streams,
+    )
 
+    open_closed_streams()
     # Already here, because the options may be refused.
     log_lines(os.environ.get(_FORMAT_VARIABLE, "text"))
     show_on_terminal()

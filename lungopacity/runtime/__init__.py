@@ -14,6 +14,7 @@ from lungopacity.runtime.processes import (
     alone,
     environment,
     leave_no_core,
+    open_closed_streams,
 )
 from lungopacity.runtime.resources import (
     capacity,
@@ -55,6 +56,7 @@ __all__ = [
     "lean_training",
     "leave_no_core",
     "may_grow",
+    "open_closed_streams",
     "own_cpus",
     "own_memory_bytes",
     "quiet_about_remote_arguments",

@@ -52,6 +52,18 @@ def leave_no_core() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
+def open_closed_streams() -> None:
+    """Open those of the standard streams that the caller has closed, as a shell does by `2>&-`. The
+    next file to be opened would take the stream's number, and get what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+
+
 def alone(function: Callable[..., T], *arguments: Any) -> T:
     """Run a function in a new process, and return what it returns.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -297,3 +299,15 @@ def test_no_name_of_an_archive_makes_lines_or_moves_the_cursor(tmp_path, capfd):
     warning, error = (json.loads(line)["message"] for line in err.splitlines())
     assert FORGED in warning
     assert FORGED in error
+
+
+def test_streams_that_the_caller_has_closed_change_no_exit_code(tmp_path):
+    script = (
+        "import sys; from lungopacity.cli import main; code = main(sys.argv[1:])\n"
+        "print(code, open(sys.argv[3]).fileno() > 2, file=open(sys.argv[3] + '.told', 'w'))"
+    )
+    (tmp_path / "empty").touch()
+    command = [sys.executable, "-c", script, "labels", "--folders", tmp_path / "empty"]
+    subprocess.run(["sh", "-c", '"$0" "$@" <&- >&- 2>&-', *command], check=True)
+    # Not 1, which means that the job is done.
+    assert (tmp_path / "empty.told").read_text() == "2 True\n"
