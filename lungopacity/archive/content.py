@@ -171,7 +171,9 @@ def _film_columns(found: ShownFilm, settings: ReadSettings) -> dict[str, Any]:
     # The whole film is judged, even if the model sees only a part of it.
     shrink = settings.preprocessing.roughly_fit if is_cropped else settings.preprocessing.fit
     content = shrink(film.pixels)
-    quality = judge(content, film.rows, film.columns, film.coloured_fraction)
+    quality = judge(
+        content, film.rows, film.columns, film.coloured_fraction, film.patient_age_years
+    )
     facts = {**film.facts(), "view_unknown": film.view_position is None, **_columns_of(quality)}
     rejecting = [flag for flag in quality.found() if flag in settings.reject_quality]
     if rejecting:

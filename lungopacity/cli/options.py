@@ -145,7 +145,8 @@ def rule_options(command: Any) -> Any:
         default=None,
         callback=words_of,
         help="Quality flags that reject a film, or none. Default: blank, nearly_black, "
-        "nearly_white, too_small, inverted, colour.",
+        "nearly_white, too_small, inverted, colour. The others: child, heavy_borders, "
+        "low_contrast, odd_aspect and, for a model, out_of_distribution.",
     )
     return accept(reject(command))
 

@@ -178,7 +178,7 @@ def _use(spec: ModelSpec, metrics: Sequence[Metric], flags_unlike: bool) -> Iter
         f"that are like its training films by the probability of {spec.positive_class}. Not for "
         "diagnosis, triage or treatment."
     )
-    unfit = ["children"] if adults else []
+    unfit = ["children, flagged `quality_child` where the header states the age"] if adults else []
     unfit += ["lateral views"] if frontal else []
     unfit += ["other body parts"] if films == "chest radiographs" else []
     flagged = "which are flagged `quality_out_of_distribution`"

@@ -1,4 +1,5 @@
-"""Judges from its pixels whether a film is fit to be scored, before any model sees it.
+"""Judges from its pixels and the patient's age whether a film is fit to be scored, before any model
+sees it.
 
 The thresholds were set on 3,564 lung-field films of the RSNA challenge (none may be called blank,
 nearly black, of low contrast or inverted), on full films and on phantoms; `tests/radiograph/
@@ -24,6 +25,7 @@ _COLOURED_FRACTION = 0.1
 _MIN_JUDGED = 16
 """Pixels of the shorter side; with fewer, the polarity cannot be judged."""
 _BAR_SPECKS = 0.01
+_ADULT_YEARS = 18
 _SPINES = np.linspace(0.34, 0.66, 17)
 """Where the spine may be, as shares of the width. The ninth is the middle."""
 
@@ -52,6 +54,9 @@ class Quality:
     """More than three quarters of the image are a uniform border."""
     odd_aspect: bool
     """The longer side is more than twice the shorter."""
+    child: bool
+    """The header states an age below 18 years. Most models are trained on adults' films; a child's
+    thymus, heart and lungs look different."""
 
     def found(self) -> tuple[str, ...]:
         """The names of the flags that are true."""
@@ -66,12 +71,16 @@ REJECTED_BY_DEFAULT = ("blank", "nearly_black", "nearly_white", "too_small", "in
 
 
 def judge(
-    content: npt.NDArray[np.uint8], rows: int, columns: int, coloured_fraction: float
+    content: npt.NDArray[np.uint8],
+    rows: int,
+    columns: int,
+    coloured_fraction: float,
+    age_years: int | None,
 ) -> Quality:
     """Judge one film.
 
     content: (height, width) uint8, shrunk for the model and not padded. rows, columns: of the
-    stored image. coloured_fraction: 0 … 1.
+    stored image. coloured_fraction: 0 … 1. age_years: None if the header gives none.
     """
     from PIL import Image
 
@@ -91,6 +100,7 @@ def judge(
         low_contrast=bool(high - low < _LOW_CONTRAST_RANGE),
         heavy_borders=_content_fraction(coarse) < _CONTENT_FRACTION,
         odd_aspect=max(rows, columns) > _MAX_ASPECT * min(rows, columns),
+        child=age_years is not None and age_years < _ADULT_YEARS,
     )
 
 

@@ -89,5 +89,19 @@ def test_a_large_film_is_not_too_small_for_being_decoded_small():
 
 
 def test_without_a_model_out_of_distribution_cannot_be_rejected():
-    with pytest.raises(UserError, match="'out_of_distribution' is none of blank, colour, "):
+    with pytest.raises(UserError, match="'out_of_distribution' is none of blank, child, colour, "):
         rules_from((), ["blank", "out_of_distribution"])
+
+
+@pytest.mark.parametrize(
+    ("age", "is_child"), [("017Y", True), ("018Y", False), ("005D", True), ("", False)]
+)
+def test_a_child_is_flagged_and_rejected_only_on_request(age, is_child):
+    data = dicom(grey_film(), PatientAge=age)
+    (row,) = content_rows(data, ReadSettings(Preprocessing(image_size=96)))
+    assert (row["status"], row["quality_child"]) == ("ok", is_child)
+    (row,) = content_rows(
+        data, ReadSettings(Preprocessing(image_size=96), reject_quality=frozenset({"child"}))
+    )
+    assert row.get("error_message") == ("child" if is_child else None)
+    assert row["patient_age_years"] == (int(age[:3]) // (1 if "Y" in age else 365) if age else None)

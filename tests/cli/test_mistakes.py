@@ -53,7 +53,7 @@ MISTAKES = {
     "unknown quality flag": (
         ["evaluate", "--model", "{place}/model", "--images", "{place}/archive", "--labels",
          "{place}/labels.csv", "--output", "{out}", "--reject-quality", "ugly"],
-        "--reject-quality: 'ugly' is none of blank, colour",
+        "--reject-quality: 'ugly' is none of blank, child, colour",
     ),
     "impossible fraction": (
         ["screen", "--archive", "{place}/archive", "--model", "{place}/model", "--output", "{out}",

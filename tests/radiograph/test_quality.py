@@ -25,7 +25,8 @@ def flags(film: Radiograph | np.ndarray) -> set[str]:
     if isinstance(film, np.ndarray):
         film = Radiograph(film, "png", *film.shape)
     content = PREPROCESSING.fit(film.pixels)
-    return set(judge(content, film.rows, film.columns, film.coloured_fraction).found())
+    found = judge(content, film.rows, film.columns, film.coloured_fraction, film.patient_age_years)
+    return set(found.found())
 
 
 def phantom(seed: int, kind=None) -> np.ndarray:
@@ -141,7 +142,7 @@ def test_a_negative_is_found_even_at_the_smallest_image_size():
     for pixels, is_inverted in ((film, False), (255 - film, True)):
         content = Preprocessing(image_size=32).fit(pixels)
         assert min(content.shape) < 32
-        assert judge(content, *pixels.shape, 0.0).inverted is is_inverted
+        assert judge(content, *pixels.shape, 0.0, None).inverted is is_inverted
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -211,7 +212,7 @@ def test_a_slightly_darker_spine_means_a_negative_only_below_bright_air(
 
 def test_the_default_rejections_are_flags_without_the_doubtful_ones():
     assert set(REJECTED_BY_DEFAULT) < set(QUALITY_FLAGS)
-    assert not {"low_contrast", "heavy_borders", "odd_aspect"} & set(REJECTED_BY_DEFAULT)
+    assert not {"low_contrast", "heavy_borders", "odd_aspect", "child"} & set(REJECTED_BY_DEFAULT)
 
 
 @needs_real_data
