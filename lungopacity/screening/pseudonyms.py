@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lungopacity.dataset.tables import unreadable
 from lungopacity.errors import ImageError, UserError
 from lungopacity.results.schema import METADATA
 from lungopacity.storage import open_store, split_uri
@@ -66,7 +67,7 @@ def read_pseudonyms(key_uri: str, key_map: str | None) -> Pseudonyms:
     try:
         key = open_store(parent).read(name).strip()
     except ImageError as error:
-        raise UserError(f"{key_uri}: the key cannot be read: {error.message}") from error
+        raise unreadable(key_uri, "the key cannot be read", error) from error
     if len(key) < _MIN_KEY_BYTES:
         raise UserError(
             f"{key_uri}: the key has {len(key)} bytes, but needs at least {_MIN_KEY_BYTES}; "

@@ -70,7 +70,7 @@ def test_the_rsna_challenges_table_is_accepted(tmp_path):
 
 
 def test_an_absent_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="boxes cannot be read: no such file"):
+    with pytest.raises(UserError, match=r"boxes cannot be read \(no such file\); give the path"):
         read_boxes(str(tmp_path / "none.csv"))
 
 

@@ -189,8 +189,18 @@ def test_ages_may_be_written_as_in_headers(tmp_path):
 
 
 def test_an_absent_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be read: no such file"):
+    with pytest.raises(UserError, match=r"cannot be read \(no such file\); give the path"):
         read_labels(str(tmp_path / "none.csv"))
+
+
+def test_a_file_whose_read_is_refused_is_told_with_what_to_do(proxy, s3_uri):
+    open_store(s3_uri).write("labels.csv", b"image,label\na.png,Normal\n")
+    proxy.choose_any = lambda _, path, __: "403" if "labels.csv" in path else None
+    told = (
+        r"labels cannot be read \(access denied \(AccessDenied\)\); check the credentials and perm"
+    )
+    with pytest.raises(UserError, match=told):
+        read_labels(f"{s3_uri}/labels.csv")
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path):

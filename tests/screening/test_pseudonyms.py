@@ -82,7 +82,10 @@ def test_the_fingerprint_tells_keys_apart_and_the_key_is_never_printed():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "the key cannot be read: no such file"), (b"  short\n", "the key has 5 bytes")],
+    [
+        (None, "the key cannot be read \\(no such file\\); give the path"),
+        (b"  short\n", "the key has 5 bytes"),
+    ],
 )
 def test_an_invalid_key_is_refused(tmp_path, content, message):
     path = tmp_path / "key"
