@@ -43,7 +43,7 @@ WORK = "_work"
 STATUS = "status.json"
 """How the newest night went, because `ray job submit` does not pass on the exit code."""
 
-# Patterns of keys in the results folder. The first group is the run's id.
+# Patterns of keys in the results folder. The first group, if any, is the run's id.
 PREDICTIONS_FILE = (
     rf"{PREDICTIONS}/screened_on=\d{{4}}-\d\d-\d\d/([^/]+)-[0-9a-f]{{8}}-\d{{5}}\.parquet"
 )
@@ -53,10 +53,11 @@ WORK_FILE = (
     rf"{WORK}/([^/]+)/"
     r"(?:run\.json|plan-[0-9a-f]{32,64}-\d{5}\.parquet|attempt=[0-9a-f]{32}/.+)"
 )
+CLAIM_FILE = rf"{LOCKS}/run-\d{{6,}}\.json"
 RESULTS_FILE = (
     rf"(?:^|/)(?:{PREDICTIONS_FILE}|{METRICS_FILE}|{PICTURE_FILE}|{WORK_FILE}"
     rf"|{RUNS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}-[0-9a-f]{{8}}\.json"
-    rf"|{LOCKS}/(?:nightly|run-\d{{6,}})\.json)$"
+    rf"|{LOCKS}/nightly\.json|{CLAIM_FILE})$"
 )
 """Pattern of keys in any results folder, wherever that is. It is so narrow that no film has such a
 name by chance. It does not match status.json, or records of runs with a hand-made id."""
@@ -81,7 +82,7 @@ def run_key(run_id: str) -> str:
 
 
 def claim_key(sequence: int) -> str:
-    """Key of the claim of a run's number."""
+    """Key of the claim of a run's number. Matches `CLAIM_FILE`."""
     return f"{LOCKS}/run-{sequence:06d}.json"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lungopacity.errors import UserError
 from lungopacity.results.folder import (
+    CLAIM_FILE,
     EXPLANATIONS,
     METRICS,
     METRICS_FILE,
@@ -152,6 +153,8 @@ def _kind(item: ObjectInfo, published: set[str], named: set[str]) -> str | None:
     run_id = _run_named(item.key, [_PICTURE])
     if published and run_id is not None:
         return None if run_id in published else "files of runs that were never published"
+    if re.fullmatch(CLAIM_FILE, item.key):
+        return "files of runs that were never published"
     if re.fullmatch(rf"{LOCKS}/[^/.]+\.json", item.key):
         return _LOCK
     return "half-written files" if _HALF_WRITTEN.fullmatch(item.key) else None

@@ -45,6 +45,7 @@ LEFT = {
     f"explanations/b/{PICTURE.replace('.', '-3.')}": "files of runs that were never published",
     "explanations/b/.tmp-z": "half-written files",
     "_lock/nightly.json": "locks",
+    "_lock/run-000007.json": "files of runs that were never published",
     "runs/.tmp-x": "half-written files",
     "_work/b/.tmp-y": "work of unfinished runs",
 }
@@ -130,7 +131,7 @@ def test_a_run_that_writes_pictures_is_at_work(results):
 @pytest.mark.usefixtures("hours_later")
 def test_the_command_says_what_it_did(results, capfd):
     assert main(["clean", "--results", results.uri, "--older-than", "0", "--dry-run"]) == 0
-    assert "11 files, 0.0 MB, would be removed (--dry-run)" in capfd.readouterr().out
+    assert "12 files, 0.0 MB, would be removed (--dry-run)" in capfd.readouterr().out
     assert main(["clean", "--results", results.uri, "--older-than", "0"]) == 0
     assert "work of unfinished runs: 3" in capfd.readouterr().out
     assert main(["clean", "--results", results.uri]) == 0
@@ -153,7 +154,7 @@ def test_a_file_that_cannot_be_removed_does_not_keep_the_others(results, monkeyp
         delete(store, key)
 
     monkeypatch.setattr(type(results), "delete", refusing)
-    with pytest.raises(UserError, match=r"3 files could not be removed, .*denied\); 8 others"):
+    with pytest.raises(UserError, match=r"3 files could not be removed, .*denied\); 9 others"):
         clean(results.uri, older_than_days=0)
     assert keys(results) == KEPT | {key for key in LEFT if key.startswith("_work/b/")}
 
@@ -237,6 +238,15 @@ def test_a_lease_that_a_night_takes_over_meanwhile_stays(results, monkeypatch):
         monkeypatch.setattr(type(results), "list", slowly)
         assert "locks" not in clean(results.uri, older_than_days=0).files
         assert lease.held()
+
+
+def test_the_claim_of_a_number_outlives_a_slow_check_before_the_run_is_published(
+    results, monkeypatch
+):
+    now = type(results).now
+    monkeypatch.setattr(type(results), "now", lambda store: now(store) + timedelta(minutes=10))
+    clean(results.uri, older_than_days=0)
+    assert {key for key in keys(results) if key.startswith("_lock/")} == {"_lock/run-000007.json"}
 
 
 def test_two_may_clean_one_temporary_folder(tmp_path, temporary):
