@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lungopacity.errors import OF_STORAGE, ErrorCode, ImageError, UserError
-from lungopacity.storage import LocalStore, open_store
+from lungopacity.storage import ConflictError, LocalStore, open_store
 from tests.fault_proxy import code_of
 
 
@@ -205,3 +205,23 @@ def test_what_is_written_into_rays_copy_of_a_working_dir_would_be_lost(tmp_path,
     with pytest.raises(UserError, match=r"_ray_pkg_1/report: is in Ray's copy of .* S3, or"):
         open_store("report").write("table1.txt", b"x")
     open_store(str(tmp_path / "report")).write("table1.txt", b"x")
+
+
+def test_a_file_that_is_gone_again_was_there_all_the_same(tmp_path, monkeypatch):
+    """A lock that its holder gives up at the moment at which another job is refused it."""
+    store = LocalStore(tmp_path)
+    store.write("lock", b"x")
+    link = os.link
+
+    def late(name, path) -> None:
+        try:
+            link(name, path)
+        finally:
+            store.delete("lock")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", late)
+        with pytest.raises(ConflictError):
+            store.write("lock", b"y", if_absent=True)
+    store.write("lock", b"y", if_absent=True)
+    assert [item.key for item in store.list()] == ["lock"]

@@ -181,7 +181,10 @@ class LocalStore:
                 if not private:
                     os.chmod(name, 0o666 & ~_umask())
                 if if_absent:
-                    _link(name, path)
+                    try:
+                        _link(name, path)
+                    except FileExistsError as error:
+                        raise ConflictError(key) from error
                     os.unlink(name)
                 elif if_match is not None:
                     self._replace_if(path, name, if_match)
@@ -191,8 +194,6 @@ class LocalStore:
                 Path(name).unlink(missing_ok=True)
                 raise
         except (FileExistsError, NotADirectoryError) as error:
-            if if_absent and path.exists():
-                raise ConflictError(key) from error
             files = (above for above in path.parents if above.is_file())
             raise UserError(
                 f"{next(files, error.filename)}: is in the way of {path}; move it"
