@@ -213,6 +213,8 @@ def test_a_pax_size_that_lies_ends_the_walk(value, compress):
     rows, ended = walk(compress(data))
     assert rows[0] == ("a", b"1")
     assert ended is ErrorCode.CORRUPT_ARCHIVE
+    if value.startswith("-"):
+        assert len(rows) == 1
 
 
 @pytest.mark.parametrize("size", [-1, -512, -(10**6), 1 << 40, 1 << 62])
