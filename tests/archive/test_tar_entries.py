@@ -169,7 +169,7 @@ def test_file_attributes_in_a_pax_header_do_not_end_the_walk(compress, monkeypat
 
 
 def test_only_members_that_can_hold_a_film_have_rows():
-    kinds = (tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
+    kinds = (tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, b"D", b"V")
     infos = [(_info(f"no{n}", kind), b"") for n, kind in enumerate(kinds)]
     data = _tar_of(
         *infos, (_info("contiguous", tarfile.CONTTYPE), b"1"), (_info("new", b"Z"), b"2")

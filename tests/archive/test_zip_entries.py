@@ -3,6 +3,7 @@
 import io
 import struct
 import zipfile
+import zlib
 
 import pytest
 
@@ -186,14 +187,71 @@ def test_zip64_members_are_recovered():
     assert walk(buffer.getvalue()[:-10]) == (FILMS, ErrorCode.CORRUPT_ARCHIVE)
 
 
+def _local(
+    data: bytes, sizes: tuple[int, int], method: int = 0, flags: int = 0, extra=b""
+) -> bytes:
+    """A member with the name a, of which a descriptor may have to follow."""
+    crc = zlib.crc32(data) if any(sizes) else 0
+    lengths = (*sizes, 1, len(extra))
+    return (
+        struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, flags, method, 0, 0, crc, *lengths)
+        + b"a"
+        + extra
+        + data
+    )
+
+
 @pytest.mark.parametrize("sizes", ["<2I", "<2Q"])
 @pytest.mark.parametrize("signature", [b"PK\x07\x08", b""])
-def test_an_empty_streamed_member_is_recovered(sizes, signature):
-    header = struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, 8, 8, 0, 0, 0, 0, 0, 1, 0)
+def test_what_follows_an_empty_streamed_member_is_recovered(sizes, signature):
+    member = _local(b"\x03\x00", (0, 0), zipfile.ZIP_DEFLATED, 8)
     descriptor = signature + bytes(4) + struct.pack(sizes, 2, 0)
-    data = header + b"a" + b"\x03\x00" + descriptor + make_zip([("b", b"1")])
     rows = [("a", ErrorCode.EMPTY), ("b", b"1")]
-    assert walk(data[:-10]) == (rows, ErrorCode.CORRUPT_ARCHIVE)
+    data = member + descriptor + make_zip([("b", b"1")])[:-10]
+    assert walk(data) == (rows, ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_a_member_is_recovered_by_whatever_tells_its_size():
+    film = FILMS[0][1]
+    size, crc = len(film), zlib.crc32(film)
+    time = b"UT\x05\x00" + bytes(5)
+    zip64 = struct.pack("<2H2Q", 1, 16, size, size)
+    unknown = (0xFFFFFFFF, 0xFFFFFFFF)
+    for member in (
+        _local(film, (size, size), flags=8) + struct.pack("<4s3I", b"PK\x07\x08", crc, size, size),
+        _local(film, unknown, extra=time + zip64),
+    ):
+        rows, ended = walk(member + make_zip([("b", b"1")])[:-10])
+        assert (rows[-1], ended) == (("b", b"1"), ErrorCode.CORRUPT_ARCHIVE)
+        assert rows[0][0] == "a"
+
+
+def test_a_recovered_member_is_compared_with_the_checksum_of_its_descriptor():
+    data = bytearray(make_streamed_zip(FILMS)[:-10])
+    data[data.index(FILMS[2][1][100:200]) + 50] ^= 1  # noise is stored as it is, even by deflate
+    assert walk(bytes(data)) == (FILMS[:2], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_members_before_those_of_the_directory_are_read_and_then_those_of_the_directory():
+    data = bytearray(make_zip(FILMS[:3]))
+    last = data.rindex(b"PK\x03\x04")
+    data[last + 6] |= 8
+    data[last + 14 : last + 26] = bytes(12)  # sizes that only the directory has
+    start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    second = data.index(b"PK\x01\x02", start + 4)
+    entries = data[second:end]
+    record = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 2, 2, len(entries), start, 0)
+    rows, ended = walk(bytes(data[:start] + entries + record))
+    assert (rows, ended) == (FILMS[:3], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_an_end_record_may_leave_the_number_of_members_to_zip64():
+    data = make_zip(FILMS)
+    start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    record = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 5, 5, end - start, start)
+    locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, end, 1)
+    last = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, *[0xFFFF] * 2, *[0xFFFFFFFF] * 2, 0)
+    assert walk(data[:end] + record + locator + last) == (FILMS, None)
 
 
 def test_members_that_share_bytes_are_not_unpacked():
