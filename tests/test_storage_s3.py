@@ -14,10 +14,13 @@ from botocore.exceptions import ClientError, ParamValidationError
 
 from lungopacity import doctor
 from lungopacity.errors import TRANSIENT, ErrorCode, ImageError, UserError
-from lungopacity.storage import S3Store, open_store, outage, probe
+from lungopacity.storage import S3Store, open_store, outage, probe, s3_clients
 from lungopacity.storage.probe import check_conditions, check_node
 from lungopacity.storage.s3_clients import check_credentials, clients_of
 from lungopacity.storage.s3_errors import image_error_of, user_errors
+from tests.fault_proxy import _Handler
+
+_AMAZON, _REGIONS = "http://s3.us-east-1.amazonaws.com", ("us-east-1", "eu-central-1")
 
 
 def failing_list(uri: str) -> str:
@@ -246,6 +249,7 @@ def test_every_client_asks_the_server_that_the_profile_names(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
     monkeypatch.setenv("AWS_PROFILE", "own")
+    monkeypatch.setattr(s3_clients, "_region_of", lambda *_: "eu-central-1")
     clients = clients_of("films")
     filesystem, _ = open_store("s3://films").arrow_filesystem()
     arrow = filesystem.__reduce__()[1][0]
@@ -256,6 +260,48 @@ def test_every_client_asks_the_server_that_the_profile_names(
     url = clients.boto3.generate_presigned_url("get_object", {"Bucket": "films", "Key": "a"})
     assert url.startswith(f"{asked}/films/a?") or not endpoint
     assert doctor.report(list(doctor._s3())).count(asked) == 1
+
+
+class _Frankfurt(_Handler):
+    """A proxy before an endpoint of Amazon. The bucket lies in another region than the endpoint's,
+    and requests that are signed for a wrong region are refused."""
+
+    asked: set[tuple[str, str]]
+
+    def _forward(self) -> None:
+        self.path = self.path.removeprefix(_AMAZON)
+        region = self.headers["Authorization"].split("/")[2]
+        self.asked.add((self.headers["User-Agent"].partition("/")[0], region))
+        if region == "eu-central-1":
+            super()._forward()
+        else:
+            self._answer(301, {}, b"<Error><Code>PermanentRedirect</Code></Error>")
+
+    do_GET = do_HEAD = _forward
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes, cut: bool = False) -> None:
+        super()._answer(status, {**headers, "x-amz-bucket-region": "eu-central-1"}, body)
+
+
+def test_every_client_finds_the_region_of_the_bucket_and_goes_through_the_proxy(
+    s3_uri, proxy, monkeypatch
+):
+    open_store(s3_uri).write("a", b"x")
+    proxy.RequestHandlerClass, _Frankfurt.asked = _Frankfurt, set()
+    for name in ("REGION", "DEFAULT_REGION"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _AMAZON)
+    monkeypatch.setenv("http_proxy", proxy.url)
+    store = open_store(s3_uri)
+    assert store.head("a") is not None
+    filesystem, root = store.arrow_filesystem()
+    assert filesystem.open_input_stream(f"{root}/a").read() == b"x"
+    # No request by this one: it keeps the variables about proxies that it was imported with.
+    assert store._ready.quick._store.config["region"] == "eu-central-1"
+    at = {region: {agent for agent, of in _Frankfurt.asked if of == region} for region in _REGIONS}
+    assert at == {"us-east-1": {"Boto3"}, "eu-central-1": {"Boto3", "aws-sdk-cpp"}}
+    monkeypatch.setenv("no_proxy", "amazonaws.com")
+    assert not store.arrow_filesystem()[0].__reduce__()[1][0]["proxy_options"]["host"]
 
 
 class _Role(BaseHTTPRequestHandler):

@@ -7,12 +7,11 @@ import os
 import socket
 import uuid
 from functools import partial
-from urllib.parse import urlsplit
 
 from lungopacity.errors import UserError
 from lungopacity.storage import ConflictError, LocalStore, S3Store, Store, open_store
 from lungopacity.storage.outage import answered
-from lungopacity.storage.s3_clients import check_credentials
+from lungopacity.storage.s3_clients import check_credentials, is_amazon
 from lungopacity.storage.s3_errors import may_pass
 
 _NO_ETAG = "0" * 32
@@ -91,9 +90,8 @@ def _check_server(store: S3Store, where: str) -> None:
 
 
 def _server(endpoint: str) -> str:
-    """The endpoint; one name for all of Amazon's, each of which leads to every bucket."""
-    host = (urlsplit(endpoint).hostname or "").removesuffix(".cn")
-    return "Amazon S3" if host.endswith(".amazonaws.com") else endpoint
+    """The endpoint; one name for all of Amazon's."""
+    return "Amazon S3" if is_amazon(endpoint) else endpoint
 
 
 def check_conditions(uri: str) -> None:

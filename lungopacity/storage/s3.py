@@ -19,12 +19,12 @@ from email.utils import parsedate_to_datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
 from lungopacity.storage.ahead import ahead
 from lungopacity.storage.interface import ConflictError, ObjectInfo, changed
 from lungopacity.storage.outage import answered, heard, patiently, trust
+from lungopacity.storage.s3_arrow import arrow_filesystem
 from lungopacity.storage.s3_body import (
     ETAGS_VARIABLE,
     OPAQUE,
@@ -33,9 +33,8 @@ from lungopacity.storage.s3_body import (
     etag_of,
     take_body,
 )
-from lungopacity.storage.s3_clients import S3Clients, aws_session, clients_of
+from lungopacity.storage.s3_clients import S3Clients, clients_of
 from lungopacity.storage.s3_errors import (
-    NO_CREDENTIALS,
     code_of,
     row_errors,
     status_of,
@@ -55,8 +54,6 @@ _BACKOFF_S = 0.2
 _LIST_THREADS = 16
 _NO_PARTS = (400, 403, 405, 416, 501)
 """HTTP statuses of servers that do not support part numbers."""
-_ROLES = ("assume-role-with-web-identity", "container-role", "iam-role")
-"""botocore's names for credentials that the platform gives to a pod, a container or a machine."""
 
 Pages = Sequence[dict[str, Any]]
 """Answers to ListObjectsV2 requests."""
@@ -352,37 +349,7 @@ class S3Store:
         return parsedate_to_datetime(date) if date else datetime.now(UTC)
 
     def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        import pyarrow.fs
-
-        session = aws_session()
-        credentials = session.get_credentials()
-        if credentials is None:
-            raise UserError(NO_CREDENTIALS)
-        options: dict[str, str | None] = {}
-        # A role's credentials expire after hours, and a training may take longer: Arrow finds and
-        # renews these by itself. Other kinds it might not find, or it might prefer other ones.
-        if credentials.method not in _ROLES or os.environ.get("AWS_ACCESS_KEY_ID"):
-            frozen = credentials.get_frozen_credentials()
-            options = {
-                "access_key": frozen.access_key,
-                "secret_key": frozen.secret_key,
-                "session_token": frozen.token,
-            }
-        # Arrow reads neither AWS_CA_BUNDLE nor ca_bundle in a profile.
-        authorities = session._session.get_config_variable("ca_bundle")
-        if authorities:
-            options["tls_ca_file_path"] = authorities
-        endpoint = urlsplit(self.client.meta.endpoint_url)
-        filesystem = pyarrow.fs.S3FileSystem(
-            **options,
-            region=self.client.meta.region_name,
-            endpoint_override=endpoint.netloc,
-            scheme=endpoint.scheme,
-            request_timeout=60,
-            connect_timeout=10,
-            allow_bucket_creation=False,  # a typo must not create a bucket
-        )
-        return filesystem, f"{self.bucket}/{self.prefix}".rstrip("/")
+        return arrow_filesystem(self.client), f"{self.bucket}/{self.prefix}".rstrip("/")
 
     def _user_errors(self, done: str) -> AbstractContextManager[None]:
         where = f"{self.uri} cannot be {done}"

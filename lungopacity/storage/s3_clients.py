@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
 from lungopacity.errors import UserError
 from lungopacity.storage.outage import answered
@@ -64,9 +66,39 @@ def clients_of(bucket: str) -> S3Clients:
     key = (bucket, *sorted(variables))
     with _making_clients:
         if key not in _known_clients:
-            client = s3_client()
+            client = _client_of(bucket)
             _known_clients[key] = S3Clients(client, QuickGet(bucket, aws_session(), client))
         return _known_clients[key]
+
+
+def _client_of(bucket: str) -> Any:
+    """A boto3 client in the bucket's own region. boto3 finds that by itself where the AWS variables
+    name another one or none; obstore and Arrow, which take the region from its client, do not."""
+    client = s3_client()
+    if not is_amazon(client.meta.endpoint_url):
+        return client
+    region = _region_of(bucket, client)
+    return client if region in (None, client.meta.region_name) else s3_client(region)
+
+
+def is_amazon(endpoint: str) -> bool:
+    """Whether it is one of Amazon's endpoints, each of which leads to every bucket."""
+    host = (urlsplit(endpoint).hostname or "").removesuffix(".cn")
+    return host.endswith(".amazonaws.com")
+
+
+def _region_of(bucket: str, client: Any) -> str | None:
+    """None if it is not told. It is told even to those who may not list the bucket."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        answer = client.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        answer = error.response
+    except BotoCoreError:
+        return None  # the first request that has to succeed tells why
+    headers: Mapping[str, str] = answer["ResponseMetadata"].get("HTTPHeaders", {})
+    return headers.get("x-amz-bucket-region")
 
 
 @cache
@@ -77,9 +109,12 @@ def check_credentials() -> None:
         raise UserError(NO_CREDENTIALS)
 
 
-def s3_client() -> Any:
-    """A new boto3 client. It addresses buckets of a custom endpoint by path, whichever variable or
-    file names the endpoint: that needs no DNS name per bucket. Raises `UserError`."""
+def s3_client(region: str | None = None) -> Any:
+    """A new boto3 client, by default in the region that the AWS variables or files name.
+
+    It addresses buckets of a custom endpoint by path, whichever variable or file names the
+    endpoint: that needs no DNS name per bucket. Raises `UserError`.
+    """
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ReadTimeoutError
 
@@ -91,7 +126,7 @@ def s3_client() -> Any:
     )
     try:
         session = aws_session()
-        region = session.region_name or "us-east-1"
+        region = region or session.region_name or "us-east-1"
         client = session.client("s3", config=config, region_name=region)
     except (BotoCoreError, ValueError) as error:
         reason = " ".join(str(error).split())
