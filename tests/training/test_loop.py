@@ -360,6 +360,24 @@ def test_frozen_epochs_leave_the_first_weights_as_they_are_but_for_the_last_laye
         assert not torch.equal(free[name], frozen[name]), name
 
 
+def test_each_seed_has_first_weights_of_its_own(tmp_path: Path) -> None:
+    """Frozen ones stay what they were."""
+    settings = TrainingSettings(epochs=1, frozen_epochs=1)
+    (first,), (again,), (other,) = (
+        trained(replace(settings, seed=seed), None, tmp_path) for seed in (0, 0, 1)
+    )
+    (name,) = (name for name, weight in first.items() if weight.ndim == 4)
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_the_average_is_kept_beside_the_weights_that_learn(tmp_path: Path) -> None:
+    (kept,) = trained(TrainingSettings(epochs=1, ema_decay=0.9), None, tmp_path)
+    learning = safetensors.torch.load((tmp_path / "learning.safetensors").read_bytes())
+    assert kept.keys() == learning.keys()
+    assert not torch.equal(kept["head.1.weight"], learning["head.1.weight"])
+
+
 def test_training_ends_when_its_patience_is_spent(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
