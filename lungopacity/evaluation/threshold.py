@@ -43,7 +43,6 @@ from lungopacity.results.workbench import quoted
 log = logging.getLogger(__name__)
 
 _MOST_LISTED = 5
-_FILM = ["archive", "object", "member_index"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ class PickedPoint(OperatingPoint):
     """Number of images by label, for labels that stand for no class of the model. Not counted."""
     unscored: int = 0
     """Labelled images that were rejected, or could not be read."""
+    of_several_images: int = 0
+    """Labelled files that hold several images each, any of which the label may mean."""
     absent: int = 0
     """Images of the labels file that are not in the results."""
 
@@ -108,10 +109,11 @@ def threshold(
     told apart by `patient_id` of the labels, or else `patient_hmac`.
 
     Left out, and counted in the result: films of the results that the model was trained, selected
-    or calibrated on, films whose label is of no class, films without a score, and images of the
-    labels file that are not in the results. Raises `UserError` if no scores of this model have
-    labels, if there are fewer than `FEWEST_IMAGES` films of either kind (with `by_view`: if no view
-    has as many), if the name is taken, or for an unknown rule.
+    or calibrated on, films whose label is of no class, films without a score, files of several
+    images (which `evaluate` refuses), and images of the labels file that are not in the results.
+    Raises `UserError` if no scores of this model have labels, if there are fewer than
+    `FEWEST_IMAGES` films of either kind (with `by_view`: if no view has as many), if the name is
+    taken, or for an unknown rule.
     """
     check_rule(rule)
     trained = load_model(model)
@@ -144,6 +146,7 @@ def threshold(
         left_out=films.left_out,
         of_no_class=films.of_no_class,
         unscored=films.unscored,
+        of_several_images=films.of_several_images,
         absent=films.absent,
     )
 
@@ -198,8 +201,9 @@ class _Films:
     left_out: int
     of_no_class: dict[str, int]
     unscored: int
+    of_several_images: int
     absent: int
-    """These four as in `PickedPoint`."""
+    """These five as in `PickedPoint`."""
 
 
 def _not_counted(films: PickedPoint | _Films) -> list[str]:
@@ -210,6 +214,10 @@ def _not_counted(films: PickedPoint | _Films) -> list[str]:
     words += [f"{rest} of other labels"] if rest else []
     words += [f"{films.left_out} that the model was trained on"] if films.left_out else []
     words += [f"{films.unscored} rejected or unreadable"] if films.unscored else []
+    if films.of_several_images:
+        words.append(
+            f"{films.of_several_images} in files of several images, any of which the label may mean"
+        )
     words += [f"{films.absent} that the results do not have"] if films.absent else []
     return [f"labelled films not counted: {', '.join(words)}"] if words else []
 
@@ -219,13 +227,16 @@ def _films(
 ) -> _Films:
     """The films that have a score and a class, and that the model was not trained, selected or
     calibrated on. Warnings count what is left out."""
-    spec, unscored, absent = trained.spec, 0, 0
+    spec, unscored, of_several, absent = trained.spec, 0, 0, 0
     if results is None:
         films, whose = _validation(model, trained), f"{model}: of its validation films"
     else:
         films, absent = _labelled(trained, results, run_id, labels)
         whose = f"{results}: of the films that {trained.model_id} scored"
-        films, unscored = _with_scores(films)
+        of_several = int(films["is_of_several"].sum())
+        films = films[~films["is_of_several"]]
+        unscored = int(films["p"].isna().sum())
+        films = films[films["p"].notna()]
     of_class = films["label"].isin(list(spec.class_of_label))
     of_no_class = dict(Counter(films.loc[~of_class, "label"]))
     if of_no_class or unscored:
@@ -249,14 +260,9 @@ def _films(
     where = f"{len(rows)} films of {results}" + (f", run {run_id}" if run_id else "")
     if results is None:
         where = "validation"
-    return _Films(rows, positive_N, whose, where, left_out, of_no_class, unscored, absent)
-
-
-def _with_scores(films: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """The frames that have a score, and the number of films without a score in any frame."""
-    scored = films["p"].notna()
-    by_film = scored.groupby([films[name] for name in _FILM], dropna=False)
-    return films[scored], int((~by_film.any()).sum())
+    return _Films(
+        rows, positive_N, whose, where, left_out, of_no_class, unscored, of_several, absent
+    )
 
 
 def _check_enough(films: _Films, spec: ModelSpec) -> None:
@@ -301,9 +307,9 @@ def _labelled(
     trained: TrainedModel, results: str, run_id: str | None, labels: str | None
 ) -> tuple[pd.DataFrame, int]:
     """A data frame of labelled films, and the number of images in the labels file that are not in
-    the results. Columns: `name`, `content_sha256`, `patient`, `view`, `label` and `p` of the
-    positive class, null without a score. One row per frame; the columns `_FILM` identify the
-    film."""
+    the results. Columns: `name`, `content_sha256`, `patient`, `view`, `label`, `p` of the positive
+    class, null without a score, and `is_of_several`, whether the file holds several images, whose
+    other values are then those of any of these. One row per file."""
     column = class_column("p", trained.spec.positive_class)
     of_runs = f"model_id = {quoted(trained.model_id)}"
     if run_id is not None:
@@ -311,8 +317,8 @@ def _labelled(
     chosen = of_runs if labels is not None else f"{of_runs} AND label IS NOT NULL"
     frame: pd.DataFrame = query(
         results,
-        "SELECT coalesce(any_value(member), image) AS name, archive, image AS object, "
-        "member_index, arg_max(label, place) AS label, "
+        "SELECT coalesce(any_value(member), image) AS name, arg_max(label, place) AS label, "
+        "coalesce(max(frame), 0) > 0 AS is_of_several, "
         "arg_max(content_sha256, place) FILTER (status = 'ok') AS content_sha256, "
         "arg_max(patient_hmac, place) AS patient, "
         # By the header, as it is known when `screen` decides.
@@ -324,7 +330,7 @@ def _labelled(
         # Only scores of the object's present content: it may have held another film before.
         "QUALIFY source_etag = first_value(source_etag) "
         "OVER (PARTITION BY archive, image ORDER BY place DESC)"
-        ") GROUP BY archive, image, member_index, frame",
+        ") GROUP BY archive, image, member_index",
     ).to_pandas()
     if frame["p"].isna().all():
         raise UserError(
@@ -354,9 +360,7 @@ def _labelled(
                 f"{frame['name'].min()!r}; use the names of the results"
             )
         )
-    # Frames of one film share its name, so each film is checked once.
-    films = both.drop_duplicates(_FILM)
-    twice = films.loc[films["image"].duplicated(), "name"]
+    twice = both.loc[both["image"].duplicated(), "name"]
     if len(twice):
         raise UserError(
             f"{labels}: {len(twice)} names belong to several films of {results}, such as "

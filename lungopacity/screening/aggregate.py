@@ -95,6 +95,8 @@ def label_metrics(
     They cover the scored images whose label stands for one of the model's classes; empty if there
     are no such labels. Images with such a label that were rejected, or could not be read, are
     counted as `films_without_score`: a model that is spared its difficult films looks too good.
+    Images of a file with several are counted as `films_of_several_images` and left out, because the
+    label may mean any of them; `evaluate` refuses such files.
     predictions: as for `run_metrics`. labels: as `read_labels` returns them; their view, sex and
     age take precedence over the header's, as in `evaluate`.
 
@@ -119,7 +121,22 @@ def label_metrics(
         f"{', '.join(columns)}, "
         f"{', '.join(FACT_COLUMNS)} FROM predictions {_SCORED} AND {of_classes}",
     ).to_arrow_table()
-    left_out = [_count("films_without_score", labelled - rows.num_rows, labelled)]
+    # A label is given only if its name is that of a single file.
+    of_several = dict(
+        predictions.query(
+            "predictions",
+            "SELECT coalesce(member, image) AS name, count(*) FROM predictions "
+            f"WHERE {of_classes} GROUP BY name HAVING max(frame) > 0",
+        ).fetchall()
+    )
+    is_of_several = pa.compute.is_in(rows["name"], pa.array(of_several, pa.string()))
+    rows = rows.filter(pa.compute.invert(is_of_several))
+    images_of_several = sum(of_several.values())
+    without_score = labelled - images_of_several - rows.num_rows
+    left_out = [
+        _count("films_of_several_images", images_of_several, labelled),
+        _count("films_without_score", without_score, labelled),
+    ]
     if rows.num_rows == 0:
         return left_out
     seen = pa.compute.is_in(rows["content_sha256"], pa.array(known_films, pa.string()))

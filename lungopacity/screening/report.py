@@ -87,10 +87,17 @@ def summary(result: ScreeningResult) -> str:
     ]
     if result.labelled is not None:
         without_score = metric_value(result.metrics, "films_without_score")
+        of_several = metric_value(result.metrics, "films_of_several_images")
         lines.append(
             f"  labels    match {result.labelled} of {result.images} images, "
             f"{result.of_classes} with one of the model's classes"
             + (f"; {without_score:.0f} of these have no score" if without_score else "")
+            + (
+                f"; {of_several:.0f} in files of several images, any of which the label may mean, "
+                "are left out"
+                if of_several
+                else ""
+            )
             + (
                 f"; {result.known_to_model} that it was trained or selected on are left out"
                 if result.known_to_model

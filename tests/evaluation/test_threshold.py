@@ -26,7 +26,7 @@ from lungopacity.models import (
 )
 from lungopacity.models.folder import training_films_parquet, validation_parquet
 from lungopacity.storage import open_store
-from tests.films import encoded, grey_film
+from tests.films import encoded, grey_film, tiff_of_pages
 from tests.models.tiny import tiny_model, write_tiny_model
 
 FILMS = 90
@@ -205,12 +205,17 @@ def test_a_score_of_what_an_object_once_held_sets_no_threshold(site, tmp_path):
     lungopacity.screen(archive, model, results, run_id="before", labels=str(tmp_path / "wrong.csv"))
     _an_hour_ahead(results)  # the clock of then: it was set back since
     open_store(archive).write("x/01.png", b"broken since")
+    open_store(archive).write("x/04.png", tiff_of_pages([grey_film(4), grey_film(5)]))
     lungopacity.screen(archive, model, results, run_id="after", labels=right)
     point = lungopacity.threshold(model, results, "youden", "of-now", labels=right)
-    assert (point.images, point.unscored) == (FILMS - 1, 1)
+    assert (point.images, point.unscored, point.of_several_images) == (FILMS - 2, 1, 1)
+    words = (
+        "1 rejected or unreadable, 1 in files of several images, any of which the label may mean"
+    )
+    assert f"labelled films not counted: {words}" in point.summary()
     told = lungopacity.threshold(model, results, "youden", "of-the-newest-labels")
-    assert (told.threshold, told.sensitivity, told.unscored) == (
-        point.threshold, point.sensitivity, 1,
+    assert (told.threshold, told.sensitivity, told.unscored, told.of_several_images) == (
+        point.threshold, point.sensitivity, 1, 1,
     )  # fmt: skip
 
 

@@ -120,6 +120,33 @@ def test_metrics_against_labels_count_what_can_be_judged():
     assert (unscored.value, unscored.n) == (1, 4)
 
 
+def test_images_of_a_file_with_several_are_counted_and_in_no_metric():
+    """The label of the file may mean any of them."""
+    row = {"p": 0.9, "label": "Lung_Opacity"}
+    table = predictions(
+        row | {"image": "two.dcm", "frame": 0, "p": 0.1},
+        row | {"image": "two.dcm", "frame": 1, "status": "failed"},
+        *(
+            row | {"image": "x.tar", "member": "a.tif", "member_index": 4, "frame": n}
+            for n in (0, 1)
+        ),
+        # A page alone, and a neighbour in the shard.
+        row | {"image": "one.tif", "frame": 0},
+        row | {"image": "x.tar", "member": "b.tif", "member_index": 5},
+    )
+    metrics = label_metrics(table, SPEC, labels("two.dcm", "a.tif", "one.tif", "b.tif"))
+    (of_several,) = [m for m in metrics if m.metric == "films_of_several_images"]
+    assert (of_several.value, of_several.n) == (4, 6)
+    assert metric_value(metrics, "films_without_score") == 0
+    (accuracy,) = [m for m in metrics if (m.metric, m.group) == ("accuracy", "all")]
+    assert (accuracy.value, accuracy.n) == (1, 2)
+    frames = [row | {"image": "two.dcm", "frame": n} for n in (0, 1)]
+    assert (
+        metric_value(label_metrics(predictions(*frames), SPEC, labels("two.dcm")), "accuracy")
+        is None
+    )
+
+
 def test_labels_of_members_are_those_of_their_own_names_and_of_the_class_that_decides():
     spec = replace(SPEC, positive_class="Normal", label_map={"Healthy": "Normal"})
     table = predictions(
@@ -197,7 +224,7 @@ def test_a_run_is_measured_as_by_evaluate_with_its_patients_drawn_together():
     told = labels(
         *(f"{n}.png" for n in range(40)), patient_id=patients, patient_sex=["F", "M"] * 20
     )
-    _, _, _, *found = label_metrics(table, SPEC, told)
+    _, _, _, _, *found = label_metrics(table, SPEC, told)
     images = ScoredImages(
         truth, np.stack([1 - p, p], axis=1).astype(np.float64), SPEC.class_names, "Lung_Opacity",
         points={"chosen": SPEC.operating_point},
@@ -256,5 +283,5 @@ def test_no_label_of_the_models_classes_means_no_metric():
 
 def test_labelled_films_of_which_none_has_a_score_are_counted():
     table = predictions({"status": "rejected", "error_code": "lateral_view", "label": "Normal"})
-    (unscored,) = label_metrics(table, SPEC, labels("0.png"))
+    _, unscored = label_metrics(table, SPEC, labels("0.png"))
     assert (unscored.metric, unscored.value, unscored.n) == ("films_without_score", 1, 1)

@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ import lungopacity
 from lungopacity import observe, progress
 from lungopacity.archive.inventory import list_archive
 from lungopacity.errors import ErrorCode, ImageError, Stage, UserError
+from lungopacity.evaluation.metrics import Metric
 from lungopacity.models import OperatingPoint, load_model, save_operating_point
 from lungopacity.results.query import query
 from lungopacity.runtime import head_watch, signals
@@ -267,6 +269,9 @@ def test_labelled_films_without_a_score_are_told_beside_the_accuracy(place, tmp_
     told = summary(run)
     assert "4 with one of the model's classes; 2 of these have no score; 1 that it was" in told
     assert "  accuracy  1.0000 against the labels of 1 film\n" in told
+    several = Metric("all", "films_of_several_images", None, 3, None, None, 4)
+    told = summary(replace(run, metrics=[several, *run.metrics]))
+    assert "; 3 in files of several images, any of which the label may mean, are left out" in told
 
 
 @pytest.mark.parametrize("point", ["our-site", None])
