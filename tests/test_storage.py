@@ -1,7 +1,6 @@
 import errno
 import fcntl
 import os
-import tempfile
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -203,13 +202,15 @@ def test_a_key_cannot_lead_out_of_a_folder(tmp_path):
         store.write("../outside", b"x")
 
 
-def test_a_write_leaves_no_temporary_file_and_honours_the_umask(tmp_path):
-    store, old = LocalStore(tmp_path), os.umask(0o022)
+def test_a_write_leaves_no_temporary_file_and_honours_the_umask(tmp_path, monkeypatch):
+    store, old = LocalStore(tmp_path), os.umask(0o027)
     try:
-        store.write("a", b"x")
+        with monkeypatch.context() as patched:
+            patched.delattr(os, "umask")  # to change it would change it for other threads, too
+            store.write("a", b"x")
     finally:
         os.umask(old)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
     store.write("b", b"x", if_absent=True)
     for key in ("a", "b"):
         with pytest.raises(ConflictError):
@@ -258,15 +259,15 @@ def test_only_the_owner_can_read_a_private_object(tmp_path):
 
 
 def test_a_folder_that_is_removed_during_a_write_is_made_again(tmp_path, monkeypatch):
-    make = tempfile.mkstemp
+    make = os.open
     swept = []
 
-    def sweeping(**where):
-        if not swept:
-            swept.append(where["dir"].rmdir())
-        return make(**where)
+    def sweeping(path, flags, *more, **named):
+        if flags & os.O_CREAT and not swept:
+            swept.append(os.rmdir(os.path.dirname(path)))
+        return make(path, flags, *more, **named)
 
-    monkeypatch.setattr(tempfile, "mkstemp", sweeping)
+    monkeypatch.setattr(os, "open", sweeping)
     open_store(str(tmp_path)).write("_lock/nightly.json", b"x")
     assert swept
     assert (tmp_path / "_lock/nightly.json").read_bytes() == b"x"

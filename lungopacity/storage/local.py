@@ -8,6 +8,7 @@ import io
 import os
 import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -171,15 +172,12 @@ class LocalStore:
                 "a place in S3, or a whole path"
             )
         try:
-            handle, name = _temporary_in(path.parent, 0o700 if private else 0o777)
+            handle, name = _temporary_in(path.parent, private)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                # Only the owner can read what mkstemp makes, but results are meant for others.
-                if not private:
-                    os.chmod(name, 0o666 & ~_umask())
                 if if_absent:
                     try:
                         _link(name, path)
@@ -308,10 +306,14 @@ class _UnalteredFile(io.FileIO):
         return data
 
 
-def _temporary_in(folder: Path, mode: int) -> tuple[int, str]:
+def _temporary_in(folder: Path, private: bool) -> tuple[int, str]:
+    # Not by `mkstemp`, whose files only their owner may read: results are meant for others, and to
+    # learn the umask, a process has to change it, for its other threads as well.
     def made() -> tuple[int, str]:
-        folder.mkdir(mode, parents=True, exist_ok=True)
-        return tempfile.mkstemp(prefix=".tmp-", dir=folder)
+        folder.mkdir(0o700 if private else 0o777, parents=True, exist_ok=True)
+        name = str(folder / f".tmp-{uuid.uuid4().hex}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        return os.open(name, flags, 0o600 if private else 0o666), name
 
     try:
         return made()
@@ -332,12 +334,6 @@ def _link(name: str, path: Path) -> None:
             f"{path.parent}: its file system has no hard links, which jobs need to keep out of "
             "each other's way; use a folder on another file system, or S3"
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _not_regular() -> ImageError:
