@@ -43,6 +43,7 @@ _HALF_STD = (0.5, 0.5, 0.5)
 """The divisors for torchvision's networks that rescale their input themselves (`transform_input`);
 ours are built without that step."""
 _RESCALING = ("googlenet", "inception_v3")
+_NUMBER = re.compile(r"\d+")
 _DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 """Old module names: torchvision's published DenseNet weights have `norm.1` for today's `norm1`."""
 
@@ -240,8 +241,24 @@ def take_weights(
             f"{len(wrong)} of {len(own)} tensors are missing or have another shape, such as "
             f"{wrong[0]}"
         )
+    further = _further_layers(own, tensors)
+    if further:
+        raise UserError(
+            f"--weights: {given.facts['source']} is for another network than {card.name}: it has "
+            f"further layers, such as {further[0]}"
+        )
     load_weights(network, {**own, **taken})
     return fresh
+
+
+def _further_layers(
+    own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Names that differ from ours in their numbers alone, such as layer3.6 where ours end in
+    layer3.5: those of a deeper network. A single layer may be a published network's last one."""
+    alike = {_NUMBER.sub("#", name) for name in own}
+    further = [name for name in tensors if name not in own and _NUMBER.sub("#", name) in alike]
+    return further if len({name.rpartition(".")[0] for name in further}) > 1 else []
 
 
 def _renamed(

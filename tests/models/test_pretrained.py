@@ -150,6 +150,33 @@ def test_weights_of_another_network_are_refused(tmp_path):
         started("resnet-50", tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "deeper", "layer"),
+    [
+        ("resnet-50", "resnet101", r"layer3\.6\.conv1\.weight"),
+        ("torchvision:swin_t", "swin_s", r"features\.5\.6\.norm1\.weight"),
+    ],
+)
+def test_weights_of_a_deeper_network_are_refused(name, deeper, layer):
+    """It has all layers of the other, and between them more."""
+    card = network_card(name)
+    with torch.device("meta"):
+        given = FirstWeights(models.get_model(deeper).state_dict(), {"source": "file"}, (1.0,) * 3)
+        with pytest.raises(UserError, match=rf"than {name}: it has further layers, .*{layer}$"):
+            take_weights(build_network(name, 2), card, given, 0.226)
+
+
+@pytest.mark.parametrize("backbone", ["alexnet", "vgg11", "mobilenet_v3_small"])
+def test_the_last_layer_of_a_published_network_is_no_further_layer(backbone):
+    """There it has the name of ours but for a number."""
+    card = network_card(f"torchvision:{backbone}")
+    with torch.device("meta"):
+        theirs = models.get_model(backbone).state_dict()
+        given = FirstWeights(theirs, {"source": "file"}, (1.0,) * 3)
+        fresh = take_weights(build_network(card.name, 2), card, given, 0.226)
+    assert fresh == ["head.weight", "head.bias"]
+
+
 def test_weights_of_another_image_size_are_refused_for_their_size():
     card = network_card("torchvision:vit_b_16")
     with torch.device("meta"):
