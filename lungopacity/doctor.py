@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from lungopacity.errors import NOTICE, UserError, first_line
-from lungopacity.runtime import is_submission_address, own_cpus, ray_session
+from lungopacity.runtime import (
+    LONGEST_FOLDER,
+    SHORTER_FOLDER,
+    is_submission_address,
+    own_cpus,
+    ray_session,
+)
 from lungopacity.words import counted
 
 MIN_TORCH = (2, 11)
@@ -140,6 +146,11 @@ def _ray() -> Iterator[Finding]:
         yield Finding("missing", "ray", detail, fix)
         return
     if not address or address == "local":
+        folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or ""
+        if len(folder.rstrip("/").encode()) > LONGEST_FOLDER:
+            detail = f"its folder, {folder}, has a path that is too long for its sockets"
+            yield Finding("missing", "ray", detail, SHORTER_FOLDER)
+            return
         yield Finding("ok", "ray", f"{ray.__version__}, will run on this machine alone")
         return
     _check_answers(address)

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 from lungopacity import doctor
+from lungopacity.runtime import SHORTER_FOLDER
 
 
 def test_doctor_goes_on_where_a_check_fails_without_a_word(monkeypatch):
@@ -37,3 +38,13 @@ def test_a_place_for_results_is_not_made_and_a_slip_in_its_name_is_seen(tmp_path
     (there,) = doctor.diagnose_places(results=str(tmp_path))
     assert there == doctor.Finding("ok", "results", f"{tmp_path} can be written to")
     assert [path.name for path in tmp_path.iterdir()] == ["film.png"]
+
+
+def test_a_folder_that_is_too_long_for_the_sockets_of_ray_is_seen(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("TMPDIR", "/" + "x" * 39)
+    (found,) = doctor._ray()
+    assert (found.state, found.fix) == ("missing", SHORTER_FOLDER)
+    monkeypatch.setenv("RAY_TMPDIR", "/" + "x" * 38 + "/")
+    (found,) = doctor._ray()
+    assert found.state == "ok"

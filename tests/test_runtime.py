@@ -227,15 +227,22 @@ def test_no_reference_is_left_to_be_dropped_while_ray_ends():
     assert done.stdout.split() == ["1", "0"], done.stderr
 
 
-def test_a_ray_that_does_not_come_up_is_no_defect(monkeypatch):
+@pytest.mark.parametrize(
+    ("why", "fix"),
+    [
+        ("The current node timed out during startup.", "try again"),
+        ("AF_UNIX path length cannot exceed 107 bytes: /x", "set RAY_TMPDIR to a folder with a"),
+    ],
+)
+def test_a_ray_that_does_not_come_up_is_no_defect(monkeypatch, why, fix):
     def too_late(**_: object) -> None:
-        raise Exception("The current node timed out during startup.\nMore of it.")
+        raise Exception(f"{why}\nMore of it.")
 
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", too_late)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     session = RaySession()
-    with pytest.raises(UserError, match=r"Ray cannot be started on this machine: The current node"):
+    with pytest.raises(UserError, match=f"Ray cannot be started on this machine: {why}; {fix}"):
         session._start()
     assert not session.is_private
 

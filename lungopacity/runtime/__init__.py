@@ -26,6 +26,8 @@ from lungopacity.runtime.resources import (
     resolve_gpu,
 )
 from lungopacity.runtime.session import (
+    LONGEST_FOLDER,
+    SHORTER_FOLDER,
     done_with_ray,
     is_submission_address,
     lean_training,
@@ -39,6 +41,8 @@ from lungopacity.runtime.signals import code_of_signal, end_if_told, end_on_sign
 
 __all__ = [
     "KEEP_FREED_MEMORY",
+    "LONGEST_FOLDER",
+    "SHORTER_FOLDER",
     "alone",
     "capacity",
     "check_same_code",

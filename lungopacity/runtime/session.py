@@ -45,6 +45,9 @@ _ENVIRONMENT = {
     # that, and the default is 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
 }
+SHORTER_FOLDER = "set RAY_TMPDIR to a folder with a shorter path, such as /tmp"
+LONGEST_FOLDER = 39
+"""Letters in the path of RAY_TMPDIR, or TMPDIR, so that those of Ray's sockets have at most 107."""
 _WITH_ACTORS = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Silences Ray's warning that an actor, once restarted, may not find its arguments: our arguments
 belong to the driver, which no actor outlives. Ray prints a line of its own that it has read this
@@ -169,10 +172,11 @@ class RaySession:
         except Exception as error:  # Ray raises this very type for a node that is not up in 30 s
             end_if_told()
             if address == "local":
-                raise UserError(
-                    f"Ray cannot be started on this machine: {first_line(error)}; try again, or "
-                    "check its free space with `lungopacity doctor`"
-                ) from error
+                why = first_line(error)
+                fix = "try again, or check its free space with `lungopacity doctor`"
+                if "path length" in why:  # of a socket in Ray's folder
+                    fix = SHORTER_FOLDER
+                raise UserError(f"Ray cannot be started on this machine: {why}; {fix}") from error
             why = first_line(error)
             if why.endswith(":"):  # the versions of Ray and Python here and there follow
                 why = " ".join(str(error).split())
