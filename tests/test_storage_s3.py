@@ -219,6 +219,10 @@ def test_a_wrong_endpoint_is_reported(monkeypatch):
     assert "no server answers" in failing_list("s3://tests/x")
     with pytest.raises(ImageError, match=f"no server answers at http://127.0.0.1:{port}; check"):
         open_store("s3://tests").read("x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.example")
+    monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{port}")
+    told = f"no proxy answers at http://***:***@127.0.0.1:{port}; check HTTPS_PROXY, HTTP_PROXY and"
+    assert told in failing_list("s3://tests/x")
 
 
 def test_missing_credentials_are_reported(monkeypatch, tmp_path):

@@ -82,6 +82,7 @@ def no_connection(error: Exception, endpoint: str) -> str:
         EndpointConnectionError,
         NoCredentialsError,
         PartialCredentialsError,
+        ProxyConnectionError,
         SSLError,
     )
 
@@ -89,6 +90,9 @@ def no_connection(error: Exception, endpoint: str) -> str:
         return NO_CREDENTIALS
     if isinstance(error, EndpointConnectionError):
         return f"no server answers at {endpoint}; check AWS_ENDPOINT_URL and the network"
+    if isinstance(error, ProxyConnectionError):
+        proxy = error.kwargs["proxy_url"]  # without its password
+        return f"no proxy answers at {proxy}; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
     if isinstance(error, SSLError):
         return (
             f"no TLS connection to {endpoint} ({error.kwargs['error']}); set AWS_CA_BUNDLE to the "
@@ -131,6 +135,7 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
         EndpointConnectionError,
         NoCredentialsError,
         PartialCredentialsError,
+        ProxyConnectionError,
         ReadTimeoutError,
         SSLError,
     )
@@ -141,6 +146,7 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
         EndpointConnectionError,
         NoCredentialsError,
         PartialCredentialsError,
+        ProxyConnectionError,
         SSLError,
     ) as error:
         raise UserError(f"{where}: {no_connection(error, endpoint)}") from error
