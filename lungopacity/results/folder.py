@@ -7,7 +7,7 @@
     runs/<run_id>.json                  the commit record, written last
     status.json                         how the newest night went
     _work/<run_id>/…                    work in progress; readers never look here
-    _lock/run-NNNNNN.json               the claim of a number, while its run is published
+    _lock/run-NNNNNN                    the claim of a number, while its run is published
 
 Readers ignore files that no commit record names. Runs are ordered by the `sequence` in their
 records, not by a clock: clocks differ between machines, and can be set back.
@@ -53,7 +53,7 @@ WORK_FILE = (
     rf"{WORK}/([^/]+)/"
     r"(?:run\.json|plan-[0-9a-f]{32,64}-\d{5}\.parquet|attempt=[0-9a-f]{32}/.+)"
 )
-CLAIM_FILE = rf"{LOCKS}/run-\d{{6,}}\.json"
+CLAIM_FILE = rf"{LOCKS}/run-\d{{6,}}"
 RESULTS_FILE = (
     rf"(?:^|/)(?:{PREDICTIONS_FILE}|{METRICS_FILE}|{PICTURE_FILE}|{WORK_FILE}"
     rf"|{RUNS}/\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}}-[0-9a-f]{{8}}\.json"
@@ -83,7 +83,7 @@ def run_key(run_id: str) -> str:
 
 def claim_key(sequence: int) -> str:
     """Key of the claim of a run's number. Matches `CLAIM_FILE`."""
-    return f"{LOCKS}/run-{sequence:06d}.json"
+    return f"{LOCKS}/run-{sequence:06d}"
 
 
 def work_prefix(run_id: str) -> str:
@@ -197,6 +197,7 @@ def _next_number(store: Store) -> Iterator[int]:
     In the block, other runs wait, so what was checked there still holds when the run is published.
     If the block takes longer than `_CLAIM_S`, they go on, and count as newer.
     """
+    ours = uuid.uuid4().hex.encode()
     number, until = 0, 0.0
     read: dict[str, int] = {}
 
@@ -213,10 +214,12 @@ def _next_number(store: Store) -> Iterator[int]:
             log.warning("a run that was to be published before this one has not appeared")
             number, until = number + 1, time.monotonic() + _CLAIM_S
         try:
-            store.write(claim_key(number), b"{}", if_absent=True)
+            store.write(claim_key(number), ours, if_absent=True)
         except ConflictError:
-            time.sleep(_ASK_S)
-            continue
+            # If the answer to our own write was lost, the retry finds our own claim.
+            if _content(store, claim_key(number)) != ours:
+                time.sleep(_ASK_S)
+                continue
         try:
             # Who had claimed the number before may have published, and have removed the claim.
             if newest() < number:
@@ -227,6 +230,14 @@ def _next_number(store: Store) -> Iterator[int]:
             # run of this number, or of a higher one, is published.
             with suppress(UserError):
                 store.delete(claim_key(number))
+
+
+def _content(store: Store, key: str) -> bytes | None:
+    """The content of a claim; None if it is gone, or cannot be read now."""
+    try:
+        return store.read(key)
+    except ImageError:
+        return None
 
 
 def _check_files(store: Store, run_id: str, record: Mapping[str, Any]) -> None:

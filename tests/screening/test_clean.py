@@ -45,7 +45,7 @@ LEFT = {
     f"explanations/b/{PICTURE.replace('.', '-3.')}": "files of runs that were never published",
     "explanations/b/.tmp-z": "half-written files",
     "_lock/nightly.json": "locks",
-    "_lock/run-000007.json": "files of runs that were never published",
+    "_lock/run-000007": "files of runs that were never published",
     "runs/.tmp-x": "half-written files",
     "_work/b/.tmp-y": "work of unfinished runs",
 }
@@ -246,7 +246,7 @@ def test_the_claim_of_a_number_outlives_a_slow_check_before_the_run_is_published
     now = type(results).now
     monkeypatch.setattr(type(results), "now", lambda store: now(store) + timedelta(minutes=10))
     clean(results.uri, older_than_days=0)
-    assert {key for key in keys(results) if key.startswith("_lock/")} == {"_lock/run-000007.json"}
+    assert {key for key in keys(results) if key.startswith("_lock/")} == {"_lock/run-000007"}
 
 
 def test_two_may_clean_one_temporary_folder(tmp_path, temporary):
