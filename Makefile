@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # Keep compiled bytecode even where the machine turns it off: the tests start some hundred
 # processes. That is also why the installation need not compile its 7 GB (--no-compile).
 export PYTHONDONTWRITEBYTECODE :=
@@ -41,8 +42,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 		{ echo "error: Python 3.11 to 3.14 is needed; run make PYTHON=python3.12"; exit 2; }
 	@echo "Setting up $(VENV): about 7 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	sed -n '/^pip==/,/# via/p' requirements.lock | $(PIP) --require-hashes -r /dev/stdin
+	$(PIP) --no-compile --require-hashes -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Needs uv. Pins every package for all platforms, with hashes and no index address. The lock for
