@@ -130,6 +130,11 @@ def test_a_compiled_ensemble_of_two_sizes_scores_as_in_torch():
             getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5, err_msg=name
         )
     assert np.ptp(expected.disagreement_N) > 1e-3
+    # It is about the positive class, which of three need not be the second.
+    first = replace(model, spec=replace(spec, positive_class=spec.class_names[0]))
+    last = replace(model, spec=replace(spec, positive_class=spec.class_names[2]))
+    others = [Scorer(other).scores(films(9, 64)).disagreement_N for other in (first, last)]
+    assert not np.allclose(*others, rtol=0.05)
 
 
 def test_a_folder_keeps_the_compiled_network_and_the_models_id(tmp_path):
