@@ -184,6 +184,9 @@ def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
         "    time.sleep(1)\n"
         "    print(*{'pandas', 'ray.data'} & set(sys.modules))\n"
         "    with ray_session(): print(*sorted({'pandas', 'ray.data'} & set(sys.modules)))\n"
+        "    import os, ray._private.worker\n"
+        "    folder = ray._private.worker._global_node.get_session_dir_path()\n"
+        "    print(oct(os.stat(folder).st_mode))\n"
         "    for _ in range(2):\n"
         "        with ray_session():\n"
         "            import ray\n"
@@ -197,7 +200,7 @@ def test_ray_starts_beside_the_block_and_ends_when_the_block_is_done_with_it():
     done = run_script(script, RAY_ADDRESS="", HOME="/dev/null")
     # pandas is not imported while the block does other work.
     assert done.stdout.splitlines() == [
-        "True", "", "pandas ray.data", "True", "True", "raylet", "again", "False True"
+        "True", "", "pandas ray.data", "0o40700", "True", "True", "raylet", "again", "False True"
     ], done.stderr  # fmt: skip
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         assert done.stderr == ""  # where logs are JSON, each line is

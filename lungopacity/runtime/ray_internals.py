@@ -7,6 +7,7 @@ each name is there.
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -107,6 +108,16 @@ def forget_token() -> None:
 
         loader: Any = vars(_raylet)["AuthenticationTokenLoader"]
         loader.instance().reset_cache()
+
+
+def close_session_folder() -> None:
+    """Let no other user of this machine into the folder of the Ray that this process has started:
+    Ray opens it to everybody, with its sockets, its logs and the films that it spills."""
+    with suppress(ImportError, AttributeError):
+        from ray._private import worker
+
+        node: Any = worker._global_node
+        os.chmod(node.get_session_dir_path(), 0o700)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lungopacity.runtime.container import own_cpus
 from lungopacity.runtime.head_watch import HeadWatch
 from lungopacity.runtime.processes import KEEP_FREED_MEMORY, environment
 from lungopacity.runtime.ray_internals import (
+    close_session_folder,
     forget_token,
     without_idle_actors,
     without_idle_servers,
@@ -165,6 +166,7 @@ class RaySession:
                         log_to_driver=False,
                         logging_level=logging.ERROR,
                     )
+                close_session_folder()
             else:
                 self._launched.set()
                 with _signals_stay_ours():
