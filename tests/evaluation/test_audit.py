@@ -184,6 +184,14 @@ def test_each_of_three_classes_is_told_from_the_rest(tmp_path, monkeypatch, posi
     assert set(of_site) == ({positive} if positive else set(labels))
     told = next(line for line in found.summary().splitlines() if line.startswith("  site "))
     assert told.endswith("for COVID  <- a model may rely on it") == (positive is None)
+    for low, words in (
+        (0.5, "may be chance"),
+        (0.501, "a model may rely on it"),
+        (None, "a model"),
+    ):
+        few = replace(found.shortcuts[0], fact="scanner", auc=0.7, ci_low=low, ci_high=0.9)
+        assert f"  <- {words}" in replace(found, shortcuts=(few,)).summary()
+        assert "<-" not in replace(found, shortcuts=(replace(few, auc=0.69),)).summary()
     forged = replace(found.shortcuts[0], fact="a\nno leakage found")
     assert r"  a\nno leakage" in replace(found, shortcuts=(forged,)).summary()
     assert found.positive_class == positive
