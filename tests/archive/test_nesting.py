@@ -18,6 +18,7 @@ from tests.archive.making import (
     every_kind,
     make_tar,
     make_zip,
+    noise,
     walk,
     whole_from,
 )
@@ -91,6 +92,15 @@ def test_a_nested_container_whose_own_checksum_fails_is_not_trusted():
     data = bytearray(make_zip([("in.tar", make_tar(FILMS)), ("b", b"2")]))
     data[data.index(FILMS[1][1]) + 10] ^= 1
     assert walk(bytes(data)) == ([("in.tar", ErrorCode.CORRUPT_ARCHIVE), ("b", b"2")], None)
+
+
+def test_a_failed_checksum_around_a_container_is_an_error_after_its_members():
+    films = [(str(n), noise(n, 100_000)) for n in range(2)]
+    data = bytearray(gzip.compress(make_zip(films)))
+    data[-8] ^= 1
+    rows, ended = walk(bytes(data), "x.zip.gz")
+    assert rows[:1] == [("x.zip/0", films[0][1])]
+    assert ended is ErrorCode.CORRUPT_ARCHIVE
 
 
 def test_a_nested_container_may_be_larger_than_an_image_may_be():

@@ -153,6 +153,17 @@ def test_members_of_a_shard_have_rows_and_so_has_its_end(store_uri):
     assert (end["image"], end["member"], end["shard_rows"]) == ("x.tar", None, 6)
 
 
+def test_a_shard_without_files_has_one_row(tmp_path):
+    store = open_store(str(tmp_path))
+    store.write("x.tar", tar({}))
+    store.write("y.zip", b"PK\x05\x06" + bytes(18))
+    rows = images(read(str(tmp_path)))
+    assert [(row["image"], row["status"], row["error_code"]) for row in rows] == [
+        ("x.tar", "failed", "empty"),
+        ("y.zip", "failed", "empty"),
+    ]
+
+
 def test_a_shard_can_be_the_archive(store_uri):
     open_store(store_uri).write("sub/x.tar", tar({"a.png": encoded(grey_film())}))
     row, _ = read(f"{store_uri}/sub/x.tar")
