@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import stat
 import struct
@@ -26,6 +27,8 @@ _STREAMED = 0x8
 _UTF8 = 0x800
 _OF_WINDOWS = (0, 10)
 """Systems of FAT and of NTFS (APPNOTE 4.4.2.2)."""
+_ZIP64, _UNICODE_PATH = 0x0001, 0x7075
+"""Tags of extra fields (APPNOTE 4.5.3 and 4.6.9)."""
 _IN_ZIP64 = 0xFFFFFFFF
 _IN_ZIP64_COUNT = 0xFFFF
 _MAX_END = 22 + 0xFFFF
@@ -83,7 +86,7 @@ def _check_end(file: IO[bytes], listed: int) -> None:
 
 
 def _entry(file: IO[bytes], info: zipfile.ZipInfo, following: int, meter: Meter) -> Iterator[Entry]:
-    name = info.filename
+    name = _name_of(info)
     if info.create_system in _OF_WINDOWS:
         # Older versions of .NET, among others, separate folders so, against APPNOTE 4.4.17.
         name = name.replace("\\", "/")
@@ -180,7 +183,22 @@ def _local_info(file: IO[bytes], position: int) -> zipfile.ZipInfo | None:
     info = zipfile.ZipInfo(_decoded(raw_name, flags))
     info.header_offset, info.flag_bits, info.compress_type, info.CRC = position, flags, method, crc
     info.file_size, info.compress_size = _zip64_sizes(extra, size, packed)
+    info.extra = extra
     return info
+
+
+def _name_of(info: zipfile.ZipInfo) -> str:
+    # Not `info.filename`, which depends on the version of Python.
+    name = info.orig_filename
+    if not info.flag_bits & _UTF8:
+        raw = name.encode("cp437")
+        # Linux and macOS write UTF-8 without its flag. No word in cp437 looks like it.
+        with contextlib.suppress(UnicodeDecodeError):
+            name = raw.decode("utf-8")
+        for tag, value in _fields(info.extra):
+            if tag == _UNICODE_PATH and value[1:5] == struct.pack("<I", zlib.crc32(raw)):
+                name = value[5:].decode("utf-8", "backslashreplace")
+    return name.partition("\0")[0]
 
 
 def _decoded(name: bytes, flags: int) -> str:
@@ -189,18 +207,22 @@ def _decoded(name: bytes, flags: int) -> str:
 
 def _zip64_sizes(extra: bytes, size: int, packed: int) -> tuple[int, int]:
     """Size and compressed size, from the Zip64 field (APPNOTE 4.5.3) if the header refers to it."""
-    while len(extra) >= 4:
-        tag, length = struct.unpack_from("<2H", extra)
-        if tag == 1:
-            values = [
-                value for (value,) in struct.iter_unpack("<Q", extra[4 : 4 + length // 8 * 8])
-            ]
+    for tag, field in _fields(extra):
+        if tag == _ZIP64:
+            values = [value for (value,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
             if size == _IN_ZIP64 and values:
                 size = values.pop(0)
             if packed == _IN_ZIP64 and values:
                 packed = values.pop(0)
-        extra = extra[4 + length :]
     return size, packed
+
+
+def _fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    """Tag and content of each extra field (APPNOTE 4.5)."""
+    while len(extra) >= 4:
+        tag, length = struct.unpack_from("<2H", extra)
+        yield tag, extra[4 : 4 + length]
+        extra = extra[4 + length :]
 
 
 def _measure(file: IO[bytes], info: zipfile.ZipInfo, meter: Meter) -> None:

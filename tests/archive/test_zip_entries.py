@@ -46,6 +46,41 @@ def test_backslashes_separate_folders_in_a_zip_of_windows(system, expected):
     assert walk(buffer.getvalue()) == (expected, None)
 
 
+def _named(raw: bytes, extra: bytes = b"") -> bytes:
+    """A zip of one member whose name has these bytes, without the flag of UTF-8."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        info = zipfile.ZipInfo("x" * len(raw))
+        info.extra = extra
+        archive.writestr(info, b"1")
+    return buffer.getvalue().replace(b"x" * len(raw), raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "name"),
+    [
+        ("Röntgen/ü漢.png".encode(), None, "Röntgen/ü漢.png"),  # as `zip` writes on Linux
+        ("Röntgen/ü.png".encode("cp437"), None, "Röntgen/ü.png"),
+        (b"R?ntgen.png", "Röntgen.png", "Röntgen.png"),
+        (b"R?ntgen.png", None, "R?ntgen.png"),
+    ],
+)
+def test_a_name_is_read_in_the_encoding_that_it_is_written_in(raw, field, name):
+    extra = b""
+    if field is not None:
+        path = struct.pack("<BI", 1, zlib.crc32(raw)) + field.encode()
+        extra = struct.pack("<2H", 0x7075, len(path)) + path
+    data = _named(raw, extra)
+    assert walk(data) == ([(name, b"1")], None)
+    assert walk(data[:-10]) == ([(name, b"1")], ErrorCode.CORRUPT_ARCHIVE)
+
+
+def test_a_name_that_was_changed_after_its_unicode_path_was_written_counts():
+    path = struct.pack("<BI", 1, zlib.crc32(b"old.png")) + b"other.png"
+    data = _named(b"new.png", struct.pack("<2H", 0x7075, len(path)) + path)
+    assert walk(data) == ([("new.png", b"1")], None)
+
+
 def test_members_of_a_zip_come_in_stored_order():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
