@@ -45,6 +45,10 @@ def zip_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
     """
     try:
         directory = zipfile.ZipFile(file)
+        infos = sorted(directory.infolist(), key=lambda info: info.header_offset)
+        starts = [info.header_offset for info in infos] + [directory.start_dir]
+        if starts[0] < 0:
+            raise zipfile.BadZipFile
     except Exception as error:
         # A MemoryError may also come from a directory that states too large a size.
         if not isinstance(error, MemoryError) and (failed := machine_error(error)) is not None:
@@ -52,8 +56,6 @@ def zip_entries(file: IO[bytes], meter: Meter) -> Iterator[Entry]:
         # Whatever zipfile failed on, the members may still be there.
         yield from _recovered(file, meter)
         raise corrupt("has no readable central directory") from None
-    infos = sorted(directory.infolist(), key=lambda info: info.header_offset)
-    starts = [info.header_offset for info in infos] + [directory.start_dir]
     file.seek(0)
     unlisted = starts[0] > 4 and file.read(4) in (_LOCAL_SIGNATURE, *_SPANNED)
     reached = 0

@@ -180,6 +180,12 @@ def test_a_directory_that_leaves_out_a_member_is_noticed():
     assert (rows, ended) == ([FILMS[0], *FILMS[2:]], ErrorCode.CORRUPT_ARCHIVE)
 
 
+def test_members_are_recovered_where_the_directory_seems_to_lie_before_the_zip():
+    data = bytearray(make_zip(FILMS))
+    data[-4] ^= 2  # of the directory's offset, from which zipfile computes those of the members
+    assert walk(bytes(data)) == (FILMS, ErrorCode.CORRUPT_ARCHIVE)
+
+
 def test_a_member_whose_two_names_differ_is_an_error():
     data = bytearray(make_zip(FILMS))
     data[data.rindex(FILMS[1][0].encode())] ^= 1
