@@ -83,11 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lungopacity.runtime import (
         end_if_told,
         end_on_signals,
+        have_a_home,
         leave_no_core,
         open_closed_streams,
     )
 
     open_closed_streams()
+    have_a_home()
     # Already here, because the options may be refused.
     log_lines(os.environ.get(_FORMAT_VARIABLE, "text"))
     show_on_terminal()

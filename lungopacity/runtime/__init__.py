@@ -13,6 +13,7 @@ from lungopacity.runtime.processes import (
     KEEP_FREED_MEMORY,
     alone,
     environment,
+    have_a_home,
     leave_no_core,
     open_closed_streams,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "environment",
     "free_resources",
     "grows_to",
+    "have_a_home",
     "if_head_is_lost",
     "is_submission_address",
     "lean_training",

@@ -64,6 +64,13 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
 
 
+def have_a_home() -> None:
+    """Set HOME to `/`, as container runtimes do, for a user that is only a number and has no home
+    folder: Ray Train cannot be imported without one."""
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = "/"
+
+
 def alone(function: Callable[..., T], *arguments: Any) -> T:
     """Run a function in a new process, and return what it returns.
 

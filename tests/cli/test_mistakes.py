@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -311,3 +312,13 @@ def test_streams_that_the_caller_has_closed_change_no_exit_code(tmp_path):
     subprocess.run(["sh", "-c", '"$0" "$@" <&- >&- 2>&-', *command], check=True)
     # Not 1, which means that the job is done.
     assert (tmp_path / "empty.told").read_text() == "2 True\n"
+
+
+def test_a_user_without_a_home_has_one_for_ray(monkeypatch, capfd):
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert run(capfd, "labels", "--help")[0] == 0
+    assert os.environ["HOME"] == "/"
