@@ -15,6 +15,7 @@ from lungopacity.models import NETWORK_NAMES, ModelSpec, OperatingPoint, Trained
 from lungopacity.models.ensemble_settings import EnsembleMember
 from lungopacity.models.grad_cam import GradCAM, log_odds
 from lungopacity.models.networks import network_card
+from lungopacity.models.normalise import normalise
 from lungopacity.models.scorer import Scorer
 from lungopacity.radiograph import Preprocessing
 from tests.models.tiny import tiny_model, weights_of
@@ -107,6 +108,20 @@ def test_the_map_is_of_the_calibrated_probability():
     last.bias.data = last.bias.data / 0.5 + torch.tensor([4.0, 0.0, -4.0])
     torch.testing.assert_close(found, maps())
     assert (found - raw).abs().max() > 0.05
+
+
+def test_a_models_map_is_of_its_calibration():
+    classes, calibration = ("A", "B", "Lung_Opacity"), (0.5, (4.0, 0.0, -4.0))
+    changes = {"class_names": classes, "temperature": 0.5, "class_biases": calibration[1]}
+    model = tiny_model(seed=1, image_size=64, **changes)
+    pixels_BHW = np.random.default_rng(0).integers(0, 256, (4, 64, 64), dtype=np.uint8)
+    x_B1HW = normalise(torch.from_numpy(pixels_BHW), model.spec.preprocessing)
+    expected, raw = (
+        GradCAM(model.network(), 2, 64, *given).maps(x_B1HW).numpy() for given in (calibration, ())
+    )
+    found = Scorer(model).activation_maps(pixels_BHW)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - raw).max() > 0.2
 
 
 @pytest.mark.parametrize("name", [*NETWORK_NAMES, *(f"torchvision:{name}" for name in OTHERS)])

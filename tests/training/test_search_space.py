@@ -79,3 +79,9 @@ def test_what_is_drawn_does_not_depend_on_the_order_of_the_options() -> None:
         for given in (search.items(), reversed(search.items()))
     ]
     assert draw(spaces[0], 0, 3) == draw(spaces[1], 0, 3)
+
+
+def test_each_seed_and_trial_draws_its_own() -> None:
+    space = {"it": parse_domain("uniform:0:1")}
+    drawn = {draw(space, seed, trial)["it"] for seed in (0, 1, 2) for trial in (1, 2, 3)}
+    assert len(drawn) == 9
