@@ -225,6 +225,11 @@ def test_a_name_of_no_film_is_told_with_its_mend(tmp_path, monkeypatch, name, sa
 
 
 def test_the_labels_take_precedence_over_a_films_header(tmp_path):
-    names = write_archive(str(tmp_path / "a"))
-    data = load([str(tmp_path / "a")], labels_of(tmp_path, names, view_position=["AP"] * 6))
-    assert data.images["view_position"].tolist() == ["AP"] * 6
+    """But the file's own view is kept, too: screening decides by it."""
+    store = open_store(str(tmp_path / "a"))
+    store.write("0.dcm", dicom(grey_film(0), ViewPosition="PA"))
+    store.write("1.png", encoded(grey_film(1)))
+    labels = labels_of(tmp_path, ["0.dcm", "1.png"], view_position=["AP"] * 2)
+    data = load([store.uri], labels)
+    assert data.views() == ["AP", "AP"]
+    assert data.views("header_view") == ["PA", None]
