@@ -36,6 +36,10 @@ def test_the_films_of_a_patient_that_differ_alike_count_as_one():
     assert apart.ci_low > 0
     # Never narrower than of single films, though here films of a patient differ less than others.
     assert (torn.ci_low, torn.ci_high) == (apart.ci_low, apart.ci_high)
+    # All four films are of one of 30 patients.
+    effect = 4 * 30 / 29
+    expected = paired_difference_interval(0, 4 / effect, 120 / effect)
+    assert (one.ci_low, one.ci_high) == pytest.approx(expected)
     assert one.ci_low < 0
     assert one.ci_high > 1.2 * apart.ci_high
 
