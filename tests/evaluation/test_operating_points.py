@@ -209,6 +209,16 @@ def test_another_rule_is_refused_with_those_there_are(rule) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_the_share_of_a_cost_weighs_misses_and_false_alarms_alike() -> None:
+    scores_V = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    positive_V = np.array([False, True, False, False, True, False, True, True])
+    # A tenth of the films have the class. From 0.65, half are missed: 4 * 0.1 * 0.5 = 0.2. From
+    # 0.45, a quarter are missed and a quarter are false alarms: 4 * 0.1 * 0.25 + 0.9 * 0.25.
+    assert pick("cost=4@0.1", scores_V, positive_V).threshold == pytest.approx(0.65)
+    assert pick("cost=10@0.1", scores_V, positive_V).threshold == pytest.approx(0.45)
+    assert pick("cost=4", scores_V, positive_V).threshold == pytest.approx(0.15)
+
+
 def test_the_highest_cost_still_tells_good_thresholds_from_bad_ones() -> None:
     scores_V = np.array([0.1, 0.2, 0.7, 0.9])
     point = pick("cost=1e6", scores_V, np.array([False, False, True, True]))
