@@ -254,3 +254,11 @@ def foreseen(error: BaseException) -> str | None:
             where = cause.filename or "where the output or the temporary files (TMPDIR) go"
             return f"no space is left: {where}; free some"
     return of_other_code(error)
+
+
+def unreadable(uri: str, what: str, error: ImageError) -> UserError:
+    """The `UserError` for a file that the user named and that could not be read, with what to do.
+    what: says so, such as `labels cannot be read`."""
+    is_wrong = error.code in (ErrorCode.MISSING, ErrorCode.UNSUPPORTED)
+    mend = "give the path of a file" if is_wrong else error.advice
+    return UserError(f"{uri}: {what} ({error.message}); {mend}")

@@ -102,9 +102,12 @@ def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_server: LocalS3) -> Iterator[None]:
-    """One Ray of two CPUs for the whole run, started after S3 so that its workers can reach it."""
+def ray_cluster(s3_server: LocalS3) -> Iterator[str]:
+    """One Ray of two CPUs for the whole run, started after S3 so that its workers can reach it.
+    Yields the value of `RAY_AUTH_TOKEN` with which another process may join it."""
     from lungopacity.runtime import ray_session
 
     with ray_session():
-        yield
+        from ray._raylet import AuthenticationTokenLoader
+
+        yield AuthenticationTokenLoader.instance().get_raw_token()

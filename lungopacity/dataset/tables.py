@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from lungopacity.errors import ErrorCode, ImageError, UserError
+from lungopacity.errors import ImageError, UserError, unreadable
 from lungopacity.storage import open_store, split_uri
 
 _MISSING = ("", "NA", "N/A", "n/a", "na", "nan", "NaN", "NULL", "null", "None")
@@ -108,14 +108,6 @@ def bytes_of(uri: str) -> bytes:
         return open_store(parent).read(name)
     except ImageError as error:
         raise unreadable(uri, "cannot be read", error) from error
-
-
-def unreadable(uri: str, what: str, error: ImageError) -> UserError:
-    """The `UserError` for a file that the user named and that could not be read, with what to do.
-    what: says so, such as `labels cannot be read`."""
-    is_wrong = error.code in (ErrorCode.MISSING, ErrorCode.UNSUPPORTED)
-    mend = "give the path of a file" if is_wrong else error.advice
-    return UserError(f"{uri}: {what} ({error.message}); {mend}")
 
 
 def csv_text(data: bytes, uri: str) -> str:

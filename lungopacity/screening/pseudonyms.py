@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lungopacity.dataset.tables import unreadable
-from lungopacity.errors import ImageError, UserError
+from lungopacity.errors import ImageError, UserError, unreadable
 from lungopacity.results.schema import METADATA
 from lungopacity.storage import open_store, split_uri
 from lungopacity.storage.parquet import parquet_bytes

@@ -34,11 +34,11 @@ def model(tmp_path_factory):
     return uri
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_every_way_scores_every_image_in_s3_and_ours_gives_the_bare_loops_scores(
-    s3_uri, model, monkeypatch
+    s3_uri, model, monkeypatch, ray_cluster
 ):
     # For time's sake the ways of Ray join one Ray, where otherwise each starts its own.
+    monkeypatch.setenv("RAY_AUTH_TOKEN", ray_cluster)
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     store = open_store(s3_uri)
     for number in range(23):

@@ -172,9 +172,14 @@ def test_refuses_to_overwrite_a_model(run: Run) -> None:
 
 
 def test_a_killed_run_resumes_to_the_same_weights_as_one_never_killed(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ray_cluster: str,
 ) -> None:
     caplog.set_level(logging.INFO, "lungopacity")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", ray_cluster)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setattr(
         "lungopacity.training.fit.LEASE_S", 2.0
