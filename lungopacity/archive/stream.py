@@ -140,7 +140,8 @@ def tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
         limit_s = dataset.context.execution_no_progress_timeout_s
         raise UserError(
             f"nothing moved in the pipeline for {limit_s / 3600:g} hours ({'; '.join(stages)}); "
-            "see `ray status`: the cluster may lack what a stage without active tasks waits for"
+            "on a cluster, see `ray status`: it may lack what a stage without active tasks "
+            "waits for"
         ) from error
     except RayTaskError as error:
         reason_of_loss(error)
