@@ -14,6 +14,7 @@ from pydicom.uid import JPEGBaseline8Bit
 
 from lungopacity.errors import ErrorCode, ImageError, causes
 from lungopacity.radiograph import SYNTHETIC_MARK, DecodeLimits, decode_radiographs
+from lungopacity.radiograph.jpeg import read_header
 from tests.films import dicom, encoded, grey_film, one_film, saved
 from tests.radiograph.dicom_files import code_of, of_codestreams
 
@@ -59,6 +60,7 @@ STRETCHED = np.rint((FILM - FILM.min()) * (255.0 / (FILM.max() - FILM.min())))
         pytest.param(encoded(SIXTEEN, "TIFF"), STRETCHED, id="tiff-16"),
         pytest.param(encoded(SIXTEEN.astype(">u2"), "TIFF"), STRETCHED, id="tiff-16-big-endian"),
         pytest.param(encoded(SIXTEEN, "JPEG2000"), STRETCHED, id="jpeg2000-16"),
+        pytest.param(encoded(np.stack([FILM] * 3, axis=2), "JPEG2000"), FILM, id="jpeg2000-rgb"),
         pytest.param(encoded(FILM.astype(np.float32), "TIFF"), STRETCHED, id="tiff-float"),
         pytest.param(encoded(SIXTEEN.astype(np.int32), "TIFF"), STRETCHED, id="tiff-32"),
         pytest.param(encoded(FILM, "TIFF", compression="tiff_lzw"), FILM, id="tiff-lzw"),
@@ -90,7 +92,15 @@ def test_a_jpeg_that_holds_rgb_is_read_at_any_scale(named_by):
     film = grey_film(height=640, width=480)
     tinted = np.stack([film, film // 16 * 15 + 8, film // 16 * 15], axis=-1)
     data = encoded(tinted, "JPEG", quality=98, keep_rgb=True)
-    if named_by == "components":
+    if named_by == "Adobe's marker":
+        for header, first in ((b"\xff\xc0", 10), (b"\xff\xda", 5)):
+            at = data.index(header) + first
+            step = 3 if first == 10 else 2
+            assert data[at : at + 3 * step : step] == b"RGB"
+            named = bytearray(data)
+            named[at : at + 3 * step : step] = b"\1\2\3"
+            data = bytes(named)
+    else:
         at = data.index(b"\xff\xee")
         data = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
     whole = one_film(data).pixels
@@ -139,37 +149,6 @@ def test_transparent_pixels_are_black_not_white():
     pixels = one_film(encoded(rgba)).pixels
     assert pixels[:, :20].max() == 0
     assert pixels[:, 20:].min() == 255
-
-
-@pytest.mark.parametrize(
-    ("image_format", "kind"), [("JPEG", np.uint8), ("PNG", np.uint8), ("PNG", np.uint16)]
-)
-def test_exif_orientation_is_applied(image_format, kind):
-    film = grey_film(height=60, width=40).astype(kind)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter
-    upright, found = (
-        one_film(encoded(film, image_format, **told)).pixels for told in ({}, {"exif": exif})
-    )
-    assert found.shape == (40, 60)
-    np.testing.assert_array_equal(found, np.rot90(upright, -1))
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_an_orientation_that_only_xmp_names_is_applied(mode):
-    film = grey_film(height=60, width=40)
-    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
-    found = one_film(saved(Image.fromarray(film).convert(mode), "JPEG", quality=98, xmp=xmp)).pixels
-    assert found.shape == (40, 60)
-    assert np.abs(found.astype(int) - np.rot90(film, -1)).max() <= 8
-
-
-def test_damaged_exif_does_not_cost_the_film():
-    data = encoded(FILM, "PNG", exif=b"MM\x00*\x00\x00\x00\x08")
-    at = data.index(b"eXIf")
-    damaged = b"eXIf" + b"garbage!"
-    data = data[:at] + damaged + zlib.crc32(damaged).to_bytes(4, "big") + data[at + 16 :]
-    np.testing.assert_array_equal(one_film(data).pixels, FILM)
 
 
 def test_a_large_jpeg_is_decoded_no_larger_than_needed():
@@ -250,13 +229,27 @@ _ARITHMETIC = base64.b64decode(
 """A phantom of 48 rows and 40 columns, made with libjpeg's coder, which no library here has."""
 
 
-def test_a_jpeg_2000_without_one_of_its_tiles_is_truncated():
+@pytest.mark.parametrize(
+    ("offsets", "count"),
+    [
+        pytest.param({}, 4, id="from the origin"),
+        # Across from 100 to 228 in tiles that begin at 90 and 154 and 218; down, at 40 and 104.
+        pytest.param({"offset": (100, 40), "tile_offset": (90, 40)}, 6, id="from anywhere"),
+    ],
+)
+def test_a_jpeg_2000_without_one_of_its_tiles_is_truncated(offsets, count):
     """OpenJPEG gives black for it."""
-    data = encoded(grey_film(height=128, width=128), "JPEG2000", no_jp2=True, tile_size=(64, 64))
+    film = grey_film(height=128, width=128)
+    data = encoded(film, "JPEG2000", no_jp2=True, tile_size=(64, 64), **offsets)
+    np.testing.assert_array_equal(one_film(data).pixels, film)
     tiles = [place.start() for place in re.finditer(rb"\xff\x90\0\x0a", data)]
-    assert len(tiles) == 4
+    assert len(tiles) == count
     for first, end in itertools.pairwise([*tiles, len(data) - 2]):
         assert code_of(data[:first] + data[end:]) is ErrorCode.TRUNCATED
+    # The last tile's number: as if its place had been taken by another part of the first tile.
+    again = bytearray(data)
+    again[tiles[-1] + 4 : tiles[-1] + 6] = bytes(2)
+    assert code_of(bytes(again)) is ErrorCode.TRUNCATED
 
 
 @pytest.mark.parametrize("as_dicom", [False, True])
@@ -303,6 +296,16 @@ def test_a_flipped_bit_that_libjpeg_notices_is_an_error(options, as_dicom):
                 found = of_codestreams([found], JPEGBaseline8Bit, (32, 32))
             code_of(found)
     assert noticed > 10
+
+
+def test_fill_bytes_before_the_markers_of_a_jpeg_hide_no_header():
+    """Any number of FF may precede a marker (T.81 B.1.1.2)."""
+    data = encoded(FILM, "JPEG", quality=98, comment="a comment " * 60)
+    filled = data
+    for marker in (b"\xff\xe0", b"\xff\xfe", b"\xff\xdb", b"\xff\xc0", b"\xff\xc4"):
+        filled = filled.replace(marker, b"\xff\xff" + marker, 1)
+    assert read_header(filled) == read_header(data)
+    np.testing.assert_array_equal(one_film(filled).pixels, one_film(data).pixels)
 
 
 def test_extraneous_bytes_in_the_header_of_a_jpeg_do_not_cost_the_film():

@@ -8,6 +8,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import (
     JPEG2000,
+    JPEGBaseline8Bit,
     JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
@@ -15,7 +16,7 @@ from pydicom.uid import (
 )
 
 from lungopacity.errors import ErrorCode
-from tests.films import dicom, grey_film, one_film
+from tests.films import dicom, encoded, grey_film, one_film
 from tests.radiograph.dicom_files import RAMP, TWELVE_BITS, changed, code_of, of_codestreams
 
 FILM = grey_film(1, 300, 250).astype(np.int32) * 48
@@ -86,8 +87,9 @@ def test_signed_values_of_a_lossy_codec_need_not_extend_their_sign(syntax):
     assert np.abs(found.astype(int) - one_film(dicom(RAMP)).pixels).max() <= 1
 
 
-def test_values_that_a_lossy_codec_carried_out_of_the_signed_range_are_clipped():
-    stored = RAMP.astype(int) - 2048
+@pytest.mark.parametrize("lowest", [-2048, 0])
+def test_values_that_a_lossy_codec_carried_out_of_the_signed_range_are_clipped(lowest):
+    stored = np.maximum(RAMP.astype(int) - 2048, lowest)
     beyond = np.where(stored < -1900, stored - 200, np.where(stored > 1900, stored + 200, stored))
     frame = imagecodecs.jpegls_encode(unsigned(beyond))
     elements = TWELVE_BITS | {"PixelRepresentation": 1, "WindowCenter": 0, "WindowWidth": 4096}
@@ -185,3 +187,13 @@ def test_a_lossless_jpeg_of_7_of_8_bits_does_not_end_the_process():
     seven = {"BitsStored": 7, "HighBit": 6}
     found = one_film(of_codestreams([frame], JPEGLosslessSV1, film.shape, **seven)).pixels
     assert np.abs(found - film * (255 / 127)).max() <= 0.51
+
+
+def test_pixels_of_no_bits_are_corrupt():
+    film = (RAMP // 16).astype(np.uint8)
+    for frame, syntax in (
+        (encoded(film, "JPEG", quality=98), JPEGBaseline8Bit),
+        (imagecodecs.jpegls_encode(film), JPEGLSLossless),
+    ):
+        data = of_codestreams([frame], syntax, film.shape, BitsStored=0)
+        assert code_of(data) is ErrorCode.CORRUPT_IMAGE

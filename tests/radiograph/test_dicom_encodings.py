@@ -320,13 +320,18 @@ def cine(syntax, declared: int = 3, cut: int | None = None, has_offsets: bool = 
     return of_codestreams(frames, syntax, RAMP.shape, has_offsets, NumberOfFrames=declared)
 
 
+@pytest.mark.parametrize("declared", [3, 9])
 @pytest.mark.parametrize("has_offsets", [True, False])
 @pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGLSLossless, JPEG2000Lossless])
-def test_a_cut_compressed_frame_does_not_cost_the_frames_after_it(syntax, has_offsets):
-    data = cine(syntax, cut=1, has_offsets=has_offsets)
+def test_a_cut_compressed_frame_does_not_cost_the_frames_after_it(syntax, has_offsets, declared):
+    """Not even if frames are missing, too. These give one error together."""
+    data = cine(syntax, declared, cut=1, has_offsets=has_offsets)
     found = list(decode_radiographs(data, limits=DecodeLimits()))
-    assert isinstance(found[1], ImageError)
-    assert found[1].code is ErrorCode.TRUNCATED
+    is_error = [isinstance(film, ImageError) for film in found]
+    assert is_error == [False, True, False, True][: 3 if declared == 3 else 4]
+    for error in (found[place] for place in np.flatnonzero(is_error)):
+        assert error.code is ErrorCode.TRUNCATED
+        assert error.facts["frame"] == found.index(error)
     assert [film.frame for film in (found[0], found[2])] == [0, 2]
     for place in (0, 2):
         assert np.abs(found[place].pixels.astype(int) - FRAMES[place]).max() < 12

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian
 
@@ -246,6 +247,30 @@ def test_a_segmented_palette_is_applied_or_refused(bits):
     else:
         found = one_film(changed(data, segmented)).pixels
         assert np.abs(found - np.minimum(RAMP, 255)).max() <= 1
+
+
+@pytest.mark.parametrize("first", [0, 300, 40_000, -300, -30_000])
+def test_a_palette_may_begin_anywhere_and_need_not_be_grey(first):
+    """A negative first value is written as unsigned, as its VR has it."""
+    channels = [
+        np.linspace(0, top, 4096).astype("<u2")[::way]
+        for top, way in ((65535, 1), (30_000, -1), (200, 1))
+    ]
+    inputs = RAMP.astype(int) + first
+    stored = np.clip(inputs - 100, -(2**15), 2**15 - 1) if first < 0 else inputs + 100
+    elements = {"BitsStored": 16, "HighBit": 15, "PixelRepresentation": int(first < 0)}
+
+    def coloured(dataset):
+        for palette, entries in zip(PALETTES, channels, strict=True):
+            dataset[f"{palette}Descriptor"].value = [4096, first % 2**16, 16]
+            dataset[f"{palette}Data"].value = entries.tobytes()
+
+    data = of_palette(stored.astype(np.uint16), channels[0], 16, **elements)
+    found = one_film(changed(data, coloured))
+    shown = [entries[np.clip(stored - first, 0, 4095)] >> 8 for entries in channels]
+    rgb = np.stack(shown, axis=-1).astype(np.uint8)
+    np.testing.assert_array_equal(found.pixels, np.asarray(Image.fromarray(rgb).convert("L")))
+    assert found.coloured_fraction > 0.5
 
 
 def test_a_palette_that_lacks_a_colour_is_corrupt():

@@ -14,10 +14,13 @@ from PIL import Image, PngImagePlugin
 
 from lungopacity.errors import ErrorCode, ImageError
 from lungopacity.radiograph import DecodeLimits, decode_radiographs
-from lungopacity.radiograph.png import decode_grey_png, read_plain_header
+from lungopacity.radiograph.png import check_rows, decode_grey_png, read_plain_header
 from tests.films import encoded, one_film
 
 FILM = np.random.default_rng(0).integers(0, 255, (120, 130), np.uint8)
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+         (0, 1, 1, 2))  # fmt: skip
+"""Left, top, and steps across and down of each pass (PNG, third edition, 8.1)."""
 
 
 def png(pixels: np.ndarray, **options: object) -> bytes:
@@ -86,9 +89,7 @@ def with_pixels(change: Callable[[bytes], bytes]) -> bytes:
 
 def interlaced() -> bytes:
     """The film interlaced by Adam7, with every pass unfiltered (PNG, third edition, 8.1)."""
-    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
-    passes += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
-    rows = b"".join(b"\0" + row.tobytes() for x, y, dx, dy in passes for row in FILM[y::dy, x::dx])
+    rows = b"".join(b"\0" + row.tobytes() for x, y, dx, dy in ADAM7 for row in FILM[y::dy, x::dx])
     header = (130).to_bytes(4, "big") + (120).to_bytes(4, "big") + b"\x08\0\0\0\1"
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
@@ -283,10 +284,7 @@ def _png_of(picture: Image.Image, is_interlaced: bool) -> bytes:
     if bits == 16:
         planes = planes.astype(">u2")
     rows = b""
-    for left, top, across, down in (
-        (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
-        (0, 1, 1, 2),
-    ):  # fmt: skip
+    for left, top, across, down in ADAM7:
         for row in planes[top::down, left::across]:
             coded = np.packbits(row).tobytes() if bits == 1 else row.tobytes()
             rows += b"\0" + coded
@@ -334,6 +332,26 @@ def test_missing_rows_in_a_sound_stream_are_noticed(mode, is_interlaced):
         assert error.value.code is ErrorCode.TRUNCATED
     # Bytes after the last row are not part of the film.
     assert one_film(_without_last_bytes(data, -100)).pixels.shape == FILM.shape
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("is_interlaced", [False, True])
+def test_a_byte_is_missed_whatever_the_size(bits, is_interlaced):
+    """The smallest films lack some of the seven passes, or have passes of one pixel."""
+    for height, width in np.ndindex(10, 10):
+        grid = np.zeros((height + 1, width + 1), np.uint8)
+        passes = [grid[y::down, x::across] for x, y, across, down in ADAM7]
+        rows = b"".join(
+            bytes(1 + -(-len(row) * bits // 8))
+            for each in (passes if is_interlaced else [grid])
+            for row in (each if each.shape[1] else [])
+        )
+        header = (width + 1).to_bytes(4, "big") + (height + 1).to_bytes(4, "big")
+        header += bytes([bits, 0, 0, 0, is_interlaced])
+        start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+        check_rows(start + chunk(b"IDAT", zlib.compress(rows)))
+        with pytest.raises(ImageError):
+            check_rows(start + chunk(b"IDAT", zlib.compress(rows[:-1])))
 
 
 def test_exif_turns_a_film_of_16_bits_in_colour():

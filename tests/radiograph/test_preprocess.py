@@ -75,6 +75,7 @@ def test_the_borders_of_a_large_film_are_found_to_a_few_pixels():
         np.zeros((90, 70), np.uint8),
         bordered(grey_film(height=9, width=9), 60),
         bordered(np.full((120, 700), 200, np.uint8), 40),  # less high than a quarter of the width
+        np.pad(np.full((400, 2), 200, np.uint8), ((0, 0), (300, 300))),  # no row is bright enough
     ],
 )
 def test_a_film_that_is_all_border_is_not_cropped(film):

@@ -69,6 +69,54 @@ def test_each_fault_raises_its_flag_and_no_other(film, expected):
     assert flags(film) == expected
 
 
+def of_two(share: float, dark: int, bright: int) -> np.ndarray:
+    """1,000 pixels, of which this share is dark."""
+    film = np.full(1000, bright, np.uint8)
+    film[: round(1000 * share)] = dark
+    return film.reshape(25, 40)
+
+
+def inside(height: int, width: int, level: int = 150, border: int = 100) -> np.ndarray:
+    """100 x 100 pixels, with something of this size and level within a border."""
+    film = np.full((100, 100), border, np.uint8)
+    film[20 : 20 + height, 30 : 30 + width] = level
+    return film
+
+
+@pytest.mark.parametrize(
+    ("flag", "beyond", "within"),
+    [
+        ("blank", of_two(0.5, 100, 108), of_two(0.5, 100, 109)),
+        ("blank", of_two(0.995, 100, 250), of_two(0.994, 100, 250)),
+        ("blank", of_two(0.004, 100, 250), of_two(0.005, 100, 250)),
+        ("low_contrast", of_two(0.5, 100, 163), of_two(0.5, 100, 164)),
+        ("nearly_black", of_two(0.985, 8, 90), of_two(0.984, 8, 90)),
+        ("nearly_black", of_two(0.985, 8, 90), of_two(0.985, 9, 90)),
+        ("nearly_white", of_two(0.1, 90, 247), of_two(0.101, 90, 247)),
+        ("nearly_white", of_two(0.1, 90, 247), of_two(0.1, 90, 246)),
+        ("heavy_borders", inside(50, 48), inside(50, 50)),
+        ("heavy_borders", inside(60, 60, 112), inside(60, 60, 113)),
+        ("heavy_borders", inside(60, 60, 88), inside(60, 60, 87)),
+        # The film is judged on every second row and column. There, one pixel of 50 is a speck.
+        ("heavy_borders", inside(70, 2), inside(70, 70)),
+        ("heavy_borders", inside(2, 70), inside(70, 70)),
+        ("heavy_borders", inside(2, 70) + inside(70, 2) - 100, inside(3, 70) + inside(70, 3) - 100),
+        ("odd_aspect", np.zeros((201, 100), np.uint8), np.zeros((200, 100), np.uint8)),
+        ("odd_aspect", np.zeros((100, 201), np.uint8), np.zeros((100, 200), np.uint8)),
+    ],
+)
+def test_each_flag_has_its_limit(flag, beyond, within):
+    for film, is_raised in ((beyond, True), (within, False)):
+        assert getattr(judge(film, *film.shape, 0.0, None), flag) is is_raised
+
+
+def test_more_than_a_tenth_of_coloured_pixels_and_less_than_18_years_are_flagged():
+    film = grey_film()
+    for coloured, years in ((0.1, 18), (0.101, 17)):
+        found = judge(film, *film.shape, coloured, years)
+        assert found.colour is found.child is (years < 18)
+
+
 def test_photographs_are_coloured():
     for photograph in load_sample_images().images:
         for image_format in ("PNG", "JPEG"):
