@@ -1,6 +1,6 @@
 """What API servers accept of the objects in our manifests, as JSON Schemas written by hand.
 
-Names, types, enumerations and required fields of what we use of KubeRay 1.6 (ray.io/v1) and
+Names, types, enumerations and required fields of what we use of KubeRay 1.7 (ray.io/v1) and
 Kubernetes (batch/v1, core/v1). A name that is not here is refused, so that typing errors are found.
 """
 

@@ -246,6 +246,9 @@ def test_both_nights_run_the_same_at_the_same_time():
             begins = datetime(2026, month, 10, 3, 30, tzinfo=zone)
             assert begins.astimezone(UTC).date() == begins.date()
     assert plain["spec"]["concurrencyPolicy"] == "Forbid"
+    # RayCronJob of KubeRay 1.6 has no `timeZone`: kubectl would refuse the file.
+    for path in (CLUSTER / "kuberay/raycronjob-nightly.yaml", ROOT / "docs/cluster.md"):
+        assert "KubeRay 1.7" in path.read_text()
 
 
 def test_the_end_of_the_pod_that_submits_a_night_is_the_nights_end(tmp_path):
