@@ -142,6 +142,14 @@ def test_a_bound_that_is_met_to_the_film_is_met() -> None:
     assert (point.sensitivity, point.specificity) == (1.0, 0.93)
 
 
+@pytest.mark.parametrize("rule", ["specificity=1", "cost=0.1", "cost=5@0.0001"])
+def test_where_a_negative_scores_highest_all_may_be_negative(rule) -> None:
+    scores_V = np.array([0.2, 0.4, 0.6, 0.9])
+    point = pick(rule, scores_V, np.array([False, True, False, False]))
+    assert point.threshold == pytest.approx(0.95)
+    assert (point.sensitivity, point.specificity) == (0.0, 1.0)
+
+
 def test_where_negatives_of_score_1_prevent_a_specificity_the_most_specific_is_chosen() -> None:
     scores_V = np.array([0.2, 0.4, 0.6, 1.0, 1.0])
     point = pick("specificity=0.9", scores_V, np.array([False, True, False, True, False]))
@@ -201,7 +209,7 @@ def test_a_model_that_needs_no_band_has_none() -> None:
     "best sensitivity sensitivity=0 sensitivity=1.1 specificity=x cost cost=-1 cost=1,0.5 cost=1@2 "
     "band=0.9 band=0.9,0.9,0.9 youden=1 =0.5 cost=inf cost=nan cost=1e308 cost=1e7 cost=5@nan "
     "sensitivity=nan specificity=inf band=nan,0.9 band=0.9@0.9 band=0.9,2 "
-    "cost=5@0 cost=5@1".split(),
+    "cost=0 cost=5@0 cost=5@1".split(),
 )
 def test_another_rule_is_refused_with_those_there_are(rule) -> None:
     with pytest.raises(UserError, match="is not a rule; give one such as youden or") as error:

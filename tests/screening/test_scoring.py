@@ -12,6 +12,7 @@ import torch
 from ray.exceptions import RaySystemError
 
 from lungopacity.errors import UserError
+from lungopacity.models import OperatingPoint
 from lungopacity.models.scorer import Scorer, Scores
 from lungopacity.results.schema import READ_SCHEMA, score_fields
 from lungopacity.runtime import code_digest
@@ -92,13 +93,14 @@ def test_a_score_that_is_not_a_number_is_a_failure_without_decision(
 
 @pytest.mark.parametrize("reject_unlike", [False, True])
 def test_a_film_unlike_those_of_training_is_flagged_or_has_no_score_where_told(reject_unlike):
-    model = with_distribution(tiny_model(), FILMS)
+    # All are positive, so that only what is rejected has no map.
+    model = with_distribution(tiny_model(operating_point=OperatingPoint(0.0)), FILMS)
     stage = ScoreImages(model, ON_CPU, reject_unlike, Explainer("r"), "float32")
     _, like, unlike = stage(read_rows(np.stack([FILMS[0], np.zeros_like(FILMS[0])]))).to_pylist()
     flags = [row["quality_out_of_distribution"] for row in (like, unlike)]
     assert (flags, unlike["out_of_distribution_score"] > 1) == ([False, True], True)
     assert like["status"] == "ok"
-    assert like["decision"] is not None
+    assert (like["decision"], like["explanation_png"] is None) == ("positive", False)
     said = [unlike[name] for name in ("status", "error_code", "error_stage")]
     names = [f"{kind}_{name}" for kind in ("p", "logit") for name in model.spec.class_names]
     told = [unlike[name] is None for name in (*names, "predicted_label", "decision")]
@@ -107,6 +109,27 @@ def test_a_film_unlike_those_of_training_is_flagged_or_has_no_score_where_told(r
         assert unlike["explanation_png"] is None
     else:
         assert (said, set(told)) == (["ok", None, None], {False})
+        assert unlike["explanation_png"] is not None
+
+
+def test_only_a_distance_above_1_is_unlike_those_of_training(monkeypatch):
+    stage = ScoreImages(with_distribution(tiny_model(), FILMS), ON_CPU, True, None, "float32")
+    distances = np.array([1.0, 1.001], np.float32)
+    monkeypatch.setattr(stage.scorer, "out_of_distribution", lambda _: distances)
+    rows = stage(read_rows(FILMS[:2])).to_pylist()
+    assert [row["status"] for row in rows] == ["failed", "ok", "rejected"]
+
+
+def test_each_film_is_decided_by_the_threshold_of_its_own_view():
+    by_view = {"AP": OperatingPoint(1.0), "PA": OperatingPoint(0.0)}
+    model = tiny_model(operating_point=OperatingPoint(1.0, review_from=0.0, by_view=by_view))
+    views = ["PA", "PA", "AP", None, "LL", "PA"]  # the first, of the file that could not be read
+    table = read_rows(FILMS[:5])
+    at = table.schema.get_field_index("view_position")
+    table = table.set_column(at, table.schema.field(at), pa.array(views))
+    rows = ScoreImages(model, ON_CPU, False, None, "float32")(table).to_pylist()
+    decided = [row["decision"] for row in rows]
+    assert decided == [None, "positive", "negative", "review", "review", "positive"]
 
 
 @pytest.mark.parametrize(
