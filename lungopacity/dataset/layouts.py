@@ -94,9 +94,10 @@ LAYOUTS = {
         ("classes",),
         """
         SELECT DISTINCT patientId || '.dcm' AS image,
-               CASE WHEN class = 'Normal' THEN 'Normal'
-                    WHEN class = 'Lung Opacity' THEN 'Lung_Opacity'
-                    WHEN class IS NOT NULL THEN 'Not_Normal' END AS label
+               -- Another word than these three leaves the film without a label.
+               CASE trim(class) WHEN 'Normal' THEN 'Normal'
+                                WHEN 'Lung Opacity' THEN 'Lung_Opacity'
+                                WHEN 'No Lung Opacity / Not Normal' THEN 'Not_Normal' END AS label
         FROM classes""",
     ),
     "nih": Layout(
@@ -111,7 +112,7 @@ LAYOUTS = {
                    // CASE right("Patient Age"::VARCHAR, 1)
                       WHEN 'M' THEN 12 WHEN 'W' THEN 52 WHEN 'D' THEN 365 ELSE 1 END
                    AS patient_age_years,
-               CASE WHEN "Finding Labels" = 'No Finding' THEN 'Normal'
+               CASE WHEN trim("Finding Labels") = 'No Finding' THEN 'Normal'
                     WHEN regexp_matches("Finding Labels",
                          'Infiltration|Consolidation|Pneumonia|Edema|Atelectasis|Mass|Nodule')
                     THEN 'Lung_Opacity'

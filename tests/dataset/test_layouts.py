@@ -78,6 +78,15 @@ def test_the_tables_of_public_sets_become_labels(name, tmp_path, capsys):
     assert frame["image"].str.contains(r"\.(?:dcm|dicom|png|jpg)$").all()
 
 
+@pytest.mark.parametrize("name", ["rsna", "nih"])
+def test_spaces_around_what_a_film_shows_change_no_label(name, tmp_path):
+    spaced = re.sub("(Normal|Opacity|Finding)(?=[,\n])", r"\1 ", TABLES[name])
+    assert spaced != TABLES[name]
+    (tmp_path / "t.csv").write_text(spaced)
+    labels = labels_of_layout(name, {LAYOUTS[name].tables[0]: str(tmp_path / "t.csv")})
+    assert labels["label"].tolist() == ["Normal", "Lung_Opacity", "Not_Normal"]
+
+
 def test_facts_about_patients_are_taken_from_the_tables(tmp_path):
     for name in ("nih", "chexpert", "padchest"):
         (tmp_path / "t.csv").write_text(TABLES[name])
@@ -229,6 +238,7 @@ def test_readers_who_name_an_opacity_differently_agree_that_there_is_one(tmp_pat
     ("name", "told", "untold"),
     [
         ("rsna", "c,No Lung Opacity / Not Normal", "c,"),
+        ("rsna", "c,No Lung Opacity / Not Normal", "c,normal"),
         ("nih", "c.png,Cardiomegaly,", "c.png,,"),
         ("vindr", "c,R3,0,0", "c,R3,,"),
     ],
