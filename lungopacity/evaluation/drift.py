@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lungopacity.evaluation.metrics import Metric, wilson_interval
+from lungopacity.radiograph import OUT_OF_DISTRIBUTION
 
 PSI_LIMIT = 0.2
 """A PSI above this is commonly called a significant shift."""
@@ -25,8 +26,11 @@ _KS_P_VALUE = 0.001
 _CONFIDENCE = 0.95
 _SCORE_BINS = 10
 _HEADERS = ("view_position", "modality")
-MIXES = ("status", *_HEADERS)
-"""Columns whose distributions of values are compared; a missing value counts as a value."""
+_UNLIKE = f"quality_{OUT_OF_DISTRIBUTION}"
+MIXES = ("status", *_HEADERS, _UNLIKE)
+"""Columns whose distributions of values are compared. In `_HEADERS`, a missing value counts as a
+value. `_UNLIKE` is compared because films of another scanner may look unlike the training films
+while the scores, as a whole, are distributed as before."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,10 @@ class Sample:
 
     scores_N: npt.NDArray[np.float32]
     """Positive-class probabilities of the scored images."""
-    mixes: Mapping[str, Mapping[str | None, int]]
+    mixes: Mapping[str, Mapping[str | bool | None, int]]
     """For each of `MIXES`, the number of images with each value. `_HEADERS` count only images that
     could be read: of the others, the header is unknown, which is not the same as a missing value.
-    """
+    `_UNLIKE` counts only images that reached the model; none if an older model flags no film."""
 
     @staticmethod
     def of(predictions: Any, score_column: str, failed_again: int) -> Sample:
@@ -46,7 +50,7 @@ class Sample:
         images that could not be read in an earlier run either. They say nothing new, and are not
         counted."""
 
-        def counts(name: str, which: str) -> Counter[str | None]:
+        def counts(name: str, which: str) -> Counter[str | bool | None]:
             sql = f"SELECT {name}, count(*) FROM predictions {which} GROUP BY {name}"
             return Counter(dict(predictions.query("predictions", sql).fetchall()))
 
@@ -59,6 +63,7 @@ class Sample:
             mixes={
                 "status": counts("status", "") - Counter({"failed": failed_again}),
                 **{name: counts(name, "WHERE status <> 'failed'") for name in _HEADERS},
+                _UNLIKE: counts(_UNLIKE, f"WHERE {_UNLIKE} IS NOT NULL"),
             },
         )
 
@@ -113,10 +118,13 @@ def psi(baseline_B: Sequence[int], current_B: Sequence[int]) -> tuple[float, flo
 
 
 def shifts(baseline: Sample, current: Sample) -> list[Shift]:
-    """Compare the scores, binned by the baseline's deciles, and each of `MIXES`."""
+    """Compare the scores, binned by the baseline's deciles, and each of `MIXES`; not `_UNLIKE` if
+    the baseline has it of no film."""
     found = [_score_shift(baseline.scores_N, current.scores_N)]
     for name in MIXES:
         before, now = baseline.mixes[name], current.mixes[name]
+        if name == _UNLIKE and not before:
+            continue
         values = sorted({*before, *now}, key=str)
         index, by_chance = psi(
             [before.get(value, 0) for value in values], [now.get(value, 0) for value in values]

@@ -9,12 +9,17 @@ from lungopacity.evaluation.drift import MIXES, Sample, Shift, drift_metrics, ps
 from lungopacity.evaluation.table import metric_value
 
 
-def sample(scores: np.ndarray, failed: int = 0, views: dict | None = None) -> Sample:
+def sample(
+    scores: np.ndarray, failed: int = 0, views: dict | None = None, unlike: int | None = 0
+) -> Sample:
     n = len(scores)
     mixes = {
         "status": {"ok": n, "failed": failed},
         "view_position": views or {"PA": n},
         "modality": {"DX": n},
+        "quality_out_of_distribution": (
+            {} if unlike is None else {True: unlike, False: n - unlike}
+        ),
     }
     return Sample(scores.astype(np.float32), mixes)
 
@@ -65,6 +70,22 @@ def test_a_shift_of_scores_views_or_failures_is_found_and_named():
     mixed = sample(rng.beta(2, 5, 2000), views={"PA": 300, "AP": 1700})
     assert verdicts(before, mixed)["view_position"] == "drifted"
     assert verdicts(before, mixed)["modality"] == "stable"
+
+
+def test_films_unlike_the_training_films_are_a_shift_though_the_scores_are_as_before():
+    """As those of another scanner: 16 % instead of 2 %."""
+    rng = np.random.default_rng(4)
+    before, now = (
+        sample(rng.beta(2, 5, n), unlike=unlike) for n, unlike in ((1000, 16), (300, 48))
+    )
+    alike = sample(rng.beta(2, 5, 300), unlike=8)
+    name = "quality_out_of_distribution"
+    found = verdicts(before, now)
+    assert (found["score"], found[name]) == ("stable", "drifted")
+    assert verdicts(before, alike)[name] == "stable"
+    # An older model flags no film, and nothing is said about it.
+    old = sample(rng.beta(2, 5, 1000), unlike=None)
+    assert name not in verdicts(old, old)
 
 
 @pytest.mark.parametrize(("n", "verdict"), [(0, "too_few"), (1, "too_few"), (30, "drifted")])
@@ -121,6 +142,7 @@ def test_a_sample_is_taken_from_predictions():
                 "p_Lung_Opacity": pa.array([0.25, 0.75, None, None, None], pa.float32()),
                 "view_position": ["PA", None, None, None, "LL"],
                 "modality": pa.array([None] * 5, pa.string()),
+                "quality_out_of_distribution": [False, False, None, None, True],
             }
         )
     )
@@ -130,6 +152,7 @@ def test_a_sample_is_taken_from_predictions():
     # Of a file that could not be read no header was seen.
     assert found.mixes["view_position"] == {"PA": 1, None: 1, "LL": 1}
     assert found.mixes["modality"] == {None: 3}
+    assert found.mixes["quality_out_of_distribution"] == {False: 2, True: 1}
     again = Sample.of(rows, "p_Lung_Opacity", failed_again=2)
     assert again.mixes["status"] == {"ok": 2, "rejected": 1}
 
