@@ -106,6 +106,11 @@ def test_a_spread_among_films_of_one_kind_is_enough():
     found = auc_difference(positive, first, second)
     assert found.difference == pytest.approx(1 / 4)
     assert found.p_value == pytest.approx(kernel_delong(positive, first, second)[2])
+    # Two films of a kind have a spread, too, whichever they are.
+    for kind, scores in ((positive, first), (~positive, -first)):
+        of_two = np.arange(7) != np.flatnonzero(kind == positive[0])[-1]
+        few = kind[of_two], scores[of_two], np.roll(scores, 3)[of_two]
+        assert auc_difference(*few).p_value == pytest.approx(kernel_delong(*few)[2])
 
 
 def test_differences_over_patients_are_the_second_less_the_first():

@@ -1,3 +1,5 @@
+import math
+
 import duckdb
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,34 @@ def test_psi_is_the_sum_over_bins_worked_by_hand():
     assert index == pytest.approx(0.040547, abs=1e-4)
     # χ² of one degree exceeds 3.841 one time in 20.
     assert by_chance == pytest.approx(3.841459 * 2e-6, rel=1e-4)
+    assert psi([500_000], [250_000]) == (0, pytest.approx(3.841459 * 6e-6, rel=1e-4))
+
+
+def by_hand(before: list[int], now: list[int]) -> float:
+    q, p = ([(n + 0.5) / (sum(all_) + len(all_) / 2) for n in all_] for all_ in (before, now))
+    return sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def test_scores_are_binned_by_deciles_and_mixes_by_all_values_of_either_run():
+    before = sample(np.arange(1000) / 1000, views={"PA": 900, "AP": 100})
+    now = sample(np.array([0.05, *[0.1505] * 3, *[0.999] * 6]), views={"PA": 6, "LL": 3, None: 1})
+    score, status, view, modality = shifts(before, now)
+    assert status.psi == pytest.approx(by_hand([1000, 0], [10, 0]))
+    assert score.psi == pytest.approx(by_hand([100] * 10, [1, 3, 0, 0, 0, 0, 0, 0, 0, 6]))
+    assert view.psi == pytest.approx(by_hand([900, 100, 0, 0], [6, 0, 3, 1]))
+    assert (modality.psi, view.n, score.n) == (0, 10, 10)
+
+
+@pytest.mark.parametrize("which", ["before", "now"])
+def test_a_run_in_which_no_film_could_be_read_gives_no_verdict(which):
+    whole = sample(np.arange(100) / 100)
+    none = Sample(
+        whole.scores_N[:0], {"status": {"failed": 9}, "view_position": {}, "modality": {}}
+    )
+    runs = (none, whole) if which == "before" else (whole, none)
+    assert {name: verdict for name, verdict in verdicts(*runs).items() if name != "status"} == (
+        dict.fromkeys(("score", "view_position", "modality"), "too_few")
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -127,6 +157,8 @@ def test_metrics_carry_the_comparison_and_both_failure_rates():
     metrics = drift_metrics(shifts(before, now), before, now)
     assert metric_value(metrics, "failed_rate") == 0.1
     assert metric_value(metrics, "baseline_failed_rate") == 0.01
+    sound = Sample(now.scores_N, {**now.mixes, "status": {"ok": 900}})
+    assert metric_value(drift_metrics([], before, sound), "failed_rate") == 0
     assert metric_value(metrics, "drift_ks", "score") < 0.1
     assert {metric.class_name for metric in metrics if metric.metric == "drift_psi"} == {
         "score",

@@ -101,6 +101,14 @@ def test_values_that_other_patients_lack_tell_nothing_by_themselves():
     assert found_in(20, 20, 1, serial=serials)["serial"].auc == pytest.approx(0.75, abs=0.05)
 
 
+def test_values_are_ranked_by_their_share_of_positives():
+    """Most films of either site are positive: 90 of 100 and 60 of 100."""
+    sites = ["North"] * 90 + ["South"] * 60 + ["North"] * 10 + ["South"] * 40
+    # A positive is of the higher-ranked North 0.6 of the time, and a negative 0.2.
+    expected = 0.6 * 0.8 + (0.6 * 0.2 + 0.4 * 0.8) / 2
+    assert found_in(150, 50, 1, site=sites)["site"].auc == pytest.approx(expected, abs=0.03)
+
+
 def test_a_fact_that_is_known_of_the_films_of_one_class_alone_is_a_shortcut():
     found = found_in(10, 10, 2, site=["North"] * 20 + [None] * 20)
     assert (found["site"].auc, found["site"].values, found["site"].n) == (1.0, 2, 20)

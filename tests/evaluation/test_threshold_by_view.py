@@ -118,6 +118,26 @@ def test_a_view_of_few_films_is_decided_by_the_threshold_for_all(two_views, tmp_
         )
 
 
+def test_films_of_few_patients_are_told_for_all_and_for_each_view(two_views, tmp_path, caplog):
+    labels = pd.read_csv(two_views / "labels.csv")
+    # The opacities in PA view are of two patients, and those in AP view of twenty.
+    labels["patient_id"] = [
+        f"p{number}" if label == "Normal" else f"q{number % 2}-{number % (4, 80)[number % 2]}"
+        for number, label in enumerate(labels["label"])
+    ]
+    labels.loc[labels["patient_id"] == "q0-2", "patient_id"] = ["q0-2", "q0-0"] * 17 + ["q0-2"]
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    lungopacity.threshold(
+        str(two_views / "model"), str(two_views / "results"), "youden", "told",
+        labels=str(tmp_path / "labels.csv"), by_view=True,
+    )  # fmt: skip
+    assert [line.partition(":")[0] for line in caplog.messages if "mostly chance" in line] == [
+        "the films are of 22 patients with Lung_Opacity and 70 without",
+        "the AP views are of 20 patients with Lung_Opacity and 33 without",
+        "the PA views are of 2 patients with Lung_Opacity and 33 without",
+    ]
+
+
 def test_views_of_validation_films_have_thresholds_before_a_site_has_labels(tmp_path):
     rng, model, uri = np.random.default_rng(0), tiny_model(), str(tmp_path / "model")
     labels = ["Normal", "Lung_Opacity"] * 80
