@@ -153,9 +153,11 @@ def test_a_border_that_knows_the_label_is_found(tmp_path):
 
 @pytest.mark.parametrize("positive", [None, "Lung_Opacity"])
 def test_each_of_three_classes_is_told_from_the_rest(tmp_path, monkeypatch, positive):
-    """Without a cluster: what is read is made up."""
+    """Without a cluster: what is read is made up. A few films are lost, and the others are in
+    another order."""
 
     def made_up(_uris, frame, names, _rules, _labels):
+        frame = frame.sample(frac=0.9, random_state=0)
         images = frame.assign(
             content_sha256=frame["image"], source="x.tar", format="png", rows=64, columns=64,
             photometric_interpretation=None, quality_blank=False,
@@ -182,6 +184,8 @@ def test_each_of_three_classes_is_told_from_the_rest(tmp_path, monkeypatch, posi
     found = auditing.audit(["films"], str(tmp_path / "labels.csv"), positive_class=positive)
     of_site = {item.class_name: item.auc for item in found.shortcuts if item.fact == "site"}
     assert set(of_site) == ({positive} if positive else set(labels))
+    assert of_site.get("COVID", 1.0) == 1.0
+    assert found.images == 54
     told = next(line for line in found.summary().splitlines() if line.startswith("  site "))
     assert told.endswith("for COVID  <- a model may rely on it") == (positive is None)
     for low, words in (
@@ -241,6 +245,38 @@ def test_without_splits_and_patients_copies_leak_where_training_would_part_them(
     assert [set(pair.splits) for pair in found.leaking] == [{"train", "test"}]
     assert "leakage found, across the splits that `train` would make" in found.summary()
     assert "remove copies, or give them one patient_id" in found.summary()
+
+
+def test_each_copy_is_told_once_and_blank_films_are_none_but_of_the_same_bytes():
+    films = [chest(number) for number in range(3)]
+    blank = np.full((READ_SIDE, READ_SIDE), 9, np.uint8)
+    read = Preprocessing(READ_SIDE)
+    shown = [read.square(film) for film in (*films, films[1], films[1] // 2)]
+    # `b` is there three times, and `e` is a darker copy of it.
+    frame = pd.DataFrame(
+        {
+            "image": list("abcdefghi"),
+            "content_sha256": ["a", "b", "c", "b", "e", "b", "g", "h", "h"],
+            "quality_blank": [False] * 6 + [True] * 3,
+            "split": ["train", "test"] * 4 + ["train"],
+            "label": ["sick"] * 4 + ["well"] * 5,
+        }
+    )
+    pixels_NHW = np.stack([*shown, shown[1], blank, blank, blank])
+    nothing = frame[:0]
+    data = LabelledPixels(
+        pixels_NHW, np.zeros(9, int), np.full(9, "x"), ("a", "b"), frame, nothing, nothing, False
+    )
+    found = [
+        (pair.kind, pair.first + pair.second, pair.splits, pair.labels)
+        for pair in auditing._copies(data)
+    ]
+    assert found == [
+        ("exact", "bd", ("test", "test"), ("sick", "sick")),
+        ("exact", "bf", ("test", "test"), ("sick", "well")),
+        ("exact", "hi", ("test", "train"), ("well", "well")),
+        ("near", "be", ("test", "train"), ("sick", "well")),
+    ]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import pytest
 import lungopacity
 from lungopacity.cli import main
 from lungopacity.errors import UserError
+from lungopacity.evaluation.metrics import Metric
+from lungopacity.evaluation.threshold import PickedPoint
 from lungopacity.models import (
     films_of_site_point,
     load_model,
@@ -187,6 +190,35 @@ def test_labelled_films_that_set_no_threshold_are_counted(site, tmp_path, caplog
     told = "2 labelled Not_Normal, 1 labelled Lung Opacity, 1 rejected or unreadable, "
     told += "1 that the results do not have"
     assert point.summary().endswith(f"\nlabelled films not counted: {told}")
+
+
+def test_every_kind_of_film_that_is_not_counted_is_told():
+    shares = [
+        Metric("all", f"decision_{name}", "x", 0.9, None, None, 9)
+        for name in ("sensitivity", "specificity")
+    ]
+    point = PickedPoint(
+        0.5, images=90, metrics=tuple(shares), intervals="none", unknown_patients=4, left_out=5,
+        of_no_class={**{f"label {n}": n for n in (1, 2, 3, 7, 6, 5, 4)}}, unscored=6,
+        of_several_images=7, absent=8,
+    )  # fmt: skip
+    assert point.summary().splitlines() == [
+        "positive from 0.5000; sensitivity 0.9000, specificity 0.9000 on 90 films",
+        "95 % intervals: none; 4 films have no known patient; on the films that it was picked on: "
+        "use `evaluate` to measure it on others",
+        "labelled films not counted: 7 labelled label 7, 6 labelled label 6, 5 labelled label 5, "
+        "4 labelled label 4, 3 labelled label 3, 3 of other labels, 5 that the model was trained "
+        "on, 6 rejected or unreadable, 7 in files of several images, any of which the label may "
+        "mean, 8 that the results do not have",
+    ]
+    assert (
+        len(
+            replace(point, of_no_class={}, left_out=0, unscored=0, of_several_images=0, absent=0)
+            .summary()
+            .splitlines()
+        )
+        == 2
+    )
 
 
 def test_a_score_of_what_an_object_once_held_sets_no_threshold(site, tmp_path):
