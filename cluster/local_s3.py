@@ -64,6 +64,8 @@ _FLAGS = (
     "-master.volumeSizeLimitMB=256",
     "-volume.max=200",
     "-volume.preStopSeconds=0",
+    # The administrator may make users, whose rights the tests try.
+    "-s3.iam.readOnly=false",
 )
 
 # The server's parent process, in a session of its own. It ends the server when its standard input

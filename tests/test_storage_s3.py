@@ -99,7 +99,9 @@ def test_a_node_that_means_another_server_or_reaches_none_is_named_before_it_rea
         check_node(open_store(s3_uri), "films are read")
     monkeypatch.setattr(outage, "_silent_since", {asked: None})
     proxy.choose_any = lambda method, path, asked: "reset"
-    told = r"where films are read: .* cannot be read: .*; or, if it was away, start the job again$"
+    told = (
+        r"where films are read: .* cannot be listed: .*; or, if it was away, start the job again$"
+    )
     with pytest.raises(UserError, match=told):
         check_node(open_store(s3_uri), "films are read")
     proxy.choose_any = None

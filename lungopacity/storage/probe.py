@@ -24,6 +24,15 @@ def check_writable(uri: str, *, private: bool = False) -> None:
     _probe(open_store(uri), private=private)
 
 
+def check_checkpoints(uri: str) -> None:
+    """Raises `UserError` unless Ray Train can keep checkpoints there: through Arrow, which asks for
+    the bucket before it writes anything in it."""
+    check_writable(uri)
+    store = open_store(uri)
+    if isinstance(store, S3Store):
+        store.check_bucket()
+
+
 def _probe(store: Store, *, private: bool = False, if_absent: bool = False) -> None:
     """Write an empty object, and remove it and the folders made for it."""
     key, new = f".probe-{uuid.uuid4().hex}", []

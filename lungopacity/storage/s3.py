@@ -55,6 +55,16 @@ _LIST_THREADS = 16
 _NO_PARTS = (400, 403, 405, 416, 501)
 """HTTP statuses of servers that do not support part numbers."""
 
+_LIST = "s3:ListBucket on the whole bucket"
+_RIGHTS = {
+    "listed": _LIST,
+    # Without the right to list, S3 refuses to say that there is no such object.
+    "read": f"s3:GetObject or, if there is no such object, {_LIST}",
+    "written": "s3:PutObject",
+    "deleted": "s3:DeleteObject",
+}
+"""What a policy has to allow."""
+
 Pages = Sequence[dict[str, Any]]
 """Answers to ListObjectsV2 requests."""
 
@@ -343,17 +353,23 @@ class S3Store:
             self._ask("delete_object", Bucket=self.bucket, Key=self.prefix + key)
 
     def now(self) -> datetime:
-        with self._user_errors("read"):
+        with self._user_errors("listed"):
             answer = self._ask("list_objects_v2", Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
         date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return parsedate_to_datetime(date) if date else datetime.now(UTC)
+
+    def check_bucket(self) -> None:
+        """Raises `UserError` if these credentials may not ask for the bucket: as a whole, whatever
+        they may do below a prefix."""
+        with self._user_errors("listed"):
+            self._ask("head_bucket", Bucket=self.bucket)
 
     def arrow_filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
         return arrow_filesystem(self.client), f"{self.bucket}/{self.prefix}".rstrip("/")
 
     def _user_errors(self, done: str) -> AbstractContextManager[None]:
         where = f"{self.uri} cannot be {done}"
-        return user_errors(where, self.bucket, self.client.meta.endpoint_url)
+        return user_errors(where, self.bucket, self.client.meta.endpoint_url, _RIGHTS[done])
 
 
 @cache

@@ -123,10 +123,13 @@ def row_errors(endpoint: str) -> Iterator[None]:
 
 
 @contextmanager
-def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
+def user_errors(
+    where: str, bucket: str, endpoint: str, right: str = "a permission for it"
+) -> Iterator[None]:
     """Turn errors of botocore about the bucket or server into a `UserError` of one line.
 
-    where: the beginning of that line; it says what cannot be done.
+    where: the beginning of that line; it says what cannot be done. right: what a policy has to
+    allow for that.
     """
     from botocore.exceptions import (
         BotoCoreError,
@@ -169,8 +172,7 @@ def user_errors(where: str, bucket: str, endpoint: str) -> Iterator[None]:
             ) from error
         if status_of(error) == 403:
             raise UserError(
-                f"{where}: access denied ({code or 403}); these credentials lack the permission "
-                "for it"
+                f"{where}: access denied ({code or 403}); these credentials need {right}"
             ) from error
         raise UserError(f"{where}: {endpoint} answered {code or status_of(error)}") from error
     except (ConnectTimeoutError, ReadTimeoutError) as error:

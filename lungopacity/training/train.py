@@ -14,7 +14,7 @@ from lungopacity.errors import UserError
 from lungopacity.models import refuse_model
 from lungopacity.progress import Progress
 from lungopacity.runtime import free_resources, ray_session, resolve_gpu
-from lungopacity.storage.probe import check_writable
+from lungopacity.storage.probe import check_checkpoints
 from lungopacity.training.fit import TrainingResult, fit, start_of
 from lungopacity.training.task import DEFAULT_CLASSES, training_task, warn_of_no_effect
 from lungopacity.training.tracking import run_logs
@@ -78,7 +78,7 @@ def train(
         reject_quality=reject_quality,
     )
     warn_of_no_effect(task)
-    check_writable(output)
+    check_checkpoints(output)
     with run_logs(tensorboard, mlflow) as logs, ray_session():
         chosen = replace(task.settings, use_gpu=resolve_gpu(use_gpu))
         # Reports impossible settings before the films are read.

@@ -51,7 +51,7 @@ from lungopacity.runtime import (
 from lungopacity.storage import ConflictError, Store, open_store
 from lungopacity.storage.lease import LEASE_S, Lease
 from lungopacity.storage.parquet import parquet_bytes
-from lungopacity.storage.probe import check_writable
+from lungopacity.storage.probe import check_checkpoints
 from lungopacity.training.calibrate import calibrate, shares_shifted
 from lungopacity.training.fit import check_validation, count_films, films_of, first_tensors
 from lungopacity.training.loop import Films, Worker, learn
@@ -125,7 +125,7 @@ def tune(
         reject_quality=reject_quality,
     )
     space = _space(task.settings, search or {}, trials)
-    check_writable(output)
+    check_checkpoints(output)
     names = class_names_of(task.label_map)
     network = build_network(model, len(names), task.settings.model_settings)
     first = first_tensors(network, task.settings)
