@@ -14,6 +14,7 @@ from lungopacity.evaluation.shortcuts import (
     Shortcut,
     _border_scores,
     _folds,
+    _rates,
     auc_within_folds,
     shortcuts_of,
 )
@@ -101,12 +102,18 @@ def test_values_that_other_patients_lack_tell_nothing_by_themselves():
     assert found_in(20, 20, 1, serial=serials)["serial"].auc == pytest.approx(0.75, abs=0.05)
 
 
-def test_values_are_ranked_by_their_share_of_positives():
-    """Most films of either site are positive: 90 of 100 and 60 of 100."""
-    sites = ["North"] * 90 + ["South"] * 60 + ["North"] * 10 + ["South"] * 40
-    # A positive is of the higher-ranked North 0.6 of the time, and a negative 0.2.
-    expected = 0.6 * 0.8 + (0.6 * 0.2 + 0.4 * 0.8) / 2
-    assert found_in(150, 50, 1, site=sites)["site"].auc == pytest.approx(expected, abs=0.03)
+def test_a_film_is_ranked_by_the_films_of_all_other_folds_and_by_no_film_of_its_own():
+    rng = np.random.default_rng(0)
+    values = [*rng.choice(["a", "b", None], 58), "only once", "only once"]
+    positive_N, fold_N = rng.random(60) < 0.3, np.append(rng.integers(0, 4, 58), [0, 0])
+    expected = []
+    for value, fold in zip(values, fold_N, strict=True):
+        others = [n for n in range(60) if fold_N[n] != fold]
+        alike = [n for n in others if values[n] == value]
+        expected.append(np.mean([positive_N[n] for n in alike or others]))
+    scores_N, count = _rates(values, positive_N, fold_N)
+    assert scores_N == pytest.approx(expected)
+    assert count == 4
 
 
 def test_a_fact_that_is_known_of_the_films_of_one_class_alone_is_a_shortcut():
