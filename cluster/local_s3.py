@@ -116,8 +116,10 @@ class LocalS3:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The AWS variables that make boto3, pyarrow and others use this server."""
+        """The variables that make boto3, pyarrow and others use this server: those of AWS, and
+        those that keep requests to loopback from a proxy."""
         return {
+            **dict.fromkeys(("no_proxy", "NO_PROXY"), _not_through_a_proxy()),
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -127,7 +129,7 @@ class LocalS3:
 
     @contextlib.contextmanager
     def as_environment(self) -> Iterator[None]:
-        """In the block, the AWS variables of this process, and of those that it starts, name this
+        """In the block, the variables of this process, and of those that it starts, name this
         server. Afterwards they are what they were."""
         changed = {**dict.fromkeys(_OVERRIDES), **self.environment}
         before = {name: os.environ.get(name) for name in changed}
@@ -297,6 +299,12 @@ class LocalS3:
         except (BotoCoreError, ClientError, OSError):
             return False
         return bool(back == content)
+
+
+def _not_through_a_proxy() -> str:
+    """What `NO_PROXY` names already, and loopback."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or _HOST
+    return named if _HOST in named.split(",") else f"{named},{_HOST}"
 
 
 def _find_weed() -> str:

@@ -162,6 +162,7 @@ def test_the_command_gets_the_variables_and_its_exit_code_is_returned(tmp_path: 
     code = (
         "import boto3, os, sys\n"
         "assert 'AWS_SESSION_TOKEN' not in os.environ\n"
+        "assert os.environ['NO_PROXY'] == 'intranet,127.0.0.1'\n"
         "boto3.client('s3').put_object(Bucket='films', Key='a', Body=b'x')\n"
         "sys.exit(7)"
     )
@@ -170,7 +171,13 @@ def test_the_command_gets_the_variables_and_its_exit_code_is_returned(tmp_path: 
             *(sys.executable, SCRIPT, "--folder", str(tmp_path), "--bucket", "films", "--"),
             *(sys.executable, "-c", code),
         ],
-        env={**os.environ, "AWS_SESSION_TOKEN": "a stale one"},
+        # Most hospitals reach the internet through a proxy, which does not reach loopback here.
+        env={
+            **{name: value for name, value in os.environ.items() if name.lower() != "no_proxy"},
+            "AWS_SESSION_TOKEN": "a stale one",
+            "HTTP_PROXY": "http://127.0.0.1:9",
+            "NO_PROXY": "intranet",
+        },
         capture_output=True,
         text=True,
     )
