@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from lungopacity.errors import UserError
 from lungopacity.models import (
@@ -144,6 +145,16 @@ def test_members_of_two_sizes_share_one_decoded_film(tmp_path):
     alone = [m.spec.calibrated(Scorer(m).logits(squares(m))) for m in (small, large)]
     # The small member sees a film that was downscaled twice, which is not quite the same.
     np.testing.assert_allclose(logits_NK, sum(alone) / 2, atol=0.05)
+    large_NHW = squares(both.model)
+    twice_NHW = np.stack([small.spec.preprocessing.square(film) for film in large_NHW])
+    x_N1HW = torch.from_numpy(large_NHW)[:, None] / 255
+    for found, expected_NHW in zip(
+        both.model.network().member_inputs(x_N1HW), (twice_NHW, large_NHW), strict=True
+    ):
+        # Pillow rounds to whole grey values, twice.
+        np.testing.assert_allclose(
+            found[:, 0].numpy() * 0.3 + 0.4, expected_NHW / 255, atol=1.01 / 255
+        )
 
 
 def test_an_ensemble_is_calibrated_on_its_members_validation_logits(members, tmp_path, caplog):
