@@ -276,13 +276,14 @@ def check_classes(labels: pd.DataFrame, class_names: Iterable[str], uri: str) ->
 
 def check_patients(labels: pd.DataFrame, uri: str) -> None:
     """Raises `UserError` where one patient is in two splits."""
-    known = labels.dropna(subset=["patient_id"])
-    splits = known.groupby("patient_id")["split"].nunique()
-    torn = int((splits > 1).sum())
-    if torn:
+    known = labels.dropna(subset=["patient_id"]).drop_duplicates(["patient_id", "split"])
+    torn = known.loc[known["patient_id"].duplicated(keep=False)].groupby("patient_id")["image"]
+    if len(torn):
+        example = next(iter(torn))[1].tolist()[:2]
         raise UserError(
-            f"{uri}: more than one split has films of {counted(torn, 'patient')}, which flatters "
-            "every figure; give all films of a patient one split, or remove the split column"
+            f"{uri}: more than one split has films of {counted(len(torn), 'patient')}, such as "
+            f"{' and '.join(example)}, which flatters every figure; give all films of a patient "
+            "one split, or remove the split column"
         )
 
 

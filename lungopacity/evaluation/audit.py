@@ -46,7 +46,7 @@ patients have at most 0.978. Those of one patient have at most 0.988, but for on
 0.994 once stretched."""
 NOT_LOOKED_FOR = "films that are rotated, inverted, or cropped to a part"
 _SHOWN = 10
-"""Pairs of copies on a terminal, at most."""
+"""Pairs of copies, and patients in two splits, on a terminal, at most."""
 SUSPICIOUS_AUC = 0.7
 """AUC of a fact that is not about the lungs, from which on a model may rely on that fact."""
 
@@ -64,6 +64,16 @@ class Copies:
 
 
 @dataclass(frozen=True)
+class TornPatient:
+    """A patient with films in more than one split, told by a film of each of two of these: no
+    report names patients."""
+
+    first: str
+    second: str
+    splits: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Audit:
     """What an audit found."""
 
@@ -74,8 +84,7 @@ class Audit:
     blank: int
     """Films of one grey value, or nearly, if no rule leaves them out. They do not count as near
     copies, because all blank films look alike."""
-    torn_patients: int
-    """Patients with films in more than one split."""
+    torn: tuple[TornPatient, ...]
     unknown_patients: int
     """Films without a patient id, which cannot be checked for that."""
     copies: tuple[Copies, ...]
@@ -87,6 +96,11 @@ class Audit:
     """How the 95 % intervals were computed."""
     split_given: bool
     """Whether the labels have splits. If not, the splits are those that `train` would make."""
+
+    @property
+    def torn_patients(self) -> int:
+        """Number of patients with films in more than one split."""
+        return len(self.torn)
 
     @property
     def leaking(self) -> tuple[Copies, ...]:
@@ -101,7 +115,7 @@ class Audit:
     @property
     def leaks(self) -> bool:
         """Whether splits share patients or films, which makes every model look too good."""
-        return bool(self.torn_patients or self.leaking)
+        return bool(self.torn or self.leaking)
 
     def summary(self) -> str:
         """The findings as text for a terminal."""
@@ -117,6 +131,13 @@ class Audit:
                 if self.unknown_patients
                 else ""
             ),
+            *(
+                printable(
+                    f"  one patient: {one.first} ({one.splits[0]}), {one.second} ({one.splits[1]})"
+                )
+                for one in self.torn[:_SHOWN]
+            ),
+            *_more(len(self.torn) - _SHOWN, "patient"),
             f"copies: {kinds.count('exact')} exact, {kinds.count('near')} near; across splits: "
             f"{len(self.leaking)}; with two labels: {len(self.conflicts)}",
             f"  (not looked for: {NOT_LOOKED_FOR})",
@@ -132,7 +153,7 @@ class Audit:
                 )
                 for pair in worst
             ),
-            *([f"  {counted(others, 'other pair')}: --json shows all"] if others else []),
+            *_more(others, "pair"),
             f"AUC for {self.positive_class or 'the class predicted best'} of facts that are not "
             "about the lungs",
             f"(95 % intervals: {self.intervals}):",
@@ -164,13 +185,19 @@ class Audit:
             one = "one patient_id"
         if self.leaking:
             parts.append(f"remove copies, or give them {one}")
-        if self.torn_patients:
+        if self.torn:
             parts.append("give all films of a patient one split")
         return "; ".join(parts)
 
     def to_json(self) -> str:
         """All findings, for audit.json."""
-        return json.dumps({"notice": NOTICE, **asdict(self), "leaks": self.leaks}, indent=2)
+        facts = asdict(self) | {"torn_patients": self.torn_patients, "leaks": self.leaks}
+        return json.dumps({"notice": NOTICE, **facts}, indent=2)
+
+
+def _more(others: int, what: str) -> list[str]:
+    """The line about what is not shown, if there is anything."""
+    return [f"  {counted(others, f'other {what}')}: --json shows all"] if others > 0 else []
 
 
 def audit(
@@ -220,7 +247,7 @@ def audit(
         unreadable=len(data.unreadable),
         rejected=len(data.rejected),
         blank=int(data.images["quality_blank"].sum()),
-        torn_patients=_torn(data.images),
+        torn=tuple(_torn(data.images)),
         unknown_patients=int(data.images["patient_id"].isna().sum()),
         copies=tuple(_copies(data)),
         shortcuts=tuple(
@@ -247,9 +274,11 @@ def _facts_of_labels(frame: pd.DataFrame, by: Sequence[str], labels: str) -> pd.
     return facts
 
 
-def _torn(images: pd.DataFrame) -> int:
-    known = images.dropna(subset=["patient_id"])
-    return int((known.groupby("patient_id")["split"].nunique() > 1).sum())
+def _torn(images: pd.DataFrame) -> Iterator[TornPatient]:
+    known = images.dropna(subset=["patient_id"]).drop_duplicates(["patient_id", "split"])
+    for _, films in known[known["patient_id"].duplicated(keep=False)].groupby("patient_id"):
+        (first, one), (second, other), *_ = films[["image", "split"]].itertuples(index=False)
+        yield TornPatient(str(first), str(second), (str(one), str(other)))
 
 
 def _copies(data: LabelledPixels) -> Iterator[Copies]:

@@ -325,7 +325,8 @@ def test_a_class_that_a_split_lacks_is_named():
 def test_a_patient_in_two_splits_is_refused():
     frame = labels().assign(split="train")
     frame.loc[0, "split"] = "test"
-    with pytest.raises(UserError, match="more than one split has films of 1 patient, which"):
+    said = r"more than one split has films of 1 patient, such as 0-0\.png and 0-1\.png, which"
+    with pytest.raises(UserError, match=said):
         check_patients(frame, URI)
 
 

@@ -110,12 +110,16 @@ def test_planted_copies_conflicts_and_torn_patients_are_found(tmp_path, capsys):
     assert pairs["02.png", "06.png"]["kind"] == "exact"
     assert pairs["04.png", "08.png"]["kind"] == "near"
     assert found["torn_patients"] == 1
+    torn = [{"first": "10.png", "second": "14.png", "splits": ["train", "test"]}]
+    assert found["torn"] == torn, "which films they are, and not who"
 
     assert main(["audit", "--images", archive, "--labels", labels]) == 1
     text = capsys.readouterr().out
     assert "across splits: 3; with two labels: 2" in text
     assert text.count("07.png") == 1, "a pair of both kinds is one pair"
     assert "near: 04.png (Normal, validation) = 08.png (Normal, train)" in text
+    assert "  one patient: 10.png (train), 14.png (test)\n" in text
+    assert "p14" not in text
     assert "leakage found" in text
 
 
@@ -358,21 +362,26 @@ def test_a_hash_is_of_64_bits_and_bears_brightness():
 
 def test_a_patient_in_two_splits_alone_is_leakage():
     found = Audit(
-        images=10, unreadable=0, rejected=0, blank=0, torn_patients=0, unknown_patients=0,
+        images=10, unreadable=0, rejected=0, blank=0, torn=(), unknown_patients=0,
         copies=(), shortcuts=(), positive_class="Lung_Opacity", intervals="", split_given=True,
     )  # fmt: skip
     assert not found.leaks
     assert "\nno leakage found\n" in found.summary()
-    torn = replace(found, torn_patients=1)
+    one = auditing.TornPatient("a.png", "b.png", ("train", "test"))
+    torn = replace(found, torn=(one,))
     assert torn.leaks
     assert "\nleakage found; give all films of a patient one split\n" in torn.summary()
+    assert "other patient" not in replace(found, torn=(one,) * 10).summary()
+    many = replace(found, torn=(one,) * 12).summary()
+    assert many.count("  one patient: a.png (train), b.png (test)\n") == 10
+    assert "\n  2 other patients: --json shows all\n" in many
 
 
 def test_pairs_of_copies_that_are_not_shown_are_counted():
     across, within = ("train", "test"), ("train", "train")
     pairs = [auditing.Copies(f"{n}.png", "x.png", "near", across, ("a", "a")) for n in range(11)]
     found = Audit(
-        images=10, unreadable=0, rejected=0, blank=0, torn_patients=0, unknown_patients=0,
+        images=10, unreadable=0, rejected=0, blank=0, torn=(), unknown_patients=0,
         copies=tuple(pairs), shortcuts=(), positive_class="a", intervals="", split_given=True,
     )  # fmt: skip
     shown = found.summary()
