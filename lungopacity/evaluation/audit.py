@@ -46,7 +46,7 @@ patients have at most 0.978. Those of one patient have at most 0.988, but for on
 0.994 once stretched."""
 NOT_LOOKED_FOR = "films that are rotated, inverted, or cropped to a part"
 _SHOWN = 10
-"""Pairs of copies, and patients in two splits, on a terminal, at most."""
+"""On a terminal, the most pairs of copies in two splits, pairs with two labels, and patients."""
 SUSPICIOUS_AUC = 0.7
 """AUC of a fact that is not about the lungs, from which on a model may rely on that fact."""
 
@@ -120,7 +120,7 @@ class Audit:
     def summary(self) -> str:
         """The findings as text for a terminal."""
         kinds = [pair.kind for pair in self.copies]
-        worst = list(dict.fromkeys([*self.leaking, *self.conflicts]))[:_SHOWN]
+        worst = list(dict.fromkeys([*self.leaking[:_SHOWN], *self.conflicts[:_SHOWN]]))
         others = len(self.copies) - len(worst)
         lines = [
             f"{self.images} labelled images, {self.unreadable} more unreadable"

@@ -389,3 +389,8 @@ def test_pairs_of_copies_that_are_not_shown_are_counted():
     inside = replace(found, copies=(replace(pairs[0], splits=within),) * 2)
     assert "  2 other pairs: --json shows all" in inside.summary()
     assert "other pair" not in replace(found, copies=tuple(pairs[:10])).summary()
+    # However many leak, those with a wrong label are told, too.
+    wrong = auditing.Copies("y.png", "z.png", "exact", within, ("a", "b"))
+    assert "  exact: y.png (a, train) = z.png (b, train)\n" in (
+        replace(found, copies=(*pairs, wrong)).summary()
+    )
