@@ -6,7 +6,6 @@ Separate from `fit` so that the processes that import this module need not impor
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
@@ -17,34 +16,7 @@ from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungopacity.errors import UserError
-
-
-class _Rows:
-    """An actor between the controller's process and the driver's.
-
-    The driver waits in a call for new rows, because polling would take CPU time from training.
-    """
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.ended = False
-        self.news = asyncio.Event()
-
-    async def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self.news.set()
-
-    async def end(self) -> None:
-        self.ended = True
-        self.news.set()
-
-    async def since(self, count: int) -> tuple[list[dict[str, Any]], bool]:
-        """Waits for rows after the first `count`, or the end. Returns them, and whether training
-        has ended."""
-        while len(self.rows) == count and not self.ended:
-            self.news.clear()
-            await self.news.wait()
-        return self.rows[count:], self.ended
+from lungopacity.runtime.rows import Rows
 
 
 class EndAtOnce(UserCallback):  # type: ignore[misc]  # ray ships no types
@@ -77,7 +49,7 @@ def relayed_rows(on_epoch: Callable[[dict[str, Any]], None] | None) -> Iterator[
         return
     # On the driver's node, like the controller: the loss of another node must not end the relay.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    rows = ray.remote(num_cpus=0)(_Rows).options(scheduling_strategy=here).remote()
+    rows = ray.remote(num_cpus=0)(Rows).options(scheduling_strategy=here).remote()
 
     def pass_on() -> None:
         count, ended = 0, False
