@@ -3,7 +3,6 @@ gone in another one."""
 
 from __future__ import annotations
 
-import os
 import sys
 
 import pytest
@@ -36,12 +35,16 @@ def test_each_name_is_there_in_this_release():
         assert found == ["set_sigterm_handler"]
     with ray_internals.without_idle_training_actors() as found:
         assert found == [
+            "TrainController",
+            "get_env_vars_to_propagate",
             "PlacementGroupCleanerCallback",
             "DatasetsCallback",
             "create_scaling_policy",
         ]
+    from ray.train.v2._internal.execution.controller import TrainController
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
+    assert hasattr(TrainController.worker_group_cls, "_get_worker_runtime_env")
     assert set(ray_internals._REQUESTS) <= set(dir(FixedScalingPolicy))
     assert {"get_memory_info_reply", "get_state_from_address"} <= set(vars(internal_api))
     assert hasattr(AuthenticationTokenLoader.instance(), "reset_cache")
@@ -73,22 +76,21 @@ def test_an_unknown_release_starts_its_own_agents(monkeypatch):
 
 
 def test_training_in_a_cluster_keeps_what_watches_over_it(monkeypatch):
-    from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
     from ray.train.v2.api import data_parallel_trainer
 
-    def watched() -> tuple[str | None, type]:
-        cleaner = data_parallel_trainer.PlacementGroupCleanerCallback
-        return os.environ.get(ENABLE_PREEMPTION_WATCHER_ENV_VAR), cleaner
+    names = "PlacementGroupCleanerCallback", "TrainController", "get_env_vars_to_propagate"
 
-    before = watched()
+    def in_use() -> list[object]:
+        return [getattr(data_parallel_trainer, name) for name in names]
+
+    before = in_use()
     monkeypatch.setattr(RAY, "is_private", False)
     with lean_training():
-        assert watched() == before
+        assert in_use() == before
     monkeypatch.setattr(RAY, "is_private", True)
     with lean_training():
-        assert watched()[0] == "0"
-        assert watched()[1] is not before[1]
-    assert watched() == before
+        assert not set(in_use()) & set(before)
+    assert in_use() == before
 
 
 def test_ray_data_is_as_it_was_after_a_ray_of_our_own(monkeypatch):

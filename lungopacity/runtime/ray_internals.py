@@ -192,11 +192,18 @@ def without_idle_training_actors() -> Iterator[list[str]]:
     Another one deals out Ray Data's datasets, of which our trainings have none. The third asks for
     more nodes; an elastic training keeps it, because it is told there what it may grow to.
 
+    The controller and its workers start without environment variables of their own. Ray Train would
+    give them those of the driver, which all processes of a private Ray have anyway. A process with
+    variables of its own takes none of those that Ray keeps ready, and imports Ray twice: it is
+    started by a program that does so to set them.
+
     Yields the names that were found.
     """
     try:
         from ray.train.v2._internal.execution.callback import ControllerCallback
+        from ray.train.v2._internal.execution.controller import TrainController
         from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+        from ray.train.v2._internal.execution.worker_group import WorkerGroup
         from ray.train.v2.api import data_parallel_trainer
     except ImportError:
         yield []
@@ -211,7 +218,19 @@ def without_idle_training_actors() -> Iterator[list[str]]:
                     setattr(policy, name, _nothing)
         return policy
 
+    class OfPlainWorkers(WorkerGroup):  # type: ignore[misc]  # ray ships no types
+        @staticmethod
+        def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+            return custom_runtime_env
+
+    class OfPlainProcesses(TrainController):  # type: ignore[misc]
+        worker_group_cls = OfPlainWorkers
+
+    OfPlainProcesses.__name__ = TrainController.__name__  # of the process, in `ps`
+
     instead = {
+        "TrainController": OfPlainProcesses,
+        "get_env_vars_to_propagate": _Nothing,
         "PlacementGroupCleanerCallback": ControllerCallback,
         "DatasetsCallback": lambda **_: ControllerCallback(),
         "create_scaling_policy": asks_for_nothing,
@@ -297,3 +316,9 @@ def _replaced(owner: Any, instead: Mapping[str, Any]) -> Iterator[list[str]]:
 
 def _nothing(*_: object, **__: object) -> None:
     return None
+
+
+class _Nothing(dict[str, str]):
+    """Stays empty where Ray Train adds what it sets by default."""
+
+    def setdefault(self, *_: str) -> Any: ...

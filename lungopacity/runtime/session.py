@@ -46,6 +46,14 @@ _ENVIRONMENT = {
     # that, and the default is 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
 }
+_WHERE_ALONE = {
+    # Nobody announces to a private Ray that its node will be taken away.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # What Ray Train sets for its controller, to which `lean_training` gives no variables.
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    **KEEP_FREED_MEMORY,
+}
+"""Of the processes of a private Ray."""
 SHORTER_FOLDER = "set RAY_TMPDIR to a folder with a shorter path, such as /tmp"
 LONGEST_FOLDER = 39
 """Letters in the path of RAY_TMPDIR, or TMPDIR, so that those of Ray's sockets have at most 107."""
@@ -155,7 +163,7 @@ class RaySession:
                 token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
                 # Signals wait a few seconds: a Ray that is half started crashes when it ends.
                 with (
-                    environment(KEEP_FREED_MEMORY | token),
+                    environment(_WHERE_ALONE | token),
                     without_idle_servers(self._when_launched),
                     _signals_stay_ours(),
                     signals_wait(),
@@ -307,7 +315,7 @@ def lean_training() -> Iterator[None]:
     if not RAY.is_private:
         yield
         return
-    with without_idle_training_actors(), environment({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}):
+    with without_idle_training_actors():
         yield
 
 
