@@ -88,7 +88,8 @@ def test_what_training_and_evaluation_wait_for_is_told(ray_cluster, tmp_path, mo
         open_store(str(tmp_path)), PhantomSettings(images=40, image_size=96, shard_fraction=0)
     )
     images, labels, model = [f"{tmp_path}/archive"], f"{tmp_path}/labels.csv", f"{tmp_path}/model"
-    lungopacity.train(images, labels, model, image_size=32, epochs=1, batch_size=8)
+    small = {"model_settings.channels": "[8,16]", "model_settings.convolutions": "[1,1]"}
+    lungopacity.train(images, labels, model, image_size=32, epochs=1, settings=small)
     lungopacity.evaluate(model, images, labels, f"{tmp_path}/report", split="all")
     told = [line.split(":")[0] for line in caplog.messages if "free in the Ray cluster" in line]
     assert {"Reading images", "Finding where the training films lie", "Scoring"} <= set(told)

@@ -16,7 +16,14 @@ def test_films_labels_checkpoints_model_and_report_may_all_lie_in_s3(s3_uri):
     archive, labels = f"{s3_uri}/archive", f"{s3_uri}/labels.csv"
     model = f"{s3_uri}/models/first"
     result = lungopacity.train(
-        [archive], labels, model, image_size=64, epochs=2, batch_size=16, seed=3
+        [archive],
+        labels,
+        model,
+        image_size=64,
+        epochs=2,
+        batch_size=16,
+        seed=3,
+        settings={"model_settings.channels": "[8,16]", "model_settings.convolutions": "[1,1]"},
     )
     assert [row["epoch"] for row in result.history] == [1, 2]
     loaded = load_model(model)
