@@ -78,10 +78,12 @@ class Resampling:
         """Whether any patient has more than one film."""
         return self.patients < len(self.patient_N)
 
-    def described(self) -> str:
-        """One line for a report: how intervals are computed from this resampling."""
+    def described(self, *, proportions: bool = False) -> str:
+        """One line for a report: how intervals are computed from this resampling. proportions:
+        whether some are of proportions (`effective_sample`)."""
         return (
-            f"percentile bootstrap over {self.patients:,} patients of {len(self.patient_N):,} "
+            ("of proportions Wilson's over an effective sample, of others " if proportions else "")
+            + f"percentile bootstrap over {self.patients:,} patients of {len(self.patient_N):,} "
             f"films, {self.replicates:,} replicates, seed {self.seed}"
         )
 

@@ -118,8 +118,8 @@ def subgroups(spec: ModelSpec, metrics: Sequence[Metric], gaps: Sequence[Gap]) -
     uncompared = uncompared_figures(metrics, gaps)
     if uncompared:
         yield (
-            f"- Not compared, because fewer than two subgroups have an interval and {FEWEST} "
-            f"patients that count: {'; '.join(uncompared)}."
+            f"- Not compared, because fewer than two subgroups have {FEWEST} patients that count: "
+            f"{'; '.join(uncompared)}."
         )
     yield ""
     yield line(

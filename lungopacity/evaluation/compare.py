@@ -22,7 +22,6 @@ import io
 import json
 import logging
 import math
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +40,13 @@ from lungopacity.evaluation.comparison import (
     Comparison,
     ShareDifference,
 )
-from lungopacity.evaluation.metrics import Floats, paired_difference_interval
+from lungopacity.evaluation.effective_sample import design_effect
+from lungopacity.evaluation.metrics import Z_95, Floats, paired_difference_interval
 from lungopacity.results.schema import class_column
 from lungopacity.storage import open_store
 
 log = logging.getLogger(__name__)
 
-_Z_95 = NormalDist().inv_cdf(0.975)
 _ROUNDING = 1e-12
 """Rounding error of a share in float64. Different shares of n films differ by at least 1 / 2n."""
 _COLUMNS = {"image", "label", "predicted_label", "model_id", "synthetic"}
@@ -163,7 +162,7 @@ def auc_difference(
     )
     # Not `NormalDist.cdf`, which is 0 from 8.3 standard errors on.
     p_value = math.erfc(abs(difference) / error / math.sqrt(2))
-    half = _Z_95 * error
+    half = Z_95 * error
     return AucDifference(first, second, difference, difference - half, difference + half, p_value)
 
 
@@ -194,28 +193,14 @@ def share_difference(right_N2: npt.NDArray[np.bool_], resampling: Resampling) ->
     differ = only_first + only_second
     p_value = float(binomtest(only_first, differ).pvalue) if differ else 1.0
     first, second = (float(share) for share in right_N2.mean(axis=0))
-    effect = _design_effect(right_N2[:, 1].astype(np.float64) - right_N2[:, 0], resampling)
+    gained_N = right_N2[:, 1].astype(np.float64) - right_N2[:, 0]
+    effect = design_effect(gained_N - gained_N.mean(), resampling.patient_N)
     low, high = paired_difference_interval(
         only_first / effect, only_second / effect, len(right_N2) / effect
     )
     return ShareDifference(
         first, second, second - first, low, high, only_first, only_second, p_value
     )
-
-
-def _design_effect(gained_N: npt.NDArray[np.float64], resampling: Resampling) -> float:
-    """How many times the variance of the mean of `gained_N` over patients is that of as many
-    independent films; at least 1. Without a spread that would tell, as many times as there are
-    films for each patient: as if those of one were copies."""
-    films, patients = len(gained_N), resampling.patients
-    apart_N = gained_N - gained_N.mean()
-    spread = float(apart_N @ apart_N)
-    if patients == films:
-        return 1.0
-    if patients == 1 or spread < _ROUNDING:
-        return films / patients
-    of_patient_P = np.bincount(resampling.patient_N, apart_N)
-    return max(1.0, patients / (patients - 1) * float(of_patient_P @ of_patient_P) / spread)
 
 
 def clustered_difference(

@@ -126,7 +126,7 @@ def evaluate(
         rejected=len(data.rejected),
         patients=resampling.patients,
         unknown_patients=int(data.images["patient_id"].isna().sum()),
-        intervals=resampling.described(),
+        intervals=resampling.described(proportions=True),
         synthetic=data.synthetic or spec.synthetic,
         class_names=spec.class_names,
         positive_class=spec.positive_class,

@@ -362,7 +362,7 @@ def _written(explainer: _Explainer, rows: list[Row]) -> ExplanationResult:
         failed=statuses.count(Status.FAILED.value),
         with_boxes=len(pointings),
         unknown_patients=patients.count(None),
-        intervals=resampling.described() if pointings else "",
+        intervals=resampling.described(proportions=True) if pointings else "",
         synthetic=model.spec.synthetic or any(table["synthetic"].to_pylist()),
         metrics=metrics,
         table=table,

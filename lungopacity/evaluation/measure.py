@@ -3,11 +3,11 @@ Evaluation and screening with labels both use this module.
 
 The interval of a metric (`ci_method`):
 
-* `bootstrap`: the percentile bootstrap over patients, for every metric except counts. Subgroups use
-  the same draws, so the number of their patients that are drawn varies, too.
-* `wilson_patients`: for a proportion of 0 or 1, which resampling cannot change. It is Wilson's
-  interval as if each patient were one film, so rather too wide than too narrow.
-* none: if fewer than 19 of 20 replicates define the metric, or if all give the same value.
+* `wilson_effective`: for a proportion of films, Wilson's interval of an effective sample, which
+  allows for how alike the films of a patient are (`effective_sample`).
+* `bootstrap`: the percentile bootstrap over patients, for every other metric except counts.
+  Subgroups use the same draws, so the number of their patients that are drawn varies, too.
+* none: if fewer than 19 of 20 replicates define such a metric, or if all give the same value.
 
 Noise in each bin makes the expected calibration error larger, and resampling adds noise of its own.
 So the replicates of that metric are shifted to have the measured value as their mean.
@@ -33,6 +33,7 @@ from lungopacity.evaluation.bootstrap import (
     percentile_interval,
     ratio,
 )
+from lungopacity.evaluation.effective_sample import clustered_interval
 from lungopacity.evaluation.metrics import (
     CALIBRATION_BINS,
     Floats,
@@ -43,7 +44,6 @@ from lungopacity.evaluation.metrics import (
     confusion_matrix,
     difference_interval,
     group_rows,
-    wilson_interval,
 )
 from lungopacity.evaluation.operating_points import decision_shares
 from lungopacity.evaluation.table import Gap, largest_gaps
@@ -53,6 +53,8 @@ from lungopacity.progress import Progress
 
 Key = tuple[str, str | None]
 """Name of a metric, and its class or operating point."""
+Proportion = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
+"""(N,) the images that count, and (N,) those that they are counted among."""
 
 _CALIBRATION = "expected_calibration_error"
 _BEFORE = f"{_CALIBRATION}_before_temperature"
@@ -132,8 +134,8 @@ def measure_with_gaps(
     point: str,
 ) -> tuple[list[Metric], tuple[Gap, ...]]:
     """`measure`, and the `largest_gaps` between subgroups with intervals over patients: by the
-    bootstrap or, if a group's sensitivity or specificity is 0 or 1, Newcombe's from those of the
-    two groups. A gap has no interval if the AUC of a group has none.
+    bootstrap or, if a group's sensitivity or specificity is 0 or 1, which draws do not change,
+    Newcombe's from those of the two groups. A gap has no interval if the AUC of a group has none.
 
     point: the name of the operating point whose decisions are compared.
     """
@@ -182,19 +184,17 @@ def _with_interval_of_gap(
     gap: Gap, replicates: Mapping[str, Mapping[Key, npt.NDArray[np.float64]]]
 ) -> Gap:
     worst, best = gap.worst, gap.best
-    low: float | None
-    high: float | None
     if worst.ci_low is None or best.ci_low is None:
-        low, high = None, None
-    elif "wilson_patients" in (worst.ci_method, best.ci_method):
-        low, high = difference_interval(best, worst)
+        return gap
+    if {worst.value, best.value} & {0.0, 1.0}:
+        bounds: tuple[float | None, float | None] = difference_interval(best, worst)
     else:
         # The replicates of both groups come from the same draws, so they can be subtracted.
         worst_R, best_R = (
             replicates[item.group][item.metric, item.class_name] for item in (worst, best)
         )
-        low, high = percentile_interval(best_R - worst_R)
-    return replace(gap, ci_low=low, ci_high=high)
+        bounds = percentile_interval(best_R - worst_R)
+    return replace(gap, ci_low=bounds[0], ci_high=bounds[1])
 
 
 def ratio_metrics(
@@ -205,10 +205,11 @@ def ratio_metrics(
     ratios: for each metric, what each image adds to the numerator and to the denominator; for a
     proportion, both are bool.
     """
-    sums_NF = np.stack(_columns(ratios), axis=1, dtype=np.float64)
-    sums_RF = np.concatenate([weights_RN @ sums_NF for weights_RN in resampling.weights()])
-    replicates, proportions = _ratios_of_sums(ratios, sums_RF), _proportions(ratios)
-    metrics = []
+    metrics, proportions, replicates = [], _proportions(ratios), {}
+    if means := {key: pair for key, pair in ratios.items() if key not in proportions}:
+        sums_NF = np.stack(_columns(means), axis=1, dtype=np.float64)
+        sums_RF = np.concatenate([weights_RN @ sums_NF for weights_RN in resampling.weights()])
+        replicates = _ratios_of_sums(means, sums_RF)
     for (name, of), (part_N, of_N) in ratios.items():
         whole = of_N.sum()
         value = float(part_N.sum() / whole) if whole else math.nan
@@ -219,26 +220,28 @@ def ratio_metrics(
 
 def _with_interval(
     item: Metric,
-    proportions: Mapping[Key, npt.NDArray[np.bool_]],
+    proportions: Mapping[Key, Proportion],
     replicates: Mapping[Key, npt.NDArray[np.float64]],
     patient_N: npt.NDArray[np.int64],
 ) -> Metric:
     key = (item.metric, item.class_name)
-    of_N = proportions.get(key)
+    if key in proportions:
+        part_N, of_N = proportions[key]
+        patient_N = patient_N[of_N]
     # Ten times as fast as `np.unique`.
-    patients = int(np.count_nonzero(np.bincount(patient_N if of_N is None else patient_N[of_N])))
+    patients = int(np.count_nonzero(np.bincount(patient_N)))
     item = replace(item, ci_low=None, ci_high=None, ci_method=None, patients=patients)
+    if key in proportions and item.n:
+        low, high = clustered_interval(part_N[of_N], patient_N)
+        return replace(item, ci_low=low, ci_high=high, ci_method="wilson_effective")
     if key not in replicates:
         return item
-    if of_N is not None and item.value in (0.0, 1.0):
-        low, high = wilson_interval(int(item.value) * patients, patients)
-        return replace(item, ci_low=low, ci_high=high, ci_method="wilson_patients")
     values_R = replicates[key]
     if item.metric in (_CALIBRATION, _BEFORE):
         values_R = np.maximum(values_R - np.nanmean(values_R) + item.value, 0.0)
-    low_or_none, high_or_none = percentile_interval(values_R)
-    method = None if low_or_none is None else "bootstrap"
-    return replace(item, ci_low=low_or_none, ci_high=high_or_none, ci_method=method)
+    bounds = percentile_interval(values_R)
+    method = None if bounds[0] is None else "bootstrap"
+    return replace(item, ci_low=bounds[0], ci_high=bounds[1], ci_method=method)
 
 
 class Statistics:
@@ -262,7 +265,7 @@ class Statistics:
             if shares_NK is not None
         }
         self.proportions = _proportions(self._ratios)
-        """For each metric that is a share of images: the images in its denominator."""
+        """The metrics that are shares of images."""
         self._rankings = [
             Ranking(self._true_NK[:, index], scored.probabilities_NK[:, index])
             for index in range(len(scored.class_names))
@@ -291,8 +294,8 @@ class Statistics:
         """Each metric with every image counted once."""
         films = len(self._true_NK)
         for (name, of), values_R in self.under(np.ones((1, films))).items():
-            of_N = self.proportions.get((name, of))
-            n = films if of_N is None else int(of_N.sum())
+            share = self.proportions.get((name, of))
+            n = films if share is None else int(share[1].sum())
             yield Metric(group, name, of, float(values_R[0]), None, None, n)
         for of, index in ((None, None), (self._scored.positive, self._scored.positive_index)):
             error = _error_by_chance(self._scored, index)
@@ -359,12 +362,10 @@ def _ratios_of_sums(
     }
 
 
-def _proportions(
-    ratios: Mapping[Key, tuple[Sums, Sums]],
-) -> dict[Key, npt.NDArray[np.bool_]]:
-    """For each metric that is a share of images: the images in its denominator."""
+def _proportions(ratios: Mapping[Key, tuple[Sums, Sums]]) -> dict[Key, Proportion]:
+    """The metrics that are shares of images."""
     return {
-        key: of_N.astype(np.bool_)
+        key: (part_N.astype(np.bool_), of_N.astype(np.bool_))
         for key, (part_N, of_N) in ratios.items()
         if part_N.dtype == np.bool_
     }

@@ -27,7 +27,8 @@ Integers = npt.NDArray[np.integer]
 CALIBRATION_BINS = 15
 """Number of bins of equal width, as Guo et al. 2017 report."""
 
-_Z_95 = NormalDist().inv_cdf(0.975)
+Z_95 = NormalDist().inv_cdf(0.975)
+"""A standard normal variable lies within ± this in 95 of 100 cases."""
 _SUM_TOLERANCE = 1e-4
 
 
@@ -49,8 +50,9 @@ class Metric:
     n: int
     """Number of images: the denominator of a proportion, else all images of the group."""
     ci_method: str | None = None
-    """How the interval was computed: `bootstrap` draws patients, `wilson_patients` counts them (see
-    `evaluation.measure`), and `wilson` counts each image as a patient. None without interval."""
+    """How the interval was computed: `wilson_effective` of an effective sample, `bootstrap` by
+    drawing patients (see `evaluation.measure` of both), and `wilson` as if each image were of
+    another patient. None without interval."""
     patients: int | None = None
     """Number of patients of the n images; None if they were not counted."""
 
@@ -140,16 +142,17 @@ def confusion_matrix(
     return np.bincount(cell_N, minlength=classes**2).reshape(classes, classes).astype(np.int64)
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927).
+def wilson_interval(successes: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927). Numbers need not be whole, for they may be
+    those of an effective sample.
 
     Raises `ValueError` unless 0 <= successes <= n and n > 0.
     """
-    if n < 1 or not 0 <= successes <= n:
+    if not n > 0 or not 0 <= successes <= n:
         raise ValueError(f"{successes} of {n} is no proportion")
-    share, z2 = successes / n, _Z_95**2
+    share, z2 = successes / n, Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
     # At 0 and n, a bound is exactly 0 or 1, but rounding can shift it slightly.
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
@@ -187,7 +190,7 @@ def paired_difference_interval(
         c = -only_first * difference * (1 - difference)
         share = (math.sqrt(max(0.0, b**2 - 8 * n * c)) - b) / (4 * n)
         variance = n * (2 * share + difference * (1 - difference))
-        return (n * (found - difference)) ** 2 > _Z_95**2 * max(0.0, variance)
+        return (n * (found - difference)) ** 2 > Z_95**2 * max(0.0, variance)
 
     def bound(outer: float) -> float:
         if not is_rejected(outer):

@@ -159,8 +159,7 @@ def largest_gaps(metrics: Sequence[Metric], positive: str, point: str) -> list[G
     positive: the class that decisions are about. point: the name of the operating point for the
     decisions. Metrics of fewer than `FEWEST` patients (images, if patients were not counted) are
     left out; an AUC needs as many of either kind: that of a group with one opacity is chance,
-    however narrow its interval. So are shares without an interval. An AUC lacks one if no draw
-    changes it, such as 1.
+    however narrow its interval.
     """
     gaps = [
         # If all are equal, the first and the last: two groups, not the same one twice.
@@ -173,7 +172,7 @@ def largest_gaps(metrics: Sequence[Metric], positive: str, point: str) -> list[G
 
 def uncompared_figures(metrics: Sequence[Metric], gaps: Sequence[Gap]) -> list[str]:
     """The columns with several subgroups but no gap in a metric, because fewer than two subgroups
-    have `FEWEST` patients that count, and an interval: `sensitivity by view_position, age`."""
+    have `FEWEST` patients that count: `sensitivity by view_position, age`."""
     groups = dict.fromkeys(item.group for item in metrics if item.group != "all")
     columns = Counter(group.partition("=")[0] for group in groups)
     compared = {(gap.figure, gap.column) for gap in gaps}
@@ -215,8 +214,7 @@ def _comparable(metrics: Sequence[Metric], positive: str, point: str) -> Iterabl
     found: dict[tuple[str, str], list[Metric]] = {}
     for item in enough:
         # Both sensitivity and specificity have enough patients: there are enough of either kind.
-        of_both = kinds.count(item.group) == 2
-        if of_both if item.metric == "roc_auc" else item.ci_low is not None:
+        if item.metric != "roc_auc" or kinds.count(item.group) == 2:
             found.setdefault((item.group.partition("=")[0], item.metric), []).append(item)
     return found.values()
 

@@ -141,7 +141,10 @@ def threshold(
     return PickedPoint(
         **vars(point),
         metrics=tuple(metrics),
-        intervals=resampling.described(),
+        intervals=(
+            f"Wilson's over an effective sample, of {resampling.patients:,} patients with "
+            f"{len(positive_N):,} films"
+        ),
         unknown_patients=int(films.rows["patient"].isna().sum()),
         left_out=films.left_out,
         of_no_class=films.of_no_class,

@@ -167,7 +167,7 @@ def label_metrics(
     unknown = int(patients.isna().sum())
     log.info(
         "95 %% intervals against the labels: %s%s",
-        resampling.described(),
+        resampling.described(proportions=True),
         f"; films without a known patient, each counted as one: {unknown}" if unknown else "",
     )
     among = pa.compute.is_in(rows["content_sha256"], pa.array(point_films, pa.string()))

@@ -274,14 +274,14 @@ def test_evaluate_forms_subgroups_of_what_is_asked_for_and_tells_nothing_else(pl
         "--by", "manufacturer", "--by", "age",
     )  # fmt: skip
     assert code == 0
-    assert "percentile bootstrap over 4 patients of 8 films" in out
+    assert "effective sample, of others percentile bootstrap over 4 patients of 8 films" in out
     assert "few patients, or of one class" in out
     metrics = pq.read_table(place / "wide" / "metrics.parquet").to_pandas()
     assert set(metrics["group"]) >= {
         "all", "site=North", "site=South", "manufacturer=Fuji", "manufacturer=GE",
         "view_position=PA", "age=18-39", "age=90+", "age of the labels=50",
     }  # fmt: skip
-    assert set(metrics["ci_method"].dropna()) <= {"bootstrap", "wilson_patients"}
+    assert set(metrics["ci_method"].dropna()) == {"bootstrap", "wilson_effective"}
     accuracy = metrics[metrics["metric"] == "accuracy"].set_index("group")
     assert accuracy.loc["site=North", ["n", "patients"]].tolist() == [6, 3]
     assert json.loads((place / "wide" / "evaluation.json").read_text())["patients"] == 4

@@ -223,8 +223,8 @@ def test_the_card_has_the_subgroups_and_the_largest_gaps_between_them():
         "not account for."
     )
     assert lines[4] == (
-        "- Not compared, because fewer than two subgroups have an interval and 30 patients that "
-        "count: AUC by patient_sex; sensitivity by patient_sex; specificity by patient_sex."
+        "- Not compared, because fewer than two subgroups have 30 patients that count: "
+        "AUC by patient_sex; sensitivity by patient_sex; specificity by patient_sex."
     )
     assert "| sensitivity at youden | specificity at youden | films | patients |" in lines[6]
     assert (

@@ -118,7 +118,7 @@ def test_labels_may_come_later_and_from_a_file(site, tmp_path, capfd):
     assert code == 0
     share = r"0\.\d{4} \(0\.\d{4} to [01]\.\d{4}\)"
     assert re.search(f"; sensitivity {share}, specificity {share} on {FILMS} films\n", out)
-    assert "95 % intervals: percentile bootstrap over 10 patients of 90 films" in out
+    assert "95 % intervals: Wilson's over an effective sample, of 10 patients with 90 films" in out
     assert "no known patient" not in out
     assert "of 10 patients with Lung_Opacity and 10 without: with fewer than 30, a threshold" in err
 

@@ -240,7 +240,7 @@ def test_a_run_is_measured_as_by_evaluate_with_its_patients_drawn_together():
             assert told == (
                 None if wanted is None else pytest.approx(wanted, nan_ok=True, rel=1e-6)
             )
-    assert {one.ci_method for one in found} == {"bootstrap", None}
+    assert {one.ci_method for one in found} == {"bootstrap", "wilson_effective", None}
 
 
 def test_of_films_without_patient_id_the_hashed_one_of_the_header_tells_the_patient(caplog):
