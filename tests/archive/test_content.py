@@ -88,6 +88,13 @@ def test_a_large_film_is_not_too_small_for_being_decoded_small():
     assert row["status"] == "ok"
 
 
+@pytest.mark.parametrize("shape", [(90, 300), (300, 90)])
+def test_either_side_of_the_stored_film_may_be_too_small(shape):
+    (row,) = content_rows(encoded(grey_film(1, *shape)), ANY_QUALITY)
+    assert row["quality_too_small"]
+    assert row["quality_odd_aspect"]
+
+
 def test_without_a_model_out_of_distribution_cannot_be_rejected():
     with pytest.raises(UserError, match="'out_of_distribution' is none of blank, child, colour, "):
         rules_from((), ["blank", "out_of_distribution"])
