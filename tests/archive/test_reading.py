@@ -5,6 +5,7 @@ import os
 import socket
 import zipfile
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -223,7 +224,8 @@ def test_only_wanted_images_are_read_if_names_are_given(tmp_path):
     assert [row["member"] or row["image"] for row in images(rows)] == ["b.png", "d.png"]
 
 
-def test_an_object_that_is_gone_or_changed_is_a_row(store_uri):
+@pytest.mark.parametrize("most", [DecodeLimits().max_size_bytes, 50], ids=["films", "too large"])
+def test_an_object_that_is_gone_or_changed_is_a_row(store_uri, most):
     store = open_store(store_uri)
     for name in ("a.png", "b.png", "c.tar"):
         store.write(name, encoded(grey_film()))
@@ -231,7 +233,8 @@ def test_an_object_that_is_gone_or_changed_is_a_row(store_uri):
     store.delete("a.png")
     store.write("b.png", encoded(grey_film(9)))
     store.write("c.tar", tar({}))
-    tables = read_images(archive.store, archive.objects, SETTINGS)
+    settings = replace(SETTINGS, limits=DecodeLimits(max_size_bytes=most))
+    tables = read_images(archive.store, archive.objects, settings)
     rows = images([row for table in tables for row in table.to_pylist()])
     assert [row["error_code"] for row in rows] == ["missing", "changed", "changed"]
     assert {row["error_stage"] for row in rows} == {"fetch"}

@@ -76,10 +76,10 @@ def of_two(share: float, dark: int, bright: int) -> np.ndarray:
     return film.reshape(25, 40)
 
 
-def inside(height: int, width: int, level: int = 150, border: int = 100) -> np.ndarray:
-    """100 x 100 pixels, with something of this size and level within a border."""
-    film = np.full((100, 100), border, np.uint8)
-    film[20 : 20 + height, 30 : 30 + width] = level
+def inside(height: int, width: int, level: int = 150, speck: tuple[int, int] = (20, 30)):
+    """100 x 100 pixels, with something of this size and level, and a speck, within a border."""
+    film = np.full((100, 100), 100, np.uint8)
+    film[20 : 20 + height, 30 : 30 + width] = film[speck] = level
     return film
 
 
@@ -98,6 +98,8 @@ def inside(height: int, width: int, level: int = 150, border: int = 100) -> np.n
         ("heavy_borders", inside(60, 60, 112), inside(60, 60, 113)),
         ("heavy_borders", inside(60, 60, 88), inside(60, 60, 87)),
         # The film is judged on every second row and column. There, one pixel of 50 is a speck.
+        ("heavy_borders", inside(50, 48, speck=(90, 40)), inside(50, 50)),
+        ("heavy_borders", inside(50, 48, speck=(40, 90)), inside(50, 50)),
         ("heavy_borders", inside(70, 2), inside(70, 70)),
         ("heavy_borders", inside(2, 70), inside(70, 70)),
         ("heavy_borders", inside(2, 70) + inside(70, 2) - 100, inside(3, 70) + inside(70, 3) - 100),
@@ -144,6 +146,12 @@ def test_a_tint_of_the_whole_film_is_not_flagged_as_colour(tint, fog):
     assert (np.ptp(film, axis=2) > 32).mean() > 0.1
     assert "colour" not in flags(one_film(encoded(film)))
     assert "colour" not in flags(one_film(encoded(film, "JPEG", quality=85)))
+
+
+def test_a_coloured_base_that_black_has_too_is_a_tint():
+    film = np.rint(phantom(2)[..., None] * 0.7 + (20, 40, 60)).astype(np.uint8)
+    assert (np.ptp(film, axis=2) > 32).all()
+    assert "colour" not in flags(one_film(encoded(film)))
 
 
 def test_a_coloured_marker_does_not_make_the_greys_count_as_coloured():
