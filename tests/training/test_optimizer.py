@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
@@ -42,20 +41,3 @@ def test_weight_decay_can_leave_biases_and_gains_as_they_are(kernels_only: bool)
     # By the rate times the decay, and not through Adam as part of the gradient.
     decayed = [weight for name, weight in network.named_parameters() if name not in kept]
     assert all(torch.allclose(weight, torch.tensor(0.9)) for weight in decayed)
-
-
-def test_training_does_not_import_torchs_compiler(monkeypatch) -> None:
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        method = getattr(torch.optim.Optimizer, name).__wrapped__
-        monkeypatch.delitem(vars(method), "__dynamo_disable", raising=False)
-    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # to import it is an error
-    network = torch.nn.Linear(3, 1)
-    optimizer = optimizer_of(network, TrainingSettings(weight_decay=0.0))
-    before = network.weight.clone()
-    network(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
-    assert not network.weight.equal(before)
-    optimizer.zero_grad()
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert network.weight.grad is None
-    assert network.weight.requires_grad
