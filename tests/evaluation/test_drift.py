@@ -47,23 +47,24 @@ def by_hand(before: list[int], now: list[int]) -> float:
 def test_scores_are_binned_by_deciles_and_mixes_by_all_values_of_either_run():
     before = sample(np.arange(1000) / 1000, views={"PA": 900, "AP": 100})
     now = sample(np.array([0.05, *[0.1505] * 3, *[0.999] * 6]), views={"PA": 6, "LL": 3, None: 1})
-    score, status, view, modality = shifts(before, now)
+    score, status, view, modality, unlike = shifts(before, now)
     assert status.psi == pytest.approx(by_hand([1000, 0], [10, 0]))
     assert score.psi == pytest.approx(by_hand([100] * 10, [1, 3, 0, 0, 0, 0, 0, 0, 0, 6]))
     assert view.psi == pytest.approx(by_hand([900, 100, 0, 0], [6, 0, 3, 1]))
     assert (modality.psi, view.n, score.n) == (0, 10, 10)
+    assert unlike.psi == pytest.approx(by_hand([1000, 0], [10, 0]))
 
 
 @pytest.mark.parametrize("which", ["before", "now"])
 def test_a_run_in_which_no_film_could_be_read_gives_no_verdict(which):
     whole = sample(np.arange(100) / 100)
-    none = Sample(
-        whole.scores_N[:0], {"status": {"failed": 9}, "view_position": {}, "modality": {}}
-    )
+    none = Sample(whole.scores_N[:0], {**{name: {} for name in MIXES}, "status": {"failed": 9}})
     runs = (none, whole) if which == "before" else (whole, none)
-    assert {name: verdict for name, verdict in verdicts(*runs).items() if name != "status"} == (
-        dict.fromkeys(("score", "view_position", "modality"), "too_few")
-    )
+    found = verdicts(*runs)
+    del found["status"]
+    # Not compared if the baseline has it of no film.
+    unlike = () if which == "before" else ("quality_out_of_distribution",)
+    assert found == dict.fromkeys(("score", "view_position", "modality", *unlike), "too_few")
 
 
 @settings(max_examples=100, deadline=None)
