@@ -3,6 +3,7 @@ that a commit record names are never removed."""
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections import Counter
@@ -27,9 +28,12 @@ from lungopacity.results.folder import (
     read_runs,
     refuse_other_folder,
 )
+from lungopacity.results.query import files_of_runs, predictions_of
 from lungopacity.storage import ObjectInfo, Store, open_store
 from lungopacity.storage.lease import LEASE_S, LOCKS, remove_if_same
 from lungopacity.storage.scratch import left_behind
+
+log = logging.getLogger(__name__)
 
 OLDER_THAN_DAYS = 7.0
 _OLDEST_DAYS = 36500
@@ -128,6 +132,7 @@ def _left_over(
     now = store.now()
     published = {run["run_id"] for run in records}
     named = {file["key"] for run in records for file in (*run["files"], run["metrics_file"])}
+    of_no_row = _pictures_of_no_row(found, records, store)
     # A running job keeps writing part files, so the age of a run is that of its newest file.
     newest: dict[str, datetime] = {}
     for item in found:
@@ -135,11 +140,33 @@ def _left_over(
         if run_id is not None:
             newest[run_id] = max(newest.get(run_id, item.modified_at), item.modified_at)
     for item in found:
-        kind = _kind(item, published, named)
+        kind = _PUBLISHED_WORK if item.key in of_no_row else _kind(item, published, named)
         touched = newest.get(_run_of(item.key) or "", item.modified_at)
         least = timedelta(seconds=LEASE_S) if kind == _LOCK else _AT_WORK
         if kind == _PUBLISHED_WORK or (kind is not None and now - touched >= max(age, least)):
             yield kind, item
+
+
+def _pictures_of_no_row(
+    found: Sequence[ObjectInfo], records: Sequence[Mapping[str, Any]], store: Store
+) -> set[str]:
+    """Keys of pictures of published runs that no row names: a killed attempt drew them, of objects
+    that had changed when the run went on. Arguments: see `_left_over`."""
+    pictures: set[str] = {item.key for item in found if _PICTURE.fullmatch(item.key)}
+    drew = {_run_of(key) for key in pictures}
+    # Rows are read only of runs that were resumed, the only ones that have no speed.
+    resumed = [run for run in records if run["run_id"] in drew and run.get("images_per_s") is None]
+    of_no_row: set[str] = set()
+    for run in resumed:
+        try:
+            with files_of_runs(store):
+                rows = predictions_of(store, [run]).to_table(columns=["explanation"])
+        except UserError as error:
+            log.warning("the pictures of run %s are kept: %s", run["run_id"], error)
+            continue
+        of_run = {key for key in pictures if _run_of(key) == run["run_id"]}
+        of_no_row |= of_run.difference(rows["explanation"].to_pylist())
+    return of_no_row
 
 
 def _kind(item: ObjectInfo, published: set[str], named: set[str]) -> str | None:

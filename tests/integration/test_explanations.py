@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 from dataclasses import replace
@@ -112,6 +113,32 @@ def test_a_killed_run_goes_on_and_writes_the_same_pictures(place, tmp_path):
     assert (run.positive, run.explained) == (5, 5)
     assert pictures(results) == first
     assert {row["explanation"] for row in rows_of(results, "explanation IS NOT NULL")} == set(first)
+
+
+def test_a_picture_of_what_an_object_was_before_the_run_went_on_is_cleaned_up(place, tmp_path):
+    archive, results = open_store(str(tmp_path / "archive")), str(tmp_path / "results")
+    for number in range(6):
+        archive.write(f"{number}.png", encoded(grey_film(number)))
+    job = screening_job(f"{place}/model", results, max_failed_fraction=1.0, explain=True)
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, list_archive(archive.uri), 0.0, run_id="night", before_commit=killed)
+    drawn = pictures(results)
+    for item in open_store(results).list("_work/night/attempt="):
+        open_store(results).delete(item.key)
+    for number in range(6):
+        if hashlib.sha256(archive.read(f"{number}.png")).hexdigest() in next(iter(drawn)):
+            archive.write(f"{number}.png", b"withdrawn")
+    run = run_job(job, list_archive(archive.uri), 0.0, run_id="night")
+    assert (run.failed, run.explained) == (1, len(drawn) - 1)
+    assert set(pictures(results)) == set(drawn)
+    assert clean(results).files == {"work of published runs": 1}
+    assert set(pictures(results)) == {
+        row["explanation"] for row in rows_of(results, "explanation IS NOT NULL")
+    }
 
 
 def test_a_retry_explains_as_its_run_did_and_without_the_option_nothing_is_written(place, tmp_path):
