@@ -35,9 +35,15 @@ def resting_loop(config: dict[str, Any]) -> dict[str, Any]:
     assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
     # The tests' Ray has an address of this machine.
     assert os.environ[GLOO_INTERFACE] == interface_of(ray.util.get_node_ip_address())
+    # Of the CPUs that Ray has here, not all that the process sees.
+    assert torch.get_num_threads() == max(1, cpus_here() // context.get_local_world_size())
+    return result
+
+
+def resting_loop_in_private_ray(config: dict[str, Any]) -> dict[str, Any]:
+    """`resting_loop` in a Ray that was started for this job alone."""
+    result = resting_loop(config)
     # It started fast, with the variables of Ray's own processes.
     assert ray.get_runtime_context().get_runtime_env_string() == "{}"
     assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
-    # Of the CPUs that Ray has here, not all that the process sees.
-    assert torch.get_num_threads() == max(1, cpus_here() // context.get_local_world_size())
     return result

@@ -41,7 +41,7 @@ from tests.parquet_pages import has_page_checksums
 from tests.training.blobs import EVERYTHING, SMALL_RUN, blob_films, chosen
 from tests.training.full_disk import full_disk_loop
 from tests.training.logs_read import mlflow_run, tensorboard_events
-from tests.training.resting import resting_loop
+from tests.training.resting import resting_loop_in_private_ray
 
 ROOT = Path(__file__).parents[2]
 FILMS = blob_films()
@@ -231,7 +231,7 @@ def test_a_killed_run_resumes_to_the_same_weights_as_one_never_killed(
 def test_two_workers_train_one_model_and_survive_the_loss_of_one(
     ray_cluster: None, only_trained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lungopacity.training.ray_run.train_loop", resting_loop)
+    monkeypatch.setattr("lungopacity.training.ray_run.train_loop", resting_loop_in_private_ray)
     # Odd numbers: neither the films nor the batches divide evenly.
     films = blob_films(train=97, validation=43)
     seen: list[int] = []
