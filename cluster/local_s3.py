@@ -37,17 +37,8 @@ _PROBE_BUCKET = "startup-probe"
 
 # Ports that weed is not told have fixed defaults, on which two servers would clash.
 _PORT_FLAGS = (
-    "s3.port",
-    "s3.port.grpc",
-    "master.port",
-    "master.port.grpc",
-    "volume.port",
-    "volume.port.grpc",
-    "filer.port",
-    "filer.port.grpc",
-    "admin.port",
-    "admin.port.grpc",
-    "webdav.port",
+    *(f"{of}.port" for of in ("s3", "master", "volume", "filer", "admin", "webdav")),
+    *(f"{of}.port.grpc" for of in ("s3", "master", "volume", "filer", "admin")),
 )
 
 _FLAGS = (
@@ -166,13 +157,10 @@ class LocalS3:
                 self._launch(weed, keep_credentials)
                 self._wait_until_ready()
                 return
-            except _PortClashError:
+            except BaseException as error:
                 self.stop()
-                if attempt == _START_ATTEMPTS:
+                if attempt == _START_ATTEMPTS or not isinstance(error, _PortClashError):
                     raise
-            except BaseException:
-                self.stop()
-                raise
 
     def stop(self) -> None:
         """Stop the server, by force if it takes too long. No error if none is running."""
